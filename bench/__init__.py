@@ -1,0 +1,1 @@
+"""Measurement: what runs on a GPU and is recorded in results/. Imports everything; nothing imports it."""

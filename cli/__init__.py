@@ -1,0 +1,5 @@
+"""The `klora` command. Imports everything; nothing imports it."""
+
+from .app import main
+
+__all__ = ["main"]

@@ -1,0 +1,28 @@
+"""The ops: each file is one, imports no other folder and is usable alone. `<op>_ref` is its plain PyTorch statement."""
+
+from .attention import causal_attention_ref, pick_attention
+from .bigram import BOS, bigram_hash_ref
+from .lora_adam import lora_adam_ref_
+from .lora_head_nll import lora_head_nll_ref, softcap_logits_ref, softcap_nll_ref
+from .lora_qkv import lora_qkv_ref
+from .mlp import relu_squared_mlp_ref
+from .newton_schulz import newton_schulz_ref
+from .rms_norm import rms_norm_ref
+from .rotary import norm_rotary_ref, rotary_tables
+
+__all__ = [
+    "BOS",
+    "bigram_hash_ref",
+    "causal_attention_ref",
+    "lora_adam_ref_",
+    "lora_head_nll_ref",
+    "lora_qkv_ref",
+    "newton_schulz_ref",
+    "norm_rotary_ref",
+    "pick_attention",
+    "relu_squared_mlp_ref",
+    "rms_norm_ref",
+    "rotary_tables",
+    "softcap_logits_ref",
+    "softcap_nll_ref",
+]

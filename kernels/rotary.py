@@ -1,0 +1,36 @@
+"""Per-head QK-norm, rotary position embedding and query gain.
+
+    y = x / sqrt(mean(x^2) + eps)                     over one head, no weight
+    out[:d/2] = y[:d/2]*cos - y[d/2:]*sin             half-split rotation by position * base^(-2i/d)
+    out[d/2:] = y[d/2:]*cos + y[:d/2]*sin
+    out *= gain[h]                                    queries only
+
+x [B, S, H, d] in any float dtype; cos, sin [S, d/2] fp32 (fp64 for fp64 input); gain [H]. Rotation by RoFormer
+(Su et al. 2021), NTK-scaled base past the training length: base * (S / S_train)^(d / (d - 2)).
+"""
+
+import torch
+from torch import Tensor
+
+from .rms_norm import rms_norm_ref
+
+
+def rotary_tables(
+    length: int, head_dim: int, base: float, train_length: int, device=None, dtype=torch.float32
+) -> tuple[Tensor, Tensor]:
+    """cos and sin [length, head_dim/2] for positions 0..length-1. Computed in float64, then rounded once to `dtype`."""
+    if length > train_length:
+        base = base * (length / train_length) ** (head_dim / (head_dim - 2))
+    frequency = base ** (-torch.arange(0, head_dim, 2, dtype=torch.float64, device=device) / head_dim)
+    angle = torch.outer(torch.arange(length, dtype=torch.float64, device=device), frequency)
+    return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+def norm_rotary_ref(x: Tensor, cos: Tensor, sin: Tensor, gain: Tensor | None = None) -> Tensor:
+    """x [B, S, H, d] -> the same shape and dtype; the rotation is computed in the dtype of the tables."""
+    first, second = rms_norm_ref(x).to(cos.dtype).chunk(2, dim=-1)
+    cos, sin = cos[:, None], sin[:, None]
+    rotated = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    if gain is not None:
+        rotated = rotated * gain[:, None]
+    return rotated.to(x.dtype)

@@ -1,0 +1,1 @@
+"""The lean language model: config, network, data and tokenizer, Muon, training, artifact."""

@@ -1,0 +1,257 @@
+"""Every number of the system, with what it means and what it may be.
+
+Three frozen dataclasses are built on :class:`Settings`: :class:`ModelConfig` (the network), :class:`TrainConfig` (how it
+is trained) and, in the ``ttt`` room, ``TTTConfig`` (how it is adapted). A preset is a named pair of the first two.
+
+A settings object cannot exist with an impossible value: construction raises :class:`ConfigError`, whose text names the
+field, what was given and what is allowed.
+"""
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from typing import Any, Self
+
+
+class ConfigError(ValueError):
+    """A field that does not exist or a value that is not allowed."""
+
+
+def setting(default, help, *, at_least=None, above=None, at_most=None, below=None, choices=None, multiple_of=None):
+    """Declare a field: its default (whose type is the field's type), a line of help and the values allowed."""
+    allowed = {
+        "at_least": at_least,
+        "above": above,
+        "at_most": at_most,
+        "below": below,
+        "choices": choices,
+        "multiple_of": multiple_of,
+    }
+    return dataclasses.field(
+        default=default, metadata={"help": help, **{k: v for k, v in allowed.items() if v is not None}}
+    )
+
+
+def allowed_values(field: dataclasses.Field) -> str:
+    """The values a field takes, in words: ``'int, at least 1'``."""
+    rules = field.metadata
+    if "choices" in rules:
+        return "one of " + ", ".join(str(choice) for choice in rules["choices"])
+    words = {"at_least": "at least", "above": "above", "at_most": "at most", "below": "below"}
+    parts = [f"{words[rule]} {rules[rule]}" for rule in words if rule in rules]
+    if "multiple_of" in rules:
+        parts.append(f"a multiple of {rules['multiple_of']}")
+    return ", ".join([type(field.default).__name__, *parts])
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Base of the config dataclasses: range checks, overrides from text, and a dictionary form for JSON."""
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if not _is_allowed(field, value):
+                raise ConfigError(f"{field.name}={value!r} is not possible; allowed: {allowed_values(field)}")
+        self.check()
+
+    def check(self) -> None:
+        """Rules between fields. Overridden where there are any; raises ConfigError."""
+
+    def require(self, holds: bool, name: str, allowed: str) -> None:
+        """Raise ConfigError for field `name` unless `holds`; `allowed` says what would be accepted."""
+        if not holds:
+            raise ConfigError(f"{name}={getattr(self, name)!r} is not possible; allowed: {allowed}")
+
+    def override(self, values: Mapping[str, Any]) -> Self:
+        """A copy with some fields replaced. Text is converted to the field's type; unknown names are refused."""
+        fields = {field.name: field for field in dataclasses.fields(self)}
+        unknown = [name for name in values if name not in fields]
+        if unknown:
+            raise ConfigError(unknown_field(unknown[0], values[unknown[0]], fields))
+        return dataclasses.replace(self, **{name: _parse(fields[name], value) for name, value in values.items()})
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Rebuild from :meth:`to_dict`. A missing field is refused like an unknown one: a stored config is whole."""
+        names = [field.name for field in dataclasses.fields(cls)]
+        missing = [name for name in names if name not in values]
+        if missing:
+            raise ConfigError(f"{cls.__name__} has no value for {', '.join(missing)}")
+        return cls().override(values)
+
+
+def unknown_field(name: str, value: Any, known) -> str:
+    close = difflib.get_close_matches(name, list(known), n=3)
+    hint = f"did you mean {' or '.join(close)}?" if close else f"known fields: {', '.join(sorted(known))}"
+    return f"there is no field {name!r} (given {name}={value}); {hint}"
+
+
+def _is_allowed(field: dataclasses.Field, value: Any) -> bool:
+    rules = field.metadata
+    if type(value) is not type(field.default):
+        return False
+    if isinstance(value, float) and value != value:
+        return False
+    return (
+        ("choices" not in rules or value in rules["choices"])
+        and ("at_least" not in rules or value >= rules["at_least"])
+        and ("above" not in rules or value > rules["above"])
+        and ("at_most" not in rules or value <= rules["at_most"])
+        and ("below" not in rules or value < rules["below"])
+        and ("multiple_of" not in rules or value % rules["multiple_of"] == 0)
+    )
+
+
+def _parse(field: dataclasses.Field, value: Any) -> Any:
+    """Bring `value` to the field's type where that loses nothing; anything else is refused by name."""
+    kind = type(field.default)
+    try:
+        if isinstance(value, str) and kind is not str:
+            text = value.strip().replace("_", "")
+            return int(text) if kind is int else float(text)
+        if kind is float and type(value) is int:
+            return float(value)
+    except ValueError:
+        raise ConfigError(f"{field.name}={value!r} is not possible; allowed: {allowed_values(field)}") from None
+    return value
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig(Settings):
+    """The network. Defaults are the `seed` preset: 10 blocks, 24,468,561 parameters."""
+
+    vocab_size: int = setting(1024, "tokenizer pieces", at_least=260, at_most=65536)
+    width: int = setting(512, "residual width D", at_least=8)
+    blocks: int = setting(10, "transformer blocks L", at_least=1, at_most=256)
+    heads: int = setting(8, "query heads", at_least=1)
+    kv_heads: int = setting(4, "key and value heads; divides heads", at_least=1)
+    mlp_hidden: int = setting(1536, "hidden width of the MLP", at_least=8)
+    rope_base: float = setting(50000.0, "base of the rotary frequencies", above=1.0)
+    softcap: float = setting(30.0, "logits are softcap * tanh(logits / softcap)", above=0.0)
+    train_length: int = setting(1024, "tokens in a training row; longer inputs scale rope_base", at_least=8)
+    bigram_rows: int = setting(2048, "rows of the bigram hash table; the last stands for no previous token", at_least=2)
+    bigram_width: int = setting(128, "width of a bigram row before its projection to D", at_least=1)
+
+    def check(self):
+        self.require(self.width % self.heads == 0, "heads", f"a divisor of width={self.width}")
+        self.require(self.heads % self.kv_heads == 0, "kv_heads", f"a divisor of heads={self.heads}")
+        self.require(
+            self.head_dim % 2 == 0 and self.head_dim > 2,
+            "heads",
+            "a number that makes head_dim = width/heads even and above 2 (RoPE rotates pairs)",
+        )
+
+    @property
+    def head_dim(self) -> int:
+        return self.width // self.heads
+
+    @property
+    def qkv_sizes(self) -> tuple[int, int, int]:
+        """Output rows of Wq, Wk, Wv."""
+        return self.heads * self.head_dim, self.kv_heads * self.head_dim, self.kv_heads * self.head_dim
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig(Settings):
+    """How a model is trained. Defaults are the `seed` preset on any number of GPUs."""
+
+    seconds: float = setting(600.0, "wall-clock cap of the training loop in seconds", above=0.0)
+    max_steps: int = setting(0, "stop after this many steps; 0: only the clock stops the run", at_least=0)
+    batch_tokens: int = setting(786_432, "tokens a step, over all ranks", at_least=8)
+    micro_batch_tokens: int = setting(98_304, "most tokens in one forward on one rank", at_least=8)
+    dtype: str = setting("auto", "compute dtype; auto: bfloat16 on a GPU", choices=("auto", "float32", "bfloat16"))
+    muon_lr: float = setting(0.02, "learning rate of Muon (block matrices)", at_least=0.0)
+    muon_momentum_start: float = setting(0.92, "Nesterov momentum at step 0", at_least=0.0, below=1.0)
+    muon_momentum: float = setting(0.99, "Nesterov momentum after its warm-up", at_least=0.0, below=1.0)
+    muon_momentum_steps: int = setting(1500, "steps over which the momentum rises", at_least=1)
+    muon_weight_decay: float = setting(0.04, "decoupled weight decay of Muon", at_least=0.0)
+    newton_schulz_steps: int = setting(5, "Newton-Schulz iterations", at_least=1, at_most=20)
+    embed_lr: float = setting(0.03, "AdamW learning rate of the embedding", at_least=0.0)
+    scalar_lr: float = setting(0.02, "AdamW learning rate of vectors, scalars, bigram and smear", at_least=0.0)
+    adam_beta1: float = setting(0.9, "AdamW beta 1", at_least=0.0, below=1.0)
+    adam_beta2: float = setting(0.95, "AdamW beta 2", at_least=0.0, below=1.0)
+    adam_eps: float = setting(1e-8, "AdamW epsilon", above=0.0)
+    adam_weight_decay: float = setting(0.04, "decoupled weight decay of AdamW", at_least=0.0)
+    grad_clip: float = setting(0.3, "global gradient norm is clipped to this", above=0.0)
+    warmdown_steps: int = setting(3000, "the learning rate falls to 0 over this many steps' time", at_least=0)
+    warmdown_most: float = setting(0.5, "but over no more than this share of the run", at_least=0.0, at_most=1.0)
+    ema_decay: float = setting(0.999, "decay of the weight average, per step", at_least=0.0, below=1.0)
+    ema_every: int = setting(10, "steps between updates of the weight average", at_least=1)
+    swa_every: int = setting(50, "steps between snapshots for the late average", at_least=1)
+    swa_below: float = setting(0.2, "snapshots are taken while the lr scale is below this", at_least=0.0, at_most=1.0)
+    validate_seconds: float = setting(60.0, "seconds between validations", above=0.0)
+    validate_tokens: int = setting(1_048_576, "validation tokens used; 0: all", at_least=0)
+    checkpoint_seconds: float = setting(120.0, "seconds between checkpoints", above=0.0)
+    seed: int = setting(1337, "seed of the initial weights and the data order", at_least=0, at_most=2**63 - 1)
+
+    def check(self):
+        self.require(
+            self.muon_momentum_start <= self.muon_momentum, "muon_momentum_start", f"at most {self.muon_momentum}"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Preset:
+    """A named model and the way to train it."""
+
+    name: str
+    model: ModelConfig
+    train: TrainConfig
+    about: str
+
+    def override(self, values: Mapping[str, Any]) -> "Preset":
+        """Replace fields of the model and of the training by name; the two share no field name."""
+        model_names = {field.name for field in dataclasses.fields(ModelConfig)}
+        train_names = {field.name for field in dataclasses.fields(TrainConfig)}
+        for name, value in values.items():
+            if name not in model_names | train_names:
+                raise ConfigError(unknown_field(name, value, model_names | train_names))
+        preset = dataclasses.replace(
+            self,
+            model=self.model.override({k: v for k, v in values.items() if k in model_names}),
+            train=self.train.override({k: v for k, v in values.items() if k in train_names}),
+        )
+        if preset.train.micro_batch_tokens < preset.model.train_length:
+            raise ConfigError(
+                f"micro_batch_tokens={preset.train.micro_batch_tokens} is not possible; allowed: at least one row, "
+                f"train_length={preset.model.train_length}"
+            )
+        return preset
+
+
+PRESETS = {
+    preset.name: preset
+    for preset in (
+        Preset(
+            "tiny",
+            ModelConfig(width=128, blocks=4, heads=4, kv_heads=2, mlp_hidden=384, bigram_width=32),
+            TrainConfig(
+                seconds=90.0,
+                batch_tokens=4096,
+                micro_batch_tokens=4096,
+                warmdown_steps=300,
+                muon_momentum_steps=100,
+                ema_decay=0.98,
+                ema_every=5,
+                swa_every=10,
+                validate_seconds=30.0,
+                validate_tokens=32_768,
+                checkpoint_seconds=30.0,
+            ),
+            "a CPU and two minutes",
+        ),
+        Preset("seed", ModelConfig(), TrainConfig(), "10 blocks, for 600 s on 8 GPUs"),
+        Preset("seed-11l", ModelConfig(blocks=11), TrainConfig(), "what the published figures ran: 11 blocks"),
+    )
+}
+
+
+def preset(name: str) -> Preset:
+    """The preset of that name; ConfigError lists the names there are."""
+    if name not in PRESETS:
+        raise ConfigError(f"there is no preset {name!r}; allowed: {', '.join(PRESETS)}")
+    return PRESETS[name]

@@ -1,0 +1,82 @@
+"""Which optimizer trains which parameter, and the one flat buffer that holds every gradient."""
+
+import torch
+from torch import Tensor, nn
+
+from .config import TrainConfig
+from .gpt import GPT, is_block_matrix
+from .muon import Muon
+
+
+class FlatGradients:
+    """Every parameter's gradient as a view of one buffer: one zero, one all-reduce, one norm, nothing left out."""
+
+    def __init__(self, module: nn.Module):
+        parameters = list(module.parameters())
+        self.buffer = torch.zeros(sum(p.numel() for p in parameters), device=parameters[0].device)
+        start = 0
+        for parameter in parameters:
+            parameter.grad = self.buffer[start : start + parameter.numel()].view_as(parameter)
+            start += parameter.numel()
+
+    def clip_(self, most: float) -> Tensor:
+        """Scale the gradient to a global norm of at most `most`; returns the norm before, a scalar tensor."""
+        norm = torch.linalg.vector_norm(self.buffer)
+        self.buffer.mul_((most / (norm + 1e-6)).clamp(max=1.0))
+        return norm
+
+
+class Optimizers:
+    """Muon for the block matrices, AdamW for everything else; each parameter is in exactly one."""
+
+    def __init__(self, model: GPT, config: TrainConfig):
+        matrices, embedding, rest = [], [], []
+        self.names: dict[nn.Parameter, str] = {}
+        for name, parameter in model.named_parameters():
+            group = matrices if is_block_matrix(name) else embedding if name == "embed" else rest
+            group.append(parameter)
+            self.names[parameter] = name
+        self.config = config
+        self.muon = Muon(
+            matrices, lr=config.muon_lr, weight_decay=config.muon_weight_decay, steps=config.newton_schulz_steps
+        )
+        self.adamw = torch.optim.AdamW(
+            [{"params": embedding, "lr": config.embed_lr}, {"params": rest, "lr": config.scalar_lr}],
+            betas=(config.adam_beta1, config.adam_beta2),
+            eps=config.adam_eps,
+            weight_decay=config.adam_weight_decay,
+        )
+        self.peak = [(group, group["lr"]) for o in (self.muon, self.adamw) for group in o.param_groups]
+
+    def momentum(self, step: int) -> float:
+        """Muon's momentum at `step`: a line from muon_momentum_start to muon_momentum."""
+        config = self.config
+        share = min(step / config.muon_momentum_steps, 1.0)
+        return (1 - share) * config.muon_momentum_start + share * config.muon_momentum
+
+    def step(self, step: int, lr_scale: float) -> None:
+        """Update all parameters with every learning rate times `lr_scale`."""
+        for group, peak in self.peak:
+            group["lr"] = peak * lr_scale
+        for group in self.muon.param_groups:
+            group["momentum"] = self.momentum(step)
+        self.muon.step()
+        self.adamw.step()
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """Every state tensor under the name '<parameter>/<state>'."""
+        return {
+            f"{self.names[parameter]}/{key}": value
+            for optimizer in (self.muon, self.adamw)
+            for parameter, state in optimizer.state.items()
+            for key, value in state.items()
+        }
+
+    def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Take over what :meth:`state_tensors` gave."""
+        owner = {p: o for o in (self.muon, self.adamw) for group in o.param_groups for p in group["params"]}
+        parameters = {name: parameter for parameter, name in self.names.items()}
+        for name, tensor in tensors.items():
+            parameter_name, key = name.rsplit("/", 1)
+            parameter = parameters[parameter_name]
+            owner[parameter].state[parameter][key] = tensor

@@ -1,0 +1,77 @@
+"""One process a device: who this process is, and the few collectives that training needs."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .config import ConfigError
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process's rank among `world` processes, and its device. A single process is rank 0 of 1."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """Sum over ranks, in place."""
+        if self.world > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def most(self, *values: float) -> list[float]:
+        """The largest of each value over ranks, so that every rank takes the same decision from it."""
+        if self.world == 1:
+            return list(values)
+        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        return tensor.tolist()
+
+    def wait(self) -> None:
+        """Return when every rank is here."""
+        if self.world > 1:
+            dist.barrier()
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """The device of that name; 'auto' is the GPU if there is one. ConfigError if it is not to be had."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name not in ("cpu", "cuda") and not name.startswith("cuda:"):
+        raise ConfigError(f"device={name!r} is not possible; allowed: auto, cpu, cuda or cuda:N")
+    if name != "cpu" and not torch.cuda.is_available():
+        raise ConfigError(f"device={name!r} was asked for, but PyTorch sees no CUDA GPU here; use --device cpu")
+    device = torch.device(name)
+    if device.index is not None and device.index >= torch.cuda.device_count():
+        raise ConfigError(f"device={name!r} is not possible; there are {torch.cuda.device_count()} GPUs, from cuda:0")
+    return device
+
+
+@contextmanager
+def join_ranks(device: str = "auto") -> Iterator[Ranks]:
+    """The ranks of this run: torchrun's if it launched us (gloo on CPU, NCCL on GPU), else one process alone."""
+    chosen = pick_device(device)
+    if not dist.is_torchelastic_launched():
+        yield Ranks(0, 1, chosen)
+        return
+    if chosen.type == "cuda":
+        chosen = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(chosen)
+        dist.init_process_group("nccl", device_id=chosen)
+    else:
+        dist.init_process_group("gloo")
+    try:
+        yield Ranks(dist.get_rank(), dist.get_world_size(), chosen)
+    finally:
+        dist.destroy_process_group()

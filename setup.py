@@ -1,0 +1,45 @@
+"""Build of the `klora` package: the folders at the root are its subpackages."""
+
+from pathlib import Path
+
+from setuptools import setup
+
+ROOMS = ("kernels", "model", "ttt", "bench", "cli")
+HERE = Path(__file__).parent
+
+setup(
+    name="klora",
+    version="0.1.0",
+    description="Kernels for adapting a language model to each document while it reads it",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    python_requires=">=3.11",
+    packages=[f"klora.{room}" for room in ROOMS],
+    package_dir={f"klora.{room}": room for room in ROOMS},
+    install_requires=[
+        "torch>=2.11",
+        "triton>=3.6; platform_system == 'Linux'",
+        "numpy>=1.26",
+        "sentencepiece>=0.2",
+        "zstandard>=0.22",
+        "safetensors>=0.5",
+        "nvtx>=0.2.10",
+        "typer>=0.15",
+        "rich>=13",
+        "matplotlib>=3.8",
+    ],
+    extras_require={
+        "test": [
+            "pytest>=8",
+            "pytest-cov>=5",
+            "pytest-benchmark>=5",
+            "hypothesis>=6.100",
+            "ruff==0.14.6",
+            "build>=1.2",
+        ],
+        "bench": ["pytest-benchmark>=5", "pandas>=2.2"],
+        "flash-attn": ["flash-attn>=2.7"],
+        "fa4": ["flash-attn-4>=4.0.0b1"],
+    },
+    entry_points={"console_scripts": ["klora = klora.cli:main"]},
+)

@@ -1,0 +1,269 @@
+"""The network against a loop written from its equations, and which optimizer trains which parameter."""
+
+import math
+
+import pytest
+import torch
+from conftest import SMALL, randomized
+from klora.kernels import BOS
+from klora.model.config import PRESETS, ConfigError, ModelConfig, TrainConfig, allowed_values, preset
+from klora.model.gpt import GPT, BlockAdapter, KVCache, is_block_matrix, parameter_count, parameter_shapes
+from klora.model.optimizers import FlatGradients, Optimizers
+
+
+def norm(x):
+    return x / torch.sqrt((x * x).mean() + 2.0**-23)
+
+
+def naive_logits(model: GPT, tokens: list[int]) -> torch.Tensor:
+    """Logits [S, V] of one sequence, one token and one head at a time, from the equations of the design."""
+    config, d = model.config, model.config.head_dim
+    base = config.rope_base
+    if len(tokens) > config.train_length:
+        base *= (len(tokens) / config.train_length) ** (d / (d - 2))
+    embedded = []
+    for i, t in enumerate(tokens):
+        if i == 0 or t == BOS:
+            row = config.bigram_rows - 1
+        else:
+            row = ((36313 * t) ^ (27191 * tokens[i - 1])) % (config.bigram_rows - 1)
+        bigram = model.bigram.project @ model.bigram.table[row]
+        embedded.append(norm(model.embed[t] + model.bigram.scale * bigram))
+    gate = torch.sigmoid(model.smear.gate)
+    x0 = []
+    for i, t in enumerate(tokens):
+        before = torch.zeros_like(gate) if i == 0 or t == BOS else embedded[i - 1]
+        x0.append((1 - gate) * embedded[i] + gate * before)
+    x, stack, skip = list(x0), [], 0
+    for index, block in enumerate(model.blocks):
+        if index >= config.blocks // 2 and stack:
+            pushed = stack.pop()
+            x = [xi + model.skip[skip] * pi for xi, pi in zip(x, pushed, strict=True)]
+            skip += 1
+        depth = 1 / math.sqrt(index + 1)
+        x = [block.resid_mix[0] * xi + block.resid_mix[1] * oi for xi, oi in zip(x, x0, strict=True)]
+        heads_of = {"q": [], "k": [], "v": []}
+        for i, xi in enumerate(x):
+            n = norm(xi)
+            for name in "qkv":
+                heads = list((getattr(block, name) @ n).split(d))
+                if name != "v":
+                    heads = [rotate(norm(head), i, base) for head in heads]
+                if name == "q":
+                    heads = [head * block.gain[h] for h, head in enumerate(heads)]
+                heads_of[name].append(heads)
+        mixed = []
+        for i in range(len(x)):
+            outs = []
+            for h in range(config.heads):
+                g = h // (config.heads // config.kv_heads)
+                scores = torch.stack([heads_of["q"][i][h] @ heads_of["k"][j][g] for j in range(i + 1)]) / math.sqrt(d)
+                weights = torch.softmax(scores, 0)
+                outs.append(sum(weights[j] * heads_of["v"][j][g] for j in range(i + 1)))
+            mixed.append(torch.cat(outs))
+        x = [xi + depth * block.attn_scale * (block.o @ m) for xi, m in zip(x, mixed, strict=True)]
+        x = [xi + depth * block.mlp_scale * (block.down @ torch.relu(block.up @ norm(xi)) ** 2) for xi in x]
+        if index < config.blocks // 2:
+            stack.append(x)
+    return torch.stack([config.softcap * torch.tanh(model.embed @ norm(xi) / config.softcap) for xi in x])
+
+
+def rotate(head, position, base):
+    d = head.numel()
+    out = torch.empty_like(head)
+    for i in range(d // 2):
+        angle = position * base ** (-2 * i / d)
+        out[i] = head[i] * math.cos(angle) - head[i + d // 2] * math.sin(angle)
+        out[i + d // 2] = head[i + d // 2] * math.cos(angle) + head[i] * math.sin(angle)
+    return out
+
+
+@pytest.mark.parametrize("blocks", [1, 4, 5])
+@pytest.mark.parametrize("length", [13, 20])
+@torch.no_grad()
+def test_batched_forward_equals_the_plain_loop_in_float64(blocks, length):
+    config = ModelConfig(**{**SMALL.to_dict(), "blocks": blocks, "train_length": 16})
+    model = randomized(config, torch.float64)
+    tokens = torch.randint(3, config.vocab_size, (2, length))
+    tokens[:, 0] = BOS
+    tokens[1, 7] = BOS
+    expected = torch.stack([naive_logits(model, row.tolist()) for row in tokens])
+    torch.testing.assert_close(model.logits(tokens), expected, rtol=1e-10, atol=1e-10)
+
+
+@torch.no_grad()
+def test_loss_is_the_negative_log_softmax_of_the_logits(small_model):
+    tokens = torch.randint(3, 300, (2, 20))
+    expected = -small_model.logits(tokens[:, :-1]).log_softmax(-1).gather(-1, tokens[:, 1:, None])[..., 0]
+    torch.testing.assert_close(small_model.nll(tokens[:, :-1], tokens[:, 1:]), expected)
+
+
+@torch.no_grad()
+def test_smear_and_bigram_do_not_cross_bos(small_model):
+    """With attention and MLP silent, what stands before BOS cannot reach what stands after it."""
+    for block in small_model.blocks:
+        block.o.zero_()
+    tokens = torch.randint(3, 300, (1, 16))
+    tokens[0, 8] = BOS
+    other = tokens.clone()
+    other[0, :8] = torch.randint(3, 300, (8,))
+    first, second = small_model.hidden(tokens), small_model.hidden(other)
+    assert torch.equal(first[:, 8:], second[:, 8:])
+    assert not torch.equal(first[:, :8], second[:, :8])
+    other[0, 8] = 5
+    assert not torch.equal(small_model.hidden(other)[:, 9:], second[:, 9:])
+
+
+@torch.no_grad()
+def test_future_tokens_do_not_change_the_past(small_model):
+    tokens = torch.randint(3, 300, (1, 40))
+    other = tokens.clone()
+    other[0, 25:] = torch.randint(3, 300, (15,))
+    torch.testing.assert_close(small_model.hidden(tokens)[:, :25], small_model.hidden(other)[:, :25])
+
+
+@pytest.mark.parametrize("total", [40, 90], ids=["within the training length", "beyond it"])
+@torch.no_grad()
+def test_a_cache_gives_what_the_whole_sequence_gives(small_model, total):
+    small_model.double()
+    tokens = torch.randint(3, 300, (2, total))
+    tokens[1, 20] = BOS
+    whole = small_model.logits(tokens)
+    cache = KVCache(small_model, batch=2, length=total)
+    steps = [small_model.logits(tokens[:, :15], cache)]
+    steps += [small_model.logits(tokens[:, i : i + 1], cache) for i in range(15, total)]
+    torch.testing.assert_close(torch.cat(steps, 1), whole, rtol=1e-9, atol=1e-9)
+    with pytest.raises(ValueError, match=f"the cache holds {total} tokens"):
+        small_model.logits(tokens[:, :1], cache)
+
+
+def test_a_filled_cache_takes_one_token_at_a_time(small_model):
+    cache = KVCache(small_model, batch=1, length=10)
+    small_model.logits(torch.tensor([[1, 5]]), cache)
+    with pytest.raises(ValueError, match="1 token at a time, not 2"):
+        small_model.logits(torch.tensor([[6, 7]]), cache)
+
+
+@torch.no_grad()
+def test_adapters_add_low_rank_weights_and_biases(small_model):
+    """A model with adapters equals one whose weights had the product of their factors added."""
+    small_model.double()
+    config, rows = SMALL, sum(SMALL.qkv_sizes)
+    tokens = torch.randint(3, 300, (1, 20))
+    adapters = [
+        BlockAdapter(torch.randn(1, 3, 4, config.width).double(), torch.randn(1, rows, 4).double(), torch.zeros(1, 32))
+        for _ in range(config.blocks)
+    ]
+    adapted = small_model.hidden(tokens, adapters)
+    for block, adapter in zip(small_model.blocks, adapters, strict=True):
+        parts = adapter.lora_b[0].split(SMALL.qkv_sizes)
+        for index, name in enumerate("qkv"):
+            getattr(block, name).add_(parts[index] @ adapter.lora_a[0, index])
+    torch.testing.assert_close(small_model.hidden(tokens), adapted)
+    shifted = [adapter._replace(lora_b=0 * adapter.lora_b, bias=torch.ones(1, 32).double()) for adapter in adapters]
+    assert not torch.allclose(small_model.hidden(tokens, shifted), small_model.hidden(tokens))
+
+
+def test_parameter_counts_of_the_presets():
+    assert parameter_count(preset("seed-11l").model) == 26_829_913
+    assert parameter_count(preset("seed").model) == 24_468_561
+    assert parameter_count(preset("tiny").model) < 1_000_000
+    shapes = parameter_shapes(preset("seed").model)
+    assert sum(map(is_block_matrix, shapes)) == 60
+
+
+def test_initial_weights():
+    torch.manual_seed(0)
+    model = GPT(preset("tiny").model)
+    block = model.blocks[2]
+    torch.testing.assert_close(block.up.T @ block.up, torch.eye(128), atol=1e-5, rtol=0)
+    assert not block.o.any() and not block.down.any() and not model.bigram.table.any()
+    assert model.embed.std().item() == pytest.approx(0.005, rel=0.02)
+    assert model.bigram.scale.item() == pytest.approx(0.05)
+    assert (block.gain == 1.5).all() and (block.resid_mix == torch.tensor([[1.0], [0.0]])).all()
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_parameter_is_in_exactly_one_optimizer_and_in_the_gradient_buffer(name):
+    chosen = preset(name)
+    with torch.device("meta"):
+        model = GPT(chosen.model)
+    optimizers = Optimizers(model, chosen.train)
+    trained = [p for o in (optimizers.muon, optimizers.adamw) for group in o.param_groups for p in group["params"]]
+    assert len(trained) == len(set(trained)) and set(trained) == set(model.parameters())
+    in_muon = {optimizers.names[p] for group in optimizers.muon.param_groups for p in group["params"]}
+    assert in_muon == {name for name in parameter_shapes(chosen.model) if is_block_matrix(name)}
+    learning_rates = {optimizers.names[p]: g["lr"] for g in optimizers.adamw.param_groups for p in g["params"]}
+    assert learning_rates.pop("embed") == 0.03
+    assert set(learning_rates.values()) == {0.02}
+    assert {"bigram.table", "bigram.project", "bigram.scale", "smear.gate"} <= learning_rates.keys()
+    assert all(group["weight_decay"] == 0.04 for o in (optimizers.muon, optimizers.adamw) for group in o.param_groups)
+
+
+def test_every_parameter_gets_a_gradient_and_is_moved(small_model):
+    gradients = FlatGradients(small_model)
+    optimizers = Optimizers(small_model, TrainConfig())
+    before = {name: p.detach().clone() for name, p in small_model.named_parameters()}
+    tokens = torch.randint(3, 300, (4, 65))
+    small_model.nll(tokens[:, :-1], tokens[:, 1:]).mean().backward()
+    for name, parameter in small_model.named_parameters():
+        assert parameter.grad.data_ptr() >= gradients.buffer.data_ptr(), name
+        assert parameter.grad.abs().max() > 0, name
+    optimizers.step(0, 1.0)
+    for name, parameter in small_model.named_parameters():
+        assert not torch.equal(parameter, before[name]), name
+
+
+def test_gradient_clip_is_global(small_model):
+    gradients = FlatGradients(small_model)
+    gradients.buffer.normal_()
+    norm_before = gradients.buffer.norm().item()
+    assert gradients.clip_(0.3).item() == pytest.approx(norm_before)
+    total = math.sqrt(sum(p.grad.square().sum().item() for p in small_model.parameters()))
+    assert total == pytest.approx(0.3, rel=1e-4)
+    gradients.clip_(10.0)
+    assert gradients.buffer.norm().item() == pytest.approx(0.3, rel=1e-4)
+
+
+def test_muon_momentum_rises_linearly():
+    model = randomized()
+    optimizers = Optimizers(model, TrainConfig())
+    assert optimizers.momentum(0) == pytest.approx(0.92)
+    assert optimizers.momentum(750) == pytest.approx(0.955)
+    assert optimizers.momentum(1500) == optimizers.momentum(9999) == pytest.approx(0.99)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        ("width", "-3", r"width=-3 is not possible; allowed: int, at least 8"),
+        ("width", "wide", r"width='wide' is not possible; allowed: int, at least 8"),
+        ("heads", "7", r"heads=7 is not possible; allowed: a divisor of width=512"),
+        ("kv_heads", "3", r"kv_heads=3 is not possible; allowed: a divisor of heads=8"),
+        ("softcap", "nan", r"softcap=nan is not possible"),
+        ("dtype", "float8", r"dtype='float8' is not possible; allowed: one of auto, float32, bfloat16"),
+        ("muon_momentum", "1.0", r"muon_momentum=1.0 is not possible; allowed: float, at least 0.0, below 1.0"),
+        ("wdith", "512", r"there is no field 'wdith' \(given wdith=512\); did you mean width"),
+        ("micro_batch_tokens", "100", r"micro_batch_tokens=100 is not possible; allowed: at least one row"),
+        ("blocks", 2.5, r"blocks=2.5 is not possible; allowed: int"),
+    ],
+)
+def test_impossible_values_are_refused_with_field_value_and_what_is_allowed(name, value, says):
+    with pytest.raises(ConfigError, match=says):
+        preset("seed").override({name: value})
+
+
+def test_every_field_can_be_overridden_from_text():
+    for config in (ModelConfig(), TrainConfig()):
+        for name, value in config.to_dict().items():
+            assert config.override({name: str(value)}) == config
+    assert preset("seed").override({"batch_tokens": "1_024", "muon_lr": "1e-3"}).train.muon_lr == 1e-3
+    assert {f.name for f in ModelConfig.__dataclass_fields__.values()}.isdisjoint(TrainConfig.__dataclass_fields__)
+
+
+def test_unknown_preset_and_incomplete_config_are_refused():
+    with pytest.raises(ConfigError, match="there is no preset 'huge'; allowed: tiny, seed, seed-11l"):
+        preset("huge")
+    with pytest.raises(ConfigError, match="ModelConfig has no value for blocks"):
+        ModelConfig.from_dict({k: v for k, v in ModelConfig().to_dict().items() if k != "blocks"})
+    assert allowed_values(TrainConfig.__dataclass_fields__["seed"]).startswith("int, at least 0")

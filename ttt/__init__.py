@@ -1,0 +1,1 @@
+"""Test-time training: documents, adapters, protocols, scoring and the report."""
