@@ -1,0 +1,219 @@
+"""SentencePiece BPE with byte fallback, and how many bytes of text each token stands for.
+
+    bytes(t | prev) = UTF-8 length of t's text without one leading space
+                      + 1 if t's piece starts with a space and prev is not a control token
+
+A byte token is 1; control, unknown and unused tokens are 0. SentencePiece puts a space in front of every text; after
+BOS it is not text, and that is the space the rule leaves out. Inside pieces a space is U+2581, counted as the 1 byte it
+stands for. So the bytes of a document's targets sum to its text's UTF-8 length, with one exception: a literal U+2581 in
+a text is indistinguishable from a space, and is counted (1 byte, not 3) and decoded as one.
+"""
+
+import io
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+import sentencepiece
+
+from .corpus import Document
+
+BOS_ID = 1
+MAX_VOCAB = 2**16  # shards hold uint16
+SPACE = "\u2581"
+UNKNOWN_MARK = "\u2585"  # SentencePiece refuses to train on any sentence that contains its mark of an unknown character
+
+# A training sentence is at most 1000 characters, so never over the 4192 bytes above which SentencePiece drops it.
+SENTENCE_CHARACTERS = 1000
+SENTENCE_BYTES = 4192
+# About 100 MB of English. A quarter of 12 MB of Python already gives pieces that encode all of it within 0.1% as short.
+SAMPLED_SENTENCES = 100_000
+
+
+class TokenizerError(ValueError):
+    """A tokenizer that cannot be trained as asked, or a model that does not fit this system."""
+
+
+class Tokenizer:
+    """A SentencePiece model with BOS id 1.
+
+    piece_bytes    int64 [V]  bytes of the piece without one leading space; 0 for control tokens
+    leading_space  bool [V]   whether the piece starts with a space
+    is_control     bool [V]   control, unknown and unused tokens: no text
+    """
+
+    def __init__(self, model: bytes, source: str = "tokenizer"):
+        """`model` is a serialized SentencePiece model; `source` names it in errors. Raises TokenizerError."""
+        self._model = bytes(model)
+        try:
+            # Not the constructor: it takes empty bytes for no model and loads nothing.
+            self._processor = sentencepiece.SentencePieceProcessor()
+            self._processor.LoadFromSerializedProto(self._model)
+        except RuntimeError as error:
+            raise TokenizerError(f"{source} is not a SentencePiece model: {error}") from None
+        processor = self._processor
+        if processor.bos_id() != BOS_ID:
+            raise TokenizerError(f"{source} has BOS id {processor.bos_id()}; wanted {BOS_ID}, which splits the shards")
+        if processor.vocab_size() > MAX_VOCAB:
+            raise TokenizerError(f"{source} has {processor.vocab_size()} pieces; allowed: at most {MAX_VOCAB}")
+        ids = range(processor.vocab_size())
+        byte = [processor.is_byte(i) for i in ids]
+        if sum(byte) != 256:
+            raise TokenizerError(f"{source} has no byte fallback; without it text outside its pieces counts as 0 bytes")
+        control = [processor.is_control(i) or processor.is_unknown(i) or processor.is_unused(i) for i in ids]
+        self._text = [_piece_text(processor.id_to_piece(i), byte[i], control[i]) for i in ids]
+        self.is_control = np.array(control)
+        self.leading_space = np.array([self._text[i].startswith(b" ") and not byte[i] for i in ids])
+        self.piece_bytes = np.array([len(text) for text in self._text]) - self.leading_space
+
+    @classmethod
+    def train(cls, documents: Iterable[Document], vocab_size: int = 1024) -> Self:
+        """Learn `vocab_size` pieces from one pass over `documents`: the same pieces from the same documents.
+
+        At most SAMPLED_SENTENCES sentences, a uniform sample of all, are held. TokenizerError if the text is too small
+        or its alphabet too large for `vocab_size`; errors of `documents` itself pass through.
+        """
+        if vocab_size > MAX_VOCAB:
+            raise TokenizerError(f"vocab_size={vocab_size} is not possible; allowed: at most {MAX_VOCAB}")
+        source = _Remembering(_sentences(documents))
+        model = io.BytesIO()
+        try:
+            sentencepiece.SentencePieceTrainer.train(
+                sentence_iterator=iter(source),
+                model_writer=model,
+                model_type="bpe",
+                vocab_size=vocab_size,
+                byte_fallback=True,
+                # The bytes take the rarest characters; in a small vocabulary a merge saves more than a piece for each.
+                character_coverage=0.9995,
+                normalization_rule_name="identity",
+                remove_extra_whitespaces=False,
+                allow_whitespace_only_pieces=True,
+                add_dummy_prefix=True,
+                unk_id=0,
+                bos_id=BOS_ID,
+                eos_id=2,
+                pad_id=-1,
+                input_sentence_size=SAMPLED_SENTENCES,
+                shuffle_input_sentence=True,
+                max_sentence_length=SENTENCE_BYTES,
+                num_threads=16,  # not the machine's count, so that no machine can learn other pieces
+                minloglevel=4,
+            )
+        except RuntimeError as error:
+            if source.error is not None:
+                raise source.error from None
+            raise TokenizerError(_training_failure(str(error), vocab_size)) from None
+        return cls(model.getvalue())
+
+    @classmethod
+    def from_bytes(cls, model: bytes) -> Self:
+        return cls(model)
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> Self:
+        try:
+            return cls(Path(path).read_bytes(), str(path))
+        except OSError as error:
+            raise TokenizerError(f"{path}: cannot be read as a tokenizer: {error}") from error
+
+    def to_bytes(self) -> bytes:
+        """The serialized SentencePiece model."""
+        return self._model
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self._text)
+
+    @property
+    def bos_id(self) -> int:
+        return BOS_ID
+
+    def encode(self, text: str) -> np.ndarray:
+        """uint16 [n]: BOS and the text's tokens. UnicodeEncodeError if `text` has half a surrogate pair."""
+        return self.encode_many([text])[0]
+
+    def encode_many(self, texts: Sequence[str], threads: int = 1) -> list[np.ndarray]:
+        """Each text as in :meth:`encode`, on `threads` threads."""
+        if not texts:
+            return []
+        encoded = self._processor.encode([text.encode() for text in texts], add_bos=True, num_threads=threads)
+        return [np.array(ids, dtype=np.uint16) for ids in encoded]
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """The text of `ids` [n]; the space in front of a text, at the start or after a control token, is left out.
+
+        Bytes that are not UTF-8 become U+FFFD. TokenizerError for an id outside the vocabulary.
+        """
+        ids = np.asarray(ids, dtype=np.int64)
+        if ids.size and not 0 <= ids.min() <= ids.max() < self.vocab_size:
+            raise TokenizerError(f"ids from {ids.min()} to {ids.max()}; allowed: 0 to {self.vocab_size - 1}")
+        starts_text = np.concatenate([[True], self.is_control[ids[:-1]]])[: ids.size]
+        cut = self.leading_space[ids] & starts_text
+        return b"".join(self._text[i][c:] for i, c in zip(ids.tolist(), cut.tolist(), strict=True)).decode(
+            errors="replace"
+        )
+
+    def target_bytes(self, tokens: np.ndarray) -> np.ndarray:
+        """Bytes of text of each target `tokens[1:]` given the token before it: [n] -> int64 [n - 1]."""
+        tokens = np.asarray(tokens)
+        previous, target = tokens[:-1], tokens[1:]
+        return self.piece_bytes[target] + (self.leading_space[target] & ~self.is_control[previous])
+
+
+class _Remembering:
+    """Iterate and keep the exception that ended it: SentencePiece turns it into a RuntimeError of its own."""
+
+    def __init__(self, items: Iterable[str]):
+        self._items = items
+        self.error: Exception | None = None
+
+    def __iter__(self) -> Iterator[str]:
+        try:
+            yield from self._items
+        except Exception as error:
+            self.error = error
+            raise
+
+
+def _sentences(documents: Iterable[Document]) -> Iterator[str]:
+    """Cut documents into training sentences: after the last line end that fits, else at a space, else anywhere.
+
+    Line ends stay inside a sentence, so that pieces like ':\\n' are learned.
+    """
+    for document in documents:
+        text = document.text.replace(UNKNOWN_MARK, "")
+        start = 0
+        while start < len(text):
+            stop = start + SENTENCE_CHARACTERS
+            if stop < len(text):
+                cut = text.rfind("\n", start, stop) + 1 or text.rfind(" ", start + 1, stop)
+                stop = cut if cut > start else stop
+            # SentencePiece puts a space in front of a sentence, as it stands in front of a text.
+            yield text[start:stop].removeprefix(" ")
+            start = stop
+
+
+def _piece_text(piece: str, is_byte: bool, is_control: bool) -> bytes:
+    if is_control:
+        return b""
+    return bytes([int(piece[3:5], 16)]) if is_byte else piece.replace(SPACE, " ").encode()
+
+
+def _training_failure(message: str, vocab_size: int) -> str:
+    """SentencePiece's message in terms of what to change."""
+    if most := re.search(r"value <= (\d+)", message):
+        return (
+            f"vocab_size={vocab_size} is too large for this text, which yields {most[1]} pieces; "
+            f"give more text or a vocab_size of at most {most[1]}"
+        )
+    if least := re.search(r"required_chars\. \d+ vs (\d+)", message):
+        return (
+            f"vocab_size={vocab_size} is too small for this text: its frequent characters, the 256 bytes and 3 control "
+            f"tokens need a vocab_size of at least {least[1]}"
+        )
+    if "!sentences_.empty()" in message:
+        return "there is no text to train the tokenizer on"
+    return f"SentencePiece could not train: {message}"
