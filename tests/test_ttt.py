@@ -1,0 +1,393 @@
+"""Adapting to documents: what is scored when, what a document may depend on, and what must be called LEAKY."""
+
+import csv
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import SMALL, randomized
+from klora.kernels import BOS, lora_adam_ref_
+from klora.model.config import ConfigError, preset
+from klora.ttt.adapters import AdapterLayout, AdapterPool
+from klora.ttt.documents import Document, chunk_windows
+from klora.ttt.protocols import LEAKY, TTTConfig, label, learning_rate
+from klora.ttt.results import DocumentResult, ScoreResult
+from klora.ttt.score import Interrupted, Journal, JournalError, fingerprint, score_documents
+from klora.ttt.scorer import ADAPTED, NOT_ADAPTED, PARTIAL, SHORT, BaseNll, Batch, Deadline, adapt_batch
+
+TTT = TTTConfig(chunk=16, window=64, min_tokens=32, lora_rank=2, head_rank=3, epochs=2, deadline=0.0, batch=4)
+
+
+def document(targets: int, seed: int = 0) -> Document:
+    tokens = np.random.default_rng(seed).integers(3, SMALL.vocab_size, targets + 1).astype(np.uint16)
+    tokens[0] = BOS
+    return Document(f"{seed}-{targets}", tokens, bytes=2 * targets)
+
+
+def score(documents, tmp_path, config=TTT, model=None, resume=False, **options) -> ScoreResult:
+    model = model or randomized()
+    journal = Journal(tmp_path / "journal.jsonl", fingerprint("artifact", documents, config, False), resume)
+    try:
+        return score_documents(model, documents, config, journal, **options)
+    finally:
+        journal.close()
+
+
+def adapted_nats(result: ScoreResult) -> list[float]:
+    return [d.adapted_nats for d in result.documents]
+
+
+def naive_score_first(model, doc: Document, config: TTTConfig) -> tuple[float, list[float]]:
+    """One document alone, chunk by chunk, with torch's own Adam: total nats and nats of each chunk."""
+    layout = AdapterLayout(model.config, config)
+    params = [
+        layout.initial(config.adapter_seed)[p.start : p.stop].view(1, *p.shape).to(model.embed.dtype).requires_grad_()
+        for p in layout.parts
+    ]
+    # torch.optim has one learning rate a tensor, so every row with a factor of its own is stepped as its own tensor.
+    factors = [p.group_lr for p in layout.parts]
+    pool = AdapterPool(model.config, config, 1, torch.device("cpu"), model.embed.dtype)
+    tokens = torch.from_numpy(doc.tokens.astype(np.int64))
+    chunks, state = [], {}
+    count = -(-doc.targets // config.chunk)
+    for j in range(count):
+        end = min((j + 1) * config.chunk, doc.targets)
+        start = max(0, end - config.window)
+        first = j * config.chunk
+        for step in range(config.steps_per_chunk):
+            for part, view in zip(params, pool._views(pool.params, 1), strict=True):
+                view.copy_(part.detach())
+            adapters, (head_a, head_b) = pool.adapters(1)
+            hidden = model.hidden(tokens[None, start:end], adapters)[0, first - start :]
+            z = hidden @ model.embed.T + hidden @ head_a[0].T @ head_b[0].T
+            logits = model.config.softcap * torch.tanh(z / model.config.softcap) / config.temperature
+            nll = -logits.log_softmax(-1).gather(1, tokens[first + 1 : end + 1, None])[:, 0]
+            if step == 0:
+                chunks.append(nll.sum().item())
+            if j == count - 1:
+                break
+            gradients = torch.autograd.grad(nll.mean(), pool._leaves)
+            for i, (part, gradient) in enumerate(zip(params, gradients, strict=True)):
+                m, v, t = state.get(i, (0.0, 0.0, 0))
+                m, v, t = (
+                    config.beta1 * m + (1 - config.beta1) * gradient,
+                    config.beta2 * v + (1 - config.beta2) * gradient**2,
+                    t + 1,
+                )
+                state[i] = (m, v, t)
+                rate = config.lr * factors[i]
+                if rate.numel() > 1:
+                    rate = rate.view(1, -1, *[1] * (part.ndim - 2))
+                update = (m / (1 - config.beta1**t)) / ((v / (1 - config.beta2**t)).sqrt() + config.eps)
+                part.data -= (rate * update).to(part.dtype)
+    return math.fsum(chunks), chunks
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("targets", [16, 40, 64, 150])
+def test_batched_scores_equal_one_document_alone_in_float64(tmp_path, steps, targets):
+    config = TTT.override({"steps_per_chunk": steps, "min_tokens": 2})
+    model = randomized(dtype=torch.float64)
+    documents = [document(targets), document(96, 1), document(33, 2)]
+    pool = AdapterPool(SMALL, config, 3, torch.device("cpu"), torch.float64)
+    ordered = sorted(documents, key=lambda d: -d.targets)
+    adapted = adapt_batch(model, pool, Batch(ordered, config, torch.device("cpu")), Deadline(0))
+    model.requires_grad_(False)
+    for row, doc in enumerate(ordered):
+        assert adapted.targets[row] == doc.targets
+        assert adapted.nats[row] == pytest.approx(naive_score_first(model, doc, config)[0], rel=1e-6)
+
+
+def test_scores_do_not_depend_on_batch_mates_order_or_batch_size(tmp_path):
+    documents = [document(n, n) for n in (40, 200, 64, 31, 150, 20, 90, 129)]
+    whole = adapted_nats(score(documents, tmp_path))
+    assert adapted_nats(score(documents[::-1], tmp_path))[::-1] == pytest.approx(whole, rel=1e-5)
+    for batch in (1, 3, 64):
+        again = score(documents, tmp_path, TTT.override({"batch": batch}))
+        assert adapted_nats(again) == pytest.approx(whole, rel=1e-5), batch
+    alone = [adapted_nats(score([doc], tmp_path))[0] for doc in documents]
+    assert alone == pytest.approx(whole, rel=1e-5)
+
+
+def test_scores_of_first_chunks_do_not_depend_on_the_text_after_them(tmp_path):
+    """Chunks 0 to 3 of two documents that share their first 64 targets, whatever follows and however long it is."""
+    config = TTT.override({"min_tokens": 2})
+    base = document(64, 5)
+    rng = np.random.default_rng(9)
+    sums = []
+    for extra in (0, 7, 80, 300):
+        tokens = np.concatenate([base.tokens, rng.integers(3, 300, extra).astype(np.uint16)])
+        chunks = naive_chunks(Document("x", tokens, 1), config)
+        sums.append(chunks[:4])
+    for other in sums[1:]:
+        assert other == pytest.approx(sums[0], rel=1e-5)
+
+
+def naive_chunks(doc: Document, config: TTTConfig) -> list[float]:
+    """Nats of each chunk as the scorer records them, read from its progress between two chunks."""
+    model = randomized().requires_grad_(False)
+    pool = AdapterPool(SMALL, config, 1, torch.device("cpu"))
+    totals, batch = [], Batch([doc], config, torch.device("cpu"))
+    stop_after = [0]
+    for stop_after[0] in range(1, batch.rounds + 1):
+        seen = [0]
+
+        def enough(seen=seen) -> bool:
+            seen[0] += 1
+            return seen[0] > stop_after[0]
+
+        totals.append(float(adapt_batch(model, pool, batch, Deadline(0), enough).nats[0]))
+    return list(np.diff([0.0, *totals]))
+
+
+def test_adaptation_learns_a_repeating_document(tmp_path):
+    tokens = np.tile(np.arange(10, 26, dtype=np.uint16), 40)
+    tokens[0] = BOS
+    result = score([Document("loop", tokens, 1000)], tmp_path, TTT.override({"steps_per_chunk": 4}))
+    assert result.documents[0].adapted_nats < 0.8 * result.documents[0].base_nats
+
+
+def test_a_chunk_is_recorded_before_any_update_has_seen_it(tmp_path):
+    """With a learning rate of zero, score_first is the base model at the temperature; chunk 0 is so at any rate."""
+    documents = [document(100), document(48, 1)]
+    frozen = score(documents, tmp_path, TTT.override({"lr": 0.0}))
+    for d in frozen.documents:
+        assert d.adapted_nats == pytest.approx(d.tempered_nats, rel=1e-5)
+    first = naive_chunks(document(100), TTT)[0]
+    huge = naive_chunks(document(100), TTT.override({"lr": 1.0}))[0]
+    assert first == pytest.approx(huge, rel=1e-6)
+
+
+def test_temperature_divides_the_logits(tmp_path):
+    """At a high temperature every token is equally likely: log V a token. A loss times T would grow with T instead."""
+    hot = score([document(64)], tmp_path, TTT.override({"temperature": 1e6, "lr": 0.0}))
+    assert hot.documents[0].adapted_nats == pytest.approx(64 * math.log(SMALL.vocab_size), rel=1e-4)
+
+
+def test_short_documents_are_left_to_the_base_model(tmp_path):
+    model = randomized()
+    result = score([document(30), document(31, 1), document(0, 2)], tmp_path, model=model)
+    short, long, empty = result.documents
+    assert (short.status, long.status, empty.status) == (SHORT, ADAPTED, SHORT)
+    tokens = torch.from_numpy(document(30).tokens.astype(np.int64))[None]
+    assert short.adapted_nats == short.base_nats == pytest.approx(model.nll(tokens[:, :-1], tokens[:, 1:]).sum().item())
+    assert empty.tokens == 0 and empty.adapted_nats == 0 and empty.adapted_bpb is None
+
+
+def test_every_target_is_scored_once_in_a_window_that_ends_with_its_chunk():
+    targets, offsets = np.array([150, 16, 33, 1]), np.array([0, 151, 168, 202])
+    windows = chunk_windows(targets, offsets, chunk=16, window=64)
+    scored = np.concatenate(
+        [np.arange(s + f, s + n) + 1 for s, n, f in zip(windows.start, windows.length, windows.first, strict=True)]
+    )
+    expected = np.concatenate([np.arange(o + 1, o + 1 + n) for o, n in zip(offsets, targets, strict=True)])
+    assert sorted(scored) == sorted(expected)
+    assert windows.length.max() == 64
+    assert (windows.length[:4] == [16, 32, 48, 64]).all()
+
+
+@torch.no_grad()
+def test_base_model_sees_the_same_windows_as_the_adapted_one():
+    model, docs = randomized(), [document(150, 3), document(70, 4)]
+    base = BaseNll(model, docs, TTT)
+    for index, doc in enumerate(docs):
+        tokens = torch.from_numpy(doc.tokens.astype(np.int64))[None]
+        nats = 0.0
+        for first in range(0, doc.targets, TTT.chunk):
+            end = min(first + TTT.chunk, doc.targets)
+            start = max(0, end - TTT.window)
+            nats += model.nll(tokens[:, start:end], tokens[:, start + 1 : end + 1])[0, first - start :].sum().item()
+        assert base.of(index)[0] == pytest.approx(nats, rel=1e-6)
+        assert base.of(index, doc.targets) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize("protocol", ["multi_epoch", "min_nll"])
+def test_leaky_protocols_leak_and_say_so_everywhere(tmp_path, protocol):
+    documents = [document(n, n) for n in (100, 64, 40)]
+    honest = score(documents, tmp_path)
+    leaky = score(documents, tmp_path, TTT.override({"protocol": protocol, "epochs": 6, "lr": 0.02}))
+    for fair, unfair in zip(honest.documents, leaky.documents, strict=True):
+        assert unfair.adapted_nats < fair.adapted_nats  # random tokens hold nothing to learn but themselves
+    leaky.write(tmp_path)
+    stored = json.loads((tmp_path / "score.json").read_text())
+    assert stored["label"] == LEAKY and stored["valid_score"] is False and LEAKY in stored["protocol_label"]
+    with open(tmp_path / "documents.csv") as file:
+        assert f"adapted_bpb_{LEAKY}" in next(csv.reader(file))
+    honest.write(tmp_path)
+    assert LEAKY not in (tmp_path / "documents.csv").read_text()
+    stored = json.loads((tmp_path / "score.json").read_text())
+    assert stored["valid_score"] is True and "label" not in stored
+
+
+def test_min_nll_keeps_each_documents_best_pass(tmp_path):
+    documents = [document(n, n) for n in (100, 64, 40)]
+    overrides = {"epochs": 4, "lr": 0.5}
+    best = score(documents, tmp_path, TTT.override({"protocol": "min_nll", **overrides})).documents
+    last = score(documents, tmp_path, TTT.override({"protocol": "multi_epoch", **overrides})).documents
+    for b, e in zip(best, last, strict=True):
+        assert b.adapted_nats <= e.adapted_nats * (1 + 1e-6)
+        assert e.kept_pass == 3
+    assert any(b.kept_pass != 3 for b in best)
+
+
+def test_learning_rate_depends_on_the_documents_own_steps_alone():
+    chunks = torch.tensor([9, 3])
+    constant = learning_rate(TTT, torch.tensor([0, 5]), chunks)
+    assert constant.tolist() == pytest.approx([0.01, 0.01])
+    leaky = TTT.override({"protocol": "multi_epoch", "epochs": 3})
+    first = learning_rate(leaky, torch.tensor([0, 0]), chunks)
+    last = learning_rate(leaky, torch.tensor([3 * 8 - 1, 3 * 2 - 1]), chunks)
+    assert first.tolist() == pytest.approx([0.01, 0.01])
+    assert last.tolist() == pytest.approx([0.001, 0.001])
+    alone = learning_rate(leaky, torch.tensor([2]), chunks[1:])
+    assert alone[0] == learning_rate(leaky, torch.tensor([7, 2]), chunks)[1]
+
+
+def test_deadline_leaves_the_rest_to_the_base_model_and_says_which(tmp_path):
+    documents = [document(n, n) for n in (200, 180, 160, 140, 120, 20)]
+    steps = [0]
+
+    class AfterSteps(Deadline):
+        def passed(self) -> bool:
+            steps[0] += 1
+            return steps[0] > 6
+
+    config = TTT.override({"batch": 2})
+    import klora.ttt.score as module
+
+    original, module.Deadline = module.Deadline, AfterSteps
+    try:
+        result = score(documents, tmp_path, config)
+    finally:
+        module.Deadline = original
+    assert [d.status for d in result.documents] == [PARTIAL, PARTIAL, NOT_ADAPTED, NOT_ADAPTED, NOT_ADAPTED, SHORT]
+    full = score(documents, tmp_path, config)
+    for d in result.documents[2:5]:
+        assert d.adapted_nats == d.base_nats
+    for part, whole in zip(result.documents[:2], full.documents[:2], strict=True):
+        assert part.adapted_nats != whole.adapted_nats and part.adapted_nats != part.base_nats
+    assert result.totals()["by_status"] == {PARTIAL: 2, NOT_ADAPTED: 3, SHORT: 1}
+
+
+@pytest.mark.parametrize("protocol", ["multi_epoch", "min_nll"])
+def test_deadline_counts_only_documents_whose_last_pass_ended(protocol):
+    config = TTT.override({"protocol": protocol, "epochs": 2})
+    ordered = [document(100), document(40, 1)]
+    batch = Batch(ordered, config, torch.device("cpu"))
+    pool = AdapterPool(SMALL, config, 2, torch.device("cpu"))
+    model = randomized().requires_grad_(False)
+    calls = [0]
+
+    def after(count):
+        calls[0] += 1
+        return calls[0] > count
+
+    first_pass = adapt_batch(model, pool, batch, Deadline(0), lambda: after(5))
+    assert first_pass.targets.tolist() == [0, 0]
+    calls[0] = 0
+    second_pass = adapt_batch(model, pool, batch, Deadline(0), lambda: after(batch.rounds + 3))
+    assert second_pass.targets.tolist() == [0, 40]
+
+
+def test_an_interrupted_run_goes_on_and_gives_the_same_scores(tmp_path):
+    documents = [document(n, n) for n in (200, 180, 160, 140, 120, 20, 10)]
+    config = TTT.override({"batch": 2})
+    whole = score(documents, tmp_path, config)
+    calls = [0]
+
+    def stop() -> bool:
+        calls[0] += 1
+        return calls[0] > 16
+
+    with pytest.raises(Interrupted) as interrupted:
+        score(documents, tmp_path, config, should_stop=stop)
+    assert 2 < interrupted.value.done < len(documents)
+    with open(tmp_path / "journal.jsonl", "a") as file:
+        file.write('{"index": 3, "name": "torn')
+    seen = []
+    resumed = score(documents, tmp_path, config, resume=True, progress=lambda phase, done, total: seen.append(total))
+    assert adapted_nats(resumed) == pytest.approx(adapted_nats(whole), rel=1e-6)
+    assert [d.name for d in resumed.documents] == [d.name for d in documents]
+    assert max(seen) < sum(d.targets for d in documents if d.targets >= 31)
+
+
+def test_a_journal_of_another_run_is_refused(tmp_path):
+    score([document(40)], tmp_path)
+    with pytest.raises(JournalError, match="belongs to a run with another artifact"):
+        score([document(40)], tmp_path, TTT.override({"lr": 0.5}), resume=True)
+    assert score([document(40)], tmp_path, TTT.override({"batch": 7}), resume=True).documents[0].status == ADAPTED
+
+
+def test_adapters_have_the_size_and_the_start_that_the_design_gives():
+    config = preset("seed").model
+    layout = AdapterLayout(config, TTTConfig())
+    assert layout.size == 234_496
+    row = layout.initial(0)
+    bound = 1 / math.sqrt(512)
+    for part in layout.parts:
+        values = row[part.start : part.stop]
+        if part.is_lora_a:
+            assert values.abs().max() <= bound and values.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.1)
+        else:
+            assert not values.any()
+    factors = layout.group_lr()
+    block, head = layout.parts[:3], layout.parts[-2:]
+    assert factors[block[0].start : block[0].stop].unique(sorted=False).sort().values.tolist() == pytest.approx(
+        [0.3, 0.5, 1.5]
+    )
+    b_rows = factors[block[1].start : block[1].stop].view(1024, 8)
+    assert (b_rows[:512] == 0.5).all() and (b_rows[512:768] == 0.3).all() and (b_rows[768:] == 1.5).all()
+    assert (factors[block[2].start : block[2].stop] == 3.0).all()
+    assert (factors[head[0].start : head[1].stop] == 2.0).all()
+
+
+def test_adam_is_torchs_adam_and_leaves_other_slots_alone():
+    torch.manual_seed(0)
+    params, lr = torch.randn(3, 50, dtype=torch.float64), torch.tensor([0.1, 0.2, 0.3], dtype=torch.float64)
+    factor = torch.rand(50, dtype=torch.float64)
+    m, v, step = torch.zeros_like(params), torch.zeros_like(params), torch.zeros(3, dtype=torch.int64)
+    twins = [torch.nn.Parameter(params[s, i : i + 1].clone()) for s in (0, 2) for i in range(50)]
+    groups = [{"params": [p], "lr": float(lr[(0, 2)[n // 50]] * factor[n % 50])} for n, p in enumerate(twins)]
+    adam = torch.optim.Adam(groups, betas=(0.9, 0.95), eps=1e-10)
+    untouched = params[1].clone()
+    for _ in range(50):
+        grads = torch.randn(3, 50, dtype=torch.float64)
+        for n, p in enumerate(twins):
+            p.grad = grads[(0, 2)[n // 50], n % 50].view(1).clone()
+        adam.step()
+        lora_adam_ref_(params, grads, m, v, step, lr, factor, torch.tensor([0, 2]))
+    torch.testing.assert_close(params[[0, 2]].flatten(), torch.cat(list(twins)).detach(), rtol=1e-9, atol=1e-12)
+    assert torch.equal(params[1], untouched) and step.tolist() == [50, 0, 50]
+    assert not m[1].any() and not v[1].any()
+
+
+def test_documents_that_have_ended_take_no_more_adam_steps():
+    pool = AdapterPool(SMALL, TTT, 2, torch.device("cpu"))
+    model = randomized().requires_grad_(False)
+    adapt_batch(model, pool, Batch([document(100), document(40, 1)], TTT, torch.device("cpu")), Deadline(0))
+    assert pool.step.tolist() == [6, 2]  # 7 and 3 chunks; the last one is scored only
+
+
+def test_totals_are_float64_sums_over_bytes():
+    documents = [
+        DocumentResult("a", 10, 20, ADAPTED, base_nats=14.0, tempered_nats=13.5, adapted_nats=12.0, prequant_nats=13.0),
+        DocumentResult("b", 5, 10, SHORT, base_nats=7.0, tempered_nats=7.0, adapted_nats=7.0, prequant_nats=6.0),
+        DocumentResult("empty", 0, 0, SHORT, 0.0, 0.0, 0.0, 0.0),
+    ]
+    totals = ScoreResult(documents, TTT, {}).totals()
+    assert totals["base_bpb"] == 21.0 / math.log(2) / 30
+    assert totals["adapted_bpb"] == 19.0 / math.log(2) / 30
+    assert totals["prequant_bpb"] == 19.0 / math.log(2) / 30
+    assert totals["base_bpb_at_temperature"] == 20.5 / math.log(2) / 30
+    assert totals["documents"] == 3 and totals["bytes"] == 30
+
+
+def test_config_refuses_what_cannot_be():
+    with pytest.raises(ConfigError, match="chunk=2048 is not possible; allowed: at most window=1024"):
+        TTTConfig().override({"chunk": "2048"})
+    with pytest.raises(ConfigError, match="protocol='best' is not possible; allowed: one of score_first"):
+        TTTConfig(protocol="best")
+    assert TTTConfig().protocol == "score_first" and label("score_first") == "score_first"
+    assert label("min_nll") == "min_nll (LEAKY)"

@@ -1,0 +1,74 @@
+"""Documents as the scorer takes them, and the windows in which their targets are scored.
+
+A document is BOS followed by its tokens; its targets are the tokens after BOS, each counted once. Targets are cut into
+chunks of `chunk`; chunk j is scored inside a window of up to `window` tokens that ends where the chunk ends.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..model.corpus import Document as TextDocument
+from ..model.tokenizer import Tokenizer
+
+ENCODE_BATCH = 256
+"""Texts tokenized at a time: bounds memory and feeds the tokenizer's threads."""
+
+
+@dataclass(frozen=True)
+class Document:
+    """One document to score: uint16 `tokens` [n + 1] of which the first is BOS, and the UTF-8 bytes of its text."""
+
+    name: str
+    tokens: np.ndarray
+    bytes: int
+
+    @property
+    def targets(self) -> int:
+        return len(self.tokens) - 1
+
+
+def documents_from_texts(texts: Iterable[TextDocument], tokenizer: Tokenizer, threads: int = 2) -> Iterator[Document]:
+    """Tokenize texts as they come; bytes by the tokenizer's rule."""
+    batch: list[TextDocument] = []
+
+    def encoded() -> Iterator[Document]:
+        tokens = tokenizer.encode_many([document.text for document in batch], threads)
+        for document, ids in zip(batch, tokens, strict=True):
+            yield from documents_from_tokens([(document.name, ids)], tokenizer)
+
+    for text in texts:
+        batch.append(text)
+        if len(batch) == ENCODE_BATCH:
+            yield from encoded()
+            batch.clear()
+    yield from encoded()
+
+
+def documents_from_tokens(pairs: Iterable[tuple[str, np.ndarray]], tokenizer: Tokenizer) -> Iterator[Document]:
+    """Documents from (name, tokens that start with BOS), as a token stream gives them."""
+    for name, tokens in pairs:
+        yield Document(name, tokens, int(tokenizer.target_bytes(tokens).sum()))
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Windows over one concatenation of documents; int64 arrays of one entry a window.
+
+    Inputs are tokens[start : start + length]; the targets scored are those that follow inputs `first` to `length` - 1.
+    """
+
+    start: np.ndarray
+    length: np.ndarray
+    first: np.ndarray
+
+
+def chunk_windows(targets: np.ndarray, offsets: np.ndarray, chunk: int, window: int) -> Windows:
+    """Windows of every chunk of documents with `targets` targets whose BOS lies at `offsets` in the concatenation."""
+    counts = -(-targets // chunk)
+    document = np.repeat(np.arange(len(targets)), counts)
+    index = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+    end = np.minimum((index + 1) * chunk, targets[document])
+    start = np.maximum(end - window, 0)
+    return Windows(offsets[document] + start, end - start, index * chunk - start)

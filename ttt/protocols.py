@@ -1,0 +1,86 @@
+"""How a document is adapted and which numbers may be called its score.
+
+| protocol | passes | what is recorded | valid score? |
+|---|---|---|---|
+| score_first | one | a chunk's loss before any update that has seen it | yes |
+| multi_epoch | `epochs` | the last pass: its weights were trained on the same targets | no, LEAKY |
+| min_nll | `epochs` | each document's best pass: hindsight on top of that | no, LEAKY |
+
+The leaky two exist to reproduce earlier work and to show what a leak is worth. Whatever prints or stores their result
+goes through :func:`label`.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..model.config import Settings, setting
+
+SCORE_FIRST, MULTI_EPOCH, MIN_NLL = "score_first", "multi_epoch", "min_nll"
+LEAKY = "LEAKY"
+LEAK_WARNING = (
+    "LEAKY: these bits per byte come from weights that were trained on the very targets they score. "
+    "They are not a valid score and must not be reported as one; use score_first."
+)
+
+
+@dataclass(frozen=True)
+class TTTConfig(Settings):
+    """Test-time training: what is adapted, with which steps, and how it is scored."""
+
+    protocol: str = setting(
+        SCORE_FIRST, "multi_epoch and min_nll are LEAKY", choices=(SCORE_FIRST, MULTI_EPOCH, MIN_NLL)
+    )
+    epochs: int = setting(6, "passes over a document in the leaky protocols", at_least=1)
+    steps_per_chunk: int = setting(1, "Adam steps on a chunk once it is scored", at_least=1, at_most=64)
+    chunk: int = setting(256, "targets a chunk", at_least=1)
+    window: int = setting(1024, "most tokens a chunk is scored in, itself included", at_least=1)
+    min_tokens: int = setting(512, "documents of fewer tokens (BOS counts) are left to the base model", at_least=2)
+    lora_rank: int = setting(8, "rank of the LoRA on Q, K and V", at_least=1, at_most=64)
+    head_rank: int = setting(16, "rank of the LoRA on the head", at_least=1, at_most=64)
+    lr: float = setting(0.01, "Adam learning rate", at_least=0.0)
+    head_lr: float = setting(2.0, "multiplies lr for the head's LoRA", at_least=0.0)
+    q_lr: float = setting(0.5, "multiplies lr for the LoRA on Q", at_least=0.0)
+    k_lr: float = setting(0.3, "multiplies lr for the LoRA on K", at_least=0.0)
+    v_lr: float = setting(1.5, "multiplies lr for the LoRA on V", at_least=0.0)
+    bias_lr: float = setting(3.0, "multiplies lr for the biases", at_least=0.0)
+    lr_floor: float = setting(0.1, "the leaky protocols' cosine ends at this share of lr", at_least=0.0, at_most=1.0)
+    beta1: float = setting(0.9, "Adam beta 1", at_least=0.0, below=1.0)
+    beta2: float = setting(0.95, "Adam beta 2", at_least=0.0, below=1.0)
+    eps: float = setting(1e-10, "Adam epsilon", above=0.0)
+    temperature: float = setting(0.98, "divides the logits of adapted documents", above=0.0)
+    batch: int = setting(64, "documents adapted side by side", at_least=1)
+    deadline: float = setting(550.0, "seconds of scoring after which nothing more is adapted; 0: none", at_least=0.0)
+    adapter_seed: int = setting(0, "seed of the adapters' initial state, the same for every document", at_least=0)
+
+    def check(self):
+        self.require(self.chunk <= self.window, "chunk", f"at most window={self.window}")
+
+    @property
+    def is_leaky(self) -> bool:
+        return self.protocol != SCORE_FIRST
+
+    @property
+    def passes(self) -> int:
+        return self.epochs if self.is_leaky else 1
+
+
+def label(protocol: str) -> str:
+    """The protocol's name as it is shown to people: `score_first`, or `min_nll (LEAKY)`."""
+    return protocol if protocol == SCORE_FIRST else f"{protocol} ({LEAKY})"
+
+
+def learning_rate(config: TTTConfig, step: Tensor, chunks: Tensor) -> Tensor:
+    """Learning rate of each document's next Adam step; `step` int [B] counts those taken, `chunks` int [B] its chunks.
+
+    score_first: constant, so that it depends on nothing later than the chunk. Leaky protocols: a cosine from lr to
+    lr_floor * lr over that document's own steps, whatever its batch mates are.
+    """
+    if not config.is_leaky:
+        return torch.full(step.shape, config.lr, device=step.device)
+    last = (config.epochs * config.steps_per_chunk * (chunks - 1) - 1).clamp(min=1)
+    share = (step / last).clamp(max=1.0)
+    cosine = 0.5 * (1 + torch.cos(math.pi * share))
+    return config.lr * (config.lr_floor + (1 - config.lr_floor) * cosine)

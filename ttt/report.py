@@ -1,0 +1,350 @@
+"""report.html and report.png: one scoring run on one page that needs nothing beside itself.
+
+The page says what was measured (bits per byte before quantisation, after it, and adapted), where the gain comes from,
+what the deadline left out, and on which run. A leaky protocol's page says LEAKY in its banner, its title, its picture
+and at every adapted number.
+"""
+
+import base64
+import json
+import math
+from collections.abc import Iterable, Sequence
+from html import escape
+from io import BytesIO
+from pathlib import Path
+from string import Template
+from typing import Any
+
+import numpy as np
+
+from ..model.storage import write_bytes, write_text
+from .protocols import LEAK_WARNING, LEAKY, label
+from .results import DocumentResult, ScoreResult
+from .scorer import ADAPTED, NOT_ADAPTED, PARTIAL, SHORT
+
+TABLE_ROWS, BAR_ROWS, LISTED = 10, 6, 20
+"""Most rows of each table of documents, most bars of each sign in the picture, most names the deadline's list gives."""
+
+WHY_VALID = (
+    "Valid score: every chunk's loss is recorded before any update that has seen the chunk, and the learning rate "
+    "depends on nothing later, so that no target is scored by weights that were trained on it."
+)
+GREY, BLUE, GREEN, RED = "#8c8c8c", "#4c72b0", "#55a868", "#c44e52"
+
+PAGE = Template("""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<title>$title</title>
+<style>
+:root { color-scheme: light dark; --ink: #1c1e21; --soft: #5f6670; --page: #fff; --card: #f3f4f6; --line: #d8dbe0; }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e6e8eb; --soft: #a2a9b3; --page: #16181c; --card: #22252b; --line: #3a3f47; }
+}
+body { margin: 0 auto; max-width: 62rem; padding: 1rem; color: var(--ink); background: var(--page);
+  font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
+h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
+.leak { background: #b3261e; color: #fff; padding: 1rem; border-radius: .5rem; font-weight: 600; }
+.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(13rem, 1fr)); gap: .75rem; }
+.card { background: var(--card); border-radius: .5rem; padding: .75rem 1rem; }
+.card b { display: block; font-size: 1.9rem; line-height: 1.3; font-variant-numeric: tabular-nums; }
+.card .none { font-size: 1.2rem; } code { white-space: nowrap; } .card small, .note { color: var(--soft); }
+.wide { overflow-x: auto; } .wide img { width: 100%; min-width: 44rem; border-radius: .5rem; }
+table { border-collapse: collapse; width: 100%; }
+th, td { text-align: left; padding: .3rem .6rem; border-bottom: 1px solid var(--line); vertical-align: top; }
+.numbers :not(:first-child) { text-align: right; overflow-wrap: normal; font-variant-numeric: tabular-nums; }
+td:first-child { min-width: 7rem; }
+summary { cursor: pointer; font-size: 1.15rem; font-weight: 600; margin: 2rem 0 1rem; }
+</style>
+</head>
+<body>
+$banner<h1>$heading</h1>
+<p>$about</p>
+<div class="cards">$cards</div>
+<ul>$differences</ul>
+<div class="wide"><img alt="$alt" src="data:image/png;base64,$picture"></div>
+<h2>Documents that gained most</h2>$gained
+<h2>Documents that lost most</h2>$lost
+<h2>Counts</h2>$counts$left_out
+<h2>Time</h2>$seconds
+<h2>Run</h2>$facts
+<details><summary>Every setting of the test-time training</summary>$config</details>
+</body>
+</html>
+""")
+
+
+def write_report(result: ScoreResult, folder: Path) -> tuple[Path, Path]:
+    """Write report.html and report.png into `folder`, each atomically, and return their paths."""
+    page, picture = Path(folder) / "report.html", Path(folder) / "report.png"
+    png = _draw(result)
+    write_bytes(picture, png)
+    write_text(page, _page(result, png))
+    return page, picture
+
+
+def _page(result: ScoreResult, png: bytes) -> str:
+    config, totals, leak = result.config, result.totals(), _leak(result)
+    before, base, adapted = (totals[name] for name in ("prequant_bpb", "base_bpb", "adapted_bpb"))
+    cards = [
+        ("before quantisation", before, "give the run's folder to measure it: <code>--prequant RUN</code>"),
+        ("after quantisation", base, "no scored document has text"),
+        (f"adapted{leak}", adapted, "no scored document has text"),
+    ]
+    heading = f"Bits per byte under {label(config.protocol)}"
+    return PAGE.substitute(
+        title=escape(f"klora report: {label(config.protocol)}"),
+        banner=f'<p class="leak" role="alert">{escape(LEAK_WARNING)}</p>\n' if config.is_leaky else "",
+        heading=escape(heading),
+        about=escape("Lower is better." if config.is_leaky else f"Lower is better. {WHY_VALID}"),
+        cards="\n".join(_card(*card) for card in cards),
+        differences=_differences(result, totals),
+        alt=escape(f"{heading}: the three numbers, the gain by document length, the largest gains and losses"),
+        picture=base64.b64encode(png).decode(),
+        gained=_documents_table(result, _most(result.documents, gained=True)[:TABLE_ROWS]),
+        lost=_documents_table(result, _most(result.documents, gained=False)[:TABLE_ROWS]),
+        counts=_counts(result),
+        left_out=_left_out(result),
+        seconds=_time(result),
+        facts=_table(("fact", "value"), _flat(result.facts)),
+        config=_table(("setting", "value"), _flat({**config.to_dict(), "protocol": label(config.protocol)})),
+    )
+
+
+def _card(name: str, value: float | None, missing: str) -> str:
+    number = '<b class="none">not measured</b>' if value is None else f"<b>{value:.4f}</b>"
+    return f'<div class="card">{name}{number}<small>{missing if value is None else "bits per byte"}</small></div>'
+
+
+def _differences(result: ScoreResult, totals: dict[str, Any]) -> str:
+    """List items: what quantisation costs, what adaptation gains, and the part of it that the temperature explains."""
+    base, leak = totals["base_bpb"], _leak(result)
+    gap = _minus(base, totals["prequant_bpb"])
+    gain, heat = _minus(base, totals["adapted_bpb"]), _minus(base, totals["base_bpb_at_temperature"])
+    left_out = any(d.status in (PARTIAL, NOT_ADAPTED) for d in result.documents)
+    share = ", part of it in documents that the deadline left out" if left_out else ""
+    if not left_out and gain is not None and gain > 0 and heat > 0:
+        share = f", {heat / gain:.0%} of the gain{leak}"
+    items = [
+        f"Quantisation gap (after - before): {_signed(gap)}",
+        f"Gain by adaptation{leak} (after quantisation - adapted; positive is better): {_signed(gain)}",
+        f"Temperature alone (logits / {result.config.temperature:g} on documents long enough to adapt, nothing "
+        f"adapted): {_signed(heat)}{share}",
+    ]
+    return "\n".join(f"<li>{escape(item)}</li>" for item in items)
+
+
+def _documents_table(result: ScoreResult, documents: Sequence[DocumentResult]) -> str:
+    leak = _leak(result)
+    rows = [
+        (_name(d.name, 120), f"{d.tokens:,}", f"{d.base_bpb:.4f}", f"{d.adapted_bpb:.4f}", _signed(_gain(d)))
+        for d in documents
+    ]
+    return _table(("document", "tokens", "base BPB", f"adapted BPB{leak}", f"gain{leak}"), rows)
+
+
+def _counts(result: ScoreResult) -> str:
+    """Documents, tokens and bytes of every status, and of all."""
+    groups = {s: [d for d in result.documents if d.status == s] for s in (SHORT, ADAPTED, PARTIAL, NOT_ADAPTED)}
+    rows = [
+        (status, f"{len(group):,}", f"{sum(d.tokens for d in group):,}", f"{sum(d.bytes for d in group):,}")
+        for status, group in {**groups, "all": result.documents}.items()
+    ]
+    return _table(("documents", "number", "tokens", "bytes"), rows)
+
+
+def _left_out(result: ScoreResult) -> str:
+    """Names of the documents that the deadline kept from being adapted; nothing where there are none."""
+    parts = []
+    for status, note in ((NOT_ADAPTED, "the base model's score counts"), (PARTIAL, "the base model scored the rest")):
+        names = [d.name for d in result.documents if d.status == status]
+        if names:
+            listed = ", ".join(f"<bdi>{escape(_name(name, 120))}</bdi>" for name in names[:LISTED])
+            more = f" and {len(names) - LISTED:,} more" if len(names) > LISTED else ""
+            parts.append(f"<p><b>{escape(status)}</b>, {note}: {listed}{more}</p>")
+    return "\n".join(parts)
+
+
+def _time(result: ScoreResult) -> str:
+    rows = [(f"{phase} (s)", f"{seconds:,.2f}") for phase, seconds in result.seconds.items()]
+    tokens = sum(d.tokens for d in result.documents if d.status == ADAPTED)
+    if result.seconds.get("adapt") and tokens:
+        passes = f", {result.config.passes} passes, each token counted once" if result.config.passes > 1 else ""
+        rate = f"{tokens / result.seconds['adapt']:,.0f}"
+        rows.append((f"tokens/s of the adapt phase (wholly adapted documents{passes})", rate))
+    return _table(("phase", "value"), rows)
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """An HTML table of escaped text; all columns but the first hold numbers, unless they are headed `value`."""
+    lines = [("th", head), *(("td", row) for row in rows)]
+    if len(lines) == 1:
+        return '<p class="note">none</p>'
+    body = "\n".join(
+        "<tr>" + "".join(f"<{tag}><bdi>{escape(cell)}</bdi></{tag}>" for cell in cells) + "</tr>"
+        for tag, cells in lines
+    )
+    kind = "texts" if head[1] == "value" else "numbers"
+    return f'<div class="wide"><table class="{kind}">\n{body}\n</table></div>'
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """(dotted name, text) of JSON values, nested objects opened."""
+    rows = []
+    for key, value in values.items():
+        if isinstance(value, dict):
+            rows += _flat(value, f"{prefix}{key}.")
+        else:
+            text = value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
+            rows.append((_clean(f"{prefix}{key}"), _clean(text)))
+    return rows
+
+
+def _draw(result: ScoreResult) -> bytes:
+    """The picture as PNG, 1800 pixels wide."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 9), layout="constrained", facecolor="white")
+    figure.get_layout_engine().set(w_pad=0.15, h_pad=0.15)
+    colour = RED if result.config.is_leaky else "black"
+    figure.suptitle(f"klora: {label(result.config.protocol)}", fontsize=16, weight="bold", color=colour)
+    top, bottom = figure.subfigures(2, 1, height_ratios=(1.1, 1))
+    left, right = top.subplots(1, 2, width_ratios=(1, 1.5))
+    _draw_totals(left, result)
+    _draw_gains(right, result)
+    _draw_extremes(bottom.subplots(), result)
+    png = BytesIO()
+    figure.savefig(png, format="png", dpi=150)
+    return png.getvalue()
+
+
+def _draw_totals(axes, result: ScoreResult) -> None:
+    """Bars from zero, the values and the differences to the bar before written above them."""
+    totals, leak = result.totals(), _leak(result)
+    values = [totals[name] for name in ("prequant_bpb", "base_bpb", "adapted_bpb")]
+    drawn = [value if value is not None and math.isfinite(value) else 0.0 for value in values]
+    axes.bar(range(3), drawn, color=(GREY, BLUE, RED if leak else GREEN), width=0.6)
+    for i, value in enumerate(values):
+        text = "not\nmeasured" if value is None else f"{value:.4f}"
+        step = _minus(value, values[i - 1]) if i else None
+        if step is not None:
+            text += f"\n({_signed(step)})"
+        axes.annotate(text, (i, drawn[i]), (0, 3), textcoords="offset points", ha="center", va="bottom", fontsize=11)
+    names = ("before\nquantisation", "after\nquantisation", f"adapted\n{leak.strip()}".strip())
+    axes.set_xticks(range(3), names, fontsize=11)
+    axes.set_xlabel("in brackets: difference to the bar on the left", fontsize=11)
+    axes.set_ylim(0, max(drawn) * 1.25 or 1.0)
+    axes.set_title("bits per byte (lower is better)", fontsize=12)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _draw_gains(axes, result: ScoreResult) -> None:
+    """Gain against length, a dot a document, and the token-weighted mean of length bins."""
+    plotted = [d for d in result.documents if d.tokens and _gain(d) is not None]
+    short = sum(d.status == SHORT for d in result.documents)
+    other = len(result.documents) - short - len(plotted)
+    note = f"not plotted: {short:,} short" + (f", {other:,} not adapted or without text" if other else "")
+    axes.set_xlabel(f"document length (tokens, log scale)\n{note}", fontsize=11)
+    axes.set_title(f"gain by adaptation{_leak(result)}: base BPB - adapted BPB", fontsize=12)
+    axes.axhline(0, color="black", linewidth=0.8)
+    if not plotted:
+        _say_empty(axes, "no adapted documents")
+        return
+    tokens = np.array([d.tokens for d in plotted], np.float64)
+    gains = np.array([_gain(d) for d in plotted])
+    axes.scatter(tokens, gains, s=14, alpha=0.5 if len(plotted) < 1000 else 0.2, color=BLUE, linewidths=0)
+    count = int(np.clip(math.isqrt(len(plotted)), 1, 12))
+    edges = np.geomspace(tokens.min(), tokens.max() * 1.001, count + 1)[1:-1]
+    bins = np.digitize(tokens, edges)
+    weight = np.bincount(bins, tokens, count)
+    filled = weight > 0
+    mean = np.bincount(bins, tokens * gains, count)[filled] / weight[filled]
+    # A bin's mark stands at the weighted mean of its documents' log lengths, not at its middle: bins can be wide.
+    length = np.exp(np.bincount(bins, tokens * np.log(tokens), count)[filled] / weight[filled])
+    line = axes.plot(length, mean, "o-", color="#dd8452", markersize=5, label="token-weighted mean of length bins")
+    # 1.6 to either side: wide enough for at least one tick at 1, 2 or 5 times a power of ten, whatever the lengths.
+    axes.set_xlim(tokens.min() / 1.6, tokens.max() * 1.6)
+    axes.set_xscale("log")
+    axes.xaxis.get_major_locator().set_params(subs=(1, 2, 5) if tokens.max() < 200 * tokens.min() else (1,))
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.minorticks_off()
+    low, high = axes.get_ylim()
+    axes.set_ylim(low, high + 0.15 * (high - low))  # room for the legend above every dot
+    axes.grid(alpha=0.3)
+    axes.legend(handles=line, loc="upper right", framealpha=0.8)
+
+
+def _draw_extremes(axes, result: ScoreResult) -> None:
+    """Horizontal bars of the documents that gained most, and below them of those that lost most."""
+    gained, lost = (_most(result.documents, gained)[:BAR_ROWS] for gained in (True, False))
+    shown = [*gained, *reversed(lost)]
+    axes.set_title(f"documents that gained and lost most{_leak(result)}: base BPB - adapted BPB", fontsize=12)
+    if not shown:
+        _say_empty(axes, "no document gained or lost")
+        return
+    gains = [_gain(d) for d in shown]
+    bars = axes.barh(range(len(shown)), gains, color=[GREEN if gain > 0 else RED for gain in gains], height=0.7)
+    axes.bar_label(bars, [_signed(gain) for gain in gains], padding=4)
+    # Names are not ours: no dollar of theirs starts a formula.
+    axes.set_yticks(range(len(shown)), _drawable([_name(d.name, 44) for d in shown]), parse_math=False)
+    axes.set_ylim(max(len(shown), 4) - 0.5, -0.5)
+    axes.axvline(0, color="black", linewidth=0.8)
+    axes.margins(x=0.12)
+    axes.grid(axis="x", alpha=0.3)
+    axes.set_axisbelow(True)
+    axes.tick_params(axis="y", length=0)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+
+
+def _say_empty(axes, text: str) -> None:
+    axes.text(0.5, 0.55, text, transform=axes.transAxes, ha="center", va="center", color=GREY, fontsize=13)
+    axes.set_xticks([])
+    axes.set_yticks([])
+
+
+def _drawable(texts: Sequence[str]) -> list[str]:
+    """`texts` with a question mark for every character that the picture's font lacks, such as emoji."""
+    from matplotlib.font_manager import FontProperties, findfont, get_font
+
+    glyphs = get_font(findfont(FontProperties())).get_charmap()
+    return ["".join(c if ord(c) in glyphs else "?" for c in text) for text in texts]
+
+
+def _most(documents: Iterable[DocumentResult], gained: bool) -> list[DocumentResult]:
+    """Adapted documents that gained (or lost) anything, the most first."""
+    sign = -1 if gained else 1
+    kept = [d for d in documents if (_gain(d) or 0.0) * sign < 0]
+    return sorted(kept, key=lambda d: sign * _gain(d))
+
+
+def _gain(document: DocumentResult) -> float | None:
+    """Bits per byte gained by adaptation; None where nothing was adapted, there is no text, or it is not finite."""
+    gain = _minus(document.base_bpb, document.adapted_bpb) if document.status in (ADAPTED, PARTIAL) else None
+    return gain if gain is not None and math.isfinite(gain) else None
+
+
+def _minus(a: float | None, b: float | None) -> float | None:
+    return None if a is None or b is None else a - b
+
+
+def _signed(value: float | None) -> str:
+    return "not measured" if value is None else f"{value:+.4f}"
+
+
+def _leak(result: ScoreResult) -> str:
+    """What stands behind the label of every adapted number: nothing, or `` (LEAKY)``."""
+    return f" ({LEAKY})" if result.config.is_leaky else ""
+
+
+def _clean(text: str) -> str:
+    """`text` without what UTF-8 or HTML cannot hold: control characters, line breaks, lone surrogates."""
+    kept = "".join(c if c >= " " and not "\x7f" <= c <= "\x9f" else " " for c in text)
+    return kept.encode("utf-8", "replace").decode()
+
+
+def _name(name: str, most: int) -> str:
+    """A document's name on one line, its middle left out past `most` characters: the end often tells files apart."""
+    name = _clean(name)
+    return name if len(name) <= most else f"{name[: most // 2 - 1]}\u2026{name[-(most // 2) :]}"

@@ -1,0 +1,110 @@
+"""What scoring found: one record a document, totals, and their CSV and JSON forms.
+
+    BPB = nats / ln 2 / bytes of the original text,   sums over documents in float64
+
+A result of a leaky protocol says LEAKY in every form: in the CSV's column name, in the JSON and in the report.
+"""
+
+import csv
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..model.storage import replacing, write_text
+from .protocols import LEAK_WARNING, LEAKY, TTTConfig, label
+
+
+@dataclass(frozen=True)
+class DocumentResult:
+    """One document: `tokens` scored targets, `bytes` of text, and its NLL in nats by several models.
+
+    base_nats: the artifact's model as it is. tempered_nats: the same at the adapted temperature, for documents that are
+    long enough to adapt. prequant_nats: the model before quantisation, where one was given. adapted_nats: the score.
+    """
+
+    name: str
+    tokens: int
+    bytes: int
+    status: str
+    base_nats: float
+    tempered_nats: float
+    adapted_nats: float
+    prequant_nats: float | None = None
+    kept_pass: int = 0
+
+    @property
+    def base_bpb(self) -> float | None:
+        return bits_per_byte(self.base_nats, self.bytes)
+
+    @property
+    def adapted_bpb(self) -> float | None:
+        return bits_per_byte(self.adapted_nats, self.bytes)
+
+
+def bits_per_byte(nats: float | None, text_bytes: int) -> float | None:
+    """nats / ln 2 / bytes; None where there is no text or nothing was measured."""
+    return nats / math.log(2) / text_bytes if text_bytes and nats is not None else None
+
+
+@dataclass(frozen=True)
+class ScoreResult:
+    """Every document's result, the config they were scored with, seconds by phase and facts of the run."""
+
+    documents: Sequence[DocumentResult]
+    config: TTTConfig
+    seconds: dict[str, float]
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def totals(self) -> dict[str, Any]:
+        """Sums over all documents; the *_bpb are None where they were not measured."""
+        documents = self.documents
+        text_bytes = sum(d.bytes for d in documents)
+        prequant = [d.prequant_nats for d in documents]
+        by_status: dict[str, int] = {}
+        for document in documents:
+            by_status[document.status] = by_status.get(document.status, 0) + 1
+        return {
+            "documents": len(documents),
+            "tokens": sum(d.tokens for d in documents),
+            "bytes": text_bytes,
+            "by_status": by_status,
+            "prequant_bpb": bits_per_byte(None if None in prequant else math.fsum(prequant), text_bytes),
+            "base_bpb": bits_per_byte(math.fsum(d.base_nats for d in documents), text_bytes),
+            "base_bpb_at_temperature": bits_per_byte(math.fsum(d.tempered_nats for d in documents), text_bytes),
+            "adapted_bpb": bits_per_byte(math.fsum(d.adapted_nats for d in documents), text_bytes),
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        """The whole result as JSON values. `valid_score` is false for a leaky protocol, with the warning beside it."""
+        leak = {"label": LEAKY, "warning": LEAK_WARNING} if self.config.is_leaky else {}
+        return {
+            "protocol": self.config.protocol,
+            "protocol_label": label(self.config.protocol),
+            "valid_score": not self.config.is_leaky,
+            **leak,
+            "totals": self.totals(),
+            "seconds": self.seconds,
+            "config": self.config.to_dict(),
+            **self.facts,
+            "documents": [{**asdict(d), "base_bpb": d.base_bpb, "adapted_bpb": d.adapted_bpb} for d in self.documents],
+        }
+
+    def write(self, folder: Path) -> None:
+        """Write documents.csv and score.json into `folder`."""
+        write_text(folder / "score.json", json.dumps(self.to_json(), indent=1) + "\n")
+        suffix = f"_{LEAKY}" if self.config.is_leaky else ""
+        with (
+            replacing(folder / "documents.csv") as temporary,
+            open(temporary, "w", newline="", encoding="utf-8") as file,
+        ):
+            writer = csv.writer(file)
+            writer.writerow(["name", "tokens", "bytes", "status", "base_bpb", f"adapted_bpb{suffix}"])
+            for d in self.documents:
+                writer.writerow([d.name, d.tokens, d.bytes, d.status, _six(d.base_bpb), _six(d.adapted_bpb)])
+
+
+def _six(value: float | None) -> str:
+    return "" if value is None else f"{value:.6f}"

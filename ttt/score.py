@@ -1,0 +1,207 @@
+"""Scoring a set of documents from end to end: base pass, adaptation, deadline, journal, result.
+
+Every finished document is appended to a journal at once, so that an interrupted run can go on where it stopped. The
+deadline is checked before every adaptation step; what it leaves out keeps the base model's score and says so.
+"""
+
+import dataclasses
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ..model.gpt import GPT
+from ..model.storage import write_text
+from .adapters import AdapterPool
+from .documents import Document
+from .protocols import TTTConfig
+from .results import DocumentResult, ScoreResult
+from .scorer import ADAPTED, NOT_ADAPTED, PARTIAL, SHORT, Adapted, BaseNll, Batch, Deadline, adapt_batch
+
+
+class Interrupted(RuntimeError):
+    """Scoring was stopped before its end; the journal holds `done` of `total` documents."""
+
+    def __init__(self, done: int, total: int):
+        super().__init__(f"{done} of {total} documents are scored")
+        self.done, self.total = done, total
+
+
+class JournalError(ValueError):
+    """A journal that belongs to another run, and what to do."""
+
+
+class Journal:
+    """Finished documents of one scoring run, one JSON object a line; the first line says which run."""
+
+    def __init__(self, path: Path, fingerprint: str, resume: bool):
+        self.done: dict[int, DocumentResult] = {}
+        self.seconds: dict[str, float] = {}
+        records = self._read(path, fingerprint) if resume and path.exists() else [{"fingerprint": fingerprint}]
+        # Written whole again, so that a line torn by the interruption does not stay in the middle of the file.
+        write_text(path, "".join(json.dumps(record) + "\n" for record in records))
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (held open for the whole run)
+
+    def _read(self, path: Path, fingerprint: str) -> list[dict[str, Any]]:
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        records = [json.loads(line) for line in lines if line.endswith("\n")]
+        if not records or records[0].get("fingerprint") != fingerprint:
+            raise JournalError(
+                f"{path} belongs to a run with another artifact, other documents or other settings; "
+                "give the same ones, or leave out --resume to start afresh"
+            )
+        for record in records[1:]:
+            if "seconds" in record:
+                self.seconds = record["seconds"]
+            else:
+                self.done[record["index"]] = DocumentResult(**record["result"])
+        return records
+
+    def _append(self, *records: dict[str, Any]) -> None:
+        self._file.write("".join(json.dumps(record) + "\n" for record in records))
+        self._file.flush()
+
+    def add(self, results: dict[int, DocumentResult]) -> None:
+        """Store finished documents by their index."""
+        self._append(*({"index": i, "result": dataclasses.asdict(result)} for i, result in results.items()))
+        self.done.update(results)
+
+    def add_seconds(self, seconds: dict[str, float]) -> None:
+        """Store the time spent so far by phase, for the run that goes on from here."""
+        self._append({"seconds": seconds})
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def fingerprint(artifact_sha256: str, documents: Sequence[Document], config: TTTConfig, prequant: bool) -> str:
+    """What a journal belongs to. The batch size and the deadline change no document's score, and are left out."""
+    settings = {name: value for name, value in config.to_dict().items() if name not in ("batch", "deadline")}
+    digest = hashlib.sha256(json.dumps([artifact_sha256, settings, prequant]).encode())
+    for document in documents:
+        digest.update(document.name.encode() + b"\0" + document.tokens.tobytes())
+    return digest.hexdigest()
+
+
+def score_documents(
+    model: GPT,
+    documents: Sequence[Document],
+    config: TTTConfig,
+    journal: Journal,
+    prequant: GPT | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
+    progress: Callable[[str, int, int], None] = lambda phase, done, total: None,
+    facts: dict[str, Any] | None = None,
+) -> ScoreResult:
+    """Score `documents` with `model` and its adapters under `config`; both models are frozen here.
+
+    `prequant` is the model before quantisation, scored beside the base model on the same windows. `progress` gets
+    (phase, targets done, targets in all). Raises Interrupted when `should_stop` says so.
+    """
+    model.requires_grad_(False)
+    deadline = Deadline(config.deadline)
+    seconds = dict(journal.seconds)
+    left = sorted(set(range(len(documents))) - journal.done.keys(), key=lambda index: -documents[index].targets)
+    remaining = [documents[index] for index in left]
+
+    def base_pass(phase: str, of: GPT) -> BaseNll:
+        def tick(done: int) -> None:
+            progress(phase, done, sum(document.targets for document in remaining))
+            if should_stop():
+                raise Interrupted(len(journal.done), len(documents))
+
+        with _timed(seconds, phase):
+            return BaseNll(of, remaining, config, tick)
+
+    try:
+        if left:
+            base = base_pass("base", model)
+            before = base_pass("prequant", prequant.requires_grad_(False)) if prequant else None
+            drafts = [_unadapted(document, position, base, before) for position, document in enumerate(remaining)]
+            journal.add({index: draft for index, draft in zip(left, drafts, strict=True) if draft.status == SHORT})
+            with _timed(seconds, "adapt"):
+                for finished in _adapted(model, remaining, drafts, base, deadline, should_stop, progress):
+                    journal.add({left[position]: result for position, result in finished.items()})
+                    if should_stop():
+                        break
+            if len(journal.done) < len(documents):
+                raise Interrupted(len(journal.done), len(documents))
+    except Interrupted:
+        journal.add_seconds(seconds)
+        raise
+    results = [journal.done[index] for index in range(len(documents))]
+    return ScoreResult(results, config, seconds, facts or {})
+
+
+def _adapted(
+    model: GPT,
+    documents: Sequence[Document],
+    drafts: Sequence[DocumentResult],
+    base: BaseNll,
+    deadline: Deadline,
+    should_stop: Callable[[], bool],
+    progress: Callable[[str, int, int], None],
+) -> Iterator[dict[int, DocumentResult]]:
+    """Adapt the documents that are long enough, batch by batch; yields each batch's results by position.
+
+    A batch that `should_stop` broke off is not yielded. `documents` come longest first.
+    """
+    config, device = base.config, model.embed.device
+    long = [position for position, draft in enumerate(drafts) if draft.status != SHORT]
+    total, done = sum(drafts[position].tokens for position in long), 0
+    pool = AdapterPool(model.config, config, min(config.batch, max(len(long), 1)), device)
+    for begin in range(0, len(long), config.batch):
+        positions = long[begin : begin + config.batch]
+        results = {position: drafts[position] for position in positions}
+        if not deadline.passed():
+            batch = Batch([documents[position] for position in positions], config, device)
+            adapted = adapt_batch(
+                model, pool, batch, deadline, should_stop, lambda at, done=done: progress("adapt", done + at, total)
+            )
+            if should_stop():
+                return
+            for row, position in enumerate(positions):
+                results[position] = _with_adaptation(drafts[position], adapted, row, base, position)
+        yield results
+        done += sum(drafts[position].tokens for position in positions)
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], phase: str):
+    """Add the time spent inside to `seconds[phase]`, also when it ends by an exception."""
+    before, started = seconds.get(phase, 0.0), time.perf_counter()
+    try:
+        yield
+    finally:
+        seconds[phase] = before + time.perf_counter() - started
+
+
+def _unadapted(document: Document, position: int, base: BaseNll, before: BaseNll | None) -> DocumentResult:
+    """The document as the base model leaves it."""
+    nats, tempered = base.of(position)
+    return DocumentResult(
+        name=document.name,
+        tokens=document.targets,
+        bytes=document.bytes,
+        status=SHORT if base.is_short[position] else NOT_ADAPTED,
+        base_nats=nats,
+        tempered_nats=tempered,
+        adapted_nats=nats,
+        prequant_nats=before.of(position)[0] if before else None,
+    )
+
+
+def _with_adaptation(draft: DocumentResult, adapted: Adapted, row: int, base: BaseNll, position: int) -> DocumentResult:
+    """`draft` with the targets that were reached scored by the adapted model and the rest by the base model."""
+    reached = int(adapted.targets[row])
+    if not reached:
+        return draft
+    return dataclasses.replace(
+        draft,
+        status=ADAPTED if reached == draft.tokens else PARTIAL,
+        adapted_nats=float(adapted.nats[row]) + base.of(position, reached)[0],
+        kept_pass=int(adapted.kept_pass[row]),
+    )

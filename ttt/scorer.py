@@ -1,0 +1,229 @@
+"""The eager scorer: base model and adapted model, document by document in result, batch by batch in execution.
+
+One adaptation step takes every active document of a batch through one chunk:
+
+    nll_j   = NLL of chunk j's targets inside its window, under the document's adapter            (recorded)
+    adapter <- Adam(adapter, grad mean(nll_j)),   steps_per_chunk times; not for the last chunk
+
+Documents are sorted by length, so that the active ones are always the first rows of the batch, and every window of one
+step is padded to the same length, which depends on the chunk's index alone: a document's arithmetic does not know its
+batch mates. It is the reference that faster engines are tested against.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..kernels import lora_head_nll_ref, softcap_nll_ref
+from ..model.gpt import GPT
+from .adapters import AdapterPool
+from .documents import Document, Windows, chunk_windows
+from .protocols import MIN_NLL, TTTConfig, learning_rate
+
+MICRO_TOKENS = {"cpu": 8192, "cuda": 65536}
+"""Tokens in one forward of the base pass, by device type: what fits in cache, and what fills a GPU."""
+
+PAD = 64
+"""Windows of the base pass are padded to a multiple of this, and batched with those of the same padded length."""
+
+SHORT, ADAPTED, PARTIAL, NOT_ADAPTED = "short", "adapted", "partly adapted (deadline)", "not adapted (deadline)"
+
+
+class Deadline:
+    """`seconds` from now; 0 never passes."""
+
+    def __init__(self, seconds: float):
+        self.end = time.perf_counter() + seconds if seconds else float("inf")
+
+    def passed(self) -> bool:
+        return time.perf_counter() >= self.end
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """What adapting one batch gave: float64 nats [B] (of the targets reached), how many targets, and the pass kept."""
+
+    nats: np.ndarray
+    targets: np.ndarray
+    kept_pass: np.ndarray
+
+
+class BaseNll:
+    """Per-target NLL of the unadapted model over a set of documents, at temperature 1 and at the adapted one.
+
+    `nll` and `tempered` are fp32 arrays over the concatenation of all documents; `of` sums a document's part from its
+    target `start` on, in float64. `is_short` says which documents have fewer than `min_tokens` tokens. `tick`
+    gets the number of targets scored so far.
+    """
+
+    def __init__(
+        self,
+        model: GPT,
+        documents: Sequence[Document],
+        config: TTTConfig,
+        tick: Callable[[int], None] = lambda targets: None,
+    ):
+        self.config = config
+        targets = np.array([document.targets for document in documents], dtype=np.int64)
+        self.offsets = np.cumsum(targets + 1) - (targets + 1)
+        self.targets = targets
+        tokens = np.concatenate([document.tokens for document in documents]).astype(np.int64)
+        self.nll = np.zeros(len(tokens), np.float32)
+        self.tempered = np.zeros(len(tokens), np.float32)
+        self.is_short = targets + 1 < config.min_tokens
+        long = ~self.is_short
+        whole = Windows(self.offsets, targets, np.zeros_like(targets))
+        plans = [
+            (_select(whole, self.is_short & (targets > 0)), 1.0),
+            (chunk_windows(targets[long], self.offsets[long], config.chunk, config.window), config.temperature),
+        ]
+        done = 0
+        for windows, temperature in plans:
+            for targets_scored in self._score(model, torch.from_numpy(tokens), windows, temperature):
+                done += targets_scored
+                tick(done)
+
+    @torch.no_grad()
+    def _score(self, model: GPT, tokens: Tensor, windows: Windows, temperature: float) -> Iterator[int]:
+        device = model.embed.device
+        weight = model.embed.to(model.dtype)
+        for rows, padded in _batches_of_one_length(windows.length, MICRO_TOKENS[device.type]):
+            start, length, first = (torch.from_numpy(a[rows]) for a in (windows.start, windows.length, windows.first))
+            column = torch.arange(padded)
+            at = (start[:, None] + column).clamp(max=len(tokens) - 2)
+            scored = (column >= first[:, None]) & (column < length[:, None])
+            hidden = model.hidden(tokens[at].to(device))[scored.to(device)]
+            follow = at[scored] + 1
+            targets = tokens[follow].to(device)
+            for out, heat in ((self.nll, 1.0), (self.tempered, temperature)):
+                nll = softcap_nll_ref(hidden, weight, targets, model.config.softcap, heat)
+                out[follow.numpy()] = nll.float().cpu().numpy()
+            yield len(follow)
+
+    def of(self, index: int, start: int = 0) -> tuple[float, float]:
+        """(nats, nats at the adapted temperature) of document `index` from its target `start` on."""
+        begin, end = self.offsets[index] + 1 + start, self.offsets[index] + 1 + self.targets[index]
+        return float(self.nll[begin:end].sum(dtype=np.float64)), float(self.tempered[begin:end].sum(dtype=np.float64))
+
+
+def _select(windows: Windows, keep: np.ndarray) -> Windows:
+    return Windows(windows.start[keep], windows.length[keep], windows.first[keep])
+
+
+def _batches_of_one_length(lengths: np.ndarray, micro_tokens: int) -> Iterator[tuple[np.ndarray, int]]:
+    """Indices of windows whose padded length is the same, at most `micro_tokens` tokens at a time, and that length."""
+    padded = -(-lengths // PAD) * PAD
+    order = np.argsort(padded, kind="stable")
+    for group in np.split(order, np.flatnonzero(np.diff(padded[order])) + 1):
+        if len(group):
+            length = int(padded[group[0]])
+            rows = max(1, micro_tokens // length)
+            for begin in range(0, len(group), rows):
+                yield group[begin : begin + rows], length
+
+
+class Batch:
+    """Up to `config.batch` documents, longest first, on the device: one padded token matrix and their chunk counts."""
+
+    def __init__(self, documents: Sequence[Document], config: TTTConfig, device: torch.device):
+        targets = np.array([document.targets for document in documents])
+        if (np.diff(targets) > 0).any():
+            raise ValueError("documents of a batch come longest first")
+        tokens = np.zeros((len(documents), targets[0] + 1), np.int64)
+        for row, document in enumerate(documents):
+            tokens[row, : len(document.tokens)] = document.tokens
+        self.config, self.device = config, device
+        self.tokens = torch.from_numpy(tokens).to(device)
+        self.targets = torch.from_numpy(targets).to(device)
+        self.chunks = -(-self.targets // config.chunk)
+        counts = self.chunks.tolist()
+        self.rounds = counts[0]
+        self.whole = int(targets.sum())
+        self.active = [sum(count > j for count in counts) for j in range(self.rounds + 1)]
+
+    def chunk(self, j: int, rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Chunk j of the first `rows` documents.
+
+        Returns inputs int64 [rows, L]; `at` int64 [rows, chunk], the input that each target follows; its target id; and
+        whether that target exists. L = min((j + 1) * chunk, window), for every batch.
+        """
+        size, length = self.config.chunk, min((j + 1) * self.config.chunk, self.config.window)
+        end = self.targets[:rows].clamp(max=(j + 1) * size)
+        start = (end - self.config.window).clamp(min=0)
+        last = self.tokens.size(1) - 1
+        at = start[:, None] + torch.arange(length, device=self.device)
+        inputs = self.tokens[:rows].gather(1, at.clamp(max=last))
+        position = j * size + torch.arange(size, device=self.device)
+        exists = position < end[:, None]
+        targets = self.tokens[:rows].gather(1, (position + 1).clamp(max=last).expand(rows, -1))
+        return inputs, (position - start[:, None]).clamp(max=length - 1), targets, exists
+
+
+def adapted_nll(model: GPT, pool: AdapterPool, rows: int, inputs: Tensor, at: Tensor, targets: Tensor) -> Tensor:
+    """NLL [rows, chunk] of `targets` under the adapters of the first `rows` slots."""
+    adapters, (head_a, head_b) = pool.adapters(rows)
+    hidden = model.hidden(inputs, adapters)
+    hidden = hidden.gather(1, at[..., None].expand(-1, -1, hidden.size(-1)))
+    weight = model.embed.to(hidden.dtype)
+    return lora_head_nll_ref(hidden, weight, head_a, head_b, targets, model.config.softcap, pool.ttt.temperature)
+
+
+def adapt_batch(
+    model: GPT,
+    pool: AdapterPool,
+    batch: Batch,
+    deadline: Deadline,
+    should_stop: Callable[[], bool] = lambda: False,
+    progress: Callable[[int], None] = lambda targets: None,
+) -> Adapted:
+    """Adapt and score one batch under `pool.ttt`'s protocol. `progress` gets the targets passed so far.
+
+    When the deadline passes or `should_stop` says so, what is scored so far counts for score_first; for the leaky
+    protocols, whose numbers need whole passes, a document counts only after its last one. `targets` in the result says
+    how many targets `nats` covers.
+    """
+    config = pool.ttt
+    documents = len(batch.targets)
+    pool.reset()
+    totals = torch.zeros(config.passes, documents, dtype=torch.float64, device=batch.device)
+    reached = torch.zeros(documents, dtype=torch.int64, device=batch.device)
+    finished, passed, steps = True, 0, config.passes * sum(batch.active)
+    for index in range(config.passes):
+        reached.zero_()
+        for j in range(batch.rounds):
+            if deadline.passed() or should_stop():
+                finished = False
+                break
+            active = batch.active[j]
+            nll, exists = _score_then_train(model, pool, batch, j)
+            totals[index, :active] += nll.double().masked_fill(~exists, 0.0).sum(1)
+            reached[:active] += exists.sum(1)
+            passed += active
+            progress(passed * batch.whole // steps)
+        if not finished:
+            break
+    kept = totals.argmin(0) if config.protocol == MIN_NLL else torch.full_like(reached, config.passes - 1)
+    if not finished and config.is_leaky:
+        reached = torch.where((reached == batch.targets) & (index == config.passes - 1), reached, 0)
+    nats = totals.gather(0, kept[None])[0]
+    return Adapted(nats.cpu().numpy(), reached.cpu().numpy(), kept.cpu().numpy())
+
+
+def _score_then_train(model: GPT, pool: AdapterPool, batch: Batch, j: int) -> tuple[Tensor, Tensor]:
+    """Chunk j: its NLL [active, chunk] under the adapters as they are, then the Adam steps on it."""
+    active, trained = batch.active[j], batch.active[j + 1]
+    inputs, at, targets, exists = batch.chunk(j, active)
+    with torch.set_grad_enabled(trained > 0):
+        nll = adapted_nll(model, pool, active, inputs, at, targets)
+    recorded = nll.detach()
+    for step in range(pool.ttt.steps_per_chunk if trained else 0):
+        if step:
+            nll = adapted_nll(model, pool, trained, inputs[:trained], at[:trained], targets[:trained])
+        # A chunk that is trained on is whole: only a document's last chunk, which is not, can be shorter.
+        pool.backward(nll[:trained].mean(dim=1).sum(), trained)
+        pool.update(trained, learning_rate(pool.ttt, pool.step[:trained], batch.chunks[:trained]))
+    return recorded, exists
