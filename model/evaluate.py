@@ -1,0 +1,38 @@
+"""Bits per byte of a model on validation shards, row by row.
+
+    BPB = sum of NLL over scored targets / ln 2 / bytes of their text
+
+The rows are train_length tokens wide and do not overlap; a BOS target is not scored. Sums in float64.
+"""
+
+import math
+
+import torch
+
+from .gpt import GPT
+from .parallel import Ranks
+from .shards import TokenStream
+from .tokenizer import Tokenizer
+
+
+@torch.no_grad()
+def validation_bpb(
+    model: GPT, stream: TokenStream, tokenizer: Tokenizer, most_tokens: int, micro_batch_tokens: int, ranks: Ranks
+) -> float:
+    """BPB over the first `most_tokens` tokens of `stream` (0: all), shared between the ranks."""
+    length = min(model.config.train_length, len(stream) - 1)
+    rows = (len(stream) - 1) // length
+    if most_tokens:
+        rows = min(rows, max(1, most_tokens // length))
+    batch = max(1, micro_batch_tokens // length)
+    sums = torch.zeros(2, dtype=torch.float64)
+    for start in range(ranks.rank * batch, rows, ranks.world * batch):
+        count = min(batch, rows - start)
+        tokens = stream.tokens(start * length, (start + count) * length + 1)
+        bytes_of = torch.from_numpy(tokenizer.target_bytes(tokens)).view(count, length)
+        tokens = torch.from_numpy(tokens.astype("int64"))
+        targets = tokens[1:].view(count, length)
+        nll = model.nll(tokens[:-1].view(count, length).to(ranks.device), targets.to(ranks.device)).cpu().double()
+        sums += torch.stack([nll[targets != tokenizer.bos_id].sum(), bytes_of.sum().double()])
+    nats, text_bytes = ranks.sum_(sums.to(ranks.device)).tolist()
+    return nats / math.log(2) / max(text_bytes, 1)
