@@ -10,7 +10,15 @@ from klora.model.config import ModelConfig  # noqa: E402
 from klora.model.gpt import GPT  # noqa: E402
 
 SMALL = ModelConfig(
-    vocab_size=300, width=32, blocks=5, heads=4, kv_heads=2, mlp_hidden=48, train_length=64, bigram_rows=64, bigram_width=8
+    vocab_size=300,
+    width=32,
+    blocks=5,
+    heads=4,
+    kv_heads=2,
+    mlp_hidden=48,
+    train_length=64,
+    bigram_rows=64,
+    bigram_width=8,
 )
 
 

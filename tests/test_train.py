@@ -170,7 +170,9 @@ def test_a_non_finite_loss_stops_with_step_checkpoint_and_advice(tmp_path, data)
             with torch.no_grad():
                 trainer.model.blocks[0].gain[0] = float("nan")
 
-    with pytest.raises(NonFiniteLoss, match=r"step 4 gave loss nan.*checkpoint.safetensors \(step 3\).*Try smaller learning"):
+    with pytest.raises(
+        NonFiniteLoss, match=r"step 4 gave loss nan.*checkpoint.safetensors \(step 3\).*Try smaller learning"
+    ):
         trainer.run(poison)
     tensors, _ = load_tensors(tmp_path / "checkpoint.safetensors")
     assert all(torch.isfinite(t).all() for t in tensors.values())
@@ -248,7 +250,9 @@ def test_newton_schulz_bounds_singular_values_of_known_spectra():
 
 
 def test_what_does_not_fit_is_refused(tmp_path, data):
-    with pytest.raises(ConfigError, match="batch_tokens=100 is not possible; allowed: a multiple of train_length x ranks"):
+    with pytest.raises(
+        ConfigError, match="batch_tokens=100 is not possible; allowed: a multiple of train_length x ranks"
+    ):
         Trainer(small_preset(batch_tokens=100), data, tmp_path, ALONE)
     with pytest.raises(ConfigError, match="vocab_size=400 is not possible; the tokenizer has 320"):
         Trainer(small_preset(vocab_size=400), data, tmp_path, ALONE)

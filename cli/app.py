@@ -1,0 +1,73 @@
+"""The command's entry point: its subcommands, and errors as sentences instead of tracebacks."""
+
+import json
+import sys
+from importlib.metadata import version
+from typing import Annotated
+
+import typer
+
+from ..model.artifact import ArtifactError
+from ..model.checkpoint import CheckpointError
+from ..model.config import ConfigError
+from ..model.corpus import CorpusError
+from ..model.shards import ShardError
+from ..model.tokenizer import TokenizerError
+from ..model.train import NonFiniteLoss
+from ..ttt.score import JournalError
+from .demo import demo
+from .doctor import doctor
+from .export import export
+from .generate import generate
+from .score import score
+from .train import train
+
+USER_ERRORS = (
+    ArtifactError,
+    CheckpointError,
+    ConfigError,
+    CorpusError,
+    JournalError,
+    NonFiniteLoss,
+    OSError,
+    ShardError,
+    TokenizerError,
+)
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    help="Train a small language model, compress it to 16 MB of int6, and adapt it to each document while it reads it.",
+    epilog="Start with: klora demo",
+)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"klora {version('klora')}")
+        raise typer.Exit
+
+
+@app.callback()
+def klora(
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
+) -> None:
+    pass
+
+
+for command in (demo, train, export, score, generate, doctor):
+    app.command()(command)
+
+
+def main() -> None:
+    """Run the command line. A user's mistake or a broken file ends with one sentence on stderr and exit status 2."""
+    try:
+        app()
+    except USER_ERRORS as error:
+        if "--json" in sys.argv:
+            print(json.dumps({"error": str(error), "kind": type(error).__name__}))
+        print(f"klora: {error}", file=sys.stderr)
+        sys.exit(2)

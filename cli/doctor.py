@@ -1,0 +1,89 @@
+"""`klora doctor`: what this machine has, what klora will use and why, and what is missing."""
+
+import importlib.util
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+from ..kernels import pick_attention
+from ..model.config import ModelConfig, TrainConfig
+from ..model.parallel import pick_device
+from ..model.train import compute_dtype
+from . import options
+from .console import Output
+
+REQUIRED = ("torch", "numpy", "sentencepiece", "zstandard", "safetensors", "nvtx", "typer", "rich", "matplotlib")
+OPTIONAL = {
+    "triton": "the Triton kernels (Linux with a CUDA GPU)",
+    "flash-attn": "FlashAttention-2 as an attention peer: pip install 'klora[flash-attn]'",
+    "flash-attn-4": "FlashAttention-4 as an attention peer: pip install 'klora[fa4]'",
+    "pytest-benchmark": "the benchmarks: pip install 'klora[bench]'",
+    "pandas": "the benchmarks: pip install 'klora[bench]'",
+}
+
+
+def doctor(device: options.Device = "auto", as_json: options.Json = False) -> None:
+    """Show device, versions, the attention backend in use and why, the kernel backend, and what is missing."""
+    output = Output(as_json)
+    facts = examine(device)
+    for name, value in facts.items():
+        if isinstance(value, dict):
+            output.table(name, [(f"  {key}", str(item)) for key, item in value.items()])
+        else:
+            output.say(f"{name}: {value}")
+    output.result(facts)
+
+
+def examine(device_name: str) -> dict:
+    """The facts that `doctor` shows, as JSON values."""
+    device = pick_device(device_name)
+    dtype = compute_dtype(TrainConfig(), device)
+    backend, why = pick_attention(device, dtype, ModelConfig().head_dim)
+    versions = {"python": platform.python_version(), "klora": version("klora")}
+    missing = {}
+    for name in REQUIRED:
+        found = _version(name)
+        if found is None:
+            missing[name] = "required: pip install klora"
+        else:
+            versions[name] = found
+    for name, purpose in OPTIONAL.items():
+        found = _version(name)
+        if found is None:
+            missing[name] = f"optional, for {purpose}"
+        else:
+            versions[name] = found
+    if device.type == "cpu":
+        missing["CUDA GPU"] = "optional: PyTorch sees none, so everything runs on the CPU; preset tiny is made for it"
+    return {
+        "device": _device_facts(device),
+        "compute dtype": str(dtype).removeprefix("torch."),
+        "attention backend": f"{backend} ({why})",
+        "kernel backend": "reference: eager PyTorch, the only implementation of the ops in this version",
+        "versions": versions,
+        "missing": missing or "nothing",
+    }
+
+
+def _device_facts(device: torch.device) -> dict[str, str]:
+    if device.type == "cpu":
+        return {"name": platform.processor() or platform.machine(), "cores": str(os.cpu_count()), "type": "cpu"}
+    properties = torch.cuda.get_device_properties(device)
+    return {
+        "name": properties.name,
+        "compute capability": f"{properties.major}.{properties.minor}",
+        "memory": f"{properties.total_memory / 2**30:.1f} GiB",
+        "multiprocessors": str(properties.multi_processor_count),
+        "CUDA (PyTorch's)": str(torch.version.cuda),
+        "GPUs": str(torch.cuda.device_count()),
+    }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        found = importlib.util.find_spec(name.replace("-", "_")) is not None
+        return "installed, version unknown" if found else None

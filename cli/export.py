@@ -1,0 +1,63 @@
+"""`klora export`: a trained run to one int6 artifact under a byte budget."""
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..model.artifact import ArtifactSummary, save_artifact
+from ..model.config import ModelConfig
+from ..model.loading import load_run
+from ..model.train import TOKENIZER
+from . import options
+from .console import Output
+
+DEFAULT_BUDGET = 16_000_000
+
+
+def export(
+    run: Annotated[Path, typer.Argument(help="Folder of a finished `klora train`.")],
+    out: Annotated[Path | None, typer.Option("--out", help="The artifact; RUN/model.klora if left out.")] = None,
+    budget: Annotated[
+        int, typer.Option(min=1, help="Most bytes the artifact may have, everything counted.")
+    ] = DEFAULT_BUDGET,
+    clips: Annotated[bool, typer.Option("--clips", help="List the clip chosen for every matrix.")] = False,
+    as_json: options.Json = False,
+) -> None:
+    """Quantise a run's weights to int6 and write one artifact that fits the budget.
+
+    Every matrix gets its clip (scale = clip x the row's RMS) by a search for the least weight error that fits. The
+    artifact holds config, tokenizer, weights and provenance; it contains no code and no pickle.
+
+    Example: klora export runs/tiny --out tiny.klora
+    """
+    output = Output(as_json)
+    path = out or run / "model.klora"
+    summary = export_run(run, path, budget, output)
+    if clips:
+        rows = [(name, f"{clip:.4f}", f"{summary.errors[name]:.6f}") for name, clip in summary.clips.items()]
+        output.table("", rows, ("matrix", "clip", "relative squared error"))
+    output.result({"artifact": str(path), **vars(summary)})
+
+
+def export_run(run: Path, path: Path, budget: int, output: Output) -> ArtifactSummary:
+    """Write the artifact of the run folder and say what was chosen."""
+    tensors, meta = load_run(run)
+    started = time.perf_counter()
+    with output.progress() as show:
+        show("choosing clips and compressing", 0, None)
+        summary = save_artifact(
+            path,
+            tensors,
+            ModelConfig.from_dict(meta["model"]),
+            (run / TOKENIZER).read_bytes(),
+            meta["provenance"],
+            budget,
+        )
+    low, high = min(summary.clips.values()), max(summary.clips.values())
+    output.say(
+        f"artifact {path}: {summary.bytes:,} of {budget:,} bytes; int6 clips from {low:.3f} to {high:.3f} of the row's RMS, "
+        f"relative squared weight error {summary.relative_error:.2e} ({time.perf_counter() - started:.1f} s)"
+    )
+    return summary

@@ -1,0 +1,198 @@
+"""`klora score`: an artifact, documents and a protocol to bits per byte and a report."""
+
+import hashlib
+import os
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from ..model.artifact import Artifact, load_artifact
+from ..model.config import ConfigError
+from ..model.corpus import Corpus
+from ..model.loading import model_from_artifact, model_from_run
+from ..model.parallel import pick_device
+from ..model.shards import TokenStream, find_shards
+from ..model.signals import StopSignals
+from ..model.tokenizer import Tokenizer
+from ..model.train import device_name
+from ..ttt.documents import Document, documents_from_texts, documents_from_tokens
+from ..ttt.protocols import LEAK_WARNING, TTTConfig, label
+from ..ttt.report import write_report
+from ..ttt.results import ScoreResult
+from ..ttt.score import Interrupted, Journal, fingerprint, score_documents
+from . import options
+from .console import Output
+
+
+def score(
+    artifact: Annotated[Path, typer.Argument(help="Artifact that `klora export` wrote.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Folder of the results; ARTIFACT-score if left out.")
+    ] = None,
+    text: options.Text = None,
+    jsonl: options.Jsonl = None,
+    field: options.Field = "text",
+    shards: options.Shards = None,
+    documents: Annotated[
+        int,
+        typer.Option("--documents", min=0, help="Score at most this many, chosen by the hash of their names; 0: all."),
+    ] = 0,
+    protocol: Annotated[
+        str | None, typer.Option("--protocol", help="score_first; multi_epoch and min_nll are LEAKY and labelled so.")
+    ] = None,
+    deadline: Annotated[
+        float | None, typer.Option("--deadline", help="Seconds after which nothing more is adapted; 0: none.")
+    ] = None,
+    prequant: Annotated[
+        Path | None, typer.Option("--prequant", help="Run folder: also score its weights before quantisation.")
+    ] = None,
+    set_: options.Set = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on after an interruption.")] = False,
+    device: options.Device = "auto",
+    fields: options.Fields = False,
+    as_json: options.Json = False,
+) -> None:
+    """Score documents in bits per byte, adapting the model to each while it reads it.
+
+    Every document gets its own adapter, which starts from nothing. Under score_first, the default, a chunk is scored
+    before the adapter has seen it: that number is a valid score. The other protocols train on what they score; they are
+    here to show what that is worth, and everything they print says LEAKY.
+
+    Without --text, --jsonl or --shards it scores the held-out part of Python's standard library. --out gets
+    documents.csv, score.json, report.html and report.png.
+
+    Example: klora score tiny.klora --text essays/ --out scores/
+    """
+    output = Output(as_json)
+    overrides = options.parse_overrides(set_)
+    overrides |= {"protocol": protocol} if protocol is not None else {}
+    overrides |= {"deadline": str(deadline)} if deadline is not None else {}
+    config = TTTConfig().override(overrides)
+    if fields:
+        options.list_fields(output, config)
+        return
+    folder = out or artifact.with_name(f"{artifact.stem}-score")
+    result = score_artifact(
+        artifact, (text, jsonl, field, shards), documents, config, folder, prequant, resume, device, output
+    )
+    output.result({"out": str(folder), **{k: v for k, v in result.to_json().items() if k != "documents"}})
+
+
+def score_artifact(
+    path: Path,
+    source: tuple[list[Path] | None, list[Path] | None, str, Path | None],
+    most_documents: int,
+    config: TTTConfig,
+    folder: Path,
+    prequant: Path | None,
+    resume: bool,
+    device: str,
+    output: Output,
+    validation_share: float = 0.05,
+) -> ScoreResult:
+    """Score the documents of `source` (text, jsonl, field, shards), write the results to `folder` and say the totals."""
+    seconds: dict[str, float] = {}
+    started = time.perf_counter()
+    loaded, chosen = load_artifact(path), pick_device(device)
+    model = model_from_artifact(loaded, chosen)
+    before = model_from_run(prequant, chosen) if prequant else None
+    seconds["load"], started = time.perf_counter() - started, time.perf_counter()
+    tokenizer = Tokenizer.from_bytes(loaded.tokenizer_bytes)
+    documents = _documents(source, tokenizer, most_documents, validation_share)
+    seconds["tokenize"] = time.perf_counter() - started
+    output.say(f"scoring {len(documents):,} documents, {label(config.protocol)}, on {chosen}")
+    key = fingerprint(loaded.header["payload_sha256"], documents, config, prequant is not None)
+    with StopSignals() as stop:
+        journal = Journal(folder / "journal.jsonl", key, resume)
+        if journal.done:
+            output.say(f"resuming: {len(journal.done):,} documents are already scored")
+        try:
+            with output.progress() as show:
+                result = score_documents(
+                    model,
+                    documents,
+                    config,
+                    journal,
+                    before,
+                    lambda: bool(stop.received),
+                    _shown(show),
+                    _facts(path, loaded, chosen),
+                )
+        except Interrupted as interrupted:
+            output.say(f"stopped: {interrupted}; the same command with --resume goes on from there")
+            raise typer.Exit(128 + stop.received) from None
+        finally:
+            journal.close()
+    result.seconds.update(seconds)
+    started = time.perf_counter()
+    result.write(folder)
+    page, _ = write_report(result, folder)
+    result.seconds["report"] = time.perf_counter() - started
+    (folder / "journal.jsonl").unlink()
+    say_totals(result, output)
+    output.say(f"report: {page}")
+    return result
+
+
+def say_totals(result: ScoreResult, output: Output) -> None:
+    """The bits per byte and the seconds of each phase, as a table."""
+    totals, mark = result.totals(), " LEAKY" if result.config.is_leaky else ""
+    names = {
+        "prequant_bpb": "before quantisation",
+        "base_bpb": "after quantisation",
+        "adapted_bpb": f"adapted, {label(result.config.protocol)}",
+    }
+    rows = [
+        (name, f"{totals[key]:.4f} bits per byte{mark if key == 'adapted_bpb' else ''}")
+        for key, name in names.items()
+        if totals[key] is not None
+    ]
+    statuses = ", ".join(f"{count:,} {status}" for status, count in totals["by_status"].items())
+    rows.append(
+        ("documents", f"{totals['documents']:,} ({statuses}), {totals['tokens']:,} tokens, {totals['bytes']:,} bytes")
+    )
+    rows.append(("seconds", ", ".join(f"{phase} {value:.1f}" for phase, value in result.seconds.items())))
+    output.table("", rows)
+    if result.config.is_leaky:
+        output.say(LEAK_WARNING, style="bold red")
+
+
+def _documents(source, tokenizer: Tokenizer, most: int, validation_share: float) -> list[Document]:
+    """The documents to score, at most `most` of them: those whose names hash lowest, in the source's order."""
+    text, jsonl, field, shards = source
+    if shards and (text or jsonl):
+        raise ConfigError("--shards was given together with --text or --jsonl; give one of them")
+    if shards:
+        found = list(documents_from_tokens(TokenStream(find_shards(shards, "val")).documents(), tokenizer))
+    else:
+        corpus = options.corpus_from(text, jsonl, field) or Corpus.stdlib("validation", validation_share)
+        found = list(documents_from_texts(corpus.documents(), tokenizer, os.cpu_count() or 1))
+    if not most or most >= len(found):
+        return found
+    ranked = sorted(
+        range(len(found)), key=lambda i: hashlib.sha256(found[i].name.encode(errors="surrogateescape")).digest()
+    )
+    return [found[i] for i in sorted(ranked[:most])]
+
+
+def _shown(show):
+    names = {"adapt": "adapting, tokens"}
+    return lambda phase, done, total: show(names.get(phase, phase), done, total)
+
+
+def _facts(path: Path, artifact: Artifact, device: torch.device) -> dict[str, Any]:
+    """What a reader needs to know to trust or repeat the result."""
+    return {
+        "artifact": {
+            "file": path.name,
+            "bytes": path.stat().st_size,
+            "payload_sha256": artifact.header["payload_sha256"],
+            "provenance": artifact.provenance,
+        },
+        "device": device_name(device),
+        "versions": {"klora": version("klora"), "torch": torch.__version__},
+    }

@@ -1,0 +1,173 @@
+"""`klora train`: text to tokenizer to shards to trained weights, in one run folder."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..model.config import ConfigError, ModelConfig, Preset, TrainConfig, preset
+from ..model.corpus import Corpus
+from ..model.parallel import Ranks, join_ranks
+from ..model.prepare import Prepared, prepare, prepared_from_shards
+from ..model.train import RUN, Trainer, TrainResult
+from . import options
+from .console import Output
+
+LIMITS = ("seconds", "max_steps", "checkpoint_seconds", "validate_seconds")
+"""Fields of a run that may change when it is resumed: they move no weight but by when it ends."""
+
+
+def train(
+    out: Annotated[Path, typer.Option("--out", help="Folder of the run.")] = Path("runs/latest"),
+    preset_name: Annotated[str, typer.Option("--preset", help="tiny, seed or seed-11l.")] = "tiny",
+    seconds: Annotated[float | None, typer.Option(help="Wall-clock cap; short for --set seconds=...")] = None,
+    text: options.Text = None,
+    jsonl: options.Jsonl = None,
+    field: options.Field = "text",
+    validation_text: Annotated[list[Path] | None, typer.Option("--val-text", help="As --text, for validation.")] = None,
+    validation_jsonl: Annotated[
+        list[Path] | None, typer.Option("--val-jsonl", help="As --jsonl, for validation.")
+    ] = None,
+    validation_share: Annotated[
+        float, typer.Option("--val-share", help="Share of documents held out by the hash of their names.")
+    ] = 0.05,
+    shards: options.Shards = None,
+    set_: options.Set = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint in --out.")] = False,
+    device: options.Device = "auto",
+    cache: options.Cache = options.DEFAULT_CACHE,
+    fields: options.Fields = False,
+    as_json: options.Json = False,
+) -> None:
+    """Train a model on text, on CPU or GPU, alone or under torchrun.
+
+    Without --text, --jsonl or --shards it reads the running Python's own standard library, which is text that every
+    machine has. The run folder gets run.json, loss.csv, loss.png, checkpoint.safetensors and, at the end,
+    model.safetensors, which `klora export` turns into an artifact. Ctrl-C writes a checkpoint; --resume goes on from it.
+
+    Examples:
+
+      klora train --preset tiny --out runs/tiny
+
+      klora train --preset seed --jsonl train.jsonl.zst --val-jsonl val.jsonl.zst --seconds 600 --out runs/seed
+
+      torchrun --nproc-per-node 8 -m klora.cli train --preset seed --shards shards/ --out runs/seed
+    """
+    output = Output(as_json)
+    overrides = options.parse_overrides(set_)
+    if seconds is not None:
+        overrides["seconds"] = str(seconds)
+    if fields:
+        chosen = preset(preset_name).override(overrides)
+        options.list_fields(output, chosen.model, chosen.train)
+        return
+    with join_ranks(device) as ranks:
+        output.is_silent |= not ranks.is_first
+        if resume:
+            if text or jsonl or shards or validation_text or validation_jsonl:
+                raise ConfigError("--resume takes its data from the run; leave out --text, --jsonl and --shards")
+            chosen, data, meta = _stored_run(out, overrides)
+        else:
+            chosen, meta = preset(preset_name).override(overrides), {}
+            corpora = _corpora(text, jsonl, field, validation_text, validation_jsonl, validation_share)
+            if shards and (text or jsonl):
+                raise ConfigError("--shards was given together with --text or --jsonl; give one of them")
+            data = prepared_from_shards(shards) if shards else prepare_first(corpora, chosen, cache, ranks, output)
+        result = run_training(chosen, data, out, ranks, output, resume, meta)
+        if not ranks.is_first:
+            return
+        output.result({"run": str(out), **vars(result)})
+    if result.signal:
+        raise typer.Exit(128 + result.signal)
+
+
+def run_training(
+    chosen: Preset,
+    data: Prepared,
+    out: Path,
+    ranks: Ranks,
+    output: Output,
+    resume: bool = False,
+    meta: dict | None = None,
+) -> TrainResult:
+    """Train with a progress display and say what came out."""
+    trainer = Trainer(chosen, data, out, ranks, resume, meta)
+    config = chosen.train
+    output.say(f"training {chosen.name} on {ranks.device} x {ranks.world}; attention {trainer.model.attention}")
+    if trainer.step:
+        output.say(f"resuming at step {trainer.step}")
+
+    with output.progress() as show:
+
+        def progress(row: dict[str, Any]) -> None:
+            by_clock, by_steps = row["seconds"] / config.seconds, row["step"] / (config.max_steps or float("inf"))
+            text = f"step {row['step']}  loss {row['loss']:.4f}  lr x{row['lr_scale']:.2f}"
+            if by_steps > by_clock:
+                show(text, row["step"], config.max_steps)
+            else:
+                show(text, row["seconds"], config.seconds)
+
+        result = trainer.run(progress)
+    if result.status == "interrupted":
+        output.say(f"stopped at step {result.step}; `klora train --resume --out {out}` goes on from there")
+        return result
+    rate = result.tokens / max(result.seconds, 1e-9)
+    output.say(
+        f"{result.step} steps, {result.tokens:,} tokens in {result.seconds:.1f} s ({rate:,.0f} tokens/s), "
+        f"{result.parameters:,} parameters"
+    )
+    scores = ", ".join(f"{name} {bpb:.4f}" for name, bpb in result.validation_bpb.items())
+    output.say(f"validation BPB before quantisation: {scores}; kept {result.kept} in {out}")
+    return result
+
+
+def prepare_first(
+    corpora: tuple[Corpus, Corpus], chosen: Preset, cache: Path, ranks: Ranks, output: Output
+) -> Prepared:
+    """Tokenizer and shards of both corpora: rank 0 makes them, the others find them."""
+    names = {"tokenizer": "learning the tokenizer", "train": "tokenizing train", "validation": "tokenizing validation"}
+    if ranks.is_first:
+        with output.progress() as show:
+            prepare(
+                *corpora, chosen.model.vocab_size, cache, lambda phase, done: show(f"{names[phase]}, documents", done)
+            )
+    ranks.wait()
+    data = prepare(*corpora, chosen.model.vocab_size, cache)
+    counts = json.loads((data.folder / "prepared.json").read_text())
+    output.say(
+        "data: "
+        + "; ".join(
+            f"{counts[s]['documents']:,} {s} documents, {counts[s]['tokens']:,} tokens" for s in ("train", "validation")
+        )
+    )
+    return data
+
+
+def _corpora(text, jsonl, field, validation_text, validation_jsonl, share) -> tuple[Corpus, Corpus]:
+    """(training, validation): two sources where both are given, else one source split by name."""
+    train = options.corpus_from(text, jsonl, field)
+    validation = options.corpus_from(validation_text, validation_jsonl, field, "val-")
+    if validation and not train:
+        raise ConfigError("a validation source was given without a training source; add --text or --jsonl")
+    if validation:
+        return train, validation
+    import dataclasses
+
+    whole = dataclasses.replace(train or Corpus.stdlib(), validation_share=share)
+    return whole.with_split("train"), whole.with_split("validation")
+
+
+def _stored_run(out: Path, overrides: dict[str, str]) -> tuple[Preset, Prepared, dict]:
+    """Preset, data and remaining metadata of the run in `out`, as run.json tells."""
+    path = out / RUN
+    if not path.is_file():
+        raise ConfigError(f"there is no run to resume in {out}: {path} is missing")
+    wrong = [name for name in overrides if name not in LIMITS]
+    if wrong:
+        raise ConfigError(f"{wrong[0]} cannot change when a run is resumed; allowed: {', '.join(LIMITS)}")
+    run = json.loads(path.read_text())
+    stored = Preset(
+        run.pop("preset"), ModelConfig.from_dict(run.pop("model")), TrainConfig.from_dict(run.pop("train")), "resumed"
+    )
+    return stored.override(overrides), prepared_from_shards(run.pop("data")), run

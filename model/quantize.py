@@ -1,0 +1,191 @@
+"""Choosing the clip of every int6 matrix: the least weight error that fits a number of bytes.
+
+    bits(m, k)   weights of m * order-0 entropy of its codes at clip k: what an entropy coder needs for them
+    error(m, k)  sum (w - w_hat)^2 / mean(w^2): weights of m * relative squared error
+
+`choose_clips` minimises the sum of error(m, k_m) subject to the sum of bits(m, k_m) <= budget. Every matrix starts at
+its coarsest clip; then the step along a curve's convex hull that removes most error for a bit is taken, again and
+again, until the next one does not fit. That is the Lagrangian optimum: all matrices end at one exchange rate of error
+for bits. The choices at two budgets are nested, so more bytes never give more error. `quantize_to_fit` turns bytes of a
+real file into bits of entropy.
+"""
+
+import heapq
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+import zstandard
+from torch import Tensor
+
+from ..kernels.int6 import CODE_MAX, dequantize_int6_ref, quantize_int6_ref
+
+CLIPS = tuple(0.03 * (2.0 / 0.03) ** (step / 63) for step in range(64))
+"""The clips tried, 7% apart. A row of +-c is cut off below 1/31 = 0.032; a Gaussian row is best near 0.11 (5.2 bits)
+and takes 1.3 bits at 2; a row with a single weight in 1536 that is not zero is cut off below 1.26."""
+
+SAMPLE = 65_536
+"""Weights of a matrix that its curve is measured on, in whole rows drawn with a fixed seed."""
+
+
+TRIES = 5
+"""Calls of `encode`, half a minute each for 24M weights; one is enough where level 1 predicts it well."""
+
+MARGIN = 0.002
+"""Share of the code bytes aimed below the budget: on Gaussian weights level 22 takes 0.12% more than level 1."""
+
+SLACK = 0.003
+"""Share of the budget that may stay unused without another try."""
+
+
+@dataclass(frozen=True)
+class ClipCurve:
+    """Cost of one matrix at each of CLIPS."""
+
+    bits: tuple[float, ...]
+    error: tuple[float, ...]
+
+    def hull(self) -> list[tuple[float, float, float]]:
+        """(bits, error, clip) from the coarsest clip to the one of least error, each step gaining less for a bit."""
+        hull: list[tuple[float, float, float]] = []
+        for point in sorted(zip(self.bits, self.error, CLIPS, strict=True)):
+            if hull and point[1] >= hull[-1][1]:
+                continue
+            while len(hull) > 1 and _gain(hull[-2], hull[-1]) <= _gain(hull[-1], point):
+                hull.pop()
+            hull.append(point)
+        return hull
+
+
+def _gain(coarse: tuple[float, float, float], fine: tuple[float, float, float]) -> float:
+    """Error removed by each bit."""
+    return (coarse[1] - fine[1]) / (fine[0] - coarse[0])
+
+
+def clip_curve(weight: Tensor) -> ClipCurve:
+    """Measure the curve of weight [N, K] on a sample of its rows. Zero rows cost nothing and are left out.
+
+    One sort gives all clips: with u = w / rms in order, the weights of a code are a range of u, so counts and errors
+    come from prefix sums of rms^2, rms^2 u and rms^2 u^2. The scale's rounding to fp16 is left out.
+    """
+    rms = weight.float().square().mean(dim=1).sqrt()
+    rows = rms.nonzero().flatten()
+    if rows.numel() == 0:
+        return ClipCurve((0.0,) * len(CLIPS), (0.0,) * len(CLIPS))
+    draw = torch.randperm(rows.numel(), generator=torch.Generator().manual_seed(0))
+    sample = rows[draw[: -(-SAMPLE // weight.size(1))].to(rows.device)]
+    u, order = (weight[sample] / rms[sample, None]).flatten().double().sort()
+    energy = rms[sample].double().square().repeat_interleave(weight.size(1))[order]
+    sums = F.pad(torch.stack([torch.ones_like(u), energy, energy * u, energy * u * u]).cumsum(1), (1, 0))
+    clips = torch.tensor(CLIPS, dtype=torch.float64, device=u.device)[:, None]
+    codes = torch.arange(-CODE_MAX, CODE_MAX + 1, device=u.device)
+    ends = F.pad(torch.searchsorted(u, clips * (codes[:-1] + 0.5)), (1, 0))
+    ends = F.pad(ends, (0, 1), value=u.numel())
+    count, s0, s1, s2 = sums[:, ends].diff(dim=-1)
+    bits = torch.special.entr(count / u.numel()).sum(1) / math.log(2.0)
+    error = (s2 - 2 * clips * codes * s1 + (clips * codes).square() * s0).sum(1) / energy.sum()
+    weights = rows.numel() * weight.size(1)
+    return ClipCurve(tuple((weights * bits).tolist()), tuple((weights * error).tolist()))
+
+
+def choose_clips(curves: Mapping[str, ClipCurve], code_bytes: float) -> tuple[dict[str, float], float]:
+    """The clip of every matrix for codes of at most `code_bytes` at their entropy, and the bytes of that choice.
+
+    With room to spare every matrix takes its clip of least error. Where nothing fits it is the coarsest choice, whose
+    bytes are then above `code_bytes`.
+    """
+    hulls = {name: curve.hull() for name, curve in curves.items()}
+    chosen = dict.fromkeys(hulls, 0)
+    bits = sum(hull[0][0] for hull in hulls.values())
+    steps = [(-_gain(*hull[:2]), name) for name, hull in hulls.items() if len(hull) > 1]
+    heapq.heapify(steps)
+    while steps:
+        _, name = heapq.heappop(steps)
+        hull, at = hulls[name], chosen[name]
+        more = hull[at + 1][0] - hull[at][0]
+        if bits + more > 8 * code_bytes:
+            break
+        bits += more
+        chosen[name] = at + 1
+        if at + 2 < len(hull):
+            heapq.heappush(steps, (-_gain(hull[at + 1], hull[at + 2]), name))
+    return {name: hull[chosen[name]][2] for name, hull in hulls.items()}, bits / 8
+
+
+def relative_error(weight: Tensor, codes: Tensor, scale: Tensor) -> float:
+    """sum (w - w_hat)^2 / sum w^2 in float64; 0 for a zero matrix."""
+    energy = weight.double().square().sum()
+    error = (weight.double() - dequantize_int6_ref(codes, scale, torch.float64)).square().sum()
+    return float(error / energy) if energy > 0 else 0.0
+
+
+class QuantizedMatrices(NamedTuple):
+    """Matrices as codes int8 [N, K] and scale fp16 [N], with what that cost them."""
+
+    codes: dict[str, Tensor]
+    scales: dict[str, Tensor]
+    clips: dict[str, float]
+    errors: dict[str, float]
+    """relative squared error of each matrix"""
+    relative_error: float
+    """the mean of `errors`, each matrix counted by its weights"""
+
+
+def quantize_matrices(matrices: Mapping[str, Tensor], clips: Mapping[str, float]) -> QuantizedMatrices:
+    """Quantise each matrix [N, K] at its clip."""
+    codes, scales, errors = {}, {}, {}
+    for name, matrix in matrices.items():
+        codes[name], scales[name] = quantize_int6_ref(matrix, clips[name])
+        errors[name] = relative_error(matrix, codes[name], scales[name])
+    weights = sum(matrix.numel() for matrix in matrices.values())
+    total = sum(errors[name] * matrix.numel() for name, matrix in matrices.items()) / weights
+    return QuantizedMatrices(codes, scales, dict(clips), errors, total)
+
+
+def quantize_to_fit(
+    matrices: Mapping[str, Tensor],
+    budget: int,
+    fixed_bytes: int,
+    encode: Callable[[QuantizedMatrices], Sequence[bytes]],
+) -> tuple[QuantizedMatrices, Sequence[bytes]]:
+    """Quantise with the least error for which the parts that `encode` makes have at most `budget` bytes together.
+
+    `fixed_bytes` of the budget go to other things than the matrices, about. `encode` is slow (zstd level 22), so the
+    bytes for each byte of entropy are measured with level 1 first, and the allowance is corrected by what `encode` then
+    takes. ValueError, with the smallest size there is, where the coarsest clips do not fit.
+    """
+    curves = {name: clip_curve(matrix) for name, matrix in matrices.items()}
+    room = budget - fixed_bytes
+    clips, entropy = choose_clips(curves, room)
+    first = quantize_matrices(matrices, clips)
+    spent = compressed_bytes(first.codes.values(), level=1) + compressed_bytes(first.scales.values(), level=22)
+    allowance = (1 - MARGIN) * room * entropy / spent
+    tried, best = [], None
+    for left in reversed(range(TRIES)):
+        # the last try is the coarsest choice, so that the size in the error is the smallest there is
+        clips, entropy = choose_clips(curves, allowance if left or best else 0.0)
+        if clips in tried:
+            break
+        tried.append(clips)
+        quantized = quantize_matrices(matrices, clips)
+        parts = encode(quantized)
+        size = sum(map(len, parts))
+        if size <= budget and (best is None or quantized.relative_error < best[0].relative_error):
+            best = quantized, parts
+        if 0 <= budget - size <= SLACK * budget:
+            break
+        allowance = entropy + (budget - size) - MARGIN * entropy
+    if best is None:
+        raise ValueError(
+            f"the smallest artifact of this model takes {size:,} bytes and the budget is {budget:,}; give a budget of "
+            f"{size:,} or train a smaller model (the embedding, the tokenizer and the header count)"
+        )
+    return best
+
+
+def compressed_bytes(tensors: Iterable[Tensor], level: int) -> int:
+    """Bytes of the tensors' content one after the other as a zstd frame."""
+    return len(zstandard.ZstdCompressor(level=level).compress(b"".join(t.numpy().tobytes() for t in tensors)))

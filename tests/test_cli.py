@@ -1,0 +1,255 @@
+"""The command line as a user meets it: the whole chain on a small corpus, wrong arguments, interruptions."""
+
+import csv
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import redirect_stderr, redirect_stdout
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from klora.cli import main
+
+ENV = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
+SMALL = {
+    "vocab_size": 400,
+    "width": 32,
+    "blocks": 2,
+    "heads": 2,
+    "kv_heads": 1,
+    "mlp_hidden": 64,
+    "train_length": 128,
+    "bigram_rows": 64,
+    "bigram_width": 8,
+    "batch_tokens": 512,
+    "micro_batch_tokens": 512,
+    "max_steps": 60,
+    "warmdown_steps": 20,
+    "validate_tokens": 4096,
+}
+SETS = [part for name, value in SMALL.items() for part in ("--set", f"{name}={value}")]
+
+
+class Done(NamedTuple):
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def klora(*arguments, check: int = 0) -> Done:
+    """Run the command's own entry point in this process: the same code without seconds of imports."""
+    out, err, status = io.StringIO(), io.StringIO(), 0
+    with redirect_stdout(out), redirect_stderr(err), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["klora", *map(str, arguments)])
+        patch.setenv("COLUMNS", "120")
+        try:
+            main()
+        except SystemExit as exit:
+            status = exit.code or 0
+    done = Done(status, out.getvalue(), err.getvalue())
+    assert status == check, f"{arguments}\n{done.stdout[-1500:]}\n{done.stderr[-1500:]}"
+    return done
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Path:
+    """Thirty text files, each with a subject of its own that repeats: there is something to adapt to."""
+    folder = tmp_path_factory.mktemp("corpus")
+    for number in range(30):
+        name = f"subject{number}"
+        lines = [f"{name} has {i} parts; part {i} of {name} is called {name}-{i % 7}.\n" for i in range(40)]
+        (folder / f"{name}.txt").write_text("".join(lines[: 6 + (number * 7) % 34]))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(corpus, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "run"
+    done = klora(
+        "train", "--text", corpus, "--val-share", "0.2", "--out", out, "--cache", out.parent / "cache", *SETS, "--json"
+    )
+    result = json.loads(done.stdout)
+    assert result["status"] == "finished" and result["step"] == 60
+    exported = json.loads(klora("export", out, "--json").stdout)
+    assert exported["bytes"] == (out / "model.klora").stat().st_size <= 16_000_000
+    return out
+
+
+def test_score_writes_csv_json_and_a_report(run, corpus, tmp_path):
+    done = klora("score", run / "model.klora", "--text", corpus, "--prequant", run, "--out", tmp_path, "--json")
+    totals = json.loads(done.stdout)["totals"]
+    assert totals["documents"] == 30
+    assert totals["bytes"] == sum(path.stat().st_size for path in corpus.iterdir())
+    assert abs(totals["base_bpb"] - totals["prequant_bpb"]) < 0.05
+    assert totals["adapted_bpb"] < totals["base_bpb"]
+    stored = json.loads((tmp_path / "score.json").read_text())
+    assert stored["valid_score"] is True and len(stored["documents"]) == 30
+    assert {"base", "adapt", "load", "tokenize"} <= stored["seconds"].keys()
+    with open(tmp_path / "documents.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert sorted(row["name"] for row in rows) == sorted(path.name for path in corpus.iterdir())
+    assert {"name", "tokens", "bytes", "base_bpb", "adapted_bpb"} <= rows[0].keys()
+    HTMLParser().feed((tmp_path / "report.html").read_text())
+    assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
+    assert not (tmp_path / "journal.jsonl").exists()
+
+
+def test_leaky_results_say_so_on_the_terminal_and_in_files(run, corpus, tmp_path):
+    done = klora(
+        *("score", run / "model.klora", "--text", corpus, "--out", tmp_path, "--documents", "4"),
+        *("--protocol", "min_nll", "--set", "epochs=2"),
+    )
+    assert "min_nll (LEAKY)" in done.stdout and "not a valid score" in done.stdout
+    assert "LEAKY" in (tmp_path / "report.html").read_text()
+    assert "adapted_bpb_LEAKY" in (tmp_path / "documents.csv").read_text()
+    assert json.loads((tmp_path / "score.json").read_text())["label"] == "LEAKY"
+
+
+def test_score_reads_shards_and_their_names(run, tmp_path):
+    folder = next(path for path in (run.parent / "cache").iterdir() if path.is_dir())
+    done = klora("score", run / "model.klora", "--shards", folder, "--out", tmp_path, "--json")
+    prepared = json.loads((folder / "prepared.json").read_text())["validation"]
+    totals = json.loads(done.stdout)["totals"]
+    assert totals["documents"] == prepared["documents"] and totals["bytes"] == prepared["bytes"]
+
+
+def test_train_reads_shards_and_resumes(run, tmp_path):
+    folder = next(path for path in (run.parent / "cache").iterdir() if path.is_dir())
+    out = tmp_path / "run"
+    klora("train", "--shards", folder, "--out", out, *SETS, "--set", "max_steps=5")
+    wrong = klora("train", "--resume", "--out", out, "--set", "width=64", check=2)
+    assert "width cannot change when a run is resumed; allowed: seconds" in wrong.stderr
+
+
+def test_sigint_writes_a_checkpoint_and_resume_finishes_the_run(run, tmp_path):
+    folder = next(path for path in (run.parent / "cache").iterdir() if path.is_dir())
+    out = tmp_path / "run"
+    arguments = [sys.executable, "-m", "klora.cli", "train", "--shards", folder, "--out", out, *SETS]
+    process = subprocess.Popen(
+        [*map(str, arguments), "--set", "max_steps=100000", "--seconds", "600"],
+        env=ENV,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and len(_lines(out / "loss.csv")) < 5:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and "--resume" in output and "Traceback" not in errors
+    export = klora("export", out, check=2)
+    assert "its training did not finish" in export.stderr
+    steps = len(_lines(out / "loss.csv")) - 1
+    done = klora("train", "--resume", "--out", out, "--set", f"max_steps={steps + 3}", "--json")
+    assert json.loads(done.stdout)["step"] == steps + 3
+    assert [line.split(",")[0] for line in _lines(out / "loss.csv")[1:]] == [str(i) for i in range(1, steps + 4)]
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def test_an_interrupted_score_resumes(run, corpus, tmp_path):
+    command = ["score", run / "model.klora", "--text", corpus, "--out", tmp_path, "--set", "batch=1"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "klora.cli", *map(str, command)], env=ENV, stdout=subprocess.PIPE, text=True
+    )
+    journal, deadline = tmp_path / "journal.jsonl", time.monotonic() + 60
+    while time.monotonic() < deadline and not (journal.exists() and '"adapted"' in journal.read_text()):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 143 and "--resume goes on from there" in output
+    resumed = klora(*command, "--resume")
+    assert "documents are already scored" in resumed.stdout
+    again = json.loads((tmp_path / "score.json").read_text())
+    klora(*command)
+    assert json.loads((tmp_path / "score.json").read_text())["totals"]["adapted_bpb"] == pytest.approx(
+        again["totals"]["adapted_bpb"], rel=1e-6
+    )
+
+
+def test_generate_is_reproducible_and_greedy_at_zero(run):
+    arguments = ("generate", run / "model.klora", "--prompt", "subject3 has", "--tokens", "20", "--json")
+    first, second = (json.loads(klora(*arguments).stdout)["text"] for _ in range(2))
+    assert first == second and first
+    other = json.loads(klora(*arguments, "--seed", "5").stdout)["text"]
+    assert other != first
+    assert klora("generate", run / "model.klora", "--temperature", "0").stdout
+
+
+def test_doctor_says_what_is_used_and_why():
+    facts = json.loads(klora("doctor", "--json").stdout)
+    assert facts["device"]["type"] in ("cpu", "cuda") or "compute capability" in facts["device"]
+    assert "(" in facts["attention backend"] and "reference" in facts["kernel backend"]
+    assert facts["versions"]["torch"] and "python" in facts["versions"]
+    shown = klora("doctor").stdout
+    assert "klora[fa4]" in shown or "flash-attn-4" not in facts["missing"]
+
+
+def test_help_teaches_and_fields_are_listed():
+    top = klora("--help").stdout
+    assert all(command in top for command in ("demo", "train", "export", "score", "generate", "doctor"))
+    assert "torchrun" in klora("train", "--help").stdout and "LEAKY" in klora("score", "--help").stdout
+    fields = json.loads(klora("train", "--preset", "seed", "--set", "width=256", "--fields", "--json").stdout)
+    assert fields["width"]["value"] == 256 and fields["muon_lr"]["allowed"] == "float, at least 0.0"
+    assert klora("--version").stdout.startswith("klora ")
+    assert "steps_per_chunk" in klora("score", "any.klora", "--fields").stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["train", "--preset", "huge"], "there is no preset 'huge'; allowed: tiny, seed, seed-11l"),
+        (["train", "--set", "wdith=3"], "there is no field 'wdith' (given wdith=3); did you mean width"),
+        (["train", "--set", "width"], "--set 'width' is not possible; allowed: FIELD=VALUE"),
+        (["train", "--set", "heads=7"], "heads=7 is not possible; allowed: a divisor of width=128"),
+        (["train", "--seconds", "-4"], "seconds=-4.0 is not possible; allowed: float, above 0.0"),
+        (["train", "--text", "/nowhere"], "/nowhere: there is no such file or directory"),
+        (["train", "--val-text", "setup.py"], "a validation source was given without a training source"),
+        (["train", "--shards", "/nowhere"], "/nowhere"),
+        (["train", "--resume", "--out", "/nowhere/run"], "there is no run to resume in /nowhere/run"),
+        (["train", "--device", "tpu"], "device='tpu' is not possible; allowed: auto, cpu, cuda or cuda:N"),
+        (["export", "/nowhere"], "give the folder of a finished"),
+        (["score", "/nowhere.klora"], "/nowhere.klora: there is no such file"),
+        (["score", "setup.py"], "give a file that klora exported"),
+        (["score", "x.klora", "--protocol", "best"], "protocol='best' is not possible; allowed: one of score_first"),
+        (["score", "x.klora", "--deadline", "-1"], "deadline=-1.0 is not possible; allowed: float, at least 0.0"),
+        (["generate", "setup.py"], "give a file that klora exported"),
+    ],
+)
+def test_mistakes_get_one_clear_sentence(arguments, says):
+    done = klora(*arguments, check=2)
+    assert says in done.stderr, done.stderr
+    assert done.stderr.startswith("klora: ") and done.stderr.count("\n") == 1
+
+
+def test_the_installed_command_runs():
+    done = subprocess.run([sys.executable, "-m", "klora.cli", "export", "/nowhere"], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("klora: /nowhere has no") and not done.stdout
+    assert (
+        subprocess.run([Path(sys.executable).with_name("klora"), "--version"], stdout=subprocess.PIPE).returncode == 0
+    )
+
+
+def test_machines_get_their_errors_as_json():
+    done = klora("score", "/nowhere.klora", "--json", check=2)
+    assert json.loads(done.stdout)["kind"] == "ArtifactError"
+
+
+@pytest.mark.slow
+def test_the_demo_gains_by_adaptation(tmp_path):
+    done = klora(
+        *("demo", "--out", tmp_path / "demo", "--seconds", "6", "--documents", "3"),
+        *("--cache", tmp_path / "cache", "--json"),
+    )
+    result = json.loads(done.stdout)
+    assert result["adapted_bpb"] < result["base_bpb"]
+    assert Path(result["report"]).is_file() and Path(result["artifact"]).stat().st_size == result["artifact_bytes"]

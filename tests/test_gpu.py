@@ -1,0 +1,58 @@
+"""What only a GPU can show: the backends that are picked there, and that bf16 stays close to fp32."""
+
+import pytest
+import torch
+from conftest import randomized
+from klora.kernels import causal_attention_ref, pick_attention
+from klora.model.config import ModelConfig, preset
+from klora.model.gpt import GPT
+from klora.ttt.adapters import AdapterPool
+from klora.ttt.protocols import TTTConfig
+from klora.ttt.scorer import BaseNll, Batch, Deadline, adapt_batch
+
+from test_ttt import document
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")]
+
+WIDE = ModelConfig(vocab_size=300, width=256, blocks=4, heads=4, kv_heads=2, mlp_hidden=512, bigram_width=16)
+
+
+def test_the_backend_that_is_picked_agrees_with_float64():
+    torch.manual_seed(0)
+    device = torch.device("cuda")
+    backend, why = pick_attention(device, torch.bfloat16, 64)
+    assert backend in ("cudnn", "flash") and "bfloat16" in why
+    q, k, v = (torch.randn(2, 300, heads, 64, device=device, dtype=torch.bfloat16) for heads in (8, 4, 4))
+    exact = causal_attention_ref(q.double(), k.double(), v.double(), "math")
+    ours = causal_attention_ref(q, k, v, backend).double()
+    plain = causal_attention_ref(q, k, v, "math").double()
+    assert (ours - exact).norm() <= 1.1 * (plain - exact).norm()
+
+
+def test_bf16_scores_are_close_to_fp32_after_many_adapter_steps():
+    torch.manual_seed(0)
+    config = TTTConfig(deadline=0.0)
+    documents = sorted((document(n, n) for n in (2500, 1800, 1024, 700, 512)), key=lambda d: -d.targets)
+    nats = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        model = GPT(WIDE)
+        model.load_state_dict(randomized(WIDE).state_dict())
+        model.configure(torch.device("cuda"), dtype)
+        model.requires_grad_(False)
+        base = BaseNll(model, documents, config)
+        pool = AdapterPool(WIDE, config, 8, torch.device("cuda"))
+        adapted = adapt_batch(model, pool, Batch(documents, config, torch.device("cuda")), Deadline(0))
+        nats[dtype] = ([base.of(i)[0] for i in range(5)], adapted.nats.tolist())
+    assert nats[torch.bfloat16][0] == pytest.approx(nats[torch.float32][0], rel=5e-3)
+    assert nats[torch.bfloat16][1] == pytest.approx(nats[torch.float32][1], rel=1e-2)
+
+
+def test_one_training_step_of_the_seed_preset_in_bf16():
+    torch.manual_seed(0)
+    model = GPT(preset("seed").model)
+    model.configure(torch.device("cuda"), torch.bfloat16)
+    tokens = torch.randint(3, 1024, (4, 1025), device="cuda")
+    loss = model.nll(tokens[:, :-1], tokens[:, 1:]).mean()
+    loss.backward()
+    assert loss.item() == pytest.approx(6.93, abs=0.1)
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters())
