@@ -1,6 +1,6 @@
 """The main job on a GPU, by its own commands: train, export, score; one record with BPBs, bytes and seconds.
 
-    python -m klora.bench.pipeline --train train.jsonl.zst --val val.jsonl.zst --out runs/pipeline --record pipeline.json
+    python -m klora.bench.pipeline --train train.jsonl.zst --val val.jsonl.zst --record pipeline.json
 
 Every phase runs as `klora ... --json` in a process of its own, so that its seconds include what a user waits for.
 """
@@ -26,7 +26,6 @@ def pipeline(
     preset: Annotated[str, typer.Option(help="Preset to train.")] = "seed",
     seconds: Annotated[float, typer.Option(help="Seconds of training.")] = 120.0,
     set_: Annotated[list[str] | None, typer.Option("--set", help="FIELD=VALUE for `klora train`.")] = None,
-    documents: Annotated[int, typer.Option(help="Most documents to score; 0: all.")] = 0,
     commit: Annotated[str, typer.Option(help="Commit that is measured, where there is no git to ask.")] = "",
 ) -> None:
     """Run the whole chain and write the record."""
@@ -39,7 +38,6 @@ def pipeline(
     exported = _klora("export", str(out), "--out", str(artifact))
     scored = _klora(
         *("score", str(artifact), "--jsonl", str(val), "--out", str(scores), "--prequant", str(out)),
-        *("--documents", str(documents)),
     )
     totals = scored["result"]["totals"]
     result: dict[str, Any] = {

@@ -57,7 +57,7 @@ def export_run(run: Path, path: Path, budget: int, output: Output) -> ArtifactSu
         )
     low, high = min(summary.clips.values()), max(summary.clips.values())
     output.say(
-        f"artifact {path}: {summary.bytes:,} of {budget:,} bytes; int6 clips from {low:.3f} to {high:.3f} of the row's RMS, "
+        f"artifact {path}: {summary.bytes:,} of {budget:,} bytes; int6 clips {low:.3f} to {high:.3f} of the row's RMS, "
         f"relative squared weight error {summary.relative_error:.2e} ({time.perf_counter() - started:.1f} s)"
     )
     return summary

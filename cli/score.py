@@ -37,9 +37,14 @@ def score(
     jsonl: options.Jsonl = None,
     field: options.Field = "text",
     shards: options.Shards = None,
-    documents: Annotated[
+    most_tokens: Annotated[
         int,
-        typer.Option("--documents", min=0, help="Score at most this many, chosen by the hash of their names; 0: all."),
+        typer.Option(
+            "--most-tokens",
+            min=0,
+            help="Score a sample of this many tokens: whole documents in the order of their names' hashes, "
+            "passing over those that no longer fit; 0: all documents.",
+        ),
     ] = 0,
     protocol: Annotated[
         str | None, typer.Option("--protocol", help="score_first; multi_epoch and min_nll are LEAKY and labelled so.")
@@ -77,7 +82,7 @@ def score(
         return
     folder = out or artifact.with_name(f"{artifact.stem}-score")
     result = score_artifact(
-        artifact, (text, jsonl, field, shards), documents, config, folder, prequant, resume, device, output
+        artifact, (text, jsonl, field, shards), most_tokens, config, folder, prequant, resume, device, output
     )
     output.result({"out": str(folder), **{k: v for k, v in result.to_json().items() if k != "documents"}})
 
@@ -85,7 +90,7 @@ def score(
 def score_artifact(
     path: Path,
     source: tuple[list[Path] | None, list[Path] | None, str, Path | None],
-    most_documents: int,
+    most_tokens: int,
     config: TTTConfig,
     folder: Path,
     prequant: Path | None,
@@ -94,7 +99,7 @@ def score_artifact(
     output: Output,
     validation_share: float = 0.05,
 ) -> ScoreResult:
-    """Score the documents of `source` (text, jsonl, field, shards), write the results to `folder` and say the totals."""
+    """Score the documents of `source` (text, jsonl, field, shards), write the results to `folder`, say the totals."""
     seconds: dict[str, float] = {}
     started = time.perf_counter()
     loaded, chosen = load_artifact(path), pick_device(device)
@@ -102,7 +107,7 @@ def score_artifact(
     before = model_from_run(prequant, chosen) if prequant else None
     seconds["load"], started = time.perf_counter() - started, time.perf_counter()
     tokenizer = Tokenizer.from_bytes(loaded.tokenizer_bytes)
-    documents = _documents(source, tokenizer, most_documents, validation_share)
+    documents = _documents(source, tokenizer, most_tokens, validation_share)
     seconds["tokenize"] = time.perf_counter() - started
     output.say(f"scoring {len(documents):,} documents, {label(config.protocol)}, on {chosen}")
     key = fingerprint(loaded.header["payload_sha256"], documents, config, prequant is not None)
@@ -161,8 +166,8 @@ def say_totals(result: ScoreResult, output: Output) -> None:
         output.say(LEAK_WARNING, style="bold red")
 
 
-def _documents(source, tokenizer: Tokenizer, most: int, validation_share: float) -> list[Document]:
-    """The documents to score, at most `most` of them: those whose names hash lowest, in the source's order."""
+def _documents(source, tokenizer: Tokenizer, most_tokens: int, validation_share: float) -> list[Document]:
+    """The documents to score, in the source's order; with `most_tokens` a sample that no score can influence."""
     text, jsonl, field, shards = source
     if shards and (text or jsonl):
         raise ConfigError("--shards was given together with --text or --jsonl; give one of them")
@@ -171,12 +176,16 @@ def _documents(source, tokenizer: Tokenizer, most: int, validation_share: float)
     else:
         corpus = options.corpus_from(text, jsonl, field) or Corpus.stdlib("validation", validation_share)
         found = list(documents_from_texts(corpus.documents(), tokenizer, os.cpu_count() or 1))
-    if not most or most >= len(found):
+    if not most_tokens:
         return found
-    ranked = sorted(
-        range(len(found)), key=lambda i: hashlib.sha256(found[i].name.encode(errors="surrogateescape")).digest()
-    )
-    return [found[i] for i in sorted(ranked[:most])]
+    kept, total = set(), 0
+    for index in sorted(range(len(found)), key=lambda i: hashlib.sha256(os.fsencode(found[i].name)).digest()):
+        if total + found[index].targets <= most_tokens:
+            kept.add(index)
+            total += found[index].targets
+    if not kept:
+        raise ConfigError(f"--most-tokens {most_tokens} is less than any document has; allowed: more, or 0 for all")
+    return [found[index] for index in sorted(kept)]
 
 
 def _shown(show):

@@ -44,7 +44,7 @@ def train(
 
     Without --text, --jsonl or --shards it reads the running Python's own standard library, which is text that every
     machine has. The run folder gets run.json, loss.csv, loss.png, checkpoint.safetensors and, at the end,
-    model.safetensors, which `klora export` turns into an artifact. Ctrl-C writes a checkpoint; --resume goes on from it.
+    model.safetensors, which `klora export` turns into an artifact. Ctrl-C writes a checkpoint; --resume goes on.
 
     Examples:
 

@@ -20,8 +20,13 @@ BACKENDS = {
 
 
 def causal_attention_ref(q: Tensor, k: Tensor, v: Tensor, backend: str = "math") -> Tensor:
-    """Causal attention of q [B, Sq, H, d] over k, v [B, Sk, G, d]. Sq = Sk, or Sq = 1: one new token after a cache."""
+    """Causal attention of q [B, Sq, H, d] over k, v [B, Sk, G, d]. Sq = Sk, or Sq = 1: one new token after a cache.
+
+    One token is a matrix-vector product, which cuDNN refuses and flash gains nothing at: it takes "math".
+    """
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    if q.size(2) == 1:
+        backend = "math"
     with sdpa_kernel(BACKENDS[backend]):
         out = F.scaled_dot_product_attention(q, k, v, is_causal=q.size(2) > 1, enable_gqa=q.size(1) != k.size(1))
     return out.transpose(1, 2)

@@ -5,7 +5,7 @@
 
 params, grads, exp_avg, exp_avg_sq [slots, P] fp32, updated in place; step int [slots]; lr fp32 [slots]; group_lr [P]
 multiplies the learning rate of each parameter (SPEC's multipliers of head, Q, K, V and bias). Kingma and Ba 2015.
-`slots` int [n], without repeats, chooses the rows that take part; the others keep their bits. Moves 28 bytes a parameter.
+`slots` int [n], without repeats, chooses the rows that take part; the others keep their bits. 28 bytes a parameter.
 """
 
 import torch

@@ -1,6 +1,6 @@
 """Squared-ReLU MLP: out = W2 relu(W1 x)^2.
 
-x [..., D], up (W1) [hidden, D], down (W2) [D, hidden] -> [..., D], all of one dtype. 4 * D * hidden FLOPs a row forward.
+x [..., D], up (W1) [hidden, D], down (W2) [D, hidden] -> [..., D], all of one dtype. 4 * D * hidden FLOPs a row.
 """
 
 import torch.nn.functional as F

@@ -4,7 +4,7 @@
     0       4        0x184D2A50 little-endian: a zstd skippable frame, which `zstd -d` passes over
     4       4        H, u32 little-endian, at most 4 MiB
     8       H        header: canonical JSON (ASCII, sorted keys, no spaces)
-    8+H     F        one zstd frame, level 22, with content size and checksum: the payload, in safetensors format
+    8+H     F        one zstd frame of level 22 with content size and checksum: the payload, in safetensors format
 
 Header: format "klora", version 1, config, tokenizer {base64, sha256}, payload_bytes, payload_sha256, frame_bytes,
 frame_sha256, provenance (free JSON), quantization {budget, relative_error, matrices: {name: {clip, relative_error}}}
@@ -38,12 +38,11 @@ from torch import Tensor
 from ..kernels.int6 import Int6Weight, pack_int6_ref
 from .config import ConfigError, ModelConfig
 from .gpt import is_block_matrix, parameter_shapes
-from .quantize import CLIPS, QuantizedMatrices, compressed_bytes, quantize_to_fit
+from .quantize import CLIPS, QuantizedMatrices, compress, quantize_to_fit
 from .storage import write_bytes
 
 MAGIC = 0x184D2A50
 VERSION = 1
-LEVEL = 22
 MAX_HEADER = 4 << 20
 MAX_WINDOW = 128 << 20
 """The window of zstd level 22, and the most that plain `zstd -d` accepts."""
@@ -119,9 +118,8 @@ def save_artifact(
         "tokenizer": {"base64": base64.b64encode(tokenizer_bytes).decode(), "sha256": _sha256(tokenizer_bytes)},
         "provenance": dict(provenance),
     }
-    fixed_bytes = 8 + len(_encode_header(header)) + compressed_bytes(kept.values(), LEVEL)
     try:
-        quantized, parts = quantize_to_fit(matrices, budget, fixed_bytes, partial(_encode, header, kept, budget))
+        quantized, parts = quantize_to_fit(matrices, budget, partial(_encode, header, kept, budget))
     except ValueError as error:
         raise ArtifactError(str(error)) from error
     write_bytes(path, *parts)
@@ -334,13 +332,13 @@ def _checked_state(model_state: Mapping[str, Tensor], config: ModelConfig) -> di
 
 
 def _encode(
-    header: dict[str, Any], kept: dict[str, Tensor], budget: int, quantized: QuantizedMatrices
+    header: dict[str, Any], kept: dict[str, Tensor], budget: int, quantized: QuantizedMatrices, search: bool
 ) -> tuple[bytes, bytes, bytes]:
     """The file in three parts: magic and length, header, frame."""
     codes = {f"{name}.codes": tensor for name, tensor in quantized.codes.items()}
     scales = {f"{name}.scale": tensor for name, tensor in quantized.scales.items()}
     payload = safetensors.torch.save(kept | codes | scales)
-    frame = zstandard.ZstdCompressor(level=LEVEL, write_checksum=True, write_content_size=True).compress(payload)
+    frame = compress(payload, search)
     matrices = {
         name: {"clip": clip, "relative_error": quantized.errors[name]} for name, clip in quantized.clips.items()
     }

@@ -1,7 +1,7 @@
 """Every number of the system, with what it means and what it may be.
 
-Three frozen dataclasses are built on :class:`Settings`: :class:`ModelConfig` (the network), :class:`TrainConfig` (how it
-is trained) and, in the ``ttt`` room, ``TTTConfig`` (how it is adapted). A preset is a named pair of the first two.
+Three frozen dataclasses are built on :class:`Settings`: :class:`ModelConfig` (the network), :class:`TrainConfig` (its
+training) and, in the ``ttt`` room, ``TTTConfig`` (its adaptation). A preset is a named pair of the first two.
 
 A settings object cannot exist with an impossible value: construction raises :class:`ConfigError`, whose text names the
 field, what was given and what is allowed.
@@ -228,16 +228,17 @@ PRESETS = {
     for preset in (
         Preset(
             "tiny",
-            ModelConfig(width=128, blocks=4, heads=4, kv_heads=2, mlp_hidden=384, bigram_width=32),
+            ModelConfig(width=128, blocks=4, heads=2, kv_heads=1, mlp_hidden=384, bigram_width=32),
             TrainConfig(
                 seconds=90.0,
-                batch_tokens=4096,
+                batch_tokens=2048,
                 micro_batch_tokens=4096,
                 warmdown_steps=300,
                 muon_momentum_steps=100,
-                ema_decay=0.98,
-                ema_every=5,
-                swa_every=10,
+                ema_decay=0.95,
+                ema_every=2,
+                swa_every=5,
+                swa_below=0.1,
                 validate_seconds=30.0,
                 validate_tokens=32_768,
                 checkpoint_seconds=30.0,

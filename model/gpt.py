@@ -183,7 +183,7 @@ class GPT(nn.Module):
         return self.compute_dtype or self.embed.dtype
 
     def configure(self, device: torch.device, dtype: torch.dtype | None = None) -> str:
-        """Move to `device`, compute in `dtype`, pick the attention backend there; returns the reason for that choice."""
+        """Move to `device`, compute in `dtype`, pick the attention backend there; returns the reason for the choice."""
         self.to(device)
         self.compute_dtype = dtype
         self.attention, why = pick_attention(self.embed.device, self.dtype, self.config.head_dim)

@@ -117,7 +117,7 @@ class Trainer:
         rows, left = divmod(self.config.batch_tokens, preset.model.train_length * ranks.world)
         if left or not rows:
             raise ConfigError(
-                f"batch_tokens={self.config.batch_tokens} is not possible; allowed: a multiple of train_length x ranks = "
+                f"batch_tokens={self.config.batch_tokens} is not possible; allowed: a multiple of train_length x ranks, "
                 f"{preset.model.train_length} x {ranks.world}"
             )
         if data.tokenizer.vocab_size != preset.model.vocab_size:
@@ -203,9 +203,9 @@ class Trainer:
     def _explain_non_finite(self, norm: float) -> str:
         saved = f"{self.folder / CHECKPOINT} (step {self.last_checkpoint})" if self.last_checkpoint else "none yet"
         return (
-            f"step {self.step + 1} gave loss {self.loss} and gradient norm {norm}; the weights were not updated with it. "
-            f"Last checkpoint: {saved}. Try smaller learning rates (muon_lr, embed_lr, scalar_lr), a smaller grad_clip, "
-            "or dtype=float32; --resume goes on from the checkpoint."
+            f"step {self.step + 1} gave loss {self.loss} and gradient norm {norm}; the weights were not updated with "
+            f"it. Last checkpoint: {saved}. Try smaller learning rates (muon_lr, embed_lr, scalar_lr), a smaller "
+            "grad_clip, or dtype=float32; --resume goes on from the checkpoint."
         )
 
     def _validate(self) -> float:

@@ -4,10 +4,10 @@ import os
 
 os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton: the CPU runs kernels in its interpreter
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
-from klora.model.config import ModelConfig  # noqa: E402
-from klora.model.gpt import GPT  # noqa: E402
+import pytest
+import torch
+from klora.model.config import ModelConfig
+from klora.model.gpt import GPT
 
 SMALL = ModelConfig(
     vocab_size=300,

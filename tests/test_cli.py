@@ -102,7 +102,7 @@ def test_score_writes_csv_json_and_a_report(run, corpus, tmp_path):
 
 def test_leaky_results_say_so_on_the_terminal_and_in_files(run, corpus, tmp_path):
     done = klora(
-        *("score", run / "model.klora", "--text", corpus, "--out", tmp_path, "--documents", "4"),
+        *("score", run / "model.klora", "--text", corpus, "--out", tmp_path, "--most-tokens", "4000"),
         *("--protocol", "min_nll", "--set", "epochs=2"),
     )
     assert "min_nll (LEAKY)" in done.stdout and "not a valid score" in done.stdout
@@ -187,7 +187,7 @@ def test_generate_is_reproducible_and_greedy_at_zero(run):
 
 def test_doctor_says_what_is_used_and_why():
     facts = json.loads(klora("doctor", "--json").stdout)
-    assert facts["device"]["type"] in ("cpu", "cuda") or "compute capability" in facts["device"]
+    assert facts["device"].get("type") == "cpu" or "compute capability" in facts["device"]
     assert "(" in facts["attention backend"] and "reference" in facts["kernel backend"]
     assert facts["versions"]["torch"] and "python" in facts["versions"]
     shown = klora("doctor").stdout
@@ -213,16 +213,16 @@ def test_help_teaches_and_fields_are_listed():
         (["train", "--set", "heads=7"], "heads=7 is not possible; allowed: a divisor of width=128"),
         (["train", "--seconds", "-4"], "seconds=-4.0 is not possible; allowed: float, above 0.0"),
         (["train", "--text", "/nowhere"], "/nowhere: there is no such file or directory"),
-        (["train", "--val-text", "setup.py"], "a validation source was given without a training source"),
+        (["train", "--val-text", __file__], "a validation source was given without a training source"),
         (["train", "--shards", "/nowhere"], "/nowhere"),
         (["train", "--resume", "--out", "/nowhere/run"], "there is no run to resume in /nowhere/run"),
         (["train", "--device", "tpu"], "device='tpu' is not possible; allowed: auto, cpu, cuda or cuda:N"),
         (["export", "/nowhere"], "give the folder of a finished"),
         (["score", "/nowhere.klora"], "/nowhere.klora: there is no such file"),
-        (["score", "setup.py"], "give a file that klora exported"),
+        (["score", __file__], "give a file that klora exported"),
         (["score", "x.klora", "--protocol", "best"], "protocol='best' is not possible; allowed: one of score_first"),
         (["score", "x.klora", "--deadline", "-1"], "deadline=-1.0 is not possible; allowed: float, at least 0.0"),
-        (["generate", "setup.py"], "give a file that klora exported"),
+        (["generate", __file__], "give a file that klora exported"),
     ],
 )
 def test_mistakes_get_one_clear_sentence(arguments, says):
@@ -247,7 +247,7 @@ def test_machines_get_their_errors_as_json():
 @pytest.mark.slow
 def test_the_demo_gains_by_adaptation(tmp_path):
     done = klora(
-        *("demo", "--out", tmp_path / "demo", "--seconds", "6", "--documents", "3"),
+        *("demo", "--out", tmp_path / "demo", "--seconds", "6", "--tokens", "8000"),
         *("--cache", tmp_path / "cache", "--json"),
     )
     result = json.loads(done.stdout)
