@@ -117,7 +117,7 @@ class Trainer:
         rows, left = divmod(self.config.batch_tokens, preset.model.train_length * ranks.world)
         if left or not rows:
             raise ConfigError(
-                f"batch_tokens={self.config.batch_tokens} is not possible; allowed: a multiple of train_length x ranks, "
+                f"batch_tokens={self.config.batch_tokens} is not possible; allowed: multiples of train_length x ranks, "
                 f"{preset.model.train_length} x {ranks.world}"
             )
         if data.tokenizer.vocab_size != preset.model.vocab_size:

@@ -293,7 +293,7 @@ class TestBudget:
         for summary in (tokenizer, provenance):
             assert summary.bytes <= budget and summary.relative_error > 1.5 * loose.relative_error
 
-    @pytest.mark.parametrize("budget", [950_000, 1_100_000, 1_300_000])
+    @pytest.mark.parametrize("budget", [1_050_000, 1_150_000, 1_300_000, 16_000_000])
     def test_one_slow_compression_is_enough(self, tmp_path, monkeypatch, budget):
         """It takes up to half a minute on a real model: sizes are predicted, not tried."""
         config = WIDE.override({"width": 256, "mlp_hidden": 768, "vocab_size": 1024})
@@ -301,7 +301,7 @@ class TestBudget:
         monkeypatch.setattr(artifact, "compress", lambda data, search: slow.append(search) or compress(data, search))
         tokenizer = random.Random(0).randbytes(30_000)
         summary = save_artifact(tmp_path / "a", random_state(config), config, tokenizer, {}, budget=budget)
-        assert 0.995 * budget < summary.bytes <= budget
+        assert 0.995 * min(budget, 1_330_000) < summary.bytes <= budget
         assert slow.count(True) == 1
 
     def test_the_last_try_is_the_coarsest(self):
@@ -311,12 +311,12 @@ class TestBudget:
         sizes = []
 
         def encode(quantized, search):
-            sizes.append(900 if quantized.clips == coarsest else 1100)
+            sizes.append(900 if quantized.clips == coarsest else 1001)
             return [bytes(sizes[-1])]
 
         quantized, parts = quantize_to_fit(matrices, 1000, encode)
         assert quantized.clips == coarsest and len(parts[0]) == 900
-        assert sizes[0] == 1100
+        assert sizes[-1] == 900 and len(sizes) > 2
 
     def test_the_summary_is_the_file(self, tmp_path, loose):
         path = tmp_path / "model.klora"

@@ -251,7 +251,7 @@ def test_newton_schulz_bounds_singular_values_of_known_spectra():
 
 def test_what_does_not_fit_is_refused(tmp_path, data):
     with pytest.raises(
-        ConfigError, match="batch_tokens=100 is not possible; allowed: a multiple of train_length x ranks"
+        ConfigError, match="batch_tokens=100 is not possible; allowed: multiples of train_length x ranks"
     ):
         Trainer(small_preset(batch_tokens=100), data, tmp_path, ALONE)
     with pytest.raises(ConfigError, match="vocab_size=400 is not possible; the tokenizer has 320"):
