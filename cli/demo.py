@@ -16,7 +16,7 @@ from . import options
 from .console import Output
 from .export import DEFAULT_BUDGET, export_run
 from .score import score_artifact
-from .train import prepare_first, run_training
+from .train import describe, prepare_first, run_training
 
 TOKENS = 40_000
 """Held-out tokens that the demo scores: enough for a picture, few enough for a minute on two CPU cores."""
@@ -38,13 +38,13 @@ def demo(
     output = Output(as_json)
     ranks = Ranks(0, 1, pick_device(device))
     chosen = preset("tiny").override({"seconds": seconds})
-    source = Corpus.stdlib()
+    corpora = Corpus.stdlib("train"), Corpus.stdlib("validation")
     if ranks.device.type == "cpu":
         fit_threads()
     output.say("1. text to tokens", style="bold")
-    data = prepare_first((source.with_split("train"), source.with_split("validation")), chosen, cache, ranks, output)
+    data = prepare_first(corpora, chosen, cache, ranks, output)
     output.say("2. training", style="bold")
-    trained = run_training(chosen, data, out, ranks, output)
+    trained = run_training(chosen, data, out, ranks, output, describe(*corpora))
     if trained.signal:
         raise typer.Exit(128 + trained.signal)
     output.say("3. int6 artifact", style="bold")

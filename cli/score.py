@@ -97,7 +97,6 @@ def score_artifact(
     resume: bool,
     device: str,
     output: Output,
-    validation_share: float = 0.05,
 ) -> ScoreResult:
     """Score the documents of `source` (text, jsonl, field, shards), write the results to `folder`, say the totals."""
     seconds: dict[str, float] = {}
@@ -107,7 +106,7 @@ def score_artifact(
     before = model_from_run(prequant, chosen) if prequant else None
     seconds["load"], started = time.perf_counter() - started, time.perf_counter()
     tokenizer = Tokenizer.from_bytes(loaded.tokenizer_bytes)
-    documents = _documents(source, tokenizer, most_tokens, validation_share)
+    documents = _documents(source, tokenizer, most_tokens, loaded.provenance)
     seconds["tokenize"] = time.perf_counter() - started
     output.say(f"scoring {len(documents):,} documents, {label(config.protocol)}, on {chosen}")
     key = fingerprint(loaded.header["payload_sha256"], documents, config, prequant is not None)
@@ -166,7 +165,7 @@ def say_totals(result: ScoreResult, output: Output) -> None:
         output.say(LEAK_WARNING, style="bold red")
 
 
-def _documents(source, tokenizer: Tokenizer, most_tokens: int, validation_share: float) -> list[Document]:
+def _documents(source, tokenizer: Tokenizer, most_tokens: int, provenance: dict) -> list[Document]:
     """The documents to score, in the source's order; with `most_tokens` a sample that no score can influence."""
     text, jsonl, field, shards = source
     if shards and (text or jsonl):
@@ -174,7 +173,7 @@ def _documents(source, tokenizer: Tokenizer, most_tokens: int, validation_share:
     if shards:
         found = list(documents_from_tokens(TokenStream(find_shards(shards, "val")).documents(), tokenizer))
     else:
-        corpus = options.corpus_from(text, jsonl, field) or Corpus.stdlib("validation", validation_share)
+        corpus = options.corpus_from(text, jsonl, field) or _held_out_stdlib(provenance)
         found = list(documents_from_texts(corpus.documents(), tokenizer, os.cpu_count() or 1))
     if not most_tokens:
         return found
@@ -186,6 +185,13 @@ def _documents(source, tokenizer: Tokenizer, most_tokens: int, validation_share:
     if not kept:
         raise ConfigError(f"--most-tokens {most_tokens} is less than any document has; allowed: more, or 0 for all")
     return [found[index] for index in sorted(kept)]
+
+
+def _held_out_stdlib(provenance: dict) -> Corpus:
+    """The part of the standard library that training held out; with another share, trained text would be scored."""
+    sources = provenance.get("sources", {})
+    share = sources.get("validation_share") if sources.get("kind") == "stdlib" else None
+    return Corpus.stdlib("validation", share) if share else Corpus.stdlib("validation")
 
 
 def _shown(show):

@@ -1,5 +1,6 @@
 """`klora train`: text to tokenizer to shards to trained weights, in one run folder."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Annotated, Any
@@ -67,14 +68,17 @@ def train(
         if resume:
             if text or jsonl or shards or validation_text or validation_jsonl:
                 raise ConfigError("--resume takes its data from the run; leave out --text, --jsonl and --shards")
-            chosen, data, meta = _stored_run(out, overrides)
-        else:
-            chosen, meta = preset(preset_name).override(overrides), {}
-            corpora = _corpora(text, jsonl, field, validation_text, validation_jsonl, validation_share)
-            if shards and (text or jsonl):
+            chosen, data, sources = _stored_run(out, overrides)
+        elif shards:
+            if text or jsonl:
                 raise ConfigError("--shards was given together with --text or --jsonl; give one of them")
-            data = prepared_from_shards(shards) if shards else prepare_first(corpora, chosen, cache, ranks, output)
-        result = run_training(chosen, data, out, ranks, output, resume, meta)
+            chosen = preset(preset_name).override(overrides)
+            data, sources = prepared_from_shards(shards), {"kind": "shards"}
+        else:
+            chosen = preset(preset_name).override(overrides)
+            corpora = _corpora(text, jsonl, field, validation_text, validation_jsonl, validation_share)
+            data, sources = prepare_first(corpora, chosen, cache, ranks, output), describe(*corpora)
+        result = run_training(chosen, data, out, ranks, output, sources, resume)
         if not ranks.is_first:
             return
         output.result({"run": str(out), **vars(result)})
@@ -83,16 +87,10 @@ def train(
 
 
 def run_training(
-    chosen: Preset,
-    data: Prepared,
-    out: Path,
-    ranks: Ranks,
-    output: Output,
-    resume: bool = False,
-    meta: dict | None = None,
+    chosen: Preset, data: Prepared, out: Path, ranks: Ranks, output: Output, sources: dict, resume: bool = False
 ) -> TrainResult:
     """Train with a progress display and say what came out."""
-    trainer = Trainer(chosen, data, out, ranks, resume, meta)
+    trainer = Trainer(chosen, data, out, ranks, resume, sources)
     config = chosen.train
     output.say(f"training {chosen.name} on {ranks.device} x {ranks.world}; attention {trainer.model.attention}")
     if trainer.step:
@@ -152,14 +150,22 @@ def _corpora(text, jsonl, field, validation_text, validation_jsonl, share) -> tu
         raise ConfigError("a validation source was given without a training source; add --text or --jsonl")
     if validation:
         return train, validation
-    import dataclasses
-
     whole = dataclasses.replace(train or Corpus.stdlib(), validation_share=share)
     return whole.with_split("train"), whole.with_split("validation")
 
 
+def describe(train: Corpus, validation: Corpus) -> dict:
+    """What the text was, without the machine's folders; `validation_share` where one source was split."""
+    one_source = train.paths == validation.paths and train.kind == validation.kind
+    return {
+        "kind": train.kind,
+        "files": [path.name for path in train.paths],
+        "validation_share": train.validation_share if one_source else None,
+    }
+
+
 def _stored_run(out: Path, overrides: dict[str, str]) -> tuple[Preset, Prepared, dict]:
-    """Preset, data and remaining metadata of the run in `out`, as run.json tells."""
+    """Preset, data and sources of the run in `out`, as run.json tells."""
     path = out / RUN
     if not path.is_file():
         raise ConfigError(f"there is no run to resume in {out}: {path} is missing")
@@ -168,6 +174,6 @@ def _stored_run(out: Path, overrides: dict[str, str]) -> tuple[Preset, Prepared,
         raise ConfigError(f"{wrong[0]} cannot change when a run is resumed; allowed: {', '.join(LIMITS)}")
     run = json.loads(path.read_text())
     stored = Preset(
-        run.pop("preset"), ModelConfig.from_dict(run.pop("model")), TrainConfig.from_dict(run.pop("train")), "resumed"
+        run["preset"], ModelConfig.from_dict(run["model"]), TrainConfig.from_dict(run["train"]), about="resumed"
     )
-    return stored.override(overrides), prepared_from_shards(run.pop("data")), run
+    return stored.override(overrides), prepared_from_shards(run["data"]), run["sources"]

@@ -2,6 +2,7 @@
 
 from .attention import causal_attention_ref, pick_attention
 from .bigram import BOS, bigram_hash_ref
+from .int6 import Int6Weight, dequantize_int6_ref, pack_int6_ref, quantize_int6_ref, unpack_int6_ref
 from .lora_adam import lora_adam_ref_
 from .lora_head_nll import lora_head_nll_ref, softcap_logits_ref, softcap_nll_ref
 from .lora_qkv import lora_qkv_ref
@@ -12,17 +13,22 @@ from .rotary import norm_rotary_ref, rotary_tables
 
 __all__ = [
     "BOS",
+    "Int6Weight",
     "bigram_hash_ref",
     "causal_attention_ref",
+    "dequantize_int6_ref",
     "lora_adam_ref_",
     "lora_head_nll_ref",
     "lora_qkv_ref",
     "newton_schulz_ref",
     "norm_rotary_ref",
+    "pack_int6_ref",
     "pick_attention",
+    "quantize_int6_ref",
     "relu_squared_mlp_ref",
     "rms_norm_ref",
     "rotary_tables",
     "softcap_logits_ref",
     "softcap_nll_ref",
+    "unpack_int6_ref",
 ]

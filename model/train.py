@@ -104,16 +104,23 @@ class TrainingClock:
 class Trainer:
     """One training run in `folder`. With `resume`, it goes on from the checkpoint there.
 
+    `sources` says in JSON values what the text was, for run.json and the artifact's provenance.
     Raises ConfigError where the config does not fit the data or the ranks, CheckpointError where `resume` finds no
     usable state, NonFiniteLoss where training diverges.
     """
 
     def __init__(
-        self, preset: Preset, data: Prepared, folder: Path, ranks: Ranks, resume: bool = False, meta: dict | None = None
+        self,
+        preset: Preset,
+        data: Prepared,
+        folder: Path,
+        ranks: Ranks,
+        resume: bool = False,
+        sources: dict | None = None,
     ):
         self.preset, self.config, self.data, self.ranks = preset, preset.train, data, ranks
         self.folder = Path(folder)
-        self.meta = meta or {}
+        self.sources = sources or {}
         rows, left = divmod(self.config.batch_tokens, preset.model.train_length * ranks.world)
         if left or not rows:
             raise ConfigError(
@@ -237,6 +244,7 @@ class Trainer:
                 "provenance": {
                     "preset": self.preset.name,
                     "train": self.config.to_dict(),
+                    "sources": self.sources,
                     "ranks": self.ranks.world,
                     "device": device_name(self.ranks.device),
                     "torch": torch.__version__,
@@ -279,7 +287,7 @@ class Trainer:
             "model": self.preset.model.to_dict(),
             "train": self.config.to_dict(),
             "data": str(self.data.folder),
-            **self.meta,
+            "sources": self.sources,
         }
         write_text(self.folder / RUN, json.dumps(run, indent=2) + "\n")
 

@@ -1,13 +1,17 @@
-"""What the whole suite shares: the Triton interpreter, one thread, and small models."""
+"""What the whole suite shares: the Triton interpreter, one thread, small models, sample texts and a tokenizer."""
 
 import os
+import random
+import tracemalloc
 
 os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton: the CPU runs kernels in its interpreter
 
 import pytest
 import torch
 from klora.model.config import ModelConfig
+from klora.model.corpus import Document
 from klora.model.gpt import GPT
+from klora.model.tokenizer import Tokenizer
 
 SMALL = ModelConfig(
     vocab_size=300,
@@ -32,6 +36,31 @@ def randomized(config: ModelConfig = SMALL, dtype: torch.dtype = torch.float32, 
     return model
 
 
+def words(seed: int, count: int) -> str:
+    """Text with indentation and line ends, the same for the same seed."""
+    draw = random.Random(seed)
+    stems = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "theta", "kappa", "lambda", "sigma", "omega"]
+    ends = ["ing", "ed", "s", "", "tion", "ly", "er"]
+    return "".join(
+        draw.choice(stems) + draw.choice(ends) + draw.choice([" ", " ", " = ", ":\n    ", "\n", "\n\n"])
+        for _ in range(count)
+    )
+
+
+def documents(count: int, length: int = 100) -> list[Document]:
+    return [Document(f"{i}.txt", words(i, length)) for i in range(count)]
+
+
+def peak_memory(work) -> int:
+    """Bytes allocated by Python and NumPy at the highest point while `work()` runs."""
+    tracemalloc.start()
+    try:
+        work()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():
     """Small tensors gain nothing from more threads, and lose a lot to them on a busy machine."""
@@ -41,3 +70,8 @@ def one_thread():
 @pytest.fixture
 def small_model() -> GPT:
     return randomized()
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Tokenizer:
+    return Tokenizer.train(documents(40), vocab_size=400)

@@ -15,6 +15,8 @@ from typing import NamedTuple
 
 import pytest
 from klora.cli import main
+from klora.cli.score import _held_out_stdlib
+from klora.model import load_artifact
 
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
 SMALL = {
@@ -117,6 +119,20 @@ def test_score_reads_shards_and_their_names(run, tmp_path):
     prepared = json.loads((folder / "prepared.json").read_text())["validation"]
     totals = json.loads(done.stdout)["totals"]
     assert totals["documents"] == prepared["documents"] and totals["bytes"] == prepared["bytes"]
+
+
+def test_the_default_documents_are_those_that_training_held_out():
+    """A model that saw 99% of the standard library is scored on the other 1%, not on the usual 5%."""
+    share = _held_out_stdlib({"sources": {"kind": "stdlib", "validation_share": 0.01}})
+    usual = _held_out_stdlib({"sources": {"kind": "text", "validation_share": None}})
+    names, all_names = ({d.name for d in corpus.documents()} for corpus in (share, usual))
+    assert 0 < len(names) < len(all_names) and names < all_names
+
+
+def test_provenance_names_the_sources_without_folders(run, corpus):
+    provenance = load_artifact(run / "model.klora").provenance
+    assert provenance["sources"] == {"kind": "text", "files": [corpus.name], "validation_share": 0.2}
+    assert str(corpus.parent) not in json.dumps(provenance)
 
 
 def test_train_reads_shards_and_resumes(run, tmp_path):
