@@ -37,7 +37,7 @@ USER_ERRORS = (
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
-    rich_markup_mode="rich",
+    rich_markup_mode="markdown",
     help="Train a small language model, compress it to 16 MB of int6, and adapt it to each document while it reads it.",
     epilog="Start with: klora demo",
 )

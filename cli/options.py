@@ -13,16 +13,22 @@ DEFAULT_CACHE = Path.home() / ".cache" / "klora"
 
 Text = Annotated[
     list[Path] | None,
-    typer.Option("--text", help="Text file or folder of text files, one document a file. Repeatable."),
+    typer.Option("--text", metavar="PATH", help="Text file or folder of text files, one document a file. Repeatable."),
 ]
 Jsonl = Annotated[
     list[Path] | None,
-    typer.Option("--jsonl", help="File of one JSON object a line (.jsonl, .jsonl.gz, .jsonl.zst). Repeatable."),
+    typer.Option(
+        "--jsonl", metavar="FILE", help="File of one JSON object a line (.jsonl, .jsonl.gz, .jsonl.zst). Repeatable."
+    ),
 ]
 Field = Annotated[str, typer.Option("--field", help="Name of the text's field in --jsonl files.")]
 Shards = Annotated[
     Path | None,
-    typer.Option("--shards", help="Folder of token shards (*_train_*.bin, *_val_*.bin) and their tokenizer (*.model)."),
+    typer.Option(
+        "--shards",
+        metavar="FOLDER",
+        help="Folder of token shards (`*_train_*.bin`, `*_val_*.bin`) and their tokenizer (`*.model`).",
+    ),
 ]
 Cache = Annotated[Path, typer.Option("--cache", help="Where tokenizers and token shards are kept between runs.")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N. auto: the GPU if there is one.")]
