@@ -15,13 +15,18 @@ def environment(commit: str = "") -> dict[str, Any]:
     """GPU, driver, versions, commit and date (UTC). `commit` is asked of git where it is not given."""
     return {
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") or None,
+        "driver": _gpu("driver_version"),
+        "clocks": {"sm": _gpu("clocks.sm"), "sm_max": _gpu("clocks.max.sm"), "memory": _gpu("clocks.mem")},
         "cuda": torch.version.cuda,
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in PACKAGES},
         "commit": commit or _output("git", "rev-parse", "HEAD") or "unknown",
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
     }
+
+
+def _gpu(field: str) -> str | None:
+    return _output("nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader") or None
 
 
 def _output(*command: str) -> str:

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from ..bench.groups import UnknownGroup
+from ..bench.record import RecordError
 from ..model.artifact import ArtifactError
 from ..model.checkpoint import CheckpointError
 from ..model.config import ConfigError
@@ -15,6 +17,7 @@ from ..model.shards import ShardError
 from ..model.tokenizer import TokenizerError
 from ..model.train import NonFiniteLoss
 from ..ttt.score import JournalError
+from .bench import bench
 from .demo import demo
 from .doctor import doctor
 from .export import export
@@ -30,8 +33,10 @@ USER_ERRORS = (
     JournalError,
     NonFiniteLoss,
     OSError,
+    RecordError,
     ShardError,
     TokenizerError,
+    UnknownGroup,
 )
 
 app = typer.Typer(
@@ -58,7 +63,7 @@ def klora(
     pass
 
 
-for command in (demo, train, export, score, generate, doctor):
+for command in (demo, train, export, score, generate, bench, doctor):
     app.command()(command)
 
 

@@ -1,0 +1,115 @@
+"""Group `attention`: PyTorch's SDPA backends, the plain statement, and the packages that compete with them."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..kernels import causal_attention_ref
+from .entry import Call, Entry, Shape, Tensors, Variant, as_tuple
+
+SHAPES = {
+    "B96-S1024": {"B": 96, "S": 1024, "H": 8, "G": 4, "d": 64},
+    "B64-S1024": {"B": 64, "S": 1024, "H": 8, "G": 4, "d": 64},
+    "B48-S2048": {"B": 48, "S": 2048, "H": 8, "G": 4, "d": 64},
+}
+TOY = {"B": 2, "S": 48, "H": 4, "G": 2, "d": 16}
+GATE = {"B": 2, "S": 1000, "H": 8, "G": 4, "d": 64}
+
+
+def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(d), causal) v, term by term in the dtype of the inputs."""
+    groups = q.size(2) // k.size(2)
+    k, v = k.repeat_interleave(groups, 2), v.repeat_interleave(groups, 2)
+    scores = torch.einsum("bihd,bjhd->bhij", q, k) / q.size(-1) ** 0.5
+    future = torch.ones(q.size(1), q.size(1), dtype=torch.bool, device=q.device).triu(1)
+    return torch.einsum("bhij,bjhd->bihd", F.softmax(scores.masked_fill(future, float("-inf")), -1), v)
+
+
+def _draw(shape: Shape, device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Tensors:
+    sizes = [(shape["B"], shape["S"], heads, shape["d"]) for heads in (shape["H"], shape["G"], shape["G"], shape["H"])]
+    return tuple(torch.randn(size, device=device, generator=generator).to(dtype) for size in sizes)
+
+
+def _forward(attention: Call) -> Call:
+    return lambda q, k, v, dout: attention(q, k, v)
+
+
+def _forward_backward(attention: Call) -> Call:
+    def run(q: Tensor, k: Tensor, v: Tensor, dout: Tensor) -> Tensors:
+        leaves = [t.detach().requires_grad_() for t in (q, k, v)]
+        out = attention(*leaves)
+        return out, *torch.autograd.grad(out, leaves, dout)
+
+    return run
+
+
+def _variants(wrap) -> tuple[Variant, ...]:
+    def sdpa(backend: str, *devices: str) -> Variant:
+        return Variant(
+            f"sdpa-{backend}",
+            lambda shape, device, dtype: wrap(lambda q, k, v: causal_attention_ref(q, k, v, backend)),
+            devices=devices,
+        )
+
+    def compiled(shape: Shape, device: torch.device, dtype: torch.dtype) -> Call:
+        return wrap(torch.compile(plain_attention))
+
+    def flash_attn(shape: Shape, device: torch.device, dtype: torch.dtype) -> Call:
+        from flash_attn import flash_attn_func
+
+        return wrap(lambda q, k, v: flash_attn_func(q, k, v, causal=True))
+
+    def flash_attn_4(shape: Shape, device: torch.device, dtype: torch.dtype) -> Call:
+        from flash_attn.cute import flash_attn_func
+
+        return wrap(lambda q, k, v: as_tuple(flash_attn_func(q, k, v, causal=True))[0])
+
+    return (
+        Variant("eager", lambda shape, device, dtype: wrap(plain_attention)),
+        Variant("torch.compile", compiled, devices=("cuda",)),
+        sdpa("cudnn", "cuda"),
+        sdpa("flash", "cpu", "cuda"),
+        Variant("flash-attn", flash_attn, package="flash-attn", devices=("cuda",)),
+        Variant("flash-attn-4", flash_attn_4, package="flash-attn-4", devices=("cuda",)),
+    )
+
+
+def _bytes(tensors_of_heads: int, tensors_of_groups: int):
+    def count(shape: Shape, itemsize: int) -> int:
+        rows = shape["B"] * shape["S"] * shape["d"]
+        return itemsize * rows * (tensors_of_heads * shape["H"] + tensors_of_groups * shape["G"])
+
+    return count
+
+
+def _flops(products: int):
+    """`products` matrix products over the causal half of the square."""
+    return lambda shape: products * shape["B"] * shape["H"] * shape["S"] ** 2 * shape["d"]
+
+
+ENTRIES = (
+    Entry(
+        group="attention",
+        op="attention_forward",
+        shapes=SHAPES,
+        toy=TOY,
+        gate=GATE,
+        draw=_draw,
+        truth=lambda shape, *inputs: _forward(plain_attention)(*inputs),
+        variants=_variants(_forward),
+        bytes=_bytes(2, 2),
+        flops=_flops(2),
+    ),
+    Entry(
+        group="attention",
+        op="attention_forward_backward",
+        shapes=SHAPES,
+        toy=TOY,
+        gate=GATE,
+        draw=_draw,
+        truth=lambda shape, *inputs: _forward_backward(plain_attention)(*inputs),
+        variants=_variants(_forward_backward),
+        bytes=_bytes(4 + 2, 4 + 2),
+        flops=_flops(7),
+    ),
+)

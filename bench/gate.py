@@ -1,0 +1,71 @@
+"""The correctness gate: no speed without it.
+
+    error = |out - truth| / |truth|          Frobenius norms in float64, for each output; inputs fresh, random, non-zero
+
+Ours passes where error <= 1.1 x the error of plain PyTorch in the same dtype, for every output. Any other variant
+passes where its error is at most FOREIGN x that: a peer may round differently, but one that is called wrongly computes
+something else, and its speed would mean nothing. A NaN never passes.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from .entry import Entry, Shape, as_tuple
+
+MARGIN = 1.10
+FOREIGN = 4.0
+EXACT = 1e-12
+"""Errors below this are float64 rounding of the comparison itself."""
+
+
+class RedGate(RuntimeError):
+    """A variant computes something else than the op; the message names it, its error and what was allowed."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A variant's relative errors, one an output, and the most that was allowed."""
+
+    errors: tuple[float, ...]
+    allowed: tuple[float, ...]
+
+    @property
+    def is_green(self) -> bool:
+        return all(e <= max(a, EXACT) for e, a in zip(self.errors, self.allowed, strict=True))
+
+
+def check(entry: Entry, shape: Shape, device: torch.device, dtype: torch.dtype, seed: int = 0) -> dict[str, Verdict]:
+    """Errors of every variant that is present, at `shape`. Raises RedGate if one is outside what is allowed."""
+    generator = torch.Generator(device).manual_seed(seed)
+    inputs = entry.draw(shape, device, dtype, generator)
+    exact = as_tuple(entry.truth(shape, *(t.double() if t.is_floating_point() else t for t in inputs)))
+    errors = {}
+    for variant in entry.present(device):
+        outputs = as_tuple(variant.build(shape, device, dtype)(*inputs))
+        errors[variant.name] = tuple(relative_error(o, e) for o, e in zip(outputs, exact, strict=True))
+    yardstick = errors[entry.yardstick]
+    verdicts = {}
+    for variant in entry.present(device):
+        factor = MARGIN if variant.is_ours else FOREIGN
+        verdicts[variant.name] = Verdict(errors[variant.name], tuple(factor * error for error in yardstick))
+    red = {name: verdict for name, verdict in verdicts.items() if not verdict.is_green}
+    if red:
+        told = "; ".join(f"{name} has error {_short(v.errors)}, allowed {_short(v.allowed)}" for name, v in red.items())
+        raise RedGate(f"{entry.op} at {dict(shape)}, {dtype}: {told}. No speed is reported.")
+    return verdicts
+
+
+def relative_error(output: torch.Tensor, exact: torch.Tensor) -> float:
+    """|output - exact| / |exact| in float64; infinite for a NaN, a wrong shape or an exact value of zero missed."""
+    if output.shape != exact.shape:
+        return math.inf
+    difference = torch.linalg.vector_norm(output.detach().double() - exact.double()).item()
+    scale = torch.linalg.vector_norm(exact.double()).item()
+    error = difference / scale if scale else (0.0 if difference == 0 else math.inf)
+    return error if math.isfinite(error) else math.inf
+
+
+def _short(values: tuple[float, ...]) -> str:
+    return ", ".join(f"{value:.2e}" for value in values)

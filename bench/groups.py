@@ -1,0 +1,23 @@
+"""Every group of entries, by name. A new op is one line here."""
+
+from . import attention, ceilings, step, ttt
+from .entry import Entry
+
+GROUPS: dict[str, tuple[Entry, ...]] = {
+    "ceilings": ceilings.ENTRIES,
+    "attention": attention.ENTRIES,
+    "step": step.ENTRIES,
+    "ttt": ttt.ENTRIES,
+}
+
+
+class UnknownGroup(ValueError):
+    """A group that does not exist; the message lists those that do."""
+
+
+def entries_of(names: list[str]) -> list[Entry]:
+    """Entries of the named groups, all of them where no name is given."""
+    unknown = [name for name in names if name not in GROUPS]
+    if unknown:
+        raise UnknownGroup(f"there is no group {unknown[0]!r}; allowed: {', '.join(GROUPS)}")
+    return [entry for name in names or GROUPS for entry in GROUPS[name]]

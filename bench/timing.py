@@ -1,0 +1,116 @@
+"""How long a call takes: interleaved rounds, medians, cold and warm caches, events and graph replay.
+
+Every variant runs once in each round, in turn, so that drift of clocks and temperature meets all of them alike. A round
+is timed by CUDA events on a GPU and by the processor's clock elsewhere. Rounds go on until the spread (p80 - p20) / p50
+of every variant is under 2%, or until the most rounds are spent; `is_steady` says which.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+SPREAD = 0.02
+Thunk = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Times:
+    """Milliseconds of one call over `rounds` rounds."""
+
+    p20: float
+    p50: float
+    p80: float
+    rounds: int
+
+    @property
+    def spread(self) -> float:
+        return (self.p80 - self.p20) / self.p50
+
+    @property
+    def is_steady(self) -> bool:
+        return self.spread < SPREAD
+
+
+def time_interleaved(
+    thunks: Mapping[str, Sequence[Thunk]],
+    device: torch.device,
+    least_rounds: int = 20,
+    most_rounds: int = 200,
+    warmup: int = 5,
+) -> dict[str, Times]:
+    """Time each variant's thunks. One thunk is called again and again (warm); several are rotated through (cold)."""
+    for calls in thunks.values():
+        for index in range(warmup):
+            calls[index % len(calls)]()
+    samples: dict[str, list[float]] = {name: [] for name in thunks}
+    for number in range(most_rounds):
+        for name, calls in thunks.items():
+            samples[name].append(_milliseconds(calls[number % len(calls)], device))
+        if number + 1 >= least_rounds and all(_summary(values).is_steady for values in samples.values()):
+            break
+    return {name: _summary(values) for name, values in samples.items()}
+
+
+def synchronized_clock() -> float:
+    """Seconds, after all GPU work so far: the timer for pytest-benchmark."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def _milliseconds(thunk: Thunk, device: torch.device) -> float:
+    if device.type != "cuda":
+        started = time.perf_counter()
+        thunk()
+        return (time.perf_counter() - started) * 1e3
+    before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize(device)
+    before.record()
+    thunk()
+    after.record()
+    after.synchronize()
+    return before.elapsed_time(after)
+
+
+def _summary(values: Sequence[float]) -> Times:
+    if len(values) == 1:
+        return Times(values[0], values[0], values[0], 1)
+    p20, _, _, p80 = statistics.quantiles(values, n=5, method="inclusive")
+    return Times(p20, statistics.median(values), p80, len(values))
+
+
+def input_sets(bytes_of_one: int, device: torch.device) -> int:
+    """How many input sets to rotate so that none is still in the L2 cache when its turn comes again."""
+    if device.type != "cuda":
+        return 2
+    cache = torch.cuda.get_device_properties(device).L2_cache_size
+    return max(2, min(64, -(-3 * cache // max(bytes_of_one, 1)) + 1))
+
+
+def captured(thunk: Thunk, device: torch.device) -> Thunk:
+    """`thunk` as the replay of one CUDA graph, after warm-up on a side stream."""
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            thunk()
+    torch.cuda.current_stream(device).wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        thunk()
+    return graph.replay
+
+
+def peak_bytes(thunk: Thunk, device: torch.device) -> int | None:
+    """Most memory one call allocates on top of what is allocated before it; None without a GPU."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    thunk()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before

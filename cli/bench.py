@@ -1,0 +1,100 @@
+"""`klora bench`: gate, time and record the entries of bench/."""
+
+import json
+import re
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..bench.gate import RedGate
+from ..bench.groups import GROUPS, entries_of
+from ..bench.record import RecordError, measure_ceilings, run_group, slower_than, validate
+from ..model.config import TrainConfig
+from ..model.parallel import pick_device
+from ..model.storage import write_text
+from ..model.train import compute_dtype, device_name
+from . import options
+from .console import Output
+
+
+def bench(
+    groups: Annotated[
+        list[str] | None, typer.Argument(help=f"Groups to run; all if left out: {', '.join(GROUPS)}.")
+    ] = None,
+    toy: Annotated[bool, typer.Option("--toy", help="Small shapes; the only ones on a CPU.")] = False,
+    out: Annotated[Path, typer.Option("--out", help="Folder of the records.")] = Path("bench/results"),
+    baseline: Annotated[
+        Path | None, typer.Option("--check", help="A record: end with status 1 if a median is over 5% slower.")
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Most rounds of timing.")] = 200,
+    device: options.Device = "auto",
+    as_json: options.Json = False,
+) -> None:
+    """Check every variant against float64, time those that pass, and write one record a group.
+
+    A variant that computes something else ends the run with status 1 and no speed. Peers that are not installed are
+    named as missing. Records go to OUT/GPU/GROUP.json; their fields are described in bench/record.py.
+
+    Example: klora bench attention step --check bench/results/nvidia-h200/attention.json
+    """
+    output = Output(as_json)
+    entries_of(groups or [])
+    before = read_record(baseline) if baseline else None
+    chosen = pick_device(device)
+    dtype, toy = compute_dtype(TrainConfig(), chosen), toy or chosen.type == "cpu"
+    limits = (min(20, rounds), rounds)
+    ceilings = measure_ceilings(GROUPS["ceilings"], chosen, dtype, toy, limits)
+    folder = out / re.sub(r"[^a-z0-9]+", "-", device_name(chosen).lower())
+    slower, records = [], []
+    for group in groups or GROUPS:
+        with output.progress() as show:
+            try:
+                record = run_group(
+                    group, GROUPS[group], ceilings, chosen, dtype, toy, limits, progress=lambda text: show(text, 0)
+                )
+            except RedGate as red:
+                output.say(f"red gate: {red}", style="bold red")
+                output.result({"error": str(red), "kind": "RedGate"})
+                raise typer.Exit(1) from None
+        write_text(folder / f"{group}.json", json.dumps(record, indent=1) + "\n")
+        say_record(record, output)
+        records.append(record)
+        if before and before["group"] == group:
+            slower = slower_than(before, record)
+    for line in slower:
+        output.say(f"slower: {line}", style="bold red")
+    output.result({"records": records, "slower": slower})
+    if slower:
+        raise typer.Exit(1)
+
+
+def read_record(path: Path) -> dict:
+    """A record from disk; RecordError says what is wrong with it."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise RecordError(f"{path} is no benchmark record: it is not JSON ({error})") from None
+    validate(record, str(path))
+    return record
+
+
+def say_record(record: dict, output: Output) -> None:
+    """A record's results as a table, with what is missing below it."""
+    rows = [
+        (
+            result["op"],
+            result["shape"],
+            result["variant"],
+            f"{result['timing']}, {result['cache']}",
+            f"{result['ms']['p50']:.4f}",
+            f"{result['ms']['p20']:.4f} - {result['ms']['p80']:.4f}" + ("" if result["ms"]["steady"] else " unsteady"),
+            f"{result['percent_of_floor']:.0f}%",
+            f"{max(result['errors']):.1e}",
+        )
+        for result in record["results"]
+    ]
+    columns = ("op", "shape", "variant", "timing, cache", "ms", "p20 - p80", "of floor", "error")
+    output.table(record["group"], rows, columns)
+    for missing in record["missing"]:
+        output.say(f"missing: {missing['variant']} of {missing['op']}: {missing['why']}")

@@ -1,0 +1,200 @@
+"""The harness is honest: planted faults are caught, records keep to their schema, every entry runs."""
+
+import copy
+import dataclasses
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from klora.bench.attention import ENTRIES as ATTENTION
+from klora.bench.attention import plain_attention
+from klora.bench.ceilings import ENTRIES as CEILINGS
+from klora.bench.entry import Variant
+from klora.bench.gate import RedGate, check, relative_error
+from klora.bench.groups import GROUPS, UnknownGroup, entries_of
+from klora.bench.record import RecordError, measure_ceilings, run_group, slower_than, validate
+from klora.bench.timing import Times, time_interleaved
+from test_cli import klora
+
+CPU, FEW = torch.device("cpu"), (3, 3)
+FORWARD = ATTENTION[0]
+
+
+def with_variant(entry, variant: Variant):
+    return dataclasses.replace(entry, variants=(*entry.variants, variant))
+
+
+def forward_only(attention):
+    return lambda shape, device, dtype: lambda q, k, v, dout: attention(q, k, v)
+
+
+def run(entries, group="attention") -> dict:
+    ceilings = measure_ceilings(CEILINGS, CPU, torch.float32, toy=True, rounds=FEW)
+    return run_group(group, entries, ceilings, CPU, torch.float32, toy=True, rounds=FEW)
+
+
+@pytest.fixture(scope="module")
+def record() -> dict:
+    return run([FORWARD])
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_every_entry_runs_at_its_toy_shape_and_gives_a_valid_record(group):
+    record = json.loads(json.dumps(run(GROUPS[group], group)))
+    validate(record)
+    measured = {(result["op"], result["variant"]) for result in record["results"]}
+    missing = {(entry["op"], entry["variant"]) for entry in record["missing"]}
+    declared = {(entry.op, variant.name) for entry in GROUPS[group] for variant in entry.variants}
+    assert measured | missing == declared and not measured & missing
+    assert {result["cache"] for result in record["results"]} == {"cold", "warm"}
+
+
+def test_inputs_of_every_entry_are_random_fresh_and_nowhere_zero():
+    for entry in entries_of([]):
+        first, again, other = (
+            entry.draw(entry.toy, CPU, torch.float32, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)
+        )
+        for a, b, c in zip(first, again, other, strict=True):
+            assert torch.equal(a, b) and not torch.equal(a, c) and a.count_nonzero() == a.numel(), entry.op
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda q, k, v: plain_attention(q, k, v) * 1.001,
+        lambda q, k, v: plain_attention(q, k, v).index_fill(1, torch.tensor([0]), float("nan")),
+        lambda q, k, v: plain_attention(q, k, v)[:, :-1],
+        lambda q, k, v: torch.zeros_like(q),
+    ],
+    ids=["off by 0.1%", "one NaN row", "a row short", "never written"],
+)
+@pytest.mark.parametrize("is_ours", [True, False])
+def test_a_wrong_variant_turns_the_gate_red_and_gets_no_speed(wrong, is_ours):
+    entry = with_variant(FORWARD, Variant("planted", forward_only(wrong), is_ours=is_ours))
+    with pytest.raises(RedGate, match="attention_forward.*planted has error.*No speed is reported"):
+        run([entry])
+
+
+def test_ours_is_held_to_a_tenth_over_the_yardstick_and_peers_to_a_factor():
+    def rounded(q, k, v):
+        return plain_attention(q, k, v) * (1 + 3e-7)  # twice the error of plain fp32
+
+    ours = with_variant(FORWARD, Variant("planted", forward_only(rounded), is_ours=True))
+    with pytest.raises(RedGate):
+        check(ours, FORWARD.toy, CPU, torch.float32)
+    peer = with_variant(FORWARD, Variant("planted", forward_only(rounded)))
+    verdict = check(peer, FORWARD.toy, CPU, torch.float32)["planted"]
+    assert verdict.is_green and verdict.errors[0] > verdict.allowed[0] / 4
+
+
+def test_a_peer_that_is_not_installed_is_named_as_missing():
+    entry = with_variant(FORWARD, Variant("peer", forward_only(plain_attention), package="no-such-package-anywhere"))
+    missing = {m["variant"]: m["why"] for m in run([entry])["missing"]}
+    assert missing["peer"] == "package no-such-package-anywhere is not installed"
+
+
+def test_a_slowed_variant_is_caught_by_the_comparison_and_named(record):
+    def slowed(shape, device, dtype):
+        def call(*inputs):
+            time.sleep(0.005)
+            return plain_attention(*inputs[:3])
+
+        return call
+
+    eager, *others = FORWARD.variants
+    slow = dataclasses.replace(FORWARD, variants=(dataclasses.replace(eager, build=slowed), *others))
+    lines = slower_than(record, run([slow]))
+    assert any("attention_forward toy eager" in line and "over the baseline" in line for line in lines)
+    assert slower_than(record, record) == []
+
+
+def test_exactly_five_percent_is_allowed_and_more_is_not(record):
+    for factor, count in ((1.049, 0), (1.051, len(record["results"]))):
+        other = copy.deepcopy(record)
+        for result in other["results"]:
+            result["ms"]["p50"] *= factor
+        assert len(slower_than(record, other)) == count
+
+
+def test_the_command_ends_with_status_1_when_a_baseline_is_beaten(tmp_path):
+    klora("bench", "attention", "--rounds", "3", "--out", tmp_path, "--json")
+    path = tmp_path / "cpu" / "attention.json"
+    baseline = json.loads(path.read_text())
+    for result in baseline["results"]:
+        result["ms"]["p50"] /= 1000
+    path.write_text(json.dumps(baseline))
+    done = klora("bench", "attention", "--rounds", "3", "--out", tmp_path / "new", "--check", path, check=1)
+    assert "slower: attention_forward toy eager" in done.stdout
+    wrong = klora("bench", "attention", "--check", Path(__file__), check=2)
+    assert "is no benchmark record: it is not JSON" in wrong.stderr
+    unknown = klora("bench", "atention", check=2)
+    assert "there is no group 'atention'; allowed: ceilings, attention, step, ttt" in unknown.stderr
+    with pytest.raises(UnknownGroup):
+        entries_of(["atention"])
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "says"),
+    [
+        (("schema",), 2, r"\$.schema"),
+        (("results", 0, "ms", "p50"), -1.0, r"p50"),
+        (("results", 0, "cache"), "lukewarm", r"lukewarm"),
+        (("results", 0, "extra"), 1, r"extra"),
+        (("missing",), [{"op": "x", "variant": "y", "why": ""}], r"why"),
+        (("environment",), {"gpu": None}, r"environment"),
+    ],
+)
+def test_the_validator_refuses_what_departs_from_the_schema(record, path, value, says):
+    broken = copy.deepcopy(record)
+    place = broken
+    for step in path[:-1]:
+        place = place[step]
+    place[path[-1]] = value
+    with pytest.raises(RecordError, match=says):
+        validate(broken)
+    validate(record)
+
+
+def test_a_result_without_its_error_is_no_result(record):
+    broken = copy.deepcopy(record)
+    del broken["results"][0]["errors"]
+    with pytest.raises(RecordError, match="errors"):
+        validate(broken)
+
+
+def test_relative_error():
+    exact = torch.tensor([3.0, 4.0], dtype=torch.float64)
+    assert relative_error(torch.tensor([3.0, 4.5]), exact) == pytest.approx(0.1)
+    assert relative_error(torch.zeros(2), torch.zeros(2)) == 0.0
+    assert relative_error(torch.ones(2), torch.zeros(2)) == float("inf")
+    assert relative_error(torch.tensor([3.0, float("nan")]), exact) == float("inf")
+
+
+def test_timing_takes_turns_and_stops_when_it_is_steady():
+    order = []
+    thunks = {"a": [lambda: order.append("a")], "b": [lambda: order.append("b1"), lambda: order.append("b2")]}
+    times = time_interleaved(thunks, CPU, least_rounds=4, most_rounds=4, warmup=0)
+    assert order == ["a", "b1", "a", "b2", "a", "b1", "a", "b2"]
+    assert times["a"].rounds == 4
+    steady = time_interleaved({"sleep": [lambda: time.sleep(0.01)]}, CPU, least_rounds=3, most_rounds=50, warmup=0)
+    assert steady["sleep"].rounds < 50 and steady["sleep"].is_steady
+    assert Times(1.0, 1.0, 1.1, 5).is_steady is False
+    assert 9.5 < steady["sleep"].p50 < 15
+
+
+@pytest.mark.slow
+def test_pytest_benchmark_runs_the_same_entries(tmp_path):
+    folder = Path(__file__).parent.parent / "bench"
+    if not (folder / "bench_entries.py").exists():  # on a GPU machine the package is installed, not checked out
+        folder = Path(sys.modules["klora.bench.gate"].__file__).parent
+    options = ["--benchmark-only", "--benchmark-max-time=0.02", "--benchmark-min-rounds=2", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", str(folder / "bench_entries.py"), *options]
+    done = subprocess.run([*command, f"--benchmark-json={tmp_path / 'out.json'}"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:]
+    names = {b["name"] for b in json.loads((tmp_path / "out.json").read_text())["benchmarks"]}
+    expected = {f"test_speed[{e.op}-toy-{v.name}]" for e in entries_of([]) for v in e.present(CPU)}
+    assert names == expected or torch.cuda.is_available()
