@@ -10,6 +10,7 @@ from torch import Tensor
 from ..model.config import ModelConfig, TrainConfig, preset
 from ..model.gpt import GPT, is_block_matrix, parameter_shapes
 from ..model.optimizers import FlatGradients, Optimizers
+from ..model.ranges import phase
 from .entry import Call, Entry, Shape, Tensors, Variant
 
 TOY_MODEL = ModelConfig(vocab_size=300, width=32, blocks=2, heads=2, kv_heads=1, mlp_hidden=64, train_length=32)
@@ -46,10 +47,13 @@ def _step(compile_model: bool):
 
         def run(tokens: Tensor, targets: Tensor) -> Tensors:
             gradients.buffer.zero_()
-            loss = nll(tokens, targets).mean()
-            loss.backward()
+            with phase("forward"):
+                loss = nll(tokens, targets).mean()
+            with phase("backward"):
+                loss.backward()
             gradients.clip_(config.grad_clip)
-            optimizers.step(0, lr_scale=0.0)
+            with phase("optimizer"):
+                optimizers.step(0, lr_scale=0.0)
             return loss.detach(), gradients.buffer
 
         return run

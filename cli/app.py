@@ -22,6 +22,7 @@ from .demo import demo
 from .doctor import doctor
 from .export import export
 from .generate import generate
+from .profile import profile
 from .score import score
 from .train import train
 
@@ -63,7 +64,7 @@ def klora(
     pass
 
 
-for command in (demo, train, export, score, generate, bench, doctor):
+for command in (demo, train, export, score, generate, bench, profile, doctor):
     app.command()(command)
 
 

@@ -35,6 +35,7 @@ from ..kernels import (
     softcap_nll_ref,
 )
 from .config import ModelConfig
+from .ranges import phase
 
 MATRICES = ("q", "k", "v", "o", "up", "down")
 """The six matrices of a block: what Muon trains and int6 stores."""
@@ -213,7 +214,8 @@ class GPT(nn.Module):
                 x = x + self.skip[index - len(self.blocks) // 2].to(x.dtype) * pushed.pop()
             adapter = adapters[index] if adapters is not None else None
             held = (cache.keys[index], cache.values[index], start) if cache is not None else None
-            x = block(x, x0, rotary, self.attention, adapter, held)
+            with phase("block"):
+                x = block(x, x0, rotary, self.attention, adapter, held)
             if index < len(self.blocks) // 2:
                 pushed.append(x)
         if cache is not None:

@@ -30,6 +30,7 @@ from .gpt import GPT, parameter_count
 from .optimizers import FlatGradients, Optimizers
 from .parallel import Ranks
 from .prepare import Prepared
+from .ranges import phase
 from .shards import RowSampler, TokenStream
 from .signals import StopSignals
 from .storage import write_bytes, write_text
@@ -187,14 +188,18 @@ class Trainer:
     def _train_step(self, scale: float) -> float:
         """One optimizer step over batch_tokens tokens; returns the gradient norm before clipping."""
         config, length = self.config, self.preset.model.train_length
-        inputs, targets = self.sampler.take(self.rows_per_rank * self.ranks.world, self.ranks.rank, self.ranks.world)
+        with phase("data"):
+            rows = self.rows_per_rank * self.ranks.world
+            inputs, targets = self.sampler.take(rows, self.ranks.rank, self.ranks.world)
         self.gradients.buffer.zero_()
         total = torch.zeros((), device=self.ranks.device)
         rows = max(1, config.micro_batch_tokens // length)
         for x, y in zip(inputs.split(rows), targets.split(rows), strict=True):
             x, y = x.to(self.ranks.device, non_blocking=True), y.to(self.ranks.device, non_blocking=True)
-            loss = self.model.nll(x, y).sum() / config.batch_tokens
-            loss.backward()
+            with phase("forward"):
+                loss = self.model.nll(x, y).sum() / config.batch_tokens
+            with phase("backward"):
+                loss.backward()
             total += loss.detach()
         self.ranks.sum_(self.gradients.buffer)
         self.ranks.sum_(total)
@@ -202,7 +207,8 @@ class Trainer:
         self.loss, norm = torch.stack([total, grad_norm]).tolist()
         if not (math.isfinite(self.loss) and math.isfinite(norm)):
             raise NonFiniteLoss(self._explain_non_finite(norm))
-        self.optimizers.step(self.step, scale)
+        with phase("optimizer"):
+            self.optimizers.step(self.step, scale)
         self.step += 1
         self.averages.update(self.step, scale)
         return norm

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..kernels import lora_head_nll_ref, softcap_nll_ref
 from ..model.gpt import GPT
+from ..model.ranges import phase
 from .adapters import AdapterPool
 from .documents import Document, Windows, chunk_windows
 from .protocols import MIN_NLL, TTTConfig, learning_rate
@@ -217,13 +218,16 @@ def _score_then_train(model: GPT, pool: AdapterPool, batch: Batch, j: int) -> tu
     """Chunk j: its NLL [active, chunk] under the adapters as they are, then the Adam steps on it."""
     active, trained = batch.active[j], batch.active[j + 1]
     inputs, at, targets, exists = batch.chunk(j, active)
-    with torch.set_grad_enabled(trained > 0):
+    with phase("scoring"), torch.set_grad_enabled(trained > 0):
         nll = adapted_nll(model, pool, active, inputs, at, targets)
     recorded = nll.detach()
     for step in range(pool.ttt.steps_per_chunk if trained else 0):
         if step:
-            nll = adapted_nll(model, pool, trained, inputs[:trained], at[:trained], targets[:trained])
+            with phase("forward"):
+                nll = adapted_nll(model, pool, trained, inputs[:trained], at[:trained], targets[:trained])
         # A chunk that is trained on is whole: only a document's last chunk, which is not, can be shorter.
-        pool.backward(nll[:trained].mean(dim=1).sum(), trained)
-        pool.update(trained, learning_rate(pool.ttt, pool.step[:trained], batch.chunks[:trained]))
+        with phase("backward"):
+            pool.backward(nll[:trained].mean(dim=1).sum(), trained)
+        with phase("optimizer"):
+            pool.update(trained, learning_rate(pool.ttt, pool.step[:trained], batch.chunks[:trained]))
     return recorded, exists

@@ -1,0 +1,76 @@
+"""`klora profile`: where the time of a training step or of test-time training goes."""
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..bench.groups import GROUPS
+from ..bench.profile import Profile, profile_entry
+from ..bench.record import measure_ceilings
+from ..model.config import ConfigError, TrainConfig
+from ..model.parallel import pick_device
+from ..model.train import compute_dtype
+from . import options
+from .console import Output
+
+PROFILED = ("step", "ttt")
+
+
+def profile(
+    what: Annotated[str, typer.Argument(help="step or ttt.")],
+    variant: Annotated[str, typer.Option("--variant", help="The entry's variant.")] = "eager",
+    toy: Annotated[bool, typer.Option("--toy", help="Small shapes; the only ones on a CPU.")] = False,
+    calls: Annotated[int, typer.Option("--calls", min=1, help="Measured calls.")] = 3,
+    rows: Annotated[int, typer.Option("--rows", min=1, help="Kernels to list.")] = 10,
+    trace: Annotated[
+        bool, typer.Option(help="Write a PyTorch trace; --no-trace leaves the device to nsys or ncu.")
+    ] = True,
+    out: Annotated[Path, typer.Option("--out", help="Folder of the trace.")] = Path("runs/profile"),
+    device: options.Device = "auto",
+    as_json: options.Json = False,
+) -> None:
+    """Write a trace of one training step or TTT pass and list the kernels that take the time.
+
+    Open the trace in chrome://tracing or ui.perfetto.dev. The measured calls are bracketed with cudaProfilerStart and
+    cudaProfilerStop, and NVTX ranges in the domain `klora` name their phases, for nsys and ncu.
+
+    Example: klora profile ttt --rows 20
+    """
+    output = Output(as_json)
+    if what not in PROFILED:
+        raise ConfigError(f"{what!r} cannot be profiled; allowed: {', '.join(PROFILED)}")
+    chosen = pick_device(device)
+    dtype, toy = compute_dtype(TrainConfig(), chosen), toy or chosen.type == "cpu"
+    entry = GROUPS[what][0]
+    present = [v.name for v in entry.present(chosen)]
+    if variant not in present:
+        raise ConfigError(f"variant={variant!r} is not possible; allowed on this device: {', '.join(present)}")
+    ceilings = measure_ceilings(GROUPS["ceilings"], chosen, dtype, toy, (5, 20))
+    path = out / f"{what}-{variant}.json" if trace else None
+    found = profile_entry(entry, variant, chosen, dtype, toy, ceilings, path, calls)
+    _say(entry.op, variant, found, rows, output)
+    command = f"klora profile {what} --variant {variant} --no-trace"
+    output.say(f"nsys: nsys profile --capture-range=cudaProfilerApi --trace=cuda,nvtx -o {what} {command}")
+    output.say(f"ncu:  ncu --profile-from-start off --set full -o {what} {command} --calls 1")
+    output.result({**dataclasses.asdict(found), "kernels": [dataclasses.asdict(row) for row in found.kernels[:rows]]})
+
+
+def _say(op: str, variant: str, found: Profile, most: int, output: Output) -> None:
+    output.say(f"{op}, {variant}: {found.ms:.3f} ms a call, floor {found.floor_ms:.3f} ms")
+    if found.trace is None:
+        return
+    table = [
+        (
+            row.name[:72],
+            f"{row.calls:g}",
+            f"{row.ms:.4f}",
+            f"{100 * row.share:.1f}%",
+            "" if row.bytes is None else f"{row.bytes:,}",
+            "" if row.percent_of_floor is None else f"{row.percent_of_floor:.0f}%",
+        )
+        for row in found.kernels[:most]
+    ]
+    output.table("", table, ("kernel", "calls", "ms", "share", "bytes", "of floor"))
+    output.say(f"{len(found.kernels)} kernels, {100 * found.busy:.0f}% of the wall clock; trace: {found.trace}")
