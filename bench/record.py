@@ -208,15 +208,16 @@ def _time_entry(
 
 def slower_than(baseline: Mapping[str, Any], record: Mapping[str, Any], factor: float = SLOWER) -> list[str]:
     """One line for each result whose median is more than `factor` times the baseline's."""
-    before = {_key(result): result["ms"]["p50"] for result in baseline["results"]}
+    before = {result_key(result): result["ms"]["p50"] for result in baseline["results"]}
     lines = []
     for result in record["results"]:
-        old, new = before.get(_key(result)), result["ms"]["p50"]
+        old, new = before.get(result_key(result)), result["ms"]["p50"]
         if old is not None and new > factor * old:
-            name = " ".join((*_key(result)[:2], result["variant"], result["timing"], result["cache"]))
+            name = " ".join((*result_key(result)[:2], result["variant"], result["timing"], result["cache"]))
             lines.append(f"{name}: {new:.4f} ms, {100 * (new / old - 1):.1f}% over the baseline's {old:.4f} ms")
     return lines
 
 
-def _key(result: Mapping[str, Any]) -> tuple[str, ...]:
+def result_key(result: Mapping[str, Any]) -> tuple[str, ...]:
+    """What a result is of: op, shape, dtype, variant, timing and cache."""
     return tuple(result[name] for name in ("op", "shape", "dtype", "variant", "timing", "cache"))

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from ..bench.against import RevisionError
 from ..bench.groups import UnknownGroup
 from ..bench.record import RecordError
 from ..model.artifact import ArtifactError
@@ -35,6 +36,7 @@ USER_ERRORS = (
     NonFiniteLoss,
     OSError,
     RecordError,
+    RevisionError,
     ShardError,
     TokenizerError,
     UnknownGroup,

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from ..bench.against import Comparison, compare
 from ..bench.gate import RedGate
 from ..bench.groups import GROUPS, entries_of
 from ..bench.record import RecordError, measure_ceilings, run_group, slower_than, validate
@@ -27,6 +28,9 @@ def bench(
     baseline: Annotated[
         Path | None, typer.Option("--check", help="A record: end with status 1 if a median is over 5% slower.")
     ] = None,
+    against: Annotated[
+        str | None, typer.Option("--against", metavar="REV", help="Time another commit beside this one, in turns.")
+    ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Most rounds of timing.")] = 200,
     device: options.Device = "auto",
     as_json: options.Json = False,
@@ -40,6 +44,10 @@ def bench(
     """
     output = Output(as_json)
     entries_of(groups or [])
+    if against:
+        flags = ["--rounds", str(rounds), "--device", device, *(["--toy"] if toy else [])]
+        say_comparison(against, compare(against, groups or [], flags), output)
+        return
     before = read_record(baseline) if baseline else None
     chosen = pick_device(device)
     dtype, toy = compute_dtype(TrainConfig(), chosen), toy or chosen.type == "cpu"
@@ -67,6 +75,13 @@ def bench(
     output.result({"records": records, "slower": slower})
     if slower:
         raise typer.Exit(1)
+
+
+def say_comparison(revision: str, comparisons: list[Comparison], output: Output) -> None:
+    """Both commits' medians, and which is slower."""
+    rows = [(c.name, f"{c.here:.4f}", f"{c.there:.4f}", f"{c.ratio:.3f}") for c in comparisons]
+    output.table("", rows, ("result", "here, ms", f"{revision}, ms", "here / there"))
+    output.result({"against": revision, "results": [{**vars(c), "ratio": c.ratio} for c in comparisons]})
 
 
 def read_record(path: Path) -> dict:
