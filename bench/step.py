@@ -13,7 +13,7 @@ from ..model.optimizers import FlatGradients, Optimizers
 from ..model.ranges import phase
 from .entry import Call, Entry, Shape, Tensors, Variant
 
-TOY_MODEL = ModelConfig(vocab_size=300, width=32, blocks=2, heads=2, kv_heads=1, mlp_hidden=64, train_length=32)
+TOY_MODEL = ModelConfig(vocab_size=300, width=32, blocks=2, heads=2, kv_heads=1, mlp_hidden=64, train_length=64)
 
 
 def model_config(shape: Shape) -> ModelConfig:
@@ -61,6 +61,12 @@ def _step(compile_model: bool):
     return build
 
 
+def _original(shape: Shape, device: torch.device, dtype: torch.dtype) -> Call:
+    from .original import build_original_step  # it takes its weights from here
+
+    return build_original_step(shape, device, dtype)
+
+
 def _truth(shape: Shape, tokens: Tensor, targets: Tensor) -> Tensors:
     model = seeded_model(shape, tokens.device, torch.float32).double()
     model.compute_dtype = torch.float64
@@ -99,6 +105,7 @@ ENTRIES = (
         variants=(
             Variant("eager", _step(compile_model=False), captures=False),
             Variant("torch.compile", _step(compile_model=True), devices=("cuda",), captures=False),
+            Variant("original", _original, captures=False),
         ),
         bytes=_bytes,
         flops=_flops,

@@ -12,6 +12,7 @@ from ..ttt.documents import Document
 from ..ttt.protocols import TTTConfig
 from ..ttt.scorer import Batch, Deadline, adapt_batch
 from .entry import Call, Entry, Shape, Tensors, Variant
+from .original import build_original_ttt
 from .step import model_config, seeded_model
 
 
@@ -80,7 +81,10 @@ ENTRIES = (
         gate={"blocks": 10, "B": 2, "tokens": 769, "chunk": 256},
         draw=_draw,
         truth=_truth,
-        variants=(Variant("eager", _eager, captures=False),),
+        variants=(
+            Variant("eager", _eager, captures=False),
+            Variant("original", build_original_ttt, captures=False),
+        ),
         bytes=_bytes,
         flops=_flops,
     ),

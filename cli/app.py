@@ -5,11 +5,13 @@ import sys
 from importlib.metadata import version
 from typing import Annotated
 
+import torch
 import typer
 
 from ..bench.against import RevisionError
 from ..bench.groups import UnknownGroup
 from ..bench.record import RecordError
+from ..bench.report import ReadmeError
 from ..model.artifact import ArtifactError
 from ..model.checkpoint import CheckpointError
 from ..model.config import ConfigError
@@ -17,7 +19,7 @@ from ..model.corpus import CorpusError
 from ..model.shards import ShardError
 from ..model.tokenizer import TokenizerError
 from ..model.train import NonFiniteLoss
-from ..ttt.score import JournalError
+from ..ttt.score import JournalError, NonFiniteScore
 from .bench import bench
 from .demo import demo
 from .doctor import doctor
@@ -34,7 +36,9 @@ USER_ERRORS = (
     CorpusError,
     JournalError,
     NonFiniteLoss,
+    NonFiniteScore,
     OSError,
+    ReadmeError,
     RecordError,
     RevisionError,
     ShardError,
@@ -74,6 +78,9 @@ def main() -> None:
     """Run the command line. A user's mistake or a broken file ends with one sentence on stderr and exit status 2."""
     try:
         app()
+    except torch.OutOfMemoryError as error:
+        print(f"klora: out of GPU memory ({error}); give a smaller micro_batch_tokens or batch", file=sys.stderr)
+        sys.exit(2)
     except USER_ERRORS as error:
         if "--json" in sys.argv:
             print(json.dumps({"error": str(error), "kind": type(error).__name__}))

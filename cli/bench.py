@@ -11,6 +11,7 @@ from ..bench.against import Comparison, compare
 from ..bench.gate import RedGate
 from ..bench.groups import GROUPS, entries_of
 from ..bench.record import RecordError, measure_ceilings, run_group, slower_than, validate
+from ..bench.report import Report, report
 from ..model.config import TrainConfig
 from ..model.parallel import pick_device
 from ..model.storage import write_text
@@ -31,6 +32,9 @@ def bench(
     against: Annotated[
         str | None, typer.Option("--against", metavar="REV", help="Time another commit beside this one, in turns.")
     ] = None,
+    readme: Annotated[
+        Path | None, typer.Option("--readme", help="With `report`: rewrite the tables between this file's markers.")
+    ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Most rounds of timing.")] = 200,
     device: options.Device = "auto",
     as_json: options.Json = False,
@@ -40,9 +44,14 @@ def bench(
     A variant that computes something else ends the run with status 1 and no speed. Peers that are not installed are
     named as missing. Records go to OUT/GPU/GROUP.json; their fields are described in bench/record.py.
 
+    `klora bench report` prints the tables of all records in OUT and draws their pictures beside them.
+
     Example: klora bench attention step --check bench/results/nvidia-h200/attention.json
     """
     output = Output(as_json)
+    if groups == ["report"]:
+        say_report(report(out, readme), output)
+        return
     entries_of(groups or [])
     if against:
         flags = ["--rounds", str(rounds), "--device", device, *(["--toy"] if toy else [])]
@@ -75,6 +84,14 @@ def bench(
     output.result({"records": records, "slower": slower})
     if slower:
         raise typer.Exit(1)
+
+
+def say_report(made: Report, output: Output) -> None:
+    """The tables of all records, and where their pictures are."""
+    output.say(made.tables)
+    for picture in made.pictures:
+        output.say(f"picture: {picture}")
+    output.result({"pictures": [str(p) for p in made.pictures], "readme_changed": made.readme_changed})
 
 
 def say_comparison(revision: str, comparisons: list[Comparison], output: Output) -> None:

@@ -15,9 +15,9 @@ from rich.table import Table
 class Output:
     """Speaks to a person, or with `as_json` prints one JSON object at the end and nothing else."""
 
-    def __init__(self, as_json: bool = False, quiet: bool = False):
+    def __init__(self, as_json: bool = False):
         self.as_json = as_json
-        self.is_silent = as_json or quiet
+        self.is_silent = as_json
         self.console = Console(stderr=as_json, highlight=False, soft_wrap=True)
 
     def say(self, text: str, style: str = "") -> None:

@@ -7,8 +7,10 @@ from typing import Annotated
 import typer
 
 from ..model.artifact import ArtifactSummary, save_artifact
+from ..model.checkpoint import CheckpointError
 from ..model.config import ModelConfig
 from ..model.loading import load_run
+from ..model.tokenizer import Tokenizer
 from ..model.train import TOKENIZER
 from . import options
 from .console import Output
@@ -44,14 +46,19 @@ def export(
 def export_run(run: Path, path: Path, budget: int, output: Output) -> ArtifactSummary:
     """Write the artifact of the run folder and say what was chosen."""
     tensors, meta = load_run(run)
+    config, tokenizer = ModelConfig.from_dict(meta["model"]), Tokenizer.from_file(run / TOKENIZER)
+    if tokenizer.vocab_size != config.vocab_size:
+        raise CheckpointError(
+            f"{run / TOKENIZER} has {tokenizer.vocab_size} pieces and the model {config.vocab_size}; it not this run's"
+        )
     started = time.perf_counter()
     with output.progress() as show:
         show("choosing clips and compressing", 0, None)
         summary = save_artifact(
             path,
             tensors,
-            ModelConfig.from_dict(meta["model"]),
-            (run / TOKENIZER).read_bytes(),
+            config,
+            tokenizer.to_bytes(),
             meta["provenance"],
             budget,
         )

@@ -8,10 +8,10 @@ from typing import Annotated
 import typer
 
 from ..model.artifact import load_artifact
+from ..model.config import ConfigError
 from ..model.generate import generate_text
-from ..model.loading import model_from_artifact
+from ..model.loading import model_from_artifact, tokenizer_of
 from ..model.parallel import pick_device
-from ..model.tokenizer import Tokenizer
 from . import options
 from .console import Output
 
@@ -20,9 +20,11 @@ def generate(
     artifact: Annotated[Path, typer.Argument(help="Artifact that `klora export` wrote.")],
     prompt: Annotated[str, typer.Option("--prompt", help="Text to go on from.")] = "",
     tokens: Annotated[int, typer.Option("--tokens", min=1, max=65536, help="Most tokens to sample.")] = 200,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0: always the likeliest token.")] = 0.8,
+    temperature: Annotated[float, typer.Option(min=0.0, max=100.0, help="0: always the likeliest token.")] = 0.8,
     top_k: Annotated[int, typer.Option("--top-k", min=0, help="Sample among this many likeliest tokens; 0: all.")] = 50,
-    seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same text on the same machine.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**63 - 1, help="The same seed gives the same text on the same machine.")
+    ] = 0,
     device: options.Device = "auto",
     as_json: options.Json = False,
 ) -> None:
@@ -33,7 +35,9 @@ def generate(
     output = Output(as_json)
     loaded = load_artifact(artifact)
     model = model_from_artifact(loaded, pick_device(device))
-    tokenizer = Tokenizer.from_bytes(loaded.tokenizer_bytes)
+    tokenizer = tokenizer_of(loaded)
+    if any("\ud800" <= character <= "\udfff" for character in prompt):
+        raise ConfigError("--prompt holds bytes that are not UTF-8; allowed: any Unicode text")
     started, pieces = time.perf_counter(), []
     if not as_json:
         sys.stdout.write(prompt)

@@ -13,8 +13,9 @@ import typer
 from ..model.artifact import Artifact, load_artifact
 from ..model.config import ConfigError
 from ..model.corpus import Corpus
-from ..model.loading import model_from_artifact, model_from_run
+from ..model.loading import model_from_artifact, model_from_run, tokenizer_of
 from ..model.parallel import pick_device
+from ..model.prepare import tokenizer_beside
 from ..model.shards import TokenStream, find_shards
 from ..model.signals import StopSignals
 from ..model.tokenizer import Tokenizer
@@ -103,15 +104,17 @@ def score_artifact(
     started = time.perf_counter()
     loaded, chosen = load_artifact(path), pick_device(device)
     model = model_from_artifact(loaded, chosen)
-    before = model_from_run(prequant, chosen) if prequant else None
+    before = model_from_run(prequant, chosen, of=loaded) if prequant else None
     seconds["load"], started = time.perf_counter() - started, time.perf_counter()
-    tokenizer = Tokenizer.from_bytes(loaded.tokenizer_bytes)
+    tokenizer = tokenizer_of(loaded)
     documents = _documents(source, tokenizer, most_tokens, loaded.provenance)
     seconds["tokenize"] = time.perf_counter() - started
     output.say(f"scoring {len(documents):,} documents, {label(config.protocol)}, on {chosen}")
     key = fingerprint(loaded.header["payload_sha256"], documents, config, prequant is not None)
     with StopSignals() as stop:
         journal = Journal(folder / "journal.jsonl", key, resume)
+        if resume and not journal.done:
+            output.say("nothing to resume from; starting afresh")
         if journal.done:
             output.say(f"resuming: {len(journal.done):,} documents are already scored")
         try:
@@ -171,6 +174,10 @@ def _documents(source, tokenizer: Tokenizer, most_tokens: int, provenance: dict)
     if shards and (text or jsonl):
         raise ConfigError("--shards was given together with --text or --jsonl; give one of them")
     if shards:
+        if tokenizer_beside(shards).to_bytes() != tokenizer.to_bytes():
+            raise ConfigError(
+                f"the shards in {shards} were made by another tokenizer than the artifact's; make them anew"
+            )
         found = list(documents_from_tokens(TokenStream(find_shards(shards, "val")).documents(), tokenizer))
     else:
         corpus = options.corpus_from(text, jsonl, field) or _held_out_stdlib(provenance)

@@ -7,21 +7,25 @@ from typing import Annotated, Any
 
 import typer
 
+from ..model.checkpoint import CheckpointError
 from ..model.config import ConfigError, ModelConfig, Preset, TrainConfig, preset
 from ..model.corpus import Corpus
 from ..model.parallel import Ranks, join_ranks
 from ..model.prepare import Prepared, prepare, prepared_from_shards
-from ..model.train import RUN, Trainer, TrainResult
+from ..model.train import CHECKPOINT, MODEL, RUN, Trainer, TrainResult
 from . import options
 from .console import Output
 
-LIMITS = ("seconds", "max_steps", "checkpoint_seconds", "validate_seconds")
-"""Fields of a run that may change when it is resumed: they move no weight but by when it ends."""
+CHANGEABLE = (
+    *("seconds", "max_steps", "checkpoint_seconds", "validate_seconds"),
+    *("muon_lr", "embed_lr", "scalar_lr", "grad_clip", "dtype"),
+)
+"""Fields that may change when a run is resumed: when it ends, and what helps one that diverged."""
 
 
 def train(
     out: Annotated[Path, typer.Option("--out", help="Folder of the run.")] = Path("runs/latest"),
-    preset_name: Annotated[str, typer.Option("--preset", help="tiny, seed or seed-11l.")] = "tiny",
+    preset_name: Annotated[str | None, typer.Option("--preset", help="tiny (the default), seed or seed-11l.")] = None,
     seconds: Annotated[float | None, typer.Option(help="Wall-clock cap; short for --set seconds=...")] = None,
     text: options.Text = None,
     jsonl: options.Jsonl = None,
@@ -31,11 +35,15 @@ def train(
         list[Path] | None, typer.Option("--val-jsonl", help="As --jsonl, for validation.")
     ] = None,
     validation_share: Annotated[
-        float, typer.Option("--val-share", help="Share of documents held out by the hash of their names.")
-    ] = 0.05,
+        float | None,
+        typer.Option("--val-share", help="Share of documents held out by the hash of their names; 0.05 if left out."),
+    ] = None,
     shards: options.Shards = None,
     set_: options.Set = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint in --out.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Start afresh in --out though an unfinished run is there.")
+    ] = False,
     device: options.Device = "auto",
     cache: options.Cache = options.DEFAULT_CACHE,
     fields: options.Fields = False,
@@ -60,28 +68,34 @@ def train(
     if seconds is not None:
         overrides["seconds"] = str(seconds)
     if fields:
-        chosen = preset(preset_name).override(overrides)
+        chosen = preset(preset_name or "tiny").override(overrides)
         options.list_fields(output, chosen.model, chosen.train)
         return
+    unfinished = (out / CHECKPOINT).exists() and not (out / MODEL).exists()
+    if unfinished and not (resume or overwrite):
+        raise ConfigError(
+            f"{out} holds an unfinished run; give --resume to go on, --overwrite to start afresh, or another --out"
+        )
     with join_ranks(device) as ranks:
         output.is_silent |= not ranks.is_first
         if resume:
-            if text or jsonl or shards or validation_text or validation_jsonl:
-                raise ConfigError("--resume takes its data from the run; leave out --text, --jsonl and --shards")
+            if preset_name or text or jsonl or shards or validation_text or validation_jsonl or validation_share:
+                raise ConfigError(
+                    "--resume takes preset and data from the run; leave out --preset and the options that name text"
+                )
             chosen, data, sources = _stored_run(out, overrides)
         elif shards:
             if text or jsonl:
                 raise ConfigError("--shards was given together with --text or --jsonl; give one of them")
-            chosen = preset(preset_name).override(overrides)
+            chosen = preset(preset_name or "tiny").override(overrides)
             data, sources = prepared_from_shards(shards), {"kind": "shards"}
         else:
-            chosen = preset(preset_name).override(overrides)
-            corpora = _corpora(text, jsonl, field, validation_text, validation_jsonl, validation_share)
+            chosen = preset(preset_name or "tiny").override(overrides)
+            corpora = _corpora(text, jsonl, field, validation_text, validation_jsonl, validation_share or 0.05)
             data, sources = prepare_first(corpora, chosen, cache, ranks, output), describe(*corpora)
         result = run_training(chosen, data, out, ranks, output, sources, resume)
-        if not ranks.is_first:
-            return
-        output.result({"run": str(out), **vars(result)})
+        if ranks.is_first:
+            output.result({"run": str(out), **vars(result)})
     if result.signal:
         raise typer.Exit(128 + result.signal)
 
@@ -169,11 +183,14 @@ def _stored_run(out: Path, overrides: dict[str, str]) -> tuple[Preset, Prepared,
     path = out / RUN
     if not path.is_file():
         raise ConfigError(f"there is no run to resume in {out}: {path} is missing")
-    wrong = [name for name in overrides if name not in LIMITS]
+    wrong = [name for name in overrides if name not in CHANGEABLE]
     if wrong:
-        raise ConfigError(f"{wrong[0]} cannot change when a run is resumed; allowed: {', '.join(LIMITS)}")
-    run = json.loads(path.read_text())
-    stored = Preset(
-        run["preset"], ModelConfig.from_dict(run["model"]), TrainConfig.from_dict(run["train"]), about="resumed"
-    )
-    return stored.override(overrides), prepared_from_shards(run["data"]), run["sources"]
+        raise ConfigError(f"{wrong[0]} cannot change when a run is resumed; allowed: {', '.join(CHANGEABLE)}")
+    try:
+        run = json.loads(path.read_text())
+        model, train = ModelConfig.from_dict(run["model"]), TrainConfig.from_dict(run["train"])
+        stored = Preset(run["preset"], model, train, about="resumed")
+        data, sources = run["data"], run["sources"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} is damaged ({error}); start the run afresh with --overwrite") from None
+    return stored.override(overrides), prepared_from_shards(data), sources

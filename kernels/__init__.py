@@ -9,7 +9,7 @@ from .lora_qkv import lora_qkv_ref
 from .mlp import relu_squared_mlp_ref
 from .newton_schulz import newton_schulz_ref
 from .rms_norm import rms_norm_ref
-from .rotary import norm_rotary_ref, rotary_tables
+from .rotary import norm_rotary_ref, ntk_base, rotary_tables
 
 __all__ = [
     "BOS",
@@ -22,6 +22,7 @@ __all__ = [
     "lora_qkv_ref",
     "newton_schulz_ref",
     "norm_rotary_ref",
+    "ntk_base",
     "pack_int6_ref",
     "pick_attention",
     "quantize_int6_ref",

@@ -15,12 +15,13 @@ from torch import Tensor
 from .rms_norm import rms_norm_ref
 
 
-def rotary_tables(
-    length: int, head_dim: int, base: float, train_length: int, device=None, dtype=torch.float32
-) -> tuple[Tensor, Tensor]:
+def ntk_base(base: float, length: int, train_length: int, head_dim: int) -> float:
+    """The rotary base for sequences of `length` tokens: `base` up to `train_length`, NTK-scaled past it."""
+    return base * max(1.0, length / train_length) ** (head_dim / (head_dim - 2))
+
+
+def rotary_tables(length: int, head_dim: int, base: float, device=None, dtype=torch.float32) -> tuple[Tensor, Tensor]:
     """cos and sin [length, head_dim/2] for positions 0..length-1. Computed in float64, then rounded once to `dtype`."""
-    if length > train_length:
-        base = base * (length / train_length) ** (head_dim / (head_dim - 2))
     frequency = base ** (-torch.arange(0, head_dim, 2, dtype=torch.float64, device=device) / head_dim)
     angle = torch.outer(torch.arange(length, dtype=torch.float64, device=device), frequency)
     return angle.cos().to(dtype), angle.sin().to(dtype)

@@ -46,7 +46,6 @@ VERSION = 1
 MAX_HEADER = 4 << 20
 MAX_WINDOW = 128 << 20
 """The window of zstd level 22, and the most that plain `zstd -d` accepts."""
-MAX_DIMENSION = 1 << 30
 HALF = ("embed", "bigram.table", "bigram.project")
 DTYPES = {"I8": torch.int8, "F16": torch.float16, "F32": torch.float32}
 HEADER_FIELDS = (
@@ -241,10 +240,6 @@ def _tokenizer(field: dict[str, Any]) -> bytes:
 
 def _payload_layout(config: ModelConfig, max_bytes: int) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Name -> (safetensors dtype, shape) of the payload's tensors, from shapes alone."""
-    sizes = {name: value for name, value in config.to_dict().items() if isinstance(value, int)}
-    name = max(sizes, key=sizes.__getitem__)
-    # larger dimensions overflow the products that torch takes of them, even without memory behind them
-    _require(sizes[name] <= MAX_DIMENSION, f"its config has {name}={sizes[name]}; at most {MAX_DIMENSION} is allowed")
     layout = {}
     for name, shape in parameter_shapes(config).items():
         if is_block_matrix(name):

@@ -9,6 +9,7 @@ field, what was given and what is allowed.
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Mapping
 from typing import Any, Self
 
@@ -17,7 +18,7 @@ class ConfigError(ValueError):
     """A field that does not exist or a value that is not allowed."""
 
 
-def setting(default, help, *, at_least=None, above=None, at_most=None, below=None, choices=None, multiple_of=None):
+def setting(default, help, *, at_least=None, above=None, at_most=None, below=None, choices=None):
     """Declare a field: its default (whose type is the field's type), a line of help and the values allowed."""
     allowed = {
         "at_least": at_least,
@@ -25,7 +26,6 @@ def setting(default, help, *, at_least=None, above=None, at_most=None, below=Non
         "at_most": at_most,
         "below": below,
         "choices": choices,
-        "multiple_of": multiple_of,
     }
     return dataclasses.field(
         default=default, metadata={"help": help, **{k: v for k, v in allowed.items() if v is not None}}
@@ -39,8 +39,6 @@ def allowed_values(field: dataclasses.Field) -> str:
         return "one of " + ", ".join(str(choice) for choice in rules["choices"])
     words = {"at_least": "at least", "above": "above", "at_most": "at most", "below": "below"}
     parts = [f"{words[rule]} {rules[rule]}" for rule in words if rule in rules]
-    if "multiple_of" in rules:
-        parts.append(f"a multiple of {rules['multiple_of']}")
     return ", ".join([type(field.default).__name__, *parts])
 
 
@@ -94,7 +92,7 @@ def _is_allowed(field: dataclasses.Field, value: Any) -> bool:
     rules = field.metadata
     if type(value) is not type(field.default):
         return False
-    if isinstance(value, float) and value != value:
+    if isinstance(value, float) and not math.isfinite(value):
         return False
     return (
         ("choices" not in rules or value in rules["choices"])
@@ -102,7 +100,6 @@ def _is_allowed(field: dataclasses.Field, value: Any) -> bool:
         and ("above" not in rules or value > rules["above"])
         and ("at_most" not in rules or value <= rules["at_most"])
         and ("below" not in rules or value < rules["below"])
-        and ("multiple_of" not in rules or value % rules["multiple_of"] == 0)
     )
 
 
@@ -125,16 +122,20 @@ class ModelConfig(Settings):
     """The network. Defaults are the `seed` preset: 10 blocks, 24,468,561 parameters."""
 
     vocab_size: int = setting(1024, "tokenizer pieces", at_least=260, at_most=65536)
-    width: int = setting(512, "residual width D", at_least=8)
+    width: int = setting(512, "residual width D", at_least=8, at_most=65536)
     blocks: int = setting(10, "transformer blocks L", at_least=1, at_most=256)
-    heads: int = setting(8, "query heads", at_least=1)
-    kv_heads: int = setting(4, "key and value heads; divides heads", at_least=1)
-    mlp_hidden: int = setting(1536, "hidden width of the MLP", at_least=8)
+    heads: int = setting(8, "query heads", at_least=1, at_most=65536)
+    kv_heads: int = setting(4, "key and value heads; divides heads", at_least=1, at_most=65536)
+    mlp_hidden: int = setting(1536, "hidden width of the MLP", at_least=8, at_most=2**20)
     rope_base: float = setting(50000.0, "base of the rotary frequencies", above=1.0)
     softcap: float = setting(30.0, "logits are softcap * tanh(logits / softcap)", above=0.0)
-    train_length: int = setting(1024, "tokens in a training row; longer inputs scale rope_base", at_least=8)
-    bigram_rows: int = setting(2048, "rows of the bigram hash table; the last stands for no previous token", at_least=2)
-    bigram_width: int = setting(128, "width of a bigram row before its projection to D", at_least=1)
+    train_length: int = setting(
+        1024, "tokens in a training row; longer inputs scale rope_base", at_least=8, at_most=2**20
+    )
+    bigram_rows: int = setting(
+        2048, "rows of the bigram hash table; the last stands for no previous token", at_least=2, at_most=2**24
+    )
+    bigram_width: int = setting(128, "width of a bigram row before its projection to D", at_least=1, at_most=65536)
 
     def check(self):
         self.require(self.width % self.heads == 0, "heads", f"a divisor of width={self.width}")
@@ -178,7 +179,7 @@ class TrainConfig(Settings):
     adam_weight_decay: float = setting(0.04, "decoupled weight decay of AdamW", at_least=0.0)
     grad_clip: float = setting(0.3, "global gradient norm is clipped to this", above=0.0)
     warmdown_steps: int = setting(3000, "the learning rate falls to 0 over this many steps' time", at_least=0)
-    warmdown_most: float = setting(0.5, "but over no more than this share of the run", at_least=0.0, at_most=1.0)
+    warmdown_most: float = setting(1.0, "but over no more than this share of the run", at_least=0.0, at_most=1.0)
     ema_decay: float = setting(0.999, "decay of the weight average, per step", at_least=0.0, below=1.0)
     ema_every: int = setting(10, "steps between updates of the weight average", at_least=1)
     swa_every: int = setting(50, "steps between snapshots for the late average", at_least=1)
@@ -234,6 +235,7 @@ PRESETS = {
                 batch_tokens=2048,
                 micro_batch_tokens=4096,
                 warmdown_steps=300,
+                warmdown_most=0.5,
                 muon_momentum_steps=100,
                 ema_decay=0.95,
                 ema_every=2,

@@ -32,7 +32,8 @@ class LossCurve:
         if not self.csv_path.exists():
             return []
         with open(self.csv_path, newline="") as file:
-            return list(csv.DictReader(file))
+            # A row torn by a kill has no last column.
+            return [row for row in csv.DictReader(file) if None not in row.values()]
 
     def draw(self) -> None:
         """Loss (and validation BPB where it was measured) over steps, to loss.png."""

@@ -33,7 +33,9 @@ def generate_tokens(
         else:
             if 0 < top_k < logits.numel():
                 logits = logits.masked_fill(logits < logits.topk(top_k).values[-1], -torch.inf)
-            token = torch.multinomial(torch.softmax(logits / temperature, -1), 1, generator=generator)[0]
+            token = torch.multinomial(torch.softmax((logits - logits.max()) / temperature, -1), 1, generator=generator)[
+                0
+            ]
         tokens = token.view(1, 1)
         if int(token) == stop:
             return
@@ -43,7 +45,8 @@ def generate_tokens(
 def generate_text(model: GPT, tokenizer: Tokenizer, prompt: str, **settings) -> Iterator[str]:
     """Yield the text that grows after `prompt`, piece by piece; `settings` as in :func:`generate_tokens`.
 
-    What is yielded concatenates to the decoded whole: bytes of an unfinished character are held back until it is.
+    What is yielded concatenates to the decoded whole: bytes of an unfinished character are held back until it is
+    finished, or the text ends.
     """
     ids = [int(token) for token in tokenizer.encode(prompt)]
     shown = tokenizer.decode(ids[1:])
@@ -54,3 +57,4 @@ def generate_text(model: GPT, tokenizer: Tokenizer, prompt: str, **settings) -> 
             continue
         yield text[len(shown) :]
         shown = text
+    yield tokenizer.decode(ids[1:])[len(shown) :]

@@ -27,6 +27,7 @@ from ..kernels import (
     causal_attention_ref,
     lora_qkv_ref,
     norm_rotary_ref,
+    ntk_base,
     pick_attention,
     relu_squared_mlp_ref,
     rms_norm_ref,
@@ -191,18 +192,24 @@ class GPT(nn.Module):
         return why
 
     def hidden(
-        self, tokens: Tensor, adapters: Sequence[BlockAdapter] | None = None, cache: KVCache | None = None
+        self,
+        tokens: Tensor,
+        adapters: Sequence[BlockAdapter] | None = None,
+        cache: KVCache | None = None,
+        rotary_length: int | None = None,
     ) -> Tensor:
         """tokens int [B, S] -> rmsnorm(x) [B, S, D] in the compute dtype, what the tied head reads.
 
-        With a cache, `tokens` continue what it holds (any number into an empty one, one at a time after).
+        With a cache, `tokens` continue what it holds (any number into an empty one, one at a time after). The rotary
+        base is that of `rotary_length` tokens: of the cache's length or of S where it is left out. Whoever pads S gives
+        it, so that the padding does not change the function.
         """
         if cache is not None and cache.filled and tokens.size(1) != 1:
             raise ValueError(f"a filled cache continues with 1 token at a time, not {tokens.size(1)}")
         if cache is not None and cache.filled + tokens.size(1) > cache.length:
             raise ValueError(f"the cache holds {cache.length} tokens; {cache.filled} + {tokens.size(1)} were given")
         start, total = (cache.filled, cache.length) if cache is not None else (0, tokens.size(1))
-        cos, sin = self.rotary(total)
+        cos, sin = self.rotary(total, rotary_length or total)
         rotary = cos[start : start + tokens.size(1)], sin[start : start + tokens.size(1)]
         last_token, last_x = (cache.last_token, cache.last_x) if cache is not None else (None, None)
         embedded = F.embedding(tokens, self.embed) + self.bigram(tokens, last_token)
@@ -233,15 +240,14 @@ class GPT(nn.Module):
         hidden = self.hidden(tokens)
         return softcap_nll_ref(hidden, self.embed.to(hidden.dtype), targets, self.config.softcap)
 
-    def rotary(self, length: int) -> tuple[Tensor, Tensor]:
-        """cos, sin [at least `length`, head_dim/2], built once a device, dtype and (past train_length) length."""
-        rows = max(length, self.config.train_length)
+    def rotary(self, rows: int, length: int) -> tuple[Tensor, Tensor]:
+        """cos, sin [at least `rows`, head_dim/2] with the base of sequences of `length` tokens, built once of each."""
+        config = self.config
+        base = ntk_base(config.rope_base, length, config.train_length, config.head_dim)
         dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
-        key = (rows, self.embed.device, dtype)
+        key = (max(rows, config.train_length), base, self.embed.device, dtype)
         if key not in self._rotary:
-            config = self.config
-            tables = rotary_tables(rows, config.head_dim, config.rope_base, config.train_length, *key[1:])
-            self._rotary[key] = tables
+            self._rotary[key] = rotary_tables(key[0], config.head_dim, *key[1:])
         return self._rotary[key]
 
 

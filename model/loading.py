@@ -4,10 +4,11 @@ from pathlib import Path
 
 import torch
 
-from .artifact import Artifact
+from .artifact import Artifact, ArtifactError
 from .checkpoint import CheckpointError, load_tensors
 from .config import ModelConfig, TrainConfig
 from .gpt import GPT
+from .tokenizer import Tokenizer
 from .train import CHECKPOINT, MODEL, compute_dtype
 
 
@@ -16,10 +17,26 @@ def model_from_artifact(artifact: Artifact, device: torch.device) -> GPT:
     return _placed(GPT(artifact.config), artifact.state_dict(), device)
 
 
-def model_from_run(run: Path, device: torch.device) -> GPT:
-    """The model of a finished run, before quantisation. Raises CheckpointError where there is none."""
+def model_from_run(run: Path, device: torch.device, of: Artifact | None = None) -> GPT:
+    """The model of a finished run, before quantisation.
+
+    Raises CheckpointError where there is none, or where `of` was exported from another run.
+    """
     tensors, meta = load_run(run)
+    if of is not None and (meta["model"] != of.config.to_dict() or meta["provenance"] != of.provenance):
+        raise CheckpointError(f"{run} is not the run that the artifact was exported from; give that one")
     return _placed(GPT(ModelConfig.from_dict(meta["model"])), tensors, device)
+
+
+def tokenizer_of(artifact: Artifact) -> Tokenizer:
+    """The artifact's tokenizer. ArtifactError where it is not the one that the model was made for."""
+    tokenizer = Tokenizer.from_bytes(artifact.tokenizer_bytes)
+    if tokenizer.vocab_size != artifact.config.vocab_size:
+        raise ArtifactError(
+            f"the artifact's tokenizer has {tokenizer.vocab_size} pieces and its model {artifact.config.vocab_size}; "
+            "export it again from its own run"
+        )
+    return tokenizer
 
 
 def load_run(run: Path) -> tuple[dict[str, torch.Tensor], dict]:

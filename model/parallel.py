@@ -1,5 +1,6 @@
 """One process a device: who this process is, and the few collectives that training needs."""
 
+import datetime
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +11,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .config import ConfigError
+
+PREPARATION = datetime.timedelta(hours=6)
+"""How long a rank waits for another: the first one may tokenize a large corpus while the others stand by."""
 
 
 @dataclass(frozen=True)
@@ -68,9 +72,9 @@ def join_ranks(device: str = "auto") -> Iterator[Ranks]:
     if chosen.type == "cuda":
         chosen = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(chosen)
-        dist.init_process_group("nccl", device_id=chosen)
+        dist.init_process_group("nccl", device_id=chosen, timeout=PREPARATION)
     else:
-        dist.init_process_group("gloo")
+        dist.init_process_group("gloo", timeout=PREPARATION)
     try:
         yield Ranks(dist.get_rank(), dist.get_world_size(), chosen)
     finally:

@@ -64,22 +64,27 @@ def prepared_from_shards(folder: str | Path) -> Prepared:
     """
     folder = Path(folder)
     train, validation = find_shards(folder, "train"), find_shards(folder, "val")
-    models = sorted(folder.glob("*.model"))
-    if len(models) != 1:
-        names = ", ".join(path.name for path in models) or "none"
-        raise ShardError(f"{folder}: wanted one tokenizer *.model beside the shards, found {names}")
-    tokenizer = Tokenizer.from_file(models[0])
+    tokenizer = tokenizer_beside(folder)
     for path in train + validation:
         shard = read_shard(path)
         highest = int(shard[:SAMPLE_TOKENS].max())
         if highest >= tokenizer.vocab_size:
             raise ShardError(
-                f"{path} has token {highest}, but {models[0].name} has {tokenizer.vocab_size} pieces; "
+                f"{path} has token {highest}, but the tokenizer beside it has {tokenizer.vocab_size} pieces; "
                 "wanted the tokenizer that made the shard"
             )
         if path in (train[0], validation[0]) and shard[0] != BOS_ID:
             raise ShardError(f"{path} starts with token {shard[0]}; wanted BOS, {BOS_ID}")
     return Prepared(tokenizer, train, validation, folder)
+
+
+def tokenizer_beside(folder: Path) -> Tokenizer:
+    """The one *.model in a folder of shards. ShardError where there is none, or more than one."""
+    models = sorted(folder.glob("*.model"))
+    if len(models) != 1:
+        names = ", ".join(path.name for path in models) or "none"
+        raise ShardError(f"{folder}: wanted one tokenizer *.model beside the shards, found {names}")
+    return Tokenizer.from_file(models[0])
 
 
 def _build(train: Corpus, validation: Corpus, vocab_size: int, folder: Path, progress: Progress) -> None:

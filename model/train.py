@@ -5,8 +5,8 @@ checkpoint.safetensors (the latest state), tokenizer.model, and at the end model
 the SWA weights on the validation split.
 
 The clock counts training only: it stands still while the run validates and writes checkpoints. A run whose length is
-set by `max_steps` continues bit for bit on a CPU after an interruption. Where the clock decides (`seconds`), the
-learning rate depends on the machine's speed, so no two runs are the same.
+set by `max_steps` continues bit for bit on a CPU after an interruption, as long as `seconds` is not reached. Where the
+clock decides, the learning rate depends on the machine's speed, so no two runs are the same.
 """
 
 import dataclasses
@@ -64,16 +64,17 @@ class TrainResult:
 def lr_scale(config: TrainConfig, step: int, elapsed: float) -> float:
     """Learning-rate multiplier of step `step` after `elapsed` seconds: 1, then linear to 0 over the warmdown.
 
-    The warmdown lasts `warmdown_steps` at the mean step time so far, at most the share `warmdown_most` of the run.
+    The warmdown lasts `warmdown_steps` at the mean step time so far, at most the share `warmdown_most` of the run. With
+    `max_steps` it is counted in steps, and the clock does not touch it.
     """
-    scale = 1.0
-    if step:
-        warmdown = min(config.warmdown_steps * elapsed / step, config.warmdown_most * config.seconds)
-        scale = min(scale, max(config.seconds - elapsed, 0.0) / warmdown) if warmdown else scale
     if config.max_steps:
-        warmdown = min(config.warmdown_steps, config.warmdown_most * config.max_steps)
-        scale = min(scale, (config.max_steps - step) / warmdown) if warmdown else scale
-    return scale
+        warmdown, left = min(config.warmdown_steps, config.warmdown_most * config.max_steps), config.max_steps - step
+    elif step:
+        warmdown = min(config.warmdown_steps * elapsed / step, config.warmdown_most * config.seconds)
+        left = max(config.seconds - elapsed, 0.0)
+    else:
+        return 1.0
+    return min(1.0, left / warmdown) if warmdown else 1.0
 
 
 class TrainingClock:
@@ -141,14 +142,16 @@ class Trainer:
         self.averages = WeightAverages(self.model, self.config)
         self.sampler = RowSampler(TokenStream(data.train), preset.model.train_length, self.config.seed)
         self.validation = TokenStream(data.validation)
+        if len(self.validation) < 2:
+            raise ConfigError(f"the validation shards hold {len(self.validation)} token; allowed: at least 2")
         self.step, self.loss = 0, math.nan
         self.clock = TrainingClock(ranks.device)
         self.last_checkpoint = 0
         if resume:
             self._load_checkpoint()
         self.curve = LossCurve(self.folder, resume_at=self.step) if ranks.is_first else None
-        if ranks.is_first and not resume:
-            self._open_folder()
+        if ranks.is_first:
+            self._describe_run()
 
     def run(self, progress: Callable[[dict[str, Any]], None] = lambda row: None) -> TrainResult:
         """Train to the end or to a signal. `progress` gets each row of loss.csv."""
@@ -157,7 +160,7 @@ class Trainer:
         with StopSignals() as stop:
             elapsed, signalled = self.ranks.most(self.clock.seconds(), 0)
             next_validation, next_checkpoint = elapsed + config.validate_seconds, elapsed + config.checkpoint_seconds
-            while elapsed < config.seconds and not (config.max_steps and self.step >= config.max_steps):
+            while not self._is_over(elapsed):
                 scale = lr_scale(config, self.step, elapsed)
                 grad_norm = self._train_step(scale)
                 elapsed, signalled = self.ranks.most(self.clock.seconds(), stop.received)
@@ -183,7 +186,13 @@ class Trainer:
                     with self.clock.held():
                         self._save_checkpoint()
                     next_checkpoint = elapsed + config.checkpoint_seconds
-        return self._finish()
+            return self._finish()
+
+    def _is_over(self, elapsed: float) -> bool:
+        """Whether the clock or the number of steps ends the run; not before its first step."""
+        config = self.config
+        by_steps = config.max_steps and self.step >= config.max_steps
+        return self.step > 0 and (elapsed >= config.seconds or bool(by_steps))
 
     def _train_step(self, scale: float) -> float:
         """One optimizer step over batch_tokens tokens; returns the gradient norm before clipping."""
@@ -206,6 +215,8 @@ class Trainer:
         grad_norm = self.gradients.clip_(config.grad_clip)
         self.loss, norm = torch.stack([total, grad_norm]).tolist()
         if not (math.isfinite(self.loss) and math.isfinite(norm)):
+            if self.curve:
+                self.curve.close()
             raise NonFiniteLoss(self._explain_non_finite(norm))
         with phase("optimizer"):
             self.optimizers.step(self.step, scale)
@@ -235,12 +246,15 @@ class Trainer:
     def _finish(self) -> TrainResult:
         """Evaluate the last weights and both averages, keep the better average, write model.safetensors."""
         seconds = self.clock.seconds()
+        self._save_checkpoint()
         last = {name: parameter.detach().clone() for name, parameter in self.model.named_parameters()}
         candidates = self.averages.candidates()
         scores = {"last": self._validate()}
         for name, weights in candidates.items():
             self.model.load_state_dict(weights)
             scores[name] = self._validate()
+        if not all(map(math.isfinite, scores.values())):
+            raise NonFiniteLoss(f"the validation BPB is no number: {scores}. Try smaller learning rates.")
         kept = min(candidates, key=scores.__getitem__, default="last")
         self.model.load_state_dict(candidates.get(kept, last))
         result = self._result("finished", seconds, scores, kept)
@@ -283,16 +297,17 @@ class Trainer:
             signal=number,
         )
 
-    def _open_folder(self) -> None:
-        """Write what the run is, so that --resume and export need no other argument."""
-        for stale in (CHECKPOINT, MODEL):
-            (self.folder / stale).unlink(missing_ok=True)
+    def _describe_run(self) -> None:
+        """Write what the run is, so that --resume and export need no other argument; drop what an older run left."""
+        if not self.step:
+            (self.folder / CHECKPOINT).unlink(missing_ok=True)
+        (self.folder / MODEL).unlink(missing_ok=True)
         write_bytes(self.folder / TOKENIZER, self.data.tokenizer.to_bytes())
         run = {
             "preset": self.preset.name,
             "model": self.preset.model.to_dict(),
             "train": self.config.to_dict(),
-            "data": str(self.data.folder),
+            "data": str(self.data.folder.resolve()),
             "sources": self.sources,
         }
         write_text(self.folder / RUN, json.dumps(run, indent=2) + "\n")

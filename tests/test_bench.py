@@ -129,6 +129,9 @@ def test_the_command_ends_with_status_1_when_a_baseline_is_beaten(tmp_path):
     path.write_text(json.dumps(baseline))
     done = klora("bench", "attention", "--rounds", "3", "--out", tmp_path / "new", "--check", path, check=1)
     assert "slower: attention_forward toy eager" in done.stdout
+    shown = klora("bench", "report", "--out", tmp_path).stdout
+    assert "sdpa-flash" in shown and "picture: " in shown and list((tmp_path / "cpu").glob("*.png"))
+    assert "klora bench --out" in klora("bench", "report", "--out", tmp_path / "none", check=2).stderr
     wrong = klora("bench", "attention", "--check", Path(__file__), check=2)
     assert "is no benchmark record: it is not JSON" in wrong.stderr
     unknown = klora("bench", "atention", check=2)

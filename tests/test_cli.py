@@ -135,12 +135,16 @@ def test_provenance_names_the_sources_without_folders(run, corpus):
     assert str(corpus.parent) not in json.dumps(provenance)
 
 
-def test_train_reads_shards_and_resumes(run, tmp_path):
+def test_train_reads_shards_and_what_defines_a_run_cannot_change(run, tmp_path):
     folder = next(path for path in (run.parent / "cache").iterdir() if path.is_dir())
     out = tmp_path / "run"
     klora("train", "--shards", folder, "--out", out, *SETS, "--set", "max_steps=5")
     wrong = klora("train", "--resume", "--out", out, "--set", "width=64", check=2)
     assert "width cannot change when a run is resumed; allowed: seconds" in wrong.stderr
+    wrong = klora("train", "--resume", "--preset", "tiny", "--out", out, check=2)
+    assert "--resume takes preset and data from the run" in wrong.stderr
+    (out / "run.json").write_text("{}")
+    assert "run.json is damaged" in klora("train", "--resume", "--out", out, check=2).stderr
 
 
 def test_sigint_writes_a_checkpoint_and_resume_finishes_the_run(run, tmp_path):
@@ -162,6 +166,8 @@ def test_sigint_writes_a_checkpoint_and_resume_finishes_the_run(run, tmp_path):
     assert process.returncode == 130 and "--resume" in output and "Traceback" not in errors
     export = klora("export", out, check=2)
     assert "its training did not finish" in export.stderr
+    again = klora("train", "--shards", folder, "--out", out, *SETS, check=2)
+    assert "holds an unfinished run; give --resume to go on, --overwrite to start afresh" in again.stderr
     steps = len(_lines(out / "loss.csv")) - 1
     done = klora("train", "--resume", "--out", out, "--set", f"max_steps={steps + 3}", "--json")
     assert json.loads(done.stdout)["step"] == steps + 3

@@ -98,5 +98,6 @@ def test_rooms_import_only_what_their_place_allows():
     for room, others in allowed.items():
         for path in (ROOT / room).glob("*.py"):
             text = path.read_text()
+            assert "from .. import" not in text, path
             used = {other for other in ROOMS if f"from ..{other}" in text or f"klora.{other}" in text}
             assert used <= others, (path, used)

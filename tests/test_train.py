@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from klora.model.average import WeightAverages
 from klora.model.checkpoint import CheckpointError, load_tensors, save_tensors
 from klora.model.config import ConfigError, Preset, TrainConfig
 from klora.model.corpus import Document
+from klora.model.curve import LossCurve
 from klora.model.evaluate import validation_bpb
 from klora.model.gpt import GPT
 from klora.model.loading import load_run, model_from_run
@@ -193,15 +193,16 @@ def test_gradient_accumulation_equals_one_big_batch(tmp_path, data):
 
 
 def test_lr_schedule():
-    by_steps = TrainConfig(max_steps=100, warmdown_steps=20, seconds=1e9)
+    by_steps = TrainConfig(max_steps=100, warmdown_steps=20, seconds=600.0)
     assert [lr_scale(by_steps, step, 1.0) for step in (0, 80, 90, 99)] == pytest.approx([1, 1, 0.5, 0.05])
+    assert lr_scale(by_steps, 50, 590.0) == 1.0  # the clock does not touch a schedule in steps
     clock = TrainConfig(seconds=600.0, warmdown_steps=3000)
     assert lr_scale(clock, 0, 0.0) == 1.0
     assert lr_scale(clock, 1000, 82.0) == 1.0  # 82 ms a step: the last 246 s
-    assert lr_scale(clock, 4000, 600 - 123.0) == pytest.approx(123 / min(3000 * 477 / 4000, 300))
-    assert lr_scale(clock, 10, 300.0) == pytest.approx(1.0)  # slow steps: the warmdown is half of the run, not all
-    assert lr_scale(clock, 15, 450.0) == pytest.approx(0.5)
-    assert lr_scale(clock, 20, 601.0) == 0.0
+    assert lr_scale(clock, 4000, 600 - 123.0) == pytest.approx(123 / (3000 * 477 / 4000))
+    assert lr_scale(clock, 10, 300.0) == pytest.approx(0.5)  # slow steps: the warmdown is the whole run
+    half = TrainConfig(seconds=600.0, warmdown_steps=3000, warmdown_most=0.5)
+    assert [lr_scale(half, 10, t) for t in (300.0, 450.0, 601.0)] == pytest.approx([1.0, 0.5, 0.0])
     assert lr_scale(TrainConfig(warmdown_steps=0, seconds=10.0), 5, 9.0) == 1.0
 
 
@@ -326,7 +327,7 @@ def test_two_ranks_train_the_same_weights_as_one(tmp_path, data):
     together.mkdir()
     (tmp_path / "worker.py").write_text(WORKER)
     arguments = json.dumps([preset.model.to_dict(), preset.train.to_dict(), str(data.folder), str(together)])
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29611"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
     done = subprocess.run(
         [*command, str(tmp_path / "worker.py"), arguments], capture_output=True, text=True, timeout=120
     )
@@ -341,6 +342,30 @@ def test_two_ranks_train_the_same_weights_as_one(tmp_path, data):
     assert [s for s, _ in losses(together)] == [str(i) for i in range(1, 7)]
 
 
+def test_a_signal_in_the_last_phase_loses_nothing(tmp_path, data):
+    """SIGTERM while the averages are evaluated: the run finishes, and a kill then would have left a checkpoint."""
+    trainer = Trainer(small_preset(), data, tmp_path, ALONE)
+    validate, seen = trainer._validate, []
+
+    def interrupted():
+        seen.append((tmp_path / "checkpoint.safetensors").exists())
+        signal.raise_signal(signal.SIGTERM)
+        return validate()
+
+    trainer._validate = interrupted
+    assert trainer.run().status == "finished" and all(seen) and seen
+    assert (tmp_path / "model.safetensors").exists()
+    longer = Trainer(small_preset(max_steps=15), data, tmp_path, ALONE, resume=True)
+    assert longer.step == 12 and longer.run().step == 15
+
+
+def test_a_torn_row_of_the_curve_is_dropped(tmp_path, data):
+    Trainer(small_preset(max_steps=3), data, tmp_path, ALONE).run()
+    with open(tmp_path / "loss.csv", "a") as file:
+        file.write("2,0.5")
+    assert [row["step"] for row in LossCurve(tmp_path, resume_at=3).rows()] == ["1", "2", "3"]
+
+
 def test_a_second_interrupt_is_obeyed_at_once(tmp_path, data):
     def interrupt_twice(row):
         if row["step"] == 2:
@@ -351,4 +376,3 @@ def test_a_second_interrupt_is_obeyed_at_once(tmp_path, data):
     with pytest.raises(KeyboardInterrupt):
         Trainer(small_preset(), data, tmp_path, ALONE).run(interrupt_twice)
     assert signal.getsignal(signal.SIGINT) is before
-    assert threading.current_thread() is threading.main_thread()

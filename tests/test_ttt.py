@@ -14,7 +14,7 @@ from klora.ttt.adapters import AdapterLayout, AdapterPool
 from klora.ttt.documents import Document, chunk_windows
 from klora.ttt.protocols import LEAKY, TTTConfig, label, learning_rate
 from klora.ttt.results import DocumentResult, ScoreResult
-from klora.ttt.score import Interrupted, Journal, JournalError, fingerprint, score_documents
+from klora.ttt.score import Interrupted, Journal, JournalError, NonFiniteScore, fingerprint, score_documents
 from klora.ttt.scorer import ADAPTED, NOT_ADAPTED, PARTIAL, SHORT, BaseNll, Batch, Deadline, adapt_batch
 
 TTT = TTTConfig(chunk=16, window=64, min_tokens=32, lora_rank=2, head_rank=3, epochs=2, deadline=0.0, batch=4)
@@ -201,6 +201,44 @@ def test_base_model_sees_the_same_windows_as_the_adapted_one():
             nats += model.nll(tokens[:, start:end], tokens[:, start + 1 : end + 1])[0, first - start :].sum().item()
         assert base.of(index)[0] == pytest.approx(nats, rel=1e-6)
         assert base.of(index, doc.targets) == (0.0, 0.0)
+
+
+def test_nothing_adapted_changes_nothing_where_windows_exceed_the_training_length(tmp_path):
+    """The rotary base past the training length is that of a whole window, not of what a window is padded to."""
+    config = TTT.override({"lr": 0.0, "temperature": 1.0, "window": 100})
+    for d in score([document(130), document(97, 1), document(40, 2)], tmp_path, config).documents:
+        assert d.adapted_nats == pytest.approx(d.base_nats, rel=1e-6)
+
+
+def test_a_diverged_adapter_is_an_error_and_not_a_score(tmp_path):
+    with pytest.raises(NonFiniteScore, match=r"adapting '0-100' gave an NLL of nan"):
+        score([document(100)], tmp_path, TTT.override({"lr": 1e38}))
+
+
+def test_time_spent_before_an_interruption_counts_against_the_deadline(tmp_path):
+    documents, config = [document(100), document(90, 1)], TTT.override({"deadline": 100.0})
+    journal = Journal(tmp_path / "journal.jsonl", fingerprint("artifact", documents, config, False), resume=False)
+    journal.add_seconds({"adapt": 101.0})
+    journal.close()
+    late = score(documents, tmp_path, config, resume=True)
+    assert [d.status for d in late.documents] == [NOT_ADAPTED, NOT_ADAPTED]
+    more = score(documents, tmp_path, TTT, resume=True)
+    assert [d.status for d in more.documents] == [ADAPTED, ADAPTED]
+
+
+def test_a_damaged_journal_is_refused(tmp_path):
+    score([document(40)], tmp_path)
+    journal = tmp_path / "journal.jsonl"
+    journal.write_text(journal.read_text() + "no json\n")
+    with pytest.raises(JournalError, match="is damaged"):
+        score([document(40)], tmp_path, resume=True)
+
+
+def test_a_name_that_is_not_utf8_is_scored_and_stored(tmp_path):
+    doc = document(40)
+    result = score([Document("n\udcff.txt", doc.tokens, doc.bytes)], tmp_path)
+    result.write(tmp_path)
+    assert b"n\xff.txt" in (tmp_path / "documents.csv").read_bytes()
 
 
 @pytest.mark.parametrize("protocol", ["multi_epoch", "min_nll"])

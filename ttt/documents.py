@@ -30,13 +30,13 @@ class Document:
 
 
 def documents_from_texts(texts: Iterable[TextDocument], tokenizer: Tokenizer, threads: int = 2) -> Iterator[Document]:
-    """Tokenize texts as they come; bytes by the tokenizer's rule."""
+    """Tokenize texts as they come; bytes are those of the text in UTF-8."""
     batch: list[TextDocument] = []
 
     def encoded() -> Iterator[Document]:
         tokens = tokenizer.encode_many([document.text for document in batch], threads)
         for document, ids in zip(batch, tokens, strict=True):
-            yield from documents_from_tokens([(document.name, ids)], tokenizer)
+            yield Document(document.name, ids, len(document.text.encode()))
 
     for text in texts:
         batch.append(text)
@@ -47,7 +47,7 @@ def documents_from_texts(texts: Iterable[TextDocument], tokenizer: Tokenizer, th
 
 
 def documents_from_tokens(pairs: Iterable[tuple[str, np.ndarray]], tokenizer: Tokenizer) -> Iterator[Document]:
-    """Documents from (name, tokens that start with BOS), as a token stream gives them."""
+    """Documents from (name, tokens that start with BOS), as a token stream has them; bytes by the tokenizer's rule."""
     for name, tokens in pairs:
         yield Document(name, tokens, int(tokenizer.target_bytes(tokens).sum()))
 

@@ -35,8 +35,8 @@ class TTTConfig(Settings):
     )
     epochs: int = setting(6, "passes over a document in the leaky protocols", at_least=1)
     steps_per_chunk: int = setting(1, "Adam steps on a chunk once it is scored", at_least=1, at_most=64)
-    chunk: int = setting(256, "targets a chunk", at_least=1)
-    window: int = setting(1024, "most tokens a chunk is scored in, itself included", at_least=1)
+    chunk: int = setting(256, "targets a chunk", at_least=1, at_most=2**20)
+    window: int = setting(1024, "most tokens a chunk is scored in, itself included", at_least=1, at_most=2**20)
     min_tokens: int = setting(512, "documents of fewer tokens (BOS counts) are left to the base model", at_least=2)
     lora_rank: int = setting(8, "rank of the LoRA on Q, K and V", at_least=1, at_most=64)
     head_rank: int = setting(16, "rank of the LoRA on the head", at_least=1, at_most=64)
@@ -53,7 +53,9 @@ class TTTConfig(Settings):
     temperature: float = setting(0.98, "divides the logits of adapted documents", above=0.0)
     batch: int = setting(64, "documents adapted side by side", at_least=1)
     deadline: float = setting(550.0, "seconds of scoring after which nothing more is adapted; 0: none", at_least=0.0)
-    adapter_seed: int = setting(0, "seed of the adapters' initial state, the same for every document", at_least=0)
+    adapter_seed: int = setting(
+        0, "seed of the adapters' initial state, one for all documents", at_least=0, at_most=2**63 - 1
+    )
 
     def check(self):
         self.require(self.chunk <= self.window, "chunk", f"at most window={self.window}")

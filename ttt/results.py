@@ -94,11 +94,11 @@ class ScoreResult:
 
     def write(self, folder: Path) -> None:
         """Write documents.csv and score.json into `folder`."""
-        write_text(folder / "score.json", json.dumps(self.to_json(), indent=1) + "\n")
+        write_text(folder / "score.json", json.dumps(self.to_json(), indent=1, allow_nan=False) + "\n")
         suffix = f"_{LEAKY}" if self.config.is_leaky else ""
         with (
             replacing(folder / "documents.csv") as temporary,
-            open(temporary, "w", newline="", encoding="utf-8") as file,
+            open(temporary, "w", newline="", encoding="utf-8", errors="surrogateescape") as file,
         ):
             writer = csv.writer(file)
             writer.writerow(["name", "tokens", "bytes", "status", "base_bpb", f"adapted_bpb{suffix}"])

@@ -7,6 +7,7 @@ deadline is checked before every adaptation step; what it leaves out keeps the b
 import dataclasses
 import hashlib
 import json
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -30,12 +31,19 @@ class Interrupted(RuntimeError):
         self.done, self.total = done, total
 
 
+class NonFiniteScore(RuntimeError):
+    """An adapted NLL that is no number: the adapter diverged."""
+
+
 class JournalError(ValueError):
     """A journal that belongs to another run, and what to do."""
 
 
 class Journal:
-    """Finished documents of one scoring run, one JSON object a line; the first line says which run."""
+    """Finished documents of one scoring run, one JSON object a line; the first line says which run.
+
+    Documents that a deadline left out are not finished: a run that goes on adapts them, if it is given time.
+    """
 
     def __init__(self, path: Path, fingerprint: str, resume: bool):
         self.done: dict[int, DocumentResult] = {}
@@ -47,7 +55,10 @@ class Journal:
 
     def _read(self, path: Path, fingerprint: str) -> list[dict[str, Any]]:
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        records = [json.loads(line) for line in lines if line.endswith("\n")]
+        try:
+            records = [json.loads(line) for line in lines if line.endswith("\n")]
+        except ValueError:
+            raise JournalError(f"{path} is damaged; leave out --resume to start afresh") from None
         if not records or records[0].get("fingerprint") != fingerprint:
             raise JournalError(
                 f"{path} belongs to a run with another artifact, other documents or other settings; "
@@ -56,7 +67,7 @@ class Journal:
         for record in records[1:]:
             if "seconds" in record:
                 self.seconds = record["seconds"]
-            else:
+            elif record["result"]["status"] in (SHORT, ADAPTED):
                 self.done[record["index"]] = DocumentResult(**record["result"])
         return records
 
@@ -82,7 +93,7 @@ def fingerprint(artifact_sha256: str, documents: Sequence[Document], config: TTT
     settings = {name: value for name, value in config.to_dict().items() if name not in ("batch", "deadline")}
     digest = hashlib.sha256(json.dumps([artifact_sha256, settings, prequant]).encode())
     for document in documents:
-        digest.update(document.name.encode() + b"\0" + document.tokens.tobytes())
+        digest.update(document.name.encode(errors="surrogateescape") + b"\0" + document.tokens.tobytes())
     return digest.hexdigest()
 
 
@@ -102,8 +113,8 @@ def score_documents(
     (phase, targets done, targets in all). Raises Interrupted when `should_stop` says so.
     """
     model.requires_grad_(False)
-    deadline = Deadline(config.deadline)
     seconds = dict(journal.seconds)
+    deadline = Deadline(config.deadline, spent=sum(seconds.values()))
     left = sorted(set(range(len(documents))) - journal.done.keys(), key=lambda index: -documents[index].targets)
     remaining = [documents[index] for index in left]
 
@@ -199,6 +210,11 @@ def _with_adaptation(draft: DocumentResult, adapted: Adapted, row: int, base: Ba
     reached = int(adapted.targets[row])
     if not reached:
         return draft
+    if not math.isfinite(adapted.nats[row]):
+        raise NonFiniteScore(
+            f"adapting {draft.name!r} gave an NLL of {adapted.nats[row]}; nothing is reported. Try a smaller lr or a "
+            "temperature nearer to 1"
+        )
     return dataclasses.replace(
         draft,
         status=ADAPTED if reached == draft.tokens else PARTIAL,

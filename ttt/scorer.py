@@ -7,7 +7,8 @@ One adaptation step takes every active document of a batch through one chunk:
 
 Documents are sorted by length, so that the active ones are always the first rows of the batch, and every window of one
 step is padded to the same length, which depends on the chunk's index alone: a document's arithmetic does not know its
-batch mates. It is the reference that faster engines are tested against.
+batch mates. The rotary base is that of a whole window, NTK-scaled where `window` exceeds the training length. It is the
+reference that faster engines are tested against.
 """
 
 import time
@@ -35,10 +36,10 @@ SHORT, ADAPTED, PARTIAL, NOT_ADAPTED = "short", "adapted", "partly adapted (dead
 
 
 class Deadline:
-    """`seconds` from now; 0 never passes."""
+    """`seconds` from now, of which `spent` are gone already; 0 seconds never pass."""
 
-    def __init__(self, seconds: float):
-        self.end = time.perf_counter() + seconds if seconds else float("inf")
+    def __init__(self, seconds: float, spent: float = 0.0):
+        self.end = time.perf_counter() + seconds - spent if seconds else float("inf")
 
     def passed(self) -> bool:
         return time.perf_counter() >= self.end
@@ -79,17 +80,21 @@ class BaseNll:
         long = ~self.is_short
         whole = Windows(self.offsets, targets, np.zeros_like(targets))
         plans = [
-            (_select(whole, self.is_short & (targets > 0)), 1.0),
-            (chunk_windows(targets[long], self.offsets[long], config.chunk, config.window), config.temperature),
+            (_select(whole, self.is_short & (targets > 0)), config.min_tokens, 1.0),
+            (
+                chunk_windows(targets[long], self.offsets[long], config.chunk, config.window),
+                config.window,
+                config.temperature,
+            ),
         ]
         done = 0
-        for windows, temperature in plans:
-            for targets_scored in self._score(model, torch.from_numpy(tokens), windows, temperature):
+        for windows, longest, temperature in plans:
+            for targets_scored in self._score(model, torch.from_numpy(tokens), windows, longest, temperature):
                 done += targets_scored
                 tick(done)
 
     @torch.no_grad()
-    def _score(self, model: GPT, tokens: Tensor, windows: Windows, temperature: float) -> Iterator[int]:
+    def _score(self, model: GPT, tokens: Tensor, windows: Windows, longest: int, temperature: float) -> Iterator[int]:
         device = model.embed.device
         weight = model.embed.to(model.dtype)
         for rows, padded in _batches_of_one_length(windows.length, MICRO_TOKENS[device.type]):
@@ -97,7 +102,7 @@ class BaseNll:
             column = torch.arange(padded)
             at = (start[:, None] + column).clamp(max=len(tokens) - 2)
             scored = (column >= first[:, None]) & (column < length[:, None])
-            hidden = model.hidden(tokens[at].to(device))[scored.to(device)]
+            hidden = model.hidden(tokens[at].to(device), rotary_length=longest)[scored.to(device)]
             follow = at[scored] + 1
             targets = tokens[follow].to(device)
             for out, heat in ((self.nll, 1.0), (self.tempered, temperature)):
@@ -167,7 +172,7 @@ class Batch:
 def adapted_nll(model: GPT, pool: AdapterPool, rows: int, inputs: Tensor, at: Tensor, targets: Tensor) -> Tensor:
     """NLL [rows, chunk] of `targets` under the adapters of the first `rows` slots."""
     adapters, (head_a, head_b) = pool.adapters(rows)
-    hidden = model.hidden(inputs, adapters)
+    hidden = model.hidden(inputs, adapters, rotary_length=pool.ttt.window)
     hidden = hidden.gather(1, at[..., None].expand(-1, -1, hidden.size(-1)))
     weight = model.embed.to(hidden.dtype)
     return lora_head_nll_ref(hidden, weight, head_a, head_b, targets, model.config.softcap, pool.ttt.temperature)

@@ -1,0 +1,277 @@
+"""The report of the benchmarks: what tables say, that pictures are drawn, and what is refused."""
+
+import json
+from pathlib import Path
+
+import pytest
+from klora.bench.record import RecordError, validate
+from klora.bench.report import (
+    BEGIN,
+    END,
+    ReadmeError,
+    draw,
+    load_records,
+    markdown_tables,
+    report,
+    rewrite_readme,
+)
+from PIL import Image
+
+pytestmark = pytest.mark.filterwarnings("error")
+
+MIB = 2**20
+HEAD = (
+    "| op | shape | variant | timing, cache | ms: p50 (p20 - p80) | % of floor | x vs eager | peak MiB | error |\n"
+    "| :-- | :-- | :-- | :-- | --: | --: | --: | --: | --: |"
+)
+
+
+def result(variant="eager", p50=2.0, op="mix", shape="B2", timing="graph", cache="cold", steady=True, **fields):
+    """A result with a floor of 1 ms, by copying 1 GB at 1 TB/s."""
+    values = {"peak_bytes": 3 * MIB, "bytes": 10**9, "flops": 4 * 10**9, "errors": [1e-3, 0.00123456]} | fields
+    ms = {"p20": 0.99 * p50, "p50": p50, "p80": 1.005 * p50, "rounds": 20, "steady": steady}
+    cost = {"floor_ms": 1.0, "percent_of_floor": 100 / p50, "allowed": [0.01, 0.01]}
+    where = {"op": op, "shape": shape, "sizes": {"B": 2}, "dtype": "bfloat16", "variant": variant}
+    return {**where, "timing": timing, "cache": cache, "ms": ms, **cost, **values}
+
+
+def record(results, group="kernels", missing=(), gpu="Fake GPU 9000"):
+    environment = {
+        "gpu": gpu,
+        "driver": "580.1" if gpu else None,
+        "versions": {"torch": "2.11.0", "triton": "3.6.0"},
+        "commit": "0123456789abcdef",
+        "date": "2030-01-02T03:04:05Z",
+    }
+    rates = {"bytes_per_second": 1e12, "flops_per_second": 5.004e14}
+    made = {"schema": 1, "group": group, "environment": environment, "ceilings": rates}
+    made |= {"missing": list(missing), "results": list(results)}
+    validate(made)
+    return made
+
+
+def save(folder: Path, *records, gpu="fake-gpu-9000") -> Path:
+    (folder / gpu).mkdir(parents=True, exist_ok=True)
+    for made in records:
+        (folder / gpu / f"{made['group']}.json").write_text(json.dumps(made))
+    return folder
+
+
+def rows(tables: str) -> list[list[str]]:
+    """Cells of every row below a table's head."""
+    lines = [line for line in tables.splitlines() if line.startswith("| ") and line not in HEAD]
+    return [line.strip("| ").split(" | ") for line in lines]
+
+
+def kernels():
+    """Variants with and without graphs, two shapes, one unsteady, one without its peak."""
+    yield result("eager", 8.0)
+    yield result("ours", 2.0)
+    yield result("ours", 1.25, cache="warm")
+    yield result("eager", 9.0, timing="events")
+    yield result("peer", 3.0, timing="events", steady=False, peak_bytes=None)
+    yield result("eager", 1234.5, shape="B4", flops=10**12)
+    yield result("ours", 0.0123456, shape="B4", flops=10**12)
+    yield result("eager", 4.0, op="copy", flops=0)
+    yield result("ours", 5.0, op="copy", flops=0)
+
+
+MISSING = [
+    {"op": "mix", "variant": "liger", "why": "package liger is not installed"},
+    {"op": "copy", "variant": "liger", "why": "package liger is not installed"},
+    {"op": "mix", "variant": "flash", "why": "runs on cuda, not on cpu"},
+]
+
+
+def test_a_section_says_everything_about_one_record():
+    tables = markdown_tables([record([result("eager", 8.0), result("ours", 2.5, steady=False)], missing=MISSING)])
+    assert tables == (
+        "### Fake GPU 9000: kernels\n\n"
+        "Fake GPU 9000, driver 580.1, torch 2.11.0, triton 3.6.0, commit 0123456, 2030-01-02, bfloat16; "
+        "ceilings: copy 1.00 TB/s, GEMM 500 TFLOP/s.\n\n"
+        f"{HEAD}\n"
+        "| mix | B2 | eager | graph, cold | 8.00 (7.92 - 8.04) | 12.5 | 1.00 | 3.00 | 1.23e-03 |\n"
+        "| mix | B2 | ours | graph, cold | 2.50 (2.48 - 2.51) † | 40.0 | 3.20 | 3.00 | 1.23e-03 |\n\n"
+        "† unsteady: at the last round, p80 - p20 was still 2% of the median or more.\n\n"
+        "Missing:\n\n"
+        "- liger (mix, copy): package liger is not installed\n"
+        "- flash (mix): runs on cuda, not on cpu\n"
+    )
+
+
+def test_a_speedup_is_taken_against_eager_measured_in_the_same_way():
+    found = {tuple(row[:4]): (row[4].split()[0], *row[5:8]) for row in rows(markdown_tables([record(kernels())]))}
+    assert found[("mix", "B2", "ours", "graph, cold")] == ("2.00", "50.0", "4.00", "3.00")
+    assert found[("mix", "B2", "peer", "events, cold")] == ("3.00", "33.3", "3.00", "-")
+    assert found[("mix", "B2", "ours", "graph, warm")] == ("1.25", "80.0", "-", "3.00")
+    assert found[("mix", "B4", "ours", "graph, cold")] == ("0.0123", "8,100", "100,000", "3.00")
+    assert found[("mix", "B4", "eager", "graph, cold")] == ("1,230", "0.0810", "1.00", "3.00")
+    assert found[("copy", "B2", "ours", "graph, cold")] == ("5.00", "20.0", "0.800", "3.00")
+    assert len(found) == 9
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(9.996, "10.0"), (999.6, "1,000"), (0.00999999, "0.0100"), (0.00012345, "1.23e-04"), (99.96, "100")],
+)
+def test_numbers_keep_three_digits_when_rounding_carries(value, text):
+    assert rows(markdown_tables([record([result(p50=value)])]))[0][4].split()[0] == text
+
+
+def test_edges_of_tables():
+    only_ours, nothing = record([result("ours", errors=[0.0], op="a|b")]), record([], group="none", missing=MISSING)
+    (row,) = rows(markdown_tables([only_ours]))
+    assert row[0] == r"a\|b" and row[6] == "-" and row[8] == "0.00e+00"
+    assert "†" not in markdown_tables([only_ours]) and "Missing" not in markdown_tables([only_ours])
+    assert "### Fake GPU 9000: none" in markdown_tables([nothing]) and "No results." in markdown_tables([nothing])
+    on_cpu = markdown_tables([record([result(timing="clock")])])  # a GPU in the machine does not time the CPU
+    assert on_cpu.startswith("### CPU: kernels\n\nCPU, torch 2.11.0, ")
+    assert markdown_tables([record([result()], gpu=None)]).startswith("### CPU")
+
+
+def test_records_are_found_sorted_and_other_files_passed_over(tmp_path):
+    made = [record([result()], group=group) for group in ("step", "attention")]
+    save(tmp_path, *made)
+    save(tmp_path, record([result(timing="clock")], group="zeta", gpu=None), gpu="cpu")
+    (tmp_path / "cpu" / "demo-score.json").write_text('{"totals": {}, "schema": 1}')
+    (tmp_path / "cpu" / "pipeline.json").write_text('{"name": "pipeline", "environment": {}}')
+    (tmp_path / "cpu" / "list.json").write_text('["schema", "results"]')
+    (tmp_path / "attention.json").write_text("not in a GPU's folder")
+    found = [(r["environment"]["gpu"], r["group"]) for r in load_records(tmp_path)]
+    assert found == [(None, "zeta"), ("Fake GPU 9000", "attention"), ("Fake GPU 9000", "step")]
+
+
+def test_what_is_no_record_is_refused_with_its_path(tmp_path):
+    save(tmp_path, record([result()]))
+    path = tmp_path / "fake-gpu-9000" / "broken.json"
+    path.write_text(json.dumps({**record([result()]), "schema": 2}))
+    with pytest.raises(RecordError, match=r"broken\.json is no benchmark record: at \$\.schema"):
+        load_records(tmp_path)
+    path.write_text('{"schema": 1, ')
+    with pytest.raises(RecordError, match=r"broken\.json is no benchmark record: it is not JSON"):
+        load_records(tmp_path)
+    path.write_text(json.dumps(record([result()])))
+    with pytest.raises(RecordError, match=r"broken\.json and .*kernels\.json are both Fake GPU 9000, kernels"):
+        load_records(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["", "absent"])
+def test_without_records_the_error_says_how_to_make_some(tmp_path, name):
+    with pytest.raises(RecordError, match="there are no benchmark records in .*: make some with `klora bench --out"):
+        report(tmp_path / name)
+
+
+def sizes(pictures: list[Path]) -> dict[str, tuple[int, int]]:
+    found = {}
+    for path in pictures:
+        with Image.open(path) as image:
+            image.verify()
+            assert image.format == "PNG"
+            found[path.stem] = image.size
+    return found
+
+
+def test_pictures_of_every_group_and_gpu(tmp_path):
+    copy = record([result(op="copy", flops=0), result(op="gemm", bytes=10**7, flops=10**12)], group="ceilings")
+    on_cpu = record([result(timing="clock", steady=False)], gpu=None)
+    pictures = draw([on_cpu, copy, record(kernels(), missing=MISSING)], tmp_path)
+    here = [str(path.relative_to(tmp_path).with_suffix("")) for path in pictures]
+    assert here == [
+        *("cpu/roofline", "cpu/floor"),
+        *("fake-gpu-9000/speedup-kernels", "fake-gpu-9000/roofline", "fake-gpu-9000/floor"),
+    ]
+    assert all(width == 1800 and height > 300 for width, height in sizes(pictures).values())
+    assert sorted(tmp_path.rglob("*")) == sorted({*pictures, *(path.parent for path in pictures)})
+
+
+@pytest.mark.parametrize(
+    ("results", "names"),
+    [
+        ([], set()),
+        ([result(cache="warm")], set()),
+        ([result()], {"roofline", "floor"}),
+        ([result(flops=0), result(op="less", bytes=0)], {"roofline", "floor"}),
+        ([result("ours"), result("peer")], {"roofline", "floor"}),
+        ([result(), result("ours", 300.0)], {"speedup-kernels", "roofline", "floor"}),
+        ([result(timing="events"), result("ours", 0.001)], {"roofline", "floor"}),
+        ([result(f"{n}", n + 1.0, op=f"op {n % 15}") for n in range(30)], {"roofline", "floor"}),
+    ],
+    ids=["none", "warm only", "one", "nothing to count", "no eager", "slow", "other timings", "many"],
+)
+def test_edges_of_pictures(tmp_path, results, names):
+    assert set(sizes(draw([record(results)], tmp_path))) == names
+
+
+def texts(figure) -> list[str]:
+    from matplotlib.text import Text
+
+    return [found.get_text() for found in figure.findobj(Text) if found.get_text()]
+
+
+def test_what_pictures_say(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    said, save_figure = [], Figure.savefig
+
+    def spy(figure, *arguments, **options):
+        said.append(texts(figure))
+        return save_figure(figure, *arguments, **options)
+
+    monkeypatch.setattr(Figure, "savefig", spy)
+    draw([record(kernels())], tmp_path)
+    speedup, roofline, floor = (" / ".join(found) for found in said)
+    assert "4.00x / 3.00x (events) † / 100,000x / 0.800x" in speedup
+    assert "50.0% ours / 8,100% ours / 25.0% eager" in floor
+    assert "1  mix B2: ours, 2.00 TFLOP/s" in roofline and "2  mix B4: ours, 81,000 TFLOP/s" in roofline
+    assert "roof: copy 1.00 TB/s, GEMM 500 TFLOP/s" in roofline and "no FLOPs or bytes to count: copy" in roofline
+    assert "cold cache, timed by CUDA graph replay" in floor and "events" not in floor + roofline
+    assert "cold cache, timed by CUDA graph replay; where marked (events), by CUDA events" in speedup
+    assert "† unsteady: p80 - p20" in speedup and "†" not in floor + roofline
+
+
+README = f"# Title\n\n  {BEGIN}\nold\n{END}\n\nrest, no newline"
+
+
+def test_the_readme_is_rewritten_between_its_markers_only(tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text(README)
+    assert rewrite_readme(readme, "### new\n\n| table |\n") is True
+    expected = f"# Title\n\n  {BEGIN}\n\n### new\n\n| table |\n\n{END}\n\nrest, no newline"
+    assert readme.read_text() == expected
+    assert rewrite_readme(readme, "### new\n\n| table |\n") is False
+    assert readme.read_text() == expected
+    assert rewrite_readme(readme, "other") is True
+    assert readme.read_text() == f"# Title\n\n  {BEGIN}\n\nother\n\n{END}\n\nrest, no newline"
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("nothing", f"has 0 lines `{BEGIN}`, one is needed"),
+        (f"{BEGIN}\n", f"has 0 lines `{END}`, one is needed"),
+        (f"a line with {BEGIN} in it\n{END}\n", f"has 0 lines `{BEGIN}`"),
+        (f"{BEGIN}\n{BEGIN}\n{END}\n", f"has 2 lines `{BEGIN}`"),
+        (f"{BEGIN}\n{END}\n{END}\n", f"has 2 lines `{END}`"),
+        (f"{END}\n{BEGIN}\n", f"has the line `{END}` before the line `{BEGIN}`"),
+    ],
+    ids=["none", "no end", "inside a line", "two begins", "two ends", "wrong order"],
+)
+def test_a_readme_without_one_pair_of_markers_is_refused_and_kept(tmp_path, text, says):
+    readme = tmp_path / "README.md"
+    readme.write_text(text)
+    with pytest.raises(ReadmeError) as refused:
+        rewrite_readme(readme, "tables")
+    assert says in str(refused.value) and str(readme) in str(refused.value)
+    assert readme.read_text() == text
+
+
+def test_report_does_all_and_says_what_it_did(tmp_path):
+    save(tmp_path / "results", record([result(), result("ours", 1.5)]))
+    readme = tmp_path / "README.md"
+    readme.write_text(README)
+    made = report(tmp_path / "results", readme)
+    assert made.readme_changed is True and made.tables in readme.read_text()
+    assert made.records == load_records(tmp_path / "results")
+    assert [path.name for path in made.pictures] == ["speedup-kernels.png", "roofline.png", "floor.png"]
+    save(tmp_path / "results", record([]))
+    assert report(tmp_path / "results").readme_changed is None
