@@ -1,7 +1,8 @@
 """Ranges cost nothing while they are off, name every phase while they are on; profiles add up."""
 
 import json
-import time
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -28,13 +29,21 @@ def entered(monkeypatch) -> list[tuple[str, str, str]]:
     return seen
 
 
-def test_ranges_that_are_off_enter_nothing_and_cost_under_a_microsecond(entered):
-    started = time.perf_counter()
-    for _ in range(100_000):
-        with phase("block"):
-            pass
-    each = (time.perf_counter() - started) / 100_000
+def test_ranges_that_are_off_enter_nothing(entered):
+    with phase("block"):
+        pass
     assert not entered and phase("block") is phase("forward")
+
+
+def test_ranges_that_are_off_cost_under_a_microsecond():
+    """In a process of its own: coverage traces every line of this one."""
+    code = (
+        "import timeit; from klora.model.ranges import phase\n"
+        "def use():\n"
+        "    with phase('block'): pass\n"
+        "print(min(timeit.repeat(use, number=2000, repeat=50)) / 2000)"
+    )
+    each = float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
     assert each < 1e-6, f"{1e9 * each:.0f} ns"
 
 
