@@ -55,6 +55,12 @@ def parse_overrides(pairs: list[str] | None) -> dict[str, str]:
     return values
 
 
+def require_folder(path: Path) -> None:
+    """ConfigError where --out names something that is there and is no folder."""
+    if path.exists() and not path.is_dir():
+        raise ConfigError(f"--out {path} is a file; allowed: a folder, or a path where there is nothing yet")
+
+
 def corpus_from(text: list[Path] | None, jsonl: list[Path] | None, field: str, option: str = "") -> Corpus | None:
     """The corpus that --text or --jsonl name (`option` is their common prefix), or None."""
     if text and jsonl:

@@ -82,6 +82,7 @@ def score(
         options.list_fields(output, config)
         return
     folder = out or artifact.with_name(f"{artifact.stem}-score")
+    options.require_folder(folder)
     result = score_artifact(
         artifact, (text, jsonl, field, shards), most_tokens, config, folder, prequant, resume, device, output
     )

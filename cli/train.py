@@ -71,6 +71,7 @@ def train(
         chosen = preset(preset_name or "tiny").override(overrides)
         options.list_fields(output, chosen.model, chosen.train)
         return
+    options.require_folder(out)
     unfinished = (out / CHECKPOINT).exists() and not (out / MODEL).exists()
     if unfinished and not (resume or overwrite):
         raise ConfigError(

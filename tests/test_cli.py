@@ -240,6 +240,8 @@ def test_help_teaches_and_fields_are_listed():
         (["train", "--resume", "--out", "/nowhere/run"], "there is no run to resume in /nowhere/run"),
         (["train", "--device", "tpu"], "device='tpu' is not possible; allowed: auto, cpu, cuda or cuda:N"),
         (["export", "/nowhere"], "give the folder of a finished"),
+        (["train", "--out", __file__], "is a file; allowed: a folder, or a path where there is nothing yet"),
+        (["score", "x.klora", "--out", __file__], "is a file; allowed: a folder, or a path where there is nothing yet"),
         (["score", "/nowhere.klora"], "/nowhere.klora: there is no such file"),
         (["score", __file__], "give a file that klora exported"),
         (["score", "x.klora", "--protocol", "best"], "protocol='best' is not possible; allowed: one of score_first"),
