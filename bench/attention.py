@@ -109,7 +109,7 @@ ENTRIES = (
         draw=_draw,
         truth=lambda shape, *inputs: _forward_backward(plain_attention)(*inputs),
         variants=_variants(_forward_backward),
-        bytes=_bytes(4 + 2, 4 + 2),
+        bytes=_bytes(4, 4),
         flops=_flops(7),
     ),
 )

@@ -80,7 +80,15 @@ def train(
     with join_ranks(device) as ranks:
         output.is_silent |= not ranks.is_first
         if resume:
-            if preset_name or text or jsonl or shards or validation_text or validation_jsonl or validation_share:
+            if (
+                preset_name
+                or text
+                or jsonl
+                or shards
+                or validation_text
+                or validation_jsonl
+                or validation_share is not None
+            ):
                 raise ConfigError(
                     "--resume takes preset and data from the run; leave out --preset and the options that name text"
                 )
@@ -92,7 +100,7 @@ def train(
             data, sources = prepared_from_shards(shards), {"kind": "shards"}
         else:
             chosen = preset(preset_name or "tiny").override(overrides)
-            corpora = _corpora(text, jsonl, field, validation_text, validation_jsonl, validation_share or 0.05)
+            corpora = _corpora(text, jsonl, field, validation_text, validation_jsonl, validation_share)
             data, sources = prepare_first(corpora, chosen, cache, ranks, output), describe(*corpora)
         result = run_training(chosen, data, out, ranks, output, sources, resume)
         if ranks.is_first:
@@ -165,7 +173,9 @@ def _corpora(text, jsonl, field, validation_text, validation_jsonl, share) -> tu
         raise ConfigError("a validation source was given without a training source; add --text or --jsonl")
     if validation:
         return train, validation
-    whole = dataclasses.replace(train or Corpus.stdlib(), validation_share=share)
+    whole = train or Corpus.stdlib()
+    if share is not None:
+        whole = dataclasses.replace(whole, validation_share=share)
     return whole.with_split("train"), whole.with_split("validation")
 
 

@@ -28,7 +28,7 @@ UNKNOWN_MARK = "\u2585"  # SentencePiece refuses to train on any sentence that c
 # A training sentence is at most 1000 characters, so never over the 4192 bytes above which SentencePiece drops it.
 SENTENCE_CHARACTERS = 1000
 SENTENCE_BYTES = 4192
-# About 100 MB of English. A quarter of 12 MB of Python already gives pieces that encode all of it within 0.1% as short.
+# At most 100 MB of ASCII text: bounds memory for a corpus of any size.
 SAMPLED_SENTENCES = 100_000
 
 

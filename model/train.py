@@ -156,9 +156,8 @@ class Trainer:
     def run(self, progress: Callable[[dict[str, Any]], None] = lambda row: None) -> TrainResult:
         """Train to the end or to a signal. `progress` gets each row of loss.csv."""
         config = self.config
-        next_validation = next_checkpoint = 0.0
         with StopSignals() as stop:
-            elapsed, signalled = self.ranks.most(self.clock.seconds(), 0)
+            (elapsed,) = self.ranks.most(self.clock.seconds())
             next_validation, next_checkpoint = elapsed + config.validate_seconds, elapsed + config.checkpoint_seconds
             while not self._is_over(elapsed):
                 scale = lr_scale(config, self.step, elapsed)
@@ -198,8 +197,8 @@ class Trainer:
         """One optimizer step over batch_tokens tokens; returns the gradient norm before clipping."""
         config, length = self.config, self.preset.model.train_length
         with phase("data"):
-            rows = self.rows_per_rank * self.ranks.world
-            inputs, targets = self.sampler.take(rows, self.ranks.rank, self.ranks.world)
+            all_rows = self.rows_per_rank * self.ranks.world
+            inputs, targets = self.sampler.take(all_rows, self.ranks.rank, self.ranks.world)
         self.gradients.buffer.zero_()
         total = torch.zeros((), device=self.ranks.device)
         rows = max(1, config.micro_batch_tokens // length)

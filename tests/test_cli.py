@@ -234,6 +234,7 @@ def test_help_teaches_and_fields_are_listed():
         (["train", "--set", "width"], "--set 'width' is not possible; allowed: FIELD=VALUE"),
         (["train", "--set", "heads=7"], "heads=7 is not possible; allowed: a divisor of width=128"),
         (["train", "--seconds", "-4"], "seconds=-4.0 is not possible; allowed: float, above 0.0"),
+        (["train", "--val-share", "0"], "validation_share=0.0 is not possible; allowed: above 0, below 1"),
         (["train", "--text", "/nowhere"], "/nowhere: there is no such file or directory"),
         (["train", "--val-text", __file__], "a validation source was given without a training source"),
         (["train", "--shards", "/nowhere"], "/nowhere"),
