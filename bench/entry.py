@@ -22,6 +22,9 @@ class Variant:
 
     `package` is the distribution that a peer needs to be installed. `devices` says where it runs. `captures` is false
     where a CUDA graph cannot hold it. Only a variant with `is_ours` is held to the yardstick's error.
+
+    `instead` is for a variant that computes something else and is timed as a bound: it says what. The gate cannot
+    judge it, and no table shows it without these words.
     """
 
     name: str
@@ -30,6 +33,7 @@ class Variant:
     devices: tuple[str, ...] = ("cpu", "cuda")
     captures: bool = True
     is_ours: bool = False
+    instead: str = ""
 
     def why_missing(self, device: torch.device) -> str:
         """Why this variant cannot run on `device`; empty if it can."""
@@ -66,6 +70,8 @@ class Entry:
     """Shape at which correctness is checked, where the float64 truth of the real ones is out of reach."""
     yardstick: str = "eager"
     """The variant of plain PyTorch whose error ours is compared with."""
+    once: bool = False
+    """A call takes most of a minute: each variant is called once, by events, and the gate is its only warm-up."""
 
     def present(self, device: torch.device) -> list[Variant]:
         return [variant for variant in self.variants if not variant.why_missing(device)]

@@ -37,17 +37,18 @@ class Verdict:
 
 
 def check(entry: Entry, shape: Shape, device: torch.device, dtype: torch.dtype, seed: int = 0) -> dict[str, Verdict]:
-    """Errors of every variant that is present, at `shape`. Raises RedGate if one is outside what is allowed."""
+    """Errors at `shape` of every variant that is present and computes the op. RedGate if one is not allowed."""
     generator = torch.Generator(device).manual_seed(seed)
     inputs = entry.draw(shape, device, dtype, generator)
     exact = as_tuple(entry.truth(shape, *(t.double() if t.is_floating_point() else t for t in inputs)))
     errors = {}
-    for variant in entry.present(device):
+    judged = [variant for variant in entry.present(device) if not variant.instead]
+    for variant in judged:
         outputs = as_tuple(variant.build(shape, device, dtype)(*inputs))
         errors[variant.name] = tuple(relative_error(o, e) for o, e in zip(outputs, exact, strict=True))
     yardstick = errors[entry.yardstick]
     verdicts = {}
-    for variant in entry.present(device):
+    for variant in judged:
         factor = MARGIN if variant.is_ours else FOREIGN
         verdicts[variant.name] = Verdict(errors[variant.name], tuple(factor * error for error in yardstick))
     red = {name: verdict for name, verdict in verdicts.items() if not verdict.is_green}

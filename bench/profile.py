@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from ..model.ranges import ranges_on
 from ..model.storage import replacing
-from .entry import Entry
+from .entry import Entry, Shape
 from .timing import synchronized_clock
 
 DEVICE_EVENTS = ("kernel", "gpu_memcpy", "gpu_memset")
@@ -48,20 +48,19 @@ class Profile:
 def profile_entry(
     entry: Entry,
     variant: str,
+    shape: Shape,
     device: torch.device,
     dtype: torch.dtype,
-    toy: bool,
     ceilings: Mapping[str, float],
     trace: Path | None,
     calls: int = 3,
     warmup: int = 2,
 ) -> Profile:
-    """Run one variant of `entry` at its first (or toy) shape and see where its time goes.
+    """Run one variant of `entry` at `shape` and see where its time goes.
 
     With `trace`, a Chrome trace is written there and the kernels are taken from it; without, nothing watches but what
     was started outside. KeyError for a variant that is not present.
     """
-    shape = entry.toy if toy else next(iter(entry.shapes.values()))
     chosen = {v.name: v for v in entry.present(device)}[variant]
     inputs = entry.draw(shape, device, dtype, torch.Generator(device).manual_seed(1))
     call = chosen.build(shape, device, dtype)

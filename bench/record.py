@@ -1,8 +1,8 @@
 """Running entries and what is kept of it: results/<gpu>/<group>.json.
 
 A record is one group on one machine: `schema` 1, `group`, `environment`, `ceilings` (bytes and operations a second, of
-the same run), `missing` (variants that could not run, and why) and `results`, one for each op, shape, dtype,
-variant, timing and cache ("cold" or "warm"):
+the same run), `missing` (variants that could not run, and why), `bounds` (variants that compute something else, and
+what; they have no errors) and `results`, one for each op, shape, dtype, variant, timing and cache ("cold" or "warm"):
 
     ms {p20, p50, p80, rounds, steady}, peak_bytes, bytes, flops, floor_ms, percent_of_floor, errors, allowed
 
@@ -10,20 +10,22 @@ floor_ms is the larger of bytes / copy rate and flops / GEMM rate; percent_of_fl
 is the best there is. `validate` checks a record against RECORD_SCHEMA (JSON Schema 2020-12).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 
-from .entry import Entry, Shape, Variant
+from .entry import Entry, Shape
 from .environment import environment
 from .gate import Verdict, check
-from .timing import Times, captured, input_sets, peak_bytes, time_interleaved
+from .timing import Thunk, Times, captured, input_sets, peak_bytes, time_interleaved
 
 SLOWER = 1.05
 """A median this much above the baseline's fails the comparison."""
 
 _NUMBER, _TEXT = {"type": "number"}, {"type": "string"}
+_NOT_EMPTY = {"type": "string", "minLength": 1}
 _POSITIVE, _COUNT = {"type": "number", "exclusiveMinimum": 0}, {"type": "integer", "minimum": 0}
 
 
@@ -43,8 +45,9 @@ RECORD_SCHEMA = {
             "ceilings": _fields({"bytes_per_second": _POSITIVE, "flops_per_second": _POSITIVE}),
             "missing": {
                 "type": "array",
-                "items": _fields({"op": _TEXT, "variant": _TEXT, "why": {"type": "string", "minLength": 1}}),
+                "items": _fields({"op": _TEXT, "variant": _TEXT, "why": _NOT_EMPTY}),
             },
+            "bounds": {"type": "array", "items": _fields({"op": _TEXT, "variant": _TEXT, "instead": _NOT_EMPTY})},
             "results": {
                 "type": "array",
                 "items": _fields(
@@ -70,8 +73,8 @@ RECORD_SCHEMA = {
                         "flops": _COUNT,
                         "floor_ms": _POSITIVE,
                         "percent_of_floor": _POSITIVE,
-                        "errors": {"type": "array", "items": _NUMBER, "minItems": 1},
-                        "allowed": {"type": "array", "items": _NUMBER, "minItems": 1},
+                        "errors": {"type": "array", "items": _NUMBER},
+                        "allowed": {"type": "array", "items": _NUMBER},
                     }
                 ),
             },
@@ -93,6 +96,11 @@ def validate(record: Any, name: str = "record") -> None:
     problem = jsonschema.exceptions.best_match(jsonschema.Draft202012Validator(RECORD_SCHEMA).iter_errors(record))
     if problem is not None:
         raise RecordError(f"{name} is no benchmark record: at {problem.json_path}: {problem.message}")
+    bounds = {(bound["op"], bound["variant"]) for bound in record["bounds"]}
+    for result in record["results"]:
+        if not result["errors"] and (result["op"], result["variant"]) not in bounds:
+            told = f"{result['op']} {result['variant']} has no errors and is not among the bounds"
+            raise RecordError(f"{name} is no benchmark record: {told}")
 
 
 def run_group(
@@ -109,8 +117,12 @@ def run_group(
     """Gate and time all `entries` of one group; the record as JSON values. RedGate passes through: no speed then."""
     results: list[dict[str, Any]] = []
     missing: list[dict[str, str]] = []
+    bounds: list[dict[str, str]] = []
     for entry in entries:
         missing += [{"op": entry.op, "variant": name, "why": why} for name, why in entry.missing(device).items()]
+        bounds += [
+            {"op": entry.op, "variant": v.name, "instead": v.instead} for v in entry.present(device) if v.instead
+        ]
         shapes = {"toy": entry.toy} if toy else entry.shapes
         progress(f"{entry.op}: correctness")
         verdicts = check(entry, entry.toy if toy else entry.gate or next(iter(shapes.values())), device, dtype)
@@ -123,6 +135,7 @@ def run_group(
         "environment": environment(commit),
         "ceilings": dict(ceilings),
         "missing": missing,
+        "bounds": bounds,
         "results": results,
     }
 
@@ -134,25 +147,21 @@ def measure_ceilings(
     rates = {}
     for entry in entries:
         shape = entry.toy if toy else next(iter(entry.shapes.values()))
-        times = _times(entry, shape, entry.present(device), 1, device, dtype, rounds)["eager"]
+        thunks = {name: calls[:1] for name, calls in _thunks(entry, shape, device, dtype).items() if name == "eager"}
+        times = time_interleaved(thunks, device, *rounds)["eager"]
         work = entry.flops(shape) or entry.bytes(shape, dtype.itemsize)
         rates["flops_per_second" if entry.flops(shape) else "bytes_per_second"] = work / times.p50 * 1e3
     return rates
 
 
-def _times(entry, shape, variants, sets, device, dtype, rounds, graphs: bool = False) -> dict[str, Times]:
-    thunks = {v.name: calls for v, calls in _thunks(entry, shape, variants, sets, device, dtype).items()}
-    if graphs:
-        thunks = {name: [captured(call, device) for call in calls] for name, calls in thunks.items()}
-    return time_interleaved(thunks, device, *rounds)
-
-
-def _thunks(entry: Entry, shape: Shape, variants: Sequence[Variant], sets: int, device, dtype):
-    """`sets` calls of each variant, on inputs of their own that all variants share."""
+def _thunks(entry: Entry, shape: Shape, device: torch.device, dtype: torch.dtype) -> dict[str, list[Thunk]]:
+    """Calls of each variant, built once, on input sets that all variants share: as many as keep the cache cold."""
+    torch.compiler.reset()  # what was compiled for other shapes would make this one's dynamic
+    sets = 1 if entry.once else input_sets(entry.bytes(shape, dtype.itemsize), device)
     generator = torch.Generator(device).manual_seed(1)
     drawn = [entry.draw(shape, device, dtype, generator) for _ in range(sets)]
-    built = {variant: variant.build(shape, device, dtype) for variant in variants}
-    return {v: [lambda call=call, inputs=inputs: call(*inputs) for inputs in drawn] for v, call in built.items()}
+    built = {variant.name: variant.build(shape, device, dtype) for variant in entry.present(device)}
+    return {name: [partial(call, *inputs) for inputs in drawn] for name, call in built.items()}
 
 
 def _time_entry(
@@ -165,45 +174,62 @@ def _time_entry(
     dtype: torch.dtype,
     rounds: tuple[int, int],
 ) -> list[dict[str, Any]]:
-    variants = entry.present(device)
     moved, operations = entry.bytes(shape, dtype.itemsize), entry.flops(shape)
     floor = 1e3 * max(moved / ceilings["bytes_per_second"], operations / ceilings["flops_per_second"])
-    peaks = {
-        v.name: peak_bytes(calls[0], device) for v, calls in _thunks(entry, shape, variants, 1, device, dtype).items()
-    }
+    thunks = _thunks(entry, shape, device, dtype)
     results = []
-    for timing in ("events", "graph") if device.type == "cuda" else ("clock",):
-        timed = [v for v in variants if timing != "graph" or v.captures]
-        for cache in ("cold", "warm") if timed else ():
-            sets = input_sets(moved, device) if cache == "cold" else 1
-            measured = _times(entry, shape, timed, sets, device, dtype, rounds, graphs=timing == "graph")
-            for variant, times in measured.items():
-                results.append(
-                    {
-                        "op": entry.op,
-                        "shape": name,
-                        "sizes": dict(shape),
-                        "dtype": str(dtype).removeprefix("torch."),
-                        "variant": variant,
-                        "timing": timing,
-                        "cache": cache,
-                        "ms": {
-                            "p20": times.p20,
-                            "p50": times.p50,
-                            "p80": times.p80,
-                            "rounds": times.rounds,
-                            "steady": times.is_steady,
-                        },
-                        "peak_bytes": peaks[variant],
-                        "bytes": moved,
-                        "flops": operations,
-                        "floor_ms": floor,
-                        "percent_of_floor": 100 * floor / times.p50,
-                        "errors": list(verdicts[variant].errors),
-                        "allowed": list(verdicts[variant].allowed),
-                    }
-                )
+    for timing, cache, measured, peaks in _measured(entry, thunks, device, rounds):
+        for variant, times in measured.items():
+            verdict = verdicts.get(variant)
+            results.append(
+                {
+                    "op": entry.op,
+                    "shape": name,
+                    "sizes": dict(shape),
+                    "dtype": str(dtype).removeprefix("torch."),
+                    "variant": variant,
+                    "timing": timing,
+                    "cache": cache,
+                    "ms": {
+                        "p20": times.p20,
+                        "p50": times.p50,
+                        "p80": times.p80,
+                        "rounds": times.rounds,
+                        "steady": times.is_steady,
+                    },
+                    "peak_bytes": peaks[variant],
+                    "bytes": moved,
+                    "flops": operations,
+                    "floor_ms": floor,
+                    "percent_of_floor": 100 * floor / times.p50,
+                    "errors": list(verdict.errors) if verdict else [],
+                    "allowed": list(verdict.allowed) if verdict else [],
+                }
+            )
     return results
+
+
+def _measured(
+    entry: Entry, thunks: Mapping[str, list[Thunk]], device: torch.device, rounds: tuple[int, int]
+) -> Iterator[tuple[str, str, dict[str, Times], dict[str, int | None]]]:
+    """(timing, cache, times, peak bytes) of every way in which the variants are timed."""
+    plain = "events" if device.type == "cuda" else "clock"
+    if entry.once:
+        peaks, times = {}, {}
+        for name, calls in thunks.items():
+            one = partial(time_interleaved, {name: calls}, device, 1, 1, warmup=0)
+            peaks[name] = peak_bytes(lambda one=one: times.update(one()), device)
+        yield plain, "cold", times, peaks
+        return
+    peaks = {name: peak_bytes(calls[0], device) for name, calls in thunks.items()}
+    yield plain, "cold", time_interleaved(thunks, device, *rounds), peaks
+    yield plain, "warm", time_interleaved({name: calls[:1] for name, calls in thunks.items()}, device, *rounds), peaks
+    captures = [variant.name for variant in entry.present(device) if variant.captures]
+    if device.type == "cuda" and captures:
+        graphs = {name: [captured(call, device) for call in thunks[name]] for name in captures}
+        yield "graph", "cold", time_interleaved(graphs, device, *rounds), peaks
+        warm = {name: replays[:1] for name, replays in graphs.items()}
+        yield "graph", "warm", time_interleaved(warm, device, *rounds), peaks
 
 
 def slower_than(baseline: Mapping[str, Any], record: Mapping[str, Any], factor: float = SLOWER) -> list[str]:

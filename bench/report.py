@@ -1,12 +1,13 @@
 """Records as tables and pictures: what results/<gpu>/<group>.json say, for people.
 
-    tables        every result of every record, one section a GPU and group, between two marker lines of a README
+    tables        one row an op, shape and variant, one section a GPU and group, between two marker lines of a README
     speedup-*.png one group: speedup over eager of every other variant, op by op
     roofline.png  all groups of a GPU: attained FLOP/s against FLOPs a byte, under the measured copy and GEMM ceilings
     floor.png     all groups of a GPU: how near the best variant of each op and shape comes to the floor
 
-Tables hold everything that was measured. Pictures show cold caches only, each variant by the first of TIMINGS that it
-has; a speedup is always taken against eager at the same op, shape, dtype, timing and cache.
+Tables and pictures show each variant by the first of TIMINGS that it has; the records hold the others too. All numbers
+are those of cold caches but for one column of the tables. A speedup is always taken against eager at the same op,
+shape, dtype, timing and cache.
 """
 
 import json
@@ -27,10 +28,11 @@ YARDSTICK = "eager"
 BEGIN, END = "<!-- benchmarks -->", "<!-- /benchmarks -->"
 TIMINGS = {"graph": "CUDA graph replay", "events": "CUDA events", "clock": "the processor's clock"}
 UNSTEADY = "†"
+BOUND = "‡"
 GREY = "#8c8c8c"
 BEHIND_TEXT = {"facecolor": "white", "edgecolor": "none", "pad": 1}
 COLUMNS = (
-    *("op", "shape", "variant", "timing, cache", "ms: p50 (p20 - p80)", "% of floor", f"x vs {YARDSTICK}"),
+    *("op", "shape", "variant", "timing", "cold ms: p50 (p20 - p80)", "warm ms", "% of floor", f"x vs {YARDSTICK}"),
     *("peak MiB", "error"),
 )
 TEXT_COLUMNS = 4
@@ -107,30 +109,47 @@ def markdown_tables(records: Sequence[Record]) -> str:
 def _section(record: Record) -> str:
     eager = _eager(record["results"])
     rows = [COLUMNS, [":--"] * TEXT_COLUMNS + ["--:"] * (len(COLUMNS) - TEXT_COLUMNS)]
-    for result in record["results"]:
+    warm = {_key(result): result["ms"] for result in record["results"] if result["cache"] == "warm"}
+    for result in _preferred(record["results"]):
         ms, speedup, peak = result["ms"], _speedup(result, eager), result["peak_bytes"]
         spread = f"{_three(ms['p50'])} ({_three(ms['p20'])} - {_three(ms['p80'])})"
+        also = warm.get(_key(result))
         rows.append(
             (
-                *(result["op"], result["shape"], result["variant"], f"{result['timing']}, {result['cache']}"),
-                spread + ("" if ms["steady"] else f" {UNSTEADY}"),
+                *(result["op"], result["shape"], result["variant"], result["timing"]),
+                spread + _unsteady(ms),
+                "-" if also is None else _three(also["p50"]) + _unsteady(also),
                 _three(result["percent_of_floor"]),
                 "-" if speedup is None else _three(speedup),
                 "-" if peak is None else _three(peak / 2**20),
-                f"{max(result['errors']):.2e}",
+                f"{max(result['errors']):.2e}" if result["errors"] else BOUND,
             )
         )
     table = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
     parts = [f"### {_gpu(record)}: {record['group']}", _facts(record), table if record["results"] else "No results."]
     if not all(result["ms"]["steady"] for result in record["results"]):
         parts.append(f"{UNSTEADY} unsteady: at the last round, p80 - p20 was still {SPREAD:.0%} of the median or more.")
-    missing: dict[tuple[str, str], list[str]] = {}
-    for entry in record["missing"]:
-        missing.setdefault((entry["variant"], entry["why"]), []).append(entry["op"])
-    if missing:
-        listed = [f"- {variant} ({', '.join(ops)}): {why}" for (variant, why), ops in missing.items()]
-        parts.append("\n".join(("Missing:\n", *listed)))
+    if record["bounds"]:
+        parts.append(_listed(f"{BOUND} Timed as bounds, these compute something else:", record["bounds"], "instead"))
+    if record["missing"]:
+        parts.append(_listed("Missing:", record["missing"], "why"))
     return "\n\n".join(parts)
+
+
+def _listed(head: str, entries: Sequence[Mapping[str, str]], reason: str) -> str:
+    """A list below `head`: each variant with its ops and the reason that they share."""
+    ops: dict[tuple[str, str], list[str]] = {}
+    for entry in entries:
+        ops.setdefault((entry["variant"], entry[reason]), []).append(entry["op"])
+    return "\n".join((f"{head}\n", *(f"- {variant} ({', '.join(of)}): {why}" for (variant, why), of in ops.items())))
+
+
+def _unsteady(ms: Mapping[str, Any]) -> str:
+    return "" if ms["steady"] else f" {UNSTEADY}"
+
+
+def _key(result: Result) -> tuple[str, ...]:
+    return *_place(result), result["variant"], result["timing"]
 
 
 def _facts(record: Record) -> str:
@@ -324,7 +343,7 @@ def _timings(results: Iterable[Result]) -> list[str]:
 def _marks(result: Result, among: Sequence[Result]) -> str:
     """What stands behind a number: its timing, where that is not the first of the picture's, and the unsteady sign."""
     other = "" if result["timing"] == _timings(among)[0] else f" ({result['timing']})"
-    return other + ("" if result["ms"]["steady"] else f" {UNSTEADY}")
+    return other + _unsteady(result["ms"])
 
 
 def _preferred(results: Iterable[Result]) -> list[Result]:
@@ -351,7 +370,8 @@ def _by_place(results: Iterable[Result]) -> dict[tuple[str, str, str], list[Resu
 
 
 def _best(results: Iterable[Result]) -> Result:
-    return min(results, key=lambda result: result["ms"]["p50"])
+    """The fastest that computes the op; a bound, which has no errors, only where there is nothing else."""
+    return min(results, key=lambda result: (not result["errors"], result["ms"]["p50"]))
 
 
 def _eager(results: Iterable[Result]) -> dict[tuple[str, ...], float]:

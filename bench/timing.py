@@ -2,7 +2,7 @@
 
 Every variant runs once in each round, in turn, so that drift of clocks and temperature meets all of them alike. A round
 is timed by CUDA events on a GPU and by the processor's clock elsewhere. Rounds go on until the spread (p80 - p20) / p50
-of every variant is under 2%, or until the most rounds are spent; `is_steady` says which.
+of every variant is under 2%, or until the most rounds or seconds are spent; `is_steady` says which.
 """
 
 import statistics
@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 
 SPREAD = 0.02
+LEAST_OF_SLOW = 3
+"""Rounds of calls so slow that the seconds run out first."""
 Thunk = Callable[[], object]
 
 
@@ -40,16 +42,24 @@ def time_interleaved(
     least_rounds: int = 20,
     most_rounds: int = 200,
     warmup: int = 5,
+    most_seconds: float = 20.0,
 ) -> dict[str, Times]:
-    """Time each variant's thunks. One thunk is called again and again (warm); several are rotated through (cold)."""
+    """Time each variant's thunks. One thunk is called again and again (warm); several are rotated through (cold).
+
+    After `most_seconds` no round begins but the first LEAST_OF_SLOW, whatever `least_rounds` says.
+    """
+    started = time.perf_counter()
     for calls in thunks.values():
         for index in range(warmup):
-            calls[index % len(calls)]()
+            if not index or time.perf_counter() - started < most_seconds / 4:
+                calls[index % len(calls)]()
     samples: dict[str, list[float]] = {name: [] for name in thunks}
     for number in range(most_rounds):
         for name, calls in thunks.items():
             samples[name].append(_milliseconds(calls[number % len(calls)], device))
         if number + 1 >= least_rounds and all(_summary(values).is_steady for values in samples.values()):
+            break
+        if number + 1 >= LEAST_OF_SLOW and time.perf_counter() - started > most_seconds:
             break
     return {name: _summary(values) for name, values in samples.items()}
 
@@ -105,8 +115,9 @@ def captured(thunk: Thunk, device: torch.device) -> Thunk:
 
 
 def peak_bytes(thunk: Thunk, device: torch.device) -> int | None:
-    """Most memory one call allocates on top of what is allocated before it; None without a GPU."""
+    """Most memory that one call of `thunk` allocates on top of what is allocated before it; None without a GPU."""
     if device.type != "cuda":
+        thunk()
         return None
     torch.cuda.synchronize(device)
     before = torch.cuda.memory_allocated(device)

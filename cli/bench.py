@@ -37,6 +37,7 @@ def bench(
     ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Most rounds of timing.")] = 200,
     device: options.Device = "auto",
+    commit: options.Commit = "",
     as_json: options.Json = False,
 ) -> None:
     """Check every variant against float64, time those that pass, and write one record a group.
@@ -68,7 +69,15 @@ def bench(
         with output.progress() as show:
             try:
                 record = run_group(
-                    group, GROUPS[group], ceilings, chosen, dtype, toy, limits, progress=lambda text: show(text, 0)
+                    group,
+                    GROUPS[group],
+                    ceilings,
+                    chosen,
+                    dtype,
+                    toy,
+                    limits,
+                    commit,
+                    progress=lambda text: show(text, 0),
                 )
             except RedGate as red:
                 output.say(f"red gate: {red}", style="bold red")
@@ -122,11 +131,13 @@ def say_record(record: dict, output: Output) -> None:
             f"{result['ms']['p50']:.4f}",
             f"{result['ms']['p20']:.4f} - {result['ms']['p80']:.4f}" + ("" if result["ms"]["steady"] else " unsteady"),
             f"{result['percent_of_floor']:.0f}%",
-            f"{max(result['errors']):.1e}",
+            f"{max(result['errors']):.1e}" if result["errors"] else "a bound",
         )
         for result in record["results"]
     ]
     columns = ("op", "shape", "variant", "timing, cache", "ms", "p20 - p80", "of floor", "error")
     output.table(record["group"], rows, columns)
+    for bound in record["bounds"]:
+        output.say(f"a bound: {bound['variant']} of {bound['op']} computes {bound['instead']}")
     for missing in record["missing"]:
         output.say(f"missing: {missing['variant']} of {missing['op']}: {missing['why']}")

@@ -41,6 +41,7 @@ Set = Annotated[
 Fields = Annotated[
     bool, typer.Option("--fields", help="List every field with its value and what is allowed, and stop.")
 ]
+Commit = Annotated[str, typer.Option("--commit", help="Commit that is measured, where there is no git to ask.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, for machines.")]
 
 

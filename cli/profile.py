@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from ..bench.environment import environment
 from ..bench.groups import GROUPS
 from ..bench.profile import Profile, profile_entry
 from ..bench.record import measure_ceilings
@@ -29,6 +30,7 @@ def profile(
     ] = True,
     out: Annotated[Path, typer.Option("--out", help="Folder of the trace.")] = Path("runs/profile"),
     device: options.Device = "auto",
+    commit: options.Commit = "",
     as_json: options.Json = False,
 ) -> None:
     """Write a trace of one training step or TTT pass and list the kernels that take the time.
@@ -47,14 +49,24 @@ def profile(
     present = [v.name for v in entry.present(chosen)]
     if variant not in present:
         raise ConfigError(f"variant={variant!r} is not possible; allowed on this device: {', '.join(present)}")
+    shape = entry.toy if toy else next(iter(entry.shapes.values()))
     ceilings = measure_ceilings(GROUPS["ceilings"], chosen, dtype, toy, (5, 20))
     path = out / f"{what}-{variant}.json" if trace else None
-    found = profile_entry(entry, variant, chosen, dtype, toy, ceilings, path, calls)
+    found = profile_entry(entry, variant, shape, chosen, dtype, ceilings, path, calls)
     _say(entry.op, variant, found, rows, output)
     command = f"klora profile {what} --variant {variant} --no-trace"
     output.say(f"nsys: nsys profile --capture-range=cudaProfilerApi --trace=cuda,nvtx -o {what} {command}")
     output.say(f"ncu:  ncu --profile-from-start off --set full -o {what} {command} --calls 1")
-    output.result({**dataclasses.asdict(found), "kernels": [dataclasses.asdict(row) for row in found.kernels[:rows]]})
+    output.result(
+        {
+            "op": entry.op,
+            "variant": variant,
+            "shape": dict(shape),
+            "environment": environment(commit),
+            **dataclasses.asdict(found),
+            "kernels": [dataclasses.asdict(row) for row in found.kernels[:rows]],
+        }
+    )
 
 
 def _say(op: str, variant: str, found: Profile, most: int, output: Output) -> None:

@@ -93,6 +93,30 @@ def test_ours_is_held_to_a_tenth_over_the_yardstick_and_peers_to_a_factor():
     assert verdict.is_green and verdict.errors[0] > verdict.allowed[0] / 4
 
 
+def test_a_bound_is_timed_without_a_verdict_and_named(record):
+    entry = with_variant(FORWARD, Variant("copy", forward_only(lambda q, k, v: q.clone()), instead="a copy of q"))
+    made = run([entry])
+    validate(made)
+    assert made["bounds"] == [{"op": FORWARD.op, "variant": "copy", "instead": "a copy of q"}]
+    assert {result["variant"]: result["errors"] for result in made["results"]}["copy"] == []
+    made["bounds"] = []
+    with pytest.raises(RecordError, match="attention_forward copy has no errors and is not among the bounds"):
+        validate(made)
+
+
+def test_an_entry_of_one_call_is_called_once_beside_its_gate():
+    calls = []
+
+    def counted(q, k, v):
+        calls.append(1)
+        return plain_attention(q, k, v)
+
+    entry = dataclasses.replace(with_variant(FORWARD, Variant("counted", forward_only(counted))), once=True)
+    results = [result for result in run([entry])["results"] if result["variant"] == "counted"]
+    assert [(result["timing"], result["cache"], result["ms"]["rounds"]) for result in results] == [("clock", "cold", 1)]
+    assert len(calls) == 2, "the gate, and the call that is timed"
+
+
 def test_a_peer_that_is_not_installed_is_named_as_missing():
     entry = with_variant(FORWARD, Variant("peer", forward_only(plain_attention), package="no-such-package-anywhere"))
     missing = {m["variant"]: m["why"] for m in run([entry])["missing"]}
@@ -196,6 +220,13 @@ def test_timing_stops_when_it_is_steady_and_says_when_it_is_not(monkeypatch):
         times = time_interleaved({"x": [lambda: None]}, CPU, least_rounds=5, most_rounds=40, warmup=0)["x"]
         assert (times.rounds, times.is_steady) == (rounds, is_steady)
         assert times.p20 == 10.0 and times.p80 == 10.0 + noise
+
+
+def test_slow_calls_end_with_the_seconds_after_three_rounds():
+    calls = []
+    thunks = {"x": [lambda: (calls.append(1), time.sleep(0.02))]}
+    times = time_interleaved(thunks, CPU, least_rounds=50, most_rounds=100, warmup=5, most_seconds=0.04)["x"]
+    assert times.rounds == 3 and len(calls) == 3 + 1
 
 
 @pytest.mark.slow

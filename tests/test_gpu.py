@@ -3,9 +3,10 @@
 import pytest
 import torch
 from conftest import randomized
+from klora.bench.timing import captured, peak_bytes, time_interleaved
 from klora.kernels import causal_attention_ref, pick_attention
 from klora.model.config import ModelConfig, preset
-from klora.model.gpt import GPT
+from klora.model.gpt import GPT, KVCache
 from klora.ttt.adapters import AdapterPool
 from klora.ttt.protocols import TTTConfig
 from klora.ttt.scorer import BaseNll, Batch, Deadline, adapt_batch
@@ -59,3 +60,27 @@ def test_one_training_step_of_the_seed_preset_in_bf16():
     loss.backward()
     assert loss.item() == pytest.approx(6.93, abs=0.1)
     assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+
+
+def test_reading_token_by_token_gives_the_logits_of_the_whole():
+    model = GPT(WIDE)
+    model.load_state_dict(randomized(WIDE).state_dict())
+    model.configure(torch.device("cuda"), torch.bfloat16)
+    tokens = torch.randint(3, 300, (2, 12), device="cuda")
+    cache = KVCache(model, batch=2, length=12)
+    with torch.no_grad():
+        whole = model.logits(tokens)
+        steps = [model.logits(tokens[:, :5], cache), *(model.logits(tokens[:, i : i + 1], cache) for i in range(5, 12))]
+    torch.testing.assert_close(torch.cat(steps, dim=1), whole, rtol=0.05, atol=0.05 * whole.std().item())
+
+
+def test_a_graph_replay_computes_what_the_call_does_and_its_memory_is_counted():
+    device = torch.device("cuda")
+    x, out = torch.randn(1 << 20, device=device), torch.empty(1 << 20, device=device)
+    replay = captured(lambda: torch.mul(x, 2, out=out), device)
+    x.normal_()
+    replay()
+    assert torch.equal(out, 2 * x)
+    assert peak_bytes(lambda: x + 1, device) == x.nbytes
+    times = time_interleaved({"graph": [replay], "twice": [lambda: (replay(), replay())]}, device)
+    assert 0 < times["graph"].p50 < times["twice"].p50

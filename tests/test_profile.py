@@ -76,7 +76,8 @@ def test_kernel_table_adds_up():
 @pytest.mark.parametrize("what", ["step", "ttt"])
 def test_profile_names_the_kernels_with_shares_and_writes_a_trace(tmp_path, what):
     result = json.loads(klora("profile", what, "--toy", "--device", "cpu", "--out", tmp_path, "--json").stdout)
-    assert len(result["kernels"]) == 10
+    assert len(result["kernels"]) == 10 and result["variant"] == "eager" and result["shape"]["blocks"] == 0
+    assert {"gpu", "versions", "commit", "date"} <= result["environment"].keys()
     shares = [row["share"] for row in result["kernels"]]
     assert shares == sorted(shares, reverse=True) and 0 < sum(shares) <= 1
     names = {event.get("name") for event in json.loads((tmp_path / f"{what}-eager.json").read_text())["traceEvents"]}

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from klora.bench.report import BEGIN, END, load_records, markdown_tables
 
 ROOT = Path(__file__).parent.parent
 
@@ -20,6 +21,12 @@ def test_the_measured_table_is_the_pipelines_record():
         assert f"{record[phase]['wall_seconds']:.0f} s" in text, phase
     assert record["artifact_bytes"] <= 16_000_000
     assert record["bpb"]["quantisation_gap"] <= 0.010
+
+
+def test_the_benchmark_tables_are_those_of_the_records():
+    tables = markdown_tables(load_records(ROOT / "bench/results"))
+    inside = (ROOT / "README.md").read_text().split(f"{BEGIN}\n")[1].split(f"\n{END}")[0]
+    assert inside.strip() == tables.strip(), "run: klora bench report --readme README.md"
 
 
 def test_every_link_to_a_file_leads_somewhere():
