@@ -127,7 +127,7 @@ def _section(record: Record) -> str:
         )
     table = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
     parts = [f"### {_gpu(record)}: {record['group']}", _facts(record), table if record["results"] else "No results."]
-    if not all(result["ms"]["steady"] for result in record["results"]):
+    if UNSTEADY in table:
         parts.append(f"{UNSTEADY} unsteady: at the last round, p80 - p20 was still {SPREAD:.0%} of the median or more.")
     if record["bounds"]:
         parts.append(_listed(f"{BOUND} Timed as bounds, these compute something else:", record["bounds"], "instead"))
