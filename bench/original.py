@@ -11,7 +11,7 @@ Modelled, because it costs time:
   ends: those that ended stay in it as rows of padding, and torch's Adam goes on moving their adapters, tensor by
   tensor: the original's 26,000 launches for 64 documents of 1,536 tokens leave no room for fewer.
 - Python loops over the documents of a batch to copy each window to the device, and to tally each chunk's nats and bytes
-  in a dozen tiny launches that end in `.item()`, which waits; documents too short to adapt are scored one at a time.
+  in a score of tiny launches that end in `.item()`, which waits; documents too short to adapt are scored one at a time.
 - Training: compiled forward and backward with flash attention, everything after them eager. Gradient norms are taken
   tensor by tensor, Newton-Schulz matrix by matrix over one rank's share, updates applied matrix by matrix.
 Modelled though it is free, because the original's numbers came from it: the cosine learning rate stretched over the
@@ -66,21 +66,26 @@ class OriginalScore(NamedTuple):
 
 
 class Tally:
-    """Sums of nats and bytes on the device, one document and chunk at a time.
+    """Sums of nats, bytes and tokens on the device, one document and chunk at a time, and those of all of them.
 
-    The bytes are for their cost alone: without a tokenizer every piece counts 1, and 1 more for a space before it.
+    All but the nats are for their cost alone: without a tokenizer a piece counts 1, and 1 more for a space before it.
     """
 
     def __init__(self, pieces: int, device: torch.device):
         self.bytes_of = torch.ones(pieces, dtype=torch.int16, device=device)
         self.has_space = torch.ones(pieces, dtype=torch.bool, device=device)
         self.is_control = torch.zeros(pieces, dtype=torch.bool, device=device)
+        self.nats, self.bytes, self.tokens = (torch.zeros((), dtype=torch.float64, device=device) for _ in range(3))
 
-    def take(self, nll: Tensor, inputs: Tensor, targets: Tensor) -> tuple[float, float]:
-        """(nats, bytes) of the targets [n] that follow `inputs` [n]."""
-        size = self.bytes_of[targets].double()
-        size += self.has_space[targets] & ~self.is_control[inputs]
-        return nll.double().sum().item(), size.sum().item()
+    def take(self, nll: Tensor, inputs: Tensor, targets: Tensor) -> tuple[float, float, float]:
+        """(nats, bytes, tokens) of the targets [n] that follow `inputs` [n]."""
+        sizes = self.bytes_of[targets].double()
+        sizes += self.has_space[targets] & ~self.is_control[inputs]
+        nats, size, count = nll.double().sum(), sizes.sum(), torch.ones_like(targets).sum()
+        self.nats += nats
+        self.bytes += size
+        self.tokens += count
+        return nats.item(), size.item(), count.item()
 
 
 def stretched_cosine(config: TTTConfig, step: int, steps: int) -> float:
