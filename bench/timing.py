@@ -33,7 +33,7 @@ class Times:
 
     @property
     def is_steady(self) -> bool:
-        return self.spread < SPREAD
+        return self.rounds > 1 and self.spread < SPREAD
 
 
 def time_interleaved(

@@ -114,6 +114,7 @@ def test_an_entry_of_one_call_is_called_once_beside_its_gate():
     entry = dataclasses.replace(with_variant(FORWARD, Variant("counted", forward_only(counted))), once=True)
     results = [result for result in run([entry])["results"] if result["variant"] == "counted"]
     assert [(result["timing"], result["cache"], result["ms"]["rounds"]) for result in results] == [("clock", "cold", 1)]
+    assert not results[0]["ms"]["steady"], "one round shows no spread"
     assert len(calls) == 2, "the gate, and the call that is timed"
 
 
