@@ -6,6 +6,8 @@ from setuptools import setup
 
 ROOMS = ("kernels", "model", "ttt", "bench", "cli")
 HERE = Path(__file__).parent
+OPS = sorted(path.parent.name for path in HERE.glob("kernels/*/__init__.py"))
+"""Ops of more than one file: folders of their own in kernels/."""
 
 setup(
     name="klora",
@@ -14,7 +16,7 @@ setup(
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     python_requires=">=3.11",
-    packages=[f"klora.{room}" for room in ROOMS],
+    packages=[*(f"klora.{room}" for room in ROOMS), *(f"klora.kernels.{op}" for op in OPS)],
     package_dir={f"klora.{room}": room for room in ROOMS},
     install_requires=[
         "torch>=2.11",

@@ -1,6 +1,6 @@
 """Every group of entries, by name. A new op is one line here."""
 
-from . import attention, ceilings, step, ttt
+from . import attention, ceilings, head, lora, lora_adam, step, ttt
 from .entry import Entry
 
 GROUPS: dict[str, tuple[Entry, ...]] = {
@@ -8,6 +8,8 @@ GROUPS: dict[str, tuple[Entry, ...]] = {
     "attention": attention.ENTRIES,
     "step": step.ENTRIES,
     "ttt": ttt.ENTRIES,
+    "lora": (*lora.ENTRIES, *lora_adam.ENTRIES),
+    "head": head.ENTRIES,
 }
 
 

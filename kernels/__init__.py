@@ -1,11 +1,19 @@
-"""The ops: each file is one, imports no other folder and is usable alone. `<op>_ref` is its plain PyTorch statement."""
+"""The ops: each is one file or folder, imports no other room and is usable alone. `<op>_ref` is its plain statement."""
 
 from .attention import causal_attention_ref, pick_attention
 from .bigram import BOS, bigram_hash_ref
 from .int6 import Int6Weight, dequantize_int6_ref, pack_int6_ref, quantize_int6_ref, unpack_int6_ref
-from .lora_adam import lora_adam_ref_
-from .lora_head_nll import lora_head_nll_ref, softcap_logits_ref, softcap_nll_ref
-from .lora_qkv import lora_qkv_ref
+from .lora_adam import check_distinct_slots, lora_adam_, lora_adam_ref_
+from .lora_head_nll import (
+    check_targets,
+    lora_head_nll,
+    lora_head_nll_grads_,
+    lora_head_nll_ref,
+    softcap_logits_ref,
+    softcap_nll,
+    softcap_nll_ref,
+)
+from .lora_qkv import check_slots, lora_qkv, lora_qkv_ref
 from .mlp import relu_squared_mlp_ref
 from .newton_schulz import newton_schulz_ref
 from .rms_norm import rms_norm_ref
@@ -16,9 +24,16 @@ __all__ = [
     "Int6Weight",
     "bigram_hash_ref",
     "causal_attention_ref",
+    "check_distinct_slots",
+    "check_slots",
+    "check_targets",
     "dequantize_int6_ref",
+    "lora_adam_",
     "lora_adam_ref_",
+    "lora_head_nll",
+    "lora_head_nll_grads_",
     "lora_head_nll_ref",
+    "lora_qkv",
     "lora_qkv_ref",
     "newton_schulz_ref",
     "norm_rotary_ref",
@@ -30,6 +45,7 @@ __all__ = [
     "rms_norm_ref",
     "rotary_tables",
     "softcap_logits_ref",
+    "softcap_nll",
     "softcap_nll_ref",
     "unpack_int6_ref",
 ]

@@ -1,14 +1,26 @@
-"""Adam on a pool of adapters, one step counter and one learning rate a slot.
+"""Adam on a pool of adapters, one step counter and one learning rate a slot, all chosen slots in one launch.
 
     m <- b1 m + (1-b1) g;   v <- b2 v + (1-b2) g^2;   t <- t + 1
     p <- p - lr * group_lr * (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
 
-params, grads, exp_avg, exp_avg_sq [slots, P] fp32, updated in place; step int [slots]; lr fp32 [slots]; group_lr [P]
-multiplies the learning rate of each parameter (SPEC's multipliers of head, Q, K, V and bias). Kingma and Ba 2015.
-`slots` int [n], without repeats, chooses the rows that take part; the others keep their bits. 28 bytes a parameter.
+params, grads, exp_avg, exp_avg_sq [slots, P] fp32, all but grads updated in place; step int64 [slots]; lr fp32
+[slots]; group_lr fp32 [P] multiplies the learning rate of each parameter. `slots` int [n], without repeats, chooses the
+rows that take part; the others keep their bits, and an entry of -1 chooses none, so that a captured graph can hold a
+batch with empty places. Kingma and Ba 2015.
+
+28 bytes and about 15 operations a parameter: it runs at the speed of memory (group_lr, shared by all slots, stays in
+cache). Everything is fp32; the two bias corrections are computed in fp64, once a program, because 1 - b^t of a small t
+loses digits. Many programs work on one slot, all need its old counter, and exactly one may advance it: each program
+adds 2^32 to the counter when it is done, and the one that finds all others there before it stores t + 1. These integer
+additions commute, so the result is the same bits in every run. A counter must stay below 2^32, and no two launches may
+work on the same slot at once.
 """
 
+from dataclasses import dataclass
+
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 
@@ -27,6 +39,8 @@ def lora_adam_ref_(
 ) -> None:
     """One Adam step of the chosen slots, in place."""
     beta1, beta2 = betas
+    if isinstance(slots, Tensor):
+        slots = slots[slots >= 0]
     step[slots] += 1
     grad = grads[slots]
     mean = exp_avg[slots] * beta1 + grad * (1 - beta1)
@@ -35,3 +49,180 @@ def lora_adam_ref_(
     count = step[slots].to(params.dtype)[:, None]
     denominator = (square / (1 - beta2**count)).sqrt_().add_(eps)
     params[slots] -= lr[slots][:, None] * group_lr * (mean / (1 - beta1**count)) / denominator
+
+
+@dataclass(frozen=True)
+class LoraAdamConfig:
+    block: int
+    num_warps: int
+
+
+def pick_config() -> LoraAdamConfig:
+    """The launch for every pool.
+
+    0.111 ms for 64 slots of 234,496 parameters on an NVIDIA H200, 1.05 of what a copy of as many bytes takes; 1024 and
+    4 warps 0.114, 2048 and 8 warps 0.114, 4096 and 8 warps 0.115.
+    """
+    return LoraAdamConfig(block=2048, num_warps=4)
+
+
+@triton.jit
+def _adam(
+    params_ptr,
+    grads_ptr,
+    exp_avg_ptr,
+    exp_avg_sq_ptr,
+    step_ptr,
+    lr_ptr,
+    group_lr_ptr,
+    slots_ptr,
+    count,
+    size,
+    eps,
+    BETA1: tl.constexpr,
+    BETA2: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(1)
+    slot = row.to(tl.int64) if slots_ptr is None else tl.load(slots_ptr + row).to(tl.int64)
+    if (slot >= 0) & (slot < count):
+        # The upper half of a counter holds the programs that are done; the lower half is the old t until the last is.
+        t = (tl.load(step_ptr + slot) & 0xFFFFFFFF) + 1
+        at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        inside = at < size
+        rate = tl.load(lr_ptr + slot)
+        if group_lr_ptr is not None:
+            rate = rate * tl.load(group_lr_ptr + at, mask=inside, other=0.0)
+        at += slot * size
+        grad = tl.load(grads_ptr + at, mask=inside, other=0.0)
+        mean = tl.load(exp_avg_ptr + at, mask=inside, other=0.0)
+        square = tl.load(exp_avg_sq_ptr + at, mask=inside, other=0.0)
+        param = tl.load(params_ptr + at, mask=inside, other=0.0)
+        mean = mean * BETA1 + grad * (1 - BETA1)
+        square = square * BETA2 + grad * grad * (1 - BETA2)
+        tl.store(exp_avg_ptr + at, mean, mask=inside)
+        tl.store(exp_avg_sq_ptr + at, square, mask=inside)
+        denominator = tl.sqrt_rn(square * _correction(BETA2, t)) + eps
+        param -= rate * tl.div_rn(mean * _correction(BETA1, t), denominator)
+        tl.store(params_ptr + at, param, mask=inside)
+        # No warp of this program may still be about to read the counter when the program says that it is done.
+        tl.debug_barrier()
+        done = tl.atomic_add(step_ptr + slot, 4294967296) >> 32
+        if done == tl.num_programs(0) - 1:
+            tl.store(step_ptr + slot, t)
+
+
+@triton.jit
+def _correction(BETA: tl.constexpr, t):
+    """1 / (1 - BETA^t) in fp32."""
+    power = tl.exp(t.to(tl.float64) * tl.log(tl.full((), BETA, tl.float64)))
+    return (1.0 / (1.0 - power)).to(tl.float32)
+
+
+@torch.library.custom_op("klora::lora_adam_", mutates_args=("params", "exp_avg", "exp_avg_sq", "step"))
+def _lora_adam(
+    params: Tensor,
+    grads: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    step: Tensor,
+    lr: Tensor,
+    group_lr: Tensor | None,
+    slots: Tensor | None,
+    beta1: float,
+    beta2: float,
+    eps: float,
+) -> None:
+    count, size = params.shape
+    rows = count if slots is None else len(slots)
+    if not rows or not size:
+        return
+    config = pick_config()
+    _adam[(triton.cdiv(size, config.block), rows)](
+        params,
+        grads,
+        exp_avg,
+        exp_avg_sq,
+        step,
+        lr,
+        group_lr,
+        slots,
+        count,
+        size,
+        eps,
+        BETA1=beta1,
+        BETA2=beta2,
+        BLOCK=config.block,
+        num_warps=config.num_warps,
+    )
+
+
+@_lora_adam.register_fake
+def _(params, grads, exp_avg, exp_avg_sq, step, lr, group_lr, slots, beta1, beta2, eps):
+    return None
+
+
+def check_distinct_slots(slots: Tensor, count: int) -> None:
+    """Raise ValueError unless `slots` are -1 or distinct rows of a pool of `count`. Reads the device: for debugging."""
+    chosen = slots[slots != -1]
+    if chosen.numel() and not 0 <= int(chosen.min()) <= int(chosen.max()) < count:
+        raise ValueError(f"slots go from {int(chosen.min())} to {int(chosen.max())}; allowed: -1 and 0 to {count - 1}")
+    if len(chosen.unique()) < len(chosen):
+        raise ValueError(f"slots {slots.tolist()} name a slot twice")
+
+
+def lora_adam_(
+    params: Tensor,
+    grads: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    step: Tensor,
+    lr: Tensor,
+    slots: Tensor | None = None,
+    group_lr: Tensor | None = None,
+    betas: tuple[float, float] = (0.9, 0.95),
+    eps: float = 1e-10,
+    *,
+    backend: str | None = None,
+) -> None:
+    """One Adam step of the slots that `slots` names (all without it), in place. Shapes and dtypes: see the module.
+
+    An entry of `slots` outside the pool is skipped on the GPU; :func:`check_distinct_slots` finds it, and repeats.
+    """
+    if params.dim() != 2:
+        raise ValueError(f"params is {_seen(params)}; wanted: [slots, P]")
+    if backend not in (None, "reference", "triton"):
+        raise ValueError(f"backend is {backend!r}; allowed: None, 'reference', 'triton'")
+    reference = backend == "reference" or (backend is None and params.device.type == "cpu")
+    floats = (params.dtype,) if reference else (torch.float32,)
+    pool, row = tuple(params.shape), (params.size(1),)
+    for name, tensor, shape, dtypes in (
+        ("params", params, pool, floats),
+        ("grads", grads, pool, floats),
+        ("exp_avg", exp_avg, pool, floats),
+        ("exp_avg_sq", exp_avg_sq, pool, floats),
+        ("step", step, pool[:1], (torch.int64,)),
+        ("lr", lr, pool[:1], floats),
+        ("group_lr", group_lr, row, floats),
+        ("slots", slots, None, (torch.int32, torch.int64)),
+    ):
+        if tensor is None:
+            continue
+        shape = shape or (tensor.numel(),)
+        if tuple(tensor.shape) != shape or tensor.dtype not in dtypes or tensor.device != params.device:
+            kinds = " or ".join(str(dtype) for dtype in dtypes)
+            raise ValueError(f"{name} is {_seen(tensor)}; wanted: {kinds} {list(shape)} on {params.device}")
+        if not reference and not tensor.is_contiguous():
+            raise ValueError(f"{name} has strides {tensor.stride()}; the kernel wants contiguous tensors")
+    if not all(0 <= beta < 1 for beta in betas) or eps < 0:
+        raise ValueError(f"betas are {betas} and eps {eps}; allowed: betas from 0 to below 1, eps at least 0")
+    if reference:
+        group_lr = torch.ones_like(params[0]) if group_lr is None else group_lr
+        chosen = slice(None) if slots is None else slots
+        lora_adam_ref_(params, grads, exp_avg, exp_avg_sq, step, lr, group_lr, chosen, betas, eps)
+    else:
+        _lora_adam(params, grads, exp_avg, exp_avg_sq, step, lr, group_lr, slots, *betas, eps)
+
+
+def _seen(tensor: Tensor) -> str:
+    return f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}"

@@ -4,10 +4,12 @@ import os
 import random
 import tracemalloc
 
-os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton: the CPU runs kernels in its interpreter
+import torch
+
+# Before anything imports triton: without a GPU its interpreter runs the kernels, with one the tests marked gpu do.
+os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
 
 import pytest
-import torch
 from klora.model.config import ModelConfig
 from klora.model.corpus import Document
 from klora.model.gpt import GPT

@@ -1,12 +1,4 @@
-"""Negative log-likelihood of a soft-capped, tied LM head, with or without one LoRA adapter a batch row.
-
-    z   = h W^T [+ (h A^T) B^T]
-    l   = c * tanh(z / c) / T                        c the softcap, T the temperature: it divides the logits
-    nll = logsumexp(l) - l[target]                   natural log
-
-h [B, S, D] or [..., D]; weight [V, D]; lora_a [slots, R, D]; lora_b [slots, V, R]; targets int [B, S]; slots int [B].
-Returns nll [B, S] fp32 (fp64 for fp64 input). z is in h's dtype, everything after it in fp32.
-"""
+"""The plain PyTorch statement of the head's loss, with and without adapters."""
 
 import torch
 import torch.nn.functional as F
@@ -21,8 +13,7 @@ def softcap_logits_ref(z: Tensor, softcap: float, temperature: float = 1.0) -> T
 
 def softcap_nll_ref(h: Tensor, weight: Tensor, targets: Tensor, softcap: float, temperature: float = 1.0) -> Tensor:
     """nll of `targets` [...] for h [..., D] under the head `weight` [V, D]."""
-    logits = softcap_logits_ref(F.linear(h, weight), softcap, temperature)
-    return F.cross_entropy(logits.flatten(0, -2), targets.flatten().long(), reduction="none").view(targets.shape)
+    return _nll(F.linear(h, weight), targets, softcap, temperature)
 
 
 def lora_head_nll_ref(
@@ -35,10 +26,18 @@ def lora_head_nll_ref(
     temperature: float = 1.0,
     slots: Tensor | None = None,
 ) -> Tensor:
-    """nll [B, S] of `targets` [B, S] for h [B, S, D], batch row b adapted by slot slots[b] (b itself without slots)."""
+    """nll [B, S] of `targets` [B, S] for h [B, S, D], batch row b adapted by slot slots[b] (b itself without slots).
+
+    A slot named twice sums its gradients; slot -1 is no adapter.
+    """
     if slots is not None:
-        lora_a, lora_b = lora_a[slots], lora_b[slots]
+        named = (slots >= 0)[:, None, None]
+        lora_a, lora_b = (t[slots.clamp(min=0)] * named for t in (lora_a, lora_b))
     inner = torch.bmm(h, lora_a.to(h.dtype).mT)
     z = torch.baddbmm(F.linear(h, weight), inner, lora_b.to(h.dtype).mT)
+    return _nll(z, targets, softcap, temperature)
+
+
+def _nll(z: Tensor, targets: Tensor, softcap: float, temperature: float) -> Tensor:
     logits = softcap_logits_ref(z, softcap, temperature)
     return F.cross_entropy(logits.flatten(0, -2), targets.flatten().long(), reduction="none").view(targets.shape)

@@ -1,0 +1,133 @@
+"""Group `lora`: the Q, K and V projections with one adapter a document.
+
+`cublas-without-lora` is the product that the adapters are added to, and its gradient of x: what they cost is the
+distance to it.
+"""
+
+import torch
+from torch import Tensor
+
+from ..kernels.lora_qkv import lora_qkv, lora_qkv_ref
+from .entry import Call, Entry, Shape, Tensors, Variant
+
+SEED = {"B": 64, "D": 512, "Nq": 512, "Nk": 256, "Nv": 256, "R": 8}
+SHAPES = {f"B64-S{length}": {**SEED, "S": length} for length in (1024, 768, 512, 256)}
+TOY = {"B": 2, "S": 24, "D": 32, "Nq": 32, "Nk": 16, "Nv": 16, "R": 8}
+GATE = {**SEED, "B": 5, "S": 1000}
+
+
+def _sizes(shape: Shape) -> tuple[int, int, int]:
+    return shape["Nq"], shape["Nk"], shape["Nv"]
+
+
+def _draw(shape: Shape, device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Tensors:
+    """x, weight, the adapters in fp32 whatever `dtype` is, and the gradients of q, k and v."""
+
+    def randn(*size: int) -> Tensor:
+        return torch.randn(size, device=device, generator=generator)
+
+    batch, tokens, width, rank = (shape[name] for name in "BSDR")
+    rows = sum(_sizes(shape))
+    return (
+        randn(batch, tokens, width).to(dtype),
+        (randn(rows, width) * width**-0.5).to(dtype),
+        randn(batch, 3, rank, width) * width**-0.5,
+        randn(batch, rows, rank) * 0.3,
+        *(randn(batch, tokens, size).to(dtype) for size in _sizes(shape)),
+    )
+
+
+def _forward(shape: Shape, project: Call) -> Call:
+    """q, k, v."""
+    return lambda x, weight, a, b, *douts: project(x, weight, a, b, sizes=_sizes(shape))
+
+
+def _forward_backward(shape: Shape, project: Call) -> Call:
+    """q, k, v, dx, dA, dB."""
+
+    def run(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, *douts: Tensor) -> Tensors:
+        leaves = [t.detach().requires_grad_() for t in (x, a, b)]
+        outputs = project(leaves[0], weight, *leaves[1:], sizes=_sizes(shape))
+        return *outputs, *torch.autograd.grad(outputs, leaves, douts)
+
+    return run
+
+
+def _matrix_product(shape: Shape, device: torch.device, dtype: torch.dtype) -> Call:
+    return lambda x, weight, a, b, *douts: x.flatten(0, 1) @ weight.T
+
+
+def _both_matrix_products(shape: Shape, device: torch.device, dtype: torch.dtype) -> Call:
+    """The gradients of q, k and v are joined once for each set of inputs, which is not part of the products."""
+    joined: dict[int, Tensor] = {}
+
+    def run(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, *douts: Tensor) -> Tensors:
+        key = douts[0].data_ptr()
+        if key not in joined:
+            joined[key] = torch.cat(douts, -1).flatten(0, 1)
+        return x.flatten(0, 1) @ weight.T, joined[key] @ weight
+
+    return run
+
+
+def _variants(wrap, bound: Call, instead: str) -> tuple[Variant, ...]:
+    def compiled(shape: Shape, device: torch.device, dtype: torch.dtype) -> Call:
+        return wrap(shape, torch.compile(lora_qkv_ref))
+
+    return (
+        Variant("eager", lambda shape, device, dtype: wrap(shape, lora_qkv_ref)),
+        Variant("torch.compile", compiled, devices=("cuda",)),
+        Variant("klora", lambda shape, device, dtype: wrap(shape, lora_qkv), is_ours=True),
+        Variant("cublas-without-lora", bound, devices=("cuda",), instead=instead),
+    )
+
+
+def _bytes(passes: int):
+    """x, weight, q, k, v and the adapters, each once; with two passes the gradients of all but the weight too."""
+
+    def count(shape: Shape, itemsize: int) -> int:
+        rows, width = sum(_sizes(shape)), shape["D"]
+        tokens = itemsize * shape["B"] * shape["S"] * (width + rows)
+        adapters = 4 * shape["B"] * shape["R"] * (3 * width + rows)
+        return passes * (tokens + adapters) + itemsize * rows * width
+
+    return count
+
+
+def _flops(products: int, adapter_products: int):
+    """Products with the weight, and pairs of products with A and B."""
+
+    def count(shape: Shape) -> int:
+        rows, width = sum(_sizes(shape)), shape["D"]
+        low_rank = adapter_products * shape["R"] * (3 * width + rows)
+        return 2 * shape["B"] * shape["S"] * (products * width * rows + low_rank)
+
+    return count
+
+
+ENTRIES = (
+    Entry(
+        group="lora",
+        op="lora_qkv_forward",
+        shapes=SHAPES,
+        toy=TOY,
+        gate=GATE,
+        draw=_draw,
+        truth=lambda shape, *inputs: _forward(shape, lora_qkv_ref)(*inputs),
+        variants=_variants(_forward, _matrix_product, "x W^T alone"),
+        bytes=_bytes(1),
+        flops=_flops(1, 1),
+    ),
+    Entry(
+        group="lora",
+        op="lora_qkv_forward_backward",
+        shapes=SHAPES,
+        toy=TOY,
+        gate=GATE,
+        draw=_draw,
+        truth=lambda shape, *inputs: _forward_backward(shape, lora_qkv_ref)(*inputs),
+        variants=_variants(_forward_backward, _both_matrix_products, "x W^T and dY W alone"),
+        bytes=_bytes(2),
+        flops=_flops(2, 3),
+    ),
+)

@@ -1,0 +1,47 @@
+"""Negative log-likelihood of a soft-capped, tied LM head, with or without one LoRA adapter a batch row.
+
+    u   = h A^T;   z = h W^T + u B^T
+    l   = c * tanh(z / c) / T                        c the softcap, T the temperature: it divides the logits
+    nll = logsumexp(l) - l[target]                   natural log
+
+    dz  = dnll * (softmax(l) - onehot(target)) * (1 - tanh^2(z / c)) / T
+    dh  = dz W + (dz B) A;   dA = (dz B)^T h;   dB = dz^T u;   dW = dz^T h (without adapters only)
+
+h [B, S, D] (any leading dimensions without adapters), weight [V, D] in the same dtype: bf16, fp16 or fp32; lora_a
+[slots, R, D] and lora_b [slots, V, R] in any float dtype, cast to h's where they are multiplied, R up to 64; each
+slot's matrix contiguous, the slots any distance apart, so that both may be views of a flat pool. targets int [B, S];
+slots int [B], the adapter of each batch row. nll fp32 [B, S]. Gradients come in the dtype of what they belong to. All
+sums are in fp32, in an order that depends on nothing but the shapes: the same bits in every run, and for a row in every
+batch.
+
+The forward takes a block of tokens through the whole vocabulary, tile by tile, and keeps the logits on the chip. As
+|l| <= c / T, exp(l) needs no running maximum (up to c / T = 60, in 16 bits): a tile of
+E = exp(l) (1 - tanh^2) / T is final up to a row factor when the tile is, and in bf16, whose range holds it, it is
+stored as such: dz = dnll * exp(-logsumexp) * E, with the target's element replaced by that of p - 1, whose rounding,
+the largest of its row, goes into the row factor. The gradients are products with E, scaled in their epilogues, and
+nothing of [B, S, V] but E is ever in memory (2 bytes a logit, for as long as a gradient is wanted; without one nothing
+is kept). Other dtypes and caps take a second sweep that normalises E.
+
+FLOPs: 2 B S V D for each of forward, dh and dW; 2 B S R (D + V) for each of forward, dh and the adapters' gradients.
+Bytes, bf16: h twice, E written once and read twice (dh, dB; dW), dh once.
+
+Slot -1 is no adapter; one past the pool is none either, and nobody's gradient. A slot named twice sums its gradients in
+the order of the rows. A target outside [0, V) is not scored: nll 0, no gradient (the reference knows -100 only;
+:func:`check_targets` finds the others). Refused: D that is no multiple of 16, ranks over 64, a weight that wants a
+gradient beside adapters. Hu et al. 2021 (adapters); Moshier's Cephes (tanh).
+"""
+
+from .launch import pick_config
+from .op import check_targets, lora_head_nll, lora_head_nll_grads_, softcap_nll
+from .reference import lora_head_nll_ref, softcap_logits_ref, softcap_nll_ref
+
+__all__ = [
+    "check_targets",
+    "lora_head_nll",
+    "lora_head_nll_grads_",
+    "lora_head_nll_ref",
+    "pick_config",
+    "softcap_logits_ref",
+    "softcap_nll",
+    "softcap_nll_ref",
+]

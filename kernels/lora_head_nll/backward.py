@@ -1,0 +1,139 @@
+"""What follows from E: the gradients of h, of both adapter matrices and of the weight."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _row_factor(dnll_ptr, lse_ptr, at, mask):
+    """What a row of E has to be multiplied by: dnll, and exp(-lse) where E is not normalised (lse_ptr given)."""
+    factor = tl.load(dnll_ptr + at, mask=mask, other=0.0)
+    if lse_ptr is not None:
+        factor *= tl.exp(-tl.load(lse_ptr + at, mask=mask, other=0.0))
+    return factor
+
+
+@triton.jit(do_not_specialize=["S", "slots"])
+def hidden_gradient(
+    e_desc,
+    weight_desc,
+    lora_a_ptr,
+    slots_ptr,
+    dnll_ptr,
+    lse_ptr,
+    du_ptr,
+    dh_ptr,
+    S,
+    slots,
+    stride_a,
+    DTYPE: tl.constexpr,
+    V: tl.constexpr,
+    D: tl.constexpr,
+    RANK: tl.constexpr,
+    RANK_PADDED: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """dh = factor * (E W + du A), a tile of BLOCK_S x BLOCK_D a program."""
+    row = tl.program_id(2)
+    first = tl.program_id(1) * BLOCK_S
+    token = first + tl.arange(0, BLOCK_S)
+    inside_s = token < S
+    at = row.to(tl.int64) * S + token
+    d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    dh = tl.zeros((BLOCK_S, BLOCK_D), tl.float32)
+    for n in range(0, V, BLOCK_V):
+        e = tl.reshape(e_desc.load([row, first, n]), (BLOCK_S, BLOCK_V))
+        dh = tl.dot(e, weight_desc.load([n, tl.program_id(0) * BLOCK_D]), dh, input_precision="ieee")
+    if RANK:
+        r = tl.arange(0, RANK_PADDED)
+        slot = row.to(tl.int64) if slots_ptr is None else tl.load(slots_ptr + row).to(tl.int64)
+        inside_r = (r < RANK) & (slot >= 0) & (slot < slots)
+        a_at = lora_a_ptr + slot * stride_a + r[:, None] * D + d[None, :]
+        a = tl.load(a_at, mask=inside_r[:, None] & (d < D)[None, :], other=0.0)
+        du = tl.load(du_ptr + at[:, None] * RANK_PADDED + r[None, :], mask=inside_s[:, None], other=0.0)
+        dh = tl.dot(du.to(DTYPE), a.to(DTYPE), dh, input_precision="ieee")
+    dh *= _row_factor(dnll_ptr, lse_ptr, at, inside_s)[:, None]
+    tl.store(dh_ptr + at[:, None] * D + d[None, :], dh.to(DTYPE), mask=inside_s[:, None] & (d < D)[None, :])
+
+
+@triton.jit(do_not_specialize=["B", "S"])
+def adapter_gradient(
+    h_ptr,
+    e_ptr,
+    u_ptr,
+    du_ptr,
+    slots_ptr,
+    dnll_ptr,
+    lse_ptr,
+    da_ptr,
+    db_ptr,
+    B,
+    S,
+    stride_hb,
+    stride_hs,
+    stride_e,
+    stride_da,
+    stride_db,
+    DTYPE: tl.constexpr,
+    V: tl.constexpr,
+    D: tl.constexpr,
+    RANK: tl.constexpr,
+    RANK_PADDED: tl.constexpr,
+    ROWS: tl.constexpr,
+    FILL: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """dB = E^T (factor u) and dA = (factor du)^T h of one slot, BLOCK_N of the V + D columns a program.
+
+    The batch rows that name the slot are summed in their order. FILL writes zeros for a slot that no row names; without
+    it that slot's memory is not touched. ROWS is the power of two from B up.
+    """
+    slot = tl.program_id(1)
+    tile = tl.program_id(0)
+    tiles_v: tl.constexpr = (V + BLOCK_N - 1) // BLOCK_N
+    is_b = tile < tiles_v
+    if is_b:
+        x_ptr = e_ptr
+        y_ptr = u_ptr
+        stride_b = S.to(tl.int64) * stride_e
+        stride_s = stride_e
+        columns = V
+    else:
+        tile -= tiles_v
+        x_ptr = h_ptr
+        y_ptr = du_ptr
+        stride_b = stride_hb.to(tl.int64)
+        stride_s = stride_hs
+        columns = D
+    column = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    r = tl.arange(0, RANK_PADDED)
+    acc = tl.zeros((BLOCK_N, RANK_PADDED), tl.float32)
+    if slots_ptr is None:
+        row = slot
+    else:
+        rows = tl.arange(0, ROWS)
+        names_it = tl.load(slots_ptr + rows, mask=rows < B, other=-1) == slot
+        row = tl.min(tl.where(names_it, rows, B))
+    is_named = row < B
+    while row < B:
+        x_row = x_ptr + row * stride_b
+        first = row.to(tl.int64) * S
+        for start in range(0, S, BLOCK_S):
+            token = start + tl.arange(0, BLOCK_S)
+            inside_s = token < S
+            at = first + token
+            x_at = x_row + token.to(tl.int64)[:, None] * stride_s + column[None, :]
+            x = tl.load(x_at, mask=inside_s[:, None] & (column < columns)[None, :], other=0.0)
+            y = tl.load(y_ptr + at[:, None] * RANK_PADDED + r[None, :], mask=inside_s[:, None], other=0.0)
+            y *= _row_factor(dnll_ptr, lse_ptr, at, inside_s)[:, None]
+            acc = tl.dot(x.T, y.to(DTYPE), acc, input_precision="ieee")
+        row = B if slots_ptr is None else tl.min(tl.where(names_it & (rows > row), rows, B))
+    if FILL or is_named:
+        inside = (column < columns)[:, None] & (r < RANK)[None, :]
+        if is_b:
+            tl.store(db_ptr + slot.to(tl.int64) * stride_db + column[:, None] * RANK + r[None, :], acc, mask=inside)
+        else:
+            tl.store(da_ptr + slot.to(tl.int64) * stride_da + r[None, :] * D + column[:, None], acc, mask=inside)

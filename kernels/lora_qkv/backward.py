@@ -1,0 +1,234 @@
+"""The backward launches: dx and t = dY B, beside them dB, then dA from t and x."""
+
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .tiles import multiply_add, padded_rank, programs, stacked_rank, store_tile, tiled
+
+
+@dataclass(frozen=True)
+class BackwardConfig:
+    """Tile of a dx step: block_m tokens x block_d of D, block_n outputs, and the pieces in which it leaves; of dB: db_n
+    outputs, db_s tokens a step; of dA: da_d of D, da_s tokens a step.
+    """
+
+    block_m: int
+    block_d: int
+    block_n: int
+    pieces: int
+    warps: int
+    stages: int
+    db_n: int
+    db_s: int
+    db_warps: int
+    db_stages: int
+    da_d: int
+    da_s: int
+    da_warps: int
+    da_stages: int
+
+
+def pick_backward_config(dtype: torch.dtype, rank: int) -> BackwardConfig:
+    block_m = 64 if stacked_rank(rank) > 64 else 128  # t is [block_m, stacked_rank] in registers
+    if dtype == torch.float32:
+        return BackwardConfig(block_m // 4, 64, 16, 1, 4, 2, 64, 16, 8, 2, 32, 16, 8, 2)
+    if padded_rank(rank) > 16:
+        return BackwardConfig(block_m, 128, 64, 1, 8, 2, 64, 64, 4, 3, 64, 64, 8, 3)
+    # NVIDIA H200, 65536 tokens of the seed's sizes. dx: 0.119 ms alone. dB: 0.036 ms alone; its blocks are small enough
+    # (31 KB) to fit beside dx's (193 KB, so 4 pieces) on a multiprocessor: both together 0.134 ms. dA: 0.021 ms.
+    return BackwardConfig(128, 256, 64, 4, 8, 3, 64, 64, 4, 3, 128, 64, 4, 4)
+
+
+@triton.jit(do_not_specialize=["S", "TILES"])
+def _dx_kernel(
+    q_d, k_d, v_d, w_d, a_ptr, b_d, dx_d, t_ptr, S, TILES,
+    NQ: tl.constexpr, NK: tl.constexpr, NV: tl.constexpr, D: tl.constexpr, RT: tl.constexpr, BM: tl.constexpr,
+    BD: tl.constexpr, BN: tl.constexpr, PIECES: tl.constexpr, WITH_DX: tl.constexpr,
+):  # fmt: skip
+    """A program walks tiles [BM tokens, BD of D] like the forward's; a step takes BN outputs of q, k or v where they
+    lie, without joining them. The tile of the first BD stores t, rounded to x's dtype.
+    """
+    CQ: tl.constexpr = (NQ + BN - 1) // BN
+    CK: tl.constexpr = (NK + BN - 1) // BN
+    CV: tl.constexpr = (NV + BN - 1) // BN
+    STEPS: tl.constexpr = CQ + CK + CV
+    TD: tl.constexpr = (D + BD - 1) // BD if WITH_DX else 1
+    across = tl.cdiv(S, BM)
+    tile = tl.program_id(0) - tl.num_programs(0)
+    b, s, d = 0, 0, 0
+    step = STEPS - 1
+    dx = tl.zeros((BM, BD), tl.float32)
+    t = tl.zeros((BM, RT), tl.float32)
+    for _ in range(0, tl.cdiv(TILES - tl.program_id(0), tl.num_programs(0)) * STEPS):
+        step = tl.where(step == STEPS - 1, 0, step + 1)
+        if step == 0:
+            tile += tl.num_programs(0)
+            row = tile // TD
+            b, s, d = row // across, row % across * BM, tile % TD * BD
+        g_d, n, first = q_d, step * BN, 0
+        if step >= CQ + CK:
+            g_d, n, first = v_d, (step - CQ - CK) * BN, NQ + NK
+        elif step >= CQ:
+            g_d, n, first = k_d, (step - CQ) * BN, NQ
+        g = g_d.load([b, s, n]).reshape(BM, BN)
+        lora_b = b_d.load([b, first + n, 0]).reshape(BN, RT)
+        t = multiply_add(g, lora_b, tl.where(step == 0, 0.0, t))  # first, for the forward's reason
+        if WITH_DX:
+            dx = multiply_add(g, w_d.load([first + n, d]), dx)
+        if step == STEPS - 1:
+            j, row_s = tl.arange(0, RT), s + tl.arange(0, BM)
+            rounded = t.to(g.dtype)
+            if WITH_DX:
+                column = d + tl.arange(0, BD)
+                a = tl.load(a_ptr + (b.to(tl.int64) * RT + j)[:, None] * D + column, (column < D)[None, :], other=0.0)
+                dx = multiply_add(rounded, a, dx)
+            if d == 0:
+                tl.store(t_ptr + (b.to(tl.int64) * S + row_s)[:, None] * RT + j, rounded, (row_s < S)[:, None])
+            if WITH_DX:
+                store_tile(dx_d, dx, b, s, d, BM, BD, PIECES)
+                dx = tl.zeros((BM, BD), tl.float32)
+
+
+@triton.jit
+def _slots_of(slots_ptr, b, count, B, BP: tl.constexpr):
+    """(slot of document b, slots of the whole batch); -1 for a document without an adapter."""
+    j = tl.arange(0, BP)
+    if slots_ptr is None:
+        slot = tl.zeros((), tl.int64) + b
+        every = j.to(tl.int64)
+    else:
+        slot = tl.load(slots_ptr + b).to(tl.int64)
+        every = tl.load(slots_ptr + j, mask=j < B, other=-1).to(tl.int64)
+    return tl.where(slot < count, slot, -1), every
+
+
+@triton.jit
+def _following(every, slot, b, B, BP: tl.constexpr):
+    """The first document after b that has this slot; B if there is none."""
+    j = tl.arange(0, BP)
+    return tl.min(tl.where((every == slot) & (j > b) & (j < B), j, B))
+
+
+@triton.jit(do_not_specialize=["B", "S", "TILES"])
+def _db_kernel(
+    q_d, k_d, v_d, xa_d, db_ptr, slots_ptr, db_stride, count, B, S, TILES,
+    NQ: tl.constexpr, NK: tl.constexpr, NV: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, BN: tl.constexpr,
+    BS: tl.constexpr, BP: tl.constexpr,
+):  # fmt: skip
+    """A program walks tiles (document, BN outputs of one projection): dB = dY^T xa, tokens in order. The first document
+    with a slot adds up all that have it, in the order of the batch.
+    """
+    TQ: tl.constexpr = (NQ + BN - 1) // BN
+    TK: tl.constexpr = (NK + BN - 1) // BN
+    TV: tl.constexpr = (NV + BN - 1) // BN
+    for tile in range(tl.program_id(0), TILES, tl.num_programs(0)):
+        b, column = tile // (TQ + TK + TV), tile % (TQ + TK + TV)
+        p, n, first, width, g_d = 0, column * BN, 0, NQ, q_d
+        if column >= TQ + TK:
+            p, n, first, width, g_d = 2, (column - TQ - TK) * BN, NQ + NK, NV, v_d
+        elif column >= TQ:
+            p, n, first, width, g_d = 1, (column - TQ) * BN, NQ, NK, k_d
+        slot, every = _slots_of(slots_ptr, b, count, B, BP)
+        if (slot >= 0) & (_following(every, slot, -1, B, BP) == b):
+            db = tl.zeros((BN, RP), tl.float32)
+            document = b
+            while document < B:
+                for s in range(0, S, BS):
+                    g = g_d.load([document, s, n]).reshape(BS, BN)
+                    xa = xa_d.load([document, s, p * RP]).reshape(BS, RP)
+                    db = multiply_add(g.T, xa, db)
+                document = _following(every, slot, document, B, BP)
+            row, r = n + tl.arange(0, BN), tl.arange(0, RP)
+            out = db_ptr + slot * db_stride + (first + row)[:, None] * R + r
+            tl.store(out, db, (row < width)[:, None] & (r < R)[None, :])
+
+
+@triton.jit(do_not_specialize=["B", "S"])
+def _da_kernel(
+    t_d, x_d, da_ptr, slots_ptr, da_stride, count, B, S,
+    D: tl.constexpr, R: tl.constexpr, RT: tl.constexpr, BD: tl.constexpr, BS: tl.constexpr, BP: tl.constexpr,
+):  # fmt: skip
+    """Program (tile of D, b): dA of all three projections = t^T x, tokens in order; slots as for dB."""
+    d, b = tl.program_id(0) * BD, tl.program_id(1)
+    slot, every = _slots_of(slots_ptr, b, count, B, BP)
+    if (slot >= 0) & (_following(every, slot, -1, B, BP) == b):
+        da = tl.zeros((RT, BD), tl.float32)
+        document = b
+        while document < B:
+            for s in range(0, S, BS):
+                t = t_d.load([document, s, 0]).reshape(BS, RT)
+                x = x_d.load([document, s, d]).reshape(BS, BD)
+                da = multiply_add(t.T, x, da)
+            document = _following(every, slot, document, B, BP)
+        j, column = tl.arange(0, RT), d + tl.arange(0, BD)
+        out = da_ptr + slot * da_stride + j[:, None] * D + column
+        tl.store(out, da, (j < 3 * R)[:, None] & (column < D)[None, :])
+
+
+@contextmanager
+def _beside(device: torch.device, ready: torch.cuda.Event | None):
+    """What is launched inside runs once `ready`, beside what the current stream was given since; then they join."""
+    if ready is None:
+        yield
+        return
+    side = _side_stream(device)
+    side.wait_event(ready)
+    with torch.cuda.stream(side):
+        yield
+    torch.cuda.current_stream(device).wait_stream(side)
+
+
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
+def launch_backward(
+    grads: tuple[Tensor, Tensor, Tensor],
+    x: Tensor,
+    weight: Tensor,
+    packed_a: Tensor,
+    packed_b: Tensor,
+    xa: Tensor,
+    rank: int,
+    slots: Tensor | None,
+    dx: Tensor | None,
+    da: Tensor | None,
+    db: Tensor | None,
+) -> None:
+    """Writes dx, and the rows of da and db that `slots` name. dx, or da and db together, may be None."""
+    (batch, length, width), stacked, padded = x.shape, packed_a.size(1), padded_rank(rank)
+    sizes = [grad.size(2) for grad in grads]
+    config = pick_backward_config(x.dtype, rank)
+    t = x.new_empty(batch, length, stacked)
+    ready = torch.cuda.current_stream(x.device).record_event() if x.is_cuda else None
+    m, d, n = config.block_m, config.block_d, config.block_n
+    tiles = batch * triton.cdiv(length, m) * (1 if dx is None else triton.cdiv(width, d))
+    _dx_kernel[(programs(x.device, tiles),)](
+        *(tiled(grad, 1, m, n) for grad in grads), tiled(weight, n, d), packed_a, tiled(packed_b, 1, n, stacked),
+        tiled(x if dx is None else dx, 1, m, d // config.pieces), t, length, tiles,
+        *sizes, D=width, RT=stacked, BM=m, BD=d, BN=n, PIECES=config.pieces, WITH_DX=dx is not None,
+        num_warps=config.warps, num_stages=config.stages,
+    )  # fmt: skip
+    if da is None:
+        return
+    batch_pow2 = triton.next_power_of_2(batch)
+    with _beside(x.device, ready):
+        n, s = config.db_n, config.db_s
+        tiles = batch * sum(triton.cdiv(size, n) for size in sizes)
+        _db_kernel[(programs(x.device, tiles),)](
+            *(tiled(grad, 1, s, n) for grad in grads), tiled(xa, 1, s, padded), db, slots, db.stride(0), db.size(0),
+            batch, length, tiles, *sizes, R=rank, RP=padded, BN=n, BS=s, BP=batch_pow2,
+            num_warps=config.db_warps, num_stages=config.db_stages,
+        )  # fmt: skip
+    d, s, rows = config.da_d, config.da_s, max(64, stacked)  # 64: the fewest rows of a Hopper matrix instruction
+    _da_kernel[(triton.cdiv(width, d), batch)](
+        tiled(t, 1, s, rows), tiled(x, 1, s, d), da, slots, da.stride(0), da.size(0), batch, length,
+        D=width, R=rank, RT=rows, BD=d, BS=s, BP=batch_pow2, num_warps=config.da_warps, num_stages=config.da_stages,
+    )  # fmt: skip

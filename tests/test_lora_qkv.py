@@ -1,0 +1,340 @@
+"""lora_qkv: as exact as plain PyTorch in the same dtype, for every shape, slot and gradient, and the same every run."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from klora.kernels.lora_qkv import check_slots, lora_qkv, lora_qkv_ref
+
+CUDA = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if CUDA else "cpu")
+SIZES, D, R = (32, 16, 16), 32, 8
+gpu = [pytest.mark.gpu, pytest.mark.skipif(not CUDA, reason="no CUDA GPU")]
+
+
+@pytest.fixture(autouse=True)
+def empty_is_nan():
+    """Every fresh output starts as NaN, so that one element left unwritten shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def inputs(batch=3, length=5, width=D, sizes=SIZES, rank=R, slots=None, count=None, dtype=torch.float32, seed=0):
+    """(x, weight, lora_a, lora_b, slots, sizes) and the gradients of q, k and v; the adapters are fp32."""
+    draw = torch.Generator().manual_seed(seed)
+
+    def randn(*size):
+        return torch.randn(*size, generator=draw)
+
+    count = count or batch
+    x, weight = randn(batch, length, width), randn(sum(sizes), width) / width**0.5
+    lora_a, lora_b = randn(count, 3, rank, width) / width**0.5, randn(count, sum(sizes), rank) * 0.3
+    douts = [randn(batch, length, size).to(DEVICE, dtype) for size in sizes]
+    slots = None if slots is None else torch.tensor(slots, dtype=torch.int32, device=DEVICE)
+    tensors = x.to(DEVICE, dtype), weight.to(DEVICE, dtype), lora_a.to(DEVICE), lora_b.to(DEVICE)
+    return (*tensors, slots, sizes), douts
+
+
+def outputs_and_gradients(function, given, douts):
+    """q, k, v and the gradients of x, lora_a and lora_b."""
+    x, weight, lora_a, lora_b, slots, sizes = given
+    leaves = [t.detach().requires_grad_() for t in (x, lora_a, lora_b)]
+    outputs = function(leaves[0], weight, leaves[1], leaves[2], slots, sizes)
+    return *(out.detach() for out in outputs), *torch.autograd.grad(outputs, leaves, douts)
+
+
+def ours(*given):
+    return lora_qkv(*given, backend="triton")
+
+
+def plain(x, weight, lora_a, lora_b, slots, sizes):
+    return lora_qkv_ref(x, weight, lora_a, lora_b, sizes, slots)
+
+
+def truth(given, douts):
+    exact = [t.double() if torch.is_tensor(t) and t.is_floating_point() else t for t in given]
+    return outputs_and_gradients(plain, exact, [dout.double() for dout in douts])
+
+
+def assert_as_exact_as_plain_pytorch(given, douts, function=ours):
+    results = [outputs_and_gradients(f, given, douts) for f in (function, plain)]
+    names = ("q", "k", "v", "dx", "dA", "dB")
+    for name, mine, theirs, exact in zip(names, *results, truth(given, douts), strict=True):
+        error, allowed = ((t.double() - exact).norm() / exact.norm() for t in (mine, theirs))
+        assert mine.dtype == theirs.dtype and mine.shape == theirs.shape
+        if exact.numel() < 4000:  # the rounding errors of a few numbers scatter by more than a tenth
+            allowed += torch.finfo(mine.dtype).eps / 2
+        assert error <= 1.1 * allowed, f"{name}: {error:.2e}, PyTorch {allowed:.2e}"
+
+
+multiples = st.integers(1, 5).map(lambda i: 16 * i)
+
+
+@settings(max_examples=8, deadline=None, derandomize=True, phases=[Phase.generate])
+@given(
+    length=st.sampled_from([1, 7, 33, 70]),
+    width=multiples,
+    sizes=st.tuples(multiples, multiples, multiples),
+    rank=st.sampled_from([1, 3, 8, 16, 20]),
+    slots=st.none() | st.lists(st.integers(-1, 3), min_size=2, max_size=3),
+    dtype=st.sampled_from([torch.float32, torch.float16]),
+)
+def test_every_output_and_gradient_is_as_exact_as_plain_pytorch(length, width, sizes, rank, slots, dtype):
+    batch, count = (len(slots), 4) if slots else (2, 2)
+    assert_as_exact_as_plain_pytorch(*inputs(batch, length, width, sizes, rank, slots, count, dtype, seed=length))
+
+
+def test_tiles_that_span_more_than_one_block_of_every_dimension():
+    assert_as_exact_as_plain_pytorch(*inputs(2, 130, 272, (272, 144, 16), 8, [1, 0], 2, torch.float16))
+
+
+def test_rank_64_and_no_other_rank_above_it():
+    given, douts = inputs(1, 9, rank=64)
+    assert_as_exact_as_plain_pytorch(given, douts)
+    with pytest.raises(ValueError, match="R is 65; allowed: up to 64"):
+        ours(*inputs(1, 9, rank=65)[0])
+
+
+def test_a_slot_named_twice_gets_the_sum_and_an_unnamed_one_zero():
+    given, douts = inputs(4, 6, slots=[2, 0, 2, 2], count=4)
+    assert_as_exact_as_plain_pytorch(given, douts)
+    *_, da, db = outputs_and_gradients(ours, given, douts)
+    assert not da[[1, 3]].any() and not db[[1, 3]].any() and da[[0, 2]].all()
+
+
+def test_a_documents_bits_do_not_depend_on_its_batch_mates():
+    (x, weight, a, b, _, sizes), douts = inputs(3, 40, dtype=torch.float16)
+    together = outputs_and_gradients(ours, (x, weight, a, b, None, sizes), douts)
+    noise = x.clone()
+    noise[[0, 2]] = float("nan")
+    torn_a, torn_b = (t.index_fill(0, torch.tensor([0, 2], device=DEVICE), float("inf")) for t in (a, b))
+    among_nans = outputs_and_gradients(ours, (noise, weight, torn_a, torn_b, None, sizes), douts)
+    alone = outputs_and_gradients(
+        ours, (x[1:2], weight, a[1:2], b[1:2], None, sizes), [dout[1:2].contiguous() for dout in douts]
+    )
+    for one, other, single in zip(together, among_nans, alone, strict=True):
+        assert torch.equal(one[1], other[1]) and torch.equal(one[1], single[0])
+
+
+def test_strided_inputs_and_expanded_gradients():
+    (x, weight, a, b, _, sizes), _ = inputs(2, 6)
+    given = x.repeat(1, 2, 2)[:, ::2, D // 2 :][:, :, : D + 3][..., 3:], weight.T.contiguous().T, a, b, None, sizes
+    assert not given[0].is_contiguous() and not given[1].is_contiguous()
+    assert_as_exact_as_plain_pytorch(given, [x.new_tensor(1.5).expand(2, 6, size) for size in sizes])
+
+
+def pools(rows, given):
+    """lora_a and lora_b as views into one pool [rows, P], and the pool."""
+    lora_a, lora_b = given[2:4]
+    first = lora_a[0].numel()
+    pool = torch.full((rows, 5 + first + lora_b[0].numel()), 7.0, device=DEVICE)
+    views = pool[:, 5 : 5 + first].view(rows, *lora_a.shape[1:]), pool[:, 5 + first :].view(rows, *lora_b.shape[1:])
+    views[0].copy_(lora_a), views[1].copy_(lora_b)
+    return views, pool
+
+
+def test_adapters_and_their_gradients_live_in_flat_pools():
+    given, douts = inputs(2, 9, slots=[3, 1], count=4)
+    (a, b), pool = pools(4, given)
+    x = given[0].requires_grad_()
+    views, grads = pools(4, given)
+    grads.fill_(7.0)
+    outputs = lora_qkv(x, given[1], a, b, given[4], given[5], grads=views, backend="triton")
+    (dx,) = torch.autograd.grad(outputs, x, douts)
+    q, k, v, *wanted = outputs_and_gradients(ours, given, douts)
+    for mine, other in zip((*outputs, dx), (q, k, v, wanted[0]), strict=True):
+        assert torch.equal(mine, other)
+    named = torch.tensor([3, 1], device=DEVICE)
+    for view, gradient in zip(views, wanted[1:], strict=True):
+        assert torch.equal(view[named], gradient[named])
+    assert (grads[[0, 2]] == 7.0).all() and (grads[:, :5] == 7.0).all()
+
+
+@pytest.mark.parametrize("wanted", [("x",), ("a",), ("b",), ("a", "b"), ("x", "b")], ids="+".join)
+def test_only_the_gradients_that_are_wanted(wanted):
+    (x, weight, a, b, slots, sizes), douts = inputs(2, 9)
+    exact = dict(zip("xab", truth((x, weight, a, b, slots, sizes), douts)[3:], strict=True))
+    leaves = {name: t.clone().requires_grad_(name in wanted) for name, t in zip("xab", (x, a, b), strict=True)}
+    outputs = ours(leaves["x"], weight, leaves["a"], leaves["b"], slots, sizes)
+    gradients = torch.autograd.grad(outputs[0], [leaves[name] for name in wanted], douts[0], retain_graph=True)
+    assert all(torch.isfinite(gradient).all() for gradient in gradients)  # k's and v's gradients were left out
+    gradients = torch.autograd.grad(outputs, [leaves[name] for name in wanted], douts)
+    for name, gradient in zip(wanted, gradients, strict=True):
+        torch.testing.assert_close(gradient.double(), exact[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("batch", "length"), [(0, 5), (2, 0)])
+@pytest.mark.parametrize("slots", [None, [0, 1]])
+def test_no_documents_or_no_tokens_give_empty_outputs_and_zero_gradients(batch, length, slots):
+    given, douts = inputs(batch, length, slots=slots and slots[:batch], count=2 if slots else batch)
+    *outputs, dx, da, db = outputs_and_gradients(ours, given, douts)
+    assert [tuple(out.shape) for out in outputs] == [(batch, length, size) for size in SIZES]
+    assert dx.shape == given[0].shape and not da.any() and not db.any()
+
+
+def test_three_equal_projections_need_no_sizes_and_the_cpu_takes_the_reference():
+    x, weight, a, b, _, _ = inputs(2, 4, sizes=(16, 16, 16))[0]
+    for mine, theirs in zip(lora_qkv(x, weight, a, b), lora_qkv_ref(x, weight, a, b, (16, 16, 16)), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+        assert CUDA or torch.equal(mine, theirs)
+
+
+X, WEIGHT, A, B, _, _ = inputs()[0]
+BAD = {
+    "x \\[B, S, D\\]|wanted \\[B, S, D\\]": {"x": X[0]},
+    "weight float32 \\[64, 16\\]": {"weight": WEIGHT[:, :16]},
+    "64 rows are not three equal": {"sizes": None},
+    "sizes is \\(32, 32, 16\\)": {"sizes": (32, 32, 16)},
+    "sizes is \\(64, 0, 0\\)": {"sizes": (64, 0, 0)},
+    "lora_a is float32 \\[3, 2, 8, 32\\]": {"lora_a": A[:, :2]},
+    "lora_b float32 \\[3, 64, 7\\]": {"lora_b": B[..., :7]},
+    "2 adapters are not one for each of 3": {"lora_a": A[:2], "lora_b": B[:2]},
+    "slots is float32 \\[3\\]": {"slots": torch.zeros(3, device=DEVICE)},
+    "slots is int32 \\[2\\]": {"slots": torch.zeros(2, dtype=torch.int32, device=DEVICE)},
+    "backend is 'cuda'": {"backend": "cuda"},
+    "wanted one dtype": {"weight": WEIGHT.half()},
+    "wanted both torch.float32": {"lora_a": A.half(), "lora_b": B.half()},
+    "wanted one device": {"lora_a": A.to("meta")},
+    "multiples of 16": {"x": X[..., :24], "weight": WEIGHT[:, :24], "lora_a": A[..., :24]},
+    "grads are": {"grads": (A, B.half())},
+}
+
+
+@pytest.mark.parametrize(("message", "changed"), BAD.items(), ids=range(len(BAD)))
+def test_bad_input_is_refused_with_what_was_given_and_what_is_allowed(message, changed):
+    call = {"x": X, "weight": WEIGHT, "lora_a": A, "lora_b": B, "sizes": SIZES, "backend": "triton", **changed}
+    with pytest.raises(ValueError, match=message):
+        lora_qkv(**call)
+
+
+def test_the_reference_cannot_write_gradients_into_a_pool():
+    with pytest.raises(ValueError, match="grads"):
+        lora_qkv(X, WEIGHT, A, B, sizes=SIZES, grads=(A, B), backend="reference")
+
+
+def test_check_slots_names_those_outside():
+    check_slots(torch.tensor([0, 3, 3, -1], device=DEVICE), 4)
+    with pytest.raises(ValueError, match=r"slots \[4, -2\] are not possible; allowed: -1 and 0 to 3"):
+        check_slots(torch.tensor([4, 0, -2], device=DEVICE), 4)
+
+
+def test_a_document_without_an_adapter_gets_the_plain_projections_and_gives_no_gradient():
+    given, douts = inputs(3, 6, slots=[1, -1, 1], count=3)
+    assert_as_exact_as_plain_pytorch(given, douts)
+    (x, weight, a, b, _, sizes), _ = given, douts
+    outputs = ours(x, weight, a, b, torch.tensor([1, -1, 7], dtype=torch.int32, device=DEVICE), sizes)
+    for output, rows in zip(outputs, weight.split(sizes), strict=True):
+        torch.testing.assert_close(output[1:], (x @ rows.T)[1:])
+
+
+@pytest.mark.parametrize(("slots", "needs"), [(None, (True, True)), ([1, 0], (False, True))])
+def test_opcheck(slots, needs):
+    torch.use_deterministic_algorithms(False)  # opcheck compares runs, and unused padding is fresh memory
+    x, weight, a, b, slots, sizes = inputs(2, 5, slots=slots)[0]
+    leaves = x.requires_grad_(needs[0]), weight, a.requires_grad_(needs[1]), b
+    torch.library.opcheck(torch.ops.klora.lora_qkv.default, (*leaves, slots, list(sizes), None, None))
+
+
+@pytest.mark.parametrize("into_pool", [False, True])
+def test_compile_with_fullgraph_gives_the_same_bits(into_pool):
+    given, douts = inputs(2, 5, slots=[1, 0])
+    views = pools(2, given)[0] if into_pool else None
+
+    def loss(x, weight, a, b, slots, sizes):
+        outputs = lora_qkv(x * 1.0, weight, a, b, slots, sizes, grads=views, backend="triton")
+        return sum((out * dout).sum() for out, dout in zip(outputs, douts, strict=True))
+
+    results = []
+    for function in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+        leaves = [given[i].clone().requires_grad_() for i in (0, 2, 3)]
+        function(leaves[0], given[1], leaves[1], leaves[2], *given[4:]).backward()
+        results.append([leaves[0].grad, *(t.clone() for t in (views or (leaves[1].grad, leaves[2].grad)))])
+        if into_pool:
+            [view.fill_(0) for view in views]
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other) and one.any()
+
+
+class TestOnTheGPU:
+    pytestmark = gpu
+    SEED = {"slots": [4, 0, 6, 2, 4], "count": 8, "width": 512, "sizes": (512, 256, 256), "dtype": torch.bfloat16}
+
+    @pytest.fixture(scope="class")
+    def cases(self):
+        """Inputs of other widths, ranks and dtypes. Compiles their kernels and those of the seed side by side."""
+        drawn = [
+            inputs(2, 130, 48, (80, 16, 32), 3, [1, 0], 2, torch.float32),
+            inputs(2, 130, 272, (400, 144, 16), 20, [1, 0], 2, torch.float16),
+            inputs(2, 130, 256, (128, 64, 64), 64, [1, 1], 2, torch.bfloat16),
+        ]
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(lambda case: outputs_and_gradients(ours, *case), [inputs(5, 9, **self.SEED), *drawn]))
+        return drawn
+
+    @pytest.mark.parametrize("case", range(3))
+    def test_other_widths_ranks_and_dtypes(self, cases, case):
+        assert_as_exact_as_plain_pytorch(*cases[case])
+
+    @pytest.mark.parametrize("length", [1, 7, 255, 1000])
+    def test_bf16_of_the_seed_is_as_exact_as_plain_pytorch(self, length):
+        assert_as_exact_as_plain_pytorch(*inputs(5, length, **self.SEED))
+
+    def test_twenty_runs_give_the_same_bits(self):
+        given, douts = inputs(5, 255, **self.SEED)
+        first = outputs_and_gradients(ours, given, douts)
+        for _ in range(20):
+            for one, other in zip(first, outputs_and_gradients(ours, given, douts), strict=True):
+                assert torch.equal(one, other)
+
+    def test_a_cuda_graph_replays_it(self):
+        torch.use_deterministic_algorithms(False)
+        given, douts = inputs(5, 256, **self.SEED)
+        wanted = outputs_and_gradients(ours, given, douts)
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            outputs_and_gradients(ours, given, douts)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            held = outputs_and_gradients(ours, given, douts)
+        for tensor in held:
+            tensor.fill_(float("nan"))
+        graph.replay()
+        for one, other in zip(wanted, held, strict=True):
+            assert torch.equal(one, other)
+
+    def test_compile_with_fullgraph_gives_the_same_bits(self):
+        torch.use_deterministic_algorithms(False)
+        given, douts = inputs(5, 255, **self.SEED)
+        wanted = outputs_and_gradients(ours, given, douts)
+        compiled = outputs_and_gradients(torch.compile(ours, fullgraph=True), given, douts)
+        for one, other in zip(wanted, compiled, strict=True):
+            assert torch.equal(one, other)
+
+    def test_fifty_adam_steps_follow_plain_pytorch(self):
+        """bf16 of both kinds stays equally near to the losses of plain fp32."""
+        torch.use_deterministic_algorithms(False)
+        losses = {}
+        for name, function, dtype in (
+            ("exact", plain, torch.float32),
+            ("plain", plain, torch.bfloat16),
+            ("ours", ours, torch.bfloat16),
+        ):
+            (x, weight, a, b, slots, sizes), targets = inputs(5, 256, **{**self.SEED, "dtype": dtype})
+            leaves = [a.requires_grad_(), b.requires_grad_()]
+            adam = torch.optim.Adam(leaves, lr=0.01, betas=(0.9, 0.95), eps=1e-10)
+            path = []
+            for _ in range(50):
+                outputs = function(x, weight, *leaves, slots, sizes)
+                loss = sum((o.float() - t.float()).square().mean() for o, t in zip(outputs, targets, strict=True))
+                adam.zero_grad()
+                loss.backward()
+                adam.step()
+                path.append(loss.detach())
+            losses[name] = torch.stack(path)
+        assert losses["exact"][-1] < 0.98 * losses["exact"][0]
+        distance = {name: (losses[name] / losses["exact"] - 1).abs().max() for name in ("plain", "ours")}
+        assert distance["ours"] <= max(1.1 * distance["plain"], 1e-3)
