@@ -1,6 +1,6 @@
 """Every group of entries, by name. A new op is one line here."""
 
-from . import attention, ceilings, head, lora, lora_adam, step, ttt
+from . import attention, ceilings, head, lora, lora_adam, muon, step, ttt
 from .entry import Entry
 
 GROUPS: dict[str, tuple[Entry, ...]] = {
@@ -10,6 +10,7 @@ GROUPS: dict[str, tuple[Entry, ...]] = {
     "ttt": ttt.ENTRIES,
     "lora": (*lora.ENTRIES, *lora_adam.ENTRIES),
     "head": head.ENTRIES,
+    "muon": muon.ENTRIES,
 }
 
 

@@ -15,7 +15,7 @@ from .lora_head_nll import (
 )
 from .lora_qkv import check_slots, lora_qkv, lora_qkv_ref
 from .mlp import relu_squared_mlp_ref
-from .newton_schulz import newton_schulz_ref
+from .newton_schulz import muon_apply_, muon_updates, newton_schulz, newton_schulz_ref
 from .rms_norm import rms_norm_ref
 from .rotary import norm_rotary_ref, ntk_base, rotary_tables
 
@@ -35,6 +35,9 @@ __all__ = [
     "lora_head_nll_ref",
     "lora_qkv",
     "lora_qkv_ref",
+    "muon_apply_",
+    "muon_updates",
+    "newton_schulz",
     "newton_schulz_ref",
     "norm_rotary_ref",
     "ntk_base",

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from ..kernels.newton_schulz import pick_backend
 from .config import TrainConfig
 from .gpt import GPT, is_block_matrix
 from .muon import Muon
@@ -38,7 +39,11 @@ class Optimizers:
             self.names[parameter] = name
         self.config = config
         self.muon = Muon(
-            matrices, lr=config.muon_lr, weight_decay=config.muon_weight_decay, steps=config.newton_schulz_steps
+            matrices,
+            lr=config.muon_lr,
+            weight_decay=config.muon_weight_decay,
+            steps=config.newton_schulz_steps,
+            backend=pick_backend(matrices[0].device),
         )
         self.adamw = torch.optim.AdamW(
             [{"params": embedding, "lr": config.embed_lr}, {"params": rest, "lr": config.scalar_lr}],

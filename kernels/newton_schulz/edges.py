@@ -1,0 +1,362 @@
+"""What comes before and after the products: momentum, norm, the copy into the arena, and the update of the weights.
+
+Every kernel takes the tensors themselves, up to 64 in a launch, and a table of 64 x 64 pieces. Norms are sums of
+squares of x / max|x| in fp32, piece by piece and then over the pieces of a matrix in their order: no square overflows,
+and the result does not depend on what else is in the launch.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .reference import EPS
+
+PIECE = 64
+MOST_TENSORS = 64
+"""Tensors a launch: three pointers of each are kernel arguments, of which CUDA takes 4 KiB."""
+MATRIX_FIELDS = 16
+
+
+Layouts = tuple[tuple[torch.Size, tuple[int, ...]], ...]
+"""Sizes and strides of tensors [B, rows, columns]."""
+
+
+@dataclass(frozen=True, eq=False)
+class Pieces:
+    """The pieces of all matrices, on the device."""
+
+    table: Tensor
+    """int32 [pieces, 4]: tensor within its launch, matrix, first row, first column."""
+    matrices: Tensor
+    """int64 [matrices, MATRIX_FIELDS]; see :func:`pieces_of`."""
+    launches: tuple[tuple[int, int, int, int], ...]
+    """First tensor, tensors, first piece and pieces of each launch."""
+
+
+def pieces_of(layouts: Layouts, unit: int, targets: Sequence[int], device: torch.device) -> Pieces:
+    """Pieces of tensors [B, rows, columns], padded to `unit`.
+
+    A matrix: 0 offset in its tensor, 1 row stride, 2 column stride, 3 rows, 4 columns, 5 its target (the arena row of
+    its X, or the row stride of its update), 6 whether it is tall, 7 padded rows, 8 padded columns, 9 first piece,
+    10 pieces.
+    """
+    table, matrices, launches = [], [], []
+    first = 0
+    for index, ((count, rows, columns), strides) in enumerate(layouts):
+        if index % MOST_TENSORS == 0:
+            launches.append([index, 0, first, 0])
+        padded = [-(-side // unit) * unit for side in (rows, columns)]
+        r, c = torch.meshgrid(*(torch.arange(0, side, PIECE) for side in padded), indexing="ij")
+        for q in range(count):
+            about = (targets[len(matrices)], int(rows > columns))
+            ahead = (q * strides[0], strides[1], strides[2], rows, columns, *about, *padded, first, r.numel())
+            matrices.append([*ahead, *[0] * (MATRIX_FIELDS - len(ahead))])
+            fixed = [torch.full_like(r, value) for value in (index % MOST_TENSORS, len(matrices) - 1)]
+            table.append(torch.stack([f.reshape(-1) for f in (*fixed, r, c)], dim=1))
+            first += r.numel()
+        launches[-1][1] += 1
+        launches[-1][3] = first - launches[-1][2]
+    return Pieces(
+        torch.cat(table).to(torch.int32).to(device),
+        torch.tensor(matrices, dtype=torch.int64).to(device),
+        tuple(map(tuple, launches)),
+    )
+
+
+@triton.jit
+def _pointers(tensors, which, offsets, DTYPE: tl.constexpr, VECTOR: tl.constexpr):
+    """Pointers into the tensor of number `which`."""
+    address = tensors[0].to(tl.int64)
+    for index in tl.static_range(1, len(tensors)):
+        address = tl.where(which == index, tensors[index].to(tl.int64), address)
+    pointers = address.to(tl.pointer_type(DTYPE)) + offsets
+    if VECTOR > 1:
+        pointers = tl.multiple_of(pointers, [1, 16])
+    return pointers
+
+
+@triton.jit
+def _place(table, matrices, piece, FIELDS: tl.constexpr, PIECE: tl.constexpr):
+    """Tensor, matrix, offsets of a piece's elements, and which of them exist."""
+    which = tl.load(table + piece * 4)
+    matrix = tl.load(table + piece * 4 + 1)
+    row = tl.multiple_of(tl.load(table + piece * 4 + 2), PIECE)
+    column = tl.multiple_of(tl.load(table + piece * 4 + 3), PIECE)
+    about = matrices + matrix * FIELDS
+    r = row + tl.arange(0, PIECE)
+    c = column + tl.arange(0, PIECE)
+    return which, matrix, about, row, column, r, c
+
+
+@triton.jit
+def _offsets(about, r, c, UNIT: tl.constexpr, VECTOR: tl.constexpr):
+    """Offsets of rows r and columns c. UNIT: columns lie side by side; VECTOR > 1: in whole vectors of 16 bytes."""
+    offsets = tl.load(about) + r.to(tl.int64)[:, None] * tl.load(about + 1)
+    columns = tl.load(about + 4)
+    if VECTOR > 1:
+        columns = tl.multiple_of(columns, VECTOR)
+    offsets += c[None, :] if UNIT else c.to(tl.int64)[None, :] * tl.load(about + 2)
+    return offsets, (r < tl.load(about + 3))[:, None] & (c < columns)[None, :]
+
+
+@triton.jit
+def _measure(
+    tensors,
+    momenta,
+    table,
+    matrices,
+    parts,
+    rate,
+    first,
+    FIELDS: tl.constexpr,
+    PIECE: tl.constexpr,
+    DTYPE: tl.constexpr,
+    MOMENTUM_DTYPE: tl.constexpr,
+    UNIT: tl.constexpr,
+    VECTOR: tl.constexpr,
+    MOMENTUM: tl.constexpr,
+    NESTEROV: tl.constexpr,
+    RATE_ON_DEVICE: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):
+    """Largest magnitude of a piece and sum of squares in its units; with MOMENTUM, after m <- mu m + g."""
+    piece = first + tl.program_id(0)
+    if DEPENDENT:
+        tl.extra.cuda.gdc_wait()
+    which, matrix, about, row, column, r, c = _place(table, matrices, piece, FIELDS, PIECE)
+    offsets, exists = _offsets(about, r, c, UNIT, VECTOR)
+    x = tl.load(_pointers(tensors, which, offsets, DTYPE, VECTOR), mask=exists, other=0.0).to(tl.float32)
+    if MOMENTUM:
+        if RATE_ON_DEVICE:
+            rate = tl.load(rate)
+        pointer = _pointers(momenta, which, offsets, MOMENTUM_DTYPE, VECTOR)
+        m = rate * tl.load(pointer, mask=exists, other=0.0).to(tl.float32) + x
+        tl.store(pointer, m, mask=exists)
+        if NESTEROV:
+            x += rate * m
+        else:
+            x = m
+    largest = tl.max(tl.abs(x))
+    x = x / tl.where(largest > 0.0, largest, 1.0)
+    tl.store(parts + piece * 2, largest)
+    tl.store(parts + piece * 2 + 1, tl.sum(x * x))
+    if DEPENDENT:
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def _inverse_norm(matrices, parts, inverses, eps, FIELDS: tl.constexpr, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr):
+    """Two factors whose product is 1 / (norm + eps) of a matrix; both zero where the norm is no finite number."""
+    matrix = tl.program_id(0)
+    first = tl.load(matrices + matrix * FIELDS + 9)
+    count = tl.load(matrices + matrix * FIELDS + 10)
+    if DEPENDENT:
+        tl.extra.cuda.gdc_wait()
+    largest = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, count, BLOCK):
+        index = start + tl.arange(0, BLOCK)
+        largest = tl.maximum(largest, tl.load(parts + (first + index) * 2, mask=index < count, other=0.0))
+    top = tl.max(largest)
+    inverse = tl.where(top > 0.0, 1.0 / tl.where(top > 0.0, top, 1.0), 0.0)
+    squares = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, count, BLOCK):
+        index = start + tl.arange(0, BLOCK)
+        share = tl.load(parts + (first + index) * 2, mask=index < count, other=0.0) * inverse
+        squares += share * share * tl.load(parts + (first + index) * 2 + 1, mask=index < count, other=0.0)
+    norm = tl.sqrt(tl.sum(squares)) + eps * inverse
+    usable = (norm > 0.0) & (norm < float("inf")) & (inverse < float("inf"))
+    tl.store(inverses + matrix * 2, tl.where(usable, inverse, 0.0))
+    tl.store(inverses + matrix * 2 + 1, tl.where(usable, 1.0 / tl.where(usable, norm, 1.0), 0.0))
+    if DEPENDENT:
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def _fill(
+    tensors,
+    momenta,
+    table,
+    matrices,
+    inverses,
+    arena,
+    rate,
+    first,
+    FIELDS: tl.constexpr,
+    PIECE: tl.constexpr,
+    PANEL: tl.constexpr,
+    DTYPE: tl.constexpr,
+    MOMENTUM_DTYPE: tl.constexpr,
+    UNIT: tl.constexpr,
+    VECTOR: tl.constexpr,
+    MOMENTUM: tl.constexpr,
+    NESTEROV: tl.constexpr,
+    RATE_ON_DEVICE: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):
+    """Write a normalised piece into the arena, short side first; zeros where there is no element."""
+    piece = first + tl.program_id(0)
+    which, matrix, about, row, column, r, c = _place(table, matrices, piece, FIELDS, PIECE)
+    offsets, exists = _offsets(about, r, c, UNIT, VECTOR)
+    if DEPENDENT:
+        tl.extra.cuda.gdc_wait()
+    one = tl.load(inverses + matrix * 2)
+    two = tl.load(inverses + matrix * 2 + 1)
+    x = tl.load(_pointers(tensors, which, offsets, DTYPE, VECTOR), mask=exists, other=0.0).to(tl.float32)
+    if MOMENTUM:
+        if RATE_ON_DEVICE:
+            rate = tl.load(rate)
+        pointer = _pointers(momenta, which, offsets, MOMENTUM_DTYPE, VECTOR)
+        m = tl.load(pointer, mask=exists, other=0.0).to(tl.float32)
+        if NESTEROV:
+            x += rate * m
+        else:
+            x = m
+    x = tl.where(one > 0.0, x * one * two, 0.0).to(arena.dtype.element_ty)
+    index = tl.arange(0, PIECE)
+    square = index[:, None] * PANEL + index[None, :]
+    first_row = tl.load(about + 5)
+    if tl.load(about + 6) == 0:
+        here = (first_row + column // PANEL * tl.load(about + 7) + row) * PANEL + column % PANEL
+        tl.store(arena + tl.multiple_of(here, PIECE) + square, x)
+    else:
+        here = (first_row + row // PANEL * tl.load(about + 8) + column) * PANEL + row % PANEL
+        tl.store(arena + tl.multiple_of(here, PIECE) + square, x.T)
+    if DEPENDENT:
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def _apply(
+    parameters,
+    updates,
+    table,
+    matrices,
+    scales,
+    lr,
+    decay,
+    first,
+    FIELDS: tl.constexpr,
+    PIECE: tl.constexpr,
+    DTYPE: tl.constexpr,
+    UPDATE_DTYPE: tl.constexpr,
+    UNIT: tl.constexpr,
+    VECTOR: tl.constexpr,
+    RATE_ON_DEVICE: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):
+    """W <- (1 - lr * decay) W - lr * scale * u of one piece."""
+    piece = first + tl.program_id(0)
+    which, matrix, about, row, column, r, c = _place(table, matrices, piece, FIELDS, PIECE)
+    offsets, exists = _offsets(about, r, c, UNIT, VECTOR)
+    if RATE_ON_DEVICE:
+        lr = tl.load(lr)
+        decay = tl.load(decay)
+    scale = tl.load(scales + matrix)
+    if DEPENDENT:
+        tl.extra.cuda.gdc_wait()
+    from_update = r.to(tl.int64)[:, None] * tl.load(about + 5) + c[None, :]
+    pointers = _pointers(updates, which, from_update, UPDATE_DTYPE, VECTOR)
+    u = tl.load(pointers, mask=exists, other=0.0).to(tl.float32)
+    pointers = _pointers(parameters, which, offsets, DTYPE, VECTOR)
+    w = tl.load(pointers, mask=exists, other=0.0).to(tl.float32)
+    tl.store(pointers, (1.0 - lr * decay) * w - lr * scale * u, mask=exists)
+    if DEPENDENT:
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+_TRITON = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+
+
+def _access(tensors: Sequence[Tensor]) -> tuple[bool, int]:
+    """UNIT and VECTOR of :func:`_offsets` for these tensors."""
+    if any(t.stride(-1) != 1 for t in tensors):
+        return False, 1
+    sizes = {16 // t.itemsize for t in tensors}
+    vector = min(sizes)
+    whole = all(
+        t.data_ptr() % 16 == 0 and t.size(-1) % max(sizes) == 0 and all(s % max(sizes) == 0 for s in t.stride()[:-1])
+        for t in tensors
+    )
+    return True, vector if whole else 1
+
+
+def fill_arena(
+    tensors: Sequence[Tensor],
+    momenta: Sequence[Tensor] | None,
+    momentum: float | Tensor,
+    nesterov: bool,
+    pieces: Pieces,
+    arena: Tensor,
+) -> None:
+    """Normalise the matrices, or the directions of momentum with them, into `arena`; momentum is updated in place."""
+    on_gpu = arena.is_cuda
+    parts = torch.empty(len(pieces.table), 2, device=arena.device)
+    inverses = torch.empty(len(pieces.matrices), 2, device=arena.device)
+    unit, vector = _access([*tensors, *(momenta or ())])
+    launch = {"launch_pdl": True} if on_gpu else {}
+    shared = {
+        "FIELDS": MATRIX_FIELDS,
+        "PIECE": PIECE,
+        "DTYPE": _TRITON[tensors[0].dtype],
+        "MOMENTUM_DTYPE": _TRITON[(momenta or tensors)[0].dtype],
+        "UNIT": unit,
+        "VECTOR": vector,
+        "MOMENTUM": momenta is not None,
+        "NESTEROV": nesterov,
+        "RATE_ON_DEVICE": isinstance(momentum, Tensor),
+        "DEPENDENT": on_gpu,
+        **launch,
+    }
+    about = (pieces.table, pieces.matrices)
+    for start, count, first, programs in pieces.launches:
+        some = tuple(tensors[start : start + count])
+        others = tuple(momenta[start : start + count]) if momenta is not None else some
+        _measure[(programs,)](some, others, *about, parts, momentum, first, **shared)
+    _inverse_norm[(len(pieces.matrices),)](
+        pieces.matrices, parts, inverses, EPS, FIELDS=MATRIX_FIELDS, BLOCK=512, DEPENDENT=on_gpu, **launch
+    )
+    for start, count, first, programs in pieces.launches:
+        some = tuple(tensors[start : start + count])
+        others = tuple(momenta[start : start + count]) if momenta is not None else some
+        _fill[(programs,)](some, others, *about, inverses, arena, momentum, first, PANEL=arena.size(1), **shared)
+
+
+def apply_updates(
+    parameters: Sequence[Tensor],
+    updates: Sequence[Tensor],
+    scales: Tensor,
+    lr: float | Tensor,
+    decay: float | Tensor,
+    pieces: Pieces,
+) -> None:
+    """Update parameters [1, rows, columns] with updates of the same shapes, both in place where they lie."""
+    on_gpu = scales.is_cuda
+    unit, vector = _access(parameters)
+    update_unit, update_vector = _access(updates)
+    if not update_unit:
+        updates = [update.contiguous() for update in updates]
+        _, update_vector = _access(updates)
+    for start, count, first, programs in pieces.launches:
+        _apply[(programs,)](
+            tuple(parameters[start : start + count]),
+            tuple(updates[start : start + count]),
+            pieces.table,
+            pieces.matrices,
+            scales,
+            lr,
+            decay,
+            first,
+            FIELDS=MATRIX_FIELDS,
+            PIECE=PIECE,
+            DTYPE=_TRITON[parameters[0].dtype],
+            UPDATE_DTYPE=_TRITON[updates[0].dtype],
+            UNIT=unit,
+            VECTOR=min(vector, update_vector),
+            RATE_ON_DEVICE=isinstance(lr, Tensor),
+            DEPENDENT=on_gpu,
+            **({"launch_pdl": True} if on_gpu else {}),
+        )

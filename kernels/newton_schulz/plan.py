@@ -1,0 +1,238 @@
+"""The matrix products of many Newton-Schulz iterations at once, as a table of tiles.
+
+A matrix of any shape is stored in panels: columns 0..127 of all its rows, then columns 128..255, each panel contiguous.
+All matrices of all shapes lie one after the other in one tensor of 128 columns, the arena, padded with zeros to whole
+panels, so the same two descriptors read every operand. Padding needs no mask: zero rows of x stay zero through every
+product. Matrices are stored short side first, x [m, n] with m <= n.
+
+standard, an iteration:   R = X X^T;  P = a I + b R + c R R;  X <- P X
+gram, on m x m alone:     P = a I + b R + c R R;  Q <- Q P;  R <- P (R P);      X <- Q X and R = X X^T at the start,
+                          after every third iteration (else rounding makes R indefinite) and, without R, at the end
+
+Every product but P X is symmetric, since all factors are polynomials in R: its lower triangle is computed and mirrored.
+Multiplications of an iteration of m x n: standard m*m*(n/2 + m/2 + n); gram 4 * m^3/2 and little else.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from .reference import coefficients_of
+
+GRAM, SYMMETRIC, APPLY = 0, 1, 2
+"""Kinds of product: S <- X X^T, S <- alpha S S + beta S + gamma I, X <- S X."""
+FIELDS = 16
+"""int32 of a tile; see :func:`_tiles`."""
+RESTART = 3
+"""Iterations between fresh Gram matrices. With products rounded to fp16 and singular values from 0.01 to 1, 256 x 640,
+polar_express: error 0.22 of bf16's standard form with 3, 1.15 of it with 2, 3.9 of it (256 x 512) without any."""
+
+
+@dataclass(frozen=True)
+class Product:
+    """result <- alpha * left @ right + beta * addend + gamma * I; numbers name copies of S, or of X."""
+
+    kind: int
+    left: int
+    right: int
+    result: int
+    alpha: float = 1.0
+    beta: float = 0.0
+    gamma: float = 0.0
+
+
+def standard_program(steps: int, coefficients: str) -> list[list[Product]]:
+    """Products of the standard form, in an order in which each list may run at once."""
+    program = []
+    for step, (a, b, c) in enumerate(coefficients_of(coefficients, steps)):
+        x = step % 2
+        program += [[Product(GRAM, x, x, 0)], [Product(SYMMETRIC, 0, 0, 1, c, b, a)], [Product(APPLY, 1, x, 1 - x)]]
+    return program
+
+
+def gram_program(steps: int, coefficients: str) -> list[list[Product]]:
+    """Products of the Gram form, in an order in which each list may run at once."""
+    r, product, spare, total, other = range(5)  # copies of S: R, P, R P, Q, and the next Q
+    program, x = [], 0
+    for step, (a, b, c) in enumerate(coefficients_of(coefficients, steps)):
+        is_first, goes_on = step % RESTART == 0, step + 1 < steps and (step + 1) % RESTART
+        if is_first:
+            if step:
+                program.append([Product(APPLY, total, x, 1 - x)])
+                x = 1 - x
+            program.append([Product(GRAM, x, x, r)])
+        here = total if is_first else product
+        program.append([Product(SYMMETRIC, r, r, here, c, b, a)])
+        together = []
+        if not is_first:
+            together.append(Product(SYMMETRIC, total, product, other))
+        if goes_on:
+            together.append(Product(SYMMETRIC, r, here, spare))
+        if together:
+            program.append(together)
+        if goes_on:
+            program.append([Product(SYMMETRIC, here, spare, r)])
+        if not is_first:
+            total, other = other, total
+    program.append([Product(APPLY, total, x, 1 - x)])
+    return program
+
+
+PROGRAMS = {"standard": (standard_program, 2), "gram": (gram_program, 5)}
+"""Name of a form: its program, and the copies of S that it needs."""
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """`count` matrices [rows, columns], orthogonalised in form `form`."""
+
+    count: int
+    rows: int
+    columns: int
+    form: str
+
+    @property
+    def is_tall(self) -> bool:
+        return self.rows > self.columns
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """What :func:`plan_of` lays out."""
+
+    starts: tuple[int, ...]
+    """First arena row of each matrix, where its X is."""
+    arena_rows: int
+    result_rows: int
+    result_columns: int
+    tiles: Tensor
+    """int32 [T, FIELDS] of all launches."""
+    factors: Tensor
+    """fp32 [T, 4]: alpha, beta, gamma."""
+    launches: tuple[tuple[int, int], ...]
+    """First tile and number of tiles of each set that depends on the sets before it only."""
+
+
+def result_layout(shapes: tuple[Shapes, ...], unit: int) -> tuple[list[int], int, int]:
+    """First row of each shape's matrices in the packed result, its rows, and its columns."""
+    firsts, rows = [], 0
+    for s in shapes:
+        firsts.append(rows)
+        rows += s.count * _padded(s.rows, unit)
+    return firsts, rows, max(_padded(s.columns, unit) for s in shapes)
+
+
+def _padded(side: int, unit: int) -> int:
+    return -(-side // unit) * unit
+
+
+@lru_cache(maxsize=256)
+def plan_of(shapes: tuple[Shapes, ...], steps: int, coefficients: str, panel: int, device: torch.device) -> Plan:
+    """The plan of `shapes` for tiles and panels of `panel`."""
+    firsts, result_rows, result_columns = result_layout(shapes, panel)
+    grids, starts, arena = [], [], 0
+    for s, first in zip(shapes, firsts, strict=True):
+        m, n = (_padded(side, panel) for side in sorted((s.rows, s.columns)))
+        grid = _Grid(m, n, panel, arena, PROGRAMS[s.form][1], first, s.is_tall, len(starts), s.count)
+        starts += [grid.base(q) for q in range(s.count)]
+        arena = grid.base(s.count)
+        grids.append(grid)
+    programs = [PROGRAMS[s.form][0](steps, coefficients) for s in shapes]
+    slots: list[list[Tensor]] = [[] for _ in range(max(map(len, programs)))]
+    factors: list[list[Tensor]] = [[] for _ in slots]
+    work = [0.0] * len(slots)
+    for index in sorted(range(len(shapes)), key=lambda i: -len(programs[i])):
+        grid, done = grids[index], 0
+        for slot, products in zip(_lightest(work, len(programs[index])), programs[index], strict=True):
+            waits_for = done
+            for product in products:
+                tiles = grid.tiles(product, waits_for, slot == len(slots) - 1)
+                done += len(tiles) // grid.count
+                slots[slot].append(tiles)
+                scalars = torch.tensor([product.alpha, product.beta, product.gamma, 0.0])
+                factors[slot].append(scalars.expand(len(tiles), 4))
+                work[slot] += float(tiles[:, 4].sum())
+    launches, ordered, first = [], [], 0
+    for tiles, scalars in zip(map(torch.cat, slots), map(torch.cat, factors), strict=True):
+        order = torch.argsort(tiles[:, 4], descending=True, stable=True)  # the deepest first, so that none ends late
+        ordered.append((tiles[order], scalars[order]))
+        launches.append((first, len(tiles)))
+        first += len(tiles)
+    return Plan(
+        starts=tuple(starts),
+        arena_rows=arena,
+        result_rows=result_rows,
+        result_columns=result_columns,
+        tiles=torch.cat([t for t, _ in ordered]).to(device),
+        factors=torch.cat([f for _, f in ordered]).to(device),
+        launches=tuple(launches),
+    )
+
+
+def _lightest(work: list[float], needed: int) -> list[int]:
+    """Slots, in order, for a shorter program: the last, and of the others those with the least work so far."""
+    others = sorted(range(len(work) - 1), key=lambda i: work[i])[: needed - 1]
+    return [*sorted(others), len(work) - 1]
+
+
+@dataclass(frozen=True)
+class _Grid:
+    """Where the copies of one shape's matrices lie, and their tiles. Of each: X twice, and `squares` times S."""
+
+    m: int
+    n: int
+    panel: int
+    arena: int
+    squares: int
+    result: int
+    is_tall: bool
+    first_matrix: int
+    count: int
+
+    def base(self, matrix):
+        """First arena row of matrix number `matrix`, an integer or a tensor of them."""
+        return self.arena + matrix * ((2 * self.n + self.squares * self.m) * self.m // self.panel)
+
+    def tiles(self, product: Product, waits_for: int, is_last: bool) -> Tensor:
+        """int32 [tiles, FIELDS], in bands of eight tile rows, which keep their operands in L2.
+
+        0 left, 1 rows to its next panel, 2 right, 3 rows to its next panel, 4 depth, 5 addend or -1, 6 result,
+        7 mirrored result, 8 row and 9 column of the tile, 10 kind (0 apply, 1 symmetric, 2 last and as it is, 3 last
+        and turned), 11 matrix, 12 tiles of that matrix to be done before; rows are rows of the arena.
+        """
+        panel, m, n = self.panel, self.m, self.n
+        is_apply = product.kind == APPLY
+        i, j = torch.meshgrid(torch.arange(0, m, panel), torch.arange(0, n if is_apply else m, panel), indexing="ij")
+        i, j = i.reshape(-1), j.reshape(-1)
+        if not is_apply:
+            i, j = i[j <= i], j[j <= i]
+        order = torch.argsort((i // (8 * panel)) * (1 << 40) + j * (1 << 20) + i)
+        i, j = i[order].repeat(self.count), j[order].repeat(self.count)
+        matrix = torch.arange(self.count).repeat_interleave(len(order))
+
+        def x(copy: int) -> Tensor:
+            return self.base(matrix) + copy * (m * n // panel)
+
+        def square(copy: int) -> Tensor:
+            return x(2) + copy * (m * m // panel)
+
+        across = j // panel * m + i
+        if product.kind == GRAM:
+            left, right, to = x(product.left) + i, x(product.right) + j, square(product.result)
+        elif product.kind == SYMMETRIC:
+            left, right, to = square(product.left) + i, square(product.right) + j, square(product.result)
+        else:
+            left, right, to = square(product.left) + i, x(product.right) + j // panel * m, x(product.result)
+        here = to + across
+        if is_last:
+            here = self.result + matrix * (n if self.is_tall else m) + (j if self.is_tall else i)
+        kind = (3 if self.is_tall else 2) if is_last else int(not is_apply)
+        addend = square(product.right) + across if product.beta else -1
+        fields = (
+            *(left, m, right, m, n if product.kind == GRAM else m, addend, here, to + i // panel * m + j, i, j),
+            *(kind, self.first_matrix + matrix, waits_for, 0, 0, 0),
+        )
+        full = [f if isinstance(f, Tensor) else torch.full_like(i, f) for f in fields]
+        return torch.stack(full, dim=1).to(torch.int32)
