@@ -10,7 +10,7 @@ import typer
 from ..model.artifact import load_artifact
 from ..model.config import ConfigError
 from ..model.generate import generate_text
-from ..model.loading import model_from_artifact, tokenizer_of
+from ..model.loading import WEIGHTS_HELP, model_from_artifact, tokenizer_of
 from ..model.parallel import pick_device
 from . import options
 from .console import Output
@@ -25,6 +25,7 @@ def generate(
     seed: Annotated[
         int, typer.Option(min=0, max=2**63 - 1, help="The same seed gives the same text on the same machine.")
     ] = 0,
+    weights: Annotated[str, typer.Option("--weights", help=WEIGHTS_HELP)] = "dense",
     device: options.Device = "auto",
     as_json: options.Json = False,
 ) -> None:
@@ -34,7 +35,7 @@ def generate(
     """
     output = Output(as_json)
     loaded = load_artifact(artifact)
-    model = model_from_artifact(loaded, pick_device(device))
+    model = model_from_artifact(loaded, pick_device(device), weights)
     tokenizer = tokenizer_of(loaded)
     if any("\ud800" <= character <= "\udfff" for character in prompt):
         raise ConfigError("--prompt holds bytes that are not UTF-8; allowed: any Unicode text")

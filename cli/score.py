@@ -13,7 +13,7 @@ import typer
 from ..model.artifact import Artifact, load_artifact
 from ..model.config import ConfigError
 from ..model.corpus import Corpus
-from ..model.loading import model_from_artifact, model_from_run, tokenizer_of
+from ..model.loading import WEIGHTS_HELP, model_from_artifact, model_from_run, tokenizer_of
 from ..model.parallel import pick_device
 from ..model.prepare import tokenizer_beside
 from ..model.shards import TokenStream, find_shards
@@ -58,6 +58,7 @@ def score(
     ] = None,
     set_: options.Set = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on after an interruption.")] = False,
+    weights: Annotated[str, typer.Option("--weights", help=WEIGHTS_HELP)] = "dense",
     device: options.Device = "auto",
     fields: options.Fields = False,
     as_json: options.Json = False,
@@ -84,7 +85,7 @@ def score(
     folder = out or artifact.with_name(f"{artifact.stem}-score")
     options.require_folder(folder)
     result = score_artifact(
-        artifact, (text, jsonl, field, shards), most_tokens, config, folder, prequant, resume, device, output
+        artifact, (text, jsonl, field, shards), most_tokens, config, folder, prequant, resume, device, output, weights
     )
     output.result({"out": str(folder), **{k: v for k, v in result.to_json().items() if k != "documents"}})
 
@@ -99,19 +100,21 @@ def score_artifact(
     resume: bool,
     device: str,
     output: Output,
+    weights: str = "dense",
 ) -> ScoreResult:
     """Score the documents of `source` (text, jsonl, field, shards), write the results to `folder`, say the totals."""
     seconds: dict[str, float] = {}
     started = time.perf_counter()
     loaded, chosen = load_artifact(path), pick_device(device)
-    model = model_from_artifact(loaded, chosen)
+    model = model_from_artifact(loaded, chosen, weights)
     before = model_from_run(prequant, chosen, of=loaded) if prequant else None
     seconds["load"], started = time.perf_counter() - started, time.perf_counter()
     tokenizer = tokenizer_of(loaded)
     documents = _documents(source, tokenizer, most_tokens, loaded.provenance)
     seconds["tokenize"] = time.perf_counter() - started
     output.say(f"scoring {len(documents):,} documents, {label(config.protocol)}, on {chosen}")
-    key = fingerprint(loaded.header["payload_sha256"], documents, config, prequant is not None)
+    source_of_weights = f"{loaded.header['payload_sha256']} {weights}"
+    key = fingerprint(source_of_weights, documents, config, prequant is not None)
     with StopSignals() as stop:
         journal = Journal(folder / "journal.jsonl", key, resume)
         if resume and not journal.done:
@@ -128,7 +131,7 @@ def score_artifact(
                     before,
                     lambda: bool(stop.received),
                     _shown(show),
-                    _facts(path, loaded, chosen),
+                    _facts(path, loaded, chosen) | {"weights": weights},
                 )
         except Interrupted as interrupted:
             output.say(f"stopped: {interrupted}; the same command with --resume goes on from there")

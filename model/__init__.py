@@ -3,6 +3,7 @@
 from .artifact import ArtifactError, load_artifact, save_artifact
 from .config import ConfigError, ModelConfig, TrainConfig, preset
 from .gpt import GPT
+from .int6_model import int6_model_from_artifact, quantize_linears
 from .loading import model_from_artifact, model_from_run
 from .muon import Muon
 from .tokenizer import Tokenizer
@@ -15,9 +16,11 @@ __all__ = [
     "Muon",
     "Tokenizer",
     "TrainConfig",
+    "int6_model_from_artifact",
     "load_artifact",
     "model_from_artifact",
     "model_from_run",
     "preset",
+    "quantize_linears",
     "save_artifact",
 ]

@@ -136,9 +136,8 @@ class Block(nn.Module):
             keys[:, filled:stop], values[:, filled:stop] = k, v
             k, v = keys[:, :stop], values[:, :stop]
         mixed = causal_attention_ref(q, k, v, attention).flatten(2)
-        x = x + (self.depth_scale * self.attn_scale).to(x.dtype) * F.linear(mixed, self.o.to(x.dtype))
-        hidden = relu_squared_mlp_ref(rms_norm_ref(x), self.up.to(x.dtype), self.down.to(x.dtype))
-        x = x + (self.depth_scale * self.mlp_scale).to(x.dtype) * hidden
+        x = x + (self.depth_scale * self.attn_scale).to(x.dtype) * self.project_out(mixed)
+        x = x + (self.depth_scale * self.mlp_scale).to(x.dtype) * self.mlp(rms_norm_ref(x))
         return x if adapter is None else x + adapter.bias.to(x.dtype)[:, None]
 
     def project_qkv(self, x: Tensor, adapter: BlockAdapter | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -150,6 +149,14 @@ class Block(nn.Module):
         else:
             parts = lora_qkv_ref(x, weight, adapter.lora_a, adapter.lora_b, sizes)
         return tuple(part.unflatten(-1, (-1, self.config.head_dim)) for part in parts)
+
+    def project_out(self, mixed: Tensor) -> Tensor:
+        """mixed [B, S, Nq] -> [B, S, D]."""
+        return F.linear(mixed, self.o.to(mixed.dtype))
+
+    def mlp(self, x: Tensor) -> Tensor:
+        """x [B, S, D] -> [B, S, D]."""
+        return relu_squared_mlp_ref(x, self.up.to(x.dtype), self.down.to(x.dtype))
 
 
 class GPT(nn.Module):

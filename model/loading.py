@@ -6,14 +6,27 @@ import torch
 
 from .artifact import Artifact, ArtifactError
 from .checkpoint import CheckpointError, load_tensors
-from .config import ModelConfig, TrainConfig
+from .config import ConfigError, ModelConfig, TrainConfig
 from .gpt import GPT
+from .int6_model import int6_model_from_artifact
 from .tokenizer import Tokenizer
 from .train import CHECKPOINT, MODEL, compute_dtype
 
+WEIGHTS = ("dense", "int6")
+WEIGHTS_HELP = "dense: the artifact's matrices dequantised once; int6: kept at six bits a weight."
 
-def model_from_artifact(artifact: Artifact, device: torch.device) -> GPT:
-    """The artifact's model on `device`, computing in bf16 on a GPU and in fp32 on a CPU."""
+
+def model_from_artifact(artifact: Artifact, device: torch.device, weights: str = "dense") -> GPT:
+    """The artifact's model on `device`, computing in bf16 on a GPU and in fp32 on a CPU.
+
+    `weights` "dense" dequantises the block matrices once; "int6" keeps them at six bits.
+    """
+    if weights not in WEIGHTS:
+        raise ConfigError(f"--weights {weights!r} is not possible; allowed: {', '.join(WEIGHTS)}")
+    if weights == "int6":
+        model = int6_model_from_artifact(artifact, device)
+        model.configure(device, compute_dtype(TrainConfig(), device))
+        return model.requires_grad_(False)
     return _placed(GPT(artifact.config), artifact.state_dict(), device)
 
 

@@ -1,16 +1,18 @@
-"""int6: a weight matrix as codes in [-31, 31] with one fp16 scale for each output row.
+"""int6 in plain PyTorch: codes in [-31, 31] with one fp16 scale a row, or one for each group of a row's inputs.
 
-    rms_n    = sqrt(mean_k w[n,k]^2)                              the row's std about zero
-    scale_n  = fp16(clip * rms_n)                                 rounded before the codes are computed; no floor
+    rms      = sqrt(mean w^2)                                     of the row, or of the group: the std about zero
+    scale    = fp16(clip * rms)                                   rounded before the codes are computed; no floor
     code     = clamp(round(w / scale), -31, 31)
     w_hat    = scale * code                                       |w - w_hat| <= scale/2 where not clamped
 
-weight [N, K] any float dtype, arithmetic in fp32; codes int8 [N, K]; scale fp16 [N]. A zero row has scale 0 and codes
-0. Any other row's scale is at least 2^-24, the smallest fp16: 0 would lose the row where a code or two still holds it.
-`scale * code` has 16 significant bits, so w_hat is exact in fp32 and rounded once to a narrower dtype.
+weight [N, K] any float dtype, arithmetic in fp32; codes int8 [N, K]; scale fp16 [N], or [N, K/group] for groups of 32,
+64 or 128 inputs. A zero row has scale 0 and codes 0. Any other scale is at least 2^-24, the smallest fp16: 0 would lose
+the row where a code or two still holds it. `scale * code` has 16 significant bits, so w_hat is exact in fp32 and
+rounded once to a narrower dtype.
 
-Packed layout, int32 [..., W], W = 6 * ceil(K/32): columns are padded with code 0 to a multiple of 32 (a row starts at a
-multiple of 8 bytes) and each 16 codes take three words. With f = code + 32, in 1..63:
+Packed rows, the artifact's layout (the kernels' is in layout.py): int32 [..., W], W = 6 * ceil(K/32). Columns are
+padded with code 0 to a multiple of 32 (a row starts at a multiple of 8 bytes) and each 16 codes take three words. With
+f = code + 32, in 1..63:
 
     word 0   bits 4j..4j+3 = low four bits of f_j,      j = 0..7
     word 1   bits 4j..4j+3 = low four bits of f_{8+j},  j = 0..7
@@ -29,19 +31,29 @@ from torch import Tensor
 CODE_MAX = 31
 """Codes run from -31 to 31; -32 is not used, so that the grid is symmetric."""
 
+GROUP_SIZES = (32, 64, 128)
+"""Inputs that may share a scale; without groups a row has one."""
+
 SMALLEST_SCALE = 2.0**-24
 """The smallest positive fp16."""
 
 
-def quantize_int6_ref(weight: Tensor, clip: float) -> tuple[Tensor, Tensor]:
-    """weight [N, K] -> codes int8 [N, K], scale fp16 [N]. `clip` is the step of a row's grid in units of its RMS.
+def quantize_int6_ref(weight: Tensor, clip: float, group_size: int | None = None) -> tuple[Tensor, Tensor]:
+    """weight [N, K] -> codes int8 [N, K], scale fp16 [N] or [N, K/group_size]. `clip` is the grid's step in RMS.
 
-    ValueError: another shape, a clip that is not a positive number, a weight that is not finite, a scale beyond fp16.
+    ValueError: another shape, a clip that is not a positive number, a weight that is not finite, a scale beyond fp16,
+    a group size that is not 32, 64 or 128 or does not divide K.
     """
     if weight.dim() != 2 or weight.size(1) == 0:
         raise ValueError(f"weight has shape {list(weight.shape)}; int6 takes [N, K] with K at least 1")
     if not (0.0 < clip < math.inf):
         raise ValueError(f"clip={clip} is not possible; int6 takes a positive number, about 0.1")
+    if group_size is not None:
+        if group_size not in GROUP_SIZES or weight.size(1) % group_size:
+            allowed = f"{', '.join(map(str, GROUP_SIZES))} that divide K, or None for one scale a row"
+            raise ValueError(f"group_size={group_size} with K={weight.size(1)}; allowed: {allowed}")
+        codes, scale = quantize_int6_ref(weight.reshape(-1, group_size), clip)
+        return codes.view(weight.shape), scale.view(weight.size(0), -1)
     weight = weight.float()
     if not torch.isfinite(weight).all():
         raise ValueError("weight holds a NaN or an infinity; int6 takes finite weights")
@@ -56,8 +68,9 @@ def quantize_int6_ref(weight: Tensor, clip: float) -> tuple[Tensor, Tensor]:
 
 
 def dequantize_int6_ref(codes: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """codes int8 [N, K], scale fp16 [N] -> w_hat [N, K] in `dtype`."""
-    return (codes.float() * scale.float()[:, None]).to(dtype)
+    """codes int8 [N, K], scale fp16 [N] or [N, groups] -> w_hat [N, K] in `dtype`."""
+    groups = scale.view(codes.size(0), -1, 1).float()
+    return (codes.unflatten(1, (groups.size(1), -1)).float() * groups).flatten(1).to(dtype)
 
 
 def packed_words(columns: int) -> int:

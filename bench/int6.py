@@ -1,0 +1,148 @@
+"""Group `int6`: linears from six-bit weights against the same weights in x's dtype.
+
+One call is several layers: `weights` of one shape on the same x, enough of them that none is in the L2 cache when its
+turn comes again, as in a model, and that launching a graph is a small part of its time; or all linears of a model's
+blocks for one token.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..kernels.int6 import Int6Matrix, int6_linear, int6_linear_dx, quantize_int6
+from .entry import Call, Entry, Shape, Tensors, Variant
+
+LAYERS = {"8192x8192": (8192, 8192), "14336x4096": (14336, 4096), "4096x14336": (4096, 14336)}
+
+
+def _shape(rows: int, outputs: int, inputs: int) -> Shape:
+    return {"M": rows, "N": outputs, "K": inputs, "weights": 4 if rows <= 64 else 1}
+
+
+SHAPES = {f"M{rows}-{name}": _shape(rows, *layer) for name, layer in LAYERS.items() for rows in (1, 4, 16, 64)}
+SHAPES |= {f"M{rows}-8192x8192": _shape(rows, 8192, 8192) for rows in (256, 1024, 4096)}
+DX_SHAPES = {f"M{rows}-8192x8192": _shape(rows, 8192, 8192) for rows in (16, 4096)}
+DECODE = {"10-blocks": {"blocks": 10, "width": 512, "qkv": 1024, "hidden": 1536}}
+TOY = {"M": 3, "N": 48, "K": 64, "weights": 2}
+GATE = {"M": 48, "N": 1536, "K": 2048, "weights": 2}
+
+Product = Callable[[Tensor, Int6Matrix, Tensor], Tensor]
+"""x [M, K] (or dout [M, N]), the matrix, the same matrix in x's dtype -> [M, N] (or [M, K])"""
+
+
+def _sizes(shape: Shape) -> list[tuple[int, int]]:
+    """[N, K] of each layer of a call."""
+    if "blocks" not in shape:
+        return [(shape["N"], shape["K"])] * shape["weights"]
+    width, hidden = shape["width"], shape["hidden"]
+    return [(shape["qkv"], width), (width, width), (hidden, width), (width, hidden)] * shape["blocks"]
+
+
+def _drawing(side: int) -> Callable[[Shape, torch.device, torch.dtype, torch.Generator], Tensors]:
+    """x of each width on that side of the layers ([N, K][side]), then packed, scale and dense of each layer."""
+
+    def draw(shape: Shape, device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Tensors:
+        def randn(*size: int) -> Tensor:
+            return torch.randn(size, device=device, generator=generator)
+
+        tensors = [randn(shape.get("M", 1), width).to(dtype) for width in sorted({s[side] for s in _sizes(shape)})]
+        for rows, columns in _sizes(shape):
+            matrix = quantize_int6(randn(rows, columns) * columns**-0.5)
+            tensors += [matrix.packed, matrix.scale, matrix.dequantize(dtype)]
+        return tuple(tensors)
+
+    return draw
+
+
+def _each(shape: Shape, inputs: Tensors, side: int, product: Product) -> Tensors:
+    sizes = _sizes(shape)
+    widths = sorted({size[side] for size in sizes})
+    x = dict(zip(widths, inputs, strict=False))
+    parts = inputs[len(widths) :]
+    return tuple(
+        product(x[size[side]], Int6Matrix(packed, scale, size), dense)
+        for packed, scale, dense, size in zip(parts[::3], parts[1::3], parts[2::3], sizes, strict=True)
+    )
+
+
+def _truth(side: int):
+    """In float64 of the codes and scales; the scales come as float64 copies of what is fp16."""
+
+    def exact(shape: Shape, *inputs: Tensor) -> Tensors:
+        first = len(inputs) - 3 * len(_sizes(shape))
+        inputs = [t.half() if at >= first and (at - first) % 3 == 1 else t for at, t in enumerate(inputs)]
+        product = F.linear if side else torch.matmul
+        return _each(shape, tuple(inputs), side, lambda x, matrix, _: product(x, matrix.dequantize(torch.float64)))
+
+    return exact
+
+
+def _variant(name: str, side: int, product: Product, **about) -> Variant:
+    def build(shape: Shape, device: torch.device, dtype: torch.dtype) -> Call:
+        return lambda *inputs: _each(shape, inputs, side, product)
+
+    return Variant(name, build, **about)
+
+
+def _linear(side: int) -> tuple[Variant, Variant]:
+    if side:
+        return (
+            _variant("eager", side, lambda x, matrix, dense: F.linear(x, dense)),
+            _variant("int6", side, lambda x, matrix, dense: int6_linear(x, matrix), is_ours=True),
+        )
+    return (
+        _variant("eager", side, lambda dout, matrix, dense: dout @ dense),
+        _variant("int6", side, lambda dout, matrix, dense: int6_linear_dx(dout, matrix), is_ours=True),
+    )
+
+
+def _bytes(shape: Shape, itemsize: int) -> int:
+    """Packed weights, scales and results of each layer; an x that several layers read counts once."""
+    rows, sizes = shape.get("M", 1), _sizes(shape)
+    weights = sum(n * k * 3 // 4 + 2 * n for n, k in sizes)
+    return weights + itemsize * rows * (sum(n for n, _ in sizes) + sum({k for _, k in sizes}))
+
+
+def _flops(shape: Shape) -> int:
+    return 2 * shape.get("M", 1) * sum(n * k for n, k in _sizes(shape))
+
+
+ENTRIES = (
+    Entry(
+        group="int6",
+        op="int6_linear",
+        shapes=SHAPES,
+        toy=TOY,
+        gate=GATE,
+        draw=_drawing(1),
+        truth=_truth(1),
+        variants=_linear(1),
+        bytes=_bytes,
+        flops=_flops,
+    ),
+    Entry(
+        group="int6",
+        op="int6_linear_dx",
+        shapes=DX_SHAPES,
+        toy=TOY,
+        gate=GATE,
+        draw=_drawing(0),
+        truth=_truth(0),
+        variants=_linear(0),
+        bytes=_bytes,
+        flops=_flops,
+    ),
+    Entry(
+        group="int6",
+        op="int6_decode",
+        shapes=DECODE,
+        toy={"blocks": 1, "width": 32, "qkv": 64, "hidden": 48},
+        draw=_drawing(1),
+        truth=_truth(1),
+        variants=_linear(1),
+        bytes=_bytes,
+        flops=_flops,
+    ),
+)

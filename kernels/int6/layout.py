@@ -1,0 +1,141 @@
+"""The kernels' layout of int6 codes: tiles of 16 rows x 128 inputs, 1,536 bytes each, every thread's loads 16 bytes.
+
+    packed int32 [ceil(N/16), ceil(K/128), 3, 32, 4]      tile row, tile column, word of a triple, lane, chunk
+
+A lane l = 4g + t (g in 0..7, t in 0..3) of a warp owns in each 32-input chunk c of a tile the eight inputs 32c + 8t ..
+32c + 8t + 7 of rows g and g + 8: 16 codes in three words. With f = code + 32 (1..63) the codes go in pairs of
+neighbouring inputs, the even one in the lower 16 bits of a word and the odd one in the upper 16; pairs 0..3 are row
+g's, 4..7 row g + 8's:
+
+    bits of each half    0..5        6..11       12..15
+    word 0               pair 0      pair 1      lower four bits of pair 6
+    word 1               pair 2      pair 3      lower four bits of pair 7
+    word 2               pair 4      pair 5      12..13: upper two of pair 6, 14..15: upper two of pair 7
+
+So a pair is one shift and one lop3 away from two bf16 (or fp16) numbers 128 + f (1024 + f), whose mantissa holds f as
+it stands; a subtraction makes them the codes, exactly. What a lane holds is its share of the A operand of two 16x8x16
+tensor-core products, once the inputs of a chunk are numbered so that each lane's eight are neighbours, and eight
+neighbouring activations are one 16-byte load: nothing is permuted at run time, neither weights nor activations.
+
+N is padded to a multiple of 16 and K to one of 128 with code 0. Bytes: 0.75 * padded N * padded K, and the scales.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .reference import CODE_MAX, GROUP_SIZES, Int6Weight, dequantize_int6_ref, quantize_int6_ref, unpack_int6_ref
+
+LAYOUT = 1
+"""Version of the layout above; data of another is refused."""
+
+ROWS, COLUMNS = 16, 128
+"""A tile."""
+
+LOW, HIGH = 0x000F000F, 0x00300030
+"""The lower four and the upper two bits of a pair."""
+
+
+def packed_shape(rows: int, columns: int) -> tuple[int, ...]:
+    """Shape of the packed tensor of [rows, columns] codes."""
+    return -(-rows // ROWS), -(-columns // COLUMNS), 3, 32, 4
+
+
+def pack_int6(codes: Tensor) -> Tensor:
+    """codes int8 [N, K] in [-31, 31] -> int32 tiles in the layout above, on the codes' device. ValueError otherwise."""
+    if codes.dtype != torch.int8 or codes.dim() != 2 or 0 in codes.shape:
+        raise ValueError(f"codes are {codes.dtype} {list(codes.shape)}; packing takes int8 [N, K], neither of them 0")
+    outside = (codes < -CODE_MAX) | (codes > CODE_MAX)
+    if outside.any():
+        raise ValueError(f"a code is {int(codes[outside][0])}; int6 codes are in [-31, 31]")
+    fields = F.pad(codes, (0, -codes.size(1) % COLUMNS, 0, -codes.size(0) % ROWS)).int() + 32
+    tiles = fields.view(fields.size(0) // ROWS, 2, 8, fields.size(1) // COLUMNS, 4, 4, 4, 2)  # row h g, column c t j e
+    pairs = tiles[..., 0] | tiles[..., 1] << 16
+    p = pairs.permute(1, 6, 0, 3, 2, 5, 4).flatten(4, 5).flatten(0, 1)  # [pair, tile row, tile column, lane, chunk]
+    words = (
+        p[0] | p[1] << 6 | (p[6] & LOW) << 12,
+        p[2] | p[3] << 6 | (p[7] & LOW) << 12,
+        p[4] | p[5] << 6 | (p[6] & HIGH) << 8 | (p[7] & HIGH) << 10,
+    )
+    return torch.stack(words, dim=2)
+
+
+def unpack_int6(packed: Tensor, shape: tuple[int, int]) -> Tensor:
+    """int32 tiles -> codes int8 [N, K], the inverse of :func:`pack_int6`."""
+    wanted = packed_shape(*shape)
+    if packed.dtype != torch.int32 or tuple(packed.shape) != wanted:
+        found = f"{packed.dtype} {list(packed.shape)}"
+        raise ValueError(f"packed is {found}; {list(shape)} weights take int32 {list(wanted)}: truncated or not int6")
+    w0, w1, w2 = packed.unbind(2)
+    pairs = [w0, w0 >> 6, w1, w1 >> 6, w2, w2 >> 6]
+    pairs += [(w0 >> 12 & LOW) | (w2 >> 8 & HIGH), (w1 >> 12 & LOW) | (w2 >> 10 & HIGH)]
+    p = torch.stack(pairs).view(2, 4, wanted[0], wanted[1], 8, 4, 4)  # h, j, tile row, tile column, g, t, c
+    fields = torch.stack([p & 63, p >> 16 & 63], dim=-1).to(torch.int8) - 32
+    codes = fields.permute(2, 0, 4, 3, 6, 5, 1, 7).reshape(wanted[0] * ROWS, wanted[1] * COLUMNS)
+    return codes[: shape[0], : shape[1]].contiguous()
+
+
+@dataclass(frozen=True, eq=False)
+class Int6Matrix:
+    """A weight [N, K] at six bits a weight, in the layout that the kernels read. ValueError if its parts do not fit.
+
+    Both parts are contiguous: the kernels read them by their place.
+    """
+
+    packed: Tensor
+    """int32, see :func:`packed_shape`"""
+    scale: Tensor
+    """fp16 [N], or [N, K/group] with a scale for each group of inputs"""
+    shape: tuple[int, int]
+    """N, K"""
+    layout: int = LAYOUT
+
+    def __post_init__(self):
+        rows, columns = self.shape
+        if self.layout != LAYOUT:
+            raise ValueError(f"packed data has layout version {self.layout}; this klora reads {LAYOUT}: pack it again")
+        wanted = packed_shape(rows, columns)
+        if self.packed.dtype != torch.int32 or tuple(self.packed.shape) != wanted:
+            found = f"{self.packed.dtype} {list(self.packed.shape)}"
+            raise ValueError(f"packed is {found}; {[rows, columns]} weights take int32 {list(wanted)}: truncated?")
+        scales = [(rows,)] + [(rows, columns // size) for size in GROUP_SIZES if columns % size == 0]
+        if self.scale.dtype != torch.float16 or tuple(self.scale.shape) not in scales:
+            found = f"{self.scale.dtype} {list(self.scale.shape)}"
+            allowed = " or ".join(str(list(shape)) for shape in scales)
+            raise ValueError(f"scale is {found}; {[rows, columns]} weights take float16 {allowed}")
+        if not (self.packed.is_contiguous() and self.scale.is_contiguous()):
+            raise ValueError("packed and scale are not both contiguous; call .contiguous() on them")
+
+    @property
+    def group_size(self) -> int | None:
+        """Inputs that share a scale; None for one scale a row."""
+        return None if self.scale.dim() == 1 else self.shape[1] // self.scale.size(1)
+
+    @property
+    def nbytes(self) -> int:
+        return self.packed.nbytes + self.scale.nbytes
+
+    @classmethod
+    def from_rows(cls, weight: Int6Weight, device: torch.device | str | None = None) -> "Int6Matrix":
+        """The same codes and scales as packed rows hold, repacked on `device`."""
+        packed, scale = weight.packed.to(device), weight.scale.to(device)
+        return cls(pack_int6(unpack_int6_ref(packed, weight.shape[1])), scale, weight.shape)
+
+    def codes(self) -> Tensor:
+        """int8 [N, K]"""
+        return unpack_int6(self.packed, self.shape)
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """w_hat [N, K] in `dtype`, in plain PyTorch."""
+        return dequantize_int6_ref(self.codes(), self.scale, dtype)
+
+
+def quantize_int6(weight: Tensor, group_size: int | None = None, clip: float = 0.11) -> Int6Matrix:
+    """weight [N, K] -> codes and scales by :func:`quantize_int6_ref`, packed, all on the weight's device.
+
+    A clip of 0.11 has the least squared error on a Gaussian row.
+    """
+    codes, scale = quantize_int6_ref(weight, clip, group_size)
+    return Int6Matrix(pack_int6(codes), scale, tuple(weight.shape))

@@ -1,0 +1,406 @@
+"""int6 kernels: the tiles bit by bit, products and gradients against float64, the op's contracts, the module."""
+
+import copy
+
+import pytest
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from klora.kernels.int6 import (
+    LAYOUT,
+    Int6Linear,
+    Int6Matrix,
+    Int6Weight,
+    int6_linear,
+    int6_linear_dx,
+    pack_int6,
+    pack_int6_ref,
+    packed_shape,
+    pick_config,
+    pick_config_dx,
+    quantize_int6,
+    quantize_int6_ref,
+    unpack_int6,
+)
+from klora.kernels.int6.op import dequantize
+from torch import nn
+
+GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")]
+ODD = [(16, 128), (32, 32), (48, 160), (7, 33), (130, 96)]
+GROUPED = [(48, 160, 32), (32, 192, 64), (17, 256, 128)]
+
+
+@pytest.fixture(autouse=True)
+def nan_in_what_is_not_written():
+    """Deterministic mode fills every new tensor with NaN, so that what a kernel leaves out shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def matrix(rows, columns, group_size=None, device="cpu", seed=0):
+    generator = torch.Generator(device).manual_seed(seed)
+    return quantize_int6(torch.randn(rows, columns, generator=generator, device=device), group_size)
+
+
+def relative_error(out, exact):
+    return float((out.double() - exact).norm() / exact.norm())
+
+
+def documented_words(tile):
+    """The 3 x 32 x 4 words of a tile of 16 x 128 codes, as layout.py states them, in Python integers."""
+    words = [[[0] * 4 for _ in range(32)] for _ in range(3)]
+    for lane in range(32):
+        g, t = divmod(lane, 4)
+        for chunk in range(4):
+            pairs = []
+            for row in (g, g + 8):
+                for j in range(4):
+                    k = 32 * chunk + 8 * t + 2 * j
+                    pairs.append([int(tile[row, k + odd]) + 32 for odd in (0, 1)])
+            for odd in (0, 1):
+                f = [pair[odd] for pair in pairs]
+                halves = (
+                    f[0] | f[1] << 6 | (f[6] & 15) << 12,
+                    f[2] | f[3] << 6 | (f[7] & 15) << 12,
+                    f[4] | f[5] << 6 | (f[6] >> 4) << 12 | (f[7] >> 4) << 14,
+                )
+                for word, half in enumerate(halves):
+                    words[word][lane][chunk] |= half << 16 * odd
+    return words
+
+
+class TestTiles:
+    @given(st.integers(1, 40), st.integers(1, 300), st.integers(0, 2**31))
+    @settings(deadline=None, max_examples=40)
+    def test_unpack_inverts_pack_at_every_size(self, rows, columns, seed):
+        codes = torch.randint(-31, 32, (rows, columns), generator=torch.Generator().manual_seed(seed)).to(torch.int8)
+        packed = pack_int6(codes)
+        assert packed.shape == packed_shape(rows, columns) and packed.is_contiguous()
+        assert torch.equal(unpack_int6(packed, (rows, columns)), codes)
+
+    def test_every_code_in_every_place(self):
+        for code in range(-31, 32):
+            codes = torch.arange(16 * 128).view(16, 128).remainder(63).add(code).remainder(63).sub(31).to(torch.int8)
+            assert torch.equal(unpack_int6(pack_int6(codes), (16, 128)), codes)
+
+    def test_words_are_those_of_the_documented_layout(self):
+        codes = torch.randint(-31, 32, (32, 256), dtype=torch.int8)
+        packed = pack_int6(codes)
+        for row in range(2):
+            for column in range(2):
+                tile = codes[16 * row : 16 * row + 16, 128 * column : 128 * column + 128]
+                unsigned = packed[row, column].long() % 2**32
+                assert unsigned.tolist() == documented_words(tile)
+
+    def test_padding_holds_code_zero(self):
+        whole = unpack_int6(pack_int6(torch.full((3, 5), 7, dtype=torch.int8)), (16, 128))
+        assert whole.sum() == 3 * 5 * 7 and (whole[:3, :5] == 7).all()
+
+    @pytest.mark.parametrize("code", [32, -32, 127, -128])
+    def test_other_codes_are_refused_by_value(self, code):
+        codes = torch.zeros(2, 32, dtype=torch.int8)
+        codes[1, 5] = code
+        with pytest.raises(ValueError, match=f"a code is {code};"):
+            pack_int6(codes)
+
+    @pytest.mark.parametrize("codes", [torch.zeros(2, 32), torch.zeros(2, 0).to(torch.int8), torch.zeros(3)])
+    def test_other_tensors_are_refused(self, codes):
+        with pytest.raises(ValueError, match="packing takes int8"):
+            pack_int6(codes)
+
+    def test_packed_rows_become_the_same_weight(self):
+        codes, scale = quantize_int6_ref(torch.randn(20, 70), 0.1)
+        rows = Int6Weight(pack_int6_ref(codes), scale, (20, 70))
+        tiles = Int6Matrix.from_rows(rows)
+        assert torch.equal(tiles.codes(), codes) and torch.equal(tiles.dequantize(), rows.dequantize())
+
+
+class TestQuantizer:
+    @pytest.mark.parametrize(("rows", "columns", "group_size"), GROUPED)
+    def test_a_group_is_quantised_like_a_row(self, rows, columns, group_size):
+        weight = torch.randn(rows, columns)
+        grouped = quantize_int6(weight, group_size)
+        assert grouped.group_size == group_size
+        codes, scale = quantize_int6_ref(weight.reshape(-1, group_size), 0.11)
+        assert torch.equal(grouped.codes().reshape(-1, group_size), codes)
+        assert torch.equal(grouped.scale.flatten(), scale)
+        exact = codes.double() * scale.double()[:, None]
+        assert torch.equal(grouped.dequantize(torch.float64), exact.view(rows, columns))
+
+    @pytest.mark.parametrize(("columns", "group_size"), [(96, 64), (64, 16), (64, 0)])
+    def test_impossible_groups_are_refused(self, columns, group_size):
+        with pytest.raises(ValueError, match=f"group_size={group_size} with K={columns}"):
+            quantize_int6(torch.randn(4, columns), group_size)
+
+    def test_bytes_of_a_weight(self):
+        assert matrix(64, 256).nbytes == 64 * 256 * 3 // 4 + 2 * 64
+        assert matrix(64, 256, 32).nbytes == 64 * 256 * 3 // 4 + 2 * 64 * 8
+
+
+class TestMatrix:
+    def test_parts_that_do_not_fit_are_refused(self):
+        good = matrix(32, 128)
+        with pytest.raises(ValueError, match="layout version 2; this klora reads 1"):
+            Int6Matrix(good.packed, good.scale, good.shape, layout=2)
+        with pytest.raises(ValueError, match="truncated"):
+            Int6Matrix(good.packed[:1], good.scale, good.shape)
+        with pytest.raises(ValueError, match="packed is torch.int64"):
+            Int6Matrix(good.packed.long(), good.scale, good.shape)
+        for scale in (good.scale[:5], good.scale.float(), good.scale[:, None].repeat(1, 3)):
+            with pytest.raises(ValueError, match=r"take float16 \[32\] or \[32, 4\] or \[32, 2\] or \[32, 1\]"):
+                Int6Matrix(good.packed, scale, good.shape)
+        with pytest.raises(ValueError, match="not both contiguous"):
+            Int6Matrix(good.packed.mT.contiguous().mT, good.scale, good.shape)
+        with pytest.raises(ValueError, match="truncated or not int6"):
+            unpack_int6(good.packed[:, :, :2], (32, 128))
+
+
+class TestInterpreter:
+    """The kernels without inline assembly, in fp32 and fp16."""
+
+    @pytest.mark.parametrize(("rows", "columns"), ODD)
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+    def test_product_and_gradients(self, rows, columns, dtype):
+        check_product(matrix(rows, columns), 5, dtype, "cpu", margin=2.0)
+
+    @pytest.mark.parametrize(("rows", "columns", "group_size"), GROUPED)
+    def test_group_scales(self, rows, columns, group_size):
+        check_product(matrix(rows, columns, group_size), 3, torch.float32, "cpu", margin=2.0)
+
+    def test_many_rows_dequantise_once(self):
+        check_product(matrix(48, 160), 600, torch.float32, "cpu", margin=2.0)
+
+    def test_identity_gives_the_weight(self):
+        weight = matrix(32, 96)
+        out = int6_linear(torch.eye(96), weight, backend="triton")
+        assert torch.equal(out.T, weight.dequantize())
+
+    @pytest.mark.parametrize("group_size", [None, 32])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+    def test_dequantised_bits(self, group_size, dtype):
+        weight = matrix(40, 160, group_size)
+        assert torch.equal(dequantize(weight.packed, weight.scale, weight.shape, dtype), weight.dequantize(dtype))
+
+    def test_opcheck(self):
+        weight = matrix(32, 64)
+        for x, bias in ((torch.randn(3, 64), None), (torch.randn(2, 64), torch.randn(32))):
+            x.requires_grad_()
+            if bias is not None:
+                bias.requires_grad_()
+            torch.library.opcheck(torch.ops.klora.int6_product, (x, weight.packed, weight.scale, bias, 32))
+        torch.library.opcheck(torch.ops.klora.int6_product_dx, (torch.randn(3, 32), weight.packed, weight.scale, 64))
+
+
+def check_product(weight, rows, dtype, device, margin=1.1, bias=True):
+    """Output and gradients against float64, each no further off than `margin` times plain PyTorch's."""
+    generator = torch.Generator(device).manual_seed(1)
+
+    def randn(*size):
+        return torch.randn(size, generator=generator, device=device).to(dtype)
+
+    inputs = [randn(rows, weight.shape[1]), *([randn(weight.shape[0])] if bias else [])]
+    dout = randn(rows, weight.shape[0])
+    exact_weight = weight.dequantize(torch.float64)
+    exact = [F.linear(*(t.double() for t in (inputs[0], exact_weight, *inputs[1:]))), dout.double() @ exact_weight]
+    exact += [dout.double().sum(0)] if bias else []
+    results = []
+    for product in (
+        lambda x, b=None: int6_linear(x, weight, b, backend="triton"),
+        lambda x, b=None: F.linear(x, weight.dequantize(dtype), b),
+    ):
+        leaves = [t.clone().requires_grad_() for t in inputs]
+        out = product(*leaves)
+        results.append((out.detach(), *torch.autograd.grad(out, leaves, dout)))
+    tiny = torch.finfo(dtype).eps / 4
+    for ours, plain, truth in zip(*results, exact, strict=True):
+        assert ours.dtype == dtype
+        assert relative_error(ours, truth) <= margin * max(relative_error(plain, truth), tiny)
+    assert torch.equal(int6_linear_dx(dout, weight, backend="triton"), results[0][1])
+
+
+class TestInputs:
+    def test_any_leading_dimensions_and_strides(self):
+        weight, x = matrix(32, 64), torch.randn(64, 3, 2).permute(2, 1, 0)
+        out = int6_linear(x, weight, backend="triton")
+        assert out.shape == (2, 3, 32)
+        torch.testing.assert_close(out, F.linear(x, weight.dequantize()), rtol=1e-4, atol=1e-4)
+        assert int6_linear(x[0, 0], weight, backend="triton").shape == (32,)
+        assert int6_linear(x[:, :0], weight, backend="triton").shape == (2, 0, 32)
+
+    @pytest.mark.parametrize(
+        ("x", "bias", "message"),
+        [
+            (
+                torch.randn(2, 63),
+                None,
+                r"x is torch.float32 \[2, 63\]; this weight takes bf16, fp16 or fp32 \[..., 64\]",
+            ),
+            (torch.randn(2, 64).double(), None, "x is torch.float64"),
+            (torch.tensor(1.0), None, r"x is torch.float32 \[\]"),
+            (torch.randn(2, 64), torch.randn(31), r"bias is torch.float32 \[31\]"),
+            (torch.randn(2, 64), torch.randn(32).half(), "bias is torch.float16"),
+            (torch.randn(2, 64, device="meta"), None, "they take one device"),
+        ],
+    )
+    def test_bad_input_is_refused(self, x, bias, message):
+        with pytest.raises(ValueError, match=message):
+            int6_linear(x, matrix(32, 64), bias)
+
+    def test_other_backends_are_refused(self):
+        with pytest.raises(ValueError, match="backend='cuda'; allowed: reference, triton or None"):
+            int6_linear(torch.randn(1, 64), matrix(32, 64), backend="cuda")
+        with pytest.raises(ValueError, match=r"dout is torch.float32 \[1, 64\]"):
+            int6_linear_dx(torch.randn(1, 64), matrix(32, 64))
+
+
+class TestModule:
+    @pytest.mark.parametrize("bias", [True, False])
+    @pytest.mark.parametrize("group_size", [None, 64])
+    def test_stands_in_for_a_linear(self, bias, group_size):
+        linear, x = nn.Linear(128, 48, bias=bias), torch.randn(5, 128)
+        int6 = Int6Linear.from_linear(linear, group_size)
+        assert int6.bias is None or torch.equal(int6.bias, linear.bias)
+        assert torch.equal(int6(x), F.linear(x, int6.dequantize(), linear.bias))
+        assert 0 < (int6(x) - linear(x)).norm() < 0.05 * linear(x).norm()
+        assert [name for name, _ in int6.named_parameters()] == (["bias"] if bias else [])
+
+    def test_state_round_trips_through_safetensors(self, tmp_path):
+        int6 = Int6Linear.from_linear(nn.Linear(96, 40), 32)
+        safetensors.torch.save_file(int6.state_dict(), tmp_path / "linear.safetensors")
+        fresh = Int6Linear(96, 40, group_size=32)
+        fresh.load_state_dict(safetensors.torch.load_file(tmp_path / "linear.safetensors"))
+        assert torch.equal(fresh.packed, int6.packed) and torch.equal(fresh.scale, int6.scale)
+        x = torch.randn(2, 96)
+        assert torch.equal(fresh(x), int6(x))
+
+    def test_other_versions_and_truncated_data_are_refused_by_name(self):
+        state = Int6Linear.from_linear(nn.Linear(96, 40)).state_dict()
+        module = nn.Sequential(Int6Linear(96, 40))
+        for change, message in (
+            ({"0.layout": torch.tensor(LAYOUT + 1)}, "0.packed has layout version 2; this klora reads 1"),
+            ({"0.packed": state["packed"][:1]}, r"0.packed is torch.int32 \[1, 1, 3, 32, 4\]; this module takes"),
+            ({"0.scale": state["scale"].float()}, "0.scale is torch.float32"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                module.load_state_dict({f"0.{name}": tensor for name, tensor in state.items()} | change)
+
+    def test_a_cast_leaves_codes_and_scales(self):
+        int6 = Int6Linear.from_linear(nn.Linear(64, 32))
+        cast = copy.deepcopy(int6).to(torch.bfloat16)
+        assert cast.bias.dtype == torch.bfloat16
+        assert torch.equal(cast.scale, int6.scale) and torch.equal(cast.packed, int6.packed)
+        assert cast(torch.randn(2, 64).bfloat16()).dtype == torch.bfloat16
+
+    def test_trains_what_is_before_it_and_its_bias(self):
+        model = nn.Sequential(nn.Linear(16, 64), Int6Linear.from_linear(nn.Linear(64, 32)))
+        model(torch.randn(4, 16)).square().sum().backward()
+        assert model[0].weight.grad.norm() > 0 and model[1].bias.grad.norm() > 0
+
+
+@pytest.mark.parametrize("pick", [pick_config, pick_config_dx])
+def test_every_number_of_rows_has_a_config_that_fits_it(pick):
+    for M in (1, 2, 8, 9, 16, 17, 64, 65, 256, 1000, 4096, 100_000):
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            for assembly in (True, False):
+                config = pick(M, 4096, 4096, dtype, assembly)
+                assert config.kernel in ("warp", "tile", "dense")
+                assert assembly and dtype != torch.float32 or config.kernel != "warp"
+                assert config.kernel != "warp" or 8 * config.eights >= M
+                assert config.split <= 8 and config.num_warps in (4, 8, 16)
+
+
+class TestGPU:
+    """Few shapes and dtypes, for each kernel is compiled anew for each."""
+
+    pytestmark = GPU
+
+    @pytest.mark.parametrize("rows", [1, 7, 8, 9, 16, 17, 32, 33, 64, 100, 384, 400])
+    def test_product_and_gradients(self, rows):
+        for size in ((512, 512), (1536, 2048), (4096, 1024)):
+            check_product(matrix(*size, device="cuda"), rows, torch.bfloat16, "cuda", bias=False)
+
+    @pytest.mark.parametrize(
+        ("rows", "dtype", "group_size"),
+        [(5, torch.float16, None), (40, torch.float16, None), (5, torch.float32, None), (3, torch.bfloat16, 64)]
+        + [(12, torch.bfloat16, 32), (8, torch.float16, 128), (50, torch.bfloat16, 128)],
+    )
+    def test_dtypes_groups_and_bias(self, rows, dtype, group_size):
+        check_product(matrix(272, 1152, group_size, device="cuda"), rows, dtype, "cuda")
+
+    def test_odd_sizes_and_places(self):
+        for size in ((33, 36), (100, 1000)):
+            for rows in (3, 13):
+                check_product(matrix(*size, device="cuda"), rows, torch.bfloat16, "cuda", margin=1.2, bias=False)
+        weight = matrix(64, 256, device="cuda")
+        x = torch.randn(3 * 256 + 1, device="cuda", dtype=torch.bfloat16)[1:].view(3, 256)
+        assert torch.equal(int6_linear(x, weight), int6_linear(x.clone(), weight))
+
+    def test_identity_gives_the_weight(self):
+        weight = matrix(96, 256, device="cuda")
+        exact = weight.dequantize(torch.bfloat16)
+        eye = torch.eye(256, device="cuda", dtype=torch.bfloat16)
+        for rows in (1, 8, 16, 32, 64, 256):
+            for start in range(0, 256, rows):
+                out = int6_linear(eye[start : start + rows], weight)
+                assert torch.equal(out.T, exact[:, start : start + rows])
+
+    @pytest.mark.parametrize(("dtype", "group_size"), [(torch.bfloat16, None), (torch.float16, 64)])
+    def test_dequantised_bits(self, dtype, group_size):
+        weight = matrix(200, 1024, group_size, device="cuda")
+        assert torch.equal(dequantize(weight.packed, weight.scale, weight.shape, dtype), weight.dequantize(dtype))
+
+    @pytest.mark.parametrize(("least", "most"), [(1, 8), (9, 16), (17, 32), (33, 64), (65, 256)])
+    def test_a_row_s_bits_do_not_depend_on_the_batch(self, least, most):
+        weight = matrix(1536, 2048, device="cuda")
+        x = torch.randn(most, 2048, device="cuda", dtype=torch.bfloat16)
+        whole = int6_linear(x, weight)
+        for rows in {least, (least + most) // 2, most - 1}:
+            assert torch.equal(int6_linear(x[:rows], weight), whole[:rows])
+            assert torch.equal(int6_linear(x[-rows:], weight), whole[-rows:])
+
+    @pytest.mark.parametrize("rows", [1, 16, 32, 64, 256, 1024])
+    def test_the_same_bits_every_time(self, rows):
+        """Many programs and steps: products that run into each other would show in some of them."""
+        weight = matrix(8192, 4096, device="cuda")
+        x, dout = (torch.randn(rows, n, device="cuda", dtype=torch.bfloat16) for n in (4096, 8192))
+        first = int6_linear(x, weight), int6_linear_dx(dout, weight)
+        for _ in range(20):
+            again = int6_linear(x, weight), int6_linear_dx(dout, weight)
+            assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+    def test_opcheck_and_fullgraph(self):
+        weight = matrix(64, 256, device="cuda")
+        x = torch.randn(3, 256, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        torch.library.opcheck(torch.ops.klora.int6_product, (x, weight.packed, weight.scale, None, 64))
+        model = nn.Sequential(nn.Linear(256, 256), nn.GELU(), nn.Linear(256, 64)).cuda().bfloat16()
+        model[2] = Int6Linear.from_linear(model[2])
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        for rows in (1, 16):
+            x = torch.randn(rows, 256, device="cuda", dtype=torch.bfloat16)
+            torch.testing.assert_close(compiled(x), model(x), rtol=2e-2, atol=2e-2)
+
+    @pytest.mark.parametrize("rows", [1, 16, 64, 1024])
+    def test_replays_in_a_graph(self, rows):
+        weight = matrix(1536, 2048, device="cuda")
+        x, dout = (torch.randn(rows, n, device="cuda", dtype=torch.bfloat16) for n in (2048, 1536))
+        int6_linear(x, weight), int6_linear_dx(dout, weight)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out, dx = int6_linear(x, weight), int6_linear_dx(dout, weight)
+        x.normal_(), dout.normal_()
+        graph.replay()
+        assert torch.equal(out, int6_linear(x, weight)) and torch.equal(dx, int6_linear_dx(dout, weight))
+
+    def test_no_second_copy_for_the_backward(self):
+        weight = matrix(8192, 8192, device="cuda")
+        x = torch.randn(16, 8192, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        int6_linear(x, weight).sum().backward()
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        int6_linear(x, weight).sum().backward()
+        assert torch.cuda.max_memory_allocated() - before < weight.nbytes // 2
