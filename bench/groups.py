@@ -1,6 +1,6 @@
 """Every group of entries, by name. A new op is one line here."""
 
-from . import attention, ceilings, head, lora, lora_adam, muon, step, ttt
+from . import attention, ceilings, elementwise, head, int6, lora, lora_adam, muon, step, ttt
 from .entry import Entry
 
 GROUPS: dict[str, tuple[Entry, ...]] = {
@@ -11,6 +11,8 @@ GROUPS: dict[str, tuple[Entry, ...]] = {
     "lora": (*lora.ENTRIES, *lora_adam.ENTRIES),
     "head": head.ENTRIES,
     "muon": muon.ENTRIES,
+    "int6": int6.ENTRIES,
+    "elementwise": elementwise.ENTRIES,
 }
 
 

@@ -2,7 +2,21 @@
 
 from .attention import causal_attention_ref, pick_attention
 from .bigram import BOS, bigram_hash_ref
-from .int6 import Int6Weight, dequantize_int6_ref, pack_int6_ref, quantize_int6_ref, unpack_int6_ref
+from .int6 import (
+    Int6Linear,
+    Int6Matrix,
+    Int6Weight,
+    dequantize_int6_ref,
+    int6_linear,
+    int6_linear_dx,
+    int6_linear_ref,
+    pack_int6,
+    pack_int6_ref,
+    quantize_int6,
+    quantize_int6_ref,
+    unpack_int6,
+    unpack_int6_ref,
+)
 from .lora_adam import check_distinct_slots, lora_adam_, lora_adam_ref_
 from .lora_head_nll import (
     check_targets,
@@ -14,20 +28,26 @@ from .lora_head_nll import (
     softcap_nll_ref,
 )
 from .lora_qkv import check_slots, lora_qkv, lora_qkv_ref
-from .mlp import relu_squared_mlp_ref
+from .mlp import relu_squared, relu_squared_mlp, relu_squared_mlp_ref, relu_squared_ref
 from .newton_schulz import muon_apply_, muon_updates, newton_schulz, newton_schulz_ref
-from .rms_norm import rms_norm_ref
-from .rotary import norm_rotary_ref, ntk_base, rotary_tables
+from .rms_norm import ResidualNorm, residual_norm, residual_norm_ref, rms_norm, rms_norm_ref
+from .rotary import norm_rotary, norm_rotary_ref, ntk_base, rotary_tables
 
 __all__ = [
     "BOS",
+    "Int6Linear",
+    "Int6Matrix",
     "Int6Weight",
+    "ResidualNorm",
     "bigram_hash_ref",
     "causal_attention_ref",
     "check_distinct_slots",
     "check_slots",
     "check_targets",
     "dequantize_int6_ref",
+    "int6_linear",
+    "int6_linear_dx",
+    "int6_linear_ref",
     "lora_adam_",
     "lora_adam_ref_",
     "lora_head_nll",
@@ -39,16 +59,26 @@ __all__ = [
     "muon_updates",
     "newton_schulz",
     "newton_schulz_ref",
+    "norm_rotary",
     "norm_rotary_ref",
     "ntk_base",
+    "pack_int6",
     "pack_int6_ref",
     "pick_attention",
+    "quantize_int6",
     "quantize_int6_ref",
+    "relu_squared",
+    "relu_squared_mlp",
     "relu_squared_mlp_ref",
+    "relu_squared_ref",
+    "residual_norm",
+    "residual_norm_ref",
+    "rms_norm",
     "rms_norm_ref",
     "rotary_tables",
     "softcap_logits_ref",
     "softcap_nll",
     "softcap_nll_ref",
+    "unpack_int6",
     "unpack_int6_ref",
 ]

@@ -1,18 +1,9 @@
-"""Per-head QK-norm, rotary position embedding and query gain.
-
-    y = x / sqrt(mean(x^2) + eps)                     over one head, no weight
-    out[:d/2] = y[:d/2]*cos - y[d/2:]*sin             half-split rotation by position * base^(-2i/d)
-    out[d/2:] = y[d/2:]*cos + y[:d/2]*sin
-    out *= gain[h]                                    queries only
-
-x [B, S, H, d] in any float dtype; cos, sin [S, d/2] fp32 (fp64 for fp64 input); gain [H]. Rotation by RoFormer
-(Su et al. 2021), NTK-scaled base past the training length: base * (S / S_train)^(d / (d - 2)).
-"""
+"""The tables, and the plain statement of norm, rotation and gain."""
 
 import torch
 from torch import Tensor
 
-from .rms_norm import rms_norm_ref
+from ..rms_norm import rms_norm_ref
 
 
 def ntk_base(base: float, length: int, train_length: int, head_dim: int) -> float:

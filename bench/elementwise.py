@@ -1,0 +1,200 @@
+"""Group `elementwise`: norms, residual stream, rotary and squared ReLU, forward and backward, as adaptation runs them.
+
+Weights are frozen, so that the gradients are those of the activations and of the documents' biases; `trained` has the
+gradients of the vectors as well. The products around these ops are left out, all but those of the MLP.
+"""
+
+import torch
+from torch import Tensor
+
+from ..kernels.mlp import relu_squared, relu_squared_mlp, relu_squared_mlp_ref, relu_squared_ref
+from ..kernels.rms_norm import residual_norm, residual_norm_ref
+from ..kernels.rotary import norm_rotary, norm_rotary_ref, rotary_tables
+from .entry import Call, Entry, Shape, Tensors, Variant
+
+STREAM = {"64x1024": {"B": 64, "S": 1024, "D": 512}}
+HEADS = {"64x1024": {"B": 64, "S": 1024, "H": 8, "G": 4, "d": 64}}
+MLP = {"64x1024": {"B": 64, "S": 1024, "D": 512, "hidden": 1536}}
+TOY = {"B": 2, "S": 9, "D": 32, "H": 4, "G": 2, "d": 16, "hidden": 48}
+GATE = {"B": 4, "S": 1000, "D": 512, "H": 8, "G": 4, "d": 64, "hidden": 1536}
+
+ATTENTION = ("x", "branch", "scale")
+BETWEEN = (*ATTENTION, "bias", "mix", "x0")
+JOINED = (*BETWEEN, "pushed", "skip")
+VECTORS = ("scale", "bias", "mix", "skip")
+FROZEN = ("scale", "mix", "skip", "x0")
+
+
+def _variants(wrap, reference: Call, ours: Call) -> tuple[Variant, ...]:
+    return (
+        Variant("eager", lambda shape, device, dtype: wrap(reference)),
+        Variant("torch.compile", lambda shape, device, dtype: wrap(torch.compile(reference)), devices=("cuda",)),
+        Variant("klora", lambda shape, device, dtype: wrap(ours), is_ours=True),
+    )
+
+
+def _boundary(op: str, names: tuple[str, ...], tensors: int, trained: bool = False) -> Entry:
+    """One kind of boundary of a block; `tensors` [B, S, D] are read or written by forward and backward together."""
+
+    def draw(shape: Shape, device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Tensors:
+        batch, width = shape["B"], shape["D"]
+        sizes = {"scale": (width,), "skip": (width,), "mix": (2, width), "bias": (batch, width)}
+        stream = (batch, shape["S"], width)
+        drawn = [
+            torch.randn(sizes.get(name, stream), device=device, generator=generator).to(
+                torch.float32 if name in VECTORS else dtype
+            )
+            for name in (*names, "dx_in", "dn")
+        ]
+        return tuple(drawn)
+
+    def wrap(function: Call) -> Call:
+        def run(*inputs: Tensor) -> Tensors:
+            given = dict(zip(names, inputs[:-2], strict=True))
+            leaves = {name: t.detach().requires_grad_(trained or name not in FROZEN) for name, t in given.items()}
+            out = function(**leaves)
+            wanted = [leaf for leaf in leaves.values() if leaf.requires_grad]
+            return out.x_in, out.n, *torch.autograd.grad((out.x_in, out.n), wanted, inputs[-2:])
+
+        return run
+
+    def count(shape: Shape, itemsize: int) -> int:
+        vectors = sum({"mix": 2, "bias": 2 * shape["B"]}.get(name, 1) for name in names if name in VECTORS)
+        return shape["D"] * (tensors * itemsize * shape["B"] * shape["S"] + 4 * vectors)
+
+    return Entry(
+        group="elementwise",
+        op=op,
+        shapes=STREAM,
+        toy=TOY,
+        gate=GATE,
+        draw=draw,
+        truth=lambda shape, *inputs: wrap(residual_norm_ref)(*inputs),
+        variants=_variants(wrap, residual_norm_ref, residual_norm),
+        bytes=count,
+        # About two operations for every tensor that an element is combined with, and six for the norm.
+        flops=lambda shape: (2 * tensors + 6) * shape["B"] * shape["S"] * shape["D"],
+    )
+
+
+def _draw_heads(shape: Shape, device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Tensors:
+    """The stacked output of a QKV product, gain, dq, dk."""
+    batch, tokens, heads, groups, size = (shape[name] for name in ("B", "S", "H", "G", "d"))
+    outer = batch, tokens
+    sizes = (*outer, (heads + 2 * groups) * size), (heads,), (*outer, heads, size), (*outer, groups, size)
+    qkv, gain, dq, dk = (torch.randn(size, device=device, generator=generator) for size in sizes)
+    return qkv.to(dtype), gain, dq.to(dtype), dk.to(dtype)
+
+
+def _rotary_reference(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, gain: Tensor) -> Tensors:
+    return norm_rotary_ref(q, cos, sin, gain), norm_rotary_ref(k, cos, sin)
+
+
+def _rotary(function: Call, shape: Shape, device: torch.device, tables: torch.dtype = torch.float32) -> Call:
+    """q, k and their gradients; cos and sin are built before, in the dtype `tables`."""
+    cos, sin = rotary_tables(shape["S"], shape["d"], 50000.0, device, tables)
+
+    def run(qkv: Tensor, gain: Tensor, dq: Tensor, dk: Tensor) -> Tensors:
+        heads, groups, size = dq.size(2), dk.size(2), dq.size(3)
+        parts = qkv.split([heads * size, groups * size, groups * size], dim=-1)[:2]
+        q, k = (part.unflatten(-1, (-1, size)).detach().requires_grad_() for part in parts)
+        outputs = function(q, k, cos, sin, gain)
+        return *outputs, *torch.autograd.grad(outputs, (q, k), (dq, dk))
+
+    return run
+
+
+def _rotary_bytes(shape: Shape, itemsize: int) -> int:
+    """q and k in and out; dq and dk in and out, q and k again; the tables twice."""
+    tokens, both = shape["B"] * shape["S"], (shape["H"] + shape["G"]) * shape["d"]
+    return 5 * tokens * both * itemsize + 8 * shape["S"] * shape["d"]
+
+
+def _draw_hidden(shape: Shape, device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Tensors:
+    size = shape["B"] * shape["S"], shape["hidden"]
+    return tuple(torch.randn(size, device=device, generator=generator).to(dtype) for _ in range(2))
+
+
+def _activation(function: Call) -> Call:
+    def run(u: Tensor, dout: Tensor) -> Tensors:
+        leaf = u.detach().requires_grad_()
+        out = function(leaf)
+        return out, torch.autograd.grad(out, leaf, dout)[0]
+
+    return run
+
+
+def _draw_mlp(shape: Shape, device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Tensors:
+    """x, up, down, dout."""
+    rows, width, hidden = shape["B"] * shape["S"], shape["D"], shape["hidden"]
+    sizes = ((rows, width), 1.0), ((hidden, width), width**-0.5), ((width, hidden), hidden**-0.5), ((rows, width), 1.0)
+    return tuple((torch.randn(size, device=device, generator=generator) * scale).to(dtype) for size, scale in sizes)
+
+
+def _frozen_mlp(function: Call) -> Call:
+    """The output and dx."""
+
+    def run(x: Tensor, up: Tensor, down: Tensor, dout: Tensor) -> Tensors:
+        leaf = x.detach().requires_grad_()
+        out = function(leaf, up, down)
+        return out, torch.autograd.grad(out, leaf, dout)[0]
+
+    return run
+
+
+def _mlp_bytes(shape: Shape, itemsize: int) -> int:
+    """x, u and out; dout, u again and dx: what a single kernel each way would move. The weights twice."""
+    rows, width, hidden = shape["B"] * shape["S"], shape["D"], shape["hidden"]
+    return itemsize * (rows * (4 * width + 2 * hidden) + 4 * width * hidden)
+
+
+ENTRIES = (
+    _boundary("residual_norm_after_attention", ATTENTION, 9),
+    _boundary("residual_norm_between_blocks", BETWEEN, 10),
+    _boundary("residual_norm_joined", JOINED, 12),
+    _boundary("residual_norm_trained", JOINED, 17, trained=True),
+    Entry(
+        group="elementwise",
+        op="norm_rotary",
+        shapes=HEADS,
+        toy=TOY,
+        gate=GATE,
+        draw=_draw_heads,
+        truth=lambda shape, qkv, *rest: _rotary(_rotary_reference, shape, qkv.device, torch.float64)(qkv, *rest),
+        variants=(
+            Variant("eager", lambda shape, device, dtype: _rotary(_rotary_reference, shape, device)),
+            Variant(
+                "torch.compile",
+                lambda shape, device, dtype: _rotary(torch.compile(_rotary_reference), shape, device),
+                devices=("cuda",),
+            ),
+            Variant("klora", lambda shape, device, dtype: _rotary(norm_rotary, shape, device), is_ours=True),
+        ),
+        bytes=_rotary_bytes,
+        flops=lambda shape: 20 * shape["B"] * shape["S"] * (shape["H"] + shape["G"]) * shape["d"],
+    ),
+    Entry(
+        group="elementwise",
+        op="relu_squared",
+        shapes=MLP,
+        toy=TOY,
+        gate=GATE,
+        draw=_draw_hidden,
+        truth=lambda shape, *inputs: _activation(relu_squared_ref)(*inputs),
+        variants=_variants(_activation, relu_squared_ref, relu_squared),
+        bytes=lambda shape, itemsize: 5 * itemsize * shape["B"] * shape["S"] * shape["hidden"],
+        flops=lambda shape: 5 * shape["B"] * shape["S"] * shape["hidden"],
+    ),
+    Entry(
+        group="elementwise",
+        op="relu_squared_mlp_frozen",
+        shapes=MLP,
+        toy=TOY,
+        gate=GATE,
+        draw=_draw_mlp,
+        truth=lambda shape, *inputs: _frozen_mlp(relu_squared_mlp_ref)(*inputs),
+        variants=_variants(_frozen_mlp, relu_squared_mlp_ref, relu_squared_mlp),
+        bytes=_mlp_bytes,
+        flops=lambda shape: 8 * shape["B"] * shape["S"] * shape["D"] * shape["hidden"],
+    ),
+)

@@ -1,0 +1,184 @@
+"""The backward kernel, and the sum of its splits."""
+
+import triton
+import triton.language as tl
+
+from .forward import bias_row, columns, mean_of_rows
+
+SPLITS_AT_ONCE = 32
+"""Splits that the second stage adds in one tile: all of a document of 1,024 tokens."""
+
+
+@triton.jit
+def backward(
+    dn_ptr,
+    dx_in_ptr,
+    dx_out_ptr,
+    n_ptr,
+    rstd_ptr,
+    x_ptr,
+    branch_ptr,
+    scale_ptr,
+    bias_ptr,
+    slots_ptr,
+    pushed_ptr,
+    skip_ptr,
+    mix_ptr,
+    x0_ptr,
+    dx_ptr,
+    dbranch_ptr,
+    dpushed_ptr,
+    dx0_ptr,
+    sums_ptr,
+    tokens,
+    pool,
+    bias_stride,
+    BIAS: tl.constexpr,
+    SCALE: tl.constexpr,
+    MIX: tl.constexpr,
+    SKIP: tl.constexpr,
+    D: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    STEPS: tl.constexpr,
+):
+    """Gradients of SPLIT = ROWS * STEPS tokens; BIAS, SCALE, MIX, SKIP say whose sums go to sums_ptr, in that order."""
+    splits = tl.cdiv(tokens, ROWS * STEPS)
+    document = tl.program_id(0) // splits
+    first = (tl.program_id(0) % splits) * (ROWS * STEPS)
+    column = columns(CHUNKS, CHUNK)
+    wide = column < D
+    if scale_ptr is not None:
+        scale = tl.load(scale_ptr + column, mask=wide, other=0.0)
+    if skip_ptr is not None:
+        skip = tl.load(skip_ptr + column, mask=wide, other=0.0)
+    if mix_ptr is not None:
+        keep = tl.load(mix_ptr + column, mask=wide, other=0.0)
+        restore = tl.load(mix_ptr + D + column, mask=wide, other=0.0)
+    if MIX and bias_ptr is not None:
+        bias = bias_row(bias_ptr, slots_ptr, document, pool, bias_stride, column, D)
+    if BIAS:
+        dbias = tl.zeros((ROWS, CHUNKS, CHUNK), tl.float32)
+    if SCALE:
+        dscale = tl.zeros((ROWS, CHUNKS, CHUNK), tl.float32)
+    if MIX:
+        dkeep = tl.zeros((ROWS, CHUNKS, CHUNK), tl.float32)
+        drestore = tl.zeros((ROWS, CHUNKS, CHUNK), tl.float32)
+    if SKIP:
+        dskip = tl.zeros((ROWS, CHUNKS, CHUNK), tl.float32)
+    row_of_batch = document.to(tl.int64) * tokens + first
+    base = row_of_batch * D
+    for step in range(STEPS):
+        rows = step * ROWS + tl.arange(0, ROWS)
+        row = rows[:, None, None]
+        inside = (first + row < tokens) & wide
+        at = row * D + column
+        grad = tl.zeros((ROWS, CHUNKS, CHUNK), tl.float32)
+        if dn_ptr is not None:
+            dn = tl.load(dn_ptr + base + at, mask=inside, other=0.0).to(tl.float32)
+            n = tl.load(n_ptr + base + at, mask=inside, other=0.0).to(tl.float32)
+            rstd = tl.load(rstd_ptr + row_of_batch + rows, mask=first + rows < tokens, other=0.0)
+            mean = mean_of_rows(dn * n, D)
+            grad = rstd[:, None, None] * (dn - n * mean[:, None, None])
+        if dx_in_ptr is not None:
+            grad += tl.load(dx_in_ptr + base + at, mask=inside, other=0.0).to(tl.float32)
+        if SCALE or (MIX and branch_ptr is not None):
+            branch = tl.load(branch_ptr + base + at, mask=inside, other=0.0).to(tl.float32)
+        if SKIP or (MIX and pushed_ptr is not None):
+            pushed = tl.load(pushed_ptr + base + at, mask=inside, other=0.0).to(tl.float32)
+        if MIX:
+            value = tl.load(x_ptr + base + at, mask=inside, other=0.0).to(tl.float32)
+            if branch_ptr is not None:
+                value += branch if scale_ptr is None else scale * branch
+            if bias_ptr is not None:
+                value += bias
+            if pushed_ptr is not None:
+                value += skip * pushed
+            dkeep += grad * value
+            drestore += grad * tl.load(x0_ptr + base + at, mask=inside, other=0.0).to(tl.float32)
+        if dx0_ptr is not None:
+            tl.store(dx0_ptr + base + at, (restore * grad).to(dx0_ptr.dtype.element_ty), mask=inside)
+        if mix_ptr is not None:
+            grad *= keep
+        if SKIP:
+            dskip += grad * pushed
+        if dpushed_ptr is not None:
+            tl.store(dpushed_ptr + base + at, (skip * grad).to(dpushed_ptr.dtype.element_ty), mask=inside)
+        if dx_out_ptr is not None:
+            grad += tl.load(dx_out_ptr + base + at, mask=inside, other=0.0).to(tl.float32)
+        if dx_ptr is not None:
+            tl.store(dx_ptr + base + at, grad.to(dx_ptr.dtype.element_ty), mask=inside)
+        if dbranch_ptr is not None:
+            tl.store(dbranch_ptr + base + at, (scale * grad).to(dbranch_ptr.dtype.element_ty), mask=inside)
+        if BIAS:
+            dbias += grad
+        if SCALE:
+            dscale += grad * branch
+    place = tl.program_id(0).to(tl.int64)
+    if BIAS:
+        _store_sum(sums_ptr, place, dbias, column, D)
+        place += tl.num_programs(0)
+    if SCALE:
+        _store_sum(sums_ptr, place, dscale, column, D)
+        place += tl.num_programs(0)
+    if MIX:
+        _store_sum(sums_ptr, place, dkeep, column, D)
+        place += tl.num_programs(0)
+        _store_sum(sums_ptr, place, drestore, column, D)
+        place += tl.num_programs(0)
+    if SKIP:
+        _store_sum(sums_ptr, place, dskip, column, D)
+
+
+@triton.jit
+def _store_sum(sums_ptr, place, tile, column, D: tl.constexpr):
+    tl.store(sums_ptr + place * D + column, tl.sum(tile, axis=0, keep_dims=True), mask=column < D)
+
+
+@triton.jit
+def add_splits(
+    sums_ptr,
+    out_ptr,
+    slots_ptr,
+    batch,
+    splits,
+    pool,
+    out_stride,
+    D: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """out[row] = sum of sums[row, :splits]; with slots out[slot] = that of all rows that name the slot, in order.
+
+    Rows of `out` lie out_stride apart; what no row names is left alone. The first row that names a slot does the work
+    for all of them.
+    """
+    row = tl.program_id(0)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float32)
+    if slots_ptr is None:
+        total += _document_sum(sums_ptr, row, splits, column, D, SPLITS, BLOCK)
+        tl.store(out_ptr + row.to(tl.int64) * out_stride + column, total, mask=column < D)
+    else:
+        slot = tl.load(slots_ptr + row).to(tl.int64)
+        earlier = 0
+        for other in range(batch):
+            if tl.load(slots_ptr + other).to(tl.int64) == slot:
+                if other < row:
+                    earlier += 1
+                else:
+                    total += _document_sum(sums_ptr, other, splits, column, D, SPLITS, BLOCK)
+        if (slot >= 0) & (slot < pool) & (earlier == 0):
+            tl.store(out_ptr + slot * out_stride + column, total, mask=column < D)
+
+
+@triton.jit
+def _document_sum(sums_ptr, document, splits, column, D: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
+    total = tl.zeros((BLOCK,), tl.float32)
+    base = sums_ptr + tl.cast(document, tl.int64) * splits * D
+    for start in range(0, splits, SPLITS):
+        split = start + tl.arange(0, SPLITS)
+        inside = (split < splits)[:, None] & (column < D)[None, :]
+        total += tl.sum(tl.load(base + split[:, None] * D + column[None, :], mask=inside, other=0.0), axis=0)
+    return total

@@ -1,0 +1,52 @@
+"""The plain statement of the norm and of the boundary of a block."""
+
+from typing import NamedTuple
+
+import torch.nn.functional as F
+from torch import Tensor
+
+EPS = 2.0**-23
+
+
+class ResidualNorm(NamedTuple):
+    """What comes out of a boundary."""
+
+    x_out: Tensor | None
+    """the block's output, where it was asked for"""
+    x_in: Tensor | None
+    """the residual stream that goes on, unless it ends here"""
+    n: Tensor
+    """x_in normalised"""
+
+
+def rms_norm_ref(x: Tensor) -> Tensor:
+    """x / rms(x) over the last dimension."""
+    return F.rms_norm(x, (x.size(-1),), eps=EPS)
+
+
+def residual_norm_ref(
+    x: Tensor,
+    branch: Tensor | None = None,
+    scale: Tensor | None = None,
+    *,
+    bias: Tensor | None = None,
+    slots: Tensor | None = None,
+    pushed: Tensor | None = None,
+    skip: Tensor | None = None,
+    mix: Tensor | None = None,
+    x0: Tensor | None = None,
+    push: bool = False,
+    last: bool = False,
+) -> ResidualNorm:
+    """The boundary term by term in x's dtype. x_out is None without `push`, x_in with `last`."""
+    x_out = x
+    if branch is not None:
+        x_out = x_out + (branch if scale is None else scale.to(x.dtype) * branch)
+    if bias is not None:
+        rows = bias if slots is None else bias[slots.clamp(min=0)] * (slots >= 0)[:, None]
+        x_out = x_out + rows.to(x.dtype)[:, None]
+    x_in = x_out if pushed is None else x_out + skip.to(x.dtype) * pushed
+    if mix is not None:
+        keep, restore = mix.to(x.dtype)
+        x_in = keep * x_in + restore * x0
+    return ResidualNorm(x_out if push else None, None if last else x_in, rms_norm_ref(x_in))
