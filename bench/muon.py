@@ -1,5 +1,7 @@
 """Group `muon`: Newton-Schulz of a model's matrices and of large ones, and Muon's whole step."""
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -137,6 +139,10 @@ def _optimizer_step(kind, state: str, share: float, **options):
     return make
 
 
+def _compiled_step(parameters: list[Tensor], gradients: list[Tensor], momenta: list[Tensor]):
+    return partial(torch.compile(_step_ref), parameters, gradients, momenta)
+
+
 SEED = {"blocks": 10, "D": 512, "kv": 256, "H": 1536}
 TOY = {"blocks": 1, "D": 24, "kv": 12, "H": 36}
 
@@ -181,6 +187,7 @@ ENTRIES = (
         truth=_truth_step,
         variants=(
             Variant("eager", _stepping(_optimizer_step(Muon, "momentum", 1.0, backend="reference")), captures=False),
+            Variant("torch.compile", _stepping(_compiled_step), devices=("cuda",)),
             Variant(
                 "torch.optim.Muon",  # in bf16 everywhere, so there is nothing to compare it with on a CPU
                 _stepping(_optimizer_step(torch.optim.Muon, "momentum_buffer", 1 - MOMENTUM)),
