@@ -49,7 +49,9 @@ def _drawing(side: int) -> Callable[[Shape, torch.device, torch.dtype, torch.Gen
 
         tensors = [randn(shape.get("M", 1), width).to(dtype) for width in sorted({s[side] for s in _sizes(shape)})]
         for rows, columns in _sizes(shape):
-            matrix = quantize_int6(randn(rows, columns) * columns**-0.5)
+            weight = randn(rows, columns)
+            weight += 0.1 * weight.sign()  # more than half a step from zero: no code is 0
+            matrix = quantize_int6(weight * columns**-0.5)
             tensors += [matrix.packed, matrix.scale, matrix.dequantize(dtype)]
         return tuple(tensors)
 
