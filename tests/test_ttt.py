@@ -57,7 +57,7 @@ def naive_score_first(model, doc: Document, config: TTTConfig) -> tuple[float, l
         start = max(0, end - config.window)
         first = j * config.chunk
         for step in range(config.steps_per_chunk):
-            for part, view in zip(params, pool._views(pool.params, 1), strict=True):
+            for part, view in zip(params, pool.views(pool.params, 1), strict=True):
                 view.copy_(part.detach())
             adapters, (head_a, head_b) = pool.adapters(1)
             hidden = model.hidden(tokens[None, start:end], adapters)[0, first - start :]

@@ -94,21 +94,27 @@ class AdapterPool:
         for tensor in (self.grads, self.exp_avg, self.exp_avg_sq, self.step):
             tensor.zero_()
 
+    def start(self, slots: Tensor) -> None:
+        """Put the slots that `slots` int64 names back to the initial state. What waits in `grads` is left there."""
+        self.params.index_copy_(0, slots, self.initial.expand(len(slots), -1))
+        for tensor in (self.exp_avg, self.exp_avg_sq, self.step):
+            tensor.index_fill_(0, slots, 0)
+
     def adapters(self, count: int) -> tuple[list[BlockAdapter], tuple[Tensor, Tensor]]:
         """The adapters of the first `count` slots: one BlockAdapter a block, and the head's (A, B).
 
         They are autograd leaves over the pool's memory; :meth:`backward` differentiates with respect to them.
         """
-        self._leaves = [view.detach().requires_grad_() for view in self._views(self.params, count)]
+        self._leaves = [view.detach().requires_grad_() for view in self.views(self.params, count)]
         *blocks, head_a, head_b = self._leaves
         return [BlockAdapter(*blocks[i : i + 3]) for i in range(0, len(blocks), 3)], (head_a, head_b)
 
     def backward(self, loss: Tensor, count: int) -> None:
         """Write the gradient of `loss` to the adapters last handed out into `grads`, for the first `count` slots."""
         gradients = torch.autograd.grad(loss, self._leaves)
-        torch._foreach_copy_(self._views(self.grads, count), [gradient[:count] for gradient in gradients])
+        torch._foreach_copy_(self.views(self.grads, count), [gradient[:count] for gradient in gradients])
 
-    def _views(self, rows: Tensor, count: int) -> list[Tensor]:
+    def views(self, rows: Tensor, count: int) -> list[Tensor]:
         """Each part of the first `count` rows, as a view [count, *shape]."""
         return [rows[:count, p.start : p.stop].view(count, *p.shape) for p in self.layout.parts]
 

@@ -1,0 +1,480 @@
+"""The engine: the eager scorer's numbers, whatever the batch; a schedule without gaps; no wait inside a step."""
+
+import dataclasses
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from conftest import SMALL, randomized
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from klora.model.artifact import load_artifact, save_artifact
+from klora.model.config import ModelConfig, preset
+from klora.model.gpt import GPT
+from klora.model.loading import model_from_artifact
+from klora.ttt.adapters import AdapterPool
+from klora.ttt.documents import Document
+from klora.ttt.engine import (
+    Engine,
+    Run,
+    activation_bytes,
+    adapt_documents,
+    largest_batch,
+    slot_bytes,
+)
+from klora.ttt.protocols import TTTConfig
+from klora.ttt.schedule import Schedule, queue_lengths
+from klora.ttt.scorer import Adapted, Batch, Deadline, adapt_batch
+from klora.ttt.step import clear_plan
+from test_ttt import document
+from torch.utils._python_dispatch import TorchDispatchMode
+
+TTT = TTTConfig(chunk=16, window=64, min_tokens=2, lora_rank=2, head_rank=3, epochs=2, deadline=0.0, batch=4)
+RAGGED = (113, 1, 16, 17, 64, 65, 7, 96)
+"""One target, exactly one chunk and one more, exactly one window and one more, and long ones, in no order."""
+
+
+SHALLOW = dataclasses.replace(SMALL, blocks=4)
+
+
+def model64(config: ModelConfig = SHALLOW) -> GPT:
+    return randomized(config, torch.float64).requires_grad_(False)
+
+
+def documents(targets=RAGGED):
+    return [document(n, seed) for seed, n in enumerate(targets)]
+
+
+def eager(model: GPT, docs, config: TTTConfig, dtype=torch.float64) -> Adapted:
+    """The eager scorer's results in the order of `docs`."""
+    order = sorted(range(len(docs)), key=lambda i: -docs[i].targets)
+    pool = AdapterPool(model.config, config, len(docs), model.embed.device, dtype)
+    adapted = adapt_batch(model, pool, Batch([docs[i] for i in order], config, model.embed.device), Deadline(0))
+    back = np.argsort(order)
+    return Adapted(adapted.nats[back], adapted.targets[back], adapted.kept_pass[back])
+
+
+def engine_for(model: GPT, docs, config: TTTConfig, **options) -> Engine:
+    return Engine(model, config, sum(d.targets + 1 for d in docs), **options)
+
+
+def token_nll(engine: Engine, docs, row: int = 0) -> list[np.ndarray]:
+    """What the engine recorded for each document's targets, in the order of `docs`."""
+    order = sorted(range(len(docs)), key=lambda i: -docs[i].targets)
+    run = Run([docs[i] for i in order], engine.config)
+    record = engine.record[row * len(engine.tokens) : (row + 1) * len(engine.tokens)].cpu().numpy()
+    parts = [record[o + 1 : o + 1 + n] for o, n in zip(run.offsets, run.targets, strict=True)]
+    return [parts[i] for i in np.argsort(order)]
+
+
+def eager_token_nll(model: GPT, doc, config: TTTConfig, dtype=torch.float64) -> list[np.ndarray]:
+    """NLL of one document alone in each pass, chunk after chunk, by the eager scorer's own step."""
+    from klora.ttt.scorer import _score_then_train
+
+    pool = AdapterPool(model.config, config, 1, model.embed.device, dtype)
+    batch = Batch([doc], config, model.embed.device)
+    passes = []
+    for _ in range(config.passes):
+        chunks = [_score_then_train(model, pool, batch, j) for j in range(batch.rounds)]
+        passes.append(torch.cat([nll[exists] for nll, exists in chunks]).cpu().numpy())
+    return passes
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("protocol", ["score_first", "multi_epoch", "min_nll"])
+def test_every_token_has_the_eager_scorers_nll_in_float64(protocol, steps):
+    config = TTT.override({"protocol": protocol, "steps_per_chunk": steps, "lr": 0.02})
+    model, docs = model64(), documents()
+    engine = engine_for(model, docs, config, rows=(2,), slots=5)
+    adapted, expected = engine.adapt(docs, Deadline(0)), eager(model, docs, config)
+    assert adapted.targets.tolist() == list(RAGGED) == expected.targets.tolist()
+    assert adapted.kept_pass.tolist() == expected.kept_pass.tolist()
+    np.testing.assert_allclose(adapted.nats, expected.nats, rtol=1e-9)
+    for index in (0, 2, 5, 6):
+        doc = docs[index]
+        passes = eager_token_nll(model, doc, config)
+        rows = range(config.passes) if protocol == "min_nll" else [0]
+        for row in rows:
+            found = token_nll(engine, docs, row)[index]
+            np.testing.assert_allclose(found, passes[row] if protocol == "min_nll" else passes[-1], rtol=1e-9)
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 4])
+@pytest.mark.parametrize("chunk, window", [(16, 100), (20, 50), (32, 32)])
+def test_any_depth_and_any_window_agree_with_the_eager_scorer(blocks, chunk, window):
+    """Windows past the training length and no multiple of the chunk; U-Nets of no, one and several skips."""
+    config = TTT.override({"chunk": chunk, "window": window})
+    model, docs = model64(dataclasses.replace(SMALL, blocks=blocks)), documents((130, 101, 33, 100))
+    adapted = adapt_documents(model, docs, config, Deadline(0))
+    np.testing.assert_allclose(adapted.nats, eager(model, docs, config).nats, rtol=1e-9)
+
+
+def test_fp32_agrees_with_the_eager_scorer():
+    model, docs = randomized().requires_grad_(False), documents()
+    adapted = adapt_documents(model, docs, TTT, Deadline(0))
+    np.testing.assert_allclose(adapted.nats, eager(model, docs, TTT, torch.float32).nats, rtol=1e-4)
+
+
+def test_a_model_of_six_bits_gives_what_its_dense_twin_gives(tokenizer, tmp_path):
+    config = dataclasses.replace(SHALLOW, vocab_size=tokenizer.vocab_size)
+    path = tmp_path / "model.klora"
+    save_artifact(path, randomized(config).state_dict(), config, tokenizer.to_bytes(), {"steps": 0})
+    loaded, docs = load_artifact(path), documents((65, 20))
+    dense, packed = (
+        adapt_documents(model_from_artifact(loaded, torch.device("cpu"), weights), docs, TTT, Deadline(0)).nats
+        for weights in ("dense", "int6")
+    )
+    np.testing.assert_allclose(packed, dense, rtol=1e-6)
+
+
+def test_a_document_does_not_know_its_batch():
+    """Batch mates, order, slots, batch and number of places change nothing but the order of sums inside a product."""
+    config = TTT.override({"protocol": "min_nll"})
+    model, docs = model64(), documents()
+    whole = adapt_documents(model, docs, config, Deadline(0)).nats
+    np.testing.assert_allclose(adapt_documents(model, docs[::-1], config, Deadline(0)).nats[::-1], whole, rtol=1e-12)
+    for batch, rows, slots in ((1, (), 1), (3, (1,), 3), (64, (16, 4), 256), (4, (), 2), (8, (1, 2, 3, 4, 5), 9)):
+        again = adapt_documents(model, docs, config.override({"batch": batch}), Deadline(0), rows=rows, slots=slots)
+        np.testing.assert_allclose(again.nats, whole, rtol=1e-12)
+    alone = [adapt_documents(model, [doc], config, Deadline(0)).nats[0] for doc in docs]
+    np.testing.assert_allclose(alone, whole, rtol=1e-12)
+
+
+def test_an_engine_is_used_again_without_a_trace_of_the_run_before():
+    model, docs = model64(), documents()
+    engine = engine_for(model, docs, TTT)
+    first = engine.adapt(docs, Deadline(0))
+    engine.adapt(documents((100, 30))[::-1], Deadline(0))
+    again = engine.adapt(docs, Deadline(0))
+    assert again.nats.tolist() == first.nats.tolist()
+    with pytest.raises(ValueError, match=r"the documents have 1000 tokens; this engine holds \d+"):
+        engine.adapt([document(999)], Deadline(0))
+
+
+def test_facts_say_what_was_chosen_and_how_full_the_places_were():
+    facts = {}
+    docs = documents()
+    adapt_documents(model64(), docs, TTT, Deadline(0), facts=facts, slots=6)
+    assert facts["batch"] == 4 and facts["slots"] == 6 and facts["rows"] == [4] and facts["captured"] is False
+    assert facts["estimated_bytes"] > 6 * slot_bytes(model64(), TTT)
+    assert 0 < facts["useful_places"] <= 1 and facts["rounds"] >= 8
+
+
+def test_no_documents_are_no_rounds():
+    adapted = adapt_documents(model64(), [], TTT, Deadline(0))
+    assert len(adapted.nats) == len(adapted.targets) == len(adapted.kept_pass) == 0
+
+
+def test_what_cannot_be_is_refused():
+    with pytest.raises(ValueError, match="capture is True, on cpu with backend None; graphs want CUDA kernels"):
+        Engine(model64(), TTT, 100, capture=True)
+    with pytest.raises(ValueError, match="slots is 0; allowed: at least 1"):
+        Engine(model64(), TTT, 100, slots=0)
+    with pytest.raises(ValueError, match="tokens is 1; allowed: 2 to"):
+        Engine(model64(), TTT, 1)
+
+
+def test_the_estimate_grows_with_what_is_kept():
+    model = model64()
+    assert activation_bytes(model, TTT, 8) == pytest.approx(2 * activation_bytes(model, TTT, 4), abs=2)
+    assert activation_bytes(model, TTT.override({"window": 128}), 4) > activation_bytes(model, TTT, 4)
+
+
+def test_the_batch_is_halved_until_it_fits():
+    assert largest_batch(64, lambda batch: 100 * batch, 10_000) == 64
+    assert largest_batch(64, lambda batch: 100 * batch, 7_000) == 32
+    with pytest.raises(MemoryError, match="takes about 100 MiB and 99 MiB are free"):
+        largest_batch(64, lambda batch: batch * 100 << 20, 99 << 20)
+
+
+# ---- deadline ----
+
+
+class AfterRounds(Deadline):
+    """Passes once it was asked `rounds` times."""
+
+    def __init__(self, rounds: int):
+        self.left = rounds
+
+    def passed(self) -> bool:
+        self.left -= 1
+        return self.left < 0
+
+
+def test_the_deadline_stops_between_rounds_and_counts_what_was_scored():
+    model, docs = model64(), documents()
+    full = engine_for(model, docs, TTT, slots=5)
+    full.adapt(docs, Deadline(0))
+    whole = token_nll(full, docs)
+    seen = []
+    for rounds in range(0, full.facts["rounds"] + 1, 4):
+        engine = engine_for(model, docs, TTT, slots=5)
+        passed = []
+        adapted = engine.adapt(docs, AfterRounds(rounds), progress=passed.append)
+        assert engine.facts["rounds"] == rounds == len(passed)
+        assert adapted.targets.sum() == (passed[-1] if passed else 0)
+        seen.append(int(adapted.targets.sum()))
+        for reached, doc, nll, nats in zip(adapted.targets, docs, whole, adapted.nats, strict=True):
+            assert reached == doc.targets or reached % TTT.chunk == 0
+            assert nats == pytest.approx(nll[:reached].sum(), rel=1e-12, abs=1e-12)
+    assert seen == sorted(seen) and seen[0] == 0
+    stops = iter([False, False, True])
+    stopped = adapt_documents(model, docs, TTT, Deadline(0), lambda: next(stops))
+    assert 0 < stopped.targets.sum() < sum(RAGGED)
+
+
+@pytest.mark.parametrize("protocol", ["multi_epoch", "min_nll"])
+def test_leaky_documents_count_only_when_their_last_pass_has_ended(protocol):
+    config = TTT.override({"protocol": protocol})
+    model, docs = model64(), documents()
+    whole = adapt_documents(model, docs, config, Deadline(0))
+    counted = []
+    for rounds in (0, 5, 13, 10**6):
+        adapted = adapt_documents(model, docs, config, AfterRounds(rounds))
+        done = adapted.targets > 0
+        assert adapted.targets[done].tolist() == whole.targets[done].tolist()
+        np.testing.assert_allclose(adapted.nats[done], whole.nats[done], rtol=1e-12)
+        counted.append(int(done.sum()))
+    assert counted[0] == 0 and counted == sorted(counted) and counted[-1] == len(docs) and 0 < counted[2] < len(docs)
+
+
+# ---- the step ----
+
+
+class NoWait(TorchDispatchMode):
+    """Fails where a value would be brought from the device to the host."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func.overloadpacket._qualified_op_name not in (
+            "aten::_local_scalar_dense",
+            "aten::is_nonzero",
+            "aten::equal",
+        ), func
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("protocol", ["score_first", "min_nll"])
+def test_a_round_brings_nothing_to_the_host(protocol):
+    config = TTT.override({"protocol": protocol, "steps_per_chunk": 2})
+    docs = documents()
+    engine = engine_for(model64(), docs, config, slots=5)
+    run = Run(sorted(docs, key=lambda d: -d.targets), config)
+    rounds = list(Schedule(run.chunks, config.passes, 5, engine.lengths, engine.rows))
+    engine.prepare()
+    engine._load(run, sorted(docs, key=lambda d: -d.targets))
+    with NoWait():
+        for number, taken in enumerate(rounds[:12]):
+            engine._launch(number, taken, run)
+    with pytest.raises(AssertionError), NoWait():
+        engine.record.sum().item()
+
+
+class Ops(TorchDispatchMode):
+    """Counts the project's own ops."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "klora":
+            self.seen[func._opname] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_step_is_shapes_alone_and_runs_the_kernels_once_where_they_are_needed():
+    """The `seed` preset in bf16 without memory: nothing in a step asks for a value, or fits its ops badly together."""
+    with torch.device("meta"):
+        model = GPT(preset("seed").model).requires_grad_(False)
+    model.compute_dtype = torch.bfloat16
+    engine = Engine(model, TTTConfig(batch=4), 5000, rows=(), capture=False, backend="triton")
+    engine.prepare()
+    with Ops() as ops:
+        engine._steps[3, 4, True]()
+    assert ops.seen == {
+        "residual_norm": 22,  # one before the smear
+        "lora_qkv": 10,
+        "norm_rotary": 10,
+        "relu_squared": 10,
+        "lora_head_nll_grads_": 1,
+        "residual_norm_backward_into": 10,
+        "residual_norm_backward": 10,  # none below block 0
+        "lora_qkv_backward_into": 10,
+        "norm_rotary_backward": 10,
+        "relu_squared_backward": 10,
+        "lora_adam_": 1,
+    }
+    with Ops() as ops:
+        engine._steps[0, 4, False]()
+    assert ops.seen == {"residual_norm": 22, "lora_qkv": 10, "norm_rotary": 10, "relu_squared": 10, "head_nll": 1}
+
+
+def test_steps_over_empty_places_leave_no_trace():
+    """What a capture runs: every shape, over a pool, a record and counters that hold something."""
+    docs = documents()
+    engine = engine_for(model64(), docs, TTT, rows=(1, 2), slots=3)
+    engine.adapt(docs, Deadline(0))
+    pool, cells = engine.pool, len(engine.tokens)
+    state = [pool.params, pool.exp_avg, pool.exp_avg_sq, pool.step, engine.record[:cells], engine.tokens]
+    before = [tensor.clone() for tensor in state]
+    engine.prepare()
+    clear_plan(engine.plan)
+    for step in engine._steps.values():
+        step()
+    assert all(torch.equal(a, b) for a, b in zip(before, state, strict=True))
+    assert len(engine._steps) == 4 * 3 * 2
+
+
+# ---- the schedule ----
+
+
+@st.composite
+def laws(draw):
+    chunks = sorted(draw(st.lists(st.integers(1, 40), min_size=1, max_size=60)), reverse=True)
+    rows = draw(st.lists(st.integers(1, 16), min_size=1, max_size=4))
+    return chunks, draw(st.integers(1, 4)), draw(st.integers(1, 40)), rows
+
+
+@settings(max_examples=60, deadline=None)
+@given(laws(), st.integers(1, 5))
+def test_a_schedule_takes_every_chunk_once_in_order_and_frees_every_slot(law, queues):
+    chunks, passes, slots, rows = law
+    schedule = Schedule(chunks, passes, slots, [256 * (q + 1) for q in range(queues)], rows)
+    seen = {document: [] for document in range(len(chunks))}
+    holder, first_seen = {}, []
+    for taken in schedule:
+        assert len(set(taken.document)) == len(taken.document) == len(set(taken.slot)) <= taken.rows in rows
+        assert (np.minimum(taken.chunk, queues - 1) == taken.queue).all() and len(taken.document)
+        for d, s, j, p, trains in zip(taken.document, taken.slot, taken.chunk, taken.number, taken.trains, strict=True):
+            if not seen[d]:
+                holder[d] = s
+                first_seen.append(d)
+            assert holder[d] == s
+            seen[d].append((p, j))
+            assert trains == (j + 1 < chunks[d])
+        active = [d for d in first_seen if len(seen[d]) < passes * chunks[d]]
+        assert len({holder[d] for d in active}) == len(active) <= slots
+    for d, count in enumerate(chunks):
+        assert seen[d] == [(p, j) for p in range(passes) for j in range(count)]
+    assert (schedule._document == -1).all() and not schedule._left.any()
+
+
+def test_documents_get_slots_longest_first():
+    taken = list(Schedule([9, 7, 5, 3, 2, 1], 1, 2, [256, 512], [2]))
+    starts = [d for r in taken for d in r.document[r.starts]]
+    assert starts == sorted(starts)
+    with pytest.raises(ValueError, match="longest first"):
+        Schedule([3, 5], 1, 2, [256], [2])
+    with pytest.raises(ValueError, match="without targets"):
+        Schedule([3, 0], 1, 2, [256], [2])
+
+
+@pytest.mark.parametrize("every, passes, most", [(16, 6, 1.25), (16, 1, 1.5), (1, 1, 1.03)])
+def test_a_real_law_keeps_the_places_full_and_its_longest_document_bounds_the_run(every, passes, most):
+    """lognormal(6.555, 1.066) tokens, clipped to [8, 60000]; 6,250 documents or every 16th of them."""
+    drawn = np.random.default_rng(0).lognormal(6.555, 1.066, 6250).astype(np.int64).clip(8, 60000)[::every]
+    config = TTTConfig()
+    lengths = queue_lengths(config)
+    run = Run([Document("", np.empty(n, np.uint16), 0) for n in sorted(drawn[drawn >= 512])[::-1]], config)
+    rounds = list(Schedule(run.chunks, passes, 256, lengths, [64, 16, 4]))
+    for taken in rounds:
+        run.count(taken, lengths[taken.queue])
+    assert len(rounds) <= most * max(passes * run.chunks[0], -(-passes * run.chunks.sum() // 64))
+    assert run.inputs >= 0.985 * run.places
+
+
+def test_queues_are_the_window_lengths():
+    assert queue_lengths(TTTConfig()) == [256, 512, 768, 1024]
+    assert queue_lengths(TTT.override({"window": 50})) == [16, 32, 48, 50]
+    assert queue_lengths(TTT.override({"window": 16})) == [16]
+
+
+# ---- the kernels ----
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter runs the kernels where there is no GPU")
+def test_the_kernels_in_the_interpreter_agree_with_the_reference():
+    """Gradients written straight into the pool, slots of -1, mixed batches: in fp32, over a tiny model."""
+    shape = dataclasses.replace(SMALL, blocks=2)
+    config = TTT.override({"chunk": 16, "window": 32, "batch": 3})
+    model = randomized(shape).requires_grad_(False)
+    docs = documents((37, 20))
+    exact = adapt_documents(model, docs, config, Deadline(0), backend="reference")
+    kernels = adapt_documents(model, docs, config, Deadline(0), backend="triton")
+    np.testing.assert_allclose(kernels.nats, exact.nats, rtol=1e-4)
+
+
+# ---- on a GPU ----
+
+WIDE = ModelConfig(vocab_size=300, width=256, blocks=4, heads=4, kv_heads=2, mlp_hidden=512, bigram_width=16)
+gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")]
+LONG = (2500, 1800, 1024, 700, 512, 257, 256, 1)
+
+
+def on_gpu(dtype=torch.bfloat16) -> GPT:
+    model = randomized(WIDE)
+    model.configure(torch.device("cuda"), dtype)
+    return model.requires_grad_(False)
+
+
+def recorded(model: GPT, docs, config: TTTConfig, **options) -> torch.Tensor:
+    engine = engine_for(model, docs, config, **options)
+    engine.adapt(docs, Deadline(0))
+    return engine.record[: -config.chunk * engine.facts["batch"]].clone()
+
+
+class TestOnGPU:
+    pytestmark = gpu
+
+    @pytest.mark.parametrize("protocol, steps", [("score_first", 1), ("score_first", 2), ("min_nll", 1)])
+    def test_graphs_give_the_bits_of_no_graphs_and_of_another_run(self, protocol, steps):
+        config = TTTConfig(protocol=protocol, epochs=2, steps_per_chunk=steps, deadline=0.0, batch=8)
+        model, docs = on_gpu(), documents(LONG)
+        graphs = recorded(model, docs, config, rows=(2,))
+        assert torch.equal(graphs, recorded(model, docs, config, rows=(2,)))
+        assert torch.equal(graphs, recorded(model, docs, config, rows=(2,), capture=False))
+
+    def test_captures_leave_no_trace(self):
+        config = TTTConfig(deadline=0.0, batch=8)
+        engine = engine_for(on_gpu(), documents(LONG), config, rows=(2,))
+        state = [engine.pool.params, engine.pool.exp_avg, engine.pool.exp_avg_sq, engine.pool.step]
+        before = [tensor.clone() for tensor in state]
+        engine.prepare()
+        torch.cuda.synchronize()
+        assert all(torch.equal(a, b) for a, b in zip(before, state, strict=True))
+
+    def test_memory_stays_within_the_estimate(self):
+        config, docs = TTTConfig(deadline=0.0, batch=16), documents([3000] * 20)
+        model = on_gpu()
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        engine = engine_for(model, docs, config)
+        engine.adapt(docs, Deadline(0))
+        assert torch.cuda.max_memory_allocated() - before <= engine.facts["estimated_bytes"]
+
+    def test_bf16_is_as_close_to_fp32_as_the_eager_scorer_in_bf16(self):
+        """Relative error of the nats of the chunks after 1, 8 and 48 Adam steps, against the eager scorer in fp32."""
+        config, doc = TTTConfig(deadline=0.0, batch=4), document(49 * 256 + 100)
+        exact = torch.from_numpy(eager_token_nll(on_gpu(torch.float32), doc, config, torch.float32)[0])
+        plain = torch.from_numpy(eager_token_nll(on_gpu(), doc, config, torch.float32)[0])
+        engine = engine_for(on_gpu(), [doc], config)
+        engine.adapt([doc], Deadline(0))
+        ours = torch.from_numpy(token_nll(engine, [doc])[0])
+        for steps in (1, 8, 48):
+            chunk = slice(steps * 256, (steps + 1) * 256)
+            error, theirs = ((x[chunk] - exact[chunk]).norm() / exact[chunk].norm() for x in (ours, plain))
+            print(f"after {steps} steps: engine {error:.2e}, eager in bf16 {theirs:.2e}")
+            assert error <= 1.1 * theirs + 1e-4
+
+    def test_a_document_has_the_same_nll_in_five_batches(self):
+        config, doc = TTTConfig(deadline=0.0, batch=16), document(1500, 3)
+        found = []
+        for mates in (0, 1, 3, 9, 15):
+            docs = [doc, *(document(700 + 100 * i, i + 10) for i in range(mates))]
+            engine = engine_for(on_gpu(), docs, config, rows=(4,))
+            engine.adapt(docs, Deadline(0))
+            found.append(token_nll(engine, docs)[0])
+        for other in found[1:]:
+            np.testing.assert_allclose(other.sum(dtype=np.float64), found[0].sum(dtype=np.float64), rtol=1e-6)

@@ -1,0 +1,351 @@
+"""The engine: documents adapted side by side at the pace of the GPU, with the results of the eager scorer.
+
+The tokens of all documents lie in one buffer on the device, adapters and their Adam state in the slots of the pool, and
+the NLL of every target in one record that is read once at the end. Schedule says which documents take which chunk in
+which round; a round is one small array of indices sent to the device and one step, captured as a CUDA graph for each
+window length and number of places, with or without training. `capture=False` runs the same steps without graphs; on a
+CPU that is the only way, and the reference ops take the kernels' place.
+
+Captures are made before the first document, over places that are all empty: these read token 0 alone and write nothing
+of the pool, so that a capture leaves no trace.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..model.gpt import GPT
+from ..model.ranges import phase
+from .adapters import AdapterLayout, AdapterPool
+from .documents import Document
+from .protocols import MIN_NLL, TTTConfig
+from .schedule import Round, Schedule, queue_lengths
+from .scorer import Adapted, Deadline
+from .step import (
+    CHUNKS,
+    FIELDS,
+    FIRST,
+    FRESH,
+    LENGTH,
+    RECORD,
+    SLOT,
+    START,
+    TRAINED,
+    EngineStep,
+    FrozenModel,
+    clear_plan,
+)
+
+ROWS = (64, 16, 4)
+"""Numbers of places that steps are made for: full, and two for the tail of the longest documents."""
+
+AHEAD = 3
+"""Rounds that the host may be ahead of the device: enough that the device never waits, few enough that the deadline is
+looked at when it should be."""
+
+SLOTS_A_PLACE = 4
+"""Slots of the pool for each place of a batch: documents that are ready for the other window lengths wait in them."""
+
+HEADROOM = 0.85
+"""Share of the free memory that an engine plans for."""
+
+Shape = tuple[int, int, bool]
+"""What one step is made for: queue, places, and whether it trains."""
+
+
+def activation_bytes(model: GPT, config: TTTConfig, rows: int) -> int:
+    """Bytes that a training step of `rows` places takes at most: what autograd keeps and what is in flight.
+
+    Kept, in each block and for each input of the longest window: the normed input and MLP input, q, k and v before and
+    after rotation, attention's output twice (its layout is not the product's), the MLP's hidden values and what the
+    LoRA kept; and the outputs pushed for later blocks. In flight: three hidden tensors of the MLP, the gradients of q,
+    k and v, and eight tensors of the residual stream; before the first block, five of the stream in fp32. The head's
+    logits are of the chunk alone. A quarter is added for the allocator's blocks and the products' workspaces.
+    """
+    shape, item = model.config, torch.finfo(model.dtype).bits // 8
+    width, (q, k, v), hidden = shape.width, shape.qkv_sizes, shape.mlp_hidden
+    block = 2 * width + 2 * (q + k) + v + 2 * q + hidden + 6 * config.lora_rank
+    in_flight = max(3 * hidden + 2 * (q + k + v) + 8 * width, 5 * width * 4 // item)
+    kept = shape.blocks * block + shape.blocks // 2 * width
+    head = config.chunk * (shape.vocab_size + 4 * width + 8 * config.head_rank)
+    return int(1.25 * rows * item * (config.window * (kept + in_flight) + head))
+
+
+def slot_bytes(model: GPT, config: TTTConfig) -> int:
+    """Bytes of one slot: parameters, gradient and two moments."""
+    item = 8 if model.dtype == torch.float64 else 4
+    return 4 * item * AdapterLayout(model.config, config).size
+
+
+def largest_batch(batch: int, needed: Callable[[int], int], free: int) -> int:
+    """`batch` halved until its `needed` bytes are at most HEADROOM of the `free` ones."""
+    while needed(batch) > HEADROOM * free:
+        if batch == 1:
+            raise MemoryError(
+                f"adapting one document at a time takes about {needed(1) >> 20} MiB and {free >> 20} MiB are free, of "
+                f"which {HEADROOM:.0%} may be used. Free some, or take a shorter window or fewer slots"
+            )
+        batch //= 2
+    return batch
+
+
+class Engine:
+    """Adapts sets of documents of up to `tokens` tokens (BOS among them) in all, under one config.
+
+    `batch` is `config.batch` or the largest that fits; `rows` are the numbers of places below it that steps are made
+    for, and `slots` the documents that may be under way. `facts` says what was chosen, and after :meth:`adapt` what the
+    run was like. `backend` is handed to the ops.
+    """
+
+    def __init__(
+        self,
+        model: GPT,
+        config: TTTConfig,
+        tokens: int,
+        *,
+        rows: Sequence[int] = ROWS,
+        slots: int | None = None,
+        capture: bool | None = None,
+        backend: str | None = None,
+    ):
+        device = model.embed.device
+        self.config, self.device = config, device
+        can_capture = device.type == "cuda" and backend != "reference"
+        self.captures = can_capture if capture is None else capture
+        if self.captures and not can_capture:
+            raise ValueError(f"capture is True, on {device.type} with backend {backend!r}; graphs want CUDA kernels")
+        if slots is not None and slots < 1:
+            raise ValueError(f"slots is {slots}; allowed: at least 1")
+        if not 2 <= tokens < 2**31:
+            raise ValueError(f"tokens is {tokens}; allowed: 2 to {2**31 - 1}")
+        self.lengths = queue_lengths(config)
+        dtype = torch.float64 if model.dtype == torch.float64 else torch.float32
+        batch, slots, self.facts = self._fit(model, tokens, slots)
+        self.rows = sorted({row for row in rows if 0 < row < batch} | {batch})
+        self.facts |= {"rows": self.rows, "captured": self.captures}
+        self.pool = AdapterPool(model.config, config, slots, device, dtype)
+        self.model, self.backend = FrozenModel(model), backend
+        self.tokens = torch.zeros(tokens, dtype=torch.int32, device=device)
+        self.record = torch.zeros(self._records * tokens + batch * config.chunk, dtype=dtype, device=device)
+        self.chunks = torch.ones(slots, dtype=torch.int64, device=device)
+        self.plan = torch.empty(FIELDS, batch, dtype=torch.int32, device=device)
+        self._ring = torch.zeros(AHEAD, FIELDS, batch, dtype=torch.int32, pin_memory=device.type == "cuda")
+        self._sent = [torch.cuda.Event() for _ in range(AHEAD)] if device.type == "cuda" else None
+        self._steps: dict[Shape, Callable[[], None]] = {}
+        self._memory = torch.cuda.graph_pool_handle() if self.captures else None
+
+    @property
+    def _records(self) -> int:
+        """Passes whose NLL is kept: all that one may be chosen from."""
+        return self.config.passes if self.config.protocol == MIN_NLL else 1
+
+    def _fit(self, model: GPT, tokens: int, slots: int | None) -> tuple[int, int, dict[str, Any]]:
+        """Places and slots that fit into the memory that is free now, and the estimate that says so.
+
+        A step's activations count twice with graphs: their pool holds those of the largest step while another one,
+        hardly smaller, runs once before its capture.
+        """
+        config, each = self.config, slot_bytes(model, self.config)
+
+        def chosen(batch: int) -> int:
+            return SLOTS_A_PLACE * batch if slots is None else slots
+
+        def needed(batch: int) -> int:
+            steps = (1 + self.captures) * activation_bytes(model, config, batch)
+            return 4 * tokens * (1 + self._records) + chosen(batch) * each + steps
+
+        facts: dict[str, Any] = {}
+        batch = config.batch
+        if self.device.type == "cuda":
+            # What PyTorch holds and does not use is free, too.
+            unused = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+            facts["free_bytes"] = torch.cuda.mem_get_info(self.device)[0] + unused
+            batch = largest_batch(batch, needed, facts["free_bytes"])
+        facts |= {"batch": batch, "slots": chosen(batch), "estimated_bytes": needed(batch)}
+        return batch, facts["slots"], facts
+
+    def prepare(self, shapes: Iterable[Shape] | None = None) -> None:
+        """Make the steps of these shapes, or of all that there can be: captured, or ready to run as they are."""
+        if shapes is None:
+            shapes = [(q, rows, t) for q in range(len(self.lengths)) for rows in self.rows for t in (True, False)]
+        began = time.perf_counter()
+        # The largest first, so that the others find their memory in the graphs' pool.
+        for shape in sorted(set(shapes) - self._steps.keys(), key=lambda s: (-self.lengths[s[0]] * s[1], not s[2])):
+            self._steps[shape] = self._made(shape)
+        self.facts["prepare_seconds"] = self.facts.get("prepare_seconds", 0.0) + time.perf_counter() - began
+        self.facts["steps"] = len(self._steps)
+
+    def _made(self, shape: Shape) -> Callable[[], None]:
+        queue, rows, trains = shape
+        model, state = self.model, (self.pool, self.tokens, self.record, self.plan, self.chunks)
+        step = EngineStep(model, *state, self.lengths[queue], rows, self.backend)
+        run = step.train if trains else step.score
+        if not self.captures:
+            return run
+        with phase("capture"):
+            clear_plan(self.plan)
+            stream = torch.cuda.Stream(self.device)
+            stream.wait_stream(torch.cuda.current_stream(self.device))
+            with torch.cuda.stream(stream):
+                run()
+            torch.cuda.current_stream(self.device).wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self._memory):
+                run()
+        return graph.replay
+
+    def adapt(
+        self,
+        documents: Sequence[Document],
+        deadline: Deadline,
+        should_stop: Callable[[], bool] = lambda: False,
+        progress: Callable[[int], None] = lambda targets: None,
+    ) -> Adapted:
+        """Adapt and score `documents`; the result is in their order. `progress` gets the targets passed so far.
+
+        The deadline and `should_stop` are asked before every round. What is scored by then counts for score_first; for
+        the leaky protocols a document counts only if its last pass is through. `targets` in the result says how many
+        targets `nats` covers.
+        """
+        order = sorted(range(len(documents)), key=lambda index: -documents[index].targets)
+        run = Run([documents[index] for index in order], self.config)
+        if run.tokens > len(self.tokens):
+            raise ValueError(f"the documents have {run.tokens} tokens; this engine holds {len(self.tokens)}")
+        rounds = list(Schedule(run.chunks, self.config.passes, len(self.chunks), self.lengths, self.rows))
+        self.prepare((taken.queue, taken.rows, bool(taken.trains.any())) for taken in rounds)
+        self._load(run, [documents[index] for index in order])
+        began, launched = time.perf_counter(), 0
+        for number, taken in enumerate(rounds):
+            self._wait(number)
+            if deadline.passed() or should_stop():
+                break
+            self._launch(number, taken, run)
+            launched += 1
+            run.count(taken, self.lengths[taken.queue])
+            progress(run.passed)
+        nats, kept = self._read(run)
+        self.facts |= {
+            "rounds": launched,
+            "useful_places": run.inputs / max(run.places, 1),
+            "seconds": time.perf_counter() - began,
+        }
+        back = np.argsort(order)
+        return Adapted(nats[back], run.covered()[back], kept[back])
+
+    def _load(self, run: "Run", documents: Sequence[Document]) -> None:
+        tokens = np.concatenate([document.tokens for document in documents] or [np.zeros(0)]).astype(np.int32)
+        self.tokens[: run.tokens].copy_(torch.from_numpy(tokens))
+        self.record.zero_()
+
+    def _wait(self, number: int) -> None:
+        """Until the round that used this place of the ring has run."""
+        if self._sent is not None and number >= AHEAD:
+            self._sent[number % AHEAD].synchronize()
+
+    def _launch(self, number: int, taken: Round, run: "Run") -> None:
+        place = number % AHEAD
+        fresh = run.fill(self._ring[place].numpy(), taken, self._records)
+        with phase("replay"):
+            self.plan.copy_(self._ring[place], non_blocking=True)
+            if fresh:
+                slots, chunks = self.plan[FRESH, :fresh].long(), self.plan[CHUNKS, :fresh].long()
+                self.pool.start(slots)
+                self.chunks.index_copy_(0, slots, chunks)
+            self._steps[taken.queue, taken.rows, bool(taken.trains.any())]()
+        if self._sent is not None:
+            self._sent[place].record()
+
+    def _read(self, run: "Run") -> tuple[np.ndarray, np.ndarray]:
+        """float64 nats of each document in the pass that counts, and which pass that is."""
+        record = self.record[: self._records * len(self.tokens)].view(self._records, -1)[:, : run.tokens].cpu().numpy()
+        if not len(run.offsets):
+            return np.zeros(0), np.zeros(0, dtype=np.int64)
+        totals = np.stack([np.add.reduceat(row, run.offsets, dtype=np.float64) for row in record])
+        if self.config.protocol == MIN_NLL:
+            kept = totals.argmin(0)
+            return totals[kept, np.arange(len(kept))], kept
+        return totals[0], np.full(len(run.offsets), self.config.passes - 1)
+
+
+class Run:
+    """The documents of one run, longest first, as arrays: where they lie, and how far they are.
+
+    `places` counts the inputs that the rounds sent off had room for, `inputs` those that were a document's.
+    """
+
+    def __init__(self, documents: Sequence[Document], config: TTTConfig):
+        self.config = config
+        self.targets = np.array([document.targets for document in documents], dtype=np.int64)
+        self.offsets = np.cumsum(self.targets + 1) - (self.targets + 1)
+        self.tokens = int((self.targets + 1).sum())
+        self.chunks = -(-self.targets // config.chunk)
+        self._passes = np.zeros_like(self.targets)
+        self._reached = np.zeros_like(self.targets)
+        self.places = self.inputs = self._done = 0
+
+    def fill(self, plan: np.ndarray, taken: Round, records: int) -> int:
+        """Write a round's indices into a plan int32 [FIELDS, batch]; the number of documents that it starts."""
+        count = len(taken.document)
+        first, start, end = self.window(taken)
+        clear_plan(plan)
+        plan[SLOT, :count] = taken.slot
+        plan[TRAINED, :count] = np.where(taken.trains, taken.slot, -1)
+        plan[START, :count] = self.offsets[taken.document] + start
+        plan[LENGTH, :count] = end - start
+        plan[FIRST, :count] = first - start
+        plan[RECORD, :count] = np.minimum(taken.number, records - 1)
+        fresh = int(taken.starts.sum())
+        plan[FRESH, :fresh] = taken.slot[taken.starts]
+        plan[CHUNKS, :fresh] = self.chunks[taken.document[taken.starts]]
+        return fresh
+
+    def window(self, taken: Round) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Where the chunks of a round begin, and where their windows begin and end, in targets of the document."""
+        size = self.config.chunk
+        end = np.minimum((taken.chunk + 1) * size, self.targets[taken.document])
+        return taken.chunk * size, np.maximum(end - self.config.window, 0), end
+
+    def count(self, taken: Round, length: int) -> None:
+        """Note that a round with windows of `length` inputs was sent off."""
+        first, start, end = self.window(taken)
+        self.places += taken.rows * length
+        self.inputs += int((end - start).sum())
+        self._done += int((end - first).sum())
+        self._reached[taken.document] = end
+        self._passes[taken.document] += taken.ends
+
+    @property
+    def passed(self) -> int:
+        """Targets passed so far, a share of all of them in each pass."""
+        return self._done // self.config.passes
+
+    def covered(self) -> np.ndarray:
+        """How many targets of each document count."""
+        if self.config.is_leaky:
+            return np.where(self._passes == self.config.passes, self.targets, 0)
+        return self._reached
+
+
+def adapt_documents(
+    model: GPT,
+    documents: Sequence[Document],
+    config: TTTConfig,
+    deadline: Deadline,
+    should_stop: Callable[[], bool] = lambda: False,
+    progress: Callable[[int], None] = lambda targets: None,
+    *,
+    facts: dict[str, Any] | None = None,
+    **options: Any,
+) -> Adapted:
+    """Adapt `documents` with an engine of their size, whose options these are. `facts` gets the engine's facts."""
+    # Nobody waits in more slots than there are documents.
+    options.setdefault("slots", max(1, min(SLOTS_A_PLACE * config.batch, len(documents))))
+    engine = Engine(model, config, max(2, sum(document.targets + 1 for document in documents)), **options)
+    try:
+        return engine.adapt(documents, deadline, should_stop, progress)
+    finally:
+        if facts is not None:
+            facts |= engine.facts

@@ -1,0 +1,147 @@
+"""Which documents go through which chunk in which round.
+
+A round takes up to a batch of documents, one chunk of each, all with windows of one length: chunk j has its window in
+queue min(j, queues - 1). A document that has a slot is ready in exactly one queue. Documents get slots longest first,
+and give them back the moment they end.
+
+The rule. A document's chunks follow one another, so the longest document bounds the number of rounds from below, and
+rounds that it spends alone are the waste to avoid. Each queue q therefore wants as many places as make its work last
+until its longest document is through:
+
+    want_q = ceil(places left in q / most places left there for one document),    between `least` and the batch
+
+and each round goes to the queue whose round would be the best one relative to what it wants. A round of r captured
+places and length L costs as much as OVERHEAD + r L tokens, so that n documents in it are worth n L / (OVERHEAD + r L):
+r is the captured number of places that makes this largest. Between equals the queue of the document with most left
+goes first, and within a queue the documents with most left do, so that the longest never waits behind others.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from .protocols import TTTConfig
+
+OVERHEAD = 4096
+"""Tokens that take as long as the fixed cost of a round: an assumption of the order of rounds, never of a result."""
+
+
+@dataclass(frozen=True)
+class Round:
+    """One step of the engine: int64 arrays of one entry a document, `rows` places of which the first are taken."""
+
+    queue: int
+    rows: int
+    document: np.ndarray
+    slot: np.ndarray
+    chunk: np.ndarray
+    number: np.ndarray
+    """which pass"""
+    trains: np.ndarray
+    """whether an Adam step follows: not after a document's last chunk"""
+
+    @property
+    def starts(self) -> np.ndarray:
+        """Which entries are a document's very first chunk, for which its slot is reset."""
+        return (self.chunk == 0) & (self.number == 0)
+
+    @property
+    def ends(self) -> np.ndarray:
+        """Which entries are the last chunk of a pass."""
+        return ~self.trains
+
+
+def queue_lengths(config: TTTConfig) -> list[int]:
+    """Window length of each queue: chunk, 2 * chunk, ..., window."""
+    return [min(end, config.window) for end in range(config.chunk, config.window + config.chunk, config.chunk)]
+
+
+class Schedule:
+    """The rounds of documents of `chunks` chunks each, longest first, through `passes` passes and `slots` slots.
+
+    `rows` are the numbers of places that a round may have. Iterating gives the rounds; it is done once.
+    """
+
+    def __init__(self, chunks: Sequence[int], passes: int, slots: int, lengths: Sequence[int], rows: Sequence[int]):
+        self.chunks = np.asarray(chunks, dtype=np.int64)
+        if (np.diff(self.chunks) > 0).any():
+            raise ValueError("documents come longest first")
+        if (self.chunks < 1).any():
+            raise ValueError("a document without targets has nothing to adapt")
+        self.passes, self.lengths = passes, np.asarray(lengths, dtype=np.int64)
+        self.rows = np.unique(np.asarray(rows, dtype=np.int64))
+        queues = len(self.lengths)
+        # Visits of one pass to each queue, by document: one to each but the last, where all later chunks go.
+        column = np.arange(queues)
+        visits = (self.chunks[:, None] > column).astype(np.int64)
+        visits[:, -1] = (self.chunks - (queues - 1)).clip(min=0)
+        self._visits = passes * visits
+        self._left = self._visits.sum(0)
+        self._waiting = 0
+        self._document = np.full(slots, -1, dtype=np.int64)
+        self._chunk = np.zeros(slots, dtype=np.int64)
+        self._pass = np.zeros(slots, dtype=np.int64)
+        self._steps = np.zeros(slots, dtype=np.int64)
+        # A row of this many places or more is taken to be as quick, place by place, as a whole batch.
+        self._least = np.minimum(-(-2 * OVERHEAD // self.lengths), self.rows[-1])
+
+    def __iter__(self) -> Iterator[Round]:
+        self._admit()
+        while (self._document >= 0).any():
+            yield self._next()
+            self._admit()
+
+    def _admit(self) -> None:
+        free = np.flatnonzero(self._document < 0)[: len(self.chunks) - self._waiting]
+        if len(free):
+            taken = np.arange(self._waiting, self._waiting + len(free))
+            self._waiting += len(free)
+            self._document[free] = taken
+            self._chunk[free] = self._pass[free] = 0
+            self._steps[free] = self.passes * self.chunks[taken]
+
+    def _next(self) -> Round:
+        taken = np.flatnonzero(self._document >= 0)
+        # Most left first; a tie goes to the document that was given first.
+        order = taken[np.lexsort((self._document[taken], -self._steps[taken]))]
+        queue_of = np.minimum(self._chunk[order], len(self.lengths) - 1)
+        best = None
+        for queue in range(len(self.lengths)):
+            ready = order[queue_of == queue]
+            if not len(ready):
+                continue
+            want = self._want(queue)
+            rows, worth = self._shape(queue, min(len(ready), want))
+            _, most = self._shape(queue, want)
+            score = (worth / most, self._steps[ready[0]])
+            if best is None or score > best[0]:
+                best = (score, queue, rows, ready[: min(rows, len(ready))])
+        _, queue, rows, slots = best
+        return self._take(queue, rows, slots)
+
+    def _want(self, queue: int) -> int:
+        active = self._document[self._document >= 0]
+        longest = self._visits[active, queue].max()
+        if self._waiting < len(self.chunks):
+            longest = max(longest, self._visits[self._waiting, queue])
+        want = -(-self._left[queue] // max(int(longest), 1))
+        return int(min(max(want, self._least[queue]), self.rows[-1]))
+
+    def _shape(self, queue: int, ready: int) -> tuple[int, float]:
+        """The number of places that suits `ready` documents best, and what a token of such a round's cost is worth."""
+        worth = np.minimum(ready, self.rows) / (OVERHEAD / self.lengths[queue] + self.rows)
+        best = int(worth.argmax())
+        return int(self.rows[best]), float(worth[best])
+
+    def _take(self, queue: int, rows: int, slots: np.ndarray) -> Round:
+        document, chunk, number = self._document[slots], self._chunk[slots].copy(), self._pass[slots].copy()
+        trains = chunk + 1 < self.chunks[document]
+        taken = Round(queue, rows, document, slots, chunk, number, trains)
+        self._left[queue] -= len(slots)
+        self._visits[document, queue] -= 1
+        self._steps[slots] -= 1
+        self._chunk[slots] = np.where(trains, chunk + 1, 0)
+        self._pass[slots] = number + ~trains
+        self._document[slots[self._steps[slots] == 0]] = -1
+        return taken

@@ -1,0 +1,296 @@
+"""One step of the engine: a chunk of each document of a dense batch, scored and, where it trains, learnt from.
+
+    nll_j   = NLL of the chunk's targets inside its window, under the document's adapter         (recorded)
+    adapter <- Adam(adapter, grad mean(nll_j)),   steps_per_chunk times, where a place trains
+
+The mathematics are those of scorer.adapted_nll and AdapterPool; this is the form for a GPU. Shapes are fixed, every
+index is a tensor and nothing waits for the device, so that a step can be captured in a CUDA graph. Windows lie so that
+the chunk is among their last `chunk` inputs: the head, and all of the last block after its attention, run on those
+alone, and neither a gather nor a scatter is needed between them. Gradients exist from block 0's QKV upwards only; those
+of the adapters are written into the pool by the kernels. The reference ops, which is what a CPU runs, give them to
+autograd instead, and they are copied.
+
+Frozen weights are prepared once: Q, K and V stacked, the depth and layer scales folded into Wo and W2 before these are
+rounded to the compute dtype, the bigram table projected, and the skip that joins the middle of the U-Net to itself
+folded into the mix of the block that follows.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..kernels import (
+    bigram_hash_ref,
+    causal_attention_ref,
+    lora_adam_,
+    lora_head_nll,
+    lora_head_nll_grads_,
+    lora_qkv,
+    norm_rotary,
+    relu_squared_mlp,
+    residual_norm,
+    rms_norm,
+)
+from ..model.gpt import GPT, Block
+from ..model.int6_model import Int6Block
+from ..model.ranges import phase
+from .adapters import AdapterPool
+from .protocols import learning_rate
+
+SLOT, TRAINED, START, LENGTH, FIRST, RECORD, FRESH, CHUNKS = range(8)
+"""The fields of a plan, int32 [8, batch]. A place: its slot; its slot again if it trains, else -1; where its window
+starts in the tokens; the window's inputs; the first of them that is scored; the row of the record. FRESH and CHUNKS
+list the slots that a document enters in this round, and its chunks, from the first entry on."""
+
+FIELDS = 8
+
+
+def clear_plan(plan: Tensor | np.ndarray) -> None:
+    """Make all places empty: no slot, a window of the first token, and no target in it."""
+    plan[SLOT : TRAINED + 1] = -1
+    plan[START:] = 0
+    plan[LENGTH : FIRST + 1] = 1
+
+
+class FrozenBlock(NamedTuple):
+    """One block's weights in the compute dtype, its vectors in fp32 (fp64 for a float64 model)."""
+
+    mix: Tensor
+    """[2, D]"""
+    skip: Tensor | None
+    """[D], where an earlier block's output joins"""
+    qkv: Tensor
+    """[Nq+Nk+Nv, D]"""
+    gain: Tensor
+    """[H]"""
+    out: Tensor
+    """[D, Nq], scaled"""
+    up: Tensor
+    """[hidden, D]"""
+    down: Tensor
+    """[D, hidden], scaled"""
+
+
+class FrozenModel:
+    """The model as a step reads it."""
+
+    @torch.no_grad()
+    def __init__(self, model: GPT):
+        self.model, self.config, self.dtype = model, model.config, model.dtype
+        self.vectors = torch.float64 if self.dtype == torch.float64 else torch.float32
+        self.embed = model.embed.detach()
+        bigram = model.bigram
+        self.bigram = (bigram.scale * F.linear(bigram.table, bigram.project)).detach()
+        self.head = self.embed.to(self.dtype)
+        self.blocks = [self._block(index, block) for index, block in enumerate(model.blocks)]
+
+    def _block(self, index: int, block: Block) -> FrozenBlock:
+        mix, skip = block.resid_mix.detach().to(self.vectors), None
+        joined = index - len(self.model.blocks) // 2
+        if 0 <= joined < len(self.model.skip):
+            skip = self.model.skip[joined].detach().to(self.vectors)
+            if joined == 0:  # what joins here is the output of the block before, which is the stream itself
+                mix, skip = torch.stack([mix[0] * (1 + skip), mix[1]]), None
+        qkv, out, up, down = _matrices(block, self.embed.dtype)
+        return FrozenBlock(
+            mix,
+            skip,
+            qkv.to(self.dtype),
+            block.gain.detach().to(self.vectors),
+            (block.depth_scale * block.attn_scale[:, None] * out).to(self.dtype),
+            up.detach().to(self.dtype),
+            (block.depth_scale * block.mlp_scale[:, None] * down).to(self.dtype),
+        )
+
+    @torch.no_grad()
+    def first(self, tokens: Tensor, backend: str | None) -> Tensor:
+        """tokens [B, S] -> x0 [B, S, D] in the compute dtype: nothing below block 0 is trained."""
+        rows = bigram_hash_ref(tokens, self.config.bigram_rows)
+        embedded = F.embedding(tokens, self.embed) + F.embedding(rows, self.bigram)
+        return self.model.smear(rms_norm(embedded, backend=backend).to(self.dtype), tokens, None)
+
+
+def _matrices(block: Block, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Q, K and V stacked, Wo, W1 and W2."""
+    if isinstance(block, Int6Block):
+        return tuple(linear.dequantize(dtype) for linear in (block.qkv, block.o, block.up, block.down))
+    return torch.cat([block.q, block.k, block.v]), block.o, block.up, block.down
+
+
+class EngineStep:
+    """The step for windows of `length` inputs and `rows` places.
+
+    It reads the first `rows` places of `plan`, the documents' `tokens` int32 [any], and the `chunks` int64 [slots] of
+    the document in each slot; it writes `record` (fp32, fp64 for a float64 model) and the pool. `record` holds rows of
+    len(tokens), target for target where the token lies, and then batch * chunk cells that take what does not exist.
+    """
+
+    def __init__(
+        self,
+        model: FrozenModel,
+        pool: AdapterPool,
+        tokens: Tensor,
+        record: Tensor,
+        plan: Tensor,
+        chunks: Tensor,
+        length: int,
+        rows: int,
+        backend: str | None = None,
+    ):
+        self.model, self.pool, self.ttt, self.backend = model, pool, pool.ttt, backend
+        self.tokens, self.record, self.plan, self.chunks = tokens, record, plan, chunks
+        self.length, self.rows = length, rows
+        self.writes_pool = backend == "triton" or (backend is None and tokens.is_cuda)
+        cos, sin = model.model.rotary(length, self.ttt.window)
+        self.rotary = cos[:length].contiguous(), sin[:length].contiguous()
+        column = torch.arange(length, device=tokens.device)
+        self.column, self.scored = column, column[-self.ttt.chunk :]
+        self.nowhere = len(record) - torch.arange(rows * self.ttt.chunk, device=tokens.device).view(rows, -1) - 1
+
+    @torch.no_grad()
+    def score(self) -> None:
+        """Record the NLL of every place's chunk."""
+        slots, inputs, targets, place = self._inputs()
+        *blocks, head_a, head_b = self._parts(self.pool.params)
+        hidden = self._hidden(inputs, slots, blocks)
+        nll = lora_head_nll(
+            hidden, self.model.head, head_a, head_b, targets, *self._loss, slots=slots, backend=self.backend
+        )
+        self._write(nll, place)
+
+    def train(self) -> None:
+        """Record the NLL of every place's chunk, then take the Adam steps of the places that train."""
+        slots, inputs, targets, place = self._inputs()
+        trained = self.plan[TRAINED, : self.rows]
+        # A chunk that is trained on is whole: its mean is over `chunk` targets.
+        share = ((trained >= 0).to(self.record.dtype) / self.ttt.chunk)[:, None].expand_as(targets).contiguous()
+        for step in range(self.ttt.steps_per_chunk):
+            nll = self._gradients(slots, inputs, targets, share)
+            if step == 0:
+                self._write(nll, place)
+            with phase("optimizer"), torch.no_grad():
+                self._update(trained)
+
+    @property
+    def _loss(self) -> tuple[float, float]:
+        return self.model.config.softcap, self.ttt.temperature
+
+    @torch.no_grad()
+    def _inputs(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """slots [rows]; inputs [rows, length]; targets [rows, chunk], -100 where there is none; where each one's NLL
+        goes.
+
+        Inputs past a window's end repeat its last one: nothing that is scored reads them.
+        """
+        slots = self.plan[SLOT, : self.rows]
+        start, length, first, row = (self.plan[field, : self.rows, None].long() for field in range(START, RECORD + 1))
+        inputs = self.tokens[start + torch.minimum(self.column, length - 1)]
+        exists = (self.scored >= first) & (self.scored < length)
+        at = start + torch.minimum(self.scored, length - 1) + 1
+        targets = torch.where(exists, self.tokens[at], -100)
+        return slots, inputs, targets, torch.where(exists, row * len(self.tokens) + at, self.nowhere)
+
+    def _gradients(self, slots: Tensor, inputs: Tensor, targets: Tensor, share: Tensor) -> Tensor:
+        """The NLL [rows, chunk]; the gradient of sum(share * NLL) goes to the pool's rows of `slots`."""
+        *blocks, head_a, head_b = self._parts(self.pool.params)
+        *block_grads, head_a_grad, head_b_grad = self._parts(self.pool.grads)
+        leaves = [part.detach().requires_grad_() for part in blocks]
+        with phase("forward"), torch.enable_grad():
+            hidden = self._hidden(inputs, slots, leaves, block_grads if self.writes_pool else None)
+        with phase("backward"):
+            nll, dhidden = lora_head_nll_grads_(
+                hidden.detach(),
+                self.model.head,
+                head_a,
+                head_b,
+                targets,
+                share,
+                head_a_grad,
+                head_b_grad,
+                *self._loss,
+                slots=slots,
+                backend=self.backend,
+            )
+            if self.writes_pool:
+                torch.autograd.backward(hidden, dhidden)
+            else:
+                torch._foreach_copy_(block_grads, torch.autograd.grad(hidden, leaves, dhidden))
+        return nll
+
+    def _update(self, trained: Tensor) -> None:
+        pool = self.pool
+        pool.lr.copy_(learning_rate(self.ttt, pool.step, self.chunks))
+        lora_adam_(
+            pool.params,
+            pool.grads,
+            pool.exp_avg,
+            pool.exp_avg_sq,
+            pool.step,
+            pool.lr,
+            trained,
+            pool.group_lr,
+            (self.ttt.beta1, self.ttt.beta2),
+            self.ttt.eps,
+            backend=self.backend,
+        )
+
+    def _write(self, nll: Tensor, place: Tensor) -> None:
+        with torch.no_grad():
+            self.record.index_copy_(0, place.flatten(), nll.flatten().to(self.record.dtype))
+
+    def _parts(self, rows: Tensor) -> list[Tensor]:
+        return self.pool.views(rows, len(rows))
+
+    def _hidden(self, inputs: Tensor, slots: Tensor, parts: list[Tensor], grads: list[Tensor] | None = None) -> Tensor:
+        """rmsnorm(x) [rows, chunk, D] at the window's last `chunk` inputs.
+
+        `parts` are A, B and bias of every block, [slots, ...]; `grads` are like them, and get their gradients in the
+        backward, where autograd shall not have them.
+        """
+        config, blocks, chunk = self.model.config, self.model.blocks, self.ttt.chunk
+        x0 = self.model.first(inputs, self.backend)
+        pushes, pushed = len(blocks) // 2, []
+        _, x, n = residual_norm(x0, mix=blocks[0].mix, x0=x0, backend=self.backend)
+        for index, block in enumerate(blocks):
+            lora_a, lora_b, bias = parts[3 * index : 3 * index + 3]
+            lora_grads, bias_grad = None, None
+            if grads is not None:
+                lora_grads, bias_grad = tuple(grads[3 * index : 3 * index + 2]), grads[3 * index + 2]
+            is_last = index + 1 == len(blocks)
+            with phase("block"):
+                q, k, v = (
+                    part.unflatten(-1, (-1, config.head_dim))
+                    for part in lora_qkv(
+                        n, block.qkv, lora_a, lora_b, slots, config.qkv_sizes, grads=lora_grads, backend=self.backend
+                    )
+                )
+                q, k = norm_rotary(q, k, *self.rotary, block.gain, backend=self.backend)
+                mixed = causal_attention_ref(q, k, v, self.model.model.attention)
+                if is_last:
+                    x, mixed = x[:, -chunk:], mixed[:, -chunk:]
+                _, x, n = residual_norm(x, F.linear(mixed.flatten(2), block.out), backend=self.backend)
+                branch = relu_squared_mlp(n, block.up, block.down, backend=self.backend)
+                # The output of the last block that pushes is joined through the next one's mix.
+                push = index + 1 < pushes
+                after = blocks[index + 1] if not is_last else None
+                joins = after is not None and after.skip is not None
+                x_out, x, n = residual_norm(
+                    x,
+                    branch,
+                    bias=bias,
+                    slots=slots,
+                    pushed=pushed.pop() if joins else None,
+                    skip=after.skip if joins else None,
+                    mix=after.mix if after is not None else None,
+                    x0=x0 if after is not None else None,
+                    push=push,
+                    last=is_last,
+                    bias_grad=bias_grad,
+                    backend=self.backend,
+                )
+                if push:
+                    pushed.append(x_out)
+        return n
