@@ -25,7 +25,8 @@ class Muon(torch.optim.Optimizer):
     coefficients: 'jordan' or 'polar_express'; scale: 'original' or 'match_rms_adamw'. With `capturable`, lr, momentum
     and weight_decay are device tensors of their group: change them in place between replays of a CUDA graph. With
     `process_group`, `.grad` is this rank's part of the gradient: the sum over ranks is taken here, each rank
-    orthogonalises its share of the matrices, keeps the momentum of those alone, and all ranks get all updates.
+    orthogonalises its share of the matrices, keeps the momentum of those alone, and all ranks get all updates; the same
+    parameters must have gradients on every rank, and a state_dict goes back to the rank it came from.
     `backend` is 'triton' or 'reference'; None takes the kernels on a GPU. A matrix whose direction is not finite gets
     no update but its decay.
 
@@ -90,7 +91,7 @@ class Muon(torch.optim.Optimizer):
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As any optimizer's; momentum stays fp32 where parameters are not."""
+        """As any optimizer's; momentum stays fp32 where parameters are not. Capture graphs anew after it."""
         super().load_state_dict(state_dict)
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         numbers = [number for group in state_dict["param_groups"] for number in group["params"]]

@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from ..dot import multiply_add
+
 
 @triton.jit
 def _row_factor(dnll_ptr, lse_ptr, at, mask):
@@ -45,7 +47,7 @@ def hidden_gradient(
     dh = tl.zeros((BLOCK_S, BLOCK_D), tl.float32)
     for n in range(0, V, BLOCK_V):
         e = tl.reshape(e_desc.load([row, first, n]), (BLOCK_S, BLOCK_V))
-        dh = tl.dot(e, weight_desc.load([n, tl.program_id(0) * BLOCK_D]), dh, input_precision="ieee")
+        dh = multiply_add(e, weight_desc.load([n, tl.program_id(0) * BLOCK_D]), dh)
     if RANK:
         r = tl.arange(0, RANK_PADDED)
         slot = row.to(tl.int64) if slots_ptr is None else tl.load(slots_ptr + row).to(tl.int64)
@@ -53,7 +55,7 @@ def hidden_gradient(
         a_at = lora_a_ptr + slot * stride_a + r[:, None] * D + d[None, :]
         a = tl.load(a_at, mask=inside_r[:, None] & (d < D)[None, :], other=0.0)
         du = tl.load(du_ptr + at[:, None] * RANK_PADDED + r[None, :], mask=inside_s[:, None], other=0.0)
-        dh = tl.dot(du.to(DTYPE), a.to(DTYPE), dh, input_precision="ieee")
+        dh = multiply_add(du.to(DTYPE), a.to(DTYPE), dh)
     dh *= _row_factor(dnll_ptr, lse_ptr, at, inside_s)[:, None]
     tl.store(dh_ptr + at[:, None] * D + d[None, :], dh.to(DTYPE), mask=inside_s[:, None] & (d < D)[None, :])
 
@@ -129,7 +131,7 @@ def adapter_gradient(
             x = tl.load(x_at, mask=inside_s[:, None] & (column < columns)[None, :], other=0.0)
             y = tl.load(y_ptr + at[:, None] * RANK_PADDED + r[None, :], mask=inside_s[:, None], other=0.0)
             y *= _row_factor(dnll_ptr, lse_ptr, at, inside_s)[:, None]
-            acc = tl.dot(x.T, y.to(DTYPE), acc, input_precision="ieee")
+            acc = multiply_add(x.T, y.to(DTYPE), acc)
         row = B if slots_ptr is None else tl.min(tl.where(names_it & (rows > row), rows, B))
     if FILL or is_named:
         inside = (column < columns)[:, None] & (r < RANK)[None, :]

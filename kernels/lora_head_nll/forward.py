@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from ..dot import multiply_add
+
 
 @triton.jit
 def _softcap(z, softcap):
@@ -36,7 +38,7 @@ def _weighted(z, softcap, gain, scale):
     return tl.exp2(r * (-2.0 * bits) + (bits + tl.log2(4.0 * scale))), r - r * r, 1.0 - 2.0 * r
 
 
-@triton.jit(do_not_specialize=["S", "slots"])
+@triton.jit(do_not_specialize=["S", "width", "slots"])
 def sweep(
     h_desc,
     weight_desc,
@@ -51,6 +53,7 @@ def sweep(
     u_ptr,
     du_ptr,
     S,
+    width,
     stride_e,
     slots,
     stride_a,
@@ -91,11 +94,13 @@ def sweep(
         lora_a_ptr += slot * stride_a
         lora_b_ptr += slot * stride_b
         u = tl.zeros((BLOCK_S, RANK_PADDED), tl.float32)
-        for k in range(0, D, BLOCK_D):
+        # `width` is D, which the compiler must not know where it would unroll this loop: for D to 128 and ranks to 16,
+        # ptxas 12.8 then addresses B wrongly in the product below that makes du.
+        for k in range(0, D if D > 256 else width, BLOCK_D):
             d = k + tl.arange(0, BLOCK_D)
             h = tl.reshape(h_desc.load([row, first, k]), (BLOCK_S, BLOCK_D))
             a = tl.load(lora_a_ptr + r[:, None] * D + d[None, :], mask=inside_r[:, None] & (d < D)[None, :], other=0.0)
-            u = tl.dot(h, a.to(DTYPE).T, u, input_precision="ieee")
+            u = multiply_add(h, a.to(DTYPE).T, u)
         if KEEP:
             tl.store(u_ptr + at[:, None] * RANK_PADDED + r[None, :], u, mask=inside_s[:, None])
         low = u.to(DTYPE)
@@ -113,12 +118,12 @@ def sweep(
         z = tl.zeros((BLOCK_S, BLOCK_V), tl.float32)
         for k in range(0, D, BLOCK_D):
             h = tl.reshape(h_desc.load([row, first, k]), (BLOCK_S, BLOCK_D))
-            z = tl.dot(h, weight_desc.load([n, k]).T, z, input_precision="ieee")
+            z = multiply_add(h, weight_desc.load([n, k]).T, z)
         inside_v = n + v < V
         if RANK:
             b_at = lora_b_ptr + (n + v)[:, None] * RANK + r[None, :]
             b = tl.load(b_at, mask=inside_v[:, None] & inside_r[None, :], other=0.0).to(DTYPE)
-            z = tl.dot(low, b.T, z, input_precision="ieee")
+            z = multiply_add(low, b.T, z)
         is_target = (n + v)[None, :] == target[:, None]
         if HAS_LSE:
             t, slope = _softcap(z, softcap)
@@ -141,7 +146,7 @@ def sweep(
             e = e.to(DTYPE)
             tl.store(e_ptr + at[:, None] * stride_e + (n + v)[None, :], e, mask=inside_s[:, None] & inside_v[None, :])
             if RANK:
-                du = tl.dot(e, b, du, input_precision="ieee")
+                du = multiply_add(e, b, du)
     if not HAS_LSE:
         if BOUNDED:
             p, quarter, t = _weighted(z_target, softcap, gain, scale)

@@ -132,7 +132,7 @@ class Head:
     def _sweep(self, nll: Tensor, lse: Tensor, e: Tensor, u: Tensor, du: Tensor, keep: bool, has_lse: bool) -> None:
         config = pick_config(self.h.dtype)
         tile = config.sweep if keep else config.score
-        batch, tokens, _ = self.h.shape
+        batch, tokens, width = self.h.shape
         sweep[triton.cdiv(tokens, tile.m), batch](
             TensorDescriptor.from_tensor(self.h, [1, tile.m, tile.k]),
             TensorDescriptor.from_tensor(self.weight, [tile.n, tile.k]),
@@ -146,6 +146,7 @@ class Head:
             u,
             du,
             tokens,
+            width,
             e.stride(-2) if keep else 0,
             self.pool,
             *self.strides(self.lora_a, self.lora_b),

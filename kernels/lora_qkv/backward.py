@@ -9,7 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tiles import multiply_add, padded_rank, programs, stacked_rank, store_tile, tiled
+from ..dot import multiply_add
+from .tiles import padded_rank, programs, stacked_rank, store_tile, tiled
 
 
 @dataclass(frozen=True)

@@ -35,16 +35,6 @@ def stacked_rank(rank: int) -> int:
 
 
 @triton.jit
-def multiply_add(a, b, acc):
-    """a b + acc. In fp32, which no tensor core multiplies, the block's sum is formed first: shorter chains of adds."""
-    if a.dtype == tl.float32:
-        acc += tl.dot(a, b, input_precision="ieee")
-    else:
-        acc = tl.dot(a, b, acc)
-    return acc
-
-
-@triton.jit
 def _halves(tile, M: tl.constexpr, N: tl.constexpr):
     return tl.split(tile.reshape(M, 2, N // 2).permute(0, 2, 1))
 

@@ -39,7 +39,9 @@ class NewtonSchulzConfig:
 def _await(done, needed):
     """Return once `needed` tiles are counted at `done`; what they stored may be read through descriptors then.
 
-    A tile waits for tiles before it in the table alone, and a block takes its tiles in the table's order: this ends.
+    A tile waits for tiles before it in the table alone, and a block takes its tiles in the table's order: this ends
+    once every block of the launch is on a multiprocessor. Blocks that wait hold theirs, so no other launch that waits
+    for its own blocks may run beside this one.
     """
     tl.inline_asm_elementwise(
         """{
