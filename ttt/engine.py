@@ -12,6 +12,7 @@ of the pool, so that a capture leaves no trace.
 
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -90,6 +91,17 @@ def largest_batch(batch: int, needed: Callable[[int], int], free: int) -> int:
             )
         batch //= 2
     return batch
+
+
+@dataclass(frozen=True, eq=False)
+class Replay:
+    """A captured step. The graph reads the step's own tensors, so whoever keeps the one keeps the other."""
+
+    graph: torch.cuda.CUDAGraph
+    step: EngineStep
+
+    def __call__(self) -> None:
+        self.graph.replay()
 
 
 class Engine:
@@ -195,7 +207,7 @@ class Engine:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=self._memory):
                 run()
-        return graph.replay
+        return Replay(graph, step)
 
     def adapt(
         self,

@@ -112,6 +112,78 @@ class FrozenModel:
         embedded = F.embedding(tokens, self.embed) + F.embedding(rows, self.bigram)
         return self.model.smear(rms_norm(embedded, backend=backend).to(self.dtype), tokens, None)
 
+    def hidden(
+        self,
+        inputs: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        tail: int,
+        adapters: "Adapters | None" = None,
+        backend: str | None = None,
+    ) -> Tensor:
+        """inputs int [B, S] -> rmsnorm(x) [B, tail, D] at the last `tail` inputs; rotary is cos, sin [S, d/2]."""
+        x0 = self.first(inputs, backend)
+        pushes, pushed = len(self.blocks) // 2, []
+        slots = None if adapters is None else adapters.slots
+        _, x, n = residual_norm(x0, mix=self.blocks[0].mix, x0=x0, backend=backend)
+        for index, block in enumerate(self.blocks):
+            lora, bias = ((), {}) if adapters is None else adapters.of(index)
+            is_last = index + 1 == len(self.blocks)
+            with phase("block"):
+                q, k, v = (
+                    part.unflatten(-1, (-1, self.config.head_dim)) for part in self._qkv(n, block, lora, slots, backend)
+                )
+                q, k = norm_rotary(q, k, *rotary, block.gain, backend=backend)
+                mixed = causal_attention_ref(q, k, v, self.model.attention)
+                if is_last:
+                    x, mixed = x[:, -tail:], mixed[:, -tail:]
+                _, x, n = residual_norm(x, F.linear(mixed.flatten(2), block.out), backend=backend)
+                branch = relu_squared_mlp(n, block.up, block.down, backend=backend)
+                # The output of the last block that pushes is joined through the next one's mix.
+                push = index + 1 < pushes
+                after = self.blocks[index + 1] if not is_last else None
+                joins = after is not None and after.skip is not None
+                x_out, x, n = residual_norm(
+                    x,
+                    branch,
+                    **bias,
+                    pushed=pushed.pop() if joins else None,
+                    skip=after.skip if joins else None,
+                    mix=after.mix if after is not None else None,
+                    x0=x0 if after is not None else None,
+                    push=push,
+                    last=is_last,
+                    backend=backend,
+                )
+                if push:
+                    pushed.append(x_out)
+        return n
+
+    def _qkv(self, n: Tensor, block: FrozenBlock, lora: tuple, slots: Tensor | None, backend: str | None) -> tuple:
+        sizes = self.config.qkv_sizes
+        if not lora:
+            return F.linear(n, block.qkv).split(sizes, dim=-1)
+        lora_a, lora_b, grads = lora
+        return lora_qkv(n, block.qkv, lora_a, lora_b, slots, sizes, grads=grads, backend=backend)
+
+
+class Adapters(NamedTuple):
+    """What the documents of a batch add to the model: `parts` are A, B and bias of every block, [slots, ...].
+
+    `grads` are like them and get their gradients in the backward, where autograd shall not have them. `slots` int [B].
+    """
+
+    slots: Tensor
+    parts: list[Tensor]
+    grads: list[Tensor] | None = None
+
+    def of(self, index: int) -> tuple[tuple, dict[str, Tensor | None]]:
+        """Block `index`: (A, B, their gradients or None), and what residual_norm wants to know of the bias."""
+        lora_a, lora_b, bias = self.parts[3 * index : 3 * index + 3]
+        if self.grads is None:
+            return (lora_a, lora_b, None), {"bias": bias, "slots": self.slots}
+        *lora_grads, bias_grad = self.grads[3 * index : 3 * index + 3]
+        return (lora_a, lora_b, tuple(lora_grads)), {"bias": bias, "slots": self.slots, "bias_grad": bias_grad}
+
 
 def _matrices(block: Block, dtype: torch.dtype) -> tuple[Tensor, ...]:
     """Q, K and V stacked, Wo, W1 and W2."""
@@ -155,7 +227,7 @@ class EngineStep:
         """Record the NLL of every place's chunk."""
         slots, inputs, targets, place = self._inputs()
         *blocks, head_a, head_b = self._parts(self.pool.params)
-        hidden = self._hidden(inputs, slots, blocks)
+        hidden = self._hidden(inputs, Adapters(slots, blocks))
         nll = lora_head_nll(
             hidden, self.model.head, head_a, head_b, targets, *self._loss, slots=slots, backend=self.backend
         )
@@ -199,7 +271,7 @@ class EngineStep:
         *block_grads, head_a_grad, head_b_grad = self._parts(self.pool.grads)
         leaves = [part.detach().requires_grad_() for part in blocks]
         with phase("forward"), torch.enable_grad():
-            hidden = self._hidden(inputs, slots, leaves, block_grads if self.writes_pool else None)
+            hidden = self._hidden(inputs, Adapters(slots, leaves, block_grads if self.writes_pool else None))
         with phase("backward"):
             nll, dhidden = lora_head_nll_grads_(
                 hidden.detach(),
@@ -241,56 +313,8 @@ class EngineStep:
         with torch.no_grad():
             self.record.index_copy_(0, place.flatten(), nll.flatten().to(self.record.dtype))
 
+    def _hidden(self, inputs: Tensor, adapters: Adapters) -> Tensor:
+        return self.model.hidden(inputs, self.rotary, self.ttt.chunk, adapters, self.backend)
+
     def _parts(self, rows: Tensor) -> list[Tensor]:
         return self.pool.views(rows, len(rows))
-
-    def _hidden(self, inputs: Tensor, slots: Tensor, parts: list[Tensor], grads: list[Tensor] | None = None) -> Tensor:
-        """rmsnorm(x) [rows, chunk, D] at the window's last `chunk` inputs.
-
-        `parts` are A, B and bias of every block, [slots, ...]; `grads` are like them, and get their gradients in the
-        backward, where autograd shall not have them.
-        """
-        config, blocks, chunk = self.model.config, self.model.blocks, self.ttt.chunk
-        x0 = self.model.first(inputs, self.backend)
-        pushes, pushed = len(blocks) // 2, []
-        _, x, n = residual_norm(x0, mix=blocks[0].mix, x0=x0, backend=self.backend)
-        for index, block in enumerate(blocks):
-            lora_a, lora_b, bias = parts[3 * index : 3 * index + 3]
-            lora_grads, bias_grad = None, None
-            if grads is not None:
-                lora_grads, bias_grad = tuple(grads[3 * index : 3 * index + 2]), grads[3 * index + 2]
-            is_last = index + 1 == len(blocks)
-            with phase("block"):
-                q, k, v = (
-                    part.unflatten(-1, (-1, config.head_dim))
-                    for part in lora_qkv(
-                        n, block.qkv, lora_a, lora_b, slots, config.qkv_sizes, grads=lora_grads, backend=self.backend
-                    )
-                )
-                q, k = norm_rotary(q, k, *self.rotary, block.gain, backend=self.backend)
-                mixed = causal_attention_ref(q, k, v, self.model.model.attention)
-                if is_last:
-                    x, mixed = x[:, -chunk:], mixed[:, -chunk:]
-                _, x, n = residual_norm(x, F.linear(mixed.flatten(2), block.out), backend=self.backend)
-                branch = relu_squared_mlp(n, block.up, block.down, backend=self.backend)
-                # The output of the last block that pushes is joined through the next one's mix.
-                push = index + 1 < pushes
-                after = blocks[index + 1] if not is_last else None
-                joins = after is not None and after.skip is not None
-                x_out, x, n = residual_norm(
-                    x,
-                    branch,
-                    bias=bias,
-                    slots=slots,
-                    pushed=pushed.pop() if joins else None,
-                    skip=after.skip if joins else None,
-                    mix=after.mix if after is not None else None,
-                    x0=x0 if after is not None else None,
-                    push=push,
-                    last=is_last,
-                    bias_grad=bias_grad,
-                    backend=self.backend,
-                )
-                if push:
-                    pushed.append(x_out)
-        return n
