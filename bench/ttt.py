@@ -14,9 +14,10 @@ from ..kernels import BOS
 from ..model.config import ModelConfig
 from ..model.gpt import GPT
 from ..ttt.adapters import AdapterLayout, AdapterPool
+from ..ttt.base import BaseNll
 from ..ttt.documents import Document
 from ..ttt.protocols import MIN_NLL, TTTConfig
-from ..ttt.scorer import BaseNll, Batch, Deadline, adapt_batch
+from ..ttt.scorer import Batch, Deadline, adapt_batch
 from .entry import Call, Entry, Shape, Tensors, Variant
 from .original import build_original_ttt, original_ttt
 from .step import model_config, seeded_model

@@ -8,8 +8,9 @@ from klora.kernels import causal_attention_ref, pick_attention
 from klora.model.config import ModelConfig, preset
 from klora.model.gpt import GPT, KVCache
 from klora.ttt.adapters import AdapterPool
+from klora.ttt.base import BaseNll
 from klora.ttt.protocols import TTTConfig
-from klora.ttt.scorer import BaseNll, Batch, Deadline, adapt_batch
+from klora.ttt.scorer import Batch, Deadline, adapt_batch
 from test_ttt import document
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")]

@@ -11,11 +11,12 @@ from conftest import SMALL, randomized
 from klora.kernels import BOS, lora_adam_ref_
 from klora.model.config import ConfigError, preset
 from klora.ttt.adapters import AdapterLayout, AdapterPool
+from klora.ttt.base import BaseNll
 from klora.ttt.documents import Document, chunk_windows
 from klora.ttt.protocols import LEAKY, TTTConfig, label, learning_rate
 from klora.ttt.results import DocumentResult, ScoreResult
 from klora.ttt.score import Interrupted, Journal, JournalError, NonFiniteScore, fingerprint, score_documents
-from klora.ttt.scorer import ADAPTED, NOT_ADAPTED, PARTIAL, SHORT, BaseNll, Batch, Deadline, adapt_batch
+from klora.ttt.scorer import ADAPTED, NOT_ADAPTED, PARTIAL, SHORT, Batch, Deadline, adapt_batch
 
 TTT = TTTConfig(chunk=16, window=64, min_tokens=32, lora_rank=2, head_rank=3, epochs=2, deadline=0.0, batch=4)
 

@@ -17,10 +17,11 @@ from typing import Any
 from ..model.gpt import GPT
 from ..model.storage import write_text
 from .adapters import AdapterPool
+from .base import BaseNll
 from .documents import Document
 from .protocols import TTTConfig
 from .results import DocumentResult, ScoreResult
-from .scorer import ADAPTED, NOT_ADAPTED, PARTIAL, SHORT, Adapted, BaseNll, Batch, Deadline, adapt_batch
+from .scorer import ADAPTED, NOT_ADAPTED, PARTIAL, SHORT, Adapted, Batch, Deadline, adapt_batch
 
 
 class Interrupted(RuntimeError):

@@ -1,4 +1,4 @@
-"""The eager scorer: base model and adapted model, document by document in result, batch by batch in execution.
+"""The eager scorer: the adapted model, document by document in result, batch by batch in execution.
 
 One adaptation step takes every active document of a batch through one chunk:
 
@@ -12,25 +12,19 @@ reference that faster engines are tested against.
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..kernels import lora_head_nll_ref, softcap_nll_ref
+from ..kernels import lora_head_nll_ref
 from ..model.gpt import GPT
 from ..model.ranges import phase
 from .adapters import AdapterPool
-from .documents import Document, Windows, chunk_windows
+from .documents import Document
 from .protocols import MIN_NLL, TTTConfig, learning_rate
-
-MICRO_TOKENS = {"cpu": 8192, "cuda": 65536}
-"""Tokens in one forward of the base pass, by device type: what fits in cache, and what fills a GPU."""
-
-PAD = 64
-"""Windows of the base pass are padded to a multiple of this, and batched with those of the same padded length."""
 
 SHORT, ADAPTED, PARTIAL, NOT_ADAPTED = "short", "adapted", "partly adapted (deadline)", "not adapted (deadline)"
 
@@ -52,84 +46,6 @@ class Adapted:
     nats: np.ndarray
     targets: np.ndarray
     kept_pass: np.ndarray
-
-
-class BaseNll:
-    """Per-target NLL of the unadapted model over a set of documents, at temperature 1 and at the adapted one.
-
-    `nll` and `tempered` are fp32 arrays over the concatenation of all documents; `of` sums a document's part from its
-    target `start` on, in float64. `is_short` says which documents have fewer than `min_tokens` tokens. `tick`
-    gets the number of targets scored so far.
-    """
-
-    def __init__(
-        self,
-        model: GPT,
-        documents: Sequence[Document],
-        config: TTTConfig,
-        tick: Callable[[int], None] = lambda targets: None,
-    ):
-        self.config = config
-        targets = np.array([document.targets for document in documents], dtype=np.int64)
-        self.offsets = np.cumsum(targets + 1) - (targets + 1)
-        self.targets = targets
-        tokens = np.concatenate([document.tokens for document in documents]).astype(np.int64)
-        self.nll = np.zeros(len(tokens), np.float32)
-        self.tempered = np.zeros(len(tokens), np.float32)
-        self.is_short = targets + 1 < config.min_tokens
-        long = ~self.is_short
-        whole = Windows(self.offsets, targets, np.zeros_like(targets))
-        plans = [
-            (_select(whole, self.is_short & (targets > 0)), config.min_tokens, 1.0),
-            (
-                chunk_windows(targets[long], self.offsets[long], config.chunk, config.window),
-                config.window,
-                config.temperature,
-            ),
-        ]
-        done = 0
-        for windows, longest, temperature in plans:
-            for targets_scored in self._score(model, torch.from_numpy(tokens), windows, longest, temperature):
-                done += targets_scored
-                tick(done)
-
-    @torch.no_grad()
-    def _score(self, model: GPT, tokens: Tensor, windows: Windows, longest: int, temperature: float) -> Iterator[int]:
-        device = model.embed.device
-        weight = model.embed.to(model.dtype)
-        for rows, padded in _batches_of_one_length(windows.length, MICRO_TOKENS[device.type]):
-            start, length, first = (torch.from_numpy(a[rows]) for a in (windows.start, windows.length, windows.first))
-            column = torch.arange(padded)
-            at = (start[:, None] + column).clamp(max=len(tokens) - 2)
-            scored = (column >= first[:, None]) & (column < length[:, None])
-            hidden = model.hidden(tokens[at].to(device), rotary_length=longest)[scored.to(device)]
-            follow = at[scored] + 1
-            targets = tokens[follow].to(device)
-            for out, heat in ((self.nll, 1.0), (self.tempered, temperature)):
-                nll = softcap_nll_ref(hidden, weight, targets, model.config.softcap, heat)
-                out[follow.numpy()] = nll.float().cpu().numpy()
-            yield len(follow)
-
-    def of(self, index: int, start: int = 0) -> tuple[float, float]:
-        """(nats, nats at the adapted temperature) of document `index` from its target `start` on."""
-        begin, end = self.offsets[index] + 1 + start, self.offsets[index] + 1 + self.targets[index]
-        return float(self.nll[begin:end].sum(dtype=np.float64)), float(self.tempered[begin:end].sum(dtype=np.float64))
-
-
-def _select(windows: Windows, keep: np.ndarray) -> Windows:
-    return Windows(windows.start[keep], windows.length[keep], windows.first[keep])
-
-
-def _batches_of_one_length(lengths: np.ndarray, micro_tokens: int) -> Iterator[tuple[np.ndarray, int]]:
-    """Indices of windows whose padded length is the same, at most `micro_tokens` tokens at a time, and that length."""
-    padded = -(-lengths // PAD) * PAD
-    order = np.argsort(padded, kind="stable")
-    for group in np.split(order, np.flatnonzero(np.diff(padded[order])) + 1):
-        if len(group):
-            length = int(padded[group[0]])
-            rows = max(1, micro_tokens // length)
-            for begin in range(0, len(group), rows):
-                yield group[begin : begin + rows], length
 
 
 class Batch:
