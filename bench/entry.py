@@ -34,6 +34,8 @@ class Variant:
     captures: bool = True
     is_ours: bool = False
     instead: str = ""
+    shapes: tuple[str, ...] | None = None
+    """Names of the shapes at which it is timed; None: all. Correctness is checked all the same."""
 
     def why_missing(self, device: torch.device) -> str:
         """Why this variant cannot run on `device`; empty if it can."""

@@ -62,7 +62,7 @@ def relative_error(output: torch.Tensor, exact: torch.Tensor) -> float:
     """|output - exact| / |exact| in float64; infinite for a NaN, a wrong shape or an exact value of zero missed."""
     if output.shape != exact.shape:
         return math.inf
-    difference = torch.linalg.vector_norm(output.detach().double() - exact.double()).item()
+    difference = torch.linalg.vector_norm(output.detach().to(exact.device).double() - exact.double()).item()
     scale = torch.linalg.vector_norm(exact.double()).item()
     error = difference / scale if scale else (0.0 if difference == 0 else math.inf)
     return error if math.isfinite(error) else math.inf

@@ -59,10 +59,11 @@ Schedule = Callable[[TTTConfig, int, int], float]
 
 
 class OriginalScore(NamedTuple):
-    """Nats of all targets of a document, and the pass they are from; no pass where the base model scored it."""
+    """Nats of all targets of a document, the pass they are from, and each target's; no pass where no adapter was."""
 
     nats: float
     kept_pass: int | None
+    nll: Tensor
 
 
 class Tally:
@@ -235,7 +236,8 @@ def adapt_original_batch(
     chunks = [-(-document.targets // config.chunk) for document in documents]
     rounds, step = max(chunks), 0
     totals = [[0.0] * len(documents) for _ in range(config.passes)]
-    for totals_of_pass in totals:
+    nlls: list[list[list[Tensor]]] = [[[] for _ in documents] for _ in totals]
+    for totals_of_pass, nlls_of_pass in zip(totals, nlls, strict=True):
         for j in range(rounds):
             inputs, targets = _copy_windows(documents, j, config, device)
             trained = [j + 1 < count for count in chunks]
@@ -247,6 +249,7 @@ def adapt_original_batch(
                     start, end, first = _window(document, j, config)
                     at = row, slice(first, end - start)
                     totals_of_pass[row] += tally.take(recorded[at], inputs[at], targets[at])[0]
+                    nlls_of_pass[row].append(recorded[at])
             if any(trained):
                 for group in adam.param_groups:
                     group["lr"] = group["factor"] * schedule(config, step, config.passes * (rounds - 1))
@@ -256,7 +259,7 @@ def adapt_original_batch(
                 adam.step()
                 step += 1
     best = np.argmin(totals, axis=0).tolist() if config.protocol == MIN_NLL else [config.passes - 1] * len(documents)
-    return [OriginalScore(totals[kept][row], kept) for row, kept in enumerate(best)]
+    return [OriginalScore(totals[kept][row], kept, torch.cat(nlls[kept][row])) for row, kept in enumerate(best)]
 
 
 def original_batches(documents: Sequence[Document], config: TTTConfig) -> Iterator[list[int]]:
@@ -276,14 +279,14 @@ def original_ttt(
     the caller's duty to label it so (ttt/protocols.py, `label`) wherever it is printed or stored. Under
     `stretched_cosine` even score_first depends on a document's batch mates. Use this function for its time alone.
     """
-    scores = [OriginalScore(0.0, None)] * len(documents)
+    scores = [OriginalScore(0.0, None, torch.zeros(0, device=model.embed.device))] * len(documents)
     tally = Tally(model.config.vocab_size, model.embed.device)
     for index, document in enumerate(documents):
         if len(document.tokens) < config.min_tokens and document.targets:
             tokens = torch.from_numpy(document.tokens.astype(np.int64)).to(model.embed.device)[None]
             with torch.no_grad():
                 nll = _ttt_nll(model, tokens[:, :-1], tokens[:, 1:], None, 1.0)
-            scores[index] = OriginalScore(tally.take(nll[0], tokens[0, :-1], tokens[0, 1:])[0], None)
+            scores[index] = OriginalScore(tally.take(nll[0], tokens[0, :-1], tokens[0, 1:])[0], None, nll[0])
     for batch in original_batches(documents, config):
         adapted = adapt_original_batch(model, [documents[index] for index in batch], config, schedule)
         for index, score in zip(batch, adapted, strict=True):
@@ -377,14 +380,13 @@ def build_original_step(shape: Shape, device: torch.device, dtype: torch.dtype) 
 def build_original_ttt(
     shape: Shape, device: torch.device, dtype: torch.dtype, schedule: Schedule = constant
 ) -> Callable[[Tensor], Tensor]:
-    """For the entry `score_first_pass`: tokens [B, n + 1] -> nats [B]. The entry's learning rate is constant."""
+    """For the entry `score_first_pass`: tokens [B, n + 1] -> NLL [B * n]. The entry's learning rate is constant."""
     model = step_group.seeded_model(shape, device, dtype).requires_grad_(False)
     config = TTTConfig(deadline=0.0, chunk=shape["chunk"], window=4 * shape["chunk"], batch=shape["B"])
 
     def run(tokens: Tensor) -> Tensor:
         rows = tokens.cpu().numpy().astype("uint16")
         documents = [Document(str(index), row, bytes=1) for index, row in enumerate(rows)]
-        scores = adapt_original_batch(model, documents, config, schedule)
-        return torch.tensor([score.nats for score in scores], dtype=torch.float64)
+        return torch.cat([score.nll for score in adapt_original_batch(model, documents, config, schedule)])
 
     return run

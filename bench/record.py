@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from .entry import Entry, Shape
+from .entry import Entry, Shape, Variant
 from .environment import environment
 from .gate import Verdict, check
 from .timing import Thunk, Times, captured, input_sets, peak_bytes, time_interleaved
@@ -147,20 +147,23 @@ def measure_ceilings(
     rates = {}
     for entry in entries:
         shape = entry.toy if toy else next(iter(entry.shapes.values()))
-        thunks = {name: calls[:1] for name, calls in _thunks(entry, shape, device, dtype).items() if name == "eager"}
+        eager = [variant for variant in entry.present(device) if variant.name == "eager"]
+        thunks = {name: calls[:1] for name, calls in _thunks(entry, eager, shape, device, dtype).items()}
         times = time_interleaved(thunks, device, *rounds)["eager"]
         work = entry.flops(shape) or entry.bytes(shape, dtype.itemsize)
         rates["flops_per_second" if entry.flops(shape) else "bytes_per_second"] = work / times.p50 * 1e3
     return rates
 
 
-def _thunks(entry: Entry, shape: Shape, device: torch.device, dtype: torch.dtype) -> dict[str, list[Thunk]]:
+def _thunks(
+    entry: Entry, variants: Sequence[Variant], shape: Shape, device: torch.device, dtype: torch.dtype
+) -> dict[str, list[Thunk]]:
     """Calls of each variant, built once, on input sets that all variants share: as many as keep the cache cold."""
     torch.compiler.reset()  # what was compiled for other shapes would make this one's dynamic
     sets = 1 if entry.once else input_sets(entry.bytes(shape, dtype.itemsize), device)
     generator = torch.Generator(device).manual_seed(1)
     drawn = [entry.draw(shape, device, dtype, generator) for _ in range(sets)]
-    built = {variant.name: variant.build(shape, device, dtype) for variant in entry.present(device)}
+    built = {variant.name: variant.build(shape, device, dtype) for variant in variants}
     return {name: [partial(call, *inputs) for inputs in drawn] for name, call in built.items()}
 
 
@@ -176,9 +179,11 @@ def _time_entry(
 ) -> list[dict[str, Any]]:
     moved, operations = entry.bytes(shape, dtype.itemsize), entry.flops(shape)
     floor = 1e3 * max(moved / ceilings["bytes_per_second"], operations / ceilings["flops_per_second"])
-    thunks = _thunks(entry, shape, device, dtype)
+    variants = [v for v in entry.present(device) if v.shapes is None or name in v.shapes or shape is entry.toy]
+    thunks = _thunks(entry, variants, shape, device, dtype)
+    captures = [variant.name for variant in variants if variant.captures]
     results = []
-    for timing, cache, measured, peaks in _measured(entry, thunks, device, rounds):
+    for timing, cache, measured, peaks in _measured(entry.once, captures, thunks, device, rounds):
         for variant, times in measured.items():
             verdict = verdicts.get(variant)
             results.append(
@@ -210,11 +215,15 @@ def _time_entry(
 
 
 def _measured(
-    entry: Entry, thunks: Mapping[str, list[Thunk]], device: torch.device, rounds: tuple[int, int]
+    once: bool,
+    captures: Sequence[str],
+    thunks: Mapping[str, list[Thunk]],
+    device: torch.device,
+    rounds: tuple[int, int],
 ) -> Iterator[tuple[str, str, dict[str, Times], dict[str, int | None]]]:
     """(timing, cache, times, peak bytes) of every way in which the variants are timed."""
     plain = "events" if device.type == "cuda" else "clock"
-    if entry.once:
+    if once:
         peaks, times = {}, {}
         for name, calls in thunks.items():
             one = partial(time_interleaved, {name: calls}, device, 1, 1, warmup=0)
@@ -224,7 +233,6 @@ def _measured(
     peaks = {name: peak_bytes(calls[0], device) for name, calls in thunks.items()}
     yield plain, "cold", time_interleaved(thunks, device, *rounds), peaks
     yield plain, "warm", time_interleaved({name: calls[:1] for name, calls in thunks.items()}, device, *rounds), peaks
-    captures = [variant.name for variant in entry.present(device) if variant.captures]
     if device.type == "cuda" and captures:
         graphs = {name: [captured(call, device) for call in thunks[name]] for name in captures}
         yield "graph", "cold", time_interleaved(graphs, device, *rounds), peaks

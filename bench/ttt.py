@@ -1,23 +1,27 @@
-"""Group `ttt`: one pass of score_first over documents of one length, and the original's workload.
+"""Group `ttt`: one pass of score_first over documents of one length, the original's workload, and short documents.
 
-Outputs: the NLL of each document in nats. The fixed cost of making the batches is part of the call.
+Outputs: the NLL of every target, document after document, in the pass that counts. The fixed cost of making the batches
+and of reading the results is part of a call; an engine's captures are not, since one engine serves a whole run.
 
 The original's workload is a law of lengths, lognormal(6.555, 1.066) clipped to [8, 60000] tokens, of 6,250 documents
-every `every`th, in six passes of min_nll. Its results are LEAKY and are compared here, never reported.
+every `every`th: in six passes of min_nll, whose results are LEAKY and are compared here, never reported, and in one of
+score_first. Its short documents are those under 512 tokens.
 """
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..kernels import BOS
+from ..kernels import BOS, softcap_nll_ref
 from ..model.config import ModelConfig
 from ..model.gpt import GPT
 from ..ttt.adapters import AdapterLayout, AdapterPool
 from ..ttt.base import BaseNll
 from ..ttt.documents import Document
-from ..ttt.protocols import MIN_NLL, TTTConfig
+from ..ttt.engine import SLOTS_A_PLACE, Engine
+from ..ttt.protocols import MIN_NLL, SCORE_FIRST, TTTConfig
 from ..ttt.scorer import Batch, Deadline, adapt_batch
+from ..ttt.step import FrozenModel
 from .entry import Call, Entry, Shape, Tensors, Variant
 from .original import build_original_ttt, original_ttt
 from .step import model_config, seeded_model
@@ -34,11 +38,25 @@ def _draw(shape: Shape, device: torch.device, dtype: torch.dtype, generator: tor
     return (tokens,)
 
 
+def _documents(tokens: Tensor) -> list[Document]:
+    return [Document(str(at), row, bytes=1) for at, row in enumerate(tokens.cpu().numpy().astype("uint16"))]
+
+
 def _adapt(shape: Shape, tokens: Tensor, model, pool: AdapterPool) -> Tensor:
-    rows = tokens.cpu().numpy().astype("uint16")
-    documents = [Document(str(index), row, bytes=1) for index, row in enumerate(rows)]
-    adapted = adapt_batch(model, pool, Batch(documents, _config(shape), tokens.device), Deadline(0))
-    return torch.from_numpy(adapted.nats)
+    return torch.cat(_adapted_batch(model, pool, _documents(tokens), _config(shape)))
+
+
+def _adapted_batch(model: GPT, pool: AdapterPool, documents: list[Document], config: TTTConfig) -> list[Tensor]:
+    """NLL [targets] of each document, longest first, by the eager scorer."""
+    passes: list[list[Tensor]] = [[] for _ in range(config.passes)]
+    batch = Batch(documents, config, model.embed.device)
+    adapted = adapt_batch(
+        model, pool, batch, Deadline(0), recorded=lambda number, nll: passes[number].append(nll.detach())
+    )
+    return [
+        torch.cat([nll[row] for nll in passes[kept] if row < len(nll)])[: document.targets]
+        for row, (document, kept) in enumerate(zip(documents, adapted.kept_pass, strict=True))
+    ]
 
 
 def _frozen_model(shape: Shape, device: torch.device, dtype: torch.dtype, compiled: bool = False) -> GPT:
@@ -63,6 +81,17 @@ def _scorer(compiled: bool):
         return lambda tokens: _adapt(shape, tokens, model, pool)
 
     return build
+
+
+def _engine_pass(shape: Shape, device: torch.device, dtype: torch.dtype) -> Call:
+    config = _config(shape)
+    engine = Engine(_frozen_model(shape, device, dtype), config, shape["B"] * shape["tokens"], slots=shape["B"])
+    engine.prepare()
+    return lambda tokens: torch.from_numpy(np.concatenate(_adapted(engine, _documents(tokens))))
+
+
+def _adapted(engine: Engine, documents: list[Document]) -> list[np.ndarray]:
+    return engine.token_nll(documents, engine.adapt(documents, Deadline(0)).kept_pass)
 
 
 def _truth(shape: Shape, tokens: Tensor) -> Tensor:
@@ -92,36 +121,115 @@ def _corpus(shape: Shape, tokens: Tensor) -> list[Document]:
 
 def _corpus_config(shape: Shape) -> TTTConfig:
     return TTTConfig(
-        protocol=MIN_NLL, deadline=0.0, chunk=shape["chunk"], min_tokens=shape["shortest"], batch=shape["B"]
+        protocol=MIN_NLL if shape["passes"] > 1 else SCORE_FIRST,
+        epochs=shape["passes"],
+        deadline=0.0,
+        chunk=shape["chunk"],
+        min_tokens=shape["shortest"],
+        batch=shape["B"],
     )
 
 
+def _in_order(documents: list[Document], *parts: dict[str, Tensor]) -> Tensor:
+    nll = {name: values for part in parts for name, values in part.items()}
+    return torch.cat([nll[document.name] for document in documents])
+
+
+def _split(documents: list[Document], shortest: int) -> tuple[list[Document], list[Document]]:
+    """The documents of fewer than `shortest` tokens, and the others, longest first."""
+    long = sorted((d for d in documents if len(d.tokens) >= shortest), key=lambda d: -d.targets)
+    return [d for d in documents if len(d.tokens) < shortest], long
+
+
+def _base(model: GPT | FrozenModel, documents: list[Document], config: TTTConfig) -> dict[str, Tensor]:
+    nll = torch.from_numpy(BaseNll(model, documents, config).nll).split(
+        [document.targets + 1 for document in documents]
+    )
+    return {document.name: values[1:] for document, values in zip(documents, nll, strict=True)}
+
+
 def _score_corpus(shape: Shape, tokens: Tensor, model: GPT, pool_dtype: torch.dtype = torch.float32) -> Tensor:
-    """Nats of every document: the short ones by the base model, the others in batches, longest first."""
+    """NLL of every target: of the short documents by the base model, of the others in batches, longest first."""
     documents, config = _corpus(shape, tokens), _corpus_config(shape)
-    short = [document for document in documents if len(document.tokens) < config.min_tokens]
-    base = BaseNll(model, short, config)
-    nats = {document.name: base.of(index)[0] for index, document in enumerate(short)}
-    long = sorted((d for d in documents if len(d.tokens) >= config.min_tokens), key=lambda d: -d.targets)
+    short, long = _split(documents, config.min_tokens)
     pool = AdapterPool(model.config, config, config.batch, tokens.device, pool_dtype)
+    nll: dict[str, Tensor] = {}
     for begin in range(0, len(long), config.batch):
         mates = long[begin : begin + config.batch]
-        adapted = adapt_batch(model, pool, Batch(mates, config, tokens.device), Deadline(0))
-        nats |= {document.name: value for document, value in zip(mates, adapted.nats, strict=True)}
-    return torch.tensor([nats[document.name] for document in documents], dtype=torch.float64)
+        found = _adapted_batch(model, pool, mates, config)
+        nll |= {document.name: values.cpu() for document, values in zip(mates, found, strict=True)}
+    return _in_order(documents, _base(model, short, config), nll)
 
 
-def _corpus_eager(shape: Shape, device: torch.device, dtype: torch.dtype) -> Call:
-    model = _frozen_model(shape, device, dtype)
-    return lambda tokens: _score_corpus(shape, tokens, model)
+def _corpus_eager(compiled: bool):
+    def build(shape: Shape, device: torch.device, dtype: torch.dtype) -> Call:
+        model = _frozen_model(shape, device, dtype, compiled)
+        return lambda tokens: _score_corpus(shape, tokens, model)
+
+    return build
+
+
+def _corpus_engine(shape: Shape, device: torch.device, dtype: torch.dtype) -> Call:
+    model, config = _frozen_model(shape, device, dtype), _corpus_config(shape)
+    frozen, long = FrozenModel(model), [length for length in _corpus_lengths(shape) if length >= config.min_tokens]
+    engine = Engine(model, config, int(sum(long)), slots=min(SLOTS_A_PLACE * config.batch, len(long)))
+    engine.prepare()
+
+    def run(tokens: Tensor) -> Tensor:
+        documents = _corpus(shape, tokens)
+        short, long = _split(documents, config.min_tokens)
+        found = {d.name: torch.from_numpy(nll) for d, nll in zip(long, _adapted(engine, long), strict=True)}
+        return _in_order(documents, _base(frozen, short, config), found)
+
+    return run
 
 
 def _original_corpus(shape: Shape, device: torch.device, dtype: torch.dtype) -> Call:
     model = _frozen_model(shape, device, dtype)
 
     def run(tokens: Tensor) -> Tensor:
-        scores = original_ttt(model, _corpus(shape, tokens), _corpus_config(shape))
-        return torch.tensor([score.nats for score in scores], dtype=torch.float64)
+        return torch.cat([s.nll for s in original_ttt(model, _corpus(shape, tokens), _corpus_config(shape))])
+
+    return run
+
+
+def _draw_short(shape: Shape, device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Tensors:
+    (tokens,) = _draw_corpus(shape, device, dtype, generator)
+    return (tokens[torch.from_numpy(np.repeat(_is_short(shape), _corpus_lengths(shape))).to(device)],)
+
+
+def _is_short(shape: Shape) -> np.ndarray:
+    return _corpus_lengths(shape) < shape["shortest"]
+
+
+def _short_documents(shape: Shape, tokens: Tensor) -> list[Document]:
+    ends = _corpus_lengths(shape)[_is_short(shape)].cumsum()
+    parts = np.split(tokens.cpu().numpy().astype("uint16"), ends[:-1])
+    return [Document(str(index), part, bytes=1) for index, part in enumerate(parts)]
+
+
+@torch.no_grad()
+def _one_by_one(shape: Shape, tokens: Tensor, model: GPT) -> Tensor:
+    """The original's way: each short document by itself, at batch size 1."""
+    nll, weight = [], model.embed.to(model.dtype)
+    for document in _short_documents(shape, tokens):
+        row = torch.from_numpy(document.tokens.astype(np.int64)).to(tokens.device)[None]
+        hidden = model.hidden(row[:, :-1], rotary_length=shape["shortest"])
+        nll.append(softcap_nll_ref(hidden[0], weight, row[0, 1:], model.config.softcap))
+    return torch.cat(nll)
+
+
+def _short_eager(shape: Shape, device: torch.device, dtype: torch.dtype) -> Call:
+    model = _frozen_model(shape, device, dtype)
+    return lambda tokens: _one_by_one(shape, tokens, model)
+
+
+def _short_packed(shape: Shape, device: torch.device, dtype: torch.dtype) -> Call:
+    model, config = FrozenModel(_frozen_model(shape, device, dtype)), _corpus_config(shape)
+
+    def run(tokens: Tensor) -> Tensor:
+        documents = _short_documents(shape, tokens)
+        return _in_order(documents, _base(model, documents, config))
 
     return run
 
@@ -170,8 +278,12 @@ def _long_targets(shape: Shape) -> list[int]:
 def _corpus_flops(shape: Shape) -> int:
     config, passes = model_config(shape), _corpus_config(shape).passes
     long = sum(_document_flops(config, targets, shape["chunk"]) for targets in _long_targets(shape))
-    short = (int(length) - 1 for length in _corpus_lengths(shape) if length < shape["shortest"])
-    return passes * long + sum(_window_flops(config, targets, targets, trained=False) for targets in short)
+    return passes * long + _short_flops(shape)
+
+
+def _short_flops(shape: Shape) -> int:
+    config, short = model_config(shape), _corpus_lengths(shape)[_is_short(shape)] - 1
+    return sum(_window_flops(config, int(targets), int(targets), trained=False) for targets in short)
 
 
 def _corpus_bytes(shape: Shape, itemsize: int) -> int:
@@ -179,19 +291,24 @@ def _corpus_bytes(shape: Shape, itemsize: int) -> int:
     return ttt.passes * sum(_document_bytes(config, ttt, targets) for targets in _long_targets(shape))
 
 
+LAW = {"B": 64, "shortest": 512, "chunk": 256}
+TOY_LAW = {"blocks": 0, "B": 3, "shortest": 512, "chunk": 256, "every": 3000}
+GATE_LAW = {"blocks": 10, "B": 8, "shortest": 512, "chunk": 256, "every": 250}
+
 ENTRIES = (
     Entry(
         group="ttt",
         op="score_first_pass",
         shapes={"seed-64x2049": {"blocks": 10, "B": 64, "tokens": 2049, "chunk": 256}},
         toy={"blocks": 0, "B": 3, "tokens": 97, "chunk": 16},
-        gate={"blocks": 10, "B": 2, "tokens": 769, "chunk": 256},
+        gate={"blocks": 10, "B": 8, "tokens": 769, "chunk": 256},
         draw=_draw,
         truth=_truth,
         variants=(
             Variant("eager", _scorer(compiled=False), captures=False),
             Variant("torch.compile", _scorer(compiled=True), devices=("cuda",), captures=False),
             Variant("original", build_original_ttt, captures=False),
+            Variant("klora", _engine_pass, captures=False, is_ours=True),
         ),
         bytes=_bytes,
         flops=_flops,
@@ -199,22 +316,67 @@ ENTRIES = (
     Entry(
         group="ttt",
         op="min_nll_corpus_LEAKY",
-        shapes={"seed-391": {"blocks": 10, "B": 64, "every": 16, "shortest": 512, "chunk": 256}},
-        toy={"blocks": 0, "B": 3, "every": 3000, "shortest": 512, "chunk": 256},
-        gate={"blocks": 10, "B": 2, "every": 1500, "shortest": 512, "chunk": 256},
+        shapes={
+            "seed-391": {"blocks": 10, "every": 16, "passes": 6, **LAW},
+            "seed-11l-391": {"blocks": 11, "every": 16, "passes": 6, **LAW},
+            "seed-6250": {"blocks": 10, "every": 1, "passes": 6, **LAW},
+        },
+        toy={**TOY_LAW, "passes": 2},
+        gate={**GATE_LAW, "passes": 6},
         draw=_draw_corpus,
         truth=lambda shape, tokens: _score_corpus(shape, tokens, _exact_model(shape, tokens.device), torch.float64),
         variants=(
-            Variant("eager", _corpus_eager, captures=False),
+            Variant("eager", _corpus_eager(compiled=False), captures=False, shapes=("seed-391", "seed-11l-391")),
+            Variant(
+                "torch.compile",
+                _corpus_eager(compiled=True),
+                devices=("cuda",),
+                captures=False,
+                shapes=("seed-391",),
+            ),
             Variant(
                 "original",
                 _original_corpus,
                 captures=False,
                 instead="min_nll with one cosine over the longest document of each batch, the original's defect",
+                shapes=("seed-391", "seed-11l-391"),
             ),
+            Variant("klora", _corpus_engine, captures=False, is_ours=True),
         ),
         bytes=_corpus_bytes,
         flops=_corpus_flops,
+        once=True,
+    ),
+    Entry(
+        group="ttt",
+        op="score_first_corpus",
+        shapes={"seed-6250": {"blocks": 10, "every": 1, "passes": 1, **LAW}},
+        toy={**TOY_LAW, "passes": 1},
+        gate={**GATE_LAW, "passes": 1},
+        draw=_draw_corpus,
+        truth=lambda shape, tokens: _score_corpus(shape, tokens, _exact_model(shape, tokens.device), torch.float64),
+        variants=(
+            Variant("eager", _corpus_eager(compiled=False), captures=False),
+            Variant("klora", _corpus_engine, captures=False, is_ours=True),
+        ),
+        bytes=_corpus_bytes,
+        flops=_corpus_flops,
+        once=True,
+    ),
+    Entry(
+        group="ttt",
+        op="short_documents",
+        shapes={"seed-2420": {"blocks": 10, "every": 1, "passes": 1, **LAW}},
+        toy={**TOY_LAW, "passes": 1, "every": 1500},
+        gate={**GATE_LAW, "passes": 1},
+        draw=_draw_short,
+        truth=lambda shape, tokens: _one_by_one(shape, tokens, _exact_model(shape, tokens.device)),
+        variants=(
+            Variant("eager", _short_eager, captures=False),
+            Variant("klora", _short_packed, captures=False, is_ours=True),
+        ),
+        bytes=lambda shape, itemsize: 0,
+        flops=_short_flops,
         once=True,
     ),
 )

@@ -19,6 +19,7 @@ from ..model.corpus import CorpusError
 from ..model.shards import ShardError
 from ..model.tokenizer import TokenizerError
 from ..model.train import NonFiniteLoss
+from ..ttt.ranks import LostStore
 from ..ttt.score import JournalError, NonFiniteScore
 from .bench import bench
 from .demo import demo
@@ -35,6 +36,7 @@ USER_ERRORS = (
     ConfigError,
     CorpusError,
     JournalError,
+    LostStore,
     NonFiniteLoss,
     NonFiniteScore,
     OSError,

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import time
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,7 +15,7 @@ from ..model.artifact import Artifact, load_artifact
 from ..model.config import ConfigError
 from ..model.corpus import Corpus
 from ..model.loading import WEIGHTS_HELP, model_from_artifact, model_from_run, tokenizer_of
-from ..model.parallel import pick_device
+from ..model.parallel import is_one_of_many, own_device, processes_here
 from ..model.prepare import tokenizer_beside
 from ..model.shards import TokenStream, find_shards
 from ..model.signals import StopSignals
@@ -22,9 +23,10 @@ from ..model.tokenizer import Tokenizer
 from ..model.train import device_name
 from ..ttt.documents import Document, documents_from_texts, documents_from_tokens
 from ..ttt.protocols import LEAK_WARNING, TTTConfig, label
+from ..ttt.ranks import PATIENCE, Board, board_of_torchrun, score_on_ranks
 from ..ttt.report import write_report
 from ..ttt.results import ScoreResult
-from ..ttt.score import Interrupted, Journal, fingerprint, score_documents
+from ..ttt.score import SCORERS, Interrupted, Journal, fingerprint, pick_scorer, score_documents
 from . import options
 from .console import Output
 
@@ -59,6 +61,22 @@ def score(
     set_: options.Set = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on after an interruption.")] = False,
     weights: Annotated[str, typer.Option("--weights", help=WEIGHTS_HELP)] = "dense",
+    scorer: Annotated[
+        str,
+        typer.Option(
+            "--scorer",
+            help=f"{', '.join(SCORERS)}. engine: CUDA graphs of fused kernels; uncaptured: its steps without graphs, "
+            "to debug; eager: plain PyTorch. auto: the engine on a GPU, eager elsewhere.",
+        ),
+    ] = "auto",
+    patience: Annotated[
+        float,
+        typer.Option(
+            "--patience",
+            min=1.0,
+            help="Of several ranks: seconds without a sign of life after which others take over a rank's documents.",
+        ),
+    ] = PATIENCE,
     device: options.Device = "auto",
     fields: options.Fields = False,
     as_json: options.Json = False,
@@ -85,7 +103,18 @@ def score(
     folder = out or artifact.with_name(f"{artifact.stem}-score")
     options.require_folder(folder)
     result = score_artifact(
-        artifact, (text, jsonl, field, shards), most_tokens, config, folder, prequant, resume, device, output, weights
+        artifact,
+        (text, jsonl, field, shards),
+        most_tokens,
+        config,
+        folder,
+        prequant,
+        resume,
+        device,
+        output,
+        weights,
+        scorer,
+        patience,
     )
     output.result({"out": str(folder), **{k: v for k, v in result.to_json().items() if k != "documents"}})
 
@@ -101,52 +130,78 @@ def score_artifact(
     device: str,
     output: Output,
     weights: str = "dense",
+    scorer: str = "auto",
+    patience: float = PATIENCE,
 ) -> ScoreResult:
     """Score the documents of `source` (text, jsonl, field, shards), write the results to `folder`, say the totals."""
     seconds: dict[str, float] = {}
     started = time.perf_counter()
-    loaded, chosen = load_artifact(path), pick_device(device)
+    loaded, chosen = load_artifact(path), own_device(device)
+    scorer = pick_scorer(scorer, chosen, are_many=is_one_of_many())
     model = model_from_artifact(loaded, chosen, weights)
     before = model_from_run(prequant, chosen, of=loaded) if prequant else None
     seconds["load"], started = time.perf_counter() - started, time.perf_counter()
     tokenizer = tokenizer_of(loaded)
     documents = _documents(source, tokenizer, most_tokens, loaded.provenance)
     seconds["tokenize"] = time.perf_counter() - started
-    output.say(f"scoring {len(documents):,} documents, {label(config.protocol)}, on {chosen}")
+    board = board_of_torchrun(patience) if is_one_of_many() else None
+    is_first = board is None or board.is_first
+    output.is_silent, output.as_json = output.is_silent or not is_first, output.as_json and is_first
+    many = f" x {board.world}" if board else ""
+    output.say(f"scoring {len(documents):,} documents, {label(config.protocol)}, on {chosen}{many}")
     source_of_weights = f"{loaded.header['payload_sha256']} {weights}"
     key = fingerprint(source_of_weights, documents, config, prequant is not None)
     with StopSignals() as stop:
-        journal = Journal(folder / "journal.jsonl", key, resume)
+        resume |= board is not None and board.is_restarted
+        journal = _journal(folder, key, resume, board)
         if resume and not journal.done:
             output.say("nothing to resume from; starting afresh")
         if journal.done:
             output.say(f"resuming: {len(journal.done):,} documents are already scored")
         try:
             with output.progress() as show:
-                result = score_documents(
+                run = score_documents if board is None else partial(score_on_ranks, board=board)
+                result = run(
                     model,
                     documents,
                     config,
                     journal,
-                    before,
-                    lambda: bool(stop.received),
-                    _shown(show),
-                    _facts(path, loaded, chosen) | {"weights": weights},
+                    prequant=before,
+                    should_stop=lambda: bool(stop.received),
+                    progress=_shown(show),
+                    facts=_facts(path, loaded, chosen) | {"weights": weights},
+                    scorer=scorer,
+                    say=output.say,
                 )
         except Interrupted as interrupted:
             output.say(f"stopped: {interrupted}; the same command with --resume goes on from there")
             raise typer.Exit(128 + stop.received) from None
         finally:
             journal.close()
+    if not is_first:
+        return result
     result.seconds.update(seconds)
     started = time.perf_counter()
     result.write(folder)
     page, _ = write_report(result, folder)
     result.seconds["report"] = time.perf_counter() - started
-    (folder / "journal.jsonl").unlink()
+    for journal_of_a_rank in folder.glob("journal*.jsonl"):
+        journal_of_a_rank.unlink()
     say_totals(result, output)
     output.say(f"report: {page}")
     return result
+
+
+def _journal(folder: Path, key: str, resume: bool, board: Board | None) -> Journal:
+    """This rank's journal; the first rank's holds what all ranks of an interrupted run had finished."""
+    if board is not None and not board.is_first:
+        return Journal(folder / f"journal-{board.rank}.jsonl", key, resume)
+    others = sorted(folder.glob("journal-*.jsonl"))
+    if not resume:
+        running = {f"journal-{rank}.jsonl" for rank in range(board.world if board else 1)}
+        for left_behind in (path for path in others if path.name not in running):
+            left_behind.unlink()
+    return Journal(folder / "journal.jsonl", key, resume, others)
 
 
 def say_totals(result: ScoreResult, output: Output) -> None:
@@ -185,7 +240,9 @@ def _documents(source, tokenizer: Tokenizer, most_tokens: int, provenance: dict)
         found = list(documents_from_tokens(TokenStream(find_shards(shards, "val")).documents(), tokenizer))
     else:
         corpus = options.corpus_from(text, jsonl, field) or _held_out_stdlib(provenance)
-        found = list(documents_from_texts(corpus.documents(), tokenizer, os.cpu_count() or 1))
+        found = list(
+            documents_from_texts(corpus.documents(), tokenizer, max(1, (os.cpu_count() or 1) // processes_here()))
+        )
     if not most_tokens:
         return found
     kept, total = set(), 0

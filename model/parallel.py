@@ -62,6 +62,25 @@ def pick_device(name: str = "auto") -> torch.device:
     return device
 
 
+def is_one_of_many() -> bool:
+    """Whether a launcher (torchrun, or whoever sets its variables) started several processes of this command."""
+    return "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def processes_here() -> int:
+    """How many of them run on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if is_one_of_many() else 1
+
+
+def own_device(name: str = "auto") -> torch.device:
+    """As :func:`pick_device`; of several processes on GPUs, each gets the GPU of its local rank."""
+    chosen = pick_device(name)
+    if chosen.type == "cuda" and chosen.index is None and is_one_of_many():
+        chosen = pick_device(f"cuda:{os.environ.get('LOCAL_RANK', os.environ['RANK'])}")
+        torch.cuda.set_device(chosen)
+    return chosen
+
+
 @contextmanager
 def join_ranks(device: str = "auto") -> Iterator[Ranks]:
     """The ranks of this run: torchrun's if it launched us (gloo on CPU, NCCL on GPU), else one process alone."""

@@ -19,7 +19,7 @@ from klora.ttt.engine import (
     Engine,
     Run,
     activation_bytes,
-    adapt_documents,
+    engine_of,
     largest_batch,
     slot_bytes,
 )
@@ -55,17 +55,21 @@ def eager(model: GPT, docs, config: TTTConfig, dtype=torch.float64) -> Adapted:
     return Adapted(adapted.nats[back], adapted.targets[back], adapted.kept_pass[back])
 
 
+def adapt_documents(model: GPT, docs, config: TTTConfig, deadline, should_stop=lambda: False, facts=None, **options):
+    engine = engine_of(model, config, docs, **options)
+    adapted = engine.adapt(docs, deadline, should_stop)
+    if facts is not None:
+        facts |= engine.facts
+    return adapted
+
+
 def engine_for(model: GPT, docs, config: TTTConfig, **options) -> Engine:
     return Engine(model, config, sum(d.targets + 1 for d in docs), **options)
 
 
 def token_nll(engine: Engine, docs, row: int = 0) -> list[np.ndarray]:
     """What the engine recorded for each document's targets, in the order of `docs`."""
-    order = sorted(range(len(docs)), key=lambda i: -docs[i].targets)
-    run = Run([docs[i] for i in order], engine.config)
-    record = engine.record[row * len(engine.tokens) : (row + 1) * len(engine.tokens)].cpu().numpy()
-    parts = [record[o + 1 : o + 1 + n] for o, n in zip(run.offsets, run.targets, strict=True)]
-    return [parts[i] for i in np.argsort(order)]
+    return engine.token_nll(docs, [row] * len(docs))
 
 
 def eager_token_nll(model: GPT, doc, config: TTTConfig, dtype=torch.float64) -> list[np.ndarray]:
@@ -357,7 +361,7 @@ def test_a_schedule_takes_every_chunk_once_in_order_and_frees_every_slot(law, qu
         assert len({holder[d] for d in active}) == len(active) <= slots
     for d, count in enumerate(chunks):
         assert seen[d] == [(p, j) for p in range(passes) for j in range(count)]
-    assert (schedule._document == -1).all() and not schedule._left.any()
+    assert (schedule._document == -1).all() and not schedule._held.any()
 
 
 def test_documents_get_slots_longest_first():

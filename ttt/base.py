@@ -30,7 +30,8 @@ class BaseNll:
 
     `nll` and `tempered` are fp32 arrays over the concatenation of all documents; `of` sums a document's part from its
     target `start` on, in float64. `is_short` says which documents have fewer than `min_tokens` tokens. `tick`
-    gets the number of targets sent to the device so far. `backend` is handed to the ops.
+    gets the number of targets sent to the device so far. `backend` is handed to the ops; a float64 model, which no
+    kernel takes, runs on the reference.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class BaseNll:
         ]
         frozen = model if isinstance(model, FrozenModel) else FrozenModel(model)
         device = frozen.embed.device
+        backend = backend or ("reference" if frozen.dtype == torch.float64 else None)
         tokens = np.concatenate([document.tokens for document in documents] or [np.zeros(0)]).astype(np.int32)
         on_device = torch.from_numpy(tokens).to(device)
         # The last cell takes what does not exist.

@@ -23,7 +23,7 @@ from ..model.ranges import phase
 from .adapters import AdapterLayout, AdapterPool
 from .documents import Document
 from .protocols import MIN_NLL, TTTConfig
-from .schedule import Round, Schedule, queue_lengths
+from .schedule import Round, Schedule, Waiting, queue_lengths, visits_of
 from .scorer import Adapted, Deadline
 from .step import (
     CHUNKS,
@@ -215,21 +215,40 @@ class Engine:
         deadline: Deadline,
         should_stop: Callable[[], bool] = lambda: False,
         progress: Callable[[int], None] = lambda targets: None,
+        *,
+        waiting: Callable[[np.ndarray], Waiting] | None = None,
+        finished: Callable[[np.ndarray, Adapted], None] = lambda positions, adapted: None,
+        every: float = 30.0,
     ) -> Adapted:
         """Adapt and score `documents`; the result is in their order. `progress` gets the targets passed so far.
 
         The deadline and `should_stop` are asked before every round. What is scored by then counts for score_first; for
         the leaky protocols a document counts only if its last pass is through. `targets` in the result says how many
         targets `nats` covers.
+
+        `finished` gets the positions of documents that are through, and their results, every `every` seconds and at the
+        end. `waiting` makes, from the visits of the documents longest first, what hands out some or all of them.
         """
-        order = sorted(range(len(documents)), key=lambda index: -documents[index].targets)
+        order = np.array(sorted(range(len(documents)), key=lambda index: -documents[index].targets), dtype=np.int64)
         run = Run([documents[index] for index in order], self.config)
         if run.tokens > len(self.tokens):
             raise ValueError(f"the documents have {run.tokens} tokens; this engine holds {len(self.tokens)}")
-        rounds = list(Schedule(run.chunks, self.config.passes, len(self.chunks), self.lengths, self.rows))
-        self.prepare((taken.queue, taken.rows, bool(taken.trains.any())) for taken in rounds)
+        shape = run.chunks, self.config.passes, len(self.chunks), self.lengths, self.rows
+        if waiting is None:
+            rounds: Iterable[Round] = list(Schedule(*shape))
+            self.prepare((taken.queue, taken.rows, bool(taken.trains.any())) for taken in rounds)
+        else:
+            rounds = Schedule(*shape, waiting(visits_of(run.chunks, self.config.passes, len(self.lengths))))
+            self.prepare()
         self._load(run, [documents[index] for index in order])
-        began, launched = time.perf_counter(), 0
+
+        def hand_over() -> None:
+            through = run.newly_through()
+            if len(through):
+                finished(order[through], self._read(run).of(through))
+
+        began = handed = time.perf_counter()
+        launched = 0
         for number, taken in enumerate(rounds):
             self._wait(number)
             if deadline.passed() or should_stop():
@@ -238,14 +257,17 @@ class Engine:
             launched += 1
             run.count(taken, self.lengths[taken.queue])
             progress(run.passed)
-        nats, kept = self._read(run)
+            if time.perf_counter() - handed > every:
+                hand_over()
+                handed = time.perf_counter()
+        adapted = self._read(run)
         self.facts |= {
             "rounds": launched,
             "useful_places": run.inputs / max(run.places, 1),
             "seconds": time.perf_counter() - began,
         }
-        back = np.argsort(order)
-        return Adapted(nats[back], run.covered()[back], kept[back])
+        hand_over()
+        return adapted.of(np.argsort(order))
 
     def _load(self, run: "Run", documents: Sequence[Document]) -> None:
         tokens = np.concatenate([document.tokens for document in documents] or [np.zeros(0)]).astype(np.int32)
@@ -270,16 +292,28 @@ class Engine:
         if self._sent is not None:
             self._sent[place].record()
 
-    def _read(self, run: "Run") -> tuple[np.ndarray, np.ndarray]:
-        """float64 nats of each document in the pass that counts, and which pass that is."""
+    def token_nll(self, documents: Sequence[Document], kept_pass: Sequence[int] | None = None) -> list[np.ndarray]:
+        """NLL [targets] of each of the documents that were adapted last, in the pass that counts.
+
+        `kept_pass` is what :meth:`adapt` returned; min_nll keeps the passes apart, the others record one.
+        """
+        order = np.array(sorted(range(len(documents)), key=lambda index: -documents[index].targets), dtype=np.int64)
+        run = Run([documents[index] for index in order], self.config)
+        record = self.record[: self._records * len(self.tokens)].view(self._records, -1).cpu().numpy()
+        rows = np.zeros(len(order), np.int64) if kept_pass is None or self._records == 1 else np.array(kept_pass)[order]
+        found = [record[r, o + 1 : o + 1 + n] for r, o, n in zip(rows, run.offsets, run.targets, strict=True)]
+        return [found[place] for place in np.argsort(order)]
+
+    def _read(self, run: "Run") -> Adapted:
+        """What is recorded: nats of each document in the pass that counts, how many targets, and which pass."""
         record = self.record[: self._records * len(self.tokens)].view(self._records, -1)[:, : run.tokens].cpu().numpy()
         if not len(run.offsets):
-            return np.zeros(0), np.zeros(0, dtype=np.int64)
+            return Adapted(np.zeros(0), run.covered(), np.zeros(0, dtype=np.int64))
         totals = np.stack([np.add.reduceat(row, run.offsets, dtype=np.float64) for row in record])
         if self.config.protocol == MIN_NLL:
             kept = totals.argmin(0)
-            return totals[kept, np.arange(len(kept))], kept
-        return totals[0], np.full(len(run.offsets), self.config.passes - 1)
+            return Adapted(totals[kept, np.arange(len(kept))], run.covered(), kept)
+        return Adapted(totals[0], run.covered(), np.full(len(run.offsets), self.config.passes - 1))
 
 
 class Run:
@@ -296,6 +330,7 @@ class Run:
         self.chunks = -(-self.targets // config.chunk)
         self._passes = np.zeros_like(self.targets)
         self._reached = np.zeros_like(self.targets)
+        self._handed = np.zeros(len(documents), dtype=bool)
         self.places = self.inputs = self._done = 0
 
     def fill(self, plan: np.ndarray, taken: Round, records: int) -> int:
@@ -334,6 +369,12 @@ class Run:
         """Targets passed so far, a share of all of them in each pass."""
         return self._done // self.config.passes
 
+    def newly_through(self) -> np.ndarray:
+        """The documents whose last pass has ended since this was asked last."""
+        through = (self._passes == self.config.passes) & ~self._handed
+        self._handed |= through
+        return np.flatnonzero(through)
+
     def covered(self) -> np.ndarray:
         """How many targets of each document count."""
         if self.config.is_leaky:
@@ -341,23 +382,17 @@ class Run:
         return self._reached
 
 
-def adapt_documents(
-    model: GPT,
-    documents: Sequence[Document],
-    config: TTTConfig,
-    deadline: Deadline,
-    should_stop: Callable[[], bool] = lambda: False,
-    progress: Callable[[int], None] = lambda targets: None,
-    *,
-    facts: dict[str, Any] | None = None,
-    **options: Any,
-) -> Adapted:
-    """Adapt `documents` with an engine of their size, whose options these are. `facts` gets the engine's facts."""
+def engine_of(model: GPT, config: TTTConfig, documents: Sequence[Document], **options: Any) -> Engine:
+    """An engine of the size of `documents`, whose options these are."""
     # Nobody waits in more slots than there are documents.
     options.setdefault("slots", max(1, min(SLOTS_A_PLACE * config.batch, len(documents))))
-    engine = Engine(model, config, max(2, sum(document.targets + 1 for document in documents)), **options)
-    try:
-        return engine.adapt(documents, deadline, should_stop, progress)
-    finally:
-        if facts is not None:
-            facts |= engine.facts
+    return Engine(model, config, max(2, sum(document.targets + 1 for document in documents)), **options)
+
+
+def memory_of(facts: dict[str, Any]) -> str:
+    """What an engine's facts say of its size, for people."""
+    free = f" of {facts['free_bytes'] / 2**30:.1f} GiB free" if "free_bytes" in facts else ""
+    return (
+        f"engine: {facts['batch']} documents side by side in {facts['slots']} slots, "
+        f"at most {facts['estimated_bytes'] / 2**30:.1f} GiB{free}"
+    )

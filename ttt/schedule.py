@@ -57,13 +57,54 @@ def queue_lengths(config: TTTConfig) -> list[int]:
     return [min(end, config.window) for end in range(config.chunk, config.window + config.chunk, config.chunk)]
 
 
+class Waiting:
+    """The documents that have no slot yet, longest first, each with its visits int64 [queues] still to be made."""
+
+    def __init__(self, visits: np.ndarray):
+        self.visits = visits
+        self.next = 0
+        self._rest = np.concatenate([np.cumsum(visits[::-1], 0)[::-1], np.zeros((1, visits.shape[1]), np.int64)])
+
+    def take(self, free: int, held: int) -> np.ndarray:
+        """The documents that go into `free` slots now; `held` is how many visits those in slots have left."""
+        first, self.next = self.next, min(self.next + free, len(self.visits))
+        return np.arange(first, self.next)
+
+    @property
+    def left(self) -> np.ndarray:
+        """Visits to each queue by documents that will still come from here."""
+        return self._rest[self.next]
+
+    @property
+    def longest(self) -> np.ndarray:
+        """Visits to each queue of the longest of them."""
+        return self.visits[self.next] if self.next < len(self.visits) else np.zeros_like(self._rest[0])
+
+
+def visits_of(chunks: Sequence[int], passes: int, queues: int) -> np.ndarray:
+    """Visits int64 [documents, queues] in all passes: one of a pass to each queue but the last, which has the rest."""
+    chunks = np.asarray(chunks, dtype=np.int64)
+    visits = (chunks[:, None] > np.arange(queues)).astype(np.int64)
+    visits[:, -1] = (chunks - (queues - 1)).clip(min=0)
+    return passes * visits
+
+
 class Schedule:
     """The rounds of documents of `chunks` chunks each, longest first, through `passes` passes and `slots` slots.
 
-    `rows` are the numbers of places that a round may have. Iterating gives the rounds; it is done once.
+    `rows` are the numbers of places that a round may have. `waiting` hands out the documents; all of them, where it is
+    left out. Iterating gives the rounds; it is done once.
     """
 
-    def __init__(self, chunks: Sequence[int], passes: int, slots: int, lengths: Sequence[int], rows: Sequence[int]):
+    def __init__(
+        self,
+        chunks: Sequence[int],
+        passes: int,
+        slots: int,
+        lengths: Sequence[int],
+        rows: Sequence[int],
+        waiting: Waiting | None = None,
+    ):
         self.chunks = np.asarray(chunks, dtype=np.int64)
         if (np.diff(self.chunks) > 0).any():
             raise ValueError("documents come longest first")
@@ -71,14 +112,9 @@ class Schedule:
             raise ValueError("a document without targets has nothing to adapt")
         self.passes, self.lengths = passes, np.asarray(lengths, dtype=np.int64)
         self.rows = np.unique(np.asarray(rows, dtype=np.int64))
-        queues = len(self.lengths)
-        # Visits of one pass to each queue, by document: one to each but the last, where all later chunks go.
-        column = np.arange(queues)
-        visits = (self.chunks[:, None] > column).astype(np.int64)
-        visits[:, -1] = (self.chunks - (queues - 1)).clip(min=0)
-        self._visits = passes * visits
-        self._left = self._visits.sum(0)
-        self._waiting = 0
+        self._visits = visits_of(self.chunks, passes, len(self.lengths))
+        self._waiting = waiting or Waiting(self._visits.copy())
+        self._held = np.zeros(len(self.lengths), dtype=np.int64)
         self._document = np.full(slots, -1, dtype=np.int64)
         self._chunk = np.zeros(slots, dtype=np.int64)
         self._pass = np.zeros(slots, dtype=np.int64)
@@ -93,13 +129,14 @@ class Schedule:
             self._admit()
 
     def _admit(self) -> None:
-        free = np.flatnonzero(self._document < 0)[: len(self.chunks) - self._waiting]
-        if len(free):
-            taken = np.arange(self._waiting, self._waiting + len(free))
-            self._waiting += len(free)
+        free = np.flatnonzero(self._document < 0)
+        taken = self._waiting.take(len(free), int(self._held.sum())) if len(free) else free
+        if len(taken):
+            free = free[: len(taken)]
             self._document[free] = taken
             self._chunk[free] = self._pass[free] = 0
             self._steps[free] = self.passes * self.chunks[taken]
+            self._held += self._visits[taken].sum(0)
 
     def _next(self) -> Round:
         taken = np.flatnonzero(self._document >= 0)
@@ -122,10 +159,8 @@ class Schedule:
 
     def _want(self, queue: int) -> int:
         active = self._document[self._document >= 0]
-        longest = self._visits[active, queue].max()
-        if self._waiting < len(self.chunks):
-            longest = max(longest, self._visits[self._waiting, queue])
-        want = -(-self._left[queue] // max(int(longest), 1))
+        longest = max(self._visits[active, queue].max(), self._waiting.longest[queue])
+        want = -(-(self._held[queue] + self._waiting.left[queue]) // max(int(longest), 1))
         return int(min(max(want, self._least[queue]), self.rows[-1]))
 
     def _shape(self, queue: int, ready: int) -> tuple[int, float]:
@@ -138,7 +173,7 @@ class Schedule:
         document, chunk, number = self._document[slots], self._chunk[slots].copy(), self._pass[slots].copy()
         trains = chunk + 1 < self.chunks[document]
         taken = Round(queue, rows, document, slots, chunk, number, trains)
-        self._left[queue] -= len(slots)
+        self._held[queue] -= len(slots)
         self._visits[document, queue] -= 1
         self._steps[slots] -= 1
         self._chunk[slots] = np.where(trains, chunk + 1, 0)

@@ -9,19 +9,30 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+
+from ..model.config import ConfigError
 from ..model.gpt import GPT
 from ..model.storage import write_text
 from .adapters import AdapterPool
 from .base import BaseNll
 from .documents import Document
+from .engine import engine_of, memory_of
 from .protocols import TTTConfig
 from .results import DocumentResult, ScoreResult
 from .scorer import ADAPTED, NOT_ADAPTED, PARTIAL, SHORT, Adapted, Batch, Deadline, adapt_batch
+
+ENGINE, UNCAPTURED, EAGER = "engine", "uncaptured", "eager"
+SCORERS = ("auto", ENGINE, UNCAPTURED, EAGER)
+"""engine: graphs of fused kernels; uncaptured: the same steps without graphs, for debugging; eager: plain PyTorch, the
+reference. auto: the engine on a GPU, eager elsewhere. All give the same scores to rounding."""
 
 
 class Interrupted(RuntimeError):
@@ -43,13 +54,17 @@ class JournalError(ValueError):
 class Journal:
     """Finished documents of one scoring run, one JSON object a line; the first line says which run.
 
-    Documents that a deadline left out are not finished: a run that goes on adapts them, if it is given time.
+    Documents that a deadline left out are not finished: a run that goes on adapts them, if it is given time. With
+    `resume`, `others` are journals of other ranks of the same run, whose documents are done, too.
     """
 
-    def __init__(self, path: Path, fingerprint: str, resume: bool):
+    def __init__(self, path: Path, fingerprint: str, resume: bool, others: Sequence[Path] = ()):
         self.done: dict[int, DocumentResult] = {}
         self.seconds: dict[str, float] = {}
-        records = self._read(path, fingerprint) if resume and path.exists() else [{"fingerprint": fingerprint}]
+        records: list[dict[str, Any]] = [{"fingerprint": fingerprint}]
+        for known in (*others, path) if resume else ():
+            if known.exists():
+                records += self._read(known, fingerprint)[1:]
         # Written whole again, so that a line torn by the interruption does not stay in the middle of the file.
         write_text(path, "".join(json.dumps(record) + "\n" for record in records))
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (held open for the whole run)
@@ -98,6 +113,19 @@ def fingerprint(artifact_sha256: str, documents: Sequence[Document], config: TTT
     return digest.hexdigest()
 
 
+def pick_scorer(scorer: str, device: torch.device, are_many: bool = False) -> str:
+    """The scorer that `scorer` means on `device`, where `are_many` on one of many; ConfigError where there is none."""
+    if scorer not in SCORERS:
+        raise ConfigError(f"scorer={scorer!r} is not possible; allowed: {', '.join(SCORERS)}")
+    if scorer == EAGER and are_many:
+        raise ConfigError("scorer='eager' is not possible on several ranks; allowed: auto, engine, uncaptured")
+    if scorer == "auto":
+        return ENGINE if device.type == "cuda" else UNCAPTURED if are_many else EAGER
+    if scorer == ENGINE and device.type != "cuda":
+        raise ConfigError(f"scorer='engine' is not possible on {device}: graphs want a GPU; allowed: uncaptured, eager")
+    return scorer
+
+
 def score_documents(
     model: GPT,
     documents: Sequence[Document],
@@ -107,13 +135,18 @@ def score_documents(
     should_stop: Callable[[], bool] = lambda: False,
     progress: Callable[[str, int, int], None] = lambda phase, done, total: None,
     facts: dict[str, Any] | None = None,
+    scorer: str = "auto",
+    say: Callable[[str], None] = lambda text: None,
 ) -> ScoreResult:
     """Score `documents` with `model` and its adapters under `config`; both models are frozen here.
 
     `prequant` is the model before quantisation, scored beside the base model on the same windows. `progress` gets
-    (phase, targets done, targets in all). Raises Interrupted when `should_stop` says so.
+    (phase, targets done, targets in all). `scorer` is one of SCORERS; `say` hears what the engine chose. `facts` go
+    into the result, with those of the engine. Raises Interrupted when `should_stop` says so.
     """
     model.requires_grad_(False)
+    facts = dict(facts or {})
+    scorer = pick_scorer(scorer, model.embed.device)
     seconds = dict(journal.seconds)
     deadline = Deadline(config.deadline, spent=sum(seconds.values()))
     left = sorted(set(range(len(documents))) - journal.done.keys(), key=lambda index: -documents[index].targets)
@@ -132,53 +165,94 @@ def score_documents(
         if left:
             base = base_pass("base", model)
             before = base_pass("prequant", prequant.requires_grad_(False)) if prequant else None
-            drafts = [_unadapted(document, position, base, before) for position, document in enumerate(remaining)]
+            drafts = [unadapted(document, position, base, before) for position, document in enumerate(remaining)]
             journal.add({index: draft for index, draft in zip(left, drafts, strict=True) if draft.status == SHORT})
+
+            def found(results: dict[int, DocumentResult]) -> None:
+                journal.add({left[position]: result for position, result in results.items()})
+
+            job = _Job(model, remaining, drafts, base, deadline, should_stop, progress, found)
             with _timed(seconds, "adapt"):
-                for finished in _adapted(model, remaining, drafts, base, deadline, should_stop, progress):
-                    journal.add({left[position]: result for position, result in finished.items()})
-                    if should_stop():
-                        break
+                job.eagerly() if scorer == EAGER else facts.update(engine=job.by_engine(scorer, say))
             if len(journal.done) < len(documents):
                 raise Interrupted(len(journal.done), len(documents))
     except Interrupted:
         journal.add_seconds(seconds)
         raise
     results = [journal.done[index] for index in range(len(documents))]
-    return ScoreResult(results, config, seconds, facts or {})
+    return ScoreResult(results, config, seconds, facts | {"scorer": scorer})
 
 
-def _adapted(
-    model: GPT,
-    documents: Sequence[Document],
-    drafts: Sequence[DocumentResult],
-    base: BaseNll,
-    deadline: Deadline,
-    should_stop: Callable[[], bool],
-    progress: Callable[[str, int, int], None],
-) -> Iterator[dict[int, DocumentResult]]:
-    """Adapt the documents that are long enough, batch by batch; yields each batch's results by position.
+@dataclass(frozen=True)
+class _Job:
+    """Adapt the documents that are long enough, which come longest first; `found` gets their results by position.
 
-    A batch that `should_stop` broke off is not yielded. `documents` come longest first.
+    A document that `should_stop` broke off is not among them; one that the deadline left out is.
     """
-    config, device = base.config, model.embed.device
-    long = [position for position, draft in enumerate(drafts) if draft.status != SHORT]
-    total, done = sum(drafts[position].tokens for position in long), 0
-    pool = AdapterPool(model.config, config, min(config.batch, max(len(long), 1)), device)
-    for begin in range(0, len(long), config.batch):
-        positions = long[begin : begin + config.batch]
-        results = {position: drafts[position] for position in positions}
-        if not deadline.passed():
-            batch = Batch([documents[position] for position in positions], config, device)
-            adapted = adapt_batch(
-                model, pool, batch, deadline, should_stop, lambda at, done=done: progress("adapt", done + at, total)
-            )
-            if should_stop():
+
+    model: GPT
+    documents: Sequence[Document]
+    drafts: Sequence[DocumentResult]
+    base: BaseNll
+    deadline: Deadline
+    should_stop: Callable[[], bool]
+    progress: Callable[[str, int, int], None]
+    found: Callable[[dict[int, DocumentResult]], None]
+
+    def eagerly(self) -> None:
+        """Batch by batch, by the eager scorer."""
+        config, device, (long, total), done = self.base.config, self.model.embed.device, self._long(), 0
+        pool = AdapterPool(self.model.config, config, min(config.batch, max(len(long), 1)), device)
+        for begin in range(0, len(long), config.batch):
+            positions = long[begin : begin + config.batch]
+            results = {position: self.drafts[position] for position in positions}
+            if not self.deadline.passed():
+                batch = Batch([self.documents[position] for position in positions], config, device)
+
+                def progress(at: int, done: int = done) -> None:
+                    self.progress("adapt", done + at, total)
+
+                adapted = adapt_batch(self.model, pool, batch, self.deadline, self.should_stop, progress)
+                if self.should_stop():
+                    return
+                results = self._results(positions, adapted)
+            self.found(results)
+            done += sum(self.drafts[position].tokens for position in positions)
+            if self.should_stop():
                 return
-            for row, position in enumerate(positions):
-                results[position] = _with_adaptation(drafts[position], adapted, row, base, position)
-        yield results
-        done += sum(drafts[position].tokens for position in positions)
+
+    def by_engine(self, scorer: str, say: Callable[[str], None]) -> dict[str, Any]:
+        """All side by side, by the engine, whose facts this returns."""
+        long, total = self._long()
+        if not long:
+            return {}
+        documents, handed = [self.documents[position] for position in long], set()
+        engine = engine_of(self.model, self.base.config, documents, capture=False if scorer == UNCAPTURED else None)
+        say(memory_of(engine.facts))
+
+        def finished(places: np.ndarray, adapted: Adapted) -> None:
+            handed.update(places.tolist())
+            self.found(self._results([long[place] for place in places], adapted))
+
+        def progress(at: int) -> None:
+            self.progress("adapt", at, total)
+
+        adapted = engine.adapt(documents, self.deadline, self.should_stop, progress, finished=finished)
+        if not self.should_stop():  # the deadline's
+            rest = np.array([place for place in range(len(long)) if place not in handed], dtype=np.int64)
+            self.found(self._results([long[place] for place in rest], adapted.of(rest)))
+        return engine.facts
+
+    def _long(self) -> tuple[list[int], int]:
+        """Positions of the documents to adapt, and their targets."""
+        long = [position for position, draft in enumerate(self.drafts) if draft.status != SHORT]
+        return long, sum(self.drafts[position].tokens for position in long)
+
+    def _results(self, positions: Sequence[int], adapted: Adapted) -> dict[int, DocumentResult]:
+        return {
+            position: with_adaptation(self.drafts[position], adapted, row, self.base, position)
+            for row, position in enumerate(positions)
+        }
 
 
 @contextmanager
@@ -191,7 +265,7 @@ def _timed(seconds: dict[str, float], phase: str):
         seconds[phase] = before + time.perf_counter() - started
 
 
-def _unadapted(document: Document, position: int, base: BaseNll, before: BaseNll | None) -> DocumentResult:
+def unadapted(document: Document, position: int, base: BaseNll, before: BaseNll | None) -> DocumentResult:
     """The document as the base model leaves it."""
     nats, tempered = base.of(position)
     return DocumentResult(
@@ -206,7 +280,7 @@ def _unadapted(document: Document, position: int, base: BaseNll, before: BaseNll
     )
 
 
-def _with_adaptation(draft: DocumentResult, adapted: Adapted, row: int, base: BaseNll, position: int) -> DocumentResult:
+def with_adaptation(draft: DocumentResult, adapted: Adapted, row: int, base: BaseNll, position: int) -> DocumentResult:
     """`draft` with the targets that were reached scored by the adapted model and the rest by the base model."""
     reached = int(adapted.targets[row])
     if not reached:

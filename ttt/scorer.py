@@ -41,11 +41,15 @@ class Deadline:
 
 @dataclass(frozen=True)
 class Adapted:
-    """What adapting one batch gave: float64 nats [B] (of the targets reached), how many targets, and the pass kept."""
+    """What adapting documents gave: float64 nats [B] (of the targets reached), how many targets, and the pass kept."""
 
     nats: np.ndarray
     targets: np.ndarray
     kept_pass: np.ndarray
+
+    def of(self, rows: np.ndarray) -> "Adapted":
+        """The results of these documents."""
+        return Adapted(self.nats[rows], self.targets[rows], self.kept_pass[rows])
 
 
 class Batch:
@@ -101,8 +105,11 @@ def adapt_batch(
     deadline: Deadline,
     should_stop: Callable[[], bool] = lambda: False,
     progress: Callable[[int], None] = lambda targets: None,
+    recorded: Callable[[int, Tensor], None] = lambda number, nll: None,
 ) -> Adapted:
     """Adapt and score one batch under `pool.ttt`'s protocol. `progress` gets the targets passed so far.
+
+    `recorded` gets the number of a pass and its next chunk's NLL [active, chunk], longest documents first.
 
     When the deadline passes or `should_stop` says so, what is scored so far counts for score_first; for the leaky
     protocols, whose numbers need whole passes, a document counts only after its last one. `targets` in the result says
@@ -122,6 +129,7 @@ def adapt_batch(
                 break
             active = batch.active[j]
             nll, exists = _score_then_train(model, pool, batch, j)
+            recorded(index, nll)
             totals[index, :active] += nll.double().masked_fill(~exists, 0.0).sum(1)
             reached[:active] += exists.sum(1)
             passed += active

@@ -1,0 +1,302 @@
+"""Several ranks score one set of documents: every document once, the same scores, and nothing lost with a rank."""
+
+import dataclasses
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import SMALL, randomized, words
+from klora.model.artifact import save_artifact
+from klora.model.config import ConfigError
+from klora.ttt.ranks import Board, LostStore, SharedDeadline, SharedWaiting, score_on_ranks
+from klora.ttt.results import DocumentResult
+from klora.ttt.schedule import visits_of
+from klora.ttt.score import EAGER, UNCAPTURED, Interrupted, Journal, pick_scorer, score_documents
+from klora.ttt.scorer import NOT_ADAPTED, SHORT
+from test_engine import TTT, model64
+from test_ttt import document
+
+CONFIG = TTT.override({"min_tokens": 32})
+LENGTHS = (200, 40, 150, 20, 90, 33, 31, 7, 64, 120, 0, 50)
+
+
+def documents():
+    return [document(n, seed) for seed, n in enumerate(LENGTHS)]
+
+
+def journal(tmp_path, rank: int) -> Journal:
+    return Journal(tmp_path / f"journal-{rank}.jsonl", "run", False)
+
+
+def together(tmp_path, world: int, config=CONFIG, **options):
+    """score_on_ranks on `world` threads, which share a store."""
+    store, found, model = dist.HashStore(), {}, model64()
+
+    def run(rank: int) -> None:
+        board = Board(store, rank, world)
+        found[rank] = score_on_ranks(model, documents(), config, journal(tmp_path, rank), board, **options)
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(world)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return found
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    book = Journal(tmp_path_factory.mktemp("alone") / "journal.jsonl", "run", False)
+    return score_documents(model64(), documents(), CONFIG, book, scorer=UNCAPTURED)
+
+
+def scores(result) -> list[float]:
+    return [d.adapted_nats for d in result.documents]
+
+
+# ---- the board
+
+
+def test_numbers_are_claimed_once_and_results_reach_every_rank():
+    store = dist.HashStore()
+    boards = [Board(store, rank, 3) for rank in range(3)]
+    assert [list(board.claim("long", 2)) for board in boards] == [[0, 1], [2, 3], [4, 5]]
+    assert boards[1].claim("short").start == 0
+    result = DocumentResult("a", 3, 6, SHORT, 1.0, 1.0, 0.5)
+    boards[2].publish({4: result})
+    boards[2].publish({})
+    boards[0].publish({1: result})
+    for board in boards:
+        board.collect()
+        board.collect()
+        assert board.results == {4: result, 1: result}
+    assert boards[0].begin({"end": None}) == boards[1].begin() == {"end": None}
+
+
+def test_a_rank_is_lost_when_its_pulse_stands_still_and_only_one_other_takes_a_document_over():
+    store, now = dist.HashStore(), [0.0]
+    boards = [Board(store, rank, 3, patience=10.0, clock=lambda: now[0]) for rank in range(3)]
+    boards[1].own([7])
+    boards[1].beat()
+    assert not boards[0].is_lost(1)
+    now[0] = 9.0
+    boards[1].beat()
+    assert not boards[0].is_lost(1)
+    now[0] = 18.9
+    assert not boards[0].is_lost(1)
+    now[0] = 19.0
+    assert boards[0].is_lost(1) and not boards[0].is_lost(0)
+    assert not boards[2].is_lost(1)  # who has not watched for as long cannot tell
+    assert boards[2].owner(7) == 1 and boards[2].owner(8) is None
+    assert boards[2].take_over(7, 1) and not boards[0].take_over(7, 1)
+    assert boards[0].owner(7) == 2
+
+
+def test_ranks_get_every_document_once_longest_first_and_none_holds_more_than_its_share():
+    store = dist.HashStore()
+    chunks = np.sort(np.random.default_rng(0).integers(1, 60, 300))[::-1]
+    visits = visits_of(chunks, 2, 4)
+    taken: list[list[int]] = [[] for _ in range(4)]
+    waiting = [SharedWaiting(visits, Board(store, rank, 4), taken[rank].extend) for rank in range(4)]
+    busy_until = [0.0] * 4
+    for rank in range(4):
+        places = waiting[rank].take(256, 0)
+        busy_until[rank] = int(visits[places].sum())
+        assert busy_until[rank] - visits[places[-1]].sum() <= visits.sum() / 4
+    while min(busy_until) < float("inf"):
+        rank = int(np.argmin(busy_until))  # it has worked off what it had
+        busy_until[rank] += int(visits[waiting[rank].take(8, 0)].sum()) or float("inf")
+    assert sorted(place for places in taken for place in places) == list(range(300))
+    assert all(places == sorted(places) for places in taken)
+    totals = [visits[places].sum() for places in taken]
+    assert max(totals) < 1.25 * min(totals)
+
+
+# ---- whole runs
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_the_scores_are_those_of_one_process(tmp_path, alone, world):
+    found = together(tmp_path, world)
+    assert len(found) == world
+    for result in found.values():
+        assert [d.name for d in result.documents] == [d.name for d in alone.documents]
+        assert [d.status for d in result.documents] == [d.status for d in alone.documents]
+        np.testing.assert_allclose(scores(result), scores(alone), rtol=1e-12)
+        bases = [[(d.base_nats, d.tempered_nats) for d in r.documents] for r in (result, alone)]
+        np.testing.assert_allclose(*bases, rtol=1e-6)
+        assert result.facts["ranks"] == world and result.facts["lost_ranks"] == []
+        assert len(result.facts["rank_seconds"]) == world
+
+
+def test_leaky_protocols_and_a_second_model_go_the_same_way(tmp_path):
+    config = CONFIG.override({"protocol": "min_nll"})
+    book = Journal(tmp_path / "alone.jsonl", "run", False)
+    prequant = model64()
+    expected = score_documents(model64(), documents(), config, book, prequant, scorer=UNCAPTURED)
+    found = together(tmp_path, 2, config, prequant=prequant)[0]
+    np.testing.assert_allclose(scores(found), scores(expected), rtol=1e-12)
+    assert found.to_json()["label"] == "LEAKY"
+    assert [d.kept_pass for d in found.documents] == [d.kept_pass for d in expected.documents]
+    np.testing.assert_allclose(
+        [d.prequant_nats for d in found.documents], [d.prequant_nats for d in expected.documents], rtol=1e-6
+    )
+
+
+def test_the_documents_of_a_lost_rank_go_to_the_others(tmp_path, alone):
+    """Rank 1 takes documents of both kinds, shows a pulse and is never heard of again."""
+    store = dist.HashStore()
+    lost = Board(store, 1, 3)
+    lost.beat()
+    order = sorted(range(len(LENGTHS)), key=lambda i: (-LENGTHS[i], i))
+    long = [i for i in order if LENGTHS[i] >= 31]
+    first, *others = [long[place] for place in lost.claim("long", 3)]
+    lost.own(others)  # of the first it could not say so any more
+    lost.own([i for i in order if i not in long])
+    lost.claim("short", 512)
+    found, model = {}, model64()
+
+    def run(rank: int) -> None:
+        board = Board(store, rank, 3, patience=2.5)
+        found[rank] = score_on_ranks(model, documents(), CONFIG, journal(tmp_path, rank), board)
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in (0, 2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert {rank for result in found.values() for rank in result.facts["lost_ranks"]} == {1}
+    for result in found.values():
+        np.testing.assert_allclose(scores(result), scores(alone), rtol=1e-12)
+
+
+def test_the_deadline_is_one_decision_and_what_it_leaves_out_is_said(tmp_path, alone):
+    store = dist.HashStore()
+    boards = [Board(store, rank, 2) for rank in range(2)]
+    deadlines = [SharedDeadline(boards[0], time.time() - 1), SharedDeadline(boards[1], time.time() + 1000)]
+    assert not deadlines[1].passed() and deadlines[0].passed() and deadlines[1].passed()
+    assert not SharedDeadline(boards[0], None).passed()
+    found = together(tmp_path, 2, CONFIG.override({"deadline": "1e-9"}))
+    for result in found.values():
+        assert [d.status for d in result.documents] == [NOT_ADAPTED if n >= 31 else SHORT for n in LENGTHS]
+        np.testing.assert_allclose(scores(result), [d.base_nats for d in alone.documents], rtol=1e-6)
+
+
+def test_an_interrupted_run_keeps_what_every_rank_finished(tmp_path, alone):
+    store, asked = dist.HashStore(), [0]
+
+    def stop() -> bool:
+        asked[0] += 1
+        return asked[0] > 17
+
+    board = Board(store, 0, 1)
+    with pytest.raises(Interrupted):
+        score_on_ranks(model64(), documents(), CONFIG, journal(tmp_path, 0), board, should_stop=stop)
+    paths = [tmp_path / "journal-0.jsonl", tmp_path / "journal-1.jsonl"]
+    other = Journal(paths[1], "run", False)
+    whole = dict(enumerate(alone.documents))
+    other.add({9: whole[9], 10: whole[10]})
+    other.close()
+    book = Journal(tmp_path / "journal.jsonl", "run", True, others=paths)
+    assert {9, 10} < set(book.done) and len(book.done) < len(LENGTHS)
+    result = score_on_ranks(model64(), documents(), CONFIG, book, Board(dist.HashStore(), 0, 1))
+    np.testing.assert_allclose(scores(result), scores(alone), rtol=1e-12)
+
+
+class GoneStore:
+    """A store whose keeper has died."""
+
+    def __getattr__(self, name):
+        def call(*arguments):
+            raise dist.DistNetworkError("connection reset by peer")
+
+        return call
+
+
+def test_a_store_that_is_gone_is_an_error_that_says_what_to_do(tmp_path):
+    with pytest.raises(LostStore, match=r"the first rank or its launcher, is gone .* with --resume goes on"):
+        score_on_ranks(model64(), documents(), CONFIG, journal(tmp_path, 0), Board(GoneStore(), 0, 2))
+
+
+def test_the_eager_scorer_is_for_one_process():
+    assert pick_scorer("auto", torch.device("cpu")) == EAGER
+    assert pick_scorer("auto", torch.device("cpu"), are_many=True) == UNCAPTURED
+    with pytest.raises(ConfigError, match="scorer='eager' is not possible on several ranks"):
+        pick_scorer(EAGER, torch.device("cpu"), are_many=True)
+    with pytest.raises(ConfigError, match="scorer='engine' is not possible on cpu: graphs want a GPU"):
+        pick_scorer("engine", torch.device("cpu"))
+    with pytest.raises(ConfigError, match="scorer='fast' is not possible; allowed: auto, engine"):
+        pick_scorer("fast", torch.device("cpu"))
+
+
+# ---- processes
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture
+def command(tmp_path, tokenizer) -> list[str]:
+    """`klora score` of a small artifact on texts that take some seconds."""
+    config = dataclasses.replace(SMALL, vocab_size=tokenizer.vocab_size)
+    save_artifact(tmp_path / "model.klora", randomized(config).state_dict(), config, tokenizer.to_bytes(), {"steps": 0})
+    (tmp_path / "texts").mkdir()
+    for number in range(24):
+        (tmp_path / "texts" / f"{number}.txt").write_text(words(number, 40 + 80 * (number % 8)))
+    sets = [part for pair in ("chunk=16", "window=64", "min_tokens=64", "deadline=0") for part in ("--set", pair)]
+    return [
+        *(sys.executable, "-m", "klora.cli", "score", str(tmp_path / "model.klora"), *sets, "--json"),
+        *(
+            "--text",
+            str(tmp_path / "texts"),
+            "--patience",
+            "2",
+            "--scorer",
+            "uncaptured",
+            "--out",
+            str(tmp_path / "out"),
+        ),
+    ]
+
+
+@pytest.mark.slow
+def test_a_killed_process_loses_nothing(tmp_path, command):
+    """Three processes as a launcher would start them; the last is killed in the middle of its work."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1"}
+    env |= {"MASTER_PORT": str(free_port())}
+    started = [
+        subprocess.Popen(command, env={**env, "RANK": str(rank)}, stdout=subprocess.PIPE, text=True)
+        for rank in range(3)
+    ]
+    try:
+        until = time.monotonic() + 60
+        while not (tmp_path / "out" / "journal-2.jsonl").exists() and time.monotonic() < until:
+            time.sleep(0.02)
+        time.sleep(0.3)
+        started[2].send_signal(signal.SIGKILL)
+        said = started[0].communicate(timeout=120)[0]
+        assert [process.wait(timeout=60) for process in started] == [0, 0, -signal.SIGKILL]
+    finally:
+        for process in started:
+            process.kill()
+    result = json.loads(said)
+    assert result["ranks"] == 3 and 2 not in [r for r, s in enumerate(result["rank_seconds"]) if s is not None]
+    together = json.loads((tmp_path / "out" / "score.json").read_text())["documents"]
+    assert not list((tmp_path / "out").glob("journal*"))
+    alone = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, check=True)
+    assert json.loads(alone.stdout)["totals"]["documents"] == 24
+    expected = json.loads((tmp_path / "out" / "score.json").read_text())["documents"]
+    assert [d["name"] for d in together] == [d["name"] for d in expected]
+    np.testing.assert_allclose([d["adapted_nats"] for d in together], [d["adapted_nats"] for d in expected], rtol=1e-5)
