@@ -326,7 +326,7 @@ def score_on_ranks(
 ) -> ScoreResult:
     """Score `documents` together with the other ranks of `board`; every rank that is not lost gets the whole result.
 
-    As :func:`klora.ttt.score.score_documents`, by the engine. Each rank has a journal of its own; the first rank's may
+    As :func:`score_documents`, by the engine. Each rank has a journal of its own; the first rank's may
     hold results of an interrupted run, which nobody computes again. Raises Interrupted when `should_stop` says so.
     """
     try:

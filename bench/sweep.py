@@ -1,0 +1,172 @@
+"""Which constants of test-time training suit a model: a sweep on a tuning split, and the winner on one it never saw.
+
+    python -m klora.bench.sweep seed.klora --jsonl val.jsonl.zst --record sweep.json
+
+Documents are split in two by the hash of their names. Every candidate adapts the same sample of the first half under
+score_first; what counts is bits per byte over the sample, short documents included. The sweep goes one step at a time:
+learning rate and steps a chunk together, then temperature, rank, chunk and the biases' factor, each around the best so
+far. The winner, the design's constants and the model as it is are then scored once on the second half.
+"""
+
+import hashlib
+import json
+import math
+import os
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..model.artifact import load_artifact
+from ..model.corpus import Corpus
+from ..model.gpt import GPT
+from ..model.loading import model_from_artifact, tokenizer_of
+from ..model.parallel import pick_device
+from ..model.storage import write_text
+from ..ttt.base import BaseNll
+from ..ttt.documents import Document, documents_from_texts
+from ..ttt.engine import engine_of
+from ..ttt.protocols import TTTConfig
+from ..ttt.scorer import Deadline
+from .environment import environment
+
+DESIGN = TTTConfig(deadline=0.0)
+
+
+def is_held_out(name: str) -> bool:
+    """Whether the document of this name is in the half that the sweep never sees."""
+    return hashlib.sha256(os.fsencode(name)).digest()[0] % 2 == 1
+
+
+def sample(documents: Sequence[Document], tokens: int) -> list[Document]:
+    """Documents of up to `tokens` targets in all, in the order of their names' hashes, longer ones passed over."""
+    chosen, total = [], 0
+    for document in sorted(documents, key=lambda d: hashlib.sha256(os.fsencode(d.name)).digest()):
+        if total + document.targets <= tokens:
+            chosen.append(document)
+            total += document.targets
+    return chosen
+
+
+@dataclass(frozen=True)
+class Found:
+    """Bits per byte of a sample under one config, with what the unadapted model has on the same windows."""
+
+    adapted_bpb: float
+    base_bpb: float
+    gained: float
+    """share of the documents long enough to adapt that got better"""
+    seconds: float
+
+
+class Sample:
+    """Documents that configs are tried on; the base model's scores are computed once for each way to cut them."""
+
+    def __init__(self, model: GPT, documents: Sequence[Document]):
+        self.model, self.documents = model, documents
+        self.bytes = sum(document.bytes for document in documents)
+        self._base: dict[tuple[int, int, int], BaseNll] = {}
+
+    def base(self, config: TTTConfig) -> BaseNll:
+        key = config.chunk, config.window, config.min_tokens
+        if key not in self._base:
+            self._base[key] = BaseNll(self.model, self.documents, config)
+        return self._base[key]
+
+    def run(self, config: TTTConfig, capture: bool) -> Found:
+        """Adapt under `config`; a candidate is tried without graphs, whose making would cost more than they save."""
+        base = self.base(config)
+        nats = [base.of(index)[0] for index in range(len(self.documents))]
+        long = [index for index in range(len(nats)) if not base.is_short[index]]
+        documents = [self.documents[index] for index in long]
+        engine = engine_of(self.model, config, documents, capture=capture and self.model.embed.is_cuda)
+        adapted = engine.adapt(documents, Deadline(0)).nats
+        before = [nats[index] for index in long]
+        rest = math.fsum(nats) - math.fsum(before)
+        scale = 1 / math.log(2) / self.bytes
+        better = sum(a < b for a, b in zip(adapted, before, strict=True)) / max(len(long), 1)
+        return Found((rest + math.fsum(adapted)) * scale, math.fsum(nats) * scale, better, engine.facts["seconds"])
+
+
+def candidates(best: TTTConfig) -> Iterator[list[dict[str, Any]]]:
+    """The steps of the sweep: changes to the best config so far, which is sent back after each."""
+    rates = (0.0003, 0.0006, 0.001, 0.002, 0.004)
+    best = yield [{"lr": lr, "steps_per_chunk": steps} for steps in (1, 2, 4) for lr in rates]
+    best = yield [{"temperature": 1.0}, {"temperature": 0.99}]
+    best = yield [{"bias_lr": factor} for factor in (0.3, 1.0)]
+    best = yield [{"lora_rank": rank, "head_rank": 2 * rank} for rank in (4, 16, 32)]
+    best = yield [{"head_lr": factor} for factor in (0.5, 1.0, 4.0)]
+    best = yield [{"chunk": chunk, "lr": lr} for chunk in (64, 128) for lr in (best.lr / 2, best.lr)]
+    yield [{"lr": best.lr * factor} for factor in (0.7, 1.4)]
+
+
+def search(tuning: Sample, start: TTTConfig, say) -> tuple[TTTConfig, list[dict[str, Any]]]:
+    """The best config found from `start`, and a row for every one that was tried."""
+    rows: list[dict[str, Any]] = []
+
+    def tried(config: TTTConfig, changes: dict[str, Any]) -> float:
+        found = tuning.run(config, capture=False)
+        rows.append({"changes": changes, "config": config.to_dict(), **vars(found)})
+        say(f"{changes}: {found.adapted_bpb:.5f} (base {found.base_bpb:.5f}), {found.seconds:.1f} s")
+        return found.adapted_bpb
+
+    best, least = start, tried(start, {})
+    steps = candidates(best)
+    changes_of_step = next(steps)
+    while changes_of_step:
+        around = best
+        for changes in changes_of_step:
+            config = around.override(changes)
+            if (bpb := tried(config, changes)) < least:
+                best, least = config, bpb
+        try:
+            changes_of_step = steps.send(best)
+        except StopIteration:
+            break
+    return best, rows
+
+
+def sweep(
+    artifact: Annotated[Path, typer.Argument(help="Artifact that `klora export` wrote.")],
+    jsonl: Annotated[Path, typer.Option(help="Documents that the model was not trained on, JSON lines.")],
+    record: Annotated[Path, typer.Option(help="The record to write.")] = Path("sweep.json"),
+    tokens: Annotated[int, typer.Option(help="Tokens of the tuning half that each candidate adapts to.")] = 600_000,
+    held_out_tokens: Annotated[int, typer.Option(help="Most tokens of the other half; 0: all.")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    commit: Annotated[str, typer.Option(help="Commit that is measured, where there is no git to ask.")] = "",
+) -> None:
+    """Run the sweep and write the record."""
+    loaded, began = load_artifact(artifact), time.perf_counter()
+    model = model_from_artifact(loaded, pick_device(device))
+    every = list(documents_from_texts(Corpus.jsonl([jsonl]).documents(), tokenizer_of(loaded), os.cpu_count() or 1))
+    halves = [[d for d in every if is_held_out(d.name) is side] for side in (False, True)]
+    tuning = Sample(model, sample(halves[0], tokens))
+    held_out = Sample(model, sample(halves[1], held_out_tokens or 1 << 62))
+    best, rows = search(tuning, DESIGN, print)
+    last = {name: vars(held_out.run(config, capture=True)) for name, config in (("design", DESIGN), ("tuned", best))}
+    changed = {name: value for name, value in best.to_dict().items() if value != DESIGN.to_dict()[name]}
+    halves_used = [
+        {"documents": len(half.documents), "tokens": sum(document.targets for document in half.documents)}
+        for half in (tuning, held_out)
+    ]
+    result = {
+        "name": "sweep",
+        "environment": environment(commit),
+        "artifact": {"payload_sha256": loaded.header["payload_sha256"], "provenance": loaded.provenance},
+        "tuning": halves_used[0],
+        "held_out": halves_used[1] | last,
+        "tuned": changed,
+        "rows": rows,
+        "seconds": time.perf_counter() - began,
+    }
+    write_text(record, json.dumps(result, indent=1) + "\n")
+    print(f"tuned: {changed}")
+    for name, found in last.items():
+        print(f"held out, {name}: {found['base_bpb']:.5f} -> {found['adapted_bpb']:.5f}, {found['gained']:.0%} gain")
+
+
+if __name__ == "__main__":
+    typer.run(sweep)
