@@ -1,14 +1,17 @@
-"""Group `attention`: PyTorch's SDPA backends, the plain statement, and the packages that compete with them."""
+"""Group `attention`: ours, PyTorch's SDPA backends, the plain statement, and the packages that compete with them."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..kernels import causal_attention_ref
+from ..kernels.attention import causal_attention, causal_attention_ref
 from .entry import Call, Entry, Shape, Tensors, Variant, as_tuple
 
 SHAPES = {
     "B96-S1024": {"B": 96, "S": 1024, "H": 8, "G": 4, "d": 64},
+    "B64-S256": {"B": 64, "S": 256, "H": 8, "G": 4, "d": 64},
+    "B64-S512": {"B": 64, "S": 512, "H": 8, "G": 4, "d": 64},
+    "B64-S768": {"B": 64, "S": 768, "H": 8, "G": 4, "d": 64},
     "B64-S1024": {"B": 64, "S": 1024, "H": 8, "G": 4, "d": 64},
     "B48-S2048": {"B": 48, "S": 2048, "H": 8, "G": 4, "d": 64},
 }
@@ -66,6 +69,7 @@ def _variants(wrap) -> tuple[Variant, ...]:
 
     return (
         Variant("eager", lambda shape, device, dtype: wrap(plain_attention)),
+        Variant("klora", lambda shape, device, dtype: wrap(causal_attention), is_ours=True),
         Variant("torch.compile", compiled, devices=("cuda",)),
         sdpa("cudnn", "cuda"),
         sdpa("flash", "cpu", "cuda"),

@@ -1,20 +1,20 @@
 """Group `elementwise`: norms, residual stream, rotary and squared ReLU, forward and backward, as adaptation runs them.
 
 Weights are frozen, so that the gradients are those of the activations and of the documents' biases; `trained` has the
-gradients of the vectors as well. The products around these ops are left out, all but those of the MLP.
+gradients of the vectors as well. The products around these ops are left out.
 """
 
 import torch
 from torch import Tensor
 
-from ..kernels.mlp import relu_squared, relu_squared_mlp, relu_squared_mlp_ref, relu_squared_ref
+from ..kernels.mlp import relu_squared, relu_squared_ref
 from ..kernels.rms_norm import residual_norm, residual_norm_ref
 from ..kernels.rotary import norm_rotary, norm_rotary_ref, rotary_tables
 from .entry import Call, Entry, Shape, Tensors, Variant
 
 STREAM = {"64x1024": {"B": 64, "S": 1024, "D": 512}}
 HEADS = {"64x1024": {"B": 64, "S": 1024, "H": 8, "G": 4, "d": 64}}
-MLP = {"64x1024": {"B": 64, "S": 1024, "D": 512, "hidden": 1536}}
+HIDDEN = {"64x1024": {"B": 64, "S": 1024, "D": 512, "hidden": 1536}}
 TOY = {"B": 2, "S": 9, "D": 32, "H": 4, "G": 2, "d": 16, "hidden": 48}
 GATE = {"B": 4, "S": 1000, "D": 512, "H": 8, "G": 4, "d": 64, "hidden": 1536}
 
@@ -124,30 +124,6 @@ def _activation(function: Call) -> Call:
     return run
 
 
-def _draw_mlp(shape: Shape, device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Tensors:
-    """x, up, down, dout."""
-    rows, width, hidden = shape["B"] * shape["S"], shape["D"], shape["hidden"]
-    sizes = ((rows, width), 1.0), ((hidden, width), width**-0.5), ((width, hidden), hidden**-0.5), ((rows, width), 1.0)
-    return tuple((torch.randn(size, device=device, generator=generator) * scale).to(dtype) for size, scale in sizes)
-
-
-def _frozen_mlp(function: Call) -> Call:
-    """The output and dx."""
-
-    def run(x: Tensor, up: Tensor, down: Tensor, dout: Tensor) -> Tensors:
-        leaf = x.detach().requires_grad_()
-        out = function(leaf, up, down)
-        return out, torch.autograd.grad(out, leaf, dout)[0]
-
-    return run
-
-
-def _mlp_bytes(shape: Shape, itemsize: int) -> int:
-    """x, u and out; dout, u again and dx: what a single kernel each way would move. The weights twice."""
-    rows, width, hidden = shape["B"] * shape["S"], shape["D"], shape["hidden"]
-    return itemsize * (rows * (4 * width + 2 * hidden) + 4 * width * hidden)
-
-
 ENTRIES = (
     _boundary("residual_norm_after_attention", ATTENTION, 9),
     _boundary("residual_norm_between_blocks", BETWEEN, 10),
@@ -176,7 +152,7 @@ ENTRIES = (
     Entry(
         group="elementwise",
         op="relu_squared",
-        shapes=MLP,
+        shapes=HIDDEN,
         toy=TOY,
         gate=GATE,
         draw=_draw_hidden,
@@ -184,17 +160,5 @@ ENTRIES = (
         variants=_variants(_activation, relu_squared_ref, relu_squared),
         bytes=lambda shape, itemsize: 5 * itemsize * shape["B"] * shape["S"] * shape["hidden"],
         flops=lambda shape: 5 * shape["B"] * shape["S"] * shape["hidden"],
-    ),
-    Entry(
-        group="elementwise",
-        op="relu_squared_mlp_frozen",
-        shapes=MLP,
-        toy=TOY,
-        gate=GATE,
-        draw=_draw_mlp,
-        truth=lambda shape, *inputs: _frozen_mlp(relu_squared_mlp_ref)(*inputs),
-        variants=_variants(_frozen_mlp, relu_squared_mlp_ref, relu_squared_mlp),
-        bytes=_mlp_bytes,
-        flops=lambda shape: 8 * shape["B"] * shape["S"] * shape["D"] * shape["hidden"],
     ),
 )

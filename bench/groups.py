@@ -1,6 +1,6 @@
 """Every group of entries, by name. A new op is one line here."""
 
-from . import attention, ceilings, elementwise, head, int6, lora, lora_adam, muon, step, ttt
+from . import attention, ceilings, elementwise, head, int6, lora, lora_adam, mlp, muon, step, ttt
 from .entry import Entry
 
 GROUPS: dict[str, tuple[Entry, ...]] = {
@@ -13,6 +13,7 @@ GROUPS: dict[str, tuple[Entry, ...]] = {
     "muon": muon.ENTRIES,
     "int6": int6.ENTRIES,
     "elementwise": elementwise.ENTRIES,
+    "mlp": mlp.ENTRIES,
 }
 
 

@@ -1,6 +1,6 @@
 """The ops: each is one file or folder, imports no other room and is usable alone. `<op>_ref` is its plain statement."""
 
-from .attention import causal_attention_ref, pick_attention
+from .attention import causal_attention, causal_attention_ref, pick_attention
 from .bigram import BOS, bigram_hash_ref
 from .int6 import (
     Int6Linear,
@@ -17,6 +17,7 @@ from .int6 import (
     unpack_int6,
     unpack_int6_ref,
 )
+from .linear import linear, linear_ref
 from .lora_adam import check_distinct_slots, lora_adam_, lora_adam_ref_
 from .lora_head_nll import (
     check_targets,
@@ -40,6 +41,7 @@ __all__ = [
     "Int6Weight",
     "ResidualNorm",
     "bigram_hash_ref",
+    "causal_attention",
     "causal_attention_ref",
     "check_distinct_slots",
     "check_slots",
@@ -48,6 +50,8 @@ __all__ = [
     "int6_linear",
     "int6_linear_dx",
     "int6_linear_ref",
+    "linear",
+    "linear_ref",
     "lora_adam_",
     "lora_adam_ref_",
     "lora_head_nll",

@@ -4,13 +4,16 @@
     da = W2^T dout;   du = 2 relu(u) * da;   dx = W1^T du;   dW2 = dout a^T;   dW1 = du x^T
 
 x [..., D], up (W1) [hidden, D], down (W2) [D, hidden] -> [..., D], all of one dtype: bf16, fp16 or fp32. 4 * D * hidden
-FLOPs a row forward, as many for dx, as many again for the weights' gradients. The products are cuBLAS's, accumulated in
-fp32; relu(u)^2 and its gradient are one launch each, computed in fp32 and rounded once.
+FLOPs a row forward, as many for dx, as many again for the weights' gradients.
 
-Bytes of the two launches, in items of the dtype: forward 2 * hidden a row (reads u, writes a), backward 3 * hidden
-(reads u and da, writes du). u is kept for the backward, not a: sqrt(a) would bring the rounding of a into du, and in
-fp16 lose every u below 2^-12. With frozen weights nothing else is kept and dx alone is computed; a trained W2 keeps a,
-too, which is written anyway.
+Four launches, the products of `linear`, with its promise: a row's bits do not depend on the rows beside it. relu(u)^2
+is taken where a tile of u ends, du where one of da does, in fp32 and before anything is rounded. Neither u nor da is
+stored; of tensors [..., hidden], a is written once and read twice, du written and read once. The weights' gradients
+are cuBLAS's.
+
+The backward wants relu(u) = sqrt(a). As a comes from u before it is rounded, the root halves the one rounding that a
+has: du is more exact than from a rounded u. Only fp16, whose a would lose every u below 2^-12, keeps u beside a. With
+frozen weights nothing else is kept.
 """
 
 from dataclasses import dataclass
@@ -21,7 +24,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+from .linear.op import linear_dweight, linear_dx, runs_kernel
+from .linear.product import SLOPE, SQUARE, empty_rows, launch_product
 
 
 def relu_squared_mlp_ref(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
@@ -104,23 +108,69 @@ _relu_squared.register_autograd(
 
 def relu_squared(u: Tensor, *, backend: str | None = None) -> Tensor:
     """relu(u)^2 of any shape, in u's dtype."""
-    if backend not in (None, "reference", "triton"):
-        raise ValueError(f"backend is {backend!r}; allowed: None, 'reference', 'triton'")
-    if backend == "reference" or (backend is None and u.device.type == "cpu"):
-        return relu_squared_ref(u)
-    if u.dtype not in DTYPES:
-        raise ValueError(f"u is {u.dtype}; the kernel wants bfloat16, float16 or float32")
-    return _relu_squared(u)
+    return _relu_squared(u) if runs_kernel(backend, u=u) else relu_squared_ref(u)
+
+
+@torch.library.custom_op("klora::relu_squared_mlp", mutates_args=())
+def _mlp(x: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """out, a [..., hidden], and in fp16 u [..., hidden], else nothing."""
+    u = empty_rows(x, x[..., 0].numel(), up.size(0)) if x.dtype == torch.float16 else None
+    a = launch_product(x, up, ending=SQUARE, kept=u)
+    return launch_product(a, down), a, x.new_empty(0) if u is None else u.contiguous().view(a.shape)
+
+
+@_mlp.register_fake
+def _(x, up, down):
+    a = x.new_empty(*x.shape[:-1], up.size(0))
+    return x.new_empty(x.shape), a, x.new_empty(a.shape if x.dtype == torch.float16 else 0)
+
+
+@torch.library.custom_op("klora::relu_squared_mlp_du", mutates_args=())
+def _mlp_du(dout: Tensor, kept: Tensor, down: Tensor) -> Tensor:
+    """du [..., hidden] of dout [..., D] and `kept` [..., hidden]: u in fp16, else a."""
+    return launch_product(dout, down, transposed=True, ending=SLOPE, kept=kept)
+
+
+@_mlp_du.register_fake
+def _(dout, kept, down):
+    return dout.new_empty(kept.shape)
+
+
+def _setup_mlp(ctx, inputs, output):
+    (x, up, down), (_, a, u) = inputs, output
+    needs_x, needs_up, needs_down = ctx.needs_input_grad[:3]
+    kept = u if x.dtype == torch.float16 else a
+    ctx.save_for_backward(
+        x if needs_up else None, up, down, kept if needs_x or needs_up else None, a if needs_down else None
+    )
+    ctx.mark_non_differentiable(a, u)
+    ctx.set_materialize_grads(False)
+
+
+def _mlp_backward(ctx, dout, *_):
+    x, up, down, kept, a = ctx.saved_tensors
+    if dout is None:
+        return None, None, None
+    du = None if kept is None else _mlp_du(dout, kept, down)
+    dx = linear_dx(du, up) if ctx.needs_input_grad[0] else None
+    return dx, None if x is None else linear_dweight(du, x), None if a is None else linear_dweight(dout, a)
+
+
+_mlp.register_autograd(_mlp_backward, setup_context=_setup_mlp)
 
 
 def relu_squared_mlp(x: Tensor, up: Tensor, down: Tensor, *, backend: str | None = None) -> Tensor:
-    """x [..., D] -> W2 relu(W1 x)^2 [..., D]; gradients of what requires one."""
+    """x [..., D] -> W2 relu(W1 x)^2 [..., D]; gradients of what requires one.
+
+    `up` is [hidden, D] and `down` [D, hidden]. `backend` is "reference" or "triton"; left out, CPU tensors take the
+    reference and CUDA tensors the kernels. They copy operands whose rows are not at multiples of 16 bytes.
+    """
     width = x.size(-1) if x.dim() else 0
     if up.dim() != 2 or up.size(1) != width or list(down.shape) != [width, up.size(0)]:
         raise ValueError(
             f"up is {list(up.shape)} and down {list(down.shape)}; wanted, for x {list(x.shape)}: [hidden, {width}] and "
             f"[{width}, hidden]"
         )
-    if not x.dtype == up.dtype == down.dtype:
-        raise ValueError(f"x is {x.dtype}, up {up.dtype} and down {down.dtype}; all must have one dtype")
-    return F.linear(relu_squared(F.linear(x, up), backend=backend), down)
+    if runs_kernel(backend, x=x, up=up, down=down):
+        return _mlp(x, up, down)[0]
+    return relu_squared_mlp_ref(x, up, down)

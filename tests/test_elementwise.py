@@ -2,10 +2,9 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from klora.kernels.mlp import relu_squared, relu_squared_mlp, relu_squared_mlp_ref, relu_squared_ref
+from klora.kernels.mlp import relu_squared, relu_squared_mlp, relu_squared_ref
 from klora.kernels.rms_norm import residual_norm, residual_norm_ref, rms_norm, rms_norm_ref
 from klora.kernels.rotary import norm_rotary, norm_rotary_ref, rotary_tables
 from torch import Tensor
@@ -330,19 +329,11 @@ def test_bad_rotary_arguments_are_refused(change, says):
         norm_rotary(good["q"].double(), good["k"].double(), table, table, backend="triton")
 
 
-def matrices(rows=7, D=32, hidden=48, dtype=torch.float32, device="cpu", seed=0):
-    """x, up, down, dout."""
-    generator = torch.Generator().manual_seed(seed)
-    shapes = (rows, D), (hidden, D), (D, hidden), (rows, D)
-    scales = 1.0, D**-0.5, hidden**-0.5, 1.0
-    return [(torch.randn(s, generator=generator) * c).to(device, dtype) for s, c in zip(shapes, scales, strict=True)]
-
-
-def mlp(function, *inputs, **more):
-    """The output and the gradients of x, up and down."""
-    leaves = [t.detach().requires_grad_() for t in inputs[:3]]
-    out = function(*leaves, **more)
-    return out.detach(), *torch.autograd.grad(out, leaves, inputs[3])
+def mlp_weights(D, hidden, dtype, device):
+    """up, down."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = (hidden, D), (D, hidden)
+    return [(torch.randn(size, generator=generator) * size[1] ** -0.5).to(device, dtype) for size in sizes]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -366,29 +357,8 @@ def test_squared_relu_at_zero_nan_and_infinity():
     assert grad[[0, 1, 4, 5, 6]].tolist() == [0, 0, 0, 0, 4] and grad[2].isnan() and grad[3] == inf
 
 
-def test_the_mlp_and_its_gradients_are_the_references():
-    inputs = matrices()
-    torch.testing.assert_close(mlp(relu_squared_mlp, *inputs, backend="triton"), mlp(relu_squared_mlp_ref, *inputs))
-    x = inputs[0].view(7, 2, 16).mT
-    up, down = torch.randn(8, 2), torch.randn(2, 8)
-    torch.testing.assert_close(relu_squared_mlp(x, up, down, backend="triton"), relu_squared_mlp_ref(x, up, down))
-
-
-def test_frozen_weights_keep_u_and_nothing_else():
-    kept: list[Tensor] = []
-    x, up, down, _ = matrices()
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        relu_squared_mlp(x.requires_grad_(), up, down, backend="triton")
-    rows = [t for t in kept if t.size(0) == len(x)]
-    assert len(rows) == 1 and torch.equal(rows[0], F.linear(x, up))
-
-
-def test_bad_mlp_arguments_are_refused():
-    x, up, down, _ = matrices()
-    with pytest.raises(ValueError, match=r"up is \[48, 32\] and down \[48, 32\]; wanted, for x \[7, 32\]"):
-        relu_squared_mlp(x, up, up)
-    with pytest.raises(ValueError, match="all must have one dtype"):
-        relu_squared_mlp(x, up.half(), down)
+def test_bad_squared_relu_arguments_are_refused():
+    x = torch.randn(7, 32)
     with pytest.raises(ValueError, match="backend is 'cuda'"):
         relu_squared(x, backend="cuda")
     with pytest.raises(ValueError, match="u is torch.float64"):
@@ -431,8 +401,7 @@ def whole_block(t, qkv, gain, cos, sin, up, down, backend=None):
 def block_arguments(device="cpu", dtype=torch.float32, B=2, S=5, D=32):
     t = draw(JOINED, B, S, D, dtype=dtype, device=device)
     qkv, gain, *_ = heads(B, S, dtype=dtype, device=device)
-    up, down = matrices(1, D, 48, dtype, device)[1:3]
-    return t, qkv, gain, *rotary_tables(S, 16, 100.0, device), up, down
+    return t, qkv, gain, *rotary_tables(S, 16, 100.0, device), *mlp_weights(D, 48, dtype, device)
 
 
 def block_results(function, t, qkv, gain, cos, sin, up, down, **more):
@@ -483,10 +452,7 @@ class TestOnTheGpu:
         check_rotary(heads(B, S, H, G, d, dtype, "cuda"))
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-    def test_the_mlp_is_as_exact_as_pytorchs(self, dtype):
-        inputs = matrices(1000, 512, 1536, dtype, "cuda")
-        exact = mlp(relu_squared_mlp_ref, *(t.double() for t in inputs))
-        no_worse(mlp(relu_squared_mlp, *inputs), mlp(relu_squared_mlp_ref, *inputs), exact)
+    def test_squared_relu_is_finite(self, dtype):
         assert torch.isfinite(relu_squared(torch.randn(12345, device="cuda", dtype=dtype))).all()
 
     def test_the_same_bits_every_time_and_in_every_batch(self):

@@ -300,18 +300,30 @@ def test_a_step_is_shapes_alone_and_runs_the_kernels_once_where_they_are_needed(
         "residual_norm": 22,  # one before the smear
         "lora_qkv": 10,
         "norm_rotary": 10,
-        "relu_squared": 10,
+        "causal_attention": 10,
+        "linear": 10,
+        "relu_squared_mlp": 10,
         "lora_head_nll_grads_": 1,
         "residual_norm_backward_into": 10,
         "residual_norm_backward": 10,  # none below block 0
         "lora_qkv_backward_into": 10,
         "norm_rotary_backward": 10,
-        "relu_squared_backward": 10,
+        "causal_attention_backward": 10,
+        "linear_dx": 20,
+        "relu_squared_mlp_du": 10,
         "lora_adam_": 1,
     }
     with Ops() as ops:
         engine._steps[0, 4, False]()
-    assert ops.seen == {"residual_norm": 22, "lora_qkv": 10, "norm_rotary": 10, "relu_squared": 10, "head_nll": 1}
+    assert ops.seen == {
+        "residual_norm": 22,
+        "lora_qkv": 10,
+        "norm_rotary": 10,
+        "causal_attention": 10,
+        "linear": 10,
+        "relu_squared_mlp": 10,
+        "head_nll": 1,
+    }
 
 
 def test_steps_over_empty_places_leave_no_trace():
@@ -400,7 +412,7 @@ def test_queues_are_the_window_lengths():
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter runs the kernels where there is no GPU")
 def test_the_kernels_in_the_interpreter_agree_with_the_reference():
     """Gradients written straight into the pool, slots of -1, mixed batches: in fp32, over a tiny model."""
-    shape = dataclasses.replace(SMALL, blocks=2)
+    shape = dataclasses.replace(SMALL, blocks=2, heads=2, kv_heads=1)
     config = TTT.override({"chunk": 16, "window": 32, "batch": 3})
     model = randomized(shape).requires_grad_(False)
     docs = documents((37, 20))

@@ -352,6 +352,54 @@ def test_an_interrupted_run_goes_on_and_gives_the_same_scores(tmp_path):
     assert max(seen) < sum(d.targets for d in documents if d.targets >= 31)
 
 
+@pytest.mark.parametrize("protocol", ["score_first", "min_nll"])
+def test_the_engine_gives_the_result_of_the_eager_scorer(tmp_path, protocol):
+    documents = [document(n, n) for n in (20, 200, 33, 0, 120, 31)]
+    config, said = TTT.override({"protocol": protocol}), []
+    eager = score(documents, tmp_path, config, scorer="eager")
+    engine = score(documents, tmp_path, config, scorer="uncaptured", say=said.append)
+    assert adapted_nats(engine) == pytest.approx(adapted_nats(eager), rel=1e-5)
+    for ours, theirs in zip(engine.documents, eager.documents, strict=True):
+        assert (ours.name, ours.status, ours.kept_pass) == (theirs.name, theirs.status, theirs.kept_pass)
+        assert (ours.base_nats, ours.tempered_nats) == (theirs.base_nats, theirs.tempered_nats)
+    assert said == ["engine: 4 documents side by side in 4 slots, at most 0.0 GiB"]
+    assert eager.facts == {"scorer": "eager"} and engine.facts["scorer"] == "uncaptured"
+    assert 0 < engine.facts["engine"]["useful_places"] <= 1
+
+
+def test_what_the_deadline_leaves_out_is_the_base_models_and_is_said_by_both_scorers(tmp_path):
+    documents = [document(n, n) for n in (200, 20, 120)]
+    for scorer in ("eager", "uncaptured"):
+        result = score(documents, tmp_path, TTT.override({"deadline": "1e-9"}), scorer=scorer)
+        assert [d.status for d in result.documents] == [NOT_ADAPTED, SHORT, NOT_ADAPTED]
+        assert adapted_nats(result) == [d.base_nats for d in result.documents]
+
+
+def test_an_interrupted_engine_keeps_the_documents_that_were_through(tmp_path):
+    documents = [document(n, n) for n in (200, 180, 40, 35, 33, 20)]
+    config = TTT.override({"batch": 2})
+    asked = []
+
+    def stopping(after: float):
+        asked.clear()
+
+        def stop() -> bool:
+            asked.append(True)
+            return len(asked) > after
+
+        return stop
+
+    whole = score(documents, tmp_path, config, scorer="uncaptured", should_stop=stopping(math.inf))
+    done = []
+    for after in (3, len(asked) // 2, len(asked) - 4):
+        with pytest.raises(Interrupted) as interrupted:
+            score(documents, tmp_path, config, scorer="uncaptured", should_stop=stopping(after))
+        done.append(interrupted.value.done)
+        resumed = score(documents, tmp_path, config, scorer="uncaptured", resume=True)
+        assert adapted_nats(resumed) == pytest.approx(adapted_nats(whole), rel=1e-6)
+    assert done == sorted(done) and 1 <= done[0] < done[-1] < len(documents)
+
+
 def test_a_journal_of_another_run_is_refused(tmp_path):
     score([document(40)], tmp_path)
     with pytest.raises(JournalError, match="belongs to a run with another artifact"):

@@ -24,7 +24,9 @@ from torch import Tensor
 
 from ..kernels import (
     bigram_hash_ref,
+    causal_attention,
     causal_attention_ref,
+    linear,
     lora_adam_,
     lora_head_nll,
     lora_head_nll_grads_,
@@ -34,6 +36,7 @@ from ..kernels import (
     residual_norm,
     rms_norm,
 )
+from ..kernels.attention import HEAD_DIMS
 from ..model.gpt import GPT, Block
 from ..model.int6_model import Int6Block
 from ..model.ranges import phase
@@ -133,10 +136,10 @@ class FrozenModel:
                     part.unflatten(-1, (-1, self.config.head_dim)) for part in self._qkv(n, block, lora, slots, backend)
                 )
                 q, k = norm_rotary(q, k, *rotary, block.gain, backend=backend)
-                mixed = causal_attention_ref(q, k, v, self.model.attention)
                 if is_last:
-                    x, mixed = x[:, -tail:], mixed[:, -tail:]
-                _, x, n = residual_norm(x, F.linear(mixed.flatten(2), block.out), backend=backend)
+                    x = x[:, -tail:]
+                mixed = self._attention(q, k, v, x.size(1), backend)
+                _, x, n = residual_norm(x, linear(mixed.flatten(2), block.out, backend=backend), backend=backend)
                 branch = relu_squared_mlp(n, block.up, block.down, backend=backend)
                 # The output of the last block that pushes is joined through the next one's mix.
                 push = index + 1 < pushes
@@ -158,10 +161,16 @@ class FrozenModel:
                     pushed.append(x_out)
         return n
 
+    def _attention(self, q: Tensor, k: Tensor, v: Tensor, tail: int, backend: str | None) -> Tensor:
+        """[B, tail, H, d] of the last `tail` queries. A head size that our kernel does not take is PyTorch's."""
+        if (backend == "triton" or (backend is None and q.is_cuda)) and q.size(3) in HEAD_DIMS:
+            return causal_attention(q, k, v, tail, backend=backend)
+        return causal_attention_ref(q, k, v, self.model.attention)[:, -tail:]
+
     def _qkv(self, n: Tensor, block: FrozenBlock, lora: tuple, slots: Tensor | None, backend: str | None) -> tuple:
         sizes = self.config.qkv_sizes
         if not lora:
-            return F.linear(n, block.qkv).split(sizes, dim=-1)
+            return linear(n, block.qkv, backend=backend).split(sizes, dim=-1)
         lora_a, lora_b, grads = lora
         return lora_qkv(n, block.qkv, lora_a, lora_b, slots, sizes, grads=grads, backend=backend)
 

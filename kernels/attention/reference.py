@@ -1,4 +1,4 @@
-"""Causal grouped-query attention over PyTorch's SDPA backends, with the choice of backend made once and explained.
+"""The plain statement, over PyTorch's SDPA backends, with the choice of backend made once and explained.
 
     out_h = softmax(q_h K_g^T / sqrt(d), causal) V_g           head h reads key/value group g = h // (H / G)
 

@@ -1,0 +1,206 @@
+"""The backward launches: dq and delta, then dk and dv; both may end in the gradients of the projections.
+
+With `rotary`, q = gain * rotate(n) and k = rotate(n) are normed and rotated heads of projections x, n = x * rstd, and
+the launches return the gradients of x instead of those of q and k. A rotation keeps dot products, so that the norm's
+part is taken before it is undone:
+
+    dx = unrotate(rstd * (gain * dq - q / gain * mean(dq * q)))       0 where gain is 0; dk likewise without gain
+"""
+
+import math
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from ..dot import multiply_add
+from .forward import LOG2_E, by_heads, load, multiply, packed_heads, pick_config, place, row_at, store
+
+MOST_QUERIES = 64
+"""In a tile: `rows` is written in whole blocks. It makes 16 bytes at least of each of its rows."""
+
+
+class Rotary(NamedTuple):
+    """How q and k came from their projections; all fp32 and contiguous. None of it gets a gradient."""
+
+    cos: Tensor
+    """[S, d/2]"""
+    sin: Tensor
+    """[S, d/2]"""
+    gain: Tensor
+    """[H], of queries"""
+    rstd_q: Tensor
+    """[B, S, H], 1 / rms of each projected head"""
+    rstd_k: Tensor
+    """[B, S, G]"""
+
+
+@triton.jit
+def _unrotate(dx, x, position, at, gain, cos_ptr, sin_ptr, rstd_ptr, S, ROWS: tl.constexpr, D: tl.constexpr):
+    """The gradient of a projection: dx and x [ROWS, D] are rotated and of any gain; `at` finds a row's rstd."""
+    inside = position < S
+    rstd = tl.load(rstd_ptr + at, mask=inside, other=0.0)
+    x = x.to(tl.float32)
+    along = tl.sum(dx * x, 1) * rstd * (1.0 / D) * tl.where(gain == 0.0, 0.0, 1.0 / gain)
+    e = dx * (rstd * gain)[:, None] - x * along[:, None]
+    left, right = tl.split(e.reshape(ROWS, 2, D // 2).permute(0, 2, 1))
+    table = position[:, None] * (D // 2) + tl.arange(0, D // 2)[None, :]
+    cos = tl.load(cos_ptr + table, mask=inside[:, None], other=0.0)
+    sin = tl.load(sin_ptr + table, mask=inside[:, None], other=0.0)
+    return tl.join(left * cos + right * sin, right * cos - left * sin).permute(0, 2, 1).reshape(ROWS, D)
+
+
+@triton.jit
+def _dq_loop(
+    dq, q, dout, lse, delta, k_d, v_d, b, g, position, first, last, scale,
+    MASK: tl.constexpr, BN: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    for n in tl.range(first, last, BN):
+        k = load(k_d, b, g, n, 1, BN, D)
+        v = load(v_d, b, g, n, 1, BN, D)
+        s = multiply(q, k.T)
+        dp = multiply(dout, v.T)
+        p = tl.math.exp2(s * scale - lse[:, None])
+        if MASK:
+            p = tl.where(position[:, None] >= n + tl.arange(0, BN)[None, :], p, 0.0)
+        ds = p * (dp - delta[:, None])
+        dq = multiply_add(ds.to(k.dtype), k, dq)
+    return dq
+
+
+@triton.jit(do_not_specialize=["T", "OFFSET", "BLOCKS"])
+def _dq_kernel(
+    q_d, k_d, v_d, out_d, dout_d, dq_d, lse_ptr, rows_ptr, cos_ptr, sin_ptr, gain_ptr, rstd_ptr,
+    scale, softmax_scale, T, OFFSET, BLOCKS, padded,
+    H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """Programs and tiles are the forward's. `rows` [B, H, 2, padded] gets the logsumexp and delta of each row, for the
+    next launch; past T it gets 0, where dout reads as 0 and the rows add nothing.
+    """
+    b, h, block = place(BLOCKS, H, HEADS)
+    g = h // (H // G)
+    t = block * BM
+    r = tl.arange(0, HEADS * BM)
+    query = t + r % BM
+    position = OFFSET + query
+    dout = load(dout_d, b, h, t, HEADS, BM, D)
+    delta = tl.sum(load(out_d, b, h, t, HEADS, BM, D).to(tl.float32) * dout.to(tl.float32), 1)
+    lse = tl.load(lse_ptr + row_at(b, h, t, T, H, HEADS, BM), mask=query < T, other=0.0)
+    at = row_at(b, h, t, 2 * padded, H, HEADS, BM)
+    tl.store(rows_ptr + at, lse)
+    tl.store(rows_ptr + at + padded, delta)
+    q = load(q_d, b, h, OFFSET + t, HEADS, BM, D)
+    dq = tl.zeros((HEADS * BM, D), tl.float32)
+    seen_by_all = (OFFSET + t + 1) // BN * BN
+    dq = _dq_loop(dq, q, dout, lse, delta, k_d, v_d, b, g, position, 0, seen_by_all, scale, False, BN, D)
+    last = OFFSET + tl.minimum(t + BM, T)
+    dq = _dq_loop(dq, q, dout, lse, delta, k_d, v_d, b, g, position, seen_by_all, last, scale, True, BN, D)
+    dq *= softmax_scale
+    if cos_ptr is not None:
+        head = h + r // BM
+        at = (b.to(tl.int64) * (OFFSET + T) + position) * H + head
+        gain = tl.load(gain_ptr + head)
+        dq = _unrotate(dq, q, position, at, gain, cos_ptr, sin_ptr, rstd_ptr, OFFSET + T, HEADS * BM, D)
+    store(dq_d, dq, b, h, OFFSET + t, HEADS, BM, D)
+
+
+@triton.jit
+def _dkdv_loop(
+    dk, dv, k, v, q_d, dout_d, rows_d, b, h, key, first, last, OFFSET, scale,
+    MASK: tl.constexpr, H: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, BM: tl.constexpr,
+):  # fmt: skip
+    ROWS: tl.constexpr = HEADS * BM
+    for t in tl.range(first, last, BM):
+        q = load(q_d, b, h, OFFSET + t, HEADS, BM, D)
+        dout = load(dout_d, b, h, t, HEADS, BM, D)
+        rows = rows_d.load([2 * (b * H + h), t]).reshape(HEADS, 2, BM).permute(0, 2, 1).reshape(ROWS, 2)
+        lse, delta = tl.split(rows)
+        s = multiply(k, q.T)
+        p = tl.math.exp2(s * scale - lse[None, :])
+        if MASK:
+            p = tl.where(key[:, None] <= OFFSET + t + (tl.arange(0, ROWS) % BM)[None, :], p, 0.0)
+        dv = multiply_add(p.to(dout.dtype), dout, dv)
+        dp = multiply(v, dout.T)  # as late as this: its registers are those of s
+        ds = p * (dp - delta[None, :])
+        dk = multiply_add(ds.to(q.dtype), q, dk)
+    return dk, dv
+
+
+@triton.jit(do_not_specialize=["T", "OFFSET", "BLOCKS"])
+def _dkdv_kernel(
+    q_d, k_d, v_d, dout_d, rows_d, dk_d, dv_d, cos_ptr, sin_ptr, rstd_ptr,
+    scale, softmax_scale, T, OFFSET, BLOCKS,
+    H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """A program takes BN keys of a group through all queries from their own on, of HEADS heads at a time. Its scores
+    are transposed, [keys, rows]: p and ds are multiplied from registers.
+    """
+    b, g, block = place(BLOCKS, G, 1)
+    n = (BLOCKS - 1 - block) * BN
+    k = load(k_d, b, g, n, 1, BN, D)
+    v = load(v_d, b, g, n, 1, BN, D)
+    key = n + tl.arange(0, BN)
+    dk = tl.zeros((BN, D), tl.float32)
+    dv = tl.zeros((BN, D), tl.float32)
+    first = tl.maximum(n - OFFSET, 0) // BM * BM
+    all_see = tl.minimum(tl.cdiv(tl.maximum(n + BN - 1 - OFFSET, 0), BM), tl.cdiv(T, BM)) * BM
+    for more in range(0, H // G, HEADS):
+        h = g * (H // G) + more
+        dk, dv = _dkdv_loop(
+            dk, dv, k, v, q_d, dout_d, rows_d, b, h, key, first, all_see, OFFSET, scale, True, H, D, HEADS, BM
+        )
+        dk, dv = _dkdv_loop(
+            dk, dv, k, v, q_d, dout_d, rows_d, b, h, key, all_see, T, OFFSET, scale, False, H, D, HEADS, BM
+        )
+    store(dv_d, dv, b, g, n, 1, BN, D)
+    dk *= softmax_scale
+    if cos_ptr is not None:
+        at = (b.to(tl.int64) * (OFFSET + T) + key) * G + g
+        gain = tl.full((BN,), 1.0, tl.float32)
+        dk = _unrotate(dk, k, key, at, gain, cos_ptr, sin_ptr, rstd_ptr, OFFSET + T, BN, D)
+    store(dk_d, dk, b, g, n, 1, BN, D)
+
+
+def launch_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, rotary: Rotary | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dq [B, S, H, d], dk, dv [B, S, G, d]), contiguous, from dout [B, T, H, d] and what the forward kept.
+
+    T is the number of queries that there is an output of; before them dq is zero. With `rotary`, dq and dk belong to
+    the projections that q and k were normed and rotated from.
+    """
+    (batch, length, heads, width), groups, tail = q.shape, k.size(2), dout.size(1)
+    dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    dq[:, : length - tail].zero_()
+    if not dout.numel():
+        return dq, dk.zero_(), dv.zero_()
+    rows = lse.new_empty(batch, heads, 2, triton.cdiv(tail, MOST_QUERIES) * MOST_QUERIES)
+    cos, sin, gain, rstd_q, rstd_k = rotary or Rotary(None, None, None, None, None)
+    packed, scale, softmax_scale = packed_heads(heads, groups), LOG2_E / math.sqrt(width), 1 / math.sqrt(width)
+
+    config = pick_config("dq", q.dtype, width)
+    queries, keys = config.rows // packed, config.keys
+    blocks = triton.cdiv(tail, queries)
+    _dq_kernel[(blocks * batch * heads // packed,)](
+        by_heads(q, packed, queries), by_heads(k, 1, keys), by_heads(v, 1, keys), by_heads(out, packed, queries),
+        by_heads(dout, packed, queries), by_heads(dq, packed, queries), lse, rows, cos, sin, gain, rstd_q,
+        scale, softmax_scale, tail, length - tail, blocks, rows.size(3),
+        H=heads, G=groups, D=width, HEADS=packed, BM=queries, BN=keys,
+        num_warps=config.warps, num_stages=config.stages, maxnreg=config.registers,
+    )  # fmt: skip
+
+    config = pick_config("dkdv", q.dtype, width)
+    queries, keys = config.rows // packed, config.keys
+    blocks = triton.cdiv(length, keys)
+    flat = rows.view(-1, rows.size(3))
+    rows_d = TensorDescriptor(flat, list(flat.shape), list(flat.stride()), [2 * packed, queries])
+    _dkdv_kernel[(blocks * batch * groups,)](
+        by_heads(q, packed, queries), by_heads(k, 1, keys), by_heads(v, 1, keys), by_heads(dout, packed, queries),
+        rows_d, by_heads(dk, 1, keys), by_heads(dv, 1, keys), cos, sin, rstd_k,
+        scale, softmax_scale, tail, length - tail, blocks,
+        H=heads, G=groups, D=width, HEADS=packed, BM=queries, BN=keys,
+        num_warps=config.warps, num_stages=config.stages, maxnreg=config.registers,
+    )  # fmt: skip
+    return dq, dk, dv

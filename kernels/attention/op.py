@@ -1,0 +1,106 @@
+"""The registered ops, their autograd, and the public function."""
+
+import torch
+from torch import Tensor
+
+from .backward import launch_backward
+from .forward import launch_forward
+from .reference import causal_attention_ref
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+HEAD_DIMS = (16, 32, 64, 128)
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, tail: int | None = None, *, backend: str | None = None) -> Tensor:
+    """out [B, T, H, d], contiguous, of q [B, S, H, d] over k, v [B, S, G, d], in their dtype: bf16, fp16 or fp32.
+
+    T is `tail`, where only the last T queries are wanted, else S. q is given whole all the same, and its gradient is
+    zero before them.
+
+    `backend` is "reference" or "triton"; left out, CPU tensors take the reference and CUDA tensors the kernel, which
+    wants a head size d of 16, 32, 64 or 128 and copies tensors whose heads are not side by side elements, or whose rows
+    are not a multiple of 16 bytes apart. ValueError on anything else.
+    """
+    tail, backend = _validate(q, k, v, tail, backend)
+    if backend == "reference":
+        return causal_attention_ref(q, k, v)[:, q.size(1) - tail :]
+    return _op(q, k, v, tail)[0]
+
+
+@torch.library.custom_op("klora::causal_attention", mutates_args=())
+def _op(q: Tensor, k: Tensor, v: Tensor, tail: int) -> tuple[Tensor, Tensor]:
+    """out, and the logsumexp that the backward wants."""
+    return launch_forward(_aligned(q), _aligned(k), _aligned(v), tail)
+
+
+@_op.register_fake
+def _(q, k, v, tail):
+    batch, _, heads, width = q.shape
+    lse = q.new_empty(batch, heads, tail, dtype=torch.float32)
+    return q.new_empty(batch, tail, heads, width), lse
+
+
+@torch.library.custom_op("klora::causal_attention_backward", mutates_args=())
+def _backward_op(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    return launch_backward(_aligned(dout), _aligned(q), _aligned(k), _aligned(v), out, lse)
+
+
+@_backward_op.register_fake
+def _(dout, q, k, v, out, lse):
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _setup(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:3], *output)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, dout, _):
+    if dout is None:
+        return None, None, None, None
+    grads = _backward_op(dout, *ctx.saved_tensors)
+    return *(grad if needed else None for grad, needed in zip(grads, ctx.needs_input_grad, strict=False)), None
+
+
+_op.register_autograd(_backward, setup_context=_setup)
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """`tensor` if the copy engine can read it, else a copy: innermost stride 1, the other strides and the address
+    multiples of 16 bytes.
+    """
+    steps = [tensor.data_ptr(), *(stride * tensor.itemsize for stride in tensor.stride()[:-1])]
+    readable = tensor.stride(-1) == 1 and all(step > 0 and step % 16 == 0 for step in steps)
+    return tensor if readable or not tensor.numel() else tensor.clone(memory_format=torch.contiguous_format)
+
+
+def _validate(q, k, v, tail, backend) -> tuple[int, str]:
+    """(queries wanted, the backend that runs); raises ValueError on what no backend takes."""
+    backend = backend or ("triton" if q.is_cuda else "reference")
+    if backend not in ("reference", "triton"):
+        raise ValueError(f"backend is {backend!r}; allowed: 'reference', 'triton' or None")
+    if q.dim() != 4 or not q.size(2):
+        raise ValueError(f"q is {_told(q)}; wanted [B, S, H, d] with at least one head")
+    if k.dim() != 4 or not k.size(2) or q.size(2) % k.size(2):
+        raise ValueError(f"k is {_told(k)}; wanted [B, S, G, d] with a G that divides q's {q.size(2)} heads")
+    wanted = [*q.shape[:2], k.size(2), q.size(3)]
+    for name, tensor in (("k", k), ("v", v)):
+        if list(tensor.shape) != wanted or tensor.dtype != q.dtype or tensor.device != q.device:
+            raise ValueError(
+                f"{name} is {_told(tensor)} on {tensor.device}; wanted, beside q: {q.dtype} {wanted} on {q.device}"
+            )
+    tail = q.size(1) if tail is None else tail
+    if not 0 <= tail <= q.size(1):
+        raise ValueError(f"tail is {tail}; allowed: 0 to S, {q.size(1)}")
+    if backend == "triton" and q.dtype not in DTYPES:
+        raise ValueError(f"q is {q.dtype}; the kernel wants bfloat16, float16 or float32")
+    if backend == "triton" and q.size(3) not in HEAD_DIMS:
+        raise ValueError(f"d is {q.size(3)}; the kernel wants one of {', '.join(map(str, HEAD_DIMS))}")
+    return tail, backend
+
+
+def _told(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"

@@ -1,0 +1,78 @@
+"""The plain statement, the registered ops, their autograd, and the public function."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .product import DTYPES, launch_product
+
+
+def linear_ref(x: Tensor, weight: Tensor) -> Tensor:
+    """x W^T, summed in fp32 by the GEMM."""
+    return F.linear(x, weight)
+
+
+def linear(x: Tensor, weight: Tensor, *, backend: str | None = None) -> Tensor:
+    """x [..., K] by weight [N, K] -> x W^T [..., N]; gradients of what requires one.
+
+    `backend` is "reference" or "triton"; left out, CPU tensors take the reference and CUDA tensors the kernel, which
+    wants one dtype of bf16, fp16 and fp32. The kernel copies operands whose rows are not at multiples of 16 bytes.
+    """
+    if weight.dim() != 2 or not x.dim() or x.size(-1) != weight.size(1):
+        raise ValueError(f"x is {list(x.shape)} and weight {list(weight.shape)}; wanted: [..., K] and [N, K]")
+    return _linear(x, weight) if runs_kernel(backend, x=x, weight=weight) else linear_ref(x, weight)
+
+
+@torch.library.custom_op("klora::linear", mutates_args=())
+def _linear(x: Tensor, weight: Tensor) -> Tensor:
+    return launch_product(x, weight)
+
+
+@_linear.register_fake
+def _(x, weight):
+    return x.new_empty(*x.shape[:-1], weight.size(0))
+
+
+@torch.library.custom_op("klora::linear_dx", mutates_args=())
+def linear_dx(dout: Tensor, weight: Tensor) -> Tensor:
+    """dout [..., N] by weight [N, K] -> dout W [..., K]."""
+    return launch_product(dout, weight, transposed=True)
+
+
+@linear_dx.register_fake
+def _(dout, weight):
+    return dout.new_empty(*dout.shape[:-1], weight.size(1))
+
+
+def linear_dweight(dout: Tensor, x: Tensor) -> Tensor:
+    """dout [..., N], x [..., K] -> dout^T x [N, K], by cuBLAS."""
+    rows = x.shape[:-1].numel()
+    return dout.reshape(rows, dout.size(-1)).mT @ x.reshape(rows, x.size(-1))
+
+
+def _setup_context(ctx, inputs, output):
+    x, weight = inputs
+    ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight if ctx.needs_input_grad[0] else None)
+
+
+def _backward(ctx, dout):
+    x, weight = ctx.saved_tensors
+    return None if weight is None else linear_dx(dout, weight), None if x is None else linear_dweight(dout, x)
+
+
+_linear.register_autograd(_backward, setup_context=_setup_context)
+
+
+def runs_kernel(backend: str | None, **operands: Tensor) -> bool:
+    """Whether the kernel runs, and not the reference; raises ValueError on what neither takes, or the kernel."""
+    if backend not in (None, "reference", "triton"):
+        raise ValueError(f"backend is {backend!r}; allowed: None, 'reference', 'triton'")
+    told = ", ".join(f"{name} is {tensor.dtype} on {tensor.device}" for name, tensor in operands.items())
+    if len({(tensor.dtype, tensor.device) for tensor in operands.values()}) > 1:
+        raise ValueError(f"{told}; all must have one dtype and one device")
+    first = next(iter(operands.values()))
+    if backend == "reference" or (backend is None and first.device.type == "cpu"):
+        return False
+    if first.dtype not in DTYPES:
+        raise ValueError(f"{told}; the kernel wants bfloat16, float16 or float32")
+    return True

@@ -1,0 +1,372 @@
+"""Causal attention: the kernels against PyTorch's attention and float64, their bits, and the op's registration."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from klora.bench.attention import plain_attention
+from klora.kernels.attention import causal_attention, causal_attention_ref
+from klora.kernels.attention.backward import Rotary, launch_backward
+from klora.kernels.attention.forward import launch_forward
+from klora.kernels.rms_norm import EPS
+from klora.kernels.rotary import norm_rotary, norm_rotary_ref, rotary_tables
+from torch import Tensor
+
+ON_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")]
+KERNEL = {"backend": "triton"}
+
+
+def draw(B=2, S=37, H=4, G=2, d=16, tail=None, dtype=torch.float32, device="cpu", seed=0) -> list[Tensor]:
+    """q, k, v and dout."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = (B, S, H, d), (B, S, G, d), (B, S, G, d), (B, S if tail is None else tail, H, d)
+    return [torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes]
+
+
+def attend(attention, q, k, v, dout, **more) -> list[Tensor]:
+    """out, dq, dk and dv."""
+    leaves = [t.detach().requires_grad_() for t in (q, k, v)]
+    out = attention(*leaves, **more)
+    return [out.detach(), *torch.autograd.grad(out, leaves, dout)]
+
+
+def kernel_of_pytorch(q, k, v, tail):
+    """PyTorch's own that takes fp32; it knows no groups on a GPU."""
+    k, v = (t.repeat_interleave(q.size(2) // k.size(2), 2) for t in (k, v))
+    return causal_attention_ref(q, k, v, "efficient" if q.is_cuda else "flash")[:, q.size(1) - tail :]
+
+
+def plain(q, k, v, tail):
+    return plain_attention(q, k, v)[:, q.size(1) - tail :]
+
+
+def error(x: Tensor, truth: Tensor) -> float:
+    return ((x.double() - truth).norm() / truth.norm().clamp(min=1e-30)).item()
+
+
+def no_worse(ours, yardsticks, exact, margin=1.1):
+    """Our relative Frobenius error is at most 1.1 of the yardsticks' worst, tensor by tensor; of few numbers, luck."""
+    for number, (x, truth, *plains) in enumerate(zip(ours, exact, *yardsticks, strict=True)):
+        assert x.shape == truth.shape and x.dtype == plains[0].dtype and torch.isfinite(x).all(), f"tensor {number}"
+        allowed = margin if x.numel() > 10_000 else max(margin, 2.0)
+        worst = max(error(p, truth) for p in plains)
+        assert error(x, truth) <= allowed * worst + 1e-9, f"tensor {number}: {error(x, truth)}, theirs {worst}"
+
+
+def check(inputs, margin=1.1):
+    """16 bits against the formula in the same dtype; fp32, where p comes from the logsumexp, against PyTorch's kernel
+    that does the same as well.
+    """
+    tail = inputs[3].size(1)
+    exact = attend(plain, *(t.double() for t in inputs), tail=tail)
+    yardsticks = [attend(plain, *inputs, tail=tail)]
+    if inputs[0].dtype == torch.float32:
+        yardsticks.append(attend(kernel_of_pytorch, *inputs, tail=tail))
+    no_worse(attend(causal_attention, *inputs, tail=tail, **KERNEL), yardsticks, exact, margin)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(
+    ("B", "S", "H", "G", "d", "tail"),
+    [(2, 70, 4, 2, 16, 70), (1, 45, 4, 1, 32, 45), (1, 33, 3, 3, 16, 33), (2, 90, 2, 1, 64, 41), (1, 20, 2, 2, 128, 9)],
+)
+def test_attention_and_its_gradients_are_as_exact_as_pytorchs(B, S, H, G, d, tail, dtype):
+    check(draw(B, S, H, G, d, tail, dtype))
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    B=st.integers(1, 2),
+    S=st.integers(1, 50),
+    G=st.integers(1, 2),
+    ratio=st.sampled_from([1, 2, 3, 4, 6, 8]),
+    d=st.sampled_from([16, 32]),
+    data=st.data(),
+)
+def test_any_shape_any_tail(B, S, G, ratio, d, data):
+    tail = data.draw(st.integers(1, S))
+    inputs = draw(B, S, G * ratio, G, d, tail)
+    ours = attend(causal_attention, *inputs, tail=tail, **KERNEL)
+    exact = attend(plain, *(t.double() for t in inputs), tail=tail)
+    for x, truth in zip(ours, exact, strict=True):
+        torch.testing.assert_close(x.double(), truth, rtol=1e-4, atol=1e-5)
+
+
+def test_the_equations_written_out():
+    q, k, v, dout = (t.double() for t in draw(B=1, S=9, H=2, G=1))
+    out, dq, dk, dv = attend(causal_attention, q, k, v, dout)
+    for h in range(2):
+        s = (q[0, :, h] @ k[0, :, 0].T / math.sqrt(16)).masked_fill(torch.ones(9, 9).triu(1).bool(), -math.inf)
+        p = s.softmax(-1)
+        torch.testing.assert_close(out[0, :, h], p @ v[0, :, 0])
+        ds = p * (dout[0, :, h] @ v[0, :, 0].T - (dout[0, :, h] * out[0, :, h]).sum(-1, keepdim=True))
+        torch.testing.assert_close(dq[0, :, h], ds @ k[0, :, 0] / math.sqrt(16))
+        dk[0, :, 0] -= ds.T @ q[0, :, h] / math.sqrt(16)
+        dv[0, :, 0] -= p.T @ dout[0, :, h]
+    torch.testing.assert_close(dk, torch.zeros_like(dk))
+    torch.testing.assert_close(dv, torch.zeros_like(dv))
+
+
+def check_one_token(dtype, device):
+    q, k, v, dout = draw(S=1, d=64, dtype=dtype, device=device)
+    out, dq, dk, dv = attend(causal_attention, q, k, v, dout, **KERNEL)
+    assert torch.equal(out, v.repeat_interleave(2, 2))
+    torch.testing.assert_close(dv, dout.unflatten(2, (2, 2)).sum(3))
+    assert dq.abs().max() < 1e-5 and dk.abs().max() < 1e-5, "zero but for the order of two sums"
+
+
+def test_one_token_attends_to_itself():
+    check_one_token(torch.float32, "cpu")
+    check_one_token(torch.float16, "cpu")
+
+
+def test_large_scores_neither_overflow_nor_vanish():
+    q, k, v, dout = draw(S=40)
+    inputs = 100 * q, 100 * k, v, dout
+    for x, truth in zip(
+        attend(causal_attention, *inputs, **KERNEL), attend(causal_attention, *inputs, backend="reference"), strict=True
+    ):
+        torch.testing.assert_close(x, truth, rtol=1e-3, atol=2e-2)
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_a_tail_is_the_end_of_the_whole_and_dq_is_zero_before_it(backend):
+    q, k, v, dout = draw(S=50, tail=21)
+    whole = attend(causal_attention, q, k, v, torch.cat([torch.zeros(2, 29, 4, 16), dout], 1), backend=backend)
+    out, *grads = attend(causal_attention, q, k, v, dout, tail=21, backend=backend)
+    torch.testing.assert_close(out, whole[0][:, 29:])
+    torch.testing.assert_close(grads, whole[1:])
+    assert not grads[0][:, :29].any() and grads[0][:, 29:].all()
+
+
+def in_another_layout(tensor: Tensor, layout: str) -> Tensor:
+    if layout == "view of a projection":
+        B, S, heads, d = tensor.shape
+        return torch.cat([tensor.new_zeros(B, S, 48), tensor.flatten(2)], -1)[..., 48:].unflatten(-1, (heads, d))
+    if layout == "heads before tokens":
+        return tensor.transpose(1, 2).contiguous().transpose(1, 2)
+    if layout == "elements of a head apart":
+        return tensor.mT.contiguous().mT
+    return torch.cat([tensor, tensor[..., :1]], -1)[..., :-1]  # rows that are not 16 bytes apart
+
+
+@pytest.mark.parametrize(
+    "layout", ["view of a projection", "heads before tokens", "elements of a head apart", "rows 17 apart"]
+)
+def test_any_layout_gives_the_same_bits(layout):
+    inputs = draw(S=20)
+    strided = [in_another_layout(t, layout) for t in inputs]
+    assert not any(t.is_contiguous() for t in strided)
+    for x, y in zip(
+        attend(causal_attention, *inputs, **KERNEL), attend(causal_attention, *strided, **KERNEL), strict=True
+    ):
+        assert torch.equal(x, y)
+
+
+def test_a_gradient_may_be_expanded_and_a_part_of_them_be_wanted():
+    q, k, v, _ = draw(S=20)
+    grads = []
+    for backend in ("reference", "triton"):
+        leaf = k.detach().requires_grad_()
+        causal_attention(q, leaf, v, backend=backend).sum().backward()
+        grads.append(leaf.grad)
+    torch.testing.assert_close(*grads)
+
+
+def test_a_document_has_the_same_bits_in_every_batch():
+    inputs = draw(B=3, S=45, tail=30)
+    whole = attend(causal_attention, *inputs, tail=30, **KERNEL)
+    alone = attend(causal_attention, *(t[1:2] for t in inputs), tail=30, **KERNEL)
+    for x, y in zip(alone, whole, strict=True):
+        assert torch.equal(x[0], y[1])
+
+
+def poisoned(monkeypatch):
+    """Every tensor that is made empty is full of NaN."""
+    new_empty = Tensor.new_empty
+    monkeypatch.setattr(Tensor, "new_empty", lambda self, *size, **more: new_empty(self, *size, **more).fill_(math.nan))
+
+
+def test_everything_is_written(monkeypatch):
+    inputs = draw(S=45, tail=18)
+    expected = attend(causal_attention, *inputs, tail=18, **KERNEL)
+    poisoned(monkeypatch)
+    for x, y in zip(attend(causal_attention, *inputs, tail=18, **KERNEL), expected, strict=True):
+        assert torch.equal(x, y)
+
+
+def test_nothing_to_do_is_done():
+    for B, S, tail in ((0, 4, 4), (2, 0, 0), (2, 5, 0)):
+        for x in attend(causal_attention, *draw(B, S, tail=tail), tail=tail, **KERNEL):
+            assert not x.any()
+
+
+# The backward that ends in the projections' gradients
+
+
+def rotated(B, S, H, G, d, tail, dtype, device="cpu"):
+    """Projections q and k, v and dout; the tables, the gain (one of them zero) and what `Rotary` holds."""
+    inputs = draw(B, S, H, G, d, tail, dtype, device)
+    cos, sin = rotary_tables(S, d, 50000.0, device)
+    gain = torch.linspace(0, 2, H, device=device)
+    rstd = [(t.float().square().mean(-1) + EPS).rsqrt() for t in inputs[:2]]
+    return inputs, Rotary(cos, sin, gain, *rstd)
+
+
+def projections_grads(q, k, v, dout, rotary, composed=False):
+    """dq, dk and dv of norm, rotation and attention: by autograd, or in the kernel's own backward."""
+    tables = rotary.cos.to(q.dtype), rotary.sin.to(q.dtype), rotary.gain.to(q.dtype)
+    if composed:
+        q, k = norm_rotary(q, k, *rotary[:3], **KERNEL)
+        out, lse = launch_forward(q, k, v, dout.size(1))
+        return launch_backward(dout, q, k, v, out, lse, rotary)
+    leaves = [t.detach().requires_grad_() for t in (q, k, v)]
+    if q.dtype != torch.float64:
+        tables = rotary[:3]
+    rotated_q, rotated_k = norm_rotary_ref(leaves[0], *tables), norm_rotary_ref(leaves[1], *tables[:2])
+    out = plain(rotated_q, rotated_k, leaves[2], dout.size(1))
+    return torch.autograd.grad(out, leaves, dout)
+
+
+def check_rotated(made, margin=1.1):
+    inputs, rotary = made
+    exact = projections_grads(*(t.double() for t in inputs), rotary)
+    no_worse(projections_grads(*inputs, rotary, composed=True), [projections_grads(*inputs, rotary)], exact, margin)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_the_backward_ends_in_the_gradients_of_the_projections(dtype):
+    # fp32: as in check(), where PyTorch has no kernel to compare with.
+    check_rotated(rotated(2, 45, 4, 2, 32, 45, dtype), margin=1.6 if dtype == torch.float32 else 1.1)
+    check_rotated(rotated(1, 40, 4, 1, 16, 13, dtype))
+
+
+# The op
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"q": torch.zeros(2, 5, 64)}, r"q is float32 \[2, 5, 64\]; wanted \[B, S, H, d\]"),
+        ({"k": torch.zeros(2, 5, 3, 16)}, r"k is float32 \[2, 5, 3, 16\]; wanted \[B, S, G, d\] with a G that divides"),
+        ({"k": torch.zeros(2, 4, 2, 16)}, r"k is float32 \[2, 4, 2, 16\] on cpu; wanted, beside q: torch.float32"),
+        ({"v": torch.zeros(2, 5, 2, 32)}, r"v is float32 \[2, 5, 2, 32\]"),
+        ({"v": torch.zeros(2, 5, 2, 16, dtype=torch.float16)}, "v is float16"),
+        ({"v": torch.zeros(2, 5, 2, 16, device="meta")}, "v is .* on meta"),
+        ({"tail": 6}, "tail is 6; allowed: 0 to S, 5"),
+        ({"tail": -1}, "tail is -1"),
+        ({"backend": "cuda"}, "backend is 'cuda'"),
+    ],
+)
+def test_bad_arguments_are_refused(change, says):
+    good = {"q": torch.zeros(2, 5, 4, 16), "k": torch.zeros(2, 5, 2, 16), "v": torch.zeros(2, 5, 2, 16), **KERNEL}
+    with pytest.raises(ValueError, match=says):
+        causal_attention(**{**good, **change})
+
+
+def test_what_the_kernel_alone_does_not_take_is_refused_by_it_alone():
+    for inputs, says in (
+        (draw(d=24), "d is 24; the kernel wants one of 16, 32, 64, 128"),
+        (draw(dtype=torch.float64), "q is torch.float64; the kernel wants bfloat16"),
+    ):
+        causal_attention(*inputs[:3])
+        with pytest.raises(ValueError, match=says):
+            causal_attention(*inputs[:3], **KERNEL)
+
+
+def check_registration(device):
+    for tail in (20, 7):
+        leaves = [t.requires_grad_() for t in draw(S=20, device=device)[:3]]
+        torch.library.opcheck(torch.ops.klora.causal_attention.default, (*leaves, tail))
+        q, k, v = (t.detach() for t in leaves)
+        out, lse = torch.ops.klora.causal_attention(q, k, v, tail)
+        torch.library.opcheck(torch.ops.klora.causal_attention_backward.default, (out, q, k, v, out, lse))
+
+
+def check_compiled(device, backend):
+    q, k, v, dout = draw(S=20, tail=7, device=device)
+    compiled = torch.compile(
+        lambda q, k, v: causal_attention(2 * q, k, v, 7, **KERNEL) + 1, fullgraph=True, backend=backend
+    )
+    eager = attend(lambda q, k, v: causal_attention(2 * q, k, v, 7, **KERNEL) + 1, q, k, v, dout)
+    torch.testing.assert_close(attend(compiled, q, k, v, dout), eager)
+
+
+def test_opcheck_and_compile_on_a_cpu():
+    check_registration("cpu")
+    check_compiled("cpu", "aot_eager")
+
+
+# On a GPU
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(
+    ("S", "H", "G", "d", "tail"),
+    [
+        (7, 8, 4, 64, 7),
+        (255, 8, 4, 64, 255),
+        (1000, 8, 4, 64, 1000),
+        (1000, 8, 4, 64, 256),
+        (300, 4, 4, 64, 77),
+        (300, 8, 2, 64, 300),
+        (130, 6, 2, 16, 130),
+        (130, 2, 1, 32, 101),
+        (200, 2, 1, 128, 200),
+    ],
+)
+class TestOnGpu:
+    pytestmark = ON_GPU
+
+    def test_attention_and_its_gradients_are_as_exact_as_pytorchs(self, S, H, G, d, tail, dtype):
+        check(draw(2, S, H, G, d, tail, dtype, "cuda"))
+
+    def test_everything_is_written(self, S, H, G, d, tail, dtype, monkeypatch):
+        inputs = draw(2, S, H, G, d, tail, dtype, "cuda")
+        expected = attend(causal_attention, *inputs, tail=tail)
+        poisoned(monkeypatch)
+        for x, y in zip(attend(causal_attention, *inputs, tail=tail), expected, strict=True):
+            assert torch.equal(x, y)
+
+    def test_the_backward_ends_in_the_gradients_of_the_projections(self, S, H, G, d, tail, dtype):
+        check_rotated(rotated(2, S, H, G, d, tail, dtype, "cuda"), margin=1.6 if dtype == torch.float32 else 1.1)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+class TestMoreOnGpu:
+    @pytest.mark.parametrize(("S", "tail"), [(1024, 1024), (1000, 256)])
+    def test_runs_and_batches_have_the_same_bits(self, S, tail):
+        inputs = draw(16, S, 8, 4, 64, tail, torch.bfloat16, "cuda")
+        first = attend(causal_attention, *inputs, tail=tail)
+        for _ in range(20):
+            for x, y in zip(attend(causal_attention, *inputs, tail=tail), first, strict=True):
+                assert torch.equal(x, y)
+        for documents in ([3], [3, 5], [9, 3, 1], [15, 14, 13, 3], list(range(15, -1, -1))):
+            mixed = attend(causal_attention, *(t[documents] for t in inputs), tail=tail)
+            for x, y in zip(mixed, first, strict=True):
+                assert torch.equal(x[documents.index(3)], y[3])
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+    def test_one_token_attends_to_itself(self, dtype):
+        check_one_token(dtype, "cuda")
+
+    def test_opcheck_and_compile(self):
+        check_registration("cuda")
+        check_compiled("cuda", "inductor")
+
+    def test_a_cuda_graph_replays_it(self):
+        q, k, v, dout = draw(2, 300, 8, 4, 64, 100, torch.bfloat16, "cuda")
+        static = [t.clone() for t in (q, k, v, dout)]
+        attend(causal_attention, *static, tail=100)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            results = attend(causal_attention, *static, tail=100)
+        for t, fresh in zip(static, draw(2, 300, 8, 4, 64, 100, torch.bfloat16, "cuda", seed=1), strict=True):
+            t.copy_(fresh)
+        graph.replay()
+        expected = attend(causal_attention, *static, tail=100)
+        for x, y in zip(results, expected, strict=True):
+            assert torch.equal(x, y)
