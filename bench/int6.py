@@ -2,7 +2,7 @@
 
 One call is several layers: `weights` of one shape on the same x, enough of them that none is in the L2 cache when its
 turn comes again, as in a model, and that launching a graph is a small part of its time; or all linears of a model's
-blocks for one token.
+blocks for one token. Peers have other codes, of 8 or 4 bits: they are bounds beside the table, not judged by its gate.
 """
 
 from collections.abc import Callable
@@ -26,7 +26,11 @@ SHAPES |= {f"M{rows}-8192x8192": _shape(rows, 8192, 8192) for rows in (256, 1024
 DX_SHAPES = {f"M{rows}-8192x8192": _shape(rows, 8192, 8192) for rows in (16, 4096)}
 DECODE = {"10-blocks": {"blocks": 10, "width": 512, "qkv": 1024, "hidden": 1536}}
 TOY = {"M": 3, "N": 48, "K": 64, "weights": 2}
-GATE = {"M": 48, "N": 1536, "K": 2048, "weights": 2}
+LADDER = (1, 8, 16, 32, 64, 128, 200, 300, 1000, 2048)
+"""Rows of x for each weight of the gate: every kernel that the picks choose from is judged."""
+GATE = {"M": max(LADDER), "N": 4096, "K": 4096, "weights": len(LADDER), "ladder": 1}
+PEERS = tuple(f"M{rows}-8192x8192" for rows in (1, 4, 16, 64))
+"""Shapes that the peers are timed at."""
 
 Product = Callable[[Tensor, Int6Matrix, Tensor], Tensor]
 """x [M, K] (or dout [M, N]), the matrix, the same matrix in x's dtype -> [M, N] (or [M, K])"""
@@ -62,10 +66,11 @@ def _each(shape: Shape, inputs: Tensors, side: int, product: Product) -> Tensors
     sizes = _sizes(shape)
     widths = sorted({size[side] for size in sizes})
     x = dict(zip(widths, inputs, strict=False))
+    rows = LADDER if "ladder" in shape else [shape.get("M", 1)] * len(sizes)
     parts = inputs[len(widths) :]
     return tuple(
-        product(x[size[side]], Int6Matrix(packed, scale, size), dense)
-        for packed, scale, dense, size in zip(parts[::3], parts[1::3], parts[2::3], sizes, strict=True)
+        product(x[size[side]][:first], Int6Matrix(packed, scale, size), dense)
+        for packed, scale, dense, size, first in zip(parts[::3], parts[1::3], parts[2::3], sizes, rows, strict=True)
     )
 
 
@@ -100,6 +105,75 @@ def _linear(side: int) -> tuple[Variant, Variant]:
     )
 
 
+def _peer(name: str, tools: Callable[[], tuple[Callable, Callable]], instead: str, package: str = "") -> Variant:
+    """`tools()` gives pack(dense) -> packed, and multiply(x, packed). A weight is packed at its first call, untimed."""
+
+    def build(shape: Shape, device: torch.device, dtype: torch.dtype) -> Call:
+        pack, multiply = tools()
+        packed = {}
+
+        def product(x: Tensor, matrix: Int6Matrix, dense: Tensor) -> Tensor:
+            if dense.data_ptr() not in packed:
+                packed[dense.data_ptr()] = pack(dense)
+            return multiply(x, packed[dense.data_ptr()])
+
+        return lambda *inputs: _each(shape, inputs, 1, product)
+
+    return Variant(name, build, package=package, devices=("cuda",), instead=instead, shapes=PEERS)
+
+
+def quantize_int8(dense: Tensor) -> tuple[Tensor, Tensor]:
+    """[N, K] -> int8 codes [N, K] and a scale a row, in its dtype."""
+    scale = dense.float().abs().amax(1) / 127
+    return (dense.float() / scale[:, None]).round().to(torch.int8), scale.to(dense.dtype)
+
+
+def linear_int8(x: Tensor, packed: tuple[Tensor, Tensor]) -> Tensor:
+    codes, scale = packed
+    return F.linear(x, codes.to(x.dtype)) * scale
+
+
+def _gemlite_8() -> tuple[Callable, Callable]:
+    from gemlite.helper import A16W8_INT8
+
+    return lambda dense: A16W8_INT8(dense.device, dense.dtype).from_weights(dense), lambda x, layer: layer(x)
+
+
+def quantize_uint4(dense: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """[N, K] -> codes uint8 [N, K] in 0..15, scale and zero [N K/128, 1]: dense is about (code - zero) * scale."""
+    groups = dense.float().reshape(-1, 128)
+    low, high = groups.amin(1, keepdim=True), groups.amax(1, keepdim=True)
+    scale = (high - low) / 15
+    codes = ((groups - low) / scale).round().clamp(0, 15).to(torch.uint8)
+    return codes.view(dense.shape), scale.to(dense.dtype), (-low / scale).to(dense.dtype)
+
+
+def _gemlite_4() -> tuple[Callable, Callable]:
+    from gemlite.helper import A16W4_HQQ_INT
+
+    def pack(dense: Tensor):
+        return A16W4_HQQ_INT(dense.device, dense.dtype).from_weights(*quantize_uint4(dense))
+
+    return pack, lambda x, layer: layer(x)
+
+
+def _bitsandbytes() -> tuple[Callable, Callable]:
+    import bitsandbytes
+
+    return (
+        lambda dense: bitsandbytes.functional.quantize_4bit(dense, blocksize=64, quant_type="nf4"),
+        lambda x, packed: bitsandbytes.matmul_4bit(x, packed[0].t(), packed[1]),
+    )
+
+
+FOREIGN = (
+    _peer("compile-int8", lambda: (quantize_int8, torch.compile(linear_int8)), "8 bits a weight, one scale a row"),
+    _peer("gemlite-8", _gemlite_8, "8 bits a weight, one scale a row", "gemlite"),
+    _peer("gemlite-4", _gemlite_4, "4 bits a weight, a scale for 128", "gemlite"),
+    _peer("bitsandbytes-nf4", _bitsandbytes, "4 bits a weight, a scale for 64", "bitsandbytes"),
+)
+
+
 def _bytes(shape: Shape, itemsize: int) -> int:
     """Packed weights, scales and results of each layer; an x that several layers read counts once."""
     rows, sizes = shape.get("M", 1), _sizes(shape)
@@ -120,7 +194,7 @@ ENTRIES = (
         gate=GATE,
         draw=_drawing(1),
         truth=_truth(1),
-        variants=_linear(1),
+        variants=(*_linear(1), *FOREIGN),
         bytes=_bytes,
         flops=_flops,
     ),

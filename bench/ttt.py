@@ -100,14 +100,14 @@ def _truth(shape: Shape, tokens: Tensor) -> Tensor:
     return _adapt(shape, tokens, model, pool)
 
 
-def _corpus_lengths(shape: Shape) -> np.ndarray:
+def corpus_lengths(shape: Shape) -> np.ndarray:
     """Tokens of each document, BOS among them."""
     drawn = np.random.default_rng(0).lognormal(6.555, 1.066, 6250).astype(np.int64)
     return drawn.clip(8, 60000)[:: shape["every"]]
 
 
 def _draw_corpus(shape: Shape, device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Tensors:
-    lengths = _corpus_lengths(shape)
+    lengths = corpus_lengths(shape)
     vocabulary = model_config(shape).vocab_size
     tokens = torch.randint(3, vocabulary, (int(lengths.sum()),), device=device, generator=generator)
     tokens[torch.from_numpy(lengths.cumsum() - lengths).to(device)] = BOS
@@ -115,7 +115,7 @@ def _draw_corpus(shape: Shape, device: torch.device, dtype: torch.dtype, generat
 
 
 def _corpus(shape: Shape, tokens: Tensor) -> list[Document]:
-    parts = np.split(tokens.cpu().numpy().astype("uint16"), _corpus_lengths(shape).cumsum()[:-1])
+    parts = np.split(tokens.cpu().numpy().astype("uint16"), corpus_lengths(shape).cumsum()[:-1])
     return [Document(str(index), part, bytes=1) for index, part in enumerate(parts)]
 
 
@@ -171,7 +171,7 @@ def _corpus_eager(compiled: bool):
 
 def _corpus_engine(shape: Shape, device: torch.device, dtype: torch.dtype) -> Call:
     model, config = _frozen_model(shape, device, dtype), _corpus_config(shape)
-    frozen, long = FrozenModel(model), [length for length in _corpus_lengths(shape) if length >= config.min_tokens]
+    frozen, long = FrozenModel(model), [length for length in corpus_lengths(shape) if length >= config.min_tokens]
     engine = Engine(model, config, int(sum(long)), slots=min(SLOTS_A_PLACE * config.batch, len(long)))
     engine.prepare()
 
@@ -195,15 +195,15 @@ def _original_corpus(shape: Shape, device: torch.device, dtype: torch.dtype) -> 
 
 def _draw_short(shape: Shape, device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Tensors:
     (tokens,) = _draw_corpus(shape, device, dtype, generator)
-    return (tokens[torch.from_numpy(np.repeat(_is_short(shape), _corpus_lengths(shape))).to(device)],)
+    return (tokens[torch.from_numpy(np.repeat(_is_short(shape), corpus_lengths(shape))).to(device)],)
 
 
 def _is_short(shape: Shape) -> np.ndarray:
-    return _corpus_lengths(shape) < shape["shortest"]
+    return corpus_lengths(shape) < shape["shortest"]
 
 
 def _short_documents(shape: Shape, tokens: Tensor) -> list[Document]:
-    ends = _corpus_lengths(shape)[_is_short(shape)].cumsum()
+    ends = corpus_lengths(shape)[_is_short(shape)].cumsum()
     parts = np.split(tokens.cpu().numpy().astype("uint16"), ends[:-1])
     return [Document(str(index), part, bytes=1) for index, part in enumerate(parts)]
 
@@ -272,7 +272,7 @@ def _bytes(shape: Shape, itemsize: int) -> int:
 
 
 def _long_targets(shape: Shape) -> list[int]:
-    return [int(length) - 1 for length in _corpus_lengths(shape) if length >= shape["shortest"]]
+    return [int(length) - 1 for length in corpus_lengths(shape) if length >= shape["shortest"]]
 
 
 def _corpus_flops(shape: Shape) -> int:
@@ -282,7 +282,7 @@ def _corpus_flops(shape: Shape) -> int:
 
 
 def _short_flops(shape: Shape) -> int:
-    config, short = model_config(shape), _corpus_lengths(shape)[_is_short(shape)] - 1
+    config, short = model_config(shape), corpus_lengths(shape)[_is_short(shape)] - 1
     return sum(_window_flops(config, int(targets), int(targets), trained=False) for targets in short)
 
 

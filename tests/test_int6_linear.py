@@ -1,6 +1,9 @@
 """int6 kernels: the tiles bit by bit, products and gradients against float64, the op's contracts, the module."""
 
 import copy
+import os
+import subprocess
+import sys
 
 import pytest
 import safetensors.torch
@@ -8,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from klora.bench import int6 as bench
+from klora.bench.gate import check
 from klora.kernels.int6 import (
     LAYOUT,
     Int6Linear,
@@ -24,8 +29,13 @@ from klora.kernels.int6 import (
     quantize_int6_ref,
     unpack_int6,
 )
-from klora.kernels.int6.op import dequantize
+from klora.kernels.int6.op import Int6Config, _backward, _forward, dequantize
 from torch import nn
+
+
+def is_hopper():
+    return torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
+
 
 GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")]
 ODD = [(16, 128), (32, 32), (48, 160), (7, 33), (130, 96)]
@@ -304,12 +314,72 @@ class TestModule:
 def test_every_number_of_rows_has_a_config_that_fits_it(pick):
     for M in (1, 2, 8, 9, 16, 17, 64, 65, 256, 1000, 4096, 100_000):
         for dtype in (torch.bfloat16, torch.float16, torch.float32):
-            for assembly in (True, False):
-                config = pick(M, 4096, 4096, dtype, assembly)
-                assert config.kernel in ("warp", "tile", "dense")
-                assert assembly and dtype != torch.float32 or config.kernel != "warp"
-                assert config.kernel != "warp" or 8 * config.eights >= M
-                assert config.split <= 8 and config.num_warps in (4, 8, 16)
+            for assembly, can_be_wide in ((True, True), (True, False), (False, False)):
+                for N, K in ((512, 512), (4096, 4096), (8192, 8192), (4096, 14336), (5000, 5001)):
+                    config = pick(M, N, K, dtype, assembly, can_be_wide)
+                    assert config.kernel in ("warp", "tile", "wide", "dense")
+                    assert assembly and dtype != torch.float32 or config.kernel not in ("warp", "wide")
+                    assert config.kernel != "warp" or 8 * config.eights >= M
+                    assert config.split <= 8 and config.num_warps in (4, 8, 16)
+                    if config.kernel == "wide":
+                        assert can_be_wide and N % 8 == 0 and K % 8 == 0
+                        loads = -(-K // 128) if pick is pick_config else -(-N // 128)
+                        assert loads % config.split == 0
+
+
+COMPILED_FOR_HOPPER = """
+import torch
+from klora.kernels.int6 import quantize_int6, wide
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+class NoGPU:  # as much of a driver as compiling asks of it
+    get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
+    get_current_device = staticmethod(lambda: 0)
+    get_current_stream = staticmethod(lambda device: 0)
+
+class Compiled:
+    def __getitem__(self, grid):
+        return lambda *args, **options: self.check(kernel.warmup(*args, grid=grid, **options))
+
+    def check(self, compiled):
+        assert compiled.asm["ptx"].count("wgmma.mma_async") == 4 and compiled.metadata.shared <= 232_448
+
+driver._active, wide.processors, kernel, wide.wide_product = NoGPU(), lambda device: 132, wide.wide_product, Compiled()
+weight = quantize_int6(torch.randn(256, 512))
+for dtype, backward, split in ((torch.bfloat16, False, 1), (torch.bfloat16, True, 1), (torch.float16, False, 2)):
+    x = torch.zeros(300, 256 if backward else 512, dtype=dtype)
+    wide.wide(x, weight.packed, weight.scale, None, weight.shape, backward, split, 256, 4)
+"""
+
+
+def test_the_wide_kernel_compiles_for_hopper():
+    """It has no interpreter; this is what can be said of it without a GPU. In a process where Triton is itself."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", COMPILED_FOR_HOPPER], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+class TestBenchmark:
+    @pytest.mark.parametrize("entry", bench.ENTRIES[:2], ids=lambda entry: entry.op)
+    def test_the_gate_judges_every_number_of_rows_of_its_ladder(self, entry):
+        shape = {**bench.GATE, "N": 32, "K": 64}
+        inputs = entry.draw(shape, torch.device("cpu"), torch.float32, torch.Generator().manual_seed(0))
+        assert tuple(len(out) for out in entry.variants[1].build(shape, "cpu", torch.float32)(*inputs)) == bench.LADDER
+        assert len(check(entry, shape, torch.device("cpu"), torch.float32)["int6"].errors) == len(bench.LADDER)
+
+    @pytest.mark.parametrize("kernel", ["warp", "tile", "wide", "dense"])
+    def test_the_ladder_reaches_every_kernel(self, kernel):
+        picks = [pick(M, 4096, 4096, torch.bfloat16) for pick in (pick_config, pick_config_dx) for M in bench.LADDER]
+        assert kernel in {config.kernel for config in picks}
+
+    def test_the_peers_codes_stand_for_the_weight(self):
+        weight, x = torch.randn(48, 256), torch.randn(3, 256)
+        exact = F.linear(x, weight)
+        assert relative_error(bench.linear_int8(x, bench.quantize_int8(weight)), exact) < 0.01
+        codes, scale, zero = bench.quantize_uint4(weight)
+        dense = ((codes.view(-1, 128) - zero) * scale).view(48, 256)
+        assert codes.max() == 15 and codes.min() == 0 and relative_error(F.linear(x, dense), exact) < 0.15
 
 
 class TestGPU:
@@ -352,10 +422,10 @@ class TestGPU:
         weight = matrix(200, 1024, group_size, device="cuda")
         assert torch.equal(dequantize(weight.packed, weight.scale, weight.shape, dtype), weight.dequantize(dtype))
 
-    @pytest.mark.parametrize(("least", "most"), [(1, 8), (9, 16), (17, 32), (33, 64), (65, 256)])
+    @pytest.mark.parametrize(("least", "most"), [(1, 8), (9, 16), (17, 32), (33, 64), (65, 128), (129, 256)])
     def test_a_row_s_bits_do_not_depend_on_the_batch(self, least, most):
-        weight = matrix(1536, 2048, device="cuda")
-        x = torch.randn(most, 2048, device="cuda", dtype=torch.bfloat16)
+        weight = matrix(4096, 4096, device="cuda")
+        x = torch.randn(most, 4096, device="cuda", dtype=torch.bfloat16)
         whole = int6_linear(x, weight)
         for rows in {least, (least + most) // 2, most - 1}:
             assert torch.equal(int6_linear(x[:rows], weight), whole[:rows])
@@ -370,6 +440,32 @@ class TestGPU:
         for _ in range(20):
             again = int6_linear(x, weight), int6_linear_dx(dout, weight)
             assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+    @pytest.mark.skipif(not is_hopper(), reason="the wide kernel is Hopper's")
+    @pytest.mark.parametrize("split", [1, 2, 4])
+    @pytest.mark.parametrize(
+        ("size", "rows"), [((520, 1032), 1), ((136, 1024), 130), ((1000, 520), 300), ((3200, 512), 4100)]
+    )
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_the_wide_kernel_at_any_size(self, size, rows, split, dtype):
+        """Blocks, loads and rows cut off, more blocks than programs; every output written, 20 times the same."""
+        weight, config = matrix(*size, device="cuda"), Int6Config("wide", block_m=256, split=split, stages=4)
+        x, dout = (torch.randn(rows, n, device="cuda", dtype=dtype) for n in size[::-1])
+        bias = torch.randn(size[0], device="cuda", dtype=dtype)
+        exact = weight.dequantize(torch.float64)
+        plain = F.linear(x, exact.to(dtype), bias), dout @ exact.to(dtype)
+        truth = F.linear(x.double(), exact, bias.double()), dout.double() @ exact
+        loads = -(-size[1] // 128), -(-size[0] // 128)
+        products = (
+            lambda: _forward(x, weight.packed, weight.scale, bias, size[0], config),
+            lambda: _backward(dout, weight.packed, weight.scale, size[1], config),
+        )
+        for product, steps, near, true in zip(products, loads, plain, truth, strict=True):
+            if steps % split:
+                continue
+            first = product()
+            assert relative_error(first, true) <= 1.1 * relative_error(near, true)
+            assert all(torch.equal(first, product()) for _ in range(20))
 
     def test_opcheck_and_fullgraph(self):
         weight = matrix(64, 256, device="cuda")

@@ -8,13 +8,16 @@ of weights for M rows of x.
 
 With one scale a row the forward multiplies bare codes, which bf16 holds exactly, and applies the scale to the fp32 sum;
 group scales and the backward round scale * code to x's dtype once, as a dequantised weight is. `pick_config` chooses
-between three kernels by the number of rows M:
+between four kernels by the number of rows M:
 
     warp     unpack, mma.sync and fp32 sums in each warp's registers, the contraction split over warps
     tile     unpack to the registers that wgmma reads, x through shared memory, the contraction split over programs
+    wide     some warps unpack to shared memory while others multiply; Hopper, one scale a row
     dense    dequantise to a temporary weight, then cuBLAS
 
-A row of x gives the same bits whatever rows surround it as long as M stays within one line of `pick_config`.
+A row of x gives the same bits whatever rows surround it as long as `pick_config` gives the same config: forward for M
+in 1-8, 9-16, 17-32, 33-64, 65-128 and 129-256 each, and for all others up to 8,191 that get the wide kernel with one
+split.
 """
 
 from dataclasses import dataclass
@@ -29,6 +32,7 @@ from torch import Tensor
 from .backward import dequantize_tiles, warp_backward
 from .forward import add_parts, permute_inputs, tile_forward, warp_forward
 from .layout import COLUMNS, Int6Matrix, packed_shape
+from .wide import is_hopper, wide
 
 Backend = Literal["reference", "triton"]
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -37,7 +41,7 @@ TRITON_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 @dataclass(frozen=True)
 class Int6Config:
-    """How one product is computed. `kernel` is "warp", "tile" or "dense"; the other fields are the first two's own."""
+    """How one product is computed. `kernel` is "warp", "tile", "wide" or "dense"; the other fields are their own."""
 
     kernel: str
     num_warps: int = 4
@@ -46,47 +50,75 @@ class Int6Config:
     eights: int = 1
     """warp, backward: groups of eight rows of dout"""
     block_m: int = 16
-    """tile: rows of x in a program, which has 64 rows of the weight: 128 were slower for any number of x's"""
+    """tile, wide: rows of x in a program, which has 64 rows of the weight (tile: 128 were slower for any number of x's)
+    or a block of 128 outputs (wide)"""
     stages: int = 3
-    """tile: steps in flight"""
+    """tile, wide: steps in flight"""
 
 
-def pick_config(M: int, N: int, K: int, dtype: torch.dtype, assembly: bool = True) -> Int6Config:
-    """The forward's kernel for M rows; without `assembly` (the interpreter) there are no warp kernels.
+def pick_config(
+    M: int, N: int, K: int, dtype: torch.dtype, assembly: bool = True, can_be_wide: bool = True
+) -> Int6Config:
+    """The forward's kernel for M rows; without `assembly` (the interpreter) there are no warp and no wide kernels.
 
-    Microseconds on one NVIDIA H200 (bf16, L2 cold, graph replay) are of 8192x8192, 4096x14336 and 14336x4096 (N x K).
+    `can_be_wide` is false where the wide kernel cannot serve for another reason: the GPU, or scales of groups.
+    Microseconds on one NVIDIA H100 (bf16, L2 cold, graph replay) are of 8192x8192, 4096x14336 and 14336x4096 (N x K).
     """
     tile_rows, tile_columns = packed_shape(N, K)[:2]
     blocks = -(-tile_rows // 4)
     if assembly and dtype == torch.float32:
         return Int6Config("dense")  # tensor cores have no fp32 product: what cuBLAS does with it is as good as it gets
     if assembly and M <= 8 and K % 8 == 0:
-        # about 30 warps for each of 132 SMs: M=1 at 4 / 8 warps 17.8 / 16.0, 29.1 / 18.0, 14.4 / 16.8
+        # M=1 at 4 / 8 / 16 warps: 21.0 / 19.3 / 20.5, 30.4 / 19.4 / 18.1, 17.4 / 18.1 / 19.0
         wanted = 16 if tile_rows <= 264 else 8 if tile_rows <= 528 else 4
         most = 1 << max(2, (tile_columns // 4).bit_length() - 1)  # four tiles a warp; matrices of 512 are best at 4
         return Int6Config("warp", num_warps=min(wanted, most))
     if M <= 16:
-        # M=16: split 4 21.5, 20.1; split 2 20.5 at 14336x4096, 22.1 at 8192x8192
-        return Int6Config("tile", block_m=16, split=min(4 if tile_rows <= 512 else 2, tile_columns), stages=4)
+        # M=16 at split 1 / 2 / 4: 28.9 / 25.8 / 26.7, 39.8 / 27.5 / 23.2, 22.2 / 24.6 / 26.2
+        return Int6Config("tile", block_m=16, split=max(1, min(4, 256 // blocks, tile_columns)), stages=4)
     if M <= 32:
-        # M=32 at 8192x8192: split 4 23.6, split 2 26.7
+        # only on an NVIDIA H200: at 8192x8192 split 4 23.6, split 2 26.7
         return Int6Config("tile", block_m=32, split=min(4 if tile_rows <= 512 else 2, tile_columns))
     if M <= 64:
-        # M=64: split 2 30.2 (4: 34.8), split 4 28.0 (2: 38.2), split 1 27.4 (2: 32.6)
-        return Int6Config("tile", block_m=64, split=max(1, min(4, 256 // blocks, tile_columns)))
+        # M=64 at split 1 / 2 / 4: 36.7 / 30.4 / 34.2, 60.2 / 33.9 / 28.5, 26.3 / 32.5 / 40.5
+        return Int6Config("tile", block_m=64, split=max(1, min(4, 256 // blocks, tile_columns)), stages=4)
+    wide = _wide(M, N, K, tile_columns) if assembly and can_be_wide else None
+    if wide and 128 < M < 8192:
+        # at 8192x8192: M=256 53.9 (tile 76.8, dense 121.8), M=1024 180 (dense 239), M=4096 735 - 795 (dense 848)
+        return wide
     if M <= 384:
-        # at 8192x8192: 74 for M=256, where dense takes 95; at M=1024 dense takes 220 and no tile less than 226
         return Int6Config("tile", block_m=128, split=max(1, min(4, 128 // blocks, tile_columns)))
-    return Int6Config("dense")
+    return Int6Config("dense")  # 66 of dequantising at 8192x8192
 
 
-def pick_config_dx(M: int, N: int, K: int, dtype: torch.dtype, assembly: bool = True) -> Int6Config:
-    """The backward's kernel for M rows."""
-    if assembly and dtype != torch.float32 and M <= 16 and N % 2 == 0:
-        tile_rows, tile_columns = packed_shape(N, K)[:2]
+def pick_config_dx(
+    M: int, N: int, K: int, dtype: torch.dtype, assembly: bool = True, can_be_wide: bool = True
+) -> Int6Config:
+    """The backward's kernel for M rows; arguments and microseconds as of `pick_config`."""
+    tile_rows, tile_columns = packed_shape(N, K)[:2]
+    if not assembly or dtype == torch.float32:
+        return Int6Config("dense")
+    if M <= 16 and N % 2 == 0:
+        # M=16 at split 2 / 4 / 8: 31.6 / 24.7 / 28.5, 23.5 / 26.6 / 33.4, 48.9 / 28.3 / 22.9
         split = max(1, min(8, 256 // tile_columns, tile_rows // 8))  # two programs of 8 warps fit an SM
         return Int6Config("warp", num_warps=8, eights=1 if M <= 8 else 2, split=split)
-    return Int6Config("dense")  # 48 us of dequantising at 8192x8192; it pays from M=17 on, where the warps spill
+    wide = _wide(M, K, N, -(-tile_rows // 8)) if can_be_wide else None
+    if wide and M < 2048:
+        # at 8192x8192, in an earlier form: M=256 61 (dequantising 66 and cuBLAS 52), M=1024 206 - 216 (66 and 180)
+        return wide
+    return Int6Config("dense")  # M=4096 808, wide 785 - 919
+
+
+def _wide(M: int, features: int, contraction: int, loads: int) -> Int6Config | None:
+    """The wide kernel for a result [M, features], split so that there are at most 132 blocks; None where it is no use.
+
+    TMA copies rows of a multiple of 16 bytes. Smaller weights were not measured: there little is lost by dequantising.
+    """
+    if features % 8 or contraction % 8 or features * contraction < 1 << 24:
+        return None
+    blocks = -(-features // 128) * -(-M // 256)
+    split = max(n for n in (1, 2, 4) if n == 1 or (loads % n == 0 and blocks * n <= 132))
+    return Int6Config("wide", block_m=256, split=split, stages=4)
 
 
 def int6_linear_ref(x: Tensor, weight: Int6Matrix, bias: Tensor | None = None) -> Tensor:
@@ -136,7 +168,7 @@ def _backend(backend: Backend | None, x: Tensor, weight: Int6Matrix) -> Backend:
 @torch.library.custom_op("klora::int6_product", mutates_args=())
 def int6_product(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, rows: int) -> Tensor:
     """x [M, K] -> [M, rows]."""
-    config = pick_config(x.size(0), rows, x.size(1), x.dtype, x.is_cuda)
+    config = pick_config(x.size(0), rows, x.size(1), x.dtype, x.is_cuda, _can_be_wide(x, packed, scale))
     return _forward(x, packed, scale, bias, rows, config)
 
 
@@ -148,7 +180,8 @@ def _(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, rows: int) 
 @torch.library.custom_op("klora::int6_product_dx", mutates_args=())
 def int6_product_dx(dout: Tensor, packed: Tensor, scale: Tensor, columns: int) -> Tensor:
     """dout [M, N] -> dx [M, columns]."""
-    config = pick_config_dx(dout.size(0), dout.size(1), columns, dout.dtype, dout.is_cuda)
+    can_be_wide = _can_be_wide(dout, packed, scale)
+    config = pick_config_dx(dout.size(0), dout.size(1), columns, dout.dtype, dout.is_cuda, can_be_wide)
     return _backward(dout, packed, scale, columns, config)
 
 
@@ -178,9 +211,17 @@ def _forward(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, rows
     tile_rows, tile_columns = packed_shape(rows, K)[:2]
     if config.kernel == "dense":
         return F.linear(x, dequantize(packed, scale, (rows, K), x.dtype), bias)
-    out = x.new_empty(M, rows)
     if M == 0:
+        return x.new_empty(M, rows)
+    if config.kernel == "wide":
+        bias = None if bias is None else bias.contiguous()
+        out, parts = wide(
+            _aligned(x), packed, scale, bias, (rows, K), False, config.split, config.block_m, config.stages
+        )
+        if parts is not None:
+            _add(parts, scale if bias is None else bias, out, bias is not None)
         return out
+    out = x.new_empty(M, rows)
     x = x.contiguous()
     groups, size = _groups(scale, K)
     meta = {"GROUP": size, "BIAS": bias is not None}
@@ -211,13 +252,19 @@ def _backward(dout: Tensor, packed: Tensor, scale: Tensor, columns: int, config:
     tile_rows, tile_columns = packed_shape(rows, columns)[:2]
     if config.kernel == "dense":
         return dout @ dequantize(packed, scale, (rows, columns), dout.dtype)
-    dx = dout.new_empty(M, columns)
     if M == 0:
+        return dout.new_empty(M, columns)
+    if config.kernel == "wide":
+        shape = rows, columns
+        dx, parts = wide(_aligned(dout), packed, scale, None, shape, True, config.split, config.block_m, config.stages)
+        if parts is not None:
+            _add(parts, scale, dx, False)
         return dx
+    dx = dout.new_empty(M, columns)
     groups, size = _groups(scale, columns)
     parts = dout.new_empty(config.split, M, columns, dtype=torch.float32)
     warp_backward[(tile_columns, config.split)](
-        _words(dout.contiguous()), packed, scale, parts, M, rows, columns, tile_rows, tile_columns, groups,
+        _words(dout), packed, scale, parts, M, rows, columns, tile_rows, tile_columns, groups,
         dtype=TRITON_DTYPES[dout.dtype], GROUP=size, EIGHTS=config.eights,
         LOG_WARPS=config.num_warps.bit_length() - 1, SPLIT=config.split, num_warps=config.num_warps,
     )  # fmt: skip
@@ -236,6 +283,11 @@ def dequantize(packed: Tensor, scale: Tensor, shape: tuple[int, int], dtype: tor
     return out
 
 
+def _can_be_wide(x: Tensor, packed: Tensor, scale: Tensor) -> bool:
+    aligned = packed.data_ptr() % 16 == 0 and scale.data_ptr() % 16 == 0  # of which TMA's copies are
+    return aligned and scale.dim() == 1 and x.is_cuda and is_hopper(x.device)
+
+
 def _add(parts: Tensor, bias: Tensor, out: Tensor, has_bias: bool) -> None:
     M, N = out.shape
     add_parts[(triton.cdiv(M * N, 1024),)](
@@ -252,6 +304,12 @@ def _assembly(tensor: Tensor) -> bool:
     return tensor.is_cuda and tensor.dtype != torch.float32
 
 
+def _aligned(x: Tensor) -> Tensor:
+    """x contiguous; a copy where it does not start at 16 bytes, of which the kernels' loads are."""
+    x = x.contiguous()
+    return x.clone() if x.data_ptr() % 16 else x
+
+
 def _words(x: Tensor) -> Tensor:
-    """x [M, K] as int32 [M, K/2]; a copy where it does not start at 16 bytes, of which the kernels' loads are."""
-    return (x.clone() if x.data_ptr() % 16 else x).view(torch.int32)
+    """x [M, K] as int32 [M, K/2]."""
+    return _aligned(x).view(torch.int32)
