@@ -57,21 +57,21 @@ def test_the_update_is_the_one_in_the_docstring(backend, scale, nesterov):
         torch.testing.assert_close(optimizer.state[p]["momentum"], momentum)
 
 
-@pytest.mark.parametrize("adjust", ["original", "match_rms_adamw"])
-def test_a_thousand_steps_follow_torchs_muon(adjust):
+def follow_torchs_muon(adjust: str, device: str, **options) -> None:
     """A two-layer regression; torch's runs Newton-Schulz in bf16, so only the loss can be the same."""
     torch.manual_seed(0)
     inputs = torch.randn(64, 12)
     targets = torch.tanh(inputs @ torch.randn(12, 16) * 0.3) @ torch.randn(16, 8)
+    inputs, targets = inputs.to(device), targets.to(device)
     lr = 0.01 if adjust == "original" else 0.01 / (0.2 * 4)
     losses = {}
     for name in ("torch", "ours"):
         torch.manual_seed(1)
-        params = [torch.nn.Parameter(torch.randn(16, 12) * 0.3), torch.nn.Parameter(torch.randn(8, 16) * 0.3)]
+        params = [torch.nn.Parameter((torch.randn(shape) * 0.3).to(device)) for shape in ((16, 12), (8, 16))]
         if name == "torch":
             optimizer = torch.optim.Muon(params, lr=lr, momentum=0.9, weight_decay=0.02, adjust_lr_fn=adjust)
         else:
-            optimizer = Muon(params, lr=lr, momentum=0.9, weight_decay=0.02, scale=adjust)
+            optimizer = Muon(params, lr=lr, momentum=0.9, weight_decay=0.02, scale=adjust, **options)
         curve = []
         for step in range(1000):
             for group in optimizer.param_groups:
@@ -80,11 +80,16 @@ def test_a_thousand_steps_follow_torchs_muon(adjust):
             loss = (torch.tanh(inputs @ params[0].T) @ params[1].T - targets).square().mean()
             loss.backward()
             optimizer.step()
-            curve.append(loss.item())
-        losses[name] = torch.tensor(curve)
+            curve.append(loss.detach())
+        losses[name] = torch.stack(curve).cpu()
     smooth = {name: curve.view(20, 50).mean(1) for name, curve in losses.items()}
     assert smooth["ours"][-1] < 0.1 * smooth["ours"][0]
     torch.testing.assert_close(smooth["ours"], smooth["torch"], rtol=0.02, atol=0.0)
+
+
+@pytest.mark.parametrize("adjust", ["original", "match_rms_adamw"])
+def test_a_thousand_steps_follow_torchs_muon(adjust):
+    follow_torchs_muon(adjust, "cpu")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -248,6 +253,10 @@ class TestOnGpu:
             ends.append(train(params, Muon(params, 0.02, 0.9, 0.1, capturable=True, backend=backend), 3))
         for one, two, plain, s in zip(*ends, start, strict=True):
             assert torch.equal(one, two) and (one - plain).norm() <= 0.05 * (plain - s).norm()
+
+    @pytest.mark.parametrize("adjust", ["original", "match_rms_adamw"])
+    def test_a_thousand_steps_of_the_kernels_follow_torchs_muon(self, adjust):
+        follow_torchs_muon(adjust, "cuda", backend="triton")
 
     def test_a_captured_step_is_the_eager_one_with_changing_rates(self):
         eager, captured = (parameters(device="cuda", shapes=self.shapes) for _ in range(2))

@@ -7,11 +7,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from klora.kernels.newton_schulz import coefficients_of, newton_schulz, newton_schulz_ref, pick_config
+from klora.kernels.newton_schulz import (
+    NewtonSchulzConfig,
+    coefficients_of,
+    newton_schulz,
+    newton_schulz_ref,
+    pick_config,
+    pick_form,
+)
 from klora.kernels.newton_schulz.edges import fill_arena, pieces_of
-from klora.kernels.newton_schulz.plan import GRAM, PROGRAMS, SYMMETRIC, Shapes, plan_of
+from klora.kernels.newton_schulz.plan import GRAM, PROGRAMS, SYMMETRIC, Plan, Shapes, plan_of, result_layout
 from klora.kernels.newton_schulz.products import run_products
-from klora.kernels.newton_schulz.reference import SAFETY
+from klora.kernels.newton_schulz.reference import EPS, SAFETY
 
 SETS = ("jordan", "polar_express")
 RANGES = {"jordan": (0.68, 1.13), "polar_express": (0.86, 1.14)}
@@ -166,17 +173,69 @@ def test_every_product_of_symmetric_matrices_is_symmetric_to_the_bit(form):
     assert result.isfinite().all()
 
 
+MIXED = (Shapes(2, 70, 50, "standard"), Shapes(1, 33, 100, "gram"), Shapes(3, 16, 16, "standard"))
+
+
 @pytest.mark.parametrize("coefficients", SETS)
 def test_a_tile_waits_for_all_tiles_of_its_matrix_in_the_sets_before(coefficients):
-    shapes = (Shapes(2, 300, 200, "standard"), Shapes(1, 130, 400, "gram"), Shapes(3, 64, 64, "standard"))
-    plan = plan_of(shapes, 5, coefficients, 64, torch.device("cpu"))
+    plan = plan_of(MIXED, 5, coefficients, 16, torch.device("cpu"), chained=True)
     before = torch.zeros(6, dtype=torch.int32)
     for first, count in plan.launches:
-        matrix, needed = plan.tiles[first : first + count, 11].long(), plan.tiles[first : first + count, 12]
+        matrix, needed = plan.tiles[first : first + count, 12].long(), plan.tiles[first : first + count, 13]
         assert torch.equal(needed, before[matrix])
         before += torch.bincount(matrix, minlength=6).int()
     assert first + count == len(plan.tiles) and (before > 0).all()
     assert set(matrix.tolist()) == set(range(6)), "every matrix ends in the last set, which writes the result"
+
+
+def run_in_turn(plan: Plan, arena: torch.Tensor, result: torch.Tensor, step: int) -> None:
+    """What the chained kernel does, tile by tile: of an S it stores and reads the lower triangle alone."""
+    panel = arena.size(1)
+    for tile, (alpha, beta, gamma, _) in zip(plan.tiles.tolist(), plan.factors.tolist(), strict=True):
+        left, panel_step, right, left_columns, right_columns, depth, first, second, addend = tile[:9]
+        row, column, kind, is_diagonal = *tile[9:12], tile[14]
+        acc = torch.zeros(panel, panel, dtype=arena.dtype)
+        for k in range(0, depth, step):
+            below, across = k // panel * panel_step, k % panel
+            a = arena[left + below :][:panel, across : across + step]
+            if k >= second:
+                a = arena[left_columns + k :][:step].T
+            b = arena[right + below :][:panel, across : across + step].T
+            if k >= first:
+                b = arena[right_columns + k :][:step]
+            acc += a @ b
+        if addend >= 0:
+            acc = alpha * acc + beta * arena[addend : addend + panel]
+            acc += gamma * torch.eye(panel, dtype=arena.dtype) if is_diagonal else 0.0
+        if kind == 1:
+            acc = acc.tril() + acc.tril(-1).T
+        target = arena if kind < 2 else result
+        target[row : row + panel, column : column + panel] = acc.T if kind == 3 else acc
+
+
+@pytest.mark.parametrize("coefficients", SETS)
+def test_a_chained_plan_reads_what_it_has_stored(coefficients):
+    """The table of the chained kernel, in fp64: what nobody has stored is NaN."""
+    panel = 16
+    tensors = [torch.randn(s.count, s.rows, s.columns) for s in MIXED]
+    plan = plan_of(MIXED, 5, coefficients, panel, torch.device("cpu"), chained=True)
+    arena = torch.full((plan.arena_rows, panel), math.nan, dtype=torch.float64)
+    result = torch.full((plan.result_rows, plan.result_columns), math.nan, dtype=torch.float64)
+    firsts, _, _ = result_layout(MIXED, panel)
+    starts = iter(plan.starts)
+    for matrix in (matrix for tensor in tensors for matrix in tensor.double()):
+        x = matrix / (matrix.norm() + EPS)
+        x = x.T if x.size(0) > x.size(1) else x
+        m, n = (-(-side // panel) * panel for side in x.shape)
+        padded = torch.zeros(m, n, dtype=torch.float64)
+        padded[: x.size(0), : x.size(1)] = x
+        start = next(starts)
+        arena[start : start + m * n // panel] = padded.view(m, -1, panel).transpose(0, 1).reshape(-1, panel)
+    run_in_turn(plan, arena, result, panel // 2)
+    for tensor, first in zip(tensors, firsts, strict=True):
+        height = -(-tensor.size(1) // panel) * panel
+        found = result[first:][: len(tensor) * height].view(len(tensor), height, -1)[:, : tensor.size(1)]
+        torch.testing.assert_close(found[..., : tensor.size(2)], truth(tensor, coefficients), rtol=0, atol=1e-5)
 
 
 def test_a_matrix_does_not_depend_on_what_is_beside_it():
@@ -295,7 +354,8 @@ class TestOnGpu:
     @pytest.mark.parametrize("coefficients", SETS)
     def test_hard_spectra(self, coefficients):
         check_hard_inputs("triton", coefficients, "cuda")
-        check_range(coefficients, "gram", "cuda", 300, 700, 0.9)
+        for form in ("standard", "gram"):
+            check_range(coefficients, form, "cuda", 300, 700, 0.9)
         rank_2 = torch.cat([torch.ones(2), torch.zeros(254)])
         for spectrum in (torch.logspace(-2, 0, 256), torch.logspace(-10, 0, 256), rank_2):
             matrix = with_spectrum(256, 640, spectrum.double()).cuda().float()[None]
@@ -323,6 +383,42 @@ class TestOnGpu:
         for _ in range(3):
             graph.replay()
             assert all(torch.equal(a, b) for a, b in zip(fresh, captured, strict=True))
+
+    def test_one_launch_and_a_launch_a_set_give_the_same_bits(self):
+        tensors = [torch.randn(shape, device="cuda").bfloat16() for shape in SHAPES]
+        shapes = tuple(Shapes(*shape, pick_form(*shape[1:])) for shape in SHAPES)
+        chained = pick_config(shapes, torch.bfloat16, on_gpu=True)
+        assert chained.chained
+        in_steps = NewtonSchulzConfig(panel=chained.panel, block_k=64, num_warps=8, num_stages=3, registers=128)
+        layouts = tuple((tuple(t.size()), tuple(t.stride())) for t in tensors)
+        results = []
+        for config in (chained, in_steps):
+            plan = plan_of(shapes, 5, "jordan", config.panel, tensors[0].device, config.chained)
+            pieces = pieces_of(layouts, config.panel, plan.starts, tensors[0].device)
+            arena = torch.full((plan.arena_rows, config.panel), math.nan, device="cuda", dtype=torch.float16)
+            results.append(torch.zeros(plan.result_rows, plan.result_columns, device="cuda", dtype=torch.bfloat16))
+            fill_arena(tensors, None, 0.0, True, pieces, arena)
+            run_products(plan, arena, results[-1], config)
+        assert results[0].any() and torch.equal(*results)
+
+    def test_launches_whose_blocks_wait_for_each_other_may_meet(self):
+        """Each is started whole or not at all."""
+        tensors = [torch.randn(shape, device="cuda").bfloat16() for shape in SHAPES]
+        expected = newton_schulz(tensors)
+        torch.cuda.synchronize()
+        streams, found = [torch.cuda.Stream() for _ in range(3)], []
+        for _ in range(10):
+            for stream in streams:
+                with torch.cuda.stream(stream):
+                    found.append(newton_schulz(tensors))
+        torch.cuda.synchronize()
+        for results in found:
+            assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
+
+    def test_transposed_and_strided_inputs_are_the_same_matrices(self):
+        whole = torch.randn(2, 2, 400, 300, device="cuda")
+        for view in (whole[0].mT, whole[1, :, ::2, 1::2], whole.transpose(0, 1), whole[0, :1].expand(2, 400, 300)):
+            assert torch.equal(newton_schulz(view), newton_schulz(view.clone(memory_format=torch.contiguous_format)))
 
     def test_it_compiles_whole(self):
         tensors = [torch.randn(shape, device="cuda").bfloat16() for shape in SHAPES]

@@ -197,8 +197,11 @@ def _fill(
     RATE_ON_DEVICE: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
-    """Write a normalised piece into the arena, short side first; zeros where there is no element."""
-    piece = first + tl.program_id(0)
+    """Write a normalised piece into the arena, short side first; zeros where there is no element.
+
+    The last pieces first: they were measured last, and are still in L2.
+    """
+    piece = first + tl.num_programs(0) - 1 - tl.program_id(0)
     which, matrix, about, row, column, r, c = _place(table, matrices, piece, FIELDS, PIECE)
     offsets, exists = _offsets(about, r, c, UNIT, VECTOR)
     if DEPENDENT:

@@ -13,6 +13,7 @@ Every product but P X is symmetric, since all factors are polynomials in R: its 
 Multiplications of an iteration of m x n: standard m*m*(n/2 + m/2 + n); gram 4 * m^3/2 and little else.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -23,8 +24,10 @@ from .reference import coefficients_of
 
 GRAM, SYMMETRIC, APPLY = 0, 1, 2
 """Kinds of product: S <- X X^T, S <- alpha S S + beta S + gamma I, X <- S X."""
-FIELDS = 16
-"""int32 of a tile; see :func:`_tiles`."""
+FIELDS = 12
+"""int32 of a tile, a multiple of 16 bytes; see :meth:`_Grid.tiles`."""
+CHAIN_FIELDS = 16
+"""int32 of a tile of a chained launch; see :meth:`_Grid.chain`."""
 RESTART = 3
 """Iterations between fresh Gram matrices. With products rounded to fp16 and singular values from 0.01 to 1, 256 x 640,
 polar_express: error 0.22 of bf16's standard form with 3, 1.15 of it with 2, 3.9 of it (256 x 512) without any."""
@@ -108,7 +111,7 @@ class Plan:
     result_rows: int
     result_columns: int
     tiles: Tensor
-    """int32 [T, FIELDS] of all launches."""
+    """int32 [T, FIELDS] of all launches, or [T, CHAIN_FIELDS] of one."""
     factors: Tensor
     """fp32 [T, 4]: alpha, beta, gamma."""
     launches: tuple[tuple[int, int], ...]
@@ -129,8 +132,10 @@ def _padded(side: int, unit: int) -> int:
 
 
 @lru_cache(maxsize=256)
-def plan_of(shapes: tuple[Shapes, ...], steps: int, coefficients: str, panel: int, device: torch.device) -> Plan:
-    """The plan of `shapes` for tiles and panels of `panel`."""
+def plan_of(
+    shapes: tuple[Shapes, ...], steps: int, coefficients: str, panel: int, device: torch.device, chained: bool = False
+) -> Plan:
+    """The plan of `shapes` for tiles and panels of `panel`, for a launch a set or one chained launch."""
     firsts, result_rows, result_columns = result_layout(shapes, panel)
     grids, starts, arena = [], [], 0
     for s, first in zip(shapes, firsts, strict=True):
@@ -140,33 +145,34 @@ def plan_of(shapes: tuple[Shapes, ...], steps: int, coefficients: str, panel: in
         arena = grid.base(s.count)
         grids.append(grid)
     programs = [PROGRAMS[s.form][0](steps, coefficients) for s in shapes]
-    slots: list[list[Tensor]] = [[] for _ in range(max(map(len, programs)))]
-    factors: list[list[Tensor]] = [[] for _ in slots]
+    slots: list[list[tuple[int, Tensor, Tensor]]] = [[] for _ in range(max(map(len, programs)))]
     work = [0.0] * len(slots)
     for index in sorted(range(len(shapes)), key=lambda i: -len(programs[i])):
         grid, done = grids[index], 0
         for slot, products in zip(_lightest(work, len(programs[index])), programs[index], strict=True):
             waits_for = done
             for product in products:
-                tiles = grid.tiles(product, waits_for, slot == len(slots) - 1)
-                done += len(tiles) // grid.count
-                slots[slot].append(tiles)
-                scalars = torch.tensor([product.alpha, product.beta, product.gamma, 0.0])
-                factors[slot].append(scalars.expand(len(tiles), 4))
-                work[slot] += float(tiles[:, 4].sum())
-    launches, ordered, first = [], [], 0
-    for tiles, scalars in zip(map(torch.cat, slots), map(torch.cat, factors), strict=True):
-        order = torch.argsort(tiles[:, 4], descending=True, stable=True)  # the deepest first, so that none ends late
-        ordered.append((tiles[order], scalars[order]))
-        launches.append((first, len(tiles)))
-        first += len(tiles)
+                is_last = slot == len(slots) - 1
+                table = grid.chain(product, is_last, waits_for) if chained else grid.tiles(product, is_last)
+                scalars = torch.tensor([product.alpha, product.beta, product.gamma, 0.0]).expand(len(table), 4)
+                slots[slot].append((grid.depth(product), table, scalars))
+                work[slot] += float(grid.depth(product) * grid.count * grid.tiles_of(product))
+                done += grid.tiles_of(product)
+    launches, tables, factors, first = [], [], [], 0
+    for sets in slots:
+        sets.sort(key=lambda one: -one[0])  # the deepest first, so that none ends late
+        rows = sum(len(table) for _, table, _ in sets)
+        launches.append((first, rows))
+        first += rows
+        tables += [table for _, table, _ in sets]
+        factors += [scalars for _, _, scalars in sets]
     return Plan(
         starts=tuple(starts),
         arena_rows=arena,
         result_rows=result_rows,
         result_columns=result_columns,
-        tiles=torch.cat([t for t, _ in ordered]).to(device),
-        factors=torch.cat([f for _, f in ordered]).to(device),
+        tiles=torch.cat(tables).to(device),
+        factors=torch.cat(factors).to(device),
         launches=tuple(launches),
     )
 
@@ -195,44 +201,94 @@ class _Grid:
         """First arena row of matrix number `matrix`, an integer or a tensor of them."""
         return self.arena + matrix * ((2 * self.n + self.squares * self.m) * self.m // self.panel)
 
-    def tiles(self, product: Product, waits_for: int, is_last: bool) -> Tensor:
+    def depth(self, product: Product) -> int:
+        """Multiplications of an element of `product`."""
+        return self.n if product.kind == GRAM else self.m
+
+    def tiles_of(self, product: Product) -> int:
+        """Tiles of `product` for one matrix."""
+        rows, columns = self.m // self.panel, self.n // self.panel
+        return rows * columns if product.kind == APPLY else rows * (rows + 1) // 2
+
+    def tiles(self, product: Product, is_last: bool) -> Tensor:
         """int32 [tiles, FIELDS], in bands of eight tile rows, which keep their operands in L2.
 
-        0 left, 1 rows to its next panel, 2 right, 3 rows to its next panel, 4 depth, 5 addend or -1, 6 result,
-        7 mirrored result, 8 row and 9 column of the tile, 10 kind (0 apply, 1 symmetric, 2 last and as it is, 3 last
-        and turned), 11 matrix, 12 tiles of that matrix to be done before; rows are rows of the arena.
+        0 left, 1 rows to the next panel of both operands, 2 right, 3 depth, 4 addend or -1, 5 result, 6 mirrored
+        result, 7 row and 8 column of the tile, 9 kind (0 apply, 1 symmetric, 2 last and as it is, 3 last and turned);
+        rows are rows of the arena.
         """
-        panel, m, n = self.panel, self.m, self.n
+        panel, m = self.panel, self.m
+        matrix, i, j = self._places(product)
+        across = j // panel * m + i
+        left, right, to = self._operands(product, matrix)
         is_apply = product.kind == APPLY
-        i, j = torch.meshgrid(torch.arange(0, m, panel), torch.arange(0, n if is_apply else m, panel), indexing="ij")
+        kind = (3 if self.is_tall else 2) if is_last else int(not is_apply)
+        addend = right + across if product.beta else -1
+        here, there = to + across, to + i // panel * m + j
+        if is_last:
+            here = self._last(matrix, i, j)
+        right = right + (j // panel * m if is_apply else j)
+        return _table((left + i, m, right, self.depth(product), addend, here, there, i, j, kind), i, FIELDS)
+
+    def chain(self, product: Product, is_last: bool, waits_for: int) -> Tensor:
+        """int32 [tiles, CHAIN_FIELDS], in the order of :meth:`tiles`.
+
+        An S is stored on and under its diagonal alone; what is above is read turned. So operands are read in up to
+        three ranges of depth: as rows and rows turned, as rows and columns, as columns turned and columns.
+
+        0 left as rows, 1 rows to the next panel of both operands, 2 right as rows, 3 left and 4 right as columns,
+        5 depth, 6 and 7 ends of the first two ranges, 8 addend or -1, 9 row and 10 column of the result, 11 kind (0 as
+        it is, 1 to be made symmetric, 2 last and as it is, 3 last and turned), 12 matrix, 13 tiles of that matrix to be
+        done before, 14 whether it is on the diagonal of an S; rows are rows of the arena.
+        """
+        panel, m = self.panel, self.m
+        matrix, i, j = self._places(product)
+        across = j // panel * m + i
+        left, right, to = self._operands(product, matrix)
+        depth, is_apply = self.depth(product), product.kind == APPLY
+        first, second = (0 if is_apply else j), i + panel
+        if product.kind == GRAM:
+            first = second = depth
+        is_diagonal = (i == j).long() * int(not is_apply)
+        place = (to + across, 0, is_diagonal * int(product.left != product.right))
+        if is_last:
+            place = (self._last(matrix, i, j), i if self.is_tall else j, 3 if self.is_tall else 2)
+        operands = (left + i, m, right + j, left + i // panel * m, right + j // panel * m)
+        addend = right + across if product.beta else -1
+        order = (self.first_matrix + matrix, waits_for, is_diagonal)
+        return _table((*operands, depth, first, second, addend, *place, *order), i, CHAIN_FIELDS)
+
+    def _places(self, product: Product) -> tuple[Tensor, Tensor, Tensor]:
+        """Matrix, row and column of each tile of a result."""
+        across = self.n if product.kind == APPLY else self.m
+        i, j = torch.meshgrid(torch.arange(0, self.m, self.panel), torch.arange(0, across, self.panel), indexing="ij")
         i, j = i.reshape(-1), j.reshape(-1)
-        if not is_apply:
+        if product.kind != APPLY:
             i, j = i[j <= i], j[j <= i]
-        order = torch.argsort((i // (8 * panel)) * (1 << 40) + j * (1 << 20) + i)
-        i, j = i[order].repeat(self.count), j[order].repeat(self.count)
+        order = torch.argsort((i // (8 * self.panel)) * (1 << 40) + j * (1 << 20) + i)
         matrix = torch.arange(self.count).repeat_interleave(len(order))
+        return matrix, i[order].repeat(self.count), j[order].repeat(self.count)
+
+    def _operands(self, product: Product, matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """First rows of the left and the right operand and of the result."""
 
         def x(copy: int) -> Tensor:
-            return self.base(matrix) + copy * (m * n // panel)
+            return self.base(matrix) + copy * (self.m * self.n // self.panel)
 
         def square(copy: int) -> Tensor:
-            return x(2) + copy * (m * m // panel)
+            return x(2) + copy * (self.m * self.m // self.panel)
 
-        across = j // panel * m + i
-        if product.kind == GRAM:
-            left, right, to = x(product.left) + i, x(product.right) + j, square(product.result)
-        elif product.kind == SYMMETRIC:
-            left, right, to = square(product.left) + i, square(product.right) + j, square(product.result)
-        else:
-            left, right, to = square(product.left) + i, x(product.right) + j // panel * m, x(product.result)
-        here = to + across
-        if is_last:
-            here = self.result + matrix * (n if self.is_tall else m) + (j if self.is_tall else i)
-        kind = (3 if self.is_tall else 2) if is_last else int(not is_apply)
-        addend = square(product.right) + across if product.beta else -1
-        fields = (
-            *(left, m, right, m, n if product.kind == GRAM else m, addend, here, to + i // panel * m + j, i, j),
-            *(kind, self.first_matrix + matrix, waits_for, 0, 0, 0),
-        )
-        full = [f if isinstance(f, Tensor) else torch.full_like(i, f) for f in fields]
-        return torch.stack(full, dim=1).to(torch.int32)
+        left = (x if product.kind == GRAM else square)(product.left)
+        right = (square if product.kind == SYMMETRIC else x)(product.right)
+        return left, right, (x if product.kind == APPLY else square)(product.result)
+
+    def _last(self, matrix: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        """Row of the packed result where tile (i, j) of a matrix goes."""
+        return self.result + matrix * (self.n if self.is_tall else self.m) + (j if self.is_tall else i)
+
+
+def _table(fields: Sequence[Tensor | int], like: Tensor, width: int) -> Tensor:
+    """int32 [len(like), width] of these columns, then zeros."""
+    fields = [*fields, *[0] * (width - len(fields))]
+    columns = [f if isinstance(f, Tensor) else torch.full_like(like, f) for f in fields]
+    return torch.stack(columns, dim=1).to(torch.int32)

@@ -5,10 +5,8 @@ descriptors too. Of a symmetric product only tiles on and under the diagonal are
 second time turned, and a tile on the diagonal takes its upper half from its lower: the result equals its transpose bit
 for bit. A tile of X X^T on the diagonal reads its operand once.
 
-Two ways to run a plan. In steps: a launch for each set of tiles, each a programmatic dependent of the one before, whose
-blocks are set up while the last of the other finish. Chained: one launch of as many blocks as the GPU holds, which
-walk through all tiles in order; a counter for each matrix says how many of its tiles are stored, and a tile waits until
-those that it needs are. Nothing is summed through the counters, so results are the same bits in both.
+Two ways to run a plan. In steps, here: a launch for each set of tiles, each a programmatic dependent of the one before,
+whose blocks are set up while the last of the other finish. Chained: one launch, in chained.py.
 """
 
 from dataclasses import dataclass
@@ -19,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .chained import run_chained
 from .plan import FIELDS, Plan
 
 
@@ -31,48 +30,8 @@ class NewtonSchulzConfig:
     num_warps: int
     num_stages: int
     registers: int | None = None
-    chained_blocks: int = 0
-    """Blocks a multiprocessor of a chained launch; 0 runs the plan in steps."""
-
-
-@triton.jit
-def _await(done, needed):
-    """Return once `needed` tiles are counted at `done`; what they stored may be read through descriptors then.
-
-    A tile waits for tiles before it in the table alone, and a block takes its tiles in the table's order: this ends
-    once every block of the launch is on a multiprocessor. Blocks that wait hold theirs, so no other launch that waits
-    for its own blocks may run beside this one.
-    """
-    tl.inline_asm_elementwise(
-        """{
-        .reg .pred ready;
-        .reg .u32 count;
-        again:
-        ld.acquire.gpu.global.u32 count, [$1];
-        setp.ge.u32 ready, count, $2;
-        @ready bra over;
-        nanosleep.u32 20;
-        bra again;
-        over:
-        fence.proxy.async;
-        mov.u32 $0, count;
-        }""",
-        "=r,l,r",
-        [done, needed],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
-
-@triton.jit
-def _announce(done):
-    """Count this tile at `done`, after all that it stored has arrived in memory."""
-    tl.inline_asm_elementwise(
-        "cp.async.bulk.wait_group 0; fence.proxy.async; mov.u32 $0, 0;", "=r", [], dtype=tl.int32, is_pure=False, pack=1
-    )
-    tl.debug_barrier()
-    tl.atomic_add(done, 1, sem="release", scope="gpu")
+    chained: bool = False
+    """One launch, whose warps and registers are its own, in place of a launch for each set of tiles."""
 
 
 @triton.jit
@@ -105,9 +64,8 @@ def _multiply(
     rows,
     columns,
     left,
-    left_step,
     right,
-    right_step,
+    panel_step,
     depth,
     kind,
     BK: tl.constexpr,
@@ -118,46 +76,21 @@ def _multiply(
     if kind == 1:
         if left == right:
             for k in range(0, depth, BK):
-                a = rows.load([left + k // PANEL * left_step, k % PANEL])
+                a = rows.load([left + k // PANEL * panel_step, k % PANEL])
                 acc = tl.dot(a, a.T, acc, input_precision=PRECISION)
         else:
             for k in range(0, depth, BK):
-                a = rows.load([left + k // PANEL * left_step, k % PANEL])
-                b = rows.load([right + k // PANEL * right_step, k % PANEL])
+                a = rows.load([left + k // PANEL * panel_step, k % PANEL])
+                b = rows.load([right + k // PANEL * panel_step, k % PANEL])
                 acc = tl.dot(a, b.T, acc, input_precision=PRECISION)
     else:
         for k in range(0, depth, BK):
-            a = rows.load([left + k // PANEL * left_step, k % PANEL])
+            a = rows.load([left + k // PANEL * panel_step, k % PANEL])
             acc = tl.dot(a, columns.load([right + k, 0]), acc, input_precision=PRECISION)
     return acc
 
 
 @triton.jit
-def _read(tiles, factors, number, FIELDS: tl.constexpr):
-    """What the table says of one tile."""
-    tile = tiles + number * FIELDS
-    scalars = factors + number * 4
-    return (
-        tl.load(tile),
-        tl.load(tile + 1),
-        tl.load(tile + 2),
-        tl.load(tile + 3),
-        tl.load(tile + 4),
-        tl.load(tile + 5),
-        tl.load(tile + 6),
-        tl.load(tile + 7),
-        tl.load(tile + 8),
-        tl.load(tile + 9),
-        tl.load(tile + 10),
-        tl.load(tile + 11),
-        tl.load(tile + 12),
-        tl.load(scalars),
-        tl.load(scalars + 1),
-        tl.load(scalars + 2),
-    )
-
-
-@triton.jit(do_not_specialize=["total"])
 def _products(
     rows,  # [PANEL, BK] of the arena
     columns,  # [BK, PANEL] of the arena
@@ -165,83 +98,61 @@ def _products(
     result,  # [PANEL, PANEL] of the result
     tiles,
     factors,
-    done,
-    total,
     BK: tl.constexpr,
     PANEL: tl.constexpr,
     FIELDS: tl.constexpr,
     PRECISION: tl.constexpr,
     DEPENDENT: tl.constexpr,
-    CHAINED: tl.constexpr,
 ):
-    number = tl.program_id(0)
-    left, left_step, right, right_step, depth, add, here, there, i, j, kind, matrix, needed, alpha, beta, gamma = _read(
-        tiles, factors, number, FIELDS
-    )
+    tile = tiles + tl.program_id(0) * FIELDS
+    left = tl.load(tile)
+    panel_step = tl.load(tile + 1)
+    right = tl.load(tile + 2)
+    depth = tl.load(tile + 3)
+    add = tl.load(tile + 4)
+    here = tl.load(tile + 5)
+    there = tl.load(tile + 6)
+    i = tl.load(tile + 7)
+    j = tl.load(tile + 8)
+    kind = tl.load(tile + 9)
+    scalars = factors + tl.program_id(0) * 4
+    alpha = tl.load(scalars)
+    beta = tl.load(scalars + 1)
+    gamma = tl.load(scalars + 2)
     if DEPENDENT:
         tl.extra.cuda.gdc_wait()
-    if not CHAINED:
-        acc = _multiply(rows, columns, left, left_step, right, right_step, depth, kind, BK, PANEL, PRECISION)
-        if DEPENDENT:
-            tl.extra.cuda.gdc_launch_dependents()
-        _store(acc, kind, add, here, there, i, j, alpha, beta, gamma, squares, result, PANEL)
-    else:
-        while number < total:
-            number += tl.num_programs(0)
-            _await(done + matrix, needed)
-            acc = _multiply(rows, columns, left, left_step, right, right_step, depth, kind, BK, PANEL, PRECISION)
-            _store(acc, kind, add, here, there, i, j, alpha, beta, gamma, squares, result, PANEL)
-            _announce(done + matrix)
-            # Read at the end: at the start, before the products, it costs registers and was no faster.
-            (
-                left,
-                left_step,
-                right,
-                right_step,
-                depth,
-                add,
-                here,
-                there,
-                i,
-                j,
-                kind,
-                matrix,
-                needed,
-                alpha,
-                beta,
-                gamma,
-            ) = _read(tiles, factors, tl.minimum(number, total - 1), FIELDS)
+    acc = _multiply(rows, columns, left, right, panel_step, depth, kind, BK, PANEL, PRECISION)
+    if DEPENDENT:
+        tl.extra.cuda.gdc_launch_dependents()
+    _store(acc, kind, add, here, there, i, j, alpha, beta, gamma, squares, result, PANEL)
 
 
 def run_products(plan: Plan, arena: Tensor, result: Tensor, config: NewtonSchulzConfig) -> None:
-    """All products of `plan` in `arena` [arena_rows, panel], where X is; the last ones write `result`."""
+    """All products of `plan` in `arena` [arena_rows, panel], where X is; the last ones write `result`.
+
+    The plan is chained if `config` is.
+    """
     panel, bk = config.panel, config.block_k
+    if config.chained:
+        run_chained(plan, arena, result, bk, config.num_stages)
+        return
     blocks = ((arena, panel, bk), (arena, bk, panel), (arena, panel, panel), (result, panel, panel))
     descriptors = [TensorDescriptor.from_tensor(tensor, [rows, columns]) for tensor, rows, columns in blocks]
     on_gpu = arena.is_cuda
-    chained = on_gpu and config.chained_blocks > 0
     options = {}
     if on_gpu:
-        options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "launch_pdl": not chained}
+        options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "launch_pdl": True}
         if config.registers:
             options["maxnreg"] = config.registers
-    launches, done, most = plan.launches, arena, len(plan.tiles)
-    if chained:
-        done = torch.zeros(len(plan.starts), dtype=torch.int32, device=arena.device)
-        launches = ((0, len(plan.tiles)),)
-        most = torch.cuda.get_device_properties(arena.device).multi_processor_count * config.chained_blocks
-    for first, count in launches:
-        _products[(min(count, most),)](
+    for first, count in plan.launches:
+        _products[(count,)](
             *descriptors,
             plan.tiles[first:],
             plan.factors[first:],
-            done,
-            count,
             BK=bk,
             PANEL=panel,
             FIELDS=FIELDS,
             PRECISION="ieee" if arena.dtype == torch.float32 else "tf32",
-            DEPENDENT=on_gpu and not chained,
-            CHAINED=chained,
+            DEPENDENT=on_gpu,
             **options,
         )
