@@ -1,18 +1,20 @@
-"""Group `lora`: the Q, K and V projections with one adapter a document.
+"""Group `lora`: the Q, K and V projections with one adapter a document, and with what attention wants done to q and k.
 
 `cublas-without-lora` is the product that the adapters are added to, and its gradient of x: what they cost is the
-distance to it.
+distance to it. The adapters are of x's dtype, and read where they lie; `klora-fp32-adapters` takes them in fp32, which
+is a launch more. `klora-two-launches` norms and rotates after the projections.
 """
 
 import torch
 from torch import Tensor
 
-from ..kernels.lora_qkv import lora_qkv, lora_qkv_ref
+from ..kernels.lora_qkv import lora_qkv, lora_qkv_ref, lora_qkv_rope, lora_qkv_rope_ref
+from ..kernels.rotary import norm_rotary, rotary_tables
 from .entry import Call, Entry, Shape, Tensors, Variant
 
-SEED = {"B": 64, "D": 512, "Nq": 512, "Nk": 256, "Nv": 256, "R": 8}
+SEED = {"B": 64, "D": 512, "Nq": 512, "Nk": 256, "Nv": 256, "d": 64, "R": 8}
 SHAPES = {f"B64-S{length}": {**SEED, "S": length} for length in (1024, 768, 512, 256)}
-TOY = {"B": 2, "S": 24, "D": 32, "Nq": 32, "Nk": 16, "Nv": 16, "R": 8}
+TOY = {"B": 2, "S": 24, "D": 32, "Nq": 32, "Nk": 16, "Nv": 16, "d": 16, "R": 8}
 GATE = {**SEED, "B": 5, "S": 1000}
 
 
@@ -21,7 +23,7 @@ def _sizes(shape: Shape) -> tuple[int, int, int]:
 
 
 def _draw(shape: Shape, device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Tensors:
-    """x, weight, the adapters in fp32 whatever `dtype` is, and the gradients of q, k and v."""
+    """x, weight, the adapters, and the gradients of q, k and v."""
 
     def randn(*size: int) -> Tensor:
         return torch.randn(size, device=device, generator=generator)
@@ -31,8 +33,8 @@ def _draw(shape: Shape, device: torch.device, dtype: torch.dtype, generator: tor
     return (
         randn(batch, tokens, width).to(dtype),
         (randn(rows, width) * width**-0.5).to(dtype),
-        randn(batch, 3, rank, width) * width**-0.5,
-        randn(batch, rows, rank) * 0.3,
+        (randn(batch, 3, rank, width) * width**-0.5).to(dtype),
+        (randn(batch, rows, rank) * 0.3).to(dtype),
         *(randn(batch, tokens, size).to(dtype) for size in _sizes(shape)),
     )
 
@@ -70,6 +72,19 @@ def _both_matrix_products(shape: Shape, device: torch.device, dtype: torch.dtype
     return run
 
 
+def _with_fp32_adapters(call: Call) -> Call:
+    """`call` on fp32 copies of the adapters, made once for each set of inputs."""
+    copies: dict[int, Tensors] = {}
+
+    def run(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, *douts: Tensor) -> Tensors:
+        key = a.data_ptr()
+        if key not in copies:
+            copies[key] = a.float(), b.float()
+        return call(x, weight, *copies[key], *douts)
+
+    return run
+
+
 def _variants(wrap, bound: Call, instead: str) -> tuple[Variant, ...]:
     def compiled(shape: Shape, device: torch.device, dtype: torch.dtype) -> Call:
         return wrap(shape, torch.compile(lora_qkv_ref))
@@ -78,8 +93,39 @@ def _variants(wrap, bound: Call, instead: str) -> tuple[Variant, ...]:
         Variant("eager", lambda shape, device, dtype: wrap(shape, lora_qkv_ref)),
         Variant("torch.compile", compiled, devices=("cuda",)),
         Variant("klora", lambda shape, device, dtype: wrap(shape, lora_qkv), is_ours=True),
+        Variant(
+            "klora-fp32-adapters",
+            lambda shape, device, dtype: _with_fp32_adapters(wrap(shape, lora_qkv)),
+            devices=("cuda",),
+            is_ours=True,
+        ),
         Variant("cublas-without-lora", bound, devices=("cuda",), instead=instead),
     )
+
+
+def _tables(shape: Shape, device: torch.device) -> dict[str, Tensor]:
+    """cos, sin and gain."""
+    cos, sin = rotary_tables(shape["S"], shape["d"], 5e4, device=device)
+    return {"cos": cos, "sin": sin, "gain": torch.linspace(1.0, 2.0, shape["Nq"] // shape["d"], device=device)}
+
+
+def _rope(project: Call):
+    def build(shape: Shape, device: torch.device, dtype: torch.dtype) -> Call:
+        more = {**_tables(shape, device), "sizes": _sizes(shape), "head_dim": shape["d"]}
+        return lambda x, weight, a, b, *douts: project(x, weight, a, b, **more)
+
+    return build
+
+
+def _two_launches(x, weight, a, b, cos, sin, gain, sizes, head_dim) -> Tensors:
+    q, k, v = lora_qkv(x, weight, a, b, sizes=sizes)
+    q, k = norm_rotary(q.unflatten(-1, (-1, head_dim)), k.unflatten(-1, (-1, head_dim)), cos, sin, gain)
+    return q.flatten(-2), k.flatten(-2), v
+
+
+def _rope_truth(shape: Shape, x: Tensor, weight: Tensor, a: Tensor, b: Tensor, *douts: Tensor) -> Tensors:
+    tables = {name: table.double() for name, table in _tables(shape, x.device).items()}
+    return lora_qkv_rope_ref(x, weight, a, b, **tables, sizes=_sizes(shape), head_dim=shape["d"])
 
 
 def _bytes(passes: int):
@@ -88,7 +134,7 @@ def _bytes(passes: int):
     def count(shape: Shape, itemsize: int) -> int:
         rows, width = sum(_sizes(shape)), shape["D"]
         tokens = itemsize * shape["B"] * shape["S"] * (width + rows)
-        adapters = 4 * shape["B"] * shape["R"] * (3 * width + rows)
+        adapters = itemsize * shape["B"] * shape["R"] * (3 * width + rows)
         return passes * (tokens + adapters) + itemsize * rows * width
 
     return count
@@ -129,5 +175,23 @@ ENTRIES = (
         variants=_variants(_forward_backward, _both_matrix_products, "x W^T and dY W alone"),
         bytes=_bytes(2),
         flops=_flops(2, 3),
+    ),
+    Entry(
+        group="lora",
+        op="lora_qkv_rope_forward",
+        shapes=SHAPES,
+        toy=TOY,
+        gate=GATE,
+        draw=_draw,
+        truth=_rope_truth,
+        variants=(
+            Variant("eager", _rope(lora_qkv_rope_ref)),
+            Variant("torch.compile", lambda *given: _rope(torch.compile(lora_qkv_rope_ref))(*given), devices=("cuda",)),
+            Variant("klora-two-launches", _rope(_two_launches), is_ours=True),
+            Variant("klora", _rope(lora_qkv_rope), is_ours=True),
+            Variant("cublas-without-lora", _matrix_product, devices=("cuda",), instead="x W^T alone"),
+        ),
+        bytes=_bytes(1),
+        flops=_flops(1, 1),
     ),
 )

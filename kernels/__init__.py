@@ -19,6 +19,7 @@ from .int6 import (
 )
 from .linear import linear, linear_ref
 from .lora_adam import check_distinct_slots, lora_adam_, lora_adam_ref_
+from .lora_attention import lora_attention, lora_attention_ref
 from .lora_head_nll import (
     check_targets,
     lora_head_nll,
@@ -28,7 +29,7 @@ from .lora_head_nll import (
     softcap_nll,
     softcap_nll_ref,
 )
-from .lora_qkv import check_slots, lora_qkv, lora_qkv_ref
+from .lora_qkv import check_slots, lora_qkv, lora_qkv_ref, lora_qkv_rope, lora_qkv_rope_ref
 from .mlp import relu_squared, relu_squared_mlp, relu_squared_mlp_ref, relu_squared_ref
 from .newton_schulz import muon_apply_, muon_updates, newton_schulz, newton_schulz_ref
 from .rms_norm import ResidualNorm, residual_norm, residual_norm_ref, rms_norm, rms_norm_ref
@@ -54,11 +55,15 @@ __all__ = [
     "linear_ref",
     "lora_adam_",
     "lora_adam_ref_",
+    "lora_attention",
+    "lora_attention_ref",
     "lora_head_nll",
     "lora_head_nll_grads_",
     "lora_head_nll_ref",
     "lora_qkv",
     "lora_qkv_ref",
+    "lora_qkv_rope",
+    "lora_qkv_rope_ref",
     "muon_apply_",
     "muon_updates",
     "newton_schulz",

@@ -6,14 +6,15 @@
 params, grads, exp_avg, exp_avg_sq [slots, P] fp32, all but grads updated in place; step int64 [slots]; lr fp32
 [slots]; group_lr fp32 [P] multiplies the learning rate of each parameter. `slots` int [n], without repeats, chooses the
 rows that take part; the others keep their bits, and an entry of -1 chooses none, so that a captured graph can hold a
-batch with empty places. Kingma and Ba 2015.
+batch with empty places. `low` [slots, P], bf16 or fp16, gets the chosen rows of params, rounded: what kernels that read
+adapters of their inputs' dtype take, without a launch of their own for it. Kingma and Ba 2015.
 
-28 bytes and about 15 operations a parameter: it runs at the speed of memory (group_lr, shared by all slots, stays in
-cache). Everything is fp32; the two bias corrections are computed in fp64, once a program, because 1 - b^t of a small t
-loses digits. Many programs work on one slot, all need its old counter, and exactly one may advance it: each program
-adds 2^32 to the counter when it is done, and the one that finds all others there before it stores t + 1. These integer
-additions commute, so the result is the same bits in every run. A counter must stay below 2^32, and no two launches may
-work on the same slot at once.
+28 bytes (30 with `low`) and about 15 operations a parameter: it runs at the speed of memory (group_lr, shared by all
+slots, stays in cache). Everything is fp32; the two bias corrections are computed in fp64, once a program, because 1 -
+b^t of a small t loses digits. Many programs work on one slot, all need its old counter, and exactly one may advance it:
+each program adds 2^32 to the counter when it is done, and the one that finds all others there before it stores t + 1.
+These integer additions commute, so the result is the same bits in every run. A counter must stay below 2^32, and no two
+launches may work on the same slot at once.
 """
 
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ def lora_adam_ref_(
     slots: Tensor | slice = slice(None),
     betas: tuple[float, float] = (0.9, 0.95),
     eps: float = 1e-10,
+    low: Tensor | None = None,
 ) -> None:
     """One Adam step of the chosen slots, in place."""
     beta1, beta2 = betas
@@ -49,6 +51,8 @@ def lora_adam_ref_(
     count = step[slots].to(params.dtype)[:, None]
     denominator = (square / (1 - beta2**count)).sqrt_().add_(eps)
     params[slots] -= lr[slots][:, None] * group_lr * (mean / (1 - beta1**count)) / denominator
+    if low is not None:
+        low[slots] = params[slots].to(low.dtype)
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,7 @@ def _adam(
     lr_ptr,
     group_lr_ptr,
     slots_ptr,
+    low_ptr,
     count,
     size,
     eps,
@@ -105,6 +110,8 @@ def _adam(
         denominator = tl.sqrt_rn(square * _correction(BETA2, t)) + eps
         param -= rate * tl.div_rn(mean * _correction(BETA1, t), denominator)
         tl.store(params_ptr + at, param, mask=inside)
+        if low_ptr is not None:
+            tl.store(low_ptr + at, param.to(low_ptr.dtype.element_ty), mask=inside)
         # No warp of this program may still be about to read the counter when the program says that it is done.
         tl.debug_barrier()
         done = tl.atomic_add(step_ptr + slot, 4294967296) >> 32
@@ -119,7 +126,7 @@ def _correction(BETA: tl.constexpr, t):
     return (1.0 / (1.0 - power)).to(tl.float32)
 
 
-@torch.library.custom_op("klora::lora_adam_", mutates_args=("params", "exp_avg", "exp_avg_sq", "step"))
+@torch.library.custom_op("klora::lora_adam_", mutates_args=("params", "exp_avg", "exp_avg_sq", "step", "low"))
 def _lora_adam(
     params: Tensor,
     grads: Tensor,
@@ -129,6 +136,7 @@ def _lora_adam(
     lr: Tensor,
     group_lr: Tensor | None,
     slots: Tensor | None,
+    low: Tensor | None,
     beta1: float,
     beta2: float,
     eps: float,
@@ -147,6 +155,7 @@ def _lora_adam(
         lr,
         group_lr,
         slots,
+        low,
         count,
         size,
         eps,
@@ -158,7 +167,7 @@ def _lora_adam(
 
 
 @_lora_adam.register_fake
-def _(params, grads, exp_avg, exp_avg_sq, step, lr, group_lr, slots, beta1, beta2, eps):
+def _(params, grads, exp_avg, exp_avg_sq, step, lr, group_lr, slots, low, beta1, beta2, eps):
     return None
 
 
@@ -183,6 +192,7 @@ def lora_adam_(
     betas: tuple[float, float] = (0.9, 0.95),
     eps: float = 1e-10,
     *,
+    low: Tensor | None = None,
     backend: str | None = None,
 ) -> None:
     """One Adam step of the slots that `slots` names (all without it), in place. Shapes and dtypes: see the module.
@@ -205,6 +215,7 @@ def lora_adam_(
         ("step", step, pool[:1], (torch.int64,)),
         ("lr", lr, pool[:1], floats),
         ("group_lr", group_lr, row, floats),
+        ("low", low, pool, (torch.bfloat16, torch.float16)),
         ("slots", slots, None, (torch.int32, torch.int64)),
     ):
         if tensor is None:
@@ -220,9 +231,9 @@ def lora_adam_(
     if reference:
         group_lr = torch.ones_like(params[0]) if group_lr is None else group_lr
         chosen = slice(None) if slots is None else slots
-        lora_adam_ref_(params, grads, exp_avg, exp_avg_sq, step, lr, group_lr, chosen, betas, eps)
+        lora_adam_ref_(params, grads, exp_avg, exp_avg_sq, step, lr, group_lr, chosen, betas, eps, low)
     else:
-        _lora_adam(params, grads, exp_avg, exp_avg_sq, step, lr, group_lr, slots, *betas, eps)
+        _lora_adam(params, grads, exp_avg, exp_avg_sq, step, lr, group_lr, slots, low, *betas, eps)
 
 
 def _seen(tensor: Tensor) -> str:

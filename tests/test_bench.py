@@ -248,7 +248,7 @@ def test_pytest_benchmark_runs_the_same_entries(tmp_path):
 @pytest.mark.skipif(not (Path(__file__).parent.parent / ".git").exists(), reason="a GPU machine gets no repository")
 def test_another_commit_is_timed_beside_this_one():
     result = json.loads(klora("bench", "attention", "--against", "HEAD", "--rounds", "5", "--toy", "--json").stdout)
-    assert result["against"] == "HEAD" and len(result["results"]) == 8
+    assert result["against"] == "HEAD" and len(result["results"]) == 12
     assert all(entry["here"] > 0 and entry["there"] > 0 for entry in result["results"])
     listed = subprocess.run(["git", "worktree", "list"], capture_output=True, text=True, cwd=Path(__file__).parent)
     assert len(listed.stdout.strip().splitlines()) == 1

@@ -298,17 +298,14 @@ def test_a_step_is_shapes_alone_and_runs_the_kernels_once_where_they_are_needed(
         engine._steps[3, 4, True]()
     assert ops.seen == {
         "residual_norm": 22,  # one before the smear
-        "lora_qkv": 10,
-        "norm_rotary": 10,
-        "causal_attention": 10,
+        "lora_attention": 10,
         "linear": 10,
         "relu_squared_mlp": 10,
         "lora_head_nll_grads_": 1,
         "residual_norm_backward_into": 10,
         "residual_norm_backward": 10,  # none below block 0
         "lora_qkv_backward_into": 10,
-        "norm_rotary_backward": 10,
-        "causal_attention_backward": 10,
+        "lora_attention_backward": 10,
         "linear_dx": 20,
         "relu_squared_mlp_du": 10,
         "lora_adam_": 1,
@@ -317,9 +314,7 @@ def test_a_step_is_shapes_alone_and_runs_the_kernels_once_where_they_are_needed(
         engine._steps[0, 4, False]()
     assert ops.seen == {
         "residual_norm": 22,
-        "lora_qkv": 10,
-        "norm_rotary": 10,
-        "causal_attention": 10,
+        "lora_attention": 10,
         "linear": 10,
         "relu_squared_mlp": 10,
         "head_nll": 1,

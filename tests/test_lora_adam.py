@@ -99,6 +99,17 @@ def test_without_slots_and_factors_every_row_moves_at_its_own_rate(backend):
     assert torch.equal(ours["step"], plain["step"])
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_a_rounded_copy_of_the_chosen_rows(backend, device):
+    """In fp16: of 16-bit floats, Triton's interpreter rounds that one alone as a GPU does."""
+    ours = pool(4, 1500, device)
+    low = torch.full((4, 1500), 7.0, dtype=torch.float16, device=device)
+    slots = torch.tensor([3, -1, 1], dtype=torch.int32, device=device)
+    lora_adam_(**ours, slots=slots, low=low, backend=backend)
+    assert torch.equal(low[[1, 3]], ours["params"][[1, 3]].half()) and (low[[0, 2]] == 7.0).all()
+
+
 def test_the_first_step_moves_each_parameter_by_its_learning_rate():
     tensors = pool(2, 50)
     for name in ("exp_avg", "exp_avg_sq", "step"):
@@ -120,8 +131,9 @@ def test_nothing_to_do_is_done():
 def test_the_op_is_registered_as_torch_wants_it():
     tensors = pool(3, 30)
     order = ("params", "grads", "exp_avg", "exp_avg_sq", "step", "lr", "group_lr")
-    arguments = tuple(tensors[name] for name in order) + (torch.tensor([2, 0], dtype=torch.int32), 0.9, 0.95, 1e-10)
-    torch.library.opcheck(torch.ops.klora.lora_adam_, arguments)
+    for low in (None, torch.zeros(3, 30, dtype=torch.float16)):
+        rest = torch.tensor([2, 0], dtype=torch.int32), low, 0.9, 0.95, 1e-10
+        torch.library.opcheck(torch.ops.klora.lora_adam_, tuple(tensors[name] for name in order) + rest)
 
 
 def test_it_is_compiled_whole():
@@ -143,6 +155,7 @@ def test_it_is_compiled_whole():
         ({"lr": torch.zeros(3, device="meta")}, "lr is .* on meta; wanted: .* on cpu"),
         ({"group_lr": torch.zeros(3)}, "group_lr is"),
         ({"slots": torch.zeros(2)}, "slots is torch.float32"),
+        ({"low": torch.zeros(3, 8)}, "low is torch.float32 .*; wanted: torch.bfloat16 or torch.float16"),
         ({"slots": torch.zeros(2, 2, dtype=torch.int32)}, r"slots is torch.int32 \[2, 2\]"),
         ({"betas": (0.9, 1.0)}, r"betas are \(0.9, 1.0\)"),
         ({"eps": -1.0}, "eps -1.0"),
@@ -177,7 +190,9 @@ class TestOnTheGpu:
         results = []
         for _ in range(20):
             tensors = copied(start)
-            lora_adam_(**tensors, slots=slots)
+            low = start["params"].bfloat16()
+            lora_adam_(**tensors, slots=slots, low=low)
+            assert torch.equal(low, tensors["params"].bfloat16())
             results.append(tensors)
         named = torch.zeros(96, dtype=torch.bool, device="cuda").index_fill_(0, slots.long(), True)
         assert torch.equal(results[0]["step"], start["step"] + named)

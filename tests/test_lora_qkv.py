@@ -22,8 +22,10 @@ def empty_is_nan():
     torch.use_deterministic_algorithms(False)
 
 
-def inputs(batch=3, length=5, width=D, sizes=SIZES, rank=R, slots=None, count=None, dtype=torch.float32, seed=0):
-    """(x, weight, lora_a, lora_b, slots, sizes) and the gradients of q, k and v; the adapters are fp32."""
+def inputs(
+    batch=3, length=5, width=D, sizes=SIZES, rank=R, slots=None, count=None, dtype=torch.float32, seed=0, low=False
+):
+    """(x, weight, lora_a, lora_b, slots, sizes) and the gradients of q, k and v; the adapters are fp32, or like x."""
     draw = torch.Generator().manual_seed(seed)
 
     def randn(*size):
@@ -34,8 +36,8 @@ def inputs(batch=3, length=5, width=D, sizes=SIZES, rank=R, slots=None, count=No
     lora_a, lora_b = randn(count, 3, rank, width) / width**0.5, randn(count, sum(sizes), rank) * 0.3
     douts = [randn(batch, length, size).to(DEVICE, dtype) for size in sizes]
     slots = None if slots is None else torch.tensor(slots, dtype=torch.int32, device=DEVICE)
-    tensors = x.to(DEVICE, dtype), weight.to(DEVICE, dtype), lora_a.to(DEVICE), lora_b.to(DEVICE)
-    return (*tensors, slots, sizes), douts
+    adapters = (lora.to(DEVICE, dtype if low else torch.float32) for lora in (lora_a, lora_b))
+    return (x.to(DEVICE, dtype), weight.to(DEVICE, dtype), *adapters, slots, sizes), douts
 
 
 def outputs_and_gradients(function, given, douts):
@@ -81,10 +83,11 @@ multiples = st.integers(1, 5).map(lambda i: 16 * i)
     rank=st.sampled_from([1, 3, 8, 16, 20]),
     slots=st.none() | st.lists(st.integers(-1, 3), min_size=2, max_size=3),
     dtype=st.sampled_from([torch.float32, torch.float16]),
+    low=st.booleans(),
 )
-def test_every_output_and_gradient_is_as_exact_as_plain_pytorch(length, width, sizes, rank, slots, dtype):
+def test_every_output_and_gradient_is_as_exact_as_plain_pytorch(length, width, sizes, rank, slots, dtype, low):
     batch, count = (len(slots), 4) if slots else (2, 2)
-    assert_as_exact_as_plain_pytorch(*inputs(batch, length, width, sizes, rank, slots, count, dtype, seed=length))
+    assert_as_exact_as_plain_pytorch(*inputs(batch, length, width, sizes, rank, slots, count, dtype, length, low))
 
 
 def test_tiles_that_span_more_than_one_block_of_every_dimension():
@@ -134,6 +137,33 @@ def pools(rows, given):
     views = pool[:, 5 : 5 + first].view(rows, *lora_a.shape[1:]), pool[:, 5 + first :].view(rows, *lora_b.shape[1:])
     views[0].copy_(lora_a), views[1].copy_(lora_b)
     return views, pool
+
+
+@pytest.mark.parametrize("rank", [8, 3])  # rows of 16 bytes, and rows that have to be copied
+def test_16_bit_adapters_are_read_where_they_lie_and_leave_fp32_gradients(rank):
+    """To the bits of the same adapters in fp32, which are rounded to what they were."""
+    given, douts = inputs(4, 40, slots=[5, -1, 0, 7], count=6, rank=rank, dtype=torch.float16, low=True)
+    x, weight, a, b, slots, sizes = given
+    stride = a[0].numel() + b[0].numel()
+    pool = torch.full((6, -(-stride // 8) * 8 + 8), 7.0, dtype=torch.float16, device=DEVICE)
+    first = a[0].numel()
+    low = pool[:, :first].view(a.shape), pool[:, first:stride].view(b.shape)
+    low[0].copy_(a), low[1].copy_(b)
+    results = []
+    for adapters in (low, (a.float(), b.float())):
+        leaf, grads = x.detach().requires_grad_(), (torch.full_like(a, 9.0).float(), torch.full_like(b, 9.0).float())
+        outputs = lora_qkv(leaf, weight, *adapters, slots, sizes, grads=grads, backend="triton")
+        results.append((*outputs, *torch.autograd.grad(outputs, leaf, douts), *grads))
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other)
+    assert (results[0][4][[1, 2, 3, 4]] == 9.0).all() and (results[0][4][[0, 5]] != 9.0).all()
+
+
+def test_slots_need_not_be_contiguous():
+    (x, weight, a, b, slots, sizes), _ = inputs(2, 5, slots=[2, 0], count=3)
+    strided = torch.stack([slots, slots + 1], 1)[:, 0]
+    for one, other in zip(ours(x, weight, a, b, slots, sizes), ours(x, weight, a, b, strided, sizes), strict=True):
+        assert torch.equal(one, other)
 
 
 def test_adapters_and_their_gradients_live_in_flat_pools():
@@ -230,10 +260,17 @@ def test_a_document_without_an_adapter_gets_the_plain_projections_and_gives_no_g
         torch.testing.assert_close(output[1:], (x @ rows.T)[1:])
 
 
-@pytest.mark.parametrize(("slots", "needs"), [(None, (True, True)), ([1, 0], (False, True))])
-def test_opcheck(slots, needs):
+@pytest.mark.parametrize(
+    ("slots", "needs", "dtype"),
+    [
+        (None, (True, True), torch.float32),
+        ([1, 0], (False, True), torch.float32),
+        ([1, 0], (True, True), torch.float16),
+    ],
+)
+def test_opcheck(slots, needs, dtype):
     torch.use_deterministic_algorithms(False)  # opcheck compares runs, and unused padding is fresh memory
-    x, weight, a, b, slots, sizes = inputs(2, 5, slots=slots)[0]
+    x, weight, a, b, slots, sizes = inputs(2, 5, slots=slots, dtype=dtype)[0]
     leaves = x.requires_grad_(needs[0]), weight, a.requires_grad_(needs[1]), b
     torch.library.opcheck(torch.ops.klora.lora_qkv.default, (*leaves, slots, list(sizes), None, None))
 
@@ -269,21 +306,25 @@ class TestOnTheGPU:
             inputs(2, 130, 48, (80, 16, 32), 3, [1, 0], 2, torch.float32),
             inputs(2, 130, 272, (400, 144, 16), 20, [1, 0], 2, torch.float16),
             inputs(2, 130, 256, (128, 64, 64), 64, [1, 1], 2, torch.bfloat16),
+            inputs(3, 130, 512, (512, 256, 256), 8, [1, -1, 4], 5, torch.bfloat16, low=True),
+            inputs(2, 130, 128, (128, 64, 64), 24, [1, 0], 2, torch.bfloat16, low=True),
         ]
         with ThreadPoolExecutor() as pool:
             list(pool.map(lambda case: outputs_and_gradients(ours, *case), [inputs(5, 9, **self.SEED), *drawn]))
         return drawn
 
-    @pytest.mark.parametrize("case", range(3))
+    @pytest.mark.parametrize("case", range(5))
     def test_other_widths_ranks_and_dtypes(self, cases, case):
         assert_as_exact_as_plain_pytorch(*cases[case])
 
+    @pytest.mark.parametrize("low", [False, True])
     @pytest.mark.parametrize("length", [1, 7, 255, 1000])
-    def test_bf16_of_the_seed_is_as_exact_as_plain_pytorch(self, length):
-        assert_as_exact_as_plain_pytorch(*inputs(5, length, **self.SEED))
+    def test_bf16_of_the_seed_is_as_exact_as_plain_pytorch(self, length, low):
+        assert_as_exact_as_plain_pytorch(*inputs(5, length, **self.SEED, low=low))
 
-    def test_twenty_runs_give_the_same_bits(self):
-        given, douts = inputs(5, 255, **self.SEED)
+    @pytest.mark.parametrize("low", [False, True])
+    def test_twenty_runs_give_the_same_bits(self, low):
+        given, douts = inputs(64, 255, **{**self.SEED, "slots": [*range(63), 4], "count": 70}, low=low)
         first = outputs_and_gradients(ours, given, douts)
         for _ in range(20):
             for one, other in zip(first, outputs_and_gradients(ours, given, douts), strict=True):

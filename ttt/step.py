@@ -28,6 +28,7 @@ from ..kernels import (
     causal_attention_ref,
     linear,
     lora_adam_,
+    lora_attention,
     lora_head_nll,
     lora_head_nll_grads_,
     lora_qkv,
@@ -132,14 +133,10 @@ class FrozenModel:
             lora, bias = ((), {}) if adapters is None else adapters.of(index)
             is_last = index + 1 == len(self.blocks)
             with phase("block"):
-                q, k, v = (
-                    part.unflatten(-1, (-1, self.config.head_dim)) for part in self._qkv(n, block, lora, slots, backend)
-                )
-                q, k = norm_rotary(q, k, *rotary, block.gain, backend=backend)
                 if is_last:
                     x = x[:, -tail:]
-                mixed = self._attention(q, k, v, x.size(1), backend)
-                _, x, n = residual_norm(x, linear(mixed.flatten(2), block.out, backend=backend), backend=backend)
+                mixed = self._attention(n, block, lora, slots, rotary, x.size(1), backend)
+                _, x, n = residual_norm(x, linear(mixed, block.out, backend=backend), backend=backend)
                 branch = relu_squared_mlp(n, block.up, block.down, backend=backend)
                 # The output of the last block that pushes is joined through the next one's mix.
                 push = index + 1 < pushes
@@ -161,18 +158,36 @@ class FrozenModel:
                     pushed.append(x_out)
         return n
 
-    def _attention(self, q: Tensor, k: Tensor, v: Tensor, tail: int, backend: str | None) -> Tensor:
-        """[B, tail, H, d] of the last `tail` queries. A head size that our kernel does not take is PyTorch's."""
-        if (backend == "triton" or (backend is None and q.is_cuda)) and q.size(3) in HEAD_DIMS:
-            return causal_attention(q, k, v, tail, backend=backend)
-        return causal_attention_ref(q, k, v, self.model.attention)[:, -tail:]
+    def _attention(
+        self,
+        n: Tensor,
+        block: FrozenBlock,
+        lora: tuple,
+        slots: Tensor | None,
+        rotary: tuple[Tensor, Tensor],
+        tail: int,
+        backend: str | None,
+    ) -> Tensor:
+        """n [B, S, D] -> what the block's attention gives the last `tail` inputs, [B, tail, Nq].
 
-    def _qkv(self, n: Tensor, block: FrozenBlock, lora: tuple, slots: Tensor | None, backend: str | None) -> tuple:
-        sizes = self.config.qkv_sizes
+        A head size that our kernels do not take goes through PyTorch's attention, whose backward promises no bits.
+        """
+        sizes, head_dim = self.config.qkv_sizes, self.config.head_dim
+        by_kernel = (backend == "triton" or (backend is None and n.is_cuda)) and head_dim in HEAD_DIMS
         if not lora:
-            return linear(n, block.qkv, backend=backend).split(sizes, dim=-1)
-        lora_a, lora_b, grads = lora
-        return lora_qkv(n, block.qkv, lora_a, lora_b, slots, sizes, grads=grads, backend=backend)
+            parts = linear(n, block.qkv, backend=backend).split(sizes, dim=-1)
+        else:
+            *adapter, grads = lora
+            about = {"slots": slots, "sizes": sizes, "grads": grads, "backend": backend}
+            if by_kernel:
+                tables = (*rotary, block.gain)
+                return lora_attention(n, block.qkv, *adapter, *tables, head_dim=head_dim, tail=tail, **about)
+            parts = lora_qkv(n, block.qkv, *adapter, **about)
+        q, k, v = (part.unflatten(-1, (-1, head_dim)) for part in parts)
+        q, k = norm_rotary(q, k, *rotary, block.gain, backend=backend)
+        if by_kernel:
+            return causal_attention(q, k, v, tail, backend=backend).flatten(2)
+        return causal_attention_ref(q, k, v, self.model.attention)[:, -tail:].flatten(2)
 
 
 class Adapters(NamedTuple):

@@ -43,11 +43,12 @@ def pick_config(dtype: torch.dtype) -> LoraHeadNllConfig:
     those of the two sweeps are of an arithmetic with seven more instructions a logit.
     """
     if dtype == torch.float32:
-        # Not tuned: small enough that nothing spills at rank 16.
+        # Not tuned: small enough that nothing spills at rank 16. The sum over the vocabulary is made of blocks of 16,
+        # each formed by itself: with 32, dh's error was 1.12 times PyTorch's at V=77, D=80 (NVIDIA H100).
         return LoraHeadNllConfig(
             sweep=Tile(32, 64, 32, 4, 2),
             score=Tile(32, 64, 32, 4, 2),
-            hidden=Tile(32, 64, 32, 4, 2),
+            hidden=Tile(32, 64, 16, 4, 2),
             adapter=Tile(64, 0, 32, 4, 2),
         )
     return LoraHeadNllConfig(

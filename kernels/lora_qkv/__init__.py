@@ -4,20 +4,27 @@
 
     dx = dY W + sum_p t_p A_p      t_p = dY_p B_p      dA_p = t_p^T x      dB_p = dY_p^T (x A_p^T)      no dW
 
+`lora_qkv_rope` goes on from the fp32 sums, head by head of q and k (z the rotation of n by the tables):
+
+    n = y / rms(y)                 z = rotated n             q = gain[h] z                       k = z
+    dy = rstd gain[h] (dz - z' mean(dz z') / gain[h]^2) rotated back,  z' = gain[h] z what left, dz its gradient
+
 x [B, S, D]; weight [Nq+Nk+Nv, D], the three projections stacked; lora_a [slots, 3, R, D]; lora_b [slots, Nq+Nk+Nv, R];
-q, k, v [B, S, N_p]. Low-rank adaptation: Hu et al. 2021. Sums are fp32; x A^T and t are rounded to x's dtype before
-they are multiplied again, as PyTorch's products round them; dA and dB leave in the adapters' dtype.
+q, k, v [B, S, N_p]. Low-rank adaptation: Hu et al. 2021; rotation: Su et al. 2021. Sums are fp32; x A^T and t are
+rounded to x's dtype before they are multiplied again, as PyTorch's products round them; q, k and v are rounded once, at
+the end; dA and dB leave in the adapters' dtype. Kept for the backward: x A^T, and 1 / rms of each head.
 
 FLOPs, N = Nq+Nk+Nv: forward 2 B S (D N + R (3D + N)); backward 2 B S (D N + 2 R (3D + N)). Bytes of the forward: x, W
 and the outputs once, 3% more for x A^T; of the backward: dY twice (for dx and for dB), x, dx and t once, t once more.
 
-Launches, one file each way. Forward: the adapters of the batch are gathered, rounded and padded for the tensor cores,
-then one launch makes q, k and v. Backward: dx and t; beside them, on a second stream, dB; then dA. Every sum is made by
-one program in a fixed order, without atomics: the same bits in every run, and a document's bits do not depend on its
-batch mates. Ranks up to 64, D and sizes multiples of 16, any S; tuned for ranks up to 16 in 16 bits.
+Launches, one file each way. Forward: one; adapters of another dtype than x's are gathered, rounded and padded before
+it. Backward: dx and t; beside them, on a second stream, dB; then dA; one before them for the heads of q and k. Every
+sum is made by one program in a fixed order, without atomics: the same bits in every run, and a document's bits do not
+depend on its batch mates. Ranks up to 64, D and sizes multiples of 16, any S; tuned for ranks up to 16 in 16 bits.
 """
 
 from .op import check_slots, lora_qkv
-from .reference import lora_qkv_ref
+from .reference import lora_qkv_ref, lora_qkv_rope_ref
+from .rope import lora_qkv_rope
 
-__all__ = ["check_slots", "lora_qkv", "lora_qkv_ref"]
+__all__ = ["check_slots", "lora_qkv", "lora_qkv_ref", "lora_qkv_rope", "lora_qkv_rope_ref"]

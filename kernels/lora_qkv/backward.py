@@ -10,19 +10,19 @@ import triton.language as tl
 from torch import Tensor
 
 from ..dot import multiply_add
-from .tiles import padded_rank, programs, stacked_rank, store_tile, tiled
+from .adapters import Adapters
+from .tiles import PIECES, cleared, padded_rank, programs, stacked_rank, store_tile, tiled
 
 
 @dataclass(frozen=True)
 class BackwardConfig:
-    """Tile of a dx step: block_m tokens x block_d of D, block_n outputs, and the pieces in which it leaves; of dB: db_n
-    outputs, db_s tokens a step; of dA: da_d of D, da_s tokens a step.
+    """Tile of a dx step: block_m tokens x block_d of D, block_n outputs; of dB: db_n outputs, db_s tokens a step; of
+    dA: da_d of D, da_s tokens a step.
     """
 
     block_m: int
     block_d: int
     block_n: int
-    pieces: int
     warps: int
     stages: int
     db_n: int
@@ -38,31 +38,34 @@ class BackwardConfig:
 def pick_backward_config(dtype: torch.dtype, rank: int) -> BackwardConfig:
     block_m = 64 if stacked_rank(rank) > 64 else 128  # t is [block_m, stacked_rank] in registers
     if dtype == torch.float32:
-        return BackwardConfig(block_m // 4, 64, 16, 1, 4, 2, 64, 16, 8, 2, 32, 16, 8, 2)
+        return BackwardConfig(block_m // 4, 64, 16, 4, 2, 64, 16, 8, 2, 32, 16, 8, 2)
     if padded_rank(rank) > 16:
-        return BackwardConfig(block_m, 128, 64, 1, 8, 2, 64, 64, 4, 3, 64, 64, 8, 3)
-    # NVIDIA H200, 65536 tokens of the seed's sizes. dx: 0.119 ms alone. dB: 0.036 ms alone; its blocks are small enough
-    # (31 KB) to fit beside dx's (193 KB, so 4 pieces) on a multiprocessor: both together 0.134 ms. dA: 0.021 ms.
-    return BackwardConfig(128, 256, 64, 4, 8, 3, 64, 64, 4, 3, 128, 64, 4, 4)
+        return BackwardConfig(block_m, 128, 64, 8, 2, 64, 64, 4, 3, 64, 64, 8, 3)
+    # NVIDIA H100, 65536 tokens of the seed's sizes, each alone: dx 0.121 ms (a form with 202 KB), dB 0.055, dA 0.029.
+    # dB's blocks (15 KB) fit beside dx's (194 KB, 190 registers) on a multiprocessor: all three took 0.172 ms with a dx
+    # of that size, 0.177 with dB in steps of 64 tokens, and 0.18 - 0.24 beside 202 KB.
+    return BackwardConfig(128, 256, 64, 8, 3, 64, 32, 4, 3, 128, 64, 4, 4)
 
 
-@triton.jit(do_not_specialize=["S", "TILES"])
+@triton.jit(do_not_specialize=["S", "TILES", "COUNT"])
 def _dx_kernel(
-    q_d, k_d, v_d, w_d, a_ptr, b_d, dx_d, t_ptr, S, TILES,
-    NQ: tl.constexpr, NK: tl.constexpr, NV: tl.constexpr, D: tl.constexpr, RT: tl.constexpr, BM: tl.constexpr,
-    BD: tl.constexpr, BN: tl.constexpr, PIECES: tl.constexpr, WITH_DX: tl.constexpr,
+    q_d, k_d, v_d, w_d, a_ptr, b_d, slots_ptr, dx_d, t_ptr, a_stride, S, TILES, COUNT,
+    NQ: tl.constexpr, NK: tl.constexpr, NV: tl.constexpr, D: tl.constexpr, R: tl.constexpr, RT: tl.constexpr,
+    BM: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, PACKED: tl.constexpr, WITH_DX: tl.constexpr,
 ):  # fmt: skip
     """A program walks tiles [BM tokens, BD of D] like the forward's; a step takes BN outputs of q, k or v where they
-    lie, without joining them. The tile of the first BD stores t, rounded to x's dtype.
+    lie, without joining them. The tile of the first BD stores t [.., RT], projections side by side, rounded to x's
+    dtype: a row of B, if not packed so, is read from as far left of it as its projection's place is, zeros there.
     """
     CQ: tl.constexpr = (NQ + BN - 1) // BN
     CK: tl.constexpr = (NK + BN - 1) // BN
     CV: tl.constexpr = (NV + BN - 1) // BN
     STEPS: tl.constexpr = CQ + CK + CV
     TD: tl.constexpr = (D + BD - 1) // BD if WITH_DX else 1
+    DTYPE: tl.constexpr = a_ptr.dtype.element_ty
     across = tl.cdiv(S, BM)
     tile = tl.program_id(0) - tl.num_programs(0)
-    b, s, d = 0, 0, 0
+    b, s, d, slot = 0, 0, 0, 0
     step = STEPS - 1
     dx = tl.zeros((BM, BD), tl.float32)
     t = tl.zeros((BM, RT), tl.float32)
@@ -72,28 +75,34 @@ def _dx_kernel(
             tile += tl.num_programs(0)
             row = tile // TD
             b, s, d = row // across, row % across * BM, tile % TD * BD
-        g_d, n, first = q_d, step * BN, 0
+            slot = b
+            if slots_ptr is not None:
+                slot = tl.load(slots_ptr + b).to(tl.int32)
+        g_d, n, first, place = q_d, step * BN, 0, 0
         if step >= CQ + CK:
-            g_d, n, first = v_d, (step - CQ - CK) * BN, NQ + NK
+            g_d, n, first, place = v_d, (step - CQ - CK) * BN, NQ + NK, 2 * R
         elif step >= CQ:
-            g_d, n, first = k_d, (step - CQ) * BN, NQ
+            g_d, n, first, place = k_d, (step - CQ) * BN, NQ, R
         g = g_d.load([b, s, n]).reshape(BM, BN)
-        lora_b = b_d.load([b, first + n, 0]).reshape(BN, RT)
-        t = multiply_add(g, lora_b, tl.where(step == 0, 0.0, t))  # first, for the forward's reason
+        lora_b = b_d.load([slot, first + n, 0 if PACKED else -place]).reshape(BN, RT)
+        t = multiply_add(g, lora_b, t)
         if WITH_DX:
             dx = multiply_add(g, w_d.load([first + n, d]), dx)
         if step == STEPS - 1:
             j, row_s = tl.arange(0, RT), s + tl.arange(0, BM)
-            rounded = t.to(g.dtype)
+            rounded = t.to(DTYPE)
             if WITH_DX:
                 column = d + tl.arange(0, BD)
-                a = tl.load(a_ptr + (b.to(tl.int64) * RT + j)[:, None] * D + column, (column < D)[None, :], other=0.0)
+                named = (slot >= 0) & (slot < COUNT) & (j < 3 * R)
+                a_rows = a_ptr + slot.to(tl.int64) * a_stride + j[:, None] * D + column
+                a = tl.load(a_rows, named[:, None] & (column < D)[None, :], other=0.0)
                 dx = multiply_add(rounded, a, dx)
             if d == 0:
                 tl.store(t_ptr + (b.to(tl.int64) * S + row_s)[:, None] * RT + j, rounded, (row_s < S)[:, None])
             if WITH_DX:
-                store_tile(dx_d, dx, b, s, d, BM, BD, PIECES)
-                dx = tl.zeros((BM, BD), tl.float32)
+                store_tile(dx_d, dx, b, s, d, BM, BD)
+                dx = cleared(BM, BD, DTYPE)
+            t = cleared(BM, RT, DTYPE)
 
 
 @triton.jit
@@ -194,17 +203,16 @@ def launch_backward(
     grads: tuple[Tensor, Tensor, Tensor],
     x: Tensor,
     weight: Tensor,
-    packed_a: Tensor,
-    packed_b: Tensor,
+    adapters: Adapters,
     xa: Tensor,
-    rank: int,
     slots: Tensor | None,
     dx: Tensor | None,
     da: Tensor | None,
     db: Tensor | None,
 ) -> None:
     """Writes dx, and the rows of da and db that `slots` name. dx, or da and db together, may be None."""
-    (batch, length, width), stacked, padded = x.shape, packed_a.size(1), padded_rank(rank)
+    (batch, length, width), rank = x.shape, adapters.rank
+    stacked, padded = stacked_rank(rank), padded_rank(rank)
     sizes = [grad.size(2) for grad in grads]
     config = pick_backward_config(x.dtype, rank)
     t = x.new_empty(batch, length, stacked)
@@ -212,10 +220,10 @@ def launch_backward(
     m, d, n = config.block_m, config.block_d, config.block_n
     tiles = batch * triton.cdiv(length, m) * (1 if dx is None else triton.cdiv(width, d))
     _dx_kernel[(programs(x.device, tiles),)](
-        *(tiled(grad, 1, m, n) for grad in grads), tiled(weight, n, d), packed_a, tiled(packed_b, 1, n, stacked),
-        tiled(x if dx is None else dx, 1, m, d // config.pieces), t, length, tiles,
-        *sizes, D=width, RT=stacked, BM=m, BD=d, BN=n, PIECES=config.pieces, WITH_DX=dx is not None,
-        num_warps=config.warps, num_stages=config.stages,
+        *(tiled(grad, 1, m, n) for grad in grads), tiled(weight, n, d), adapters.a, tiled(adapters.b, 1, n, stacked),
+        adapters.slots, tiled(x if dx is None else dx, 1, m, d // PIECES), t, adapters.a.stride(0), length, tiles,
+        adapters.a.size(0), *sizes, D=width, R=rank, RT=stacked, BM=m, BD=d, BN=n, PACKED=adapters.is_packed,
+        WITH_DX=dx is not None, num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
     if da is None:
         return

@@ -1,8 +1,10 @@
-"""The plain statement of the op."""
+"""The plain statements of the ops."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from ..rotary import norm_rotary_ref
 
 
 def lora_qkv_ref(
@@ -25,3 +27,21 @@ def lora_qkv_ref(
     base = F.linear(x, weight).split(sizes, dim=-1)
     outer = lora_b.to(x.dtype).split(sizes, dim=-2)
     return tuple(torch.baddbmm(b, i, o.mT) for b, i, o in zip(base, inner, outer, strict=True))
+
+
+def lora_qkv_rope_ref(
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    gain: Tensor,
+    sizes: tuple[int, int, int],
+    head_dim: int,
+    slots: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`lora_qkv_ref`, then norm, rotation and, for q, gain of each head."""
+    q, k, v = lora_qkv_ref(x, weight, lora_a, lora_b, sizes, slots)
+    q = norm_rotary_ref(q.unflatten(-1, (-1, head_dim)), cos, sin, gain).flatten(-2)
+    return q, norm_rotary_ref(k.unflatten(-1, (-1, head_dim)), cos, sin).flatten(-2), v

@@ -1,4 +1,4 @@
-"""What the launches share: descriptors, the number of programs, and how a tile is multiplied and stored."""
+"""What the launches share: descriptors, the number of programs, and how a tile is cleared, cut and stored."""
 
 from functools import cache
 
@@ -7,6 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
+
+PIECES = 8
+"""Pieces, side by side, in which a tile leaves: shared memory for one of them is enough."""
 
 
 def tiled(tensor: Tensor, *block: int) -> TensorDescriptor:
@@ -35,27 +38,47 @@ def stacked_rank(rank: int) -> int:
 
 
 @triton.jit
-def _halves(tile, M: tl.constexpr, N: tl.constexpr):
+def cleared(M: tl.constexpr, N: tl.constexpr, dtype: tl.constexpr):
+    """Zeros [M, N] in fp32 for the sums of the next tile.
+
+    In 16 bits a matrix instruction writes them. Where other instructions write a register that matrix instructions add
+    to over the edge of the loop, ptxas makes all of them wait for one another.
+    """
+    if dtype == tl.float32:
+        return tl.zeros((M, N), tl.float32)
+    else:
+        return tl.dot(tl.zeros((M, 16), dtype), tl.zeros((16, N), dtype))
+
+
+@triton.jit
+def halves(tile, M: tl.constexpr, N: tl.constexpr):
+    """The left and the right half of `tile` [M, N]."""
     return tl.split(tile.reshape(M, 2, N // 2).permute(0, 2, 1))
 
 
 @triton.jit
-def _store(out_d, tile, b, s, n, M: tl.constexpr, N: tl.constexpr):
-    out_d.store([b, s, n], tile.to(out_d.dtype).reshape(1, M, N))
+def eighths(tile, M: tl.constexpr, N: tl.constexpr):
+    """The PIECES of `tile` [M, N], from left to right."""
+    left, right = halves(tile, M, N)
+    a, b = halves(left, M, N // 2)
+    c, d = halves(right, M, N // 2)
+    a0, a1 = halves(a, M, N // 4)
+    b0, b1 = halves(b, M, N // 4)
+    c0, c1 = halves(c, M, N // 4)
+    d0, d1 = halves(d, M, N // 4)
+    return a0, a1, b0, b1, c0, c1, d0, d1
 
 
 @triton.jit
-def store_tile(out_d, tile, b, s, n, M: tl.constexpr, N: tl.constexpr, PIECES: tl.constexpr):
-    """Rounds `tile` [M, N] and stores it whole or in 4 pieces side by side: less shared memory at a time."""
-    if PIECES == 1:
-        _store(out_d, tile, b, s, n, M, N)
-    else:
-        half: tl.constexpr = N // 2
-        quarter: tl.constexpr = N // 4
-        left, right = _halves(tile, M, N)
-        first, second = _halves(left, M, half)
-        _store(out_d, first, b, s, n, M, quarter)
-        _store(out_d, second, b, s, n + quarter, M, quarter)
-        third, fourth = _halves(right, M, half)
-        _store(out_d, third, b, s, n + half, M, quarter)
-        _store(out_d, fourth, b, s, n + half + quarter, M, quarter)
+def store_tile(out_d, tile, b, s, n, M: tl.constexpr, N: tl.constexpr):
+    """Rounds `tile` [M, N] and stores it piece by piece."""
+    W: tl.constexpr = N // 8
+    p0, p1, p2, p3, p4, p5, p6, p7 = eighths(tile.to(out_d.dtype), M, N)
+    out_d.store([b, s, n], p0.reshape(1, M, W))
+    out_d.store([b, s, n + W], p1.reshape(1, M, W))
+    out_d.store([b, s, n + 2 * W], p2.reshape(1, M, W))
+    out_d.store([b, s, n + 3 * W], p3.reshape(1, M, W))
+    out_d.store([b, s, n + 4 * W], p4.reshape(1, M, W))
+    out_d.store([b, s, n + 5 * W], p5.reshape(1, M, W))
+    out_d.store([b, s, n + 6 * W], p6.reshape(1, M, W))
+    out_d.store([b, s, n + 7 * W], p7.reshape(1, M, W))

@@ -1,0 +1,170 @@
+"""Causal attention from the normed stream, with one LoRA adapter a document: projections, norms, rotation, attention.
+
+    q, k, v = lora_qkv_rope(x, ...)          each head of q and k normed, rotated, q's times its gain
+    out     = causal_attention(q, k, v)      out [B, T, H d] of the last T = `tail` tokens, or of all
+
+What the two ops do in turn, with two launches less on the way back: attention's backward ends in the gradients of the
+projections, so that nothing stands between it and lora_qkv's backward. x [B, S, D]; weight [(H + 2 G) d, D]; lora_a
+[slots, 3, R, D]; lora_b [slots, (H + 2 G) d, R]; cos, sin [S, d/2] and gain [H] fp32 without a gradient. Dtypes, sums,
+FLOPs, bytes and the promise of the same bits in every run and every batch are those of the two ops. It saves 4 (H + G)
+d numbers a token read or written in the backward, and their rounding.
+
+Refused: what either op refuses.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .attention import HEAD_DIMS, causal_attention_ref
+from .attention.backward import Rotary as Projected
+from .attention.backward import launch_backward as attention_backward
+from .attention.forward import launch_forward as attention_forward
+from .lora_qkv.forward import launch_forward
+from .lora_qkv.heads import Rotary
+from .lora_qkv.op import adapters_and_packed, aligned, fake_outputs, fake_packed, gradients, saved
+from .lora_qkv.reference import lora_qkv_rope_ref
+from .lora_qkv.rope import validate_heads
+from .lora_qkv.validate import validate
+
+
+def lora_attention_ref(
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    gain: Tensor,
+    sizes: tuple[int, int, int],
+    head_dim: int,
+    slots: Tensor | None = None,
+    tail: int | None = None,
+    attention: str = "math",
+) -> Tensor:
+    """The two plain statements in turn; `attention` is the backend of the second."""
+    projected = lora_qkv_rope_ref(x, weight, lora_a, lora_b, cos, sin, gain, sizes, head_dim, slots)
+    out = causal_attention_ref(*(part.unflatten(-1, (-1, head_dim)) for part in projected), attention)
+    return out.flatten(2)[:, x.size(1) - (x.size(1) if tail is None else tail) :]
+
+
+def lora_attention(
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    gain: Tensor,
+    slots: Tensor | None = None,
+    sizes: Sequence[int] | None = None,
+    *,
+    head_dim: int,
+    tail: int | None = None,
+    grads: tuple[Tensor, Tensor] | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """out [B, T, Nq] of x [B, S, D]; arguments are those of `lora_qkv_rope`, and `tail`, the T last tokens wanted.
+
+    Gradients flow to x, lora_a and lora_b. head_dim is one that both ops take: 16, 32, 64 or, in 16 bits with ranks up
+    to 16, 128. `backend` is "reference" or "triton"; left out, CPU tensors take the reference. ValueError on anything
+    that either op refuses.
+    """
+    backend, sizes, slots = validate(x, weight, lora_a, lora_b, slots, sizes, grads, backend)
+    validate_heads(x, lora_a, cos, sin, gain, sizes, head_dim, backend)
+    if sizes[1] != sizes[2] or sizes[0] % sizes[1]:
+        raise ValueError(f"sizes is {tuple(sizes)}; wanted as many heads of v as of k, and a multiple of them of q")
+    tail = x.size(1) if tail is None else tail
+    if not 0 <= tail <= x.size(1):
+        raise ValueError(f"tail is {tail}; allowed: 0 to S, {x.size(1)}")
+    if backend == "reference":
+        return lora_attention_ref(x, weight, lora_a, lora_b, cos, sin, gain, tuple(sizes), head_dim, slots, tail)
+    if head_dim not in HEAD_DIMS:
+        raise ValueError(f"head_dim is {head_dim}; the kernel wants one of {', '.join(map(str, HEAD_DIMS))}")
+    tables = (table.contiguous() for table in (cos, sin, gain))
+    return _op(x, weight, lora_a, lora_b, *tables, slots, sizes, head_dim, tail, *(grads or (None, None)))[0]
+
+
+@torch.library.custom_op("klora::lora_attention", mutates_args=())
+def _op(
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    gain: Tensor,
+    slots: Tensor | None,
+    sizes: list[int],
+    head_dim: int,
+    tail: int,
+    grad_a: Tensor | None,
+    grad_b: Tensor | None,
+) -> list[Tensor]:
+    """out, and what the backward wants: logsumexp, q, k, v, xa, packed adapters, 1 / rms of the heads of q and k."""
+    adapters, packed = adapters_and_packed(x, lora_a, lora_b, slots, sizes)
+    made = launch_forward(aligned(x), aligned(weight), adapters, sizes, Rotary(cos, sin, gain, head_dim))
+    out, lse = attention_forward(*_heads(made[:3], head_dim), tail)
+    return [out.flatten(2), lse, *made[:4], *packed, made.rstd_q, made.rstd_k]
+
+
+@_op.register_fake
+def _(x, weight, lora_a, lora_b, cos, sin, gain, slots, sizes, head_dim, tail, grad_a, grad_b):
+    out = x.new_empty(x.size(0), tail, sizes[0])
+    lse = cos.new_empty(x.size(0), sizes[0] // head_dim, tail)
+    rstds = (cos.new_empty(*x.shape[:2], size // head_dim) for size in sizes[:2])
+    return [out, lse, *fake_outputs(x, sizes, lora_a.size(2)), *fake_packed(x, weight, lora_a), *rstds]
+
+
+@torch.library.custom_op("klora::lora_attention_backward", mutates_args=())
+def _backward_op(
+    dout: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    gain: Tensor,
+    rstd_q: Tensor,
+    rstd_k: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of the three projections."""
+    if not dout.numel():
+        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    head_dim = 2 * cos.size(1)
+    dout, out = _heads((aligned(dout), out), head_dim)
+    projected = Projected(cos, sin, gain, rstd_q, rstd_k)
+    douts = attention_backward(dout, *_heads((q, k, v), head_dim), out, lse, projected)
+    return tuple(dout.flatten(2) for dout in douts)
+
+
+@_backward_op.register_fake
+def _(dout, out, lse, q, k, v, cos, sin, gain, rstd_q, rstd_k):
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
+def _setup(ctx, inputs, output):
+    x, weight, lora_a, lora_b, cos, sin, gain, slots, sizes, _, _, grad_a, grad_b = inputs
+    out, lse, q, k, v, xa, packed_a, packed_b, rstd_q, rstd_k = output
+    attended = out, lse, q, k, v, cos, sin, gain, rstd_q, rstd_k
+    ctx.save_for_backward(*saved(x, weight, lora_a, lora_b, slots, xa, packed_a, packed_b), *attended)
+    ctx.lora = lora_a.size(0), lora_a.size(2), lora_a.dtype
+    ctx.grads = grad_a, grad_b
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, douts):
+    if douts[0] is None:
+        return (None,) * 13
+    return *gradients(ctx, _backward_op(douts[0], *ctx.saved_tensors[6:])), *(None,) * 9
+
+
+_op.register_autograd(_backward, setup_context=_setup)
+
+
+def _heads(tensors: Sequence[Tensor], head_dim: int) -> list[Tensor]:
+    return [tensor.unflatten(-1, (-1, head_dim)) for tensor in tensors]

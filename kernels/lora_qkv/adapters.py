@@ -1,0 +1,94 @@
+"""The adapters of a batch as the kernels read them: where they lie, or rounded and padded copies."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .tiles import stacked_rank
+
+
+class Adapters(NamedTuple):
+    """a [count, 3R, D] and b [count, N, R] of x's dtype, as they were given; `slots` [B] names each document's, or is
+    None where document b has adapter b.
+
+    Where they had to be copied, one for each document: b is [B, N, RT], a row's R numbers at the place of its
+    projection and zeros elsewhere.
+    """
+
+    a: Tensor
+    b: Tensor
+    rank: int
+    slots: Tensor | None
+
+    @property
+    def is_packed(self) -> bool:
+        return self.b.size(2) != self.rank
+
+
+def adapters_of(
+    lora_a: Tensor, lora_b: Tensor, slots: Tensor | None, batch: int, sizes: Sequence[int], dtype: torch.dtype
+) -> Adapters:
+    """Those of a batch of documents, in place where the kernels can read them: of this dtype, on 16 bytes."""
+    if lora_a.dtype == dtype and _is_readable(lora_a) and _is_readable(lora_b):
+        return Adapters(lora_a.flatten(1, 2), lora_b, lora_a.size(2), slots)
+    return packed_adapters(*launch_pack(lora_a, lora_b, slots, batch, sizes, dtype), lora_a.size(2))
+
+
+def packed_adapters(packed_a: Tensor, packed_b: Tensor, rank: int) -> Adapters:
+    """Those that :func:`launch_pack` made."""
+    return Adapters(packed_a, packed_b, rank, None)
+
+
+def _is_readable(lora: Tensor) -> bool:
+    """Whether there is a slot, each is contiguous, and every row and slot starts on 16 bytes."""
+    starts = [lora.data_ptr(), lora.stride(0) * lora.itemsize, lora.size(-1) * lora.itemsize]
+    return lora.size(0) > 0 and lora[0].is_contiguous() and lora.stride(0) > 0 and not any(s % 16 for s in starts)
+
+
+PACK = 4096
+"""Numbers that a program of the packing launch rounds."""
+
+
+@triton.jit
+def _pack_kernel(
+    a_ptr, b_ptr, packed_a_ptr, packed_b_ptr, slots_ptr, a_stride, b_stride, count, A, N,
+    NQ: tl.constexpr, NK: tl.constexpr, R: tl.constexpr, RT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Program (block, b): BLOCK of the A numbers of document b's A, then of the N RT of its B; zeros without one."""
+    block, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    slot = b
+    if slots_ptr is not None:
+        slot = tl.load(slots_ptr + b).to(tl.int64)
+    named = (slot >= 0) & (slot < count)
+    blocks = tl.cdiv(A, BLOCK)
+    if block < blocks:
+        i = block * BLOCK + tl.arange(0, BLOCK)
+        a = tl.load(a_ptr + slot * a_stride + i, named & (i < A), other=0.0)
+        tl.store(packed_a_ptr + b * A + i, a, i < A)
+    else:
+        i = (block - blocks) * BLOCK + tl.arange(0, BLOCK)
+        n = i // RT
+        r = i % RT - ((n >= NQ).to(tl.int32) + (n >= NQ + NK).to(tl.int32)) * R
+        lora_b = tl.load(b_ptr + slot * b_stride + n * R + r, named & (n < N) & (r >= 0) & (r < R), other=0.0)
+        tl.store(packed_b_ptr + b * N * RT + i, lora_b, n < N)
+
+
+def launch_pack(
+    lora_a: Tensor, lora_b: Tensor, slots: Tensor | None, batch: int, sizes: Sequence[int], dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """A of the batch's documents [B, 3R, D] and B [B, N, RT], rounded to `dtype`."""
+    lora_a, lora_b = (lora if lora[:1].is_contiguous() else lora.contiguous() for lora in (lora_a, lora_b))
+    rank, rows, stacked = lora_a.size(2), lora_b.size(1), stacked_rank(lora_a.size(2))
+    numbers = 3 * rank * lora_a.size(3)
+    packed_a = torch.empty(batch, 3 * rank, lora_a.size(3), device=lora_a.device, dtype=dtype)
+    packed_b = torch.empty(batch, rows, stacked, device=lora_a.device, dtype=dtype)
+    if batch:
+        _pack_kernel[(triton.cdiv(numbers, PACK) + triton.cdiv(rows * stacked, PACK), batch)](
+            lora_a, lora_b, packed_a, packed_b, slots, lora_a.stride(0), lora_b.stride(0), lora_a.size(0),
+            numbers, rows, NQ=sizes[0], NK=sizes[1], R=rank, RT=stacked, BLOCK=PACK, num_warps=8,
+        )  # fmt: skip
+    return packed_a, packed_b

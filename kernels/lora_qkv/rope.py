@@ -1,0 +1,196 @@
+"""The projections with QK norm, rotation and gain in the same launch, and the way back through them."""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .forward import launch_forward, pick_forward_config
+from .heads import Rotary
+from .op import adapters_and_packed, aligned, fake_outputs, fake_packed, gradients, saved
+from .reference import lora_qkv_rope_ref
+from .validate import validate
+
+TOKENS = 64
+"""Tokens of one head that a program takes back."""
+
+
+@triton.jit
+def _turned_back(
+    dout_ptr, out_ptr, rstd_ptr, dx_ptr, gain, cos, sin, at, inside, rstd_at, stride_b, stride_s, b, token, head,
+    D: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
+    column = tl.arange(0, HALF)
+    dout_at = b.to(tl.int64) * stride_b + token.to(tl.int64) * stride_s + head * D
+    dout_ptr += dout_at[:, None] + column
+    dleft = tl.load(dout_ptr, inside[:, None], other=0.0).to(tl.float32)
+    dright = tl.load(dout_ptr + HALF, inside[:, None], other=0.0).to(tl.float32)
+    left = tl.load(out_ptr + at, inside[:, None], other=0.0).to(tl.float32)
+    right = tl.load(out_ptr + HALF + at, inside[:, None], other=0.0).to(tl.float32)
+    # A rotation keeps the sum over a head: it can be taken before the way back. A gain of 0 lets no gradient through.
+    share = tl.sum(dleft * left + dright * right, 1) * (1.0 / D) * tl.where(gain == 0.0, 0.0, 1.0 / (gain * gain))
+    dleft, dright = dleft - left * share[:, None], dright - right * share[:, None]
+    factor = (tl.load(rstd_ptr + rstd_at, inside, other=0.0) * gain)[:, None]
+    dtype = dx_ptr.dtype.element_ty
+    tl.store(dx_ptr + at, ((dleft * cos + dright * sin) * factor).to(dtype), inside[:, None])
+    tl.store(dx_ptr + HALF + at, ((dright * cos - dleft * sin) * factor).to(dtype), inside[:, None])
+
+
+@triton.jit(do_not_specialize=["S"])
+def _heads_backward_kernel(
+    dq_out_ptr, dk_out_ptr, q_ptr, k_ptr, rstd_q_ptr, rstd_k_ptr, cos_ptr, sin_ptr, gain_ptr, dq_ptr, dk_ptr,
+    q_stride_b, q_stride_s, k_stride_b, k_stride_s, S,
+    H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, TOKENS: tl.constexpr,
+):  # fmt: skip
+    """Program (block of tokens, head of q and then of k, document): the gradient before norm, rotation and gain.
+
+    With z = gain n rotated, all that is kept of a head: dx = rstd gain (dz - z mean(dz z) / gain^2) rotated back.
+    """
+    HALF: tl.constexpr = D // 2
+    token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    head, b = tl.program_id(1), tl.program_id(2)
+    inside = token < S
+    table = token[:, None] * HALF + tl.arange(0, HALF)
+    cos = tl.load(cos_ptr + table, inside[:, None], other=0.0)
+    sin = tl.load(sin_ptr + table, inside[:, None], other=0.0)
+    row = b.to(tl.int64) * S + token
+    if head < H:
+        gain = tl.load(gain_ptr + head)
+        at = row[:, None] * (H * D) + head * D + tl.arange(0, HALF)
+        _turned_back(
+            dq_out_ptr, q_ptr, rstd_q_ptr, dq_ptr, gain, cos, sin, at, inside, row * H + head, q_stride_b, q_stride_s,
+            b, token, head, D, HALF,
+        )  # fmt: skip
+    else:
+        head -= H
+        at = row[:, None] * (G * D) + head * D + tl.arange(0, HALF)
+        _turned_back(
+            dk_out_ptr, k_ptr, rstd_k_ptr, dk_ptr, 1.0, cos, sin, at, inside, row * G + head, k_stride_b, k_stride_s,
+            b, token, head, D, HALF,
+        )  # fmt: skip
+
+
+def lora_qkv_rope(
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    gain: Tensor,
+    slots: Tensor | None = None,
+    sizes: Sequence[int] | None = None,
+    *,
+    head_dim: int,
+    grads: tuple[Tensor, Tensor] | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v as of :func:`lora_qkv`; each head of q and k is normed to rms 1, rotated, and q's times its gain.
+
+    cos and sin [S, head_dim/2] and gain [Nq/head_dim] are fp32 and get no gradient. The head is a row's head_dim
+    neighbours, whose halves rotate into each other (as in `norm_rotary`). Sums are fp32 until the one rounding at the
+    end. In the kernel head_dim is a power of two up to 128; up to 64 in fp32 and for ranks above 16. All else is as of
+    :func:`lora_qkv`.
+    """
+    backend, sizes, slots = validate(x, weight, lora_a, lora_b, slots, sizes, grads, backend)
+    validate_heads(x, lora_a, cos, sin, gain, sizes, head_dim, backend)
+    if backend == "reference":
+        return lora_qkv_rope_ref(x, weight, lora_a, lora_b, cos, sin, gain, tuple(sizes), head_dim, slots)
+    tables = (table.contiguous() for table in (cos, sin, gain))
+    return _op(x, weight, lora_a, lora_b, *tables, slots, sizes, head_dim, *(grads or (None, None)))[:3]
+
+
+@torch.library.custom_op("klora::lora_qkv_rope", mutates_args=())
+def _op(
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    gain: Tensor,
+    slots: Tensor | None,
+    sizes: list[int],
+    head_dim: int,
+    grad_a: Tensor | None,
+    grad_b: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """q, k, v, and what the backward wants: xa, packed adapters, 1 / rms of the heads of q and k."""
+    adapters, packed = adapters_and_packed(x, lora_a, lora_b, slots, sizes)
+    made = launch_forward(aligned(x), aligned(weight), adapters, sizes, Rotary(cos, sin, gain, head_dim))
+    return *made[:4], *packed, made.rstd_q, made.rstd_k
+
+
+@_op.register_fake
+def _(x, weight, lora_a, lora_b, cos, sin, gain, slots, sizes, head_dim, grad_a, grad_b):
+    rstds = (cos.new_empty(*x.shape[:2], size // head_dim) for size in sizes[:2])
+    return *fake_outputs(x, sizes, lora_a.size(2)), *fake_packed(x, weight, lora_a), *rstds
+
+
+@torch.library.custom_op("klora::lora_qkv_rope_heads_backward", mutates_args=())
+def _heads_backward_op(
+    dq: Tensor,
+    dk: Tensor,
+    q: Tensor,
+    k: Tensor,
+    rstd_q: Tensor,
+    rstd_k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    gain: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """The gradients of q and k before norm, rotation and gain."""
+    heads, groups, head_dim = rstd_q.size(2), rstd_k.size(2), 2 * cos.size(1)
+    outs = torch.empty_like(q), torch.empty_like(k)
+    if q.numel():
+        dq, dk = (dout if dout.stride(2) == 1 else dout.contiguous() for dout in (dq, dk))
+        _heads_backward_kernel[(triton.cdiv(q.size(1), TOKENS), heads + groups, q.size(0))](
+            dq, dk, q, k, rstd_q, rstd_k, cos, sin, gain, *outs, *dq.stride()[:2], *dk.stride()[:2], q.size(1),
+            H=heads, G=groups, D=head_dim, TOKENS=TOKENS, num_warps=4,
+        )  # fmt: skip
+    return outs
+
+
+@_heads_backward_op.register_fake
+def _(dq, dk, q, k, rstd_q, rstd_k, cos, sin, gain):
+    return torch.empty_like(q), torch.empty_like(k)
+
+
+def _setup(ctx, inputs, output):
+    x, weight, lora_a, lora_b, cos, sin, gain, slots, sizes, _, grad_a, grad_b = inputs
+    q, k, _, xa, packed_a, packed_b, rstd_q, rstd_k = output
+    heads = q, k, rstd_q, rstd_k, cos, sin, gain
+    ctx.save_for_backward(*saved(x, weight, lora_a, lora_b, slots, xa, packed_a, packed_b), *heads)
+    ctx.lora = lora_a.size(0), lora_a.size(2), lora_a.dtype
+    ctx.grads, ctx.sizes = (grad_a, grad_b), sizes
+    ctx.mark_non_differentiable(*output[3:])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, *douts):
+    x, heads = ctx.saved_tensors[0], ctx.saved_tensors[6:]
+    dq, dk, dv = (x.new_zeros(*x.shape[:2], n) if d is None else d for d, n in zip(douts[:3], ctx.sizes, strict=True))
+    return *gradients(ctx, (*_heads_backward_op(dq, dk, *heads), dv)), *(None,) * 8
+
+
+_op.register_autograd(_backward, setup_context=_setup)
+
+
+def validate_heads(x, lora_a, cos, sin, gain, sizes, head_dim, backend) -> None:
+    """Raises ValueError on heads and tables that the backend does not take."""
+    if head_dim < 2 or head_dim % 2 or any(size % head_dim for size in sizes[:2]):
+        raise ValueError(f"head_dim is {head_dim} and sizes {tuple(sizes)}; wanted an even divisor of the first two")
+    for name, tensor, shape in (
+        ("cos", cos, [x.size(1), head_dim // 2]),
+        ("sin", sin, [x.size(1), head_dim // 2]),
+        ("gain", gain, [sizes[0] // head_dim]),
+    ):
+        if list(tensor.shape) != shape or tensor.device != x.device:
+            raise ValueError(f"{name} is {list(tensor.shape)} on {tensor.device}; wanted {shape} on {x.device}")
+        if backend == "triton" and tensor.dtype != torch.float32:
+            raise ValueError(f"{name} is {tensor.dtype}; the kernel wants float32")
+    widest = pick_forward_config(x.dtype, lora_a.size(2)).widest_head
+    if backend == "triton" and (head_dim & (head_dim - 1) or head_dim > widest):
+        raise ValueError(f"head_dim is {head_dim}; the kernel wants a power of two up to {widest}")

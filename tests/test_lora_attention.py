@@ -1,0 +1,139 @@
+"""lora_attention: two ops in one, with the gradients of both and nothing of the batch in a document's bits."""
+
+import pytest
+import torch
+from klora.kernels import lora_attention, lora_attention_ref
+from test_lora_qkv_rope import CUDA, DEVICE, doubled, draw, empty_is_nan
+
+NAMES = ("out", "dx", "dA", "dB")
+SIZES = {"sizes": (64, 32, 32), "head_dim": 16}
+__all__ = ["empty_is_nan"]
+"""A fixture of that file, used by every test here."""
+
+
+def drawn(length=37, tail=None, dtype=torch.float32, **more):
+    call, _ = draw(length=length, dtype=dtype, **{**SIZES, **more})
+    tail = length if tail is None else tail
+    dout = torch.randn(call["x"].size(0), tail, call["sizes"][0], generator=torch.Generator().manual_seed(3))
+    return {**call, "tail": tail}, dout.to(DEVICE, dtype)
+
+
+def run(call, dout, backend="triton", **more):
+    """out and the gradients of x, lora_a and lora_b."""
+    leaves = {name: call[name].detach().requires_grad_() for name in ("x", "lora_a", "lora_b")}
+    out = lora_attention(**{**call, **leaves}, backend=backend, **more)
+    return out.detach(), *torch.autograd.grad(out, list(leaves.values()), dout)
+
+
+def error(some, exact):
+    return ((some.double() - exact).norm() / exact.norm().clamp(min=1e-30)).item()
+
+
+@pytest.mark.parametrize("length, tail", [(1, None), (37, None), (70, 16), (33, 32), (20, 0)])
+@pytest.mark.parametrize("slots", [None, [1, -1]])
+def test_outputs_and_gradients_are_as_exact_as_pytorchs(length, tail, slots):
+    call, dout = drawn(length, tail, slots=slots, count=2)
+    exact = run(doubled(call), dout.double(), "reference")
+    ours, theirs = run(call, dout), run(call, dout, "reference")
+    for name, mine, plain, true in zip(NAMES, ours, theirs, exact, strict=True):
+        assert mine.shape == plain.shape and mine.dtype == plain.dtype
+        # p comes from the logsumexp, which costs fp32 gradients up to half as much error again
+        assert error(mine, true) <= 1.6 * error(plain, true) + 1e-7, name
+
+
+def test_gradients_go_into_a_pool_where_one_is_given():
+    call, dout = drawn(slots=[2, 0], count=4)
+    _, _, da, db = run(call, dout)
+    grads = torch.full_like(call["lora_a"], 7.0), torch.full_like(call["lora_b"], 7.0)
+    x = call["x"].detach().requires_grad_()
+    out = lora_attention(**{**call, "x": x}, grads=grads, backend="triton")
+    out.backward(dout)
+    for into, gradient in zip(grads, (da, db), strict=True):
+        assert torch.equal(into[[0, 2]], gradient[[0, 2]]) and (into[[1, 3]] == 7.0).all()
+
+
+def test_what_it_does_not_take_is_refused():
+    call, _ = drawn()
+    with pytest.raises(ValueError, match=r"tail is 38; allowed: 0 to S, 37"):
+        lora_attention(**{**call, "tail": 38})
+    with pytest.raises(ValueError, match=r"sizes is \(64, 32, 16\); wanted as many heads of v as of k"):
+        lora_attention(**drawn(sizes=(64, 32, 16))[0])
+    with pytest.raises(ValueError, match="head_dim is 8; the kernel wants one of 16, 32, 64, 128"):
+        lora_attention(**drawn(head_dim=8)[0], backend="triton")
+
+
+def test_opcheck():
+    call, _ = drawn(length=17, slots=[1, 0], count=2)
+    leaves = [call[name].detach().requires_grad_() for name in ("x", "weight", "lora_a", "lora_b")]
+    leaves[1] = leaves[1].detach()
+    rest = (call["cos"], call["sin"], call["gain"], call["slots"], list(call["sizes"]), 16, 8, None, None)
+    torch.library.opcheck(torch.ops.klora.lora_attention.default, (*leaves, *rest))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA, reason="no CUDA GPU")
+class TestOnTheGPU:
+    SEED = {"batch": 6, "width": 512, "sizes": (512, 256, 256), "head_dim": 64}
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("length, tail", [(1000, None), (1024, 256), (255, 200)])
+    def test_outputs_and_gradients_are_no_worse_than_the_ops_in_turn(self, dtype, length, tail):
+        """PyTorch's own 16-bit path rounds between all steps; so do our ops in turn, less often."""
+        call, dout = drawn(length, tail, dtype, **self.SEED)
+        exact = run(doubled(call), dout.double(), "reference")
+        for name, mine, plain, true in zip(NAMES, run(call, dout), self.plain(call, dout), exact, strict=True):
+            assert error(mine, true) <= 1.1 * error(plain, true), name
+
+    @staticmethod
+    def plain(call, dout):
+        """The reference with softmax in the call's dtype, as PyTorch's products round it."""
+        leaves = {name: call[name].detach().requires_grad_() for name in ("x", "lora_a", "lora_b")}
+        names = ("weight", "cos", "sin", "gain")
+        from klora.kernels import lora_qkv_rope_ref
+
+        given = {name: call[name] for name in names}
+        parts = lora_qkv_rope_ref(**leaves, **given, sizes=call["sizes"], head_dim=64, slots=call["slots"])
+        q, k, v = (part.unflatten(-1, (-1, 64)).transpose(1, 2) for part in parts)
+        k, v = (part.repeat_interleave(2, 1) for part in (k, v))
+        length = q.size(2)
+        mask = torch.ones(length, length, dtype=torch.bool, device=q.device).tril()
+        p = ((q @ k.mT) / 8).masked_fill(~mask, float("-inf")).softmax(-1)
+        out = (p @ v).transpose(1, 2).flatten(2)[:, length - call["tail"] :]
+        return out.detach(), *torch.autograd.grad(out, list(leaves.values()), dout)
+
+    def test_the_same_bits_in_every_run_and_every_batch(self):
+        call, dout = drawn(1024, 256, torch.bfloat16, **self.SEED)
+        first = run(call, dout)
+        for _ in range(20):
+            assert all(torch.equal(a, b) for a, b in zip(run(call, dout), first, strict=True))
+        alone = {**call, "x": call["x"][2:3], "lora_a": call["lora_a"][2:3], "lora_b": call["lora_b"][2:3]}
+        for mine, whole in zip(run(alone, dout[2:3]), first, strict=True):
+            assert torch.equal(mine, whole[2:3])
+
+    def test_it_is_captured_in_a_graph_and_compiled_whole(self):
+        call, dout = drawn(256, 64, torch.bfloat16, **self.SEED)
+        expected = run(call, dout)
+        compiled = torch.compile(lambda x: lora_attention(**{**call, "x": x}), fullgraph=True)
+        assert torch.equal(compiled(call["x"]), expected[0])
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            run(call, dout)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = run(call, dout)
+        graph.replay()
+        assert all(torch.equal(a, b) for a, b in zip(captured, expected, strict=True))
+
+
+def test_the_reference_is_the_two_ops_in_turn():
+    from klora.kernels import causal_attention, lora_qkv_rope
+
+    call, _ = drawn(tail=9)
+    arguments = {name: value for name, value in call.items() if name != "tail"}
+    q, k, v = (part.unflatten(-1, (-1, 16)) for part in lora_qkv_rope(**arguments, backend="reference"))
+    expected = causal_attention(q, k, v, 9, backend="reference").flatten(2)
+    assert torch.equal(lora_attention(**call, backend="reference"), expected)
+    del arguments["slots"]
+    assert torch.equal(lora_attention_ref(**arguments, tail=9), expected)
