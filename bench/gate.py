@@ -36,19 +36,40 @@ class Verdict:
         return all(e <= max(a, EXACT) for e, a in zip(self.errors, self.allowed, strict=True))
 
 
-def check(entry: Entry, shape: Shape, device: torch.device, dtype: torch.dtype, seed: int = 0) -> dict[str, Verdict]:
-    """Errors at `shape` of every variant that is present and computes the op. RedGate if one is not allowed."""
+def check(
+    entry: Entry,
+    shape: Shape,
+    device: torch.device,
+    dtype: torch.dtype,
+    seed: int = 0,
+    broken: dict[str, str] | None = None,
+) -> dict[str, Verdict]:
+    """Errors at `shape` of every variant that is present and computes the op. RedGate if one is not allowed.
+
+    Where `broken` is given, it gets the name and the reason of each variant that raises: somebody else's compiler or
+    package does not take our own measurement along. What is ours, and the yardstick, raise.
+    """
     generator = torch.Generator(device).manual_seed(seed)
     inputs = entry.draw(shape, device, dtype, generator)
     exact = as_tuple(entry.truth(shape, *(t.double() if t.is_floating_point() else t for t in inputs)))
     errors = {}
-    judged = [variant for variant in entry.present(device) if not variant.instead]
+    judged = [variant for variant in entry.present(device) if not variant.instead or broken is not None]
     for variant in judged:
-        outputs = as_tuple(variant.build(shape, device, dtype)(*inputs))
+        try:
+            outputs = as_tuple(variant.build(shape, device, dtype)(*inputs))
+        except Exception as error:
+            if broken is None or variant.is_ours or variant.name == entry.yardstick:
+                raise
+            broken[variant.name] = f"it raises {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            continue
+        if variant.instead:
+            continue
         errors[variant.name] = tuple(relative_error(o, e) for o, e in zip(outputs, exact, strict=True))
     yardstick = errors[entry.yardstick]
     verdicts = {}
     for variant in judged:
+        if variant.name not in errors:
+            continue
         factor = MARGIN if variant.is_ours else FOREIGN
         verdicts[variant.name] = Verdict(errors[variant.name], tuple(factor * error for error in yardstick))
     red = {name: verdict for name, verdict in verdicts.items() if not verdict.is_green}

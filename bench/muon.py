@@ -140,7 +140,9 @@ def _optimizer_step(kind, state: str, share: float, **options):
 
 
 def _compiled_step(parameters: list[Tensor], gradients: list[Tensor], momenta: list[Tensor]):
-    return partial(torch.compile(_step_ref), parameters, gradients, momenta)
+    # With loops reordered after fusion, Inductor of PyTorch 2.11 ends in an assertion of its own on this function.
+    compiled = torch.compile(_step_ref, options={"loop_ordering_after_fusion": False})
+    return partial(compiled, parameters, gradients, momenta)
 
 
 SEED = {"blocks": 10, "D": 512, "kv": 256, "H": 1536}

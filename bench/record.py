@@ -1,8 +1,9 @@
 """Running entries and what is kept of it: results/<gpu>/<group>.json.
 
 A record is one group on one machine: `schema` 1, `group`, `environment`, `ceilings` (bytes and operations a second, of
-the same run), `missing` (variants that could not run, and why), `bounds` (variants that compute something else, and
-what; they have no errors) and `results`, one for each op, shape, dtype, variant, timing and cache ("cold" or "warm"):
+the same run), `missing` (variants that could not run or raised, and why), `bounds` (variants that compute something
+else, and what; they have no errors) and `results`, one for each op, shape, dtype, variant, timing and cache ("cold" or
+"warm"):
 
     ms {p20, p50, p80, rounds, steady}, peak_bytes, bytes, flops, floor_ms, percent_of_floor, errors, allowed
 
@@ -10,6 +11,7 @@ floor_ms is the larger of bytes / copy rate and flops / GEMM rate; percent_of_fl
 is the best there is. `validate` checks a record against RECORD_SCHEMA (JSON Schema 2020-12).
 """
 
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -125,7 +127,11 @@ def run_group(
         ]
         shapes = {"toy": entry.toy} if toy else entry.shapes
         progress(f"{entry.op}: correctness")
-        verdicts = check(entry, entry.toy if toy else entry.gate or next(iter(shapes.values())), device, dtype)
+        broken: dict[str, str] = {}
+        gate = entry.toy if toy else entry.gate or next(iter(shapes.values()))
+        verdicts = check(entry, gate, device, dtype, broken=broken)
+        missing += [{"op": entry.op, "variant": name, "why": why} for name, why in broken.items()]
+        entry = dataclasses.replace(entry, variants=tuple(v for v in entry.variants if v.name not in broken))
         for name, shape in shapes.items():
             progress(f"{entry.op} {name}: timing")
             results += _time_entry(entry, name, shape, verdicts, ceilings, device, dtype, rounds)
@@ -179,7 +185,7 @@ def _time_entry(
 ) -> list[dict[str, Any]]:
     moved, operations = entry.bytes(shape, dtype.itemsize), entry.flops(shape)
     floor = 1e3 * max(moved / ceilings["bytes_per_second"], operations / ceilings["flops_per_second"])
-    variants = [v for v in entry.present(device) if v.shapes is None or name in v.shapes or shape is entry.toy]
+    variants = [v for v in entry.present(device) if v.shapes is None or name in v.shapes or name == "toy"]
     thunks = _thunks(entry, variants, shape, device, dtype)
     captures = [variant.name for variant in variants if variant.captures]
     results = []

@@ -52,6 +52,7 @@ def test_every_entry_runs_at_its_toy_shape_and_gives_a_valid_record(group):
     missing = {(entry["op"], entry["variant"]) for entry in record["missing"]}
     declared = {(entry.op, variant.name) for entry in GROUPS[group] for variant in entry.variants}
     assert measured | missing == declared and not measured & missing
+    assert not [m for m in record["missing"] if m["why"].startswith("it raises")]
     assert {result["cache"] for result in record["results"]} == {"cold", "warm"}
 
 
@@ -116,6 +117,38 @@ def test_an_entry_of_one_call_is_called_once_beside_its_gate():
     assert [(result["timing"], result["cache"], result["ms"]["rounds"]) for result in results] == [("clock", "cold", 1)]
     assert not results[0]["ms"]["steady"], "one round shows no spread"
     assert len(calls) == 2, "the gate, and the call that is timed"
+
+
+def test_a_variant_is_timed_at_its_shapes_alone():
+    limited = Variant("limited", forward_only(plain_attention), shapes=("other",))
+    entry = dataclasses.replace(
+        with_variant(FORWARD, limited), shapes={"small": FORWARD.toy, "other": dict(FORWARD.toy)}
+    )
+    ceilings = measure_ceilings(CEILINGS, CPU, torch.float32, toy=True, rounds=FEW)
+    made = run_group("attention", [entry], ceilings, CPU, torch.float32, toy=False, rounds=FEW)
+    timed = {(result["shape"], result["variant"]) for result in made["results"]}
+    assert ("other", "limited") in timed and ("small", "limited") not in timed and ("small", "eager") in timed
+
+
+def broken_attention(q, k, v):
+    raise RuntimeError("no\n   such instruction")
+
+
+@pytest.mark.parametrize("instead", ["", "nothing at all"])
+def test_a_peer_that_raises_is_named_and_takes_nobody_along(instead):
+    entry = with_variant(FORWARD, Variant("peer", forward_only(broken_attention), instead=instead))
+    made = run([entry])
+    validate(made)
+    missing = {m["variant"]: m["why"] for m in made["missing"]}
+    assert missing["peer"] == "it raises RuntimeError: no such instruction"
+    assert "eager" in {result["variant"] for result in made["results"]}
+    with pytest.raises(RuntimeError):
+        check(with_variant(FORWARD, Variant("peer", forward_only(broken_attention))), FORWARD.toy, CPU, torch.float32)
+
+
+def test_what_is_ours_may_not_raise():
+    with pytest.raises(RuntimeError, match="no"):
+        run([with_variant(FORWARD, Variant("ours", forward_only(broken_attention), is_ours=True))])
 
 
 def test_a_peer_that_is_not_installed_is_named_as_missing():

@@ -58,33 +58,41 @@ def test_the_update_is_the_one_in_the_docstring(backend, scale, nesterov):
 
 
 def follow_torchs_muon(adjust: str, device: str, **options) -> None:
-    """A two-layer regression; torch's runs Newton-Schulz in bf16, so only the loss can be the same."""
+    """A two-layer regression; torch's runs Newton-Schulz in bf16, so only the loss can be the same.
+
+    How near is near: within 2% of torch's curve, and what torch's own curve moves when the examples are read in another
+    order, which changes nothing but the rounding.
+    """
     torch.manual_seed(0)
     inputs = torch.randn(64, 12)
     targets = torch.tanh(inputs @ torch.randn(12, 16) * 0.3) @ torch.randn(16, 8)
     inputs, targets = inputs.to(device), targets.to(device)
     lr = 0.01 if adjust == "original" else 0.01 / (0.2 * 4)
-    losses = {}
-    for name in ("torch", "ours"):
+
+    def curve_of(make, x=inputs, y=targets) -> torch.Tensor:
+        """Means over 50 steps, [20]."""
         torch.manual_seed(1)
         params = [torch.nn.Parameter((torch.randn(shape) * 0.3).to(device)) for shape in ((16, 12), (8, 16))]
-        if name == "torch":
-            optimizer = torch.optim.Muon(params, lr=lr, momentum=0.9, weight_decay=0.02, adjust_lr_fn=adjust)
-        else:
-            optimizer = Muon(params, lr=lr, momentum=0.9, weight_decay=0.02, scale=adjust, **options)
-        curve = []
+        optimizer, curve = make(params), []
         for step in range(1000):
             for group in optimizer.param_groups:
                 group["lr"] = lr * (1 - step / 1000)
             optimizer.zero_grad()
-            loss = (torch.tanh(inputs @ params[0].T) @ params[1].T - targets).square().mean()
+            loss = (torch.tanh(x @ params[0].T) @ params[1].T - y).square().mean()
             loss.backward()
             optimizer.step()
             curve.append(loss.detach())
-        losses[name] = torch.stack(curve).cpu()
-    smooth = {name: curve.view(20, 50).mean(1) for name, curve in losses.items()}
-    assert smooth["ours"][-1] < 0.1 * smooth["ours"][0]
-    torch.testing.assert_close(smooth["ours"], smooth["torch"], rtol=0.02, atol=0.0)
+        return torch.stack(curve).view(20, 50).mean(1).cpu()
+
+    def torchs(params):
+        return torch.optim.Muon(params, lr=lr, momentum=0.9, weight_decay=0.02, adjust_lr_fn=adjust)
+
+    ours = curve_of(lambda params: Muon(params, lr=lr, momentum=0.9, weight_decay=0.02, scale=adjust, **options))
+    theirs, again = curve_of(torchs), curve_of(torchs, inputs.flip(0), targets.flip(0))
+    assert ours[-1] < 0.1 * ours[0]
+    scatter = ((again - theirs) / theirs).abs().max()
+    assert scatter < 0.1
+    assert ((ours - theirs) / theirs).abs().max() <= 0.02 + scatter
 
 
 @pytest.mark.parametrize("adjust", ["original", "match_rms_adamw"])
