@@ -53,16 +53,14 @@ def check(
     inputs = entry.draw(shape, device, dtype, generator)
     exact = as_tuple(entry.truth(shape, *(t.double() if t.is_floating_point() else t for t in inputs)))
     errors = {}
-    judged = [variant for variant in entry.present(device) if not variant.instead or broken is not None]
+    judged = [variant for variant in entry.present(device) if not variant.instead]
     for variant in judged:
         try:
             outputs = as_tuple(variant.build(shape, device, dtype)(*inputs))
         except Exception as error:
             if broken is None or variant.is_ours or variant.name == entry.yardstick:
                 raise
-            broken[variant.name] = f"it raises {type(error).__name__}: {' '.join(str(error).split())[:200]}"
-            continue
-        if variant.instead:
+            broken[variant.name] = why_broken(error)
             continue
         errors[variant.name] = tuple(relative_error(o, e) for o, e in zip(outputs, exact, strict=True))
     yardstick = errors[entry.yardstick]
@@ -77,6 +75,11 @@ def check(
         told = "; ".join(f"{name} has error {_short(v.errors)}, allowed {_short(v.allowed)}" for name, v in red.items())
         raise RedGate(f"{entry.op} at {dict(shape)}, {dtype}: {told}. No speed is reported.")
     return verdicts
+
+
+def why_broken(error: Exception) -> str:
+    """What a record says of a variant that raises."""
+    return f"it raises {type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 def relative_error(output: torch.Tensor, exact: torch.Tensor) -> float:

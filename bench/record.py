@@ -20,7 +20,7 @@ import torch
 
 from .entry import Entry, Shape, Variant
 from .environment import environment
-from .gate import Verdict, check
+from .gate import Verdict, check, why_broken
 from .timing import Thunk, Times, captured, input_sets, peak_bytes, time_interleaved
 
 SLOWER = 1.05
@@ -130,11 +130,11 @@ def run_group(
         broken: dict[str, str] = {}
         gate = entry.toy if toy else entry.gate or next(iter(shapes.values()))
         verdicts = check(entry, gate, device, dtype, broken=broken)
-        missing += [{"op": entry.op, "variant": name, "why": why} for name, why in broken.items()]
-        entry = dataclasses.replace(entry, variants=tuple(v for v in entry.variants if v.name not in broken))
         for name, shape in shapes.items():
             progress(f"{entry.op} {name}: timing")
-            results += _time_entry(entry, name, shape, verdicts, ceilings, device, dtype, rounds)
+            entry = dataclasses.replace(entry, variants=tuple(v for v in entry.variants if v.name not in broken))
+            results += _time_entry(entry, name, shape, verdicts, ceilings, device, dtype, rounds, broken)
+        missing += [{"op": entry.op, "variant": name, "why": why} for name, why in broken.items()]
     return {
         "schema": 1,
         "group": group,
@@ -162,15 +162,34 @@ def measure_ceilings(
 
 
 def _thunks(
-    entry: Entry, variants: Sequence[Variant], shape: Shape, device: torch.device, dtype: torch.dtype
+    entry: Entry,
+    variants: Sequence[Variant],
+    shape: Shape,
+    device: torch.device,
+    dtype: torch.dtype,
+    broken: dict[str, str] | None = None,
 ) -> dict[str, list[Thunk]]:
-    """Calls of each variant, built once, on input sets that all variants share: as many as keep the cache cold."""
+    """Calls of each variant, built once, on input sets that all variants share: as many as keep the cache cold.
+
+    A bound, which the gate has not called, may raise: `broken` then gets its name and the reason.
+    """
     torch.compiler.reset()  # what was compiled for other shapes would make this one's dynamic
     sets = 1 if entry.once else input_sets(entry.bytes(shape, dtype.itemsize), device)
     generator = torch.Generator(device).manual_seed(1)
     drawn = [entry.draw(shape, device, dtype, generator) for _ in range(sets)]
-    built = {variant.name: variant.build(shape, device, dtype) for variant in variants}
-    return {name: [partial(call, *inputs) for inputs in drawn] for name, call in built.items()}
+    thunks = {}
+    for variant in variants:
+        try:
+            call = variant.build(shape, device, dtype)
+            if variant.instead and not entry.once:
+                call(*drawn[0])
+        except Exception as error:
+            if broken is None or not variant.instead:
+                raise
+            broken[variant.name] = why_broken(error)
+            continue
+        thunks[variant.name] = [partial(call, *inputs) for inputs in drawn]
+    return thunks
 
 
 def _time_entry(
@@ -182,12 +201,13 @@ def _time_entry(
     device: torch.device,
     dtype: torch.dtype,
     rounds: tuple[int, int],
+    broken: dict[str, str],
 ) -> list[dict[str, Any]]:
     moved, operations = entry.bytes(shape, dtype.itemsize), entry.flops(shape)
     floor = 1e3 * max(moved / ceilings["bytes_per_second"], operations / ceilings["flops_per_second"])
     variants = [v for v in entry.present(device) if v.shapes is None or name in v.shapes or name == "toy"]
-    thunks = _thunks(entry, variants, shape, device, dtype)
-    captures = [variant.name for variant in variants if variant.captures]
+    thunks = _thunks(entry, variants, shape, device, dtype, broken)
+    captures = [variant.name for variant in variants if variant.captures and variant.name in thunks]
     results = []
     for timing, cache, measured, peaks in _measured(entry.once, captures, thunks, device, rounds):
         for variant, times in measured.items():
