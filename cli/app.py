@@ -37,6 +37,7 @@ USER_ERRORS = (
     CorpusError,
     JournalError,
     LostStore,
+    MemoryError,
     NonFiniteLoss,
     NonFiniteScore,
     OSError,

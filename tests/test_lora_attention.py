@@ -2,13 +2,12 @@
 
 import pytest
 import torch
-from klora.kernels import lora_attention, lora_attention_ref
-from test_lora_qkv_rope import CUDA, DEVICE, doubled, draw, empty_is_nan
+from klora.kernels import causal_attention, lora_attention, lora_attention_ref, lora_qkv_rope, lora_qkv_rope_ref
+from test_lora_qkv_rope import CUDA, DEVICE, doubled, draw
 
 NAMES = ("out", "dx", "dA", "dB")
 SIZES = {"sizes": (64, 32, 32), "head_dim": 16}
-__all__ = ["empty_is_nan"]
-"""A fixture of that file, used by every test here."""
+pytestmark = pytest.mark.usefixtures("empty_is_nan")
 
 
 def drawn(length=37, tail=None, dtype=torch.float32, **more):
@@ -89,8 +88,6 @@ class TestOnTheGPU:
         """The reference with softmax in the call's dtype, as PyTorch's products round it."""
         leaves = {name: call[name].detach().requires_grad_() for name in ("x", "lora_a", "lora_b")}
         names = ("weight", "cos", "sin", "gain")
-        from klora.kernels import lora_qkv_rope_ref
-
         given = {name: call[name] for name in names}
         parts = lora_qkv_rope_ref(**leaves, **given, sizes=call["sizes"], head_dim=64, slots=call["slots"])
         q, k, v = (part.unflatten(-1, (-1, 64)).transpose(1, 2) for part in parts)
@@ -128,8 +125,6 @@ class TestOnTheGPU:
 
 
 def test_the_reference_is_the_two_ops_in_turn():
-    from klora.kernels import causal_attention, lora_qkv_rope
-
     call, _ = drawn(tail=9)
     arguments = {name: value for name, value in call.items() if name != "tail"}
     q, k, v = (part.unflatten(-1, (-1, 16)) for part in lora_qkv_rope(**arguments, backend="reference"))

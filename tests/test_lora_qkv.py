@@ -8,18 +8,12 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from klora.kernels.lora_qkv import check_slots, lora_qkv, lora_qkv_ref
 
+pytestmark = pytest.mark.usefixtures("empty_is_nan")
+
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 SIZES, D, R = (32, 16, 16), 32, 8
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not CUDA, reason="no CUDA GPU")]
-
-
-@pytest.fixture(autouse=True)
-def empty_is_nan():
-    """Every fresh output starts as NaN, so that one element left unwritten shows."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def inputs(

@@ -7,17 +7,11 @@ from hypothesis import strategies as st
 from klora.kernels.lora_qkv import lora_qkv_rope, lora_qkv_rope_ref
 from klora.kernels.rotary import rotary_tables
 
+pytestmark = pytest.mark.usefixtures("empty_is_nan")
+
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 NAMES = ("q", "k", "v", "dx", "dA", "dB")
-
-
-@pytest.fixture(autouse=True)
-def empty_is_nan():
-    """Every fresh output starts as NaN, so that one element left unwritten shows."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def draw(

@@ -9,17 +9,11 @@ from klora.kernels.linear.product import FP32_TILE, SLOPE_TILE, TILES, pick_tile
 from klora.kernels.mlp import relu_squared_mlp, relu_squared_mlp_ref
 from torch import Tensor
 
+pytestmark = pytest.mark.usefixtures("empty_is_nan")
+
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not CUDA, reason="no CUDA GPU")]
-
-
-@pytest.fixture(autouse=True)
-def empty_is_nan():
-    """Every fresh output starts as NaN, so that one element left unwritten shows."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def draw(*shapes, dtype=torch.float32, seed=0) -> list[Tensor]:

@@ -101,6 +101,26 @@ def test_a_rank_is_lost_when_its_pulse_stands_still_and_only_one_other_takes_a_d
     assert boards[0].owner(7) == 2
 
 
+def test_the_first_rank_stays_until_the_others_have_left_or_are_lost():
+    store, now = dist.HashStore(), [0.0]
+    first, second, third = (Board(store, rank, 4, patience=10.0, clock=lambda: now[0]) for rank in range(3))
+    third.leave(())  # does not wait
+    thread = threading.Thread(target=first.leave, args=([3],))
+    thread.start()
+    time.sleep(0.1)
+    assert thread.is_alive()
+    second.leave(())
+    thread.join(timeout=5)
+    assert not thread.is_alive()
+    again = threading.Thread(target=Board(dist.HashStore(), 0, 2, 10.0, lambda: now[0]).leave, args=((),))
+    again.start()
+    time.sleep(0.1)
+    assert again.is_alive()
+    now[0] = 10.0
+    again.join(timeout=5)
+    assert not again.is_alive()
+
+
 def test_ranks_get_every_document_once_longest_first_and_none_holds_more_than_its_share():
     store = dist.HashStore()
     chunks = np.sort(np.random.default_rng(0).integers(1, 60, 300))[::-1]

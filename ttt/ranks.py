@@ -139,6 +139,23 @@ class Board:
             return False
         return rank != self.rank and self.clock() - since >= self.patience
 
+    def leave(self, lost: Iterable[int]) -> None:
+        """Say that this rank is done. The first rank, which may keep the store, stays until all have, or are lost."""
+        self.store.set(f"left/{self.rank}", "")
+        staying = set(range(self.world)) - set(lost) if self.is_first else set()
+        while staying:
+            staying = {rank for rank in staying if not self.store.check([f"left/{rank}"]) and not self.is_lost(rank)}
+            time.sleep(0.02)
+
+    def worked(self, seconds: float) -> None:
+        """Note that this rank has run out of work of its own after `seconds`."""
+        self.store.set(f"worked/{self.rank}", str(seconds))
+
+    def seconds_of_ranks(self) -> list[float | None]:
+        """What each rank noted by `worked`; None for one that never did."""
+        keys = [f"worked/{rank}" for rank in range(self.world)]
+        return [float(self.store.get(key)) if self.store.check([key]) else None for key in keys]
+
     def pass_deadline(self) -> None:
         self.store.set("deadline", "passed")
 
@@ -208,10 +225,11 @@ class RankRun:
         prequant: GPT | None,
         should_stop: Callable[[], bool],
         progress: Callable[[str, int, int], None],
+        say: Callable[[str], None],
     ):
         self.model, self.frozen, self.documents, self.config = model, FrozenModel(model), documents, config
         self.prequant = FrozenModel(prequant) if prequant is not None else None
-        self.journal, self.board, self.should_stop, self.progress = journal, board, should_stop, progress
+        self.journal, self.board, self.should_stop, self.progress, self.say = journal, board, should_stop, progress, say
         self.long = [index for index in order if len(documents[index].tokens) >= config.min_tokens]
         self.short = [index for index in order if len(documents[index].tokens) < config.min_tokens]
         self.total = sum(documents[index].targets for index in order)
@@ -247,6 +265,7 @@ class RankRun:
             return {}
         documents, mine, handed = [self.documents[index] for index in indices], [], set()
         engine = engine_of(self.model, self.config, documents, capture=False if scorer == UNCAPTURED else None)
+        self.say(memory_of(engine.facts))
 
         def taken(places: list[int]) -> None:
             mine.extend(places)
@@ -277,6 +296,21 @@ class RankRun:
             some = [indices[place] for place in block if place < len(indices)]
             self.board.own(some)
             self.publish(some, None)
+
+    def all(self, deadline: Deadline, scorer: str) -> dict[str, Any]:
+        """Everything that this rank does, until every document has a result; facts of the run."""
+        began = time.perf_counter()
+        self.tick()
+        engine = self.adapt(self.long, deadline, scorer, shared=True)
+        self.drain("long", self.long)
+        self.drain("short", self.short)
+        self.board.worked(time.perf_counter() - began)
+        lost = self.replace_lost([*self.long, *self.short], deadline, scorer)
+        seconds = self.board.seconds_of_ranks()
+        self.board.leave(lost)
+        if self.board.is_first:  # whose store is there until it goes; others may note their seconds late
+            seconds = self.board.seconds_of_ranks()
+        return {"ranks": self.board.world, "lost_ranks": lost, "rank_seconds": seconds, "engine": engine}
 
     def replace_lost(self, everything: Sequence[int], deadline: Deadline, scorer: str) -> list[int]:
         """Return once every document has a result; the ranks from which documents were taken over."""
@@ -329,60 +363,25 @@ def score_on_ranks(
     As :func:`score_documents`, by the engine. Each rank has a journal of its own; the first rank's may
     hold results of an interrupted run, which nobody computes again. Raises Interrupted when `should_stop` says so.
     """
+    started = time.perf_counter()
     try:
-        return _score_on_ranks(
-            model, documents, config, journal, board, prequant, should_stop, progress, facts or {}, scorer, say
-        )
+        end = time.time() + config.deadline - sum(journal.seconds.values()) if config.deadline else None
+        if board.is_first:
+            board.publish(dict(journal.done))
+        begun = board.begin({"end": end, "done": sorted(journal.done)} if board.is_first else None)
+        left = set(range(len(documents))) - set(begun["done"])
+        order = sorted(left, key=lambda index: (-documents[index].targets, index))
+        model.requires_grad_(False)
+        run = RankRun(model, documents, order, config, journal, board, prequant, should_stop, progress, say)
+        found = run.all(SharedDeadline(board, begun["end"]), scorer)
+    except Interrupted:
+        journal.add_seconds({"score": time.perf_counter() - started})
+        raise
     except dist.DistError as error:
         raise LostStore(
             f"the process that keeps the ranks' store, the first rank or its launcher, is gone ({error}); what is "
             "scored is kept: the same command with --resume goes on from there"
         ) from None
-
-
-def _score_on_ranks(
-    model: GPT,
-    documents: Sequence[Document],
-    config: TTTConfig,
-    journal: Journal,
-    board: Board,
-    prequant: GPT | None,
-    should_stop: Callable[[], bool],
-    progress: Callable[[str, int, int], None],
-    facts: dict[str, Any],
-    scorer: str,
-    say: Callable[[str], None],
-) -> ScoreResult:
-    model.requires_grad_(False)
-    started = time.perf_counter()
-    end = time.time() + config.deadline - sum(journal.seconds.values()) if config.deadline else None
-    begun = board.begin({"end": end, "done": sorted(journal.done)} if board.is_first else None)
-    deadline, done = SharedDeadline(board, begun["end"]), set(begun["done"])
-    if board.is_first:
-        board.publish(dict(journal.done))
-    order = sorted(set(range(len(documents))) - done, key=lambda index: (-documents[index].targets, index))
-    run = RankRun(model, documents, order, config, journal, board, prequant, should_stop, progress)
-    try:
-        run.tick()
-        engine = run.adapt(run.long, deadline, scorer, shared=True)
-        if engine:
-            say(memory_of(engine))
-        run.drain("long", run.long)
-        run.drain("short", run.short)
-        worked = time.perf_counter() - started
-        board.store.set(f"worked/{board.rank}", json.dumps([worked, engine]))
-        lost = run.replace_lost(order, deadline, scorer)
-    except Interrupted:
-        journal.add_seconds({"score": time.perf_counter() - started})
-        raise
-    board.collect()
     results = [board.results[index] for index in range(len(documents))]
     seconds = {**journal.seconds, "score": journal.seconds.get("score", 0.0) + time.perf_counter() - started}
-    ranks = {"ranks": board.world, "lost_ranks": lost, "engine": engine, "rank_seconds": _worked(board)}
-    return ScoreResult(results, config, seconds, facts | {"scorer": scorer} | ranks)
-
-
-def _worked(board: Board) -> list[float | None]:
-    """Seconds until each rank ran out of work of its own; None for one that never did."""
-    keys = [f"worked/{rank}" for rank in range(board.world)]
-    return [json.loads(board.store.get(key))[0] if board.store.check([key]) else None for key in keys]
+    return ScoreResult(results, config, seconds, (facts or {}) | {"scorer": scorer} | found)
