@@ -131,7 +131,9 @@ def check(
     record: Annotated[Path, typer.Option(help="The record to write.")] = Path("engine.json"),
     commit: Annotated[str, typer.Option(help="Commit that is measured, where there is no git to ask.")] = "",
 ) -> None:
-    """Measure and write the record. Needs a CUDA GPU."""
+    """Measure and write the record."""
+    if not torch.cuda.is_available():
+        raise SystemExit("the engine is measured on a CUDA GPU, and PyTorch sees none here")
     began, device = time.perf_counter(), torch.device("cuda")
     model = seeded_model(SEED, device, torch.bfloat16).requires_grad_(False)
     exact = seeded_model(SEED, device, torch.float32).requires_grad_(False)
