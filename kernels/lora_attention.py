@@ -3,11 +3,11 @@
     q, k, v = lora_qkv_rope(x, ...)          each head of q and k normed, rotated, q's times its gain
     out     = causal_attention(q, k, v)      out [B, T, H d] of the last T = `tail` tokens, or of all
 
-What the two ops do in turn, with two launches less on the way back: attention's backward ends in the gradients of the
+What the two ops do in turn, with a launch less on the way back: attention's backward ends in the gradients of the
 projections, so that nothing stands between it and lora_qkv's backward. x [B, S, D]; weight [(H + 2 G) d, D]; lora_a
 [slots, 3, R, D]; lora_b [slots, (H + 2 G) d, R]; cos, sin [S, d/2] and gain [H] fp32 without a gradient. Dtypes, sums,
-FLOPs, bytes and the promise of the same bits in every run and every batch are those of the two ops. It saves 4 (H + G)
-d numbers a token read or written in the backward, and their rounding.
+FLOPs, bytes and the promise of the same bits in every run and every batch are those of the two ops. It saves 3 (H + G)
+d numbers a token read or written in the backward, and the rounding of (H + G) d.
 
 Refused: what either op refuses.
 """

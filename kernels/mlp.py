@@ -114,7 +114,7 @@ def relu_squared(u: Tensor, *, backend: str | None = None) -> Tensor:
 @torch.library.custom_op("klora::relu_squared_mlp", mutates_args=())
 def _mlp(x: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """out, a [..., hidden], and in fp16 u [..., hidden], else nothing."""
-    u = empty_rows(x, x[..., 0].numel(), up.size(0)) if x.dtype == torch.float16 else None
+    u = empty_rows(x, x.shape[:-1].numel(), up.size(0)) if x.dtype == torch.float16 else None
     a = launch_product(x, up, ending=SQUARE, kept=u)
     return launch_product(a, down), a, x.new_empty(0) if u is None else u.contiguous().view(a.shape)
 
@@ -166,7 +166,7 @@ def relu_squared_mlp(x: Tensor, up: Tensor, down: Tensor, *, backend: str | None
     reference and CUDA tensors the kernels. They copy operands whose rows are not at multiples of 16 bytes.
     """
     width = x.size(-1) if x.dim() else 0
-    if up.dim() != 2 or up.size(1) != width or list(down.shape) != [width, up.size(0)]:
+    if not x.dim() or up.dim() != 2 or up.size(1) != width or list(down.shape) != [width, up.size(0)]:
         raise ValueError(
             f"up is {list(up.shape)} and down {list(down.shape)}; wanted, for x {list(x.shape)}: [hidden, {width}] and "
             f"[{width}, hidden]"

@@ -137,6 +137,7 @@ def test_a_tail_is_the_end_of_the_whole_and_dq_is_zero_before_it(backend):
     whole = attend(causal_attention, q, k, v, torch.cat([torch.zeros(2, 29, 4, 16), dout], 1), backend=backend)
     out, *grads = attend(causal_attention, q, k, v, dout, tail=21, backend=backend)
     torch.testing.assert_close(out, whole[0][:, 29:])
+    assert causal_attention(q, k, v, 21, backend=backend).is_contiguous()
     torch.testing.assert_close(grads, whole[1:])
     assert not grads[0][:, :29].any() and grads[0][:, 29:].all()
 

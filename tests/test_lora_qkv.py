@@ -199,6 +199,16 @@ def test_no_documents_or_no_tokens_give_empty_outputs_and_zero_gradients(batch, 
     assert dx.shape == given[0].shape and not da.any() and not db.any()
 
 
+@pytest.mark.parametrize("slots", [None, [2, -1, 3, 0]])
+def test_no_tokens_write_zeros_to_the_named_rows_of_a_pool(slots):
+    (x, weight, a, b, slots, sizes), douts = inputs(4, 0, slots=slots)
+    grads = torch.full_like(a, 7.0), torch.full_like(b, 7.0)
+    outputs = lora_qkv(x.requires_grad_(), weight, a, b, slots, sizes, grads=grads, backend="triton")
+    torch.autograd.backward(outputs, douts)
+    for grad in grads:
+        assert [float(row.abs().max()) for row in grad] == ([0.0] * 4 if slots is None else [0.0, 7.0, 0.0, 0.0])
+
+
 def test_three_equal_projections_need_no_sizes_and_the_cpu_takes_the_reference():
     x, weight, a, b, _, _ = inputs(2, 4, sizes=(16, 16, 16))[0]
     for mine, theirs in zip(lora_qkv(x, weight, a, b), lora_qkv_ref(x, weight, a, b, (16, 16, 16)), strict=True):
@@ -223,6 +233,8 @@ BAD = {
     "wanted both torch.float32": {"lora_a": A.half(), "lora_b": B.half()},
     "wanted one device": {"lora_a": A.to("meta")},
     "multiples of 16": {"x": X[..., :24], "weight": WEIGHT[:, :24], "lora_a": A[..., :24]},
+    "D is 0 .*wanted positive multiples of 16": {"x": X[..., :0], "weight": WEIGHT[:, :0], "lora_a": A[..., :0]},
+    "0 rows are not three equal": {"weight": WEIGHT[:0], "lora_b": B[:, :0], "sizes": None},
     "grads are": {"grads": (A, B.half())},
 }
 

@@ -153,9 +153,10 @@ def test_frozen_weights_keep_one_tensor_of_hidden_rows():
         torch.testing.assert_close(rows[0], u if dtype == torch.float16 else u.relu().square())
 
 
-def test_nothing_to_do_is_done():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_nothing_to_do_is_done(dtype):
     for rows, D, hidden in ((0, 32, 48), (3, 32, 0), (3, 0, 48)):
-        inputs = torch.zeros(rows, D), torch.zeros(hidden, D), torch.zeros(D, hidden)
+        inputs = [torch.zeros(size, dtype=dtype) for size in ((rows, D), (hidden, D), (D, hidden))]
         torch.testing.assert_close(
             results(relu_squared_mlp, inputs, backend="triton"), results(relu_squared_mlp_ref, inputs)
         )
@@ -166,6 +167,8 @@ def test_bad_arguments_are_refused():
     x, up, down = mlp_inputs()
     with pytest.raises(ValueError, match=r"up is \[48, 32\] and down \[48, 32\]; wanted, for x \[7, 32\]"):
         relu_squared_mlp(x, up, up)
+    with pytest.raises(ValueError, match=r"wanted, for x \[\]"):
+        relu_squared_mlp(torch.zeros(()), torch.zeros(48, 0), torch.zeros(0, 48))
     with pytest.raises(ValueError, match="up is torch.float16 on .*; all must have one dtype and one device"):
         relu_squared_mlp(x, up.half(), down)
     with pytest.raises(ValueError, match="all must have one dtype and one device"):

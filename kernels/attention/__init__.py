@@ -18,8 +18,8 @@ the same bits in every run, and a document's bits do not depend on its batch mat
 around an atomic backward: the sums of dk and dv over a group's heads, delta, the conversion of an fp32 dq. Kept for the
 backward: out and the logsumexp, 4 bytes a query and head.
 
-A program's tile is 64 rows: all heads of a group (two of 32 queries, say), so that their keys and values are read once;
-the blocks that the diagonal crosses have a loop of their own, and no other block is masked.
+A program's tile is 64 rows, 16 in fp32: up to four heads of a group (two of 32 queries, say), so that their keys and
+values are read once; the blocks that the diagonal crosses have a loop of their own, and no other block is masked.
 
 Dao et al. 2022 and 2023 (FlashAttention); Milakov and Gimelshein 2018 (online softmax).
 """

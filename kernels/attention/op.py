@@ -23,7 +23,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, tail: int | None = None, *
     """
     tail, backend = _validate(q, k, v, tail, backend)
     if backend == "reference":
-        return causal_attention_ref(q, k, v)[:, q.size(1) - tail :]
+        return causal_attention_ref(q, k, v)[:, q.size(1) - tail :].contiguous()
     return _op(q, k, v, tail)[0]
 
 

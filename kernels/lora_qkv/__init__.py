@@ -18,9 +18,10 @@ FLOPs, N = Nq+Nk+Nv: forward 2 B S (D N + R (3D + N)); backward 2 B S (D N + 2 R
 and the outputs once, 3% more for x A^T; of the backward: dY twice (for dx and for dB), x, dx and t once, t once more.
 
 Launches, one file each way. Forward: one; adapters of another dtype than x's are gathered, rounded and padded before
-it. Backward: dx and t; beside them, on a second stream, dB; then dA; one before them for the heads of q and k. Every
-sum is made by one program in a fixed order, without atomics: the same bits in every run, and a document's bits do not
-depend on its batch mates. Ranks up to 64, D and sizes multiples of 16, any S; tuned for ranks up to 16 in 16 bits.
+it, those whose rows do not lie on 16 bytes before the backward, too. Backward: dx and t; beside them, on a second
+stream, dB; then dA; `lora_qkv_rope` has one before them for the heads of q and k. Every sum is made by one program in a
+fixed order, without atomics: the same bits in every run, and a document's bits do not depend on its batch mates. Ranks
+up to 64, D and sizes multiples of 16, any S; tuned for ranks up to 16 in 16 bits.
 """
 
 from .op import check_slots, lora_qkv

@@ -203,8 +203,10 @@ def _launch(dq, dk, dv, x, weight, a, b, xa, rank, slots, dx, da, db) -> None:
         adapters = packed_adapters(a, b, rank) if packed else adapters_of(a, b, slots, x.size(0), sizes, x.dtype)
         douts = tuple(aligned(dout) for dout in (dq, dk, dv))
         launch_backward(douts, aligned(x), aligned(weight), adapters, xa, slots, dx, da, db)
-    elif da is not None and slots is None:
-        da.zero_(), db.zero_()
+    elif da is not None:  # sums over no tokens
+        every = torch.arange(da.size(0), device=x.device)
+        named = torch.ones_like(every, dtype=torch.bool) if slots is None else (slots[:, None] == every).any(0)
+        da.masked_fill_(named[:, None, None, None], 0.0), db.masked_fill_(named[:, None, None], 0.0)
 
 
 def _lora_shapes(x: Tensor, weight: Tensor, count: int, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:

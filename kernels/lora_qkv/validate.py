@@ -15,7 +15,7 @@ def validate(x, weight, lora_a, lora_b, slots, sizes, grads, backend) -> tuple[s
     if x.dim() != 3 or weight.dim() != 2 or weight.size(1) != x.size(-1):
         raise ValueError(f"x is {_told(x)} and weight {_told(weight)}; wanted [B, S, D] and [Nq+Nk+Nv, D]")
     width, rows = x.size(2), weight.size(0)
-    if sizes is None and rows % 3:
+    if sizes is None and (rows < 3 or rows % 3):
         raise ValueError(f"sizes is missing, and weight's {rows} rows are not three equal projections")
     if sizes is not None and (len(sizes) != 3 or min(sizes) < 1 or sum(sizes) != rows):
         raise ValueError(f"sizes is {tuple(sizes)}; wanted three positive sizes that add up to weight's {rows} rows")
@@ -57,8 +57,8 @@ def _validate_kernel(x, weight, lora_a, lora_b, sizes, rank) -> None:
         )
     if rank > MOST_RANK:
         raise ValueError(f"R is {rank}; allowed: up to {MOST_RANK}")
-    if any(size % 16 for size in (x.size(2), *sizes)):
-        raise ValueError(f"D is {x.size(2)} and sizes {tuple(sizes)}; wanted multiples of 16")
+    if any(size < 1 or size % 16 for size in (x.size(2), *sizes)):
+        raise ValueError(f"D is {x.size(2)} and sizes {tuple(sizes)}; wanted positive multiples of 16")
 
 
 def _told(tensor: Tensor) -> str:

@@ -9,8 +9,9 @@ standard, an iteration:   R = X X^T;  P = a I + b R + c R R;  X <- P X
 gram, on m x m alone:     P = a I + b R + c R R;  Q <- Q P;  R <- P (R P);      X <- Q X and R = X X^T at the start,
                           after every third iteration (else rounding makes R indefinite) and, without R, at the end
 
-Every product but P X is symmetric, since all factors are polynomials in R: its lower triangle is computed and mirrored.
-Multiplications of an iteration of m x n: standard m*m*(n/2 + m/2 + n); gram 4 * m^3/2 and little else.
+Every product but P X is symmetric, since all factors are polynomials in R: its lower triangle is computed, and mirrored
+or, in one chained launch, read turned. Multiplications of an iteration of m x n: standard m*m*(n/2 + m/2 + n); gram 4 *
+m^3/2 and little else.
 """
 
 from collections.abc import Sequence
