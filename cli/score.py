@@ -66,7 +66,7 @@ def score(
         typer.Option(
             "--scorer",
             help=f"{', '.join(SCORERS)}. engine: CUDA graphs of fused kernels; uncaptured: its steps without graphs, "
-            "to debug; eager: plain PyTorch. auto: the engine on a GPU, eager elsewhere.",
+            "to debug; eager: plain PyTorch. auto: the engine on a GPU; elsewhere eager, on several ranks uncaptured.",
         ),
     ] = "auto",
     patience: Annotated[

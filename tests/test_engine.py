@@ -145,6 +145,28 @@ def test_a_document_does_not_know_its_batch():
     np.testing.assert_allclose(alone, whole, rtol=1e-12)
 
 
+@pytest.mark.parametrize("protocol", ["score_first", "multi_epoch", "min_nll"])
+@pytest.mark.parametrize("every", [0.0, 60.0])
+def test_documents_that_are_through_are_handed_over_once_with_what_they_have_in_the_end(protocol, every):
+    model, docs, handed = model64(), documents(), {}
+
+    def finished(positions, some: Adapted) -> None:
+        assert not handed.keys() & set(positions.tolist())
+        handed.update(zip(positions.tolist(), zip(some.nats, some.targets, some.kept_pass, strict=True), strict=True))
+        times.append(len(positions))
+
+    times: list[int] = []
+    config = TTT.override({"protocol": protocol})
+    engine = engine_for(model, docs, config, rows=(2,), slots=3)
+    adapted = engine.adapt(docs, Deadline(0), finished=finished, every=every)
+    assert [handed[n] for n in range(len(docs))] == list(
+        zip(adapted.nats, adapted.targets, adapted.kept_pass, strict=True)
+    )
+    assert (len(times) > 1) == (every == 0.0)
+    sums = [nll.sum() for nll in engine.token_nll(docs, adapted.kept_pass)]
+    np.testing.assert_allclose(sums, adapted.nats, rtol=1e-12)
+
+
 def test_an_engine_is_used_again_without_a_trace_of_the_run_before():
     model, docs = model64(), documents()
     engine = engine_for(model, docs, TTT)

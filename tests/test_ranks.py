@@ -17,7 +17,7 @@ import torch.distributed as dist
 from conftest import SMALL, randomized, words
 from klora.model.artifact import save_artifact
 from klora.model.config import ConfigError
-from klora.ttt.ranks import Board, LostStore, SharedDeadline, SharedWaiting, score_on_ranks
+from klora.ttt.ranks import Board, LostStore, SharedDeadline, SharedWaiting, board_of_torchrun, score_on_ranks
 from klora.ttt.results import DocumentResult
 from klora.ttt.schedule import visits_of
 from klora.ttt.score import EAGER, UNCAPTURED, Interrupted, Journal, pick_scorer, score_documents
@@ -82,6 +82,42 @@ def test_numbers_are_claimed_once_and_results_reach_every_rank():
     assert boards[0].begin({"end": None}) == boards[1].begin() == {"end": None}
 
 
+def test_the_results_of_a_large_run_fit_into_a_store_that_refuses_large_values():
+    """What 50,000 documents of an interrupted run come to; a TCPStore hangs up on more than 8 MiB at once."""
+    store = dist.TCPStore("127.0.0.1", 0, None, True)
+    results = {n: DocumentResult(f"text-{n}", 3, 6, SHORT, n / 7, n / 3, n / 9) for n in range(50_000)}
+    first, second = (Board(dist.PrefixStore("run", store), rank, 2) for rank in range(2))
+    first.publish(results)
+    second.collect()
+    assert second.results == results
+    first.publish({7: results[8]})
+    second.collect()
+    assert second.results[7] == results[8]
+
+
+def test_a_rank_that_waits_for_the_first_can_be_stopped_and_does_not_wait_for_ever(tmp_path):
+    asked, now = [0], [0.0]
+
+    def stop() -> bool:
+        asked[0] += 1
+        return asked[0] > 2
+
+    with pytest.raises(Interrupted, match="0 of 12 documents"):
+        book = journal(tmp_path, 1)
+        score_on_ranks(model64(), documents(), CONFIG, book, Board(dist.HashStore(), 1, 2), should_stop=stop)
+    waiting = Board(dist.HashStore(), 1, 2, clock=lambda: now.append(now[-1] + 1000) or now[-1])
+    with pytest.raises(LostStore, match="the first rank has not begun within 0:30:00"):
+        waiting.begin()
+
+
+def test_ranks_without_a_meeting_place_are_told(monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    with pytest.raises(ConfigError, match="the ranks cannot meet: .*MASTER_ADDR expected"):
+        board_of_torchrun()
+
+
 def test_a_rank_is_lost_when_its_pulse_stands_still_and_only_one_other_takes_a_document_over():
     store, now = dist.HashStore(), [0.0]
     boards = [Board(store, rank, 3, patience=10.0, clock=lambda: now[0]) for rank in range(3)]
@@ -104,15 +140,18 @@ def test_a_rank_is_lost_when_its_pulse_stands_still_and_only_one_other_takes_a_d
 def test_the_first_rank_stays_until_the_others_have_left_or_are_lost():
     store, now = dist.HashStore(), [0.0]
     first, second, third = (Board(store, rank, 4, patience=10.0, clock=lambda: now[0]) for rank in range(3))
-    third.leave(())  # does not wait
-    thread = threading.Thread(target=first.leave, args=([3],))
+    third.leave()  # does not wait
+    Board(store, 3, 4).own([5])
+    assert second.take_over(5, 3) and first.lost() == [3]
+    thread = threading.Thread(target=first.leave)
     thread.start()
     time.sleep(0.1)
     assert thread.is_alive()
-    second.leave(())
+    second.leave()
     thread.join(timeout=5)
     assert not thread.is_alive()
-    again = threading.Thread(target=Board(dist.HashStore(), 0, 2, 10.0, lambda: now[0]).leave, args=((),))
+    Board(dist.HashStore(), 0, 2).leave(should_stop=lambda: True)  # its results are whole: it goes on to the report
+    again = threading.Thread(target=Board(dist.HashStore(), 0, 2, 10.0, lambda: now[0]).leave)
     again.start()
     time.sleep(0.1)
     assert again.is_alive()
@@ -194,7 +233,7 @@ def test_the_documents_of_a_lost_rank_go_to_the_others(tmp_path, alone):
         thread.start()
     for thread in threads:
         thread.join()
-    assert {rank for result in found.values() for rank in result.facts["lost_ranks"]} == {1}
+    assert [result.facts["lost_ranks"] for result in found.values()] == [[1], [1]]  # whichever took them over
     for result in found.values():
         np.testing.assert_allclose(scores(result), scores(alone), rtol=1e-12)
 
@@ -228,8 +267,46 @@ def test_an_interrupted_run_keeps_what_every_rank_finished(tmp_path, alone):
     other.close()
     book = Journal(tmp_path / "journal.jsonl", "run", True, others=paths)
     assert {9, 10} < set(book.done) and len(book.done) < len(LENGTHS)
-    result = score_on_ranks(model64(), documents(), CONFIG, book, Board(dist.HashStore(), 0, 1))
+    shown = []
+    result = score_on_ranks(
+        *(model64(), documents(), CONFIG, book, Board(dist.HashStore(), 0, 1)), progress=lambda *at: shown.append(at)
+    )
     np.testing.assert_allclose(scores(result), scores(alone), rtol=1e-12)
+    assert shown[-1] == ("score", sum(LENGTHS), sum(LENGTHS)) and shown == sorted(shown)
+
+
+def test_the_time_of_every_interrupted_run_counts(tmp_path):
+    for rank, seconds in ((0, 300.0), (1, 200.0)):
+        book = journal(tmp_path, rank)
+        book.add_seconds({"score": seconds})
+        book.close()
+    paths = [tmp_path / "journal-0.jsonl", tmp_path / "journal-1.jsonl"]
+    book = Journal(tmp_path / "journal.jsonl", "run", True, others=paths)
+    assert book.seconds == {"score": 300.0}
+    with pytest.raises(Interrupted):
+        score_on_ranks(model64(), documents(), CONFIG, book, Board(dist.HashStore(), 0, 1), should_stop=lambda: True)
+    with pytest.raises(LostStore):
+        score_on_ranks(model64(), documents(), CONFIG, book, Board(GoneStore(), 0, 1))
+    lines = (tmp_path / "journal.jsonl").read_text().splitlines()
+    assert [300 < json.loads(line)["seconds"]["score"] < 400 for line in lines[-2:]] == [True, True]
+
+
+def test_a_rank_that_waits_after_the_deadline_leaves_the_store_in_peace(tmp_path):
+    """Another rank holds the last document; nothing is left to do but to wait for it."""
+    store, asked = dist.HashStore(), [0]
+    other = Board(store, 1, 2)
+    other.claim("long")
+    other.own([0])
+    until = time.monotonic() + 1.0
+
+    def stop() -> bool:
+        asked[0] += 1
+        return time.monotonic() > until
+
+    config = CONFIG.override({"deadline": "1e-9"})
+    with pytest.raises(Interrupted, match="11 of 12 documents"):
+        score_on_ranks(model64(), documents(), config, journal(tmp_path, 0), Board(store, 0, 2), should_stop=stop)
+    assert asked[0] < 50
 
 
 class GoneStore:
@@ -245,6 +322,10 @@ class GoneStore:
 def test_a_store_that_is_gone_is_an_error_that_says_what_to_do(tmp_path):
     with pytest.raises(LostStore, match=r"the first rank or its launcher, is gone .* with --resume goes on"):
         score_on_ranks(model64(), documents(), CONFIG, journal(tmp_path, 0), Board(GoneStore(), 0, 2))
+    with pytest.raises(Interrupted):  # all were stopped, and the store's keeper went first
+        score_on_ranks(
+            *(model64(), documents(), CONFIG, journal(tmp_path, 0), Board(GoneStore(), 0, 2)), should_stop=lambda: True
+        )
 
 
 def test_the_eager_scorer_is_for_one_process():

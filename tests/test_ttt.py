@@ -189,6 +189,12 @@ def test_every_target_is_scored_once_in_a_window_that_ends_with_its_chunk():
     assert (windows.length[:4] == [16, 32, 48, 64]).all()
 
 
+def test_a_bound_that_no_document_comes_near_costs_nothing():
+    """Everything is left to the base model by a `min_tokens` beyond all documents: no table of that many rows."""
+    base = BaseNll(randomized(), [document(40)], TTT.override({"min_tokens": 10**12}))
+    assert base.is_short.all() and np.isfinite(base.nll).all() and base.of(0)[0] > 0
+
+
 @torch.no_grad()
 def test_base_model_sees_the_same_windows_as_the_adapted_one():
     model, docs = randomized(), [document(150, 3), document(70, 4)]

@@ -89,7 +89,8 @@ def _score(
 ) -> Iterator[int]:
     """Write the NLL of every target of `windows` into `record`, at temperature 1 and at `temperature`."""
     device = tokens.device
-    cos, sin = model.model.rotary(-(-longest // PAD) * PAD, longest)
+    # Tables for the windows that there are: `longest` may be a bound that no document comes near.
+    cos, sin = model.model.rotary(-(-int(windows.length.max(initial=1)) // PAD) * PAD, longest)
     start, length, first = (
         torch.from_numpy(a).to(device)[:, None] for a in (windows.start, windows.length, windows.first)
     )

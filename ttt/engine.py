@@ -242,10 +242,10 @@ class Engine:
             self.prepare()
         self._load(run, [documents[index] for index in order])
 
-        def hand_over() -> None:
+        def hand_over(adapted: Adapted) -> None:
             through = run.newly_through()
             if len(through):
-                finished(order[through], self._read(run).of(through))
+                finished(order[through], adapted.of(through))
 
         began = handed = time.perf_counter()
         launched = 0
@@ -258,7 +258,7 @@ class Engine:
             run.count(taken, self.lengths[taken.queue])
             progress(run.passed)
             if time.perf_counter() - handed > every:
-                hand_over()
+                hand_over(self._read(run))
                 handed = time.perf_counter()
         adapted = self._read(run)
         self.facts |= {
@@ -266,7 +266,7 @@ class Engine:
             "useful_places": run.inputs / max(run.places, 1),
             "seconds": time.perf_counter() - began,
         }
-        hand_over()
+        hand_over(adapted)
         return adapted.of(np.argsort(order))
 
     def _load(self, run: "Run", documents: Sequence[Document]) -> None:

@@ -5,10 +5,11 @@ counter in a torch.distributed store; a rank holds no more than its share of wha
 the others. Short ones go out in blocks once the long ones are gone. Results are published in the store as they come,
 base and adapted scores of a document together, and the first rank writes the report.
 
-There are no collectives: no rank ever waits for a certain other one. A rank counts up its own pulse while it works; a
-rank with nothing left to do watches the pulses of those that hold documents without a result, and takes over the
-documents of one that stood still for `patience` seconds. A document that two ranks end up scoring gets the same score
-from both. The deadline is one time for all; the first rank to see it pass tells the others.
+There are no collectives: between the first rank's word at the start and its stay until the others have left, no rank
+waits for a certain other one. A rank counts up its own pulse while it works; a rank with nothing left to do watches the
+pulses of those that hold documents without a result, and takes over the documents of one that stood still for
+`patience` seconds. A document that two ranks end up scoring gets the same score from both. The deadline is one time for
+all; the first rank to see it pass tells the others.
 
 A document's score depends on that document alone, so that it is the same on any number of ranks.
 """
@@ -24,6 +25,7 @@ from typing import Any
 import numpy as np
 import torch.distributed as dist
 
+from ..model.config import ConfigError
 from ..model.gpt import GPT
 from .base import BaseNll
 from .documents import Document
@@ -41,6 +43,9 @@ PATIENCE = 60.0
 SHORT_BLOCK = 512
 """Short documents that a rank takes at a time."""
 
+PUBLISHED = 256
+"""Results in one value of the store: a TCPStore drops whoever sends more than 8 MiB, and a resumed run has many."""
+
 TAKEN_OVER = 64
 """Documents of a lost rank that another takes over at a time, so that several can share them."""
 
@@ -49,7 +54,7 @@ JOIN = timedelta(minutes=30)
 
 
 class LostStore(RuntimeError):
-    """The process that keeps the ranks' store is gone, and what to do."""
+    """The process that keeps the ranks' store, or the first rank, is gone or never came, and what to do."""
 
 
 class Board:
@@ -78,11 +83,17 @@ class Board:
     def is_first(self) -> bool:
         return self.rank == 0
 
-    def begin(self, said: dict[str, Any] | None = None) -> dict[str, Any]:
-        """What the first rank says at the start: it gives `said`, the others wait for it."""
+    def begin(self, said: dict[str, Any] | None = None, tick: Callable[[], None] = lambda: None) -> dict[str, Any]:
+        """What the first rank says at the start: it gives `said`, the others wait for it and call `tick` meanwhile."""
         if self.is_first:
             self.store.set("begin", json.dumps(said))
-        self.store.wait(["begin"], JOIN)
+        # The store's own wait would hear no signal.
+        until = self.clock() + JOIN.total_seconds()
+        while not self.store.check(["begin"]):
+            tick()
+            if self.clock() >= until:
+                raise LostStore(f"the first rank has not begun within {JOIN}; start all ranks at about the same time")
+            time.sleep(0.05)
         return json.loads(self.store.get("begin"))
 
     def claim(self, queue: str, count: int = 1) -> range:
@@ -98,7 +109,14 @@ class Board:
     def take_over(self, index: int, owner: int | None) -> bool:
         """Whether document `index` of the lost rank `owner`, or of none that is known, is this rank's now."""
         key, mine = f"owner/{index}", str(self.rank)
-        return self.store.compare_set(key, "" if owner is None else str(owner), mine).decode() == mine
+        is_mine = self.store.compare_set(key, "" if owner is None else str(owner), mine).decode() == mine
+        if is_mine and owner is not None:
+            self.store.set(f"lost/{owner}", "")
+        return is_mine
+
+    def lost(self) -> list[int]:
+        """The ranks from which any rank took documents over."""
+        return [rank for rank in range(self.world) if self.store.check([f"lost/{rank}"])]
 
     def owner(self, index: int) -> int | None:
         """The rank that has document `index`; None while nobody took it."""
@@ -107,13 +125,12 @@ class Board:
 
     def publish(self, results: dict[int, DocumentResult]) -> None:
         """Tell all ranks the results of documents."""
-        if results:
-            self.results |= results
-            text = json.dumps({index: asdict(result) for index, result in results.items()})
-            number = self.store.add(f"batches/{self.rank}", 0)
-            self.store.set(f"results/{self.rank}/{number}", text)
-            self.store.add(f"batches/{self.rank}", 1)
-            self._read[self.rank] = number + 1
+        self.results |= results
+        items = list(results.items())
+        for begin in range(0, len(items), PUBLISHED):
+            text = json.dumps({index: asdict(result) for index, result in items[begin : begin + PUBLISHED]})
+            self.store.set(f"results/{self.rank}/{self._read[self.rank]}", text)
+            self._read[self.rank] = self.store.add(f"batches/{self.rank}", 1)
 
     def collect(self) -> None:
         """Bring `results` up to what all ranks have published."""
@@ -139,11 +156,14 @@ class Board:
             return False
         return rank != self.rank and self.clock() - since >= self.patience
 
-    def leave(self, lost: Iterable[int]) -> None:
-        """Say that this rank is done. The first rank, which may keep the store, stays until all have, or are lost."""
+    def leave(self, should_stop: Callable[[], bool] = lambda: False) -> None:
+        """Say that this rank is done.
+
+        The first rank, which may keep the store, stays until all have or are lost, or until it shall stop.
+        """
         self.store.set(f"left/{self.rank}", "")
-        staying = set(range(self.world)) - set(lost) if self.is_first else set()
-        while staying:
+        staying = set(range(self.world)) - set(self.lost()) if self.is_first else set()
+        while staying and not should_stop():
             staying = {rank for rank in staying if not self.store.check([f"left/{rank}"]) and not self.is_lost(rank)}
             time.sleep(0.02)
 
@@ -205,7 +225,10 @@ class SharedWaiting(Waiting):
 
 def board_of_torchrun(patience: float = PATIENCE) -> Board:
     """The board of the processes that torchrun, or RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, put side by side."""
-    store, rank, world = next(dist.rendezvous("env://", timeout=JOIN))
+    try:
+        store, rank, world = next(dist.rendezvous("env://", timeout=JOIN))
+    except (ValueError, dist.DistError) as error:
+        raise ConfigError(f"RANK and WORLD_SIZE are set, but the ranks cannot meet: {error}") from None
     # A restarted run starts from its journals, not from what its predecessor left in the launcher's store.
     attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
     return Board(dist.PrefixStore(f"klora/score/{attempt}", store), rank, world, patience, is_restarted=attempt > 0)
@@ -232,7 +255,7 @@ class RankRun:
         self.journal, self.board, self.should_stop, self.progress, self.say = journal, board, should_stop, progress, say
         self.long = [index for index in order if len(documents[index].tokens) >= config.min_tokens]
         self.short = [index for index in order if len(documents[index].tokens) < config.min_tokens]
-        self.total = sum(documents[index].targets for index in order)
+        self.total = sum(document.targets for document in documents)
 
     def _beat(self, targets: int) -> None:
         self.board.beat()
@@ -241,7 +264,12 @@ class RankRun:
         """Between any two pieces of work: a pulse, and an end where one was asked for."""
         self.board.beat()
         if self.should_stop():
-            raise Interrupted(len(self.journal.done), len(self.documents))
+            raise Interrupted(len(self.board.results), len(self.documents))
+
+    def collect(self) -> None:
+        """Learn what all ranks have published, and show how far they are."""
+        self.board.collect()
+        self.progress("score", sum(result.tokens for result in self.board.results.values()), self.total)
 
     def publish(self, indices: Sequence[int], adapted: Adapted | None) -> None:
         """Score documents with the base model, join what adapting them gave, and make it known."""
@@ -257,7 +285,7 @@ class RankRun:
             results[index] = draft if adapted is None else with_adaptation(draft, adapted, row, base, row)
         self.journal.add(results)
         self.board.publish(results)
-        self.progress("score", sum(result.tokens for result in self.board.results.values()), self.total)
+        self.collect()
 
     def adapt(self, indices: Sequence[int], deadline: Deadline, scorer: str, shared: bool) -> dict[str, Any]:
         """Adapt documents with an engine, whose facts this returns: those that nobody else takes, or all of them."""
@@ -305,23 +333,22 @@ class RankRun:
         self.drain("long", self.long)
         self.drain("short", self.short)
         self.board.worked(time.perf_counter() - began)
-        lost = self.replace_lost([*self.long, *self.short], deadline, scorer)
-        seconds = self.board.seconds_of_ranks()
-        self.board.leave(lost)
+        self.replace_lost([*self.long, *self.short], deadline, scorer)
+        lost, seconds = self.board.lost(), self.board.seconds_of_ranks()
+        self.board.leave(self.should_stop)
         if self.board.is_first:  # whose store is there until it goes; others may note their seconds late
             seconds = self.board.seconds_of_ranks()
         return {"ranks": self.board.world, "lost_ranks": lost, "rank_seconds": seconds, "engine": engine}
 
-    def replace_lost(self, everything: Sequence[int], deadline: Deadline, scorer: str) -> list[int]:
-        """Return once every document has a result; the ranks from which documents were taken over."""
-        replaced: set[int] = set()
+    def replace_lost(self, everything: Sequence[int], deadline: Deadline, scorer: str) -> None:
+        """Take over what lost ranks have left; return once every document has a result."""
         long, ownerless_since = set(self.long), None
         while True:
             self.tick()
-            self.board.collect()
+            self.collect()
             missing = [index for index in everything if index not in self.board.results]
             if not missing:
-                return sorted(replaced)
+                return
             lost: set[int | None] = {rank for rank in range(self.board.world) if self.board.is_lost(rank)}
             owners = {index: self.board.owner(index) for index in missing}
             # Whoever claimed a document and died before it could say so left no owner.
@@ -335,14 +362,13 @@ class RankRun:
             for index, owner in owners.items():
                 if owner in lost and len(mine) < TAKEN_OVER and self.board.take_over(index, owner):
                     mine.append(index)
-                    replaced |= {owner} - {None}
-            if deadline.passed():
+            if not mine:
+                time.sleep(0.05)
+            elif deadline.passed():
                 self.publish(mine, None)
-            elif mine:
+            else:
                 self.adapt([index for index in mine if index in long], deadline, scorer, shared=False)
                 self.publish([index for index in mine if index not in long], None)
-            else:
-                time.sleep(0.05)
 
 
 def score_on_ranks(
@@ -364,24 +390,34 @@ def score_on_ranks(
     hold results of an interrupted run, which nobody computes again. Raises Interrupted when `should_stop` says so.
     """
     started = time.perf_counter()
+
+    def seconds() -> dict[str, float]:
+        return {**journal.seconds, "score": journal.seconds.get("score", 0.0) + time.perf_counter() - started}
+
+    def tick() -> None:
+        if should_stop():
+            raise Interrupted(len(board.results), len(documents))
+
     try:
         end = time.time() + config.deadline - sum(journal.seconds.values()) if config.deadline else None
         if board.is_first:
             board.publish(dict(journal.done))
-        begun = board.begin({"end": end, "done": sorted(journal.done)} if board.is_first else None)
+        begun = board.begin({"end": end, "done": sorted(journal.done)} if board.is_first else None, tick)
         left = set(range(len(documents))) - set(begun["done"])
         order = sorted(left, key=lambda index: (-documents[index].targets, index))
         model.requires_grad_(False)
         run = RankRun(model, documents, order, config, journal, board, prequant, should_stop, progress, say)
         found = run.all(SharedDeadline(board, begun["end"]), scorer)
     except Interrupted:
-        journal.add_seconds({"score": time.perf_counter() - started})
+        journal.add_seconds(seconds())
         raise
     except dist.DistError as error:
+        journal.add_seconds(seconds())
+        if should_stop():  # as all ranks were asked to, and the one that keeps the store was the first to go
+            raise Interrupted(len(board.results), len(documents)) from None
         raise LostStore(
             f"the process that keeps the ranks' store, the first rank or its launcher, is gone ({error}); what is "
             "scored is kept: the same command with --resume goes on from there"
         ) from None
     results = [board.results[index] for index in range(len(documents))]
-    seconds = {**journal.seconds, "score": journal.seconds.get("score", 0.0) + time.perf_counter() - started}
-    return ScoreResult(results, config, seconds, (facts or {}) | {"scorer": scorer} | found)
+    return ScoreResult(results, config, seconds(), (facts or {}) | {"scorer": scorer} | found)

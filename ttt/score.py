@@ -32,11 +32,12 @@ from .scorer import ADAPTED, NOT_ADAPTED, PARTIAL, SHORT, Adapted, Batch, Deadli
 ENGINE, UNCAPTURED, EAGER = "engine", "uncaptured", "eager"
 SCORERS = ("auto", ENGINE, UNCAPTURED, EAGER)
 """engine: graphs of fused kernels; uncaptured: the same steps without graphs, for debugging; eager: plain PyTorch, the
-reference. auto: the engine on a GPU, eager elsewhere. All give the same scores to rounding."""
+reference. auto: the engine on a GPU; elsewhere eager, or uncaptured on several ranks. All give the same scores to
+rounding."""
 
 
 class Interrupted(RuntimeError):
-    """Scoring was stopped before its end; the journal holds `done` of `total` documents."""
+    """Scoring was stopped before its end; the journal, or those of all ranks, hold `done` of `total` documents."""
 
     def __init__(self, done: int, total: int):
         super().__init__(f"{done} of {total} documents are scored")
@@ -82,7 +83,8 @@ class Journal:
             )
         for record in records[1:]:
             if "seconds" in record:
-                self.seconds = record["seconds"]
+                # They add up over interruptions, and ranks run side by side: the most is the time spent.
+                self.seconds = max(self.seconds, record["seconds"], key=lambda seconds: sum(seconds.values()))
             elif record["result"]["status"] in (SHORT, ADAPTED):
                 self.done[record["index"]] = DocumentResult(**record["result"])
         return records
