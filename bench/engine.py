@@ -6,7 +6,8 @@
              engine and for the eager scorer in bf16: |x - exact| / |exact|
     bits     whether every target's NLL is the same to the bit: graphs against no graphs, one run against another, one
              document among 0, 3, 15, 40 and 63 batch mates
-    busy     kernel time over wall clock while a workload of bench/ttt.py runs, and the share of places in use
+    busy     share of the time from the first kernel to the last in which one runs, for workloads of bench/ttt.py, and
+             the share of places in use
 
 The model is bench/ttt.py's: `seed` with random weights, none of them zero.
 """
@@ -20,6 +21,7 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import typer
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from ..kernels import BOS
@@ -104,21 +106,34 @@ def bits(model: GPT, config: TTTConfig) -> dict[str, Any]:
     }
 
 
+def covered_by(ranges: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """The sum of the ranges' lengths, and the length of what at least one of them covers."""
+    total = covered = 0.0
+    until = float("-inf")
+    for start, end in sorted(ranges):
+        total += end - start
+        covered += max(end - max(start, until), 0.0)
+        until = max(until, end)
+    return total, covered
+
+
 def busy(model: GPT, documents: list[Document], config: TTTConfig) -> dict[str, float]:
     """Seconds of a run that is not watched, kernel seconds of one that is, and what the engine says of its places."""
     engine = engine_of(model, config, documents)
     engine.prepare()
     engine.adapt(documents, Deadline(0))
     seconds = engine.facts["seconds"]
+    torch.cuda.reset_peak_memory_stats()
     with profile(activities=[ProfilerActivity.CUDA]) as watcher:
         engine.adapt(documents, Deadline(0))
         torch.cuda.synchronize()
-    kernels = sum(average.self_device_time_total for average in watcher.key_averages()) / 1e6
+    ranges = [(e.time_range.start, e.time_range.end) for e in watcher.events() if e.device_type == DeviceType.CUDA]
+    kernels, covered = covered_by(ranges)
     return {
         "seconds": seconds,
         "watched_seconds": engine.facts["seconds"],
-        "kernel_seconds": kernels,
-        "busy": min(kernels / seconds, 1.0),
+        "kernel_seconds": kernels / 1e6,
+        "busy": covered / (max(end for _, end in ranges) - min(start for start, _ in ranges)),
         "useful_places": engine.facts["useful_places"],
         "rounds": engine.facts["rounds"],
         "prepare_seconds": engine.facts["prepare_seconds"],

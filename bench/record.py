@@ -171,7 +171,7 @@ def _thunks(
 ) -> dict[str, list[Thunk]]:
     """Calls of each variant, built once, on input sets that all variants share: as many as keep the cache cold.
 
-    A bound, which the gate has not called, may raise: `broken` then gets its name and the reason.
+    A bound, which the gate has not called, may raise, unless it is called once: `broken` gets its name and the reason.
     """
     torch.compiler.reset()  # what was compiled for other shapes would make this one's dynamic
     sets = 1 if entry.once else input_sets(entry.bytes(shape, dtype.itemsize), device)

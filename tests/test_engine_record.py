@@ -46,6 +46,10 @@ def test_bits_say_what_differs_and_by_how_much(small, monkeypatch):
     assert not moved["equal"] and moved["largest_difference"] > 1e-5
 
 
+def test_what_runs_side_by_side_is_covered_once():
+    assert engine.covered_by([(5.0, 7.0), (0.0, 3.0), (1.0, 2.0), (2.0, 4.0)]) == (8.0, 6.0)
+
+
 def test_it_wants_a_gpu(tmp_path):
     if torch.cuda.is_available():
         pytest.skip("there is one")

@@ -265,6 +265,9 @@ def test_an_interrupted_run_keeps_what_every_rank_finished(tmp_path, alone):
     whole = dict(enumerate(alone.documents))
     other.add({9: whole[9], 10: whole[10]})
     other.close()
+    Journal(tmp_path / "journal-2.jsonl", "another run", False).close()
+    (tmp_path / "journal-3.jsonl").write_text("torn")
+    paths += [tmp_path / "journal-2.jsonl", tmp_path / "journal-3.jsonl"]
     book = Journal(tmp_path / "journal.jsonl", "run", True, others=paths)
     assert {9, 10} < set(book.done) and len(book.done) < len(LENGTHS)
     shown = []

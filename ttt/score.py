@@ -10,7 +10,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,9 +63,12 @@ class Journal:
         self.done: dict[int, DocumentResult] = {}
         self.seconds: dict[str, float] = {}
         records: list[dict[str, Any]] = [{"fingerprint": fingerprint}]
-        for known in (*others, path) if resume else ():
-            if known.exists():
+        for known in others if resume else ():
+            # One that an earlier run left behind holds nothing of this one.
+            with suppress(JournalError):
                 records += self._read(known, fingerprint)[1:]
+        if resume and path.exists():
+            records += self._read(path, fingerprint)[1:]
         # Written whole again, so that a line torn by the interruption does not stay in the middle of the file.
         write_text(path, "".join(json.dumps(record) + "\n" for record in records))
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (held open for the whole run)
