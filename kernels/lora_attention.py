@@ -23,10 +23,11 @@ from .attention.backward import launch_backward as attention_backward
 from .attention.forward import launch_forward as attention_forward
 from .lora_qkv.forward import launch_forward
 from .lora_qkv.heads import Rotary
-from .lora_qkv.op import adapters_and_packed, aligned, fake_outputs, fake_packed, gradients, saved
+from .lora_qkv.op import adapters_and_packed, fake_outputs, fake_packed, gradients, saved
 from .lora_qkv.reference import lora_qkv_rope_ref
 from .lora_qkv.rope import validate_heads
 from .lora_qkv.validate import validate
+from .tile import aligned
 
 
 def lora_attention_ref(

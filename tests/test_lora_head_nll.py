@@ -74,6 +74,8 @@ def no_worse(ours, plain, exact, margin=1.1):
 @pytest.mark.parametrize(("B", "S", "D", "V", "R"), [(2, 7, 32, 70, 3), (1, 1, 16, 5, 1), (3, 40, 48, 129, 17)])
 def test_outputs_and_gradients_are_as_exact_as_pytorchs(B, S, D, V, R, dtype):
     # A handful of sums is exact to a rounding or two on both sides, and chance decides which is better: eight draws.
+    # One row of five logits still has 2.3 times PyTorch's error, of 9e-8.
+    margin = 1.1 if S > 1 else 2.5
     draws = [draw(B, S, D, V, R, dtype=dtype, seed=seed) for seed in range(1 if S > 7 else 8)]
     ours, plain, exact = (
         joined([run(function, *change(inputs), **more) for inputs in draws])
@@ -83,7 +85,7 @@ def test_outputs_and_gradients_are_as_exact_as_pytorchs(B, S, D, V, R, dtype):
             (lora_head_nll_ref, doubled, {}),
         )
     )
-    no_worse(ours, plain, exact, margin=1.1 if S > 7 else 4)
+    no_worse(ours, plain, exact, margin)
     draws = [[h, weight, targets, dnll] for h, weight, _, _, targets, dnll in draws]
     ours, plain, exact = (
         joined([run_plain(function, *change(inputs), **more) for inputs in draws])
@@ -93,7 +95,7 @@ def test_outputs_and_gradients_are_as_exact_as_pytorchs(B, S, D, V, R, dtype):
             (softcap_nll_ref, doubled, {}),
         )
     )
-    no_worse(ours, plain, exact, margin=1.1 if S > 7 else 4)
+    no_worse(ours, plain, exact, margin)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

@@ -89,7 +89,7 @@ def test_every_tile_computes_the_same(tile, monkeypatch):
 
 def test_the_tile_follows_the_number_of_rows_and_the_dtype():
     def picked(rows, outputs, dtype=torch.bfloat16, ending="store"):
-        return pick_tile(dtype, ending, rows, outputs, multiprocessors=132)
+        return pick_tile(dtype, ending, rows, outputs, processors=132)
 
     assert [picked(rows, 512) for rows in (65536, 4096, 2048, 1024)] == list(TILES)
     assert picked(1024, 1536) is TILES[1] and picked(8192, 1536) is TILES[0]

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from ..tile import aligned
 from .backward import launch_backward
 from .forward import launch_forward
 from .reference import causal_attention_ref
@@ -30,7 +31,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, tail: int | None = None, *
 @torch.library.custom_op("klora::causal_attention", mutates_args=())
 def _op(q: Tensor, k: Tensor, v: Tensor, tail: int) -> tuple[Tensor, Tensor]:
     """out, and the logsumexp that the backward wants."""
-    return launch_forward(_aligned(q), _aligned(k), _aligned(v), tail)
+    return launch_forward(aligned(q), aligned(k), aligned(v), tail)
 
 
 @_op.register_fake
@@ -44,7 +45,7 @@ def _(q, k, v, tail):
 def _backward_op(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return launch_backward(_aligned(dout), _aligned(q), _aligned(k), _aligned(v), out, lse)
+    return launch_backward(aligned(dout), aligned(q), aligned(k), aligned(v), out, lse)
 
 
 @_backward_op.register_fake
@@ -66,15 +67,6 @@ def _backward(ctx, dout, _):
 
 
 _op.register_autograd(_backward, setup_context=_setup)
-
-
-def _aligned(tensor: Tensor) -> Tensor:
-    """`tensor` if the copy engine can read it, else a copy: innermost stride 1, the other strides and the address
-    multiples of 16 bytes.
-    """
-    steps = [tensor.data_ptr(), *(stride * tensor.itemsize for stride in tensor.stride()[:-1])]
-    readable = tensor.stride(-1) == 1 and all(step > 0 and step % 16 == 0 for step in steps)
-    return tensor if readable or not tensor.numel() else tensor.clone(memory_format=torch.contiguous_format)
 
 
 def _validate(q, k, v, tail, backend) -> tuple[int, str]:

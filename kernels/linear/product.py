@@ -1,13 +1,13 @@
 """The launch of a product of rows by a weight, with what is done to a tile before it leaves."""
 
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
+
+from ..tile import halves, is_aligned, multiprocessors, tiled
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -45,22 +45,17 @@ SLOPE_TILE = Tile(128, 128, 64, 4, 8, 3, programs=2)
 FP32_TILE = Tile(64, 64, 16, 1, 8, 2)  # no tensor cores: what does not spill; alone, for its sums depend on block_k
 
 
-def pick_tile(dtype: torch.dtype, ending: str, rows: int, outputs: int, multiprocessors: int) -> Tile:
+def pick_tile(dtype: torch.dtype, ending: str, rows: int, outputs: int, processors: int) -> Tile:
     """The tile with which the busiest multiprocessor is done first."""
     if dtype == torch.float32:
         return FP32_TILE
     if ending == SLOPE:
         return SLOPE_TILE
-    return min(TILES, key=lambda tile: triton.cdiv(tile_count(tile, rows, outputs), multiprocessors) * tile.cost)
+    return min(TILES, key=lambda tile: triton.cdiv(tile_count(tile, rows, outputs), processors) * tile.cost)
 
 
 def tile_count(tile: Tile, rows: int, outputs: int) -> int:
     return triton.cdiv(rows, tile.block_m) * triton.cdiv(outputs, tile.block_n)
-
-
-@triton.jit
-def _halves(tile, M: tl.constexpr, N: tl.constexpr):
-    return tl.split(tile.reshape(M, 2, N // 2).permute(0, 2, 1))
 
 
 @triton.jit
@@ -107,7 +102,7 @@ def _finish_pieces(
     if PIECES == 1:
         _finish(out_d, kept_d, tile, m, n, ENDING)
     else:
-        left, right = _halves(tile, M, N)
+        left, right = halves(tile, M, N)
         _finish_pieces(out_d, kept_d, left, m, n, M, N // 2, PIECES // 2, ENDING)
         _finish_pieces(out_d, kept_d, right, m, n + N // 2, M, N // 2, PIECES // 2, ENDING)
 
@@ -155,16 +150,16 @@ def launch_product(
     if not x.numel() or not weight.numel():
         return x.new_zeros(shape)
     x = aligned_rows(x.reshape(-1, inputs))
-    rows, multiprocessors = x.size(0), _multiprocessors(x.device)
-    tile = pick_tile(x.dtype, ending, rows, outputs, multiprocessors)
+    rows, processors = x.size(0), multiprocessors(x.device)
+    tile = pick_tile(x.dtype, ending, rows, outputs, processors)
     tiles = tile_count(tile, rows, outputs)
     out = empty_rows(x, rows, outputs)
     if kept is not None:
         kept = aligned_rows(kept.reshape(-1, outputs)) if ending == SLOPE else kept
     m, n, k, piece = tile.block_m, tile.block_n, tile.block_k, tile.block_n // tile.pieces
-    _product_kernel[(min(multiprocessors * tile.programs, tiles),)](
-        _tiled(x, m, k), _tiled(aligned_rows(weight), *((k, n) if transposed else (n, k))), _tiled(out, m, piece),
-        None if kept is None else _tiled(kept, m, piece), tiles,
+    _product_kernel[(min(processors * tile.programs, tiles),)](
+        tiled(x, m, k), tiled(aligned_rows(weight), *((k, n) if transposed else (n, k))), tiled(out, m, piece),
+        None if kept is None else tiled(kept, m, piece), tiles,
         N=outputs, K=inputs, BM=m, BN=n, BK=k, PIECES=tile.pieces, TRANSPOSED=transposed, ENDING=ending,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
@@ -179,17 +174,4 @@ def empty_rows(like: Tensor, rows: int, columns: int) -> Tensor:
 
 def aligned_rows(rows: Tensor) -> Tensor:
     """`rows` [M, N] if the copy engine can reach them, else a copy."""
-    stride = rows.stride(0) * rows.itemsize
-    if rows.stride(1) == 1 and stride > 0 and stride % 16 == 0 and rows.data_ptr() % 16 == 0:
-        return rows
-    return empty_rows(rows, *rows.shape).copy_(rows)
-
-
-def _tiled(rows: Tensor, *block: int) -> TensorDescriptor:
-    """How the copy engine moves blocks of `rows`: outside of it, it reads zeros and stores nothing."""
-    return TensorDescriptor(rows, list(rows.shape), list(rows.stride()), list(block))
-
-
-@cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+    return rows if is_aligned(rows) else empty_rows(rows, *rows.shape).copy_(rows)

@@ -10,8 +10,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ..dot import multiply_add
+from ..tile import tiled
 from .adapters import Adapters
-from .tiles import PIECES, cleared, padded_rank, programs, stacked_rank, store_tile, tiled
+from .tiles import PIECES, cleared, padded_rank, programs, stacked_rank, store_tile
 
 
 @dataclass(frozen=True)

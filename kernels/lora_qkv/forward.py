@@ -11,9 +11,10 @@ from torch import Tensor
 
 from ..dot import multiply_add
 from ..rms_norm import EPS
+from ..tile import tiled
 from .adapters import Adapters
 from .heads import Rotary, gains, heads_at_once, turned_by_quarters, turned_whole
-from .tiles import PIECES, cleared, eighths, padded_rank, programs, tiled
+from .tiles import PIECES, cleared, eighths, padded_rank, programs
 
 
 @dataclass(frozen=True)

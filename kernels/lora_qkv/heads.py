@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tiles import halves
+from ..tile import halves
 
 
 class Rotary(NamedTuple):

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..tile import aligned
 from .adapters import Adapters, adapters_of, launch_pack, packed_adapters
 from .backward import launch_backward
 from .forward import launch_forward
@@ -211,12 +212,3 @@ def _launch(dq, dk, dv, x, weight, a, b, xa, rank, slots, dx, da, db) -> None:
 
 def _lora_shapes(x: Tensor, weight: Tensor, count: int, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return (count, 3, rank, x.size(2)), (count, weight.size(0), rank)
-
-
-def aligned(tensor: Tensor) -> Tensor:
-    """`tensor` if the copy engine can read it, else a copy: innermost stride 1, the other strides and the address
-    multiples of 16 bytes.
-    """
-    steps = [tensor.data_ptr(), *(stride * tensor.itemsize for stride in tensor.stride()[:-1])]
-    readable = tensor.stride(-1) == 1 and all(step > 0 and step % 16 == 0 for step in steps)
-    return tensor if readable else tensor.clone(memory_format=torch.contiguous_format)

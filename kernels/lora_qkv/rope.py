@@ -7,9 +7,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..tile import aligned
 from .forward import launch_forward, pick_forward_config
 from .heads import Rotary
-from .op import adapters_and_packed, aligned, fake_outputs, fake_packed, gradients, saved
+from .op import adapters_and_packed, fake_outputs, fake_packed, gradients, saved
 from .reference import lora_qkv_rope_ref
 from .validate import validate
 

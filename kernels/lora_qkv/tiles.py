@@ -1,30 +1,18 @@
-"""What the launches share: descriptors, the number of programs, and how a tile is cleared, cut and stored."""
-
-from functools import cache
+"""What the launches share: the number of programs, and how a tile is cleared, cut and stored."""
 
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
+
+from ..tile import halves, multiprocessors
 
 PIECES = 8
 """Pieces, side by side, in which a tile leaves: shared memory for one of them is enough."""
 
 
-def tiled(tensor: Tensor, *block: int) -> TensorDescriptor:
-    """How the copy engine moves blocks of `tensor`: outside of it, it reads zeros and stores nothing."""
-    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), list(block))
-
-
 def programs(device: torch.device, tiles: int) -> int:
     """One program a multiprocessor, or one a tile where there are fewer tiles."""
-    return min(_multiprocessors(device), tiles)
-
-
-@cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+    return min(multiprocessors(device), tiles)
 
 
 def padded_rank(rank: int) -> int:
@@ -48,12 +36,6 @@ def cleared(M: tl.constexpr, N: tl.constexpr, dtype: tl.constexpr):
         return tl.zeros((M, N), tl.float32)
     else:
         return tl.dot(tl.zeros((M, 16), dtype), tl.zeros((16, N), dtype))
-
-
-@triton.jit
-def halves(tile, M: tl.constexpr, N: tl.constexpr):
-    """The left and the right half of `tile` [M, N]."""
-    return tl.split(tile.reshape(M, 2, N // 2).permute(0, 2, 1))
 
 
 @triton.jit
