@@ -53,8 +53,8 @@ def doubled(call):
 
 
 def assert_as_exact_as_plain_pytorch(batch, length, *more, seed=0, **options):
-    """Our error is at most 1.1 of plain PyTorch's, over eight draws where there are few numbers: theirs scatter."""
-    seeds = range(seed, seed + (8 if batch * length < 40 else 1))
+    """Our error is at most 1.1 of plain PyTorch's, over four draws where there are few numbers: theirs scatter."""
+    seeds = range(seed, seed + (4 if batch * length < 40 else 1))
     draws = [draw(batch, length, *more, seed=one, **options) for one in seeds]
     ours = [run(call, douts) for call, douts in draws]
     plain = [run(call, douts, "reference") for call, douts in draws]
@@ -74,7 +74,7 @@ def assert_as_exact_as_plain_pytorch(batch, length, *more, seed=0, **options):
 @given(
     length=st.sampled_from([1, 7, 33, 70]),
     width=st.sampled_from([16, 48, 80]),
-    heads=st.tuples(st.integers(1, 5), st.integers(1, 3)),
+    heads=st.tuples(st.integers(1, 3), st.integers(1, 2)),
     head_dim=st.sampled_from([16, 32, 64]),
     rank=st.sampled_from([1, 8, 20]),
     slots=st.none() | st.lists(st.integers(-1, 3), min_size=2, max_size=3),
@@ -89,7 +89,7 @@ def test_every_output_and_gradient_is_as_exact_as_plain_pytorch(
     batch, count = (len(slots), 4) if slots else (2, 2)
     sizes = heads[0] * head_dim, heads[1] * head_dim, 48
     assert_as_exact_as_plain_pytorch(
-        batch, length, width, sizes, head_dim, rank, slots, count, dtype, low, seed=8 * length
+        batch, length, width, sizes, head_dim, rank, slots, count, dtype, low, seed=4 * length
     )
 
 
