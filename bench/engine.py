@@ -119,11 +119,13 @@ def covered_by(ranges: Sequence[tuple[float, float]]) -> tuple[float, float]:
 
 def busy(model: GPT, documents: list[Document], config: TTTConfig) -> dict[str, float]:
     """Seconds of a run that is not watched, kernel seconds of one that is, and what the engine says of its places."""
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    others = torch.cuda.memory_reserved()
     engine = engine_of(model, config, documents)
     engine.prepare()
     engine.adapt(documents, Deadline(0))
     seconds = engine.facts["seconds"]
-    torch.cuda.reset_peak_memory_stats()
     with profile(activities=[ProfilerActivity.CUDA]) as watcher:
         engine.adapt(documents, Deadline(0))
         torch.cuda.synchronize()
@@ -138,7 +140,7 @@ def busy(model: GPT, documents: list[Document], config: TTTConfig) -> dict[str, 
         "rounds": engine.facts["rounds"],
         "prepare_seconds": engine.facts["prepare_seconds"],
         "estimated_bytes": engine.facts["estimated_bytes"],
-        "peak_bytes": torch.cuda.max_memory_allocated(),
+        "taken_bytes": torch.cuda.max_memory_reserved() - others,
     }
 
 

@@ -29,8 +29,10 @@ TOY = {"M": 3, "N": 48, "K": 64, "weights": 2}
 LADDER = (1, 8, 16, 32, 64, 128, 200, 300, 1000, 2048)
 """Rows of x for each weight of the gate: every kernel that the picks choose from is judged."""
 GATE = {"M": max(LADDER), "N": 4096, "K": 4096, "weights": len(LADDER), "ladder": 1}
-PEERS = tuple(f"M{rows}-8192x8192" for rows in (1, 4, 16, 64))
+PEERS = tuple(f"M{rows}-4096x14336" for rows in (1, 4, 16, 64))
 """Shapes that the peers are timed at."""
+TUNED_BY_GEMLITE = PEERS[:3]
+"""Those for which gemlite ships what it found on an H100; to tune itself for another takes it minutes."""
 
 Product = Callable[[Tensor, Int6Matrix, Tensor], Tensor]
 """x [M, K] (or dout [M, N]), the matrix, the same matrix in x's dtype -> [M, N] (or [M, K])"""
@@ -105,7 +107,13 @@ def _linear(side: int) -> tuple[Variant, Variant]:
     )
 
 
-def _peer(name: str, tools: Callable[[], tuple[Callable, Callable]], instead: str, package: str = "") -> Variant:
+def _peer(
+    name: str,
+    tools: Callable[[], tuple[Callable, Callable]],
+    instead: str,
+    package: str = "",
+    shapes: tuple[str, ...] = PEERS,
+) -> Variant:
     """`tools()` gives pack(dense) -> packed, and multiply(x, packed). A weight is packed at its first call, untimed."""
 
     def build(shape: Shape, device: torch.device, dtype: torch.dtype) -> Call:
@@ -119,7 +127,7 @@ def _peer(name: str, tools: Callable[[], tuple[Callable, Callable]], instead: st
 
         return lambda *inputs: _each(shape, inputs, 1, product)
 
-    return Variant(name, build, package=package, devices=("cuda",), instead=instead, shapes=PEERS)
+    return Variant(name, build, package=package, devices=("cuda",), instead=instead, shapes=shapes)
 
 
 def quantize_int8(dense: Tensor) -> tuple[Tensor, Tensor]:
@@ -168,8 +176,8 @@ def _bitsandbytes() -> tuple[Callable, Callable]:
 
 FOREIGN = (
     _peer("compile-int8", lambda: (quantize_int8, torch.compile(linear_int8)), "8 bits a weight, one scale a row"),
-    _peer("gemlite-8", _gemlite_8, "8 bits a weight, one scale a row", "gemlite"),
-    _peer("gemlite-4", _gemlite_4, "4 bits a weight, a scale for 128", "gemlite"),
+    _peer("gemlite-8", _gemlite_8, "8 bits a weight, one scale a row", "gemlite", TUNED_BY_GEMLITE),
+    _peer("gemlite-4", _gemlite_4, "4 bits a weight, a scale for 128", "gemlite", TUNED_BY_GEMLITE),
     _peer("bitsandbytes-nf4", _bitsandbytes, "4 bits a weight, a scale for 64", "bitsandbytes"),
 )
 

@@ -4,8 +4,9 @@
 
 Documents are split in two by the hash of their names. Every candidate adapts the same sample of the first half under
 score_first; what counts is bits per byte over the sample, short documents included. The sweep goes one step at a time:
-learning rate and steps a chunk together, then temperature, rank, chunk and the biases' factor, each around the best so
-far. The winner, the design's constants and the model as it is are then scored once on the second half.
+learning rate and steps a chunk together, then chunk, temperature, rank and what else scales the steps, each around the
+choice so far, which is the cheapest config within TOLERANCE of the best: twice the steps for nothing one can see are
+not worth their time. The choice, the design's constants and the model as it is are then scored once on the second half.
 """
 
 import hashlib
@@ -29,11 +30,14 @@ from ..model.storage import write_text
 from ..ttt.base import BaseNll
 from ..ttt.documents import Document, documents_from_texts
 from ..ttt.engine import engine_of
-from ..ttt.protocols import TTTConfig
+from ..ttt.protocols import TTTConfig, ttt_preset
 from ..ttt.scorer import Deadline
 from .environment import environment
 
-DESIGN = TTTConfig(deadline=0.0)
+TOLERANCE = 0.0005
+"""Bits per byte that a config may lose against the best and be chosen, if it takes fewer steps."""
+
+DESIGN = ttt_preset("design").override({"deadline": 0.0})
 
 
 def is_held_out(name: str) -> bool:
@@ -76,13 +80,12 @@ class Sample:
             self._base[key] = BaseNll(self.model, self.documents, config)
         return self._base[key]
 
-    def run(self, config: TTTConfig, capture: bool) -> Found:
-        """Adapt under `config`; a candidate is tried without graphs, whose making would cost more than they save."""
+    def run(self, config: TTTConfig) -> Found:
         base = self.base(config)
         nats = [base.of(index)[0] for index in range(len(self.documents))]
         long = [index for index in range(len(nats)) if not base.is_short[index]]
         documents = [self.documents[index] for index in long]
-        engine = engine_of(self.model, config, documents, capture=capture and self.model.embed.is_cuda)
+        engine = engine_of(self.model, config, documents)
         adapted = engine.adapt(documents, Deadline(0)).nats
         before = [nats[index] for index in long]
         rest = math.fsum(nats) - math.fsum(before)
@@ -93,37 +96,42 @@ class Sample:
 
 def candidates(best: TTTConfig) -> Iterator[list[dict[str, Any]]]:
     """The steps of the sweep: changes to the best config so far, which is sent back after each."""
-    rates = (0.0003, 0.0006, 0.001, 0.002, 0.004)
-    best = yield [{"lr": lr, "steps_per_chunk": steps} for steps in (1, 2, 4) for lr in rates]
-    best = yield [{"temperature": 1.0}, {"temperature": 0.99}]
-    best = yield [{"bias_lr": factor} for factor in (0.3, 1.0)]
-    best = yield [{"lora_rank": rank, "head_rank": 2 * rank} for rank in (4, 16, 32)]
-    best = yield [{"head_lr": factor} for factor in (0.5, 1.0, 4.0)]
+    rates = {1: (0.001, 0.002, 0.004), 2: (0.001,), 4: (0.0006,)}
+    best = yield [{"lr": lr, "steps_per_chunk": steps} for steps in rates for lr in rates[steps]]
     best = yield [{"chunk": chunk, "lr": lr} for chunk in (64, 128) for lr in (best.lr / 2, best.lr)]
+    best = yield [{"temperature": 1.0}, {"bias_lr": 1.0}]
+    best = yield [{"lora_rank": rank, "head_rank": 2 * rank} for rank in (4, 16)]
+    best = yield [{"head_lr": 1.0}, {"min_tokens": best.chunk + 2}]
     yield [{"lr": best.lr * factor} for factor in (0.7, 1.4)]
 
 
-def search(tuning: Sample, start: TTTConfig, say) -> tuple[TTTConfig, list[dict[str, Any]]]:
-    """The best config found from `start`, and a row for every one that was tried."""
-    rows: list[dict[str, Any]] = []
+def choice(rows: Sequence[tuple[TTTConfig, float]]) -> TTTConfig:
+    """Of configs and their bits per byte the one with the fewest steps a token that is within TOLERANCE of the best."""
+    least = min(bpb for _, bpb in rows)
+    near = [(config.steps_per_chunk / config.chunk, bpb, at) for at, (config, bpb) in enumerate(rows)]
+    return rows[min(one for one in near if one[1] <= least + TOLERANCE)[2]][0]
 
-    def tried(config: TTTConfig, changes: dict[str, Any]) -> float:
-        found = tuning.run(config, capture=False)
+
+def search(tuning: Sample, start: TTTConfig, say) -> tuple[TTTConfig, list[dict[str, Any]]]:
+    """The config chosen, from `start` on, and a row for every one that was tried."""
+    rows: list[dict[str, Any]] = []
+    tried: list[tuple[TTTConfig, float]] = []
+
+    def measure(config: TTTConfig, changes: dict[str, Any]) -> None:
+        found = tuning.run(config)
+        tried.append((config, found.adapted_bpb))
         rows.append({"changes": changes, "config": config.to_dict(), **vars(found)})
         say(f"{changes}: {found.adapted_bpb:.5f} (base {found.base_bpb:.5f}), {found.seconds:.1f} s")
-        return found.adapted_bpb
 
-    best, least = start, tried(start, {})
-    steps = candidates(best)
-    changes_of_step = next(steps)
-    while changes_of_step:
-        around = best
-        for changes in changes_of_step:
-            config = around.override(changes)
-            if (bpb := tried(config, changes)) < least:
-                best, least = config, bpb
+    measure(start, {})
+    best, steps = start, candidates(start)
+    step = next(steps)
+    while step:
+        for changes in step:
+            measure(best.override(changes), changes)
+        best = choice(tried)
         try:
-            changes_of_step = steps.send(best)
+            step = steps.send(best)
         except StopIteration:
             break
     return best, rows
@@ -133,7 +141,7 @@ def sweep(
     artifact: Annotated[Path, typer.Argument(help="Artifact that `klora export` wrote.")],
     jsonl: Annotated[Path, typer.Option(help="Documents that the model was not trained on, JSON lines.")],
     record: Annotated[Path, typer.Option(help="The record to write.")] = Path("sweep.json"),
-    tokens: Annotated[int, typer.Option(help="Tokens of the tuning half that each candidate adapts to.")] = 600_000,
+    tokens: Annotated[int, typer.Option(help="Tokens of the tuning half that each candidate adapts to.")] = 400_000,
     held_out_tokens: Annotated[int, typer.Option(help="Most tokens of the other half; 0: all.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     commit: Annotated[str, typer.Option(help="Commit that is measured, where there is no git to ask.")] = "",
@@ -146,7 +154,7 @@ def sweep(
     tuning = Sample(model, sample(halves[0], tokens))
     held_out = Sample(model, sample(halves[1], held_out_tokens or 1 << 62))
     best, rows = search(tuning, DESIGN, print)
-    last = {name: vars(held_out.run(config, capture=True)) for name, config in (("design", DESIGN), ("tuned", best))}
+    last = {name: vars(held_out.run(config)) for name, config in (("design", DESIGN), ("tuned", best))}
     changed = {name: value for name, value in best.to_dict().items() if value != DESIGN.to_dict()[name]}
     halves_used = [
         {"documents": len(half.documents), "tokens": sum(document.targets for document in half.documents)}

@@ -11,7 +11,7 @@ from ..model.config import preset
 from ..model.corpus import Corpus
 from ..model.gpt import GPT
 from ..model.parallel import Ranks, pick_device
-from ..ttt.protocols import TTTConfig
+from ..ttt.protocols import ttt_preset
 from . import options
 from .console import Output
 from .export import DEFAULT_BUDGET, export_run
@@ -53,10 +53,8 @@ def demo(
     if ranks.device.type == "cpu":
         fit_threads()
     output.say("4. scoring, adapted to each document", style="bold")
-    scores = out / "score"
-    result = score_artifact(
-        artifact, (None, None, "text", None), tokens, TTTConfig(deadline=DEADLINE), scores, out, False, device, output
-    )
+    scores, config = out / "score", ttt_preset().override({"deadline": DEADLINE})
+    result = score_artifact(artifact, (None, None, "text", None), tokens, config, scores, out, False, device, output)
     total = time.perf_counter() - started
     totals = result.totals()
     output.say(

@@ -22,7 +22,7 @@ from ..model.signals import StopSignals
 from ..model.tokenizer import Tokenizer
 from ..model.train import device_name
 from ..ttt.documents import Document, documents_from_texts, documents_from_tokens
-from ..ttt.protocols import LEAK_WARNING, TTTConfig, label
+from ..ttt.protocols import LEAK_WARNING, SCORE_FIRST, TTTConfig, label, ttt_preset
 from ..ttt.ranks import PATIENCE, Board, board_of_torchrun, score_on_ranks
 from ..ttt.report import write_report
 from ..ttt.results import ScoreResult
@@ -51,6 +51,14 @@ def score(
     ] = 0,
     protocol: Annotated[
         str | None, typer.Option("--protocol", help="score_first; multi_epoch and min_nll are LEAKY and labelled so.")
+    ] = None,
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            "--preset",
+            help="tuned (the default of score_first): constants that a sweep found for one pass; design (the default "
+            "of the LEAKY protocols): the original's, for six.",
+        ),
     ] = None,
     deadline: Annotated[
         float | None, typer.Option("--deadline", help="Seconds after which nothing more is adapted; 0: none.")
@@ -96,7 +104,7 @@ def score(
     overrides = options.parse_overrides(set_)
     overrides |= {"protocol": protocol} if protocol is not None else {}
     overrides |= {"deadline": str(deadline)} if deadline is not None else {}
-    config = TTTConfig().override(overrides)
+    config = ttt_preset(preset, overrides.get("protocol", SCORE_FIRST)).override(overrides)
     if fields:
         options.list_fields(output, config)
         return

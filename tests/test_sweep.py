@@ -5,7 +5,7 @@ import json
 
 import pytest
 from conftest import SMALL, randomized, words
-from klora.bench.sweep import Sample, candidates, is_held_out, sample, search, sweep
+from klora.bench.sweep import Sample, candidates, choice, is_held_out, sample, search, sweep
 from klora.model.artifact import save_artifact
 from klora.ttt.protocols import TTTConfig
 from test_ttt import document
@@ -25,20 +25,18 @@ def test_the_halves_share_no_document_and_the_sample_is_drawn_by_names_alone():
 def test_bits_per_byte_count_short_documents_and_nothing_changes_without_a_learning_rate():
     model = randomized().requires_grad_(False)
     tuning = Sample(model, [document(100), document(20, 1), document(64, 2)])
-    found = tuning.run(START.override({"temperature": 1.0}), capture=True)
+    found = tuning.run(START.override({"temperature": 1.0}))
     assert found.adapted_bpb == pytest.approx(found.base_bpb, rel=1e-5)
-    assert tuning.run(START.override({"lr": 0.05}), capture=False).adapted_bpb != pytest.approx(
-        found.base_bpb, rel=1e-4
-    )
+    assert tuning.run(START.override({"lr": 0.05})).adapted_bpb != pytest.approx(found.base_bpb, rel=1e-4)
     assert len(tuning._base) == 1
 
 
 def test_the_search_keeps_the_best_and_every_step_goes_around_it():
     class Valley:
-        """Bits per byte with its least at lr 0.002, 2 steps, rank 4 and chunk 128."""
+        """Bits per byte with its least at lr 0.002, 1 step, rank 4 and chunk 128."""
 
-        def run(self, config, capture):
-            wanted = {"lr": 0.002, "steps_per_chunk": 2, "lora_rank": 4, "chunk": 128, "temperature": 1.0}
+        def run(self, config):
+            wanted = {"lr": 0.002, "steps_per_chunk": 1, "lora_rank": 4, "chunk": 128, "temperature": 1.0}
             away = sum(abs(getattr(config, name) / value - 1) for name, value in wanted.items())
             return Sample_found(adapted_bpb=1 + away)
 
@@ -50,11 +48,18 @@ def test_the_search_keeps_the_best_and_every_step_goes_around_it():
         seconds: float = 0.0
 
     best, rows = search(Valley(), TTTConfig(), lambda text: None)
-    assert (best.lr, best.steps_per_chunk, best.lora_rank, best.chunk, best.temperature) == (0.002, 2, 4, 128, 1.0)
+    assert (best.lr, best.steps_per_chunk, best.lora_rank, best.chunk, best.temperature) == (0.002, 1, 4, 128, 1.0)
     assert rows[0]["changes"] == {} and min(row["adapted_bpb"] for row in rows) == pytest.approx(1.0)
     steps = candidates(TTTConfig())
-    assert len(next(steps)) == 15
+    assert len(next(steps)) == 5
     assert all(row["config"]["protocol"] == "score_first" for row in rows)
+
+
+def test_steps_that_bring_next_to_nothing_are_not_chosen():
+    one, two, four = (TTTConfig(steps_per_chunk=steps) for steps in (1, 2, 4))
+    assert choice([(one, 1.0), (two, 0.9996), (four, 0.99959)]) is one
+    assert choice([(one, 1.0), (two, 0.9994), (four, 0.9990)]) is two
+    assert choice([(one, 1.0), (TTTConfig(lr=0.1), 0.9999)]).lr == 0.1
 
 
 def test_the_whole_sweep_writes_a_record(tmp_path, tokenizer, monkeypatch):
