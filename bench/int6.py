@@ -3,15 +3,25 @@
 One call is several layers: `weights` of one shape on the same x, enough of them that none is in the L2 cache when its
 turn comes again, as in a model, and that launching a graph is a small part of its time; or all linears of a model's
 blocks for one token. Peers have other codes, of 8 or 4 bits: they are bounds beside the table, not judged by its gate.
+Last, quantising and packing all linears of a model of 7 billion weights, in place of copies of one layer's.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..kernels.int6 import Int6Matrix, int6_linear, int6_linear_dx, quantize_int6
+from ..kernels.int6 import (
+    Int6Matrix,
+    Int6Weight,
+    int6_linear,
+    int6_linear_dx,
+    pack_int6_ref,
+    quantize_int6,
+    quantize_int6_ref,
+)
 from .entry import Call, Entry, Shape, Tensors, Variant
 
 LAYERS = {"8192x8192": (8192, 8192), "14336x4096": (14336, 4096), "4096x14336": (4096, 14336)}
@@ -29,6 +39,7 @@ TOY = {"M": 3, "N": 48, "K": 64, "weights": 2}
 LADDER = (1, 8, 16, 32, 64, 128, 200, 300, 1000, 2048)
 """Rows of x for each weight of the gate: every kernel that the picks choose from is judged."""
 GATE = {"M": max(LADDER), "N": 4096, "K": 4096, "weights": len(LADDER), "ladder": 1}
+CLIP = 0.11
 PEERS = tuple(f"M{rows}-4096x14336" for rows in (1, 4, 16, 64))
 """Shapes that the peers are timed at."""
 TUNED_BY_GEMLITE = PEERS[:3]
@@ -182,6 +193,53 @@ FOREIGN = (
 )
 
 
+# ---- quantising and packing a model
+
+
+def _layer_sizes(shape: Shape) -> list[tuple[int, int]]:
+    """[N, K] of the linears of one layer: four of attention, three of a gated MLP."""
+    width, hidden = shape["width"], shape["hidden"]
+    return [(width, width)] * 4 + [(hidden, width)] * 2 + [(width, hidden)]
+
+
+def _draw_layer(shape: Shape, device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Tensors:
+    return tuple(torch.randn(size, device=device, generator=generator).to(dtype) for size in _layer_sizes(shape))
+
+
+def _packing(
+    quantize: Callable[[Tensor], Int6Matrix | Int6Weight],
+) -> Callable[[Shape, torch.device, torch.dtype], Call]:
+    """All layers of a model, one after the other; what the first two matrices came to stands for the others."""
+
+    def build(shape: Shape, device: torch.device, dtype: torch.dtype) -> Call:
+        def run(*weights: Tensor) -> Tensors:
+            for _ in range(shape["layers"]):
+                packed = [quantize(weight) for weight in weights]
+            return tuple(matrix.dequantize() for matrix in packed[:2])
+
+        return run
+
+    return build
+
+
+def _quantize_rows(weight: Tensor) -> Int6Weight:
+    codes, scale = quantize_int6_ref(weight, CLIP)
+    return Int6Weight(pack_int6_ref(codes), scale, tuple(weight.shape))
+
+
+def _exactly_quantized(shape: Shape, *weights: Tensor) -> Tensors:
+    """In fp64 but for the scales, which are fp16 by definition."""
+    found = []
+    for weight in weights[:2]:
+        scale = (CLIP * weight.square().mean(dim=1).sqrt()).half().double()[:, None]
+        found.append((weight / scale).round().clamp(-31, 31) * scale)
+    return tuple(found)
+
+
+def _packing_bytes(shape: Shape, itemsize: int) -> int:
+    return shape["layers"] * sum(n * k * itemsize + n * k * 3 // 4 + 2 * n for n, k in _layer_sizes(shape))
+
+
 def _bytes(shape: Shape, itemsize: int) -> int:
     """Packed weights, scales and results of each layer; an x that several layers read counts once."""
     rows, sizes = shape.get("M", 1), _sizes(shape)
@@ -228,5 +286,21 @@ ENTRIES = (
         variants=_linear(1),
         bytes=_bytes,
         flops=_flops,
+    ),
+    Entry(
+        group="int6",
+        op="int6_packing",
+        shapes={"7B": {"layers": 32, "width": 4096, "hidden": 11008}},
+        toy={"layers": 2, "width": 64, "hidden": 96},
+        gate={"layers": 1, "width": 512, "hidden": 1376},
+        draw=_draw_layer,
+        truth=_exactly_quantized,
+        variants=(
+            Variant("eager", _packing(_quantize_rows), captures=False),
+            Variant("int6", _packing(partial(quantize_int6, clip=CLIP)), captures=False, is_ours=True),
+        ),
+        bytes=_packing_bytes,
+        flops=lambda shape: 0,
+        once=True,
     ),
 )
