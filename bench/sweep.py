@@ -1,12 +1,14 @@
-"""Which constants of test-time training suit a model: a sweep on a tuning split, and the winner on one it never saw.
+"""Which constants of test-time training suit a model: a sweep on a tuning split, and presets on one it never saw.
 
     python -m klora.bench.sweep seed.klora --jsonl val.jsonl.zst --record sweep.json
+    python -m klora.bench.sweep seed.klora --jsonl val.jsonl.zst --record presets.json --presets
 
 Documents are split in two by the hash of their names. Every candidate adapts the same sample of the first half under
 score_first; what counts is bits per byte over the sample, short documents included. The sweep goes one step at a time:
 learning rate and steps a chunk together, then chunk, temperature, rank and what else scales the steps, each around the
 choice so far, which is the cheapest config within TOLERANCE of the best: twice the steps for nothing one can see are
-not worth their time. The choice, the design's constants and the model as it is are then scored once on the second half.
+not worth their time. The second half is for what the sweep led to: --presets scores the presets of ttt/protocols.py and
+the model as it is on all of it.
 """
 
 import hashlib
@@ -30,14 +32,14 @@ from ..model.storage import write_text
 from ..ttt.base import BaseNll
 from ..ttt.documents import Document, documents_from_texts
 from ..ttt.engine import engine_of
-from ..ttt.protocols import TTTConfig, ttt_preset
+from ..ttt.protocols import PRESETS, TTTConfig, ttt_preset
 from ..ttt.scorer import Deadline
 from .environment import environment
 
 TOLERANCE = 0.0005
 """Bits per byte that a config may lose against the best and be chosen, if it takes fewer steps."""
 
-DESIGN = ttt_preset("design").override({"deadline": 0.0})
+NO_DEADLINE = {"deadline": 0.0}
 
 
 def is_held_out(name: str) -> bool:
@@ -59,8 +61,8 @@ def sample(documents: Sequence[Document], tokens: int) -> list[Document]:
 class Found:
     """Bits per byte of a sample under one config, with what the unadapted model has on the same windows."""
 
-    adapted_bpb: float
     base_bpb: float
+    adapted_bpb: float
     gained: float
     """share of the documents long enough to adapt that got better"""
     seconds: float
@@ -91,7 +93,7 @@ class Sample:
         rest = math.fsum(nats) - math.fsum(before)
         scale = 1 / math.log(2) / self.bytes
         better = sum(a < b for a, b in zip(adapted, before, strict=True)) / max(len(long), 1)
-        return Found((rest + math.fsum(adapted)) * scale, math.fsum(nats) * scale, better, engine.facts["seconds"])
+        return Found(math.fsum(nats) * scale, (rest + math.fsum(adapted)) * scale, better, engine.facts["seconds"])
 
 
 def candidates(best: TTTConfig) -> Iterator[list[dict[str, Any]]]:
@@ -141,39 +143,48 @@ def sweep(
     artifact: Annotated[Path, typer.Argument(help="Artifact that `klora export` wrote.")],
     jsonl: Annotated[Path, typer.Option(help="Documents that the model was not trained on, JSON lines.")],
     record: Annotated[Path, typer.Option(help="The record to write.")] = Path("sweep.json"),
-    tokens: Annotated[int, typer.Option(help="Tokens of the tuning half that each candidate adapts to.")] = 400_000,
-    held_out_tokens: Annotated[int, typer.Option(help="Most tokens of the other half; 0: all.")] = 0,
+    presets: Annotated[bool, typer.Option("--presets", help="Score the presets on the other half instead.")] = False,
+    tokens: Annotated[int, typer.Option(help="Most tokens of the half that is used; 0: all.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     commit: Annotated[str, typer.Option(help="Commit that is measured, where there is no git to ask.")] = "",
 ) -> None:
-    """Run the sweep and write the record."""
+    """Run the sweep, or score the presets, and write the record."""
     loaded, began = load_artifact(artifact), time.perf_counter()
     model = model_from_artifact(loaded, pick_device(device))
-    every = list(documents_from_texts(Corpus.jsonl([jsonl]).documents(), tokenizer_of(loaded), os.cpu_count() or 1))
-    halves = [[d for d in every if is_held_out(d.name) is side] for side in (False, True)]
-    tuning = Sample(model, sample(halves[0], tokens))
-    held_out = Sample(model, sample(halves[1], held_out_tokens or 1 << 62))
-    best, rows = search(tuning, DESIGN, print)
-    last = {name: vars(held_out.run(config)) for name, config in (("design", DESIGN), ("tuned", best))}
-    changed = {name: value for name, value in best.to_dict().items() if value != DESIGN.to_dict()[name]}
-    halves_used = [
-        {"documents": len(half.documents), "tokens": sum(document.targets for document in half.documents)}
-        for half in (tuning, held_out)
-    ]
+    every = documents_from_texts(Corpus.jsonl([jsonl]).documents(), tokenizer_of(loaded), os.cpu_count() or 1)
+    half = [document for document in every if is_held_out(document.name) is presets]
+    used = Sample(model, sample(half, tokens or 1 << 62))
+    found = score_presets(used) if presets else searched(used)
     result = {
-        "name": "sweep",
+        "name": "presets" if presets else "sweep",
         "environment": environment(commit),
         "artifact": {"payload_sha256": loaded.header["payload_sha256"], "provenance": loaded.provenance},
-        "tuning": halves_used[0],
-        "held_out": halves_used[1] | last,
-        "tuned": changed,
-        "rows": rows,
+        "half": "held out" if presets else "tuning",
+        "documents": len(used.documents),
+        "tokens": sum(document.targets for document in used.documents),
+        **found,
         "seconds": time.perf_counter() - began,
     }
     write_text(record, json.dumps(result, indent=1) + "\n")
-    print(f"tuned: {changed}")
-    for name, found in last.items():
-        print(f"held out, {name}: {found['base_bpb']:.5f} -> {found['adapted_bpb']:.5f}, {found['gained']:.0%} gain")
+
+
+def searched(tuning: Sample) -> dict[str, Any]:
+    """The sweep's rows, and what the choice changes of the design's constants."""
+    design = ttt_preset("design").override(NO_DEADLINE)
+    best, rows = search(tuning, design, print)
+    changed = {name: value for name, value in best.to_dict().items() if value != design.to_dict()[name]}
+    print(f"chosen: {changed}")
+    return {"chosen": changed, "rows": rows}
+
+
+def score_presets(held_out: Sample) -> dict[str, Any]:
+    """What each preset comes to."""
+    found = {}
+    for name in PRESETS:
+        found[name] = vars(held_out.run(ttt_preset(name).override(NO_DEADLINE)))
+        base, adapted, gained, seconds = found[name].values()
+        print(f"{name}: {base:.5f} -> {adapted:.5f}; {gained:.0%} of the long ones gain; {seconds:.1f} s")
+    return {"presets": found}
 
 
 if __name__ == "__main__":

@@ -56,8 +56,8 @@ def score(
         str | None,
         typer.Option(
             "--preset",
-            help="tuned (the default of score_first): constants that a sweep found for one pass; design (the default "
-            "of the LEAKY protocols): the original's, for six.",
+            help="quick (the default of score_first) and thorough (eight times the steps): constants that a sweep "
+            "found for one pass; design (the default of the LEAKY protocols): the original's, for six.",
         ),
     ] = None,
     deadline: Annotated[

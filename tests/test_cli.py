@@ -227,12 +227,13 @@ def test_help_teaches_and_fields_are_listed():
     assert "steps_per_chunk" in klora("score", "any.klora", "--fields").stdout
 
 
-def test_the_honest_protocol_has_the_tuned_constants_and_the_leaky_ones_the_designs():
+def test_the_honest_protocol_has_constants_of_its_own_and_the_leaky_ones_the_designs():
     def lr(*arguments: str) -> float:
         return json.loads(klora("score", "any.klora", *arguments, "--fields", "--json").stdout)["lr"]["value"]
 
-    tuned = PRESETS["tuned"]["lr"]
-    assert tuned != 0.01 and lr() == lr("--preset", "tuned", "--protocol", "min_nll") == tuned
+    quick, thorough = PRESETS["quick"]["lr"], PRESETS["thorough"]["lr"]
+    assert lr() == lr("--preset", "quick", "--protocol", "min_nll") == quick != 0.01
+    assert lr("--preset", "thorough") == thorough != quick
     assert lr("--preset", "design") == lr("--protocol", "min_nll") == lr("--set", "protocol=multi_epoch") == 0.01
     assert lr("--set", "lr=0.5") == 0.5
 
@@ -257,7 +258,7 @@ def test_the_honest_protocol_has_the_tuned_constants_and_the_leaky_ones_the_desi
         (["score", "/nowhere.klora"], "/nowhere.klora: there is no such file"),
         (["score", __file__], "give a file that klora exported"),
         (["score", "x.klora", "--protocol", "best"], "protocol='best' is not possible; allowed: one of score_first"),
-        (["score", "x.klora", "--preset", "best"], "there is no preset 'best'; allowed: design, tuned"),
+        (["score", "x.klora", "--preset", "best"], "there is no preset 'best'; allowed: design, quick, thorough"),
         (["score", "x.klora", "--deadline", "-1"], "deadline=-1.0 is not possible; allowed: float, at least 0.0"),
         (["generate", __file__], "give a file that klora exported"),
     ],

@@ -62,15 +62,21 @@ def test_steps_that_bring_next_to_nothing_are_not_chosen():
     assert choice([(one, 1.0), (TTTConfig(lr=0.1), 0.9999)]).lr == 0.1
 
 
-def test_the_whole_sweep_writes_a_record(tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr("klora.bench.sweep.DESIGN", START.override({"lr": 0.01}))
+@pytest.mark.parametrize("presets", [False, True])
+def test_a_record_is_of_one_half_of_the_documents(tmp_path, tokenizer, monkeypatch, presets):
+    small = {name: getattr(START, name) for name in ("chunk", "window", "min_tokens", "lora_rank", "head_rank")}
+    monkeypatch.setattr("klora.ttt.protocols.PRESETS", {"design": small, "quick": {**small, "lr": 0.003}})
+    monkeypatch.setattr("klora.bench.sweep.PRESETS", ("design", "quick"))
     monkeypatch.setattr("klora.bench.sweep.candidates", lambda best: (changes for changes in [[{"lr": 0.003}]]))
     config = dataclasses.replace(SMALL, vocab_size=tokenizer.vocab_size)
     save_artifact(tmp_path / "m.klora", randomized(config).state_dict(), config, tokenizer.to_bytes(), {"steps": 0})
     lines = [json.dumps({"name": f"{n}.txt", "text": words(n, 30 + 10 * n)}) for n in range(8)]
     (tmp_path / "val.jsonl").write_text("\n".join(lines))
-    sweep(tmp_path / "m.klora", tmp_path / "val.jsonl", tmp_path / "sweep.json", 5000, 0, "cpu", "abc")
-    record = json.loads((tmp_path / "sweep.json").read_text())
-    assert len(record["rows"]) == 2 and record["tuning"]["documents"] + record["held_out"]["documents"] == 8
-    assert set(record["held_out"]) == {"documents", "tokens", "design", "tuned"}
-    assert record["tuned"] in ({}, {"lr": 0.003})
+    sweep(tmp_path / "m.klora", tmp_path / "val.jsonl", tmp_path / "record.json", presets, 0, "cpu", "abc")
+    record = json.loads((tmp_path / "record.json").read_text())
+    assert record["documents"] == sum(is_held_out(f"{n}.txt") is presets for n in range(8))
+    if presets:
+        assert set(record["presets"]) == {"design", "quick"}
+        assert record["presets"]["design"]["base_bpb"] == record["presets"]["quick"]["base_bpb"]
+    else:
+        assert len(record["rows"]) == 2 and record["chosen"] in ({}, {"lr": 0.003})

@@ -70,25 +70,33 @@ class TTTConfig(Settings):
         return self.epochs if self.is_leaky else 1
 
 
-DESIGN, TUNED = "design", "tuned"
+DESIGN, QUICK, THOROUGH = "design", "quick", "thorough"
 
 PRESETS: dict[str, dict[str, Any]] = {
     DESIGN: {},
-    TUNED: {"lr": 0.001, "steps_per_chunk": 2},
+    QUICK: {"lr": 0.002, "temperature": 1.0},
+    THOROUGH: {
+        "lr": 0.0005,
+        "temperature": 1.0,
+        "chunk": 64,
+        "steps_per_chunk": 2,
+        "lora_rank": 16,
+        "head_rank": 32,
+    },
 }
 """Named sets of constants, as changes to the defaults. `design` is the original's, made for six passes over the same
-text. `tuned` is what bench/sweep.py found for score_first, with a `seed` model trained for three minutes, on documents
-that neither the model nor the reported gain knows."""
+text. The others are what bench/sweep.py found for one pass of score_first: `quick` with the design's one step for 256
+targets, `thorough` with eight times as many."""
 
 
 def ttt_preset(name: str | None = None, protocol: str = SCORE_FIRST) -> TTTConfig:
-    """The config of a preset under `protocol`. None: `tuned` for score_first, `design` for the leaky protocols.
+    """The config of a preset under `protocol`. None: `quick` for score_first, `design` for the leaky protocols.
 
     ConfigError: a name or a protocol that there is not.
     """
     config = TTTConfig(protocol=protocol)
     if name is None:
-        name = DESIGN if config.is_leaky else TUNED
+        name = DESIGN if config.is_leaky else QUICK
     if name not in PRESETS:
         raise ConfigError(f"there is no preset {name!r}; allowed: {', '.join(PRESETS)}")
     return config.override(PRESETS[name])

@@ -57,7 +57,7 @@ def pick_config(shapes: Sequence[Shapes], dtype: torch.dtype, on_gpu: bool) -> N
         return NewtonSchulzConfig(panel=side, block_k=64, num_warps=4, num_stages=5, chained=True)
     # 32 x (2048, 2048): 10.3, 4 warps 11.2; 128 registers so that two blocks share a multiprocessor. On an NVIDIA H100
     # 11.1, chained 12.0 to 15.6.
-    return NewtonSchulzConfig(panel=side, block_k=64, num_warps=8, num_stages=3, height=2)
+    return NewtonSchulzConfig(panel=side, block_k=64, num_warps=8, num_stages=3, registers=128)
 
 
 @lru_cache(maxsize=256)
@@ -69,7 +69,7 @@ def _layout(
     config: NewtonSchulzConfig,
     device: torch.device,
 ) -> tuple[Plan, Pieces]:
-    plan = plan_of(_shapes(layouts, forms), steps, coefficients, config.panel, device, config.chained, config.height)
+    plan = plan_of(_shapes(layouts, forms), steps, coefficients, config.panel, device, config.chained)
     return plan, pieces_of(layouts, config.panel, plan.starts, device)
 
 

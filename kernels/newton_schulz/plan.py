@@ -134,22 +134,14 @@ def _padded(side: int, unit: int) -> int:
 
 @lru_cache(maxsize=256)
 def plan_of(
-    shapes: tuple[Shapes, ...],
-    steps: int,
-    coefficients: str,
-    panel: int,
-    device: torch.device,
-    chained: bool = False,
-    height: int = 1,
+    shapes: tuple[Shapes, ...], steps: int, coefficients: str, panel: int, device: torch.device, chained: bool = False
 ) -> Plan:
-    """The plan of `shapes` for panels of `panel`: a launch a set, of tiles [height * panel, panel], or one chained
-    launch, of tiles [panel, panel].
-    """
+    """The plan of `shapes` for tiles and panels of `panel`, for a launch a set or one chained launch."""
     firsts, result_rows, result_columns = result_layout(shapes, panel)
     grids, starts, arena = [], [], 0
     for s, first in zip(shapes, firsts, strict=True):
         m, n = (_padded(side, panel) for side in sorted((s.rows, s.columns)))
-        grid = _Grid(m, n, panel, arena, PROGRAMS[s.form][1], first, s.is_tall, len(starts), s.count, height)
+        grid = _Grid(m, n, panel, arena, PROGRAMS[s.form][1], first, s.is_tall, len(starts), s.count)
         starts += [grid.base(q) for q in range(s.count)]
         arena = grid.base(s.count)
         grids.append(grid)
@@ -205,8 +197,6 @@ class _Grid:
     is_tall: bool
     first_matrix: int
     count: int
-    height: int
-    """Panels of rows in a tile."""
 
     def base(self, matrix):
         """First arena row of matrix number `matrix`, an integer or a tensor of them."""
@@ -218,9 +208,8 @@ class _Grid:
 
     def tiles_of(self, product: Product) -> int:
         """Tiles of `product` for one matrix."""
-        rows, columns, height = self.m // self.panel, self.n // self.panel, self.height
-        tall = range(-(-rows // height))
-        return len(tall) * columns if product.kind == APPLY else sum(min(height * (at + 1), rows) for at in tall)
+        rows, columns = self.m // self.panel, self.n // self.panel
+        return rows * columns if product.kind == APPLY else rows * (rows + 1) // 2
 
     def tiles(self, product: Product, is_last: bool) -> Tensor:
         """int32 [tiles, FIELDS], in bands of eight tile rows, which keep their operands in L2.
@@ -272,12 +261,12 @@ class _Grid:
 
     def _places(self, product: Product) -> tuple[Tensor, Tensor, Tensor]:
         """Matrix, row and column of each tile of a result."""
-        across, tall = self.n if product.kind == APPLY else self.m, self.height * self.panel
-        i, j = torch.meshgrid(torch.arange(0, self.m, tall), torch.arange(0, across, self.panel), indexing="ij")
+        across = self.n if product.kind == APPLY else self.m
+        i, j = torch.meshgrid(torch.arange(0, self.m, self.panel), torch.arange(0, across, self.panel), indexing="ij")
         i, j = i.reshape(-1), j.reshape(-1)
         if product.kind != APPLY:
-            i, j = i[j < i + tall], j[j < i + tall]
-        order = torch.argsort((i // (8 * tall)) * (1 << 40) + j * (1 << 20) + i)
+            i, j = i[j <= i], j[j <= i]
+        order = torch.argsort((i // (8 * self.panel)) * (1 << 40) + j * (1 << 20) + i)
         matrix = torch.arange(self.count).repeat_interleave(len(order))
         return matrix, i[order].repeat(self.count), j[order].repeat(self.count)
 

@@ -30,8 +30,6 @@ class NewtonSchulzConfig:
     num_warps: int
     num_stages: int
     registers: int | None = None
-    height: int = 1
-    """Panels of rows in a tile, 1 or 2; 1 where it is chained."""
     chained: bool = False
     """One launch, whose warps and registers are its own, in place of a launch for each set of tiles."""
 
@@ -62,22 +60,7 @@ def _store(block, kind, add, here, there, i, j, alpha, beta, gamma, squares, res
 
 
 @triton.jit
-def _store_halves(
-    block, kind, add, here, there, i, j, alpha, beta, gamma, squares, result, m, PANEL: tl.constexpr
-):  # fmt: skip
-    """Store what a tile of two panels has on and under the diagonal, and inside of a matrix of m rows."""
-    upper, lower = tl.split(tl.permute(tl.reshape(block, [2, PANEL, PANEL]), [1, 2, 0]))
-    if (kind != 1) | (j <= i):
-        _store(upper, kind, add, here, there, i, j, alpha, beta, gamma, squares, result, PANEL)
-    if i + PANEL < m:
-        add = tl.where(add >= 0, add + PANEL, add)
-        here = tl.where(kind == 3, here, here + PANEL)
-        _store(lower, kind, add, here, there + m, i + PANEL, j, alpha, beta, gamma, squares, result, PANEL)
-
-
-@triton.jit
 def _multiply(
-    tall,
     rows,
     columns,
     left,
@@ -87,30 +70,28 @@ def _multiply(
     kind,
     BK: tl.constexpr,
     PANEL: tl.constexpr,
-    HEIGHT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    acc = tl.zeros((HEIGHT * PANEL, PANEL), tl.float32)
+    acc = tl.zeros((PANEL, PANEL), tl.float32)
     if kind == 1:
-        if HEIGHT == 1 and left == right:
+        if left == right:
             for k in range(0, depth, BK):
                 a = rows.load([left + k // PANEL * panel_step, k % PANEL])
                 acc = tl.dot(a, a.T, acc, input_precision=PRECISION)
         else:
             for k in range(0, depth, BK):
-                a = tall.load([left + k // PANEL * panel_step, k % PANEL])
+                a = rows.load([left + k // PANEL * panel_step, k % PANEL])
                 b = rows.load([right + k // PANEL * panel_step, k % PANEL])
                 acc = tl.dot(a, b.T, acc, input_precision=PRECISION)
     else:
         for k in range(0, depth, BK):
-            a = tall.load([left + k // PANEL * panel_step, k % PANEL])
+            a = rows.load([left + k // PANEL * panel_step, k % PANEL])
             acc = tl.dot(a, columns.load([right + k, 0]), acc, input_precision=PRECISION)
     return acc
 
 
 @triton.jit
 def _products(
-    tall,  # [HEIGHT * PANEL, BK] of the arena
     rows,  # [PANEL, BK] of the arena
     columns,  # [BK, PANEL] of the arena
     squares,  # [PANEL, PANEL] of the arena
@@ -119,7 +100,6 @@ def _products(
     factors,
     BK: tl.constexpr,
     PANEL: tl.constexpr,
-    HEIGHT: tl.constexpr,
     FIELDS: tl.constexpr,
     PRECISION: tl.constexpr,
     DEPENDENT: tl.constexpr,
@@ -141,26 +121,22 @@ def _products(
     gamma = tl.load(scalars + 2)
     if DEPENDENT:
         tl.extra.cuda.gdc_wait()
-    acc = _multiply(tall, rows, columns, left, right, panel_step, depth, kind, BK, PANEL, HEIGHT, PRECISION)
+    acc = _multiply(rows, columns, left, right, panel_step, depth, kind, BK, PANEL, PRECISION)
     if DEPENDENT:
         tl.extra.cuda.gdc_launch_dependents()
-    if HEIGHT == 1:
-        _store(acc, kind, add, here, there, i, j, alpha, beta, gamma, squares, result, PANEL)
-    else:
-        _store_halves(acc, kind, add, here, there, i, j, alpha, beta, gamma, squares, result, panel_step, PANEL)
+    _store(acc, kind, add, here, there, i, j, alpha, beta, gamma, squares, result, PANEL)
 
 
 def run_products(plan: Plan, arena: Tensor, result: Tensor, config: NewtonSchulzConfig) -> None:
     """All products of `plan` in `arena` [arena_rows, panel], where X is; the last ones write `result`.
 
-    The plan is chained if `config` is, and for tiles of its height.
+    The plan is chained if `config` is.
     """
     panel, bk = config.panel, config.block_k
     if config.chained:
         run_chained(plan, arena, result, bk, config.num_stages)
         return
-    tall = config.height * panel
-    blocks = ((arena, tall, bk), (arena, panel, bk), (arena, bk, panel), (arena, panel, panel), (result, panel, panel))
+    blocks = ((arena, panel, bk), (arena, bk, panel), (arena, panel, panel), (result, panel, panel))
     descriptors = [TensorDescriptor.from_tensor(tensor, [rows, columns]) for tensor, rows, columns in blocks]
     on_gpu = arena.is_cuda
     options = {}
@@ -175,7 +151,6 @@ def run_products(plan: Plan, arena: Tensor, result: Tensor, config: NewtonSchulz
             plan.factors[first:],
             BK=bk,
             PANEL=panel,
-            HEIGHT=config.height,
             FIELDS=FIELDS,
             PRECISION="ieee" if arena.dtype == torch.float32 else "tf32",
             DEPENDENT=on_gpu,
