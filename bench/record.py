@@ -115,11 +115,24 @@ def run_group(
     rounds: tuple[int, int] = (20, 200),
     commit: str = "",
     progress: Callable[[str], None] = lambda text: None,
+    so_far: Callable[[dict[str, Any]], None] = lambda record: None,
 ) -> dict[str, Any]:
-    """Gate and time all `entries` of one group; the record as JSON values. RedGate passes through: no speed then."""
+    """Gate and time all `entries` of one group; the record as JSON values. RedGate passes through: no speed then.
+
+    `so_far` gets the record after each shape.
+    """
     results: list[dict[str, Any]] = []
     missing: list[dict[str, str]] = []
     bounds: list[dict[str, str]] = []
+    record = {
+        "schema": 1,
+        "group": group,
+        "environment": environment(commit),
+        "ceilings": dict(ceilings),
+        "missing": missing,
+        "bounds": bounds,
+        "results": results,
+    }
     for entry in entries:
         missing += [{"op": entry.op, "variant": name, "why": why} for name, why in entry.missing(device).items()]
         bounds += [
@@ -134,16 +147,9 @@ def run_group(
             progress(f"{entry.op} {name}: timing")
             entry = dataclasses.replace(entry, variants=tuple(v for v in entry.variants if v.name not in broken))
             results += _time_entry(entry, name, shape, verdicts, ceilings, device, dtype, rounds, broken)
+            so_far(record)
         missing += [{"op": entry.op, "variant": name, "why": why} for name, why in broken.items()]
-    return {
-        "schema": 1,
-        "group": group,
-        "environment": environment(commit),
-        "ceilings": dict(ceilings),
-        "missing": missing,
-        "bounds": bounds,
-        "results": results,
-    }
+    return record
 
 
 def measure_ceilings(
@@ -173,7 +179,8 @@ def _thunks(
 
     A bound, which the gate has not called, may raise, unless it is called once: `broken` gets its name and the reason.
     """
-    torch.compiler.reset()  # what was compiled for other shapes would make this one's dynamic
+    if not entry.once:  # whose shapes are dynamic from the start, and would be compiled twice
+        torch.compiler.reset()  # what was compiled for other shapes would make this one's dynamic
     sets = 1 if entry.once else input_sets(entry.bytes(shape, dtype.itemsize), device)
     generator = torch.Generator(device).manual_seed(1)
     drawn = [entry.draw(shape, device, dtype, generator) for _ in range(sets)]

@@ -60,10 +60,15 @@ def _adapted_batch(model: GPT, pool: AdapterPool, documents: list[Document], con
 
 
 def _frozen_model(shape: Shape, device: torch.device, dtype: torch.dtype, compiled: bool = False) -> GPT:
-    """The seeded model; compiled block by block, since the batch and the window change from step to step."""
+    """The seeded model; compiled block by block, since the batch and the window change from step to step.
+
+    A block's depth scale, a constant to the compiler, becomes a tensor: else every block is compiled for itself, until
+    the compiler has had enough and leaves the others eager.
+    """
     model = seeded_model(shape, device, dtype).requires_grad_(False)
     if compiled:
         for block in model.blocks:
+            block.depth_scale = torch.tensor(block.depth_scale, device=device)
             block.compile(dynamic=True)
     return model
 
@@ -98,9 +103,9 @@ def _truth(shape: Shape, tokens: Tensor) -> Tensor:
 
 
 def corpus_lengths(shape: Shape) -> np.ndarray:
-    """Tokens of each document, BOS among them."""
+    """Tokens of each document, BOS among them; at most `longest`, where the shape has one."""
     drawn = np.random.default_rng(0).lognormal(6.555, 1.066, 6250).astype(np.int64)
-    return drawn.clip(8, 60000)[:: shape["every"]]
+    return drawn.clip(8, shape.get("longest", 60000))[:: shape["every"]]
 
 
 def _draw_corpus(shape: Shape, device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Tensors:
@@ -158,15 +163,23 @@ def _score_corpus(shape: Shape, tokens: Tensor, model: GPT, pool_dtype: torch.dt
     return _in_order(documents, _base(model, short, config), nll)
 
 
-def _corpus_eager(compiled: bool):
-    def build(shape: Shape, device: torch.device, dtype: torch.dtype) -> Call:
-        model = _frozen_model(shape, device, dtype, compiled)
-        if compiled:  # a call is timed once, and what is timed is not to be the compiler
-            few = {**shape, "every": WARM_UP, "passes": 1}
-            _score_corpus(few, *_draw_corpus(few, device, dtype, torch.Generator(device).manual_seed(2)), model)
-        return lambda tokens: _score_corpus(shape, tokens, model)
+def _corpus_eager(shape: Shape, device: torch.device, dtype: torch.dtype) -> Call:
+    model = _frozen_model(shape, device, dtype)
+    return lambda tokens: _score_corpus(shape, tokens, model)
 
-    return build
+
+def _corpus_compiled(shape: Shape, device: torch.device, dtype: torch.dtype) -> Call:
+    """A call is timed once, so some documents go first: what is timed is not to be the compiler."""
+    model = _frozen_model(shape, device, dtype, compiled=True)
+    few = {**shape, "every": WARM_UP, "passes": 1}
+
+    def run(tokens: Tensor, shape: Shape = shape) -> Tensor:
+        # A block is met with gradients and without, with one document and with several: more often than is allowed.
+        with torch._dynamo.config.patch(recompile_limit=64):
+            return _score_corpus(shape, tokens, model)
+
+    run(*_draw_corpus(few, device, dtype, torch.Generator(device).manual_seed(2)), few)
+    return run
 
 
 def _corpus_engine(shape: Shape, device: torch.device, dtype: torch.dtype) -> Call:
@@ -295,8 +308,11 @@ LAW = {"B": 64, "shortest": 512, "chunk": 256}
 TOY_LAW = {"blocks": 0, "B": 3, "shortest": 512, "chunk": 256, "every": 3000}
 WARM_UP = 100
 """Every so many documents of the law are adapted before a compiled model is timed."""
-GATE_LAW = {"blocks": 10, "B": 8, "shortest": 512, "chunk": 256, "every": 250}
-"""With two passes of min_nll: in six, Adam's steps have made two equally good roundings part."""
+GATE_LAW = {"blocks": 10, "B": 8, "shortest": 512, "chunk": 256, "every": 250, "longest": 640}
+"""Two passes of min_nll, and documents of at most three chunks: Adam makes a step of any rounding of a gradient that is
+nearly zero, so that after some tens of steps two equally good scorers have parted (engine.json has the errors after 1, 8
+and 48)."""
+
 
 ENTRIES = (
     Entry(
@@ -328,10 +344,10 @@ ENTRIES = (
         draw=_draw_corpus,
         truth=lambda shape, tokens: _score_corpus(shape, tokens, _exact_model(shape, tokens.device), torch.float64),
         variants=(
-            Variant("eager", _corpus_eager(compiled=False), captures=False, shapes=("seed-391",)),
+            Variant("eager", _corpus_eager, captures=False, shapes=("seed-391",)),
             Variant(
                 "torch.compile",
-                _corpus_eager(compiled=True),
+                _corpus_compiled,
                 devices=("cuda",),
                 captures=False,
                 shapes=("seed-391",),
@@ -361,7 +377,7 @@ ENTRIES = (
         draw=_draw_corpus,
         truth=lambda shape, tokens: _score_corpus(shape, tokens, _exact_model(shape, tokens.device), torch.float64),
         variants=(
-            Variant("eager", _corpus_eager(compiled=False), captures=False, shapes=("seed-391",)),
+            Variant("eager", _corpus_eager, captures=False, shapes=("seed-391",)),
             Variant("klora", _corpus_engine, captures=False, is_ours=True),
         ),
         bytes=_corpus_bytes,

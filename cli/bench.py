@@ -43,7 +43,8 @@ def bench(
     """Check every variant against float64, time those that pass, and write one record a group.
 
     A variant that computes something else ends the run with status 1 and no speed. Peers that are not installed are
-    named as missing. Records go to OUT/GPU/GROUP.json; their fields are described in bench/record.py.
+    named as missing. Records go to OUT/GPU/GROUP.json; their fields are described in bench/record.py. A run that is
+    killed leaves what it had measured in GROUP.json.part.
 
     `klora bench report` prints the tables of all records in OUT and draws their pictures beside them.
 
@@ -66,6 +67,7 @@ def bench(
     folder = out / re.sub(r"[^a-z0-9]+", "-", device_name(chosen).lower())
     slower, records = [], []
     for group in groups or GROUPS:
+        part = folder / f"{group}.json.part"
         with output.progress() as show:
             try:
                 record = run_group(
@@ -78,12 +80,15 @@ def bench(
                     limits,
                     commit,
                     progress=lambda text: show(text, 0),
+                    so_far=lambda record, part=part: write_text(part, json.dumps(record, indent=1) + "\n"),
                 )
             except RedGate as red:
+                part.unlink(missing_ok=True)
                 output.say(f"red gate: {red}", style="bold red")
                 output.result({"error": str(red), "kind": "RedGate"})
                 raise typer.Exit(1) from None
         write_text(folder / f"{group}.json", json.dumps(record, indent=1) + "\n")
+        part.unlink(missing_ok=True)
         say_record(record, output)
         records.append(record)
         if before and before["group"] == group:

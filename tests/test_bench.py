@@ -20,6 +20,7 @@ from klora.bench.gate import RedGate, check, relative_error
 from klora.bench.groups import GROUPS, UnknownGroup, entries_of
 from klora.bench.record import RecordError, measure_ceilings, run_group, slower_than, validate
 from klora.bench.timing import time_interleaved
+from klora.cli.bench import bench
 from test_cli import klora
 
 CPU, FEW = torch.device("cpu"), (3, 3)
@@ -129,6 +130,26 @@ def test_a_variant_is_timed_at_its_shapes_alone():
     made = run_group("attention", [entry], ceilings, CPU, torch.float32, toy=False, rounds=FEW)
     timed = {(result["shape"], result["variant"]) for result in made["results"]}
     assert ("other", "limited") in timed and ("small", "limited") not in timed and ("small", "eager") in timed
+
+
+def test_a_run_that_is_killed_leaves_what_it_had_measured(tmp_path, monkeypatch):
+    """It is killed at the second of three entries; what is left is a record of the first."""
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    second = dataclasses.replace(FORWARD, op="killed", draw=killed)
+    monkeypatch.setitem(GROUPS, "attention", (FORWARD, second, FORWARD))
+    with pytest.raises(KeyboardInterrupt):
+        bench(["attention"], out=tmp_path, rounds=2, device="cpu")
+    (left,) = tmp_path.rglob("*.*")
+    assert left.name == "attention.json.part"
+    record = json.loads(left.read_text())
+    validate(record)
+    assert {result["op"] for result in record["results"]} == {FORWARD.op}
+    monkeypatch.setitem(GROUPS, "attention", (FORWARD,))
+    bench(["attention"], out=tmp_path, rounds=2, device="cpu")
+    assert [path.name for path in tmp_path.rglob("*.*")] == ["attention.json"]
 
 
 def broken_attention(q, k, v):
