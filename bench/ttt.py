@@ -309,9 +309,8 @@ TOY_LAW = {"blocks": 0, "B": 3, "shortest": 512, "chunk": 256, "every": 3000}
 WARM_UP = 100
 """Every so many documents of the law are adapted before a compiled model is timed."""
 GATE_LAW = {"blocks": 10, "B": 8, "shortest": 512, "chunk": 256, "every": 250, "longest": 640}
-"""Two passes of min_nll, and documents of at most three chunks: Adam makes a step of any rounding of a gradient that is
-nearly zero, so that after some tens of steps two equally good scorers have parted (engine.json has the errors after 1, 8
-and 48)."""
+"""Two passes of min_nll, and documents of at most three chunks. Adam makes a step of any rounding of a gradient that is
+nearly zero: after tens of them two equally good scorers have parted (engine.json: errors after 1, 8 and 48 steps)."""
 
 
 ENTRIES = (
