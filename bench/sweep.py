@@ -16,8 +16,8 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -38,6 +38,9 @@ from .environment import environment
 
 TOLERANCE = 0.0005
 """Bits per byte that a config may lose against the best and be chosen, if it takes fewer steps."""
+
+TUNING_TOKENS = 400_000
+"""Tokens that each candidate adapts to."""
 
 NO_DEADLINE = {"deadline": 0.0}
 
@@ -96,15 +99,19 @@ class Sample:
         return Found(math.fsum(nats) * scale, (rest + math.fsum(adapted)) * scale, better, engine.facts["seconds"])
 
 
-def candidates(best: TTTConfig) -> Iterator[list[dict[str, Any]]]:
-    """The steps of the sweep: changes to the best config so far, which is sent back after each."""
-    rates = {1: (0.001, 0.002, 0.004), 2: (0.001,), 4: (0.0006,)}
-    best = yield [{"lr": lr, "steps_per_chunk": steps} for steps in rates for lr in rates[steps]]
-    best = yield [{"chunk": chunk, "lr": lr} for chunk in (64, 128) for lr in (best.lr / 2, best.lr)]
-    best = yield [{"temperature": 1.0}, {"bias_lr": 1.0}]
-    best = yield [{"lora_rank": rank, "head_rank": 2 * rank} for rank in (4, 16)]
-    best = yield [{"head_lr": 1.0}, {"min_tokens": best.chunk + 2}]
-    yield [{"lr": best.lr * factor} for factor in (0.7, 1.4)]
+RATES = {1: (0.001, 0.002, 0.004), 2: (0.001,), 4: (0.0006,)}
+"""Learning rates to try with so many steps a chunk."""
+
+STEPS: tuple[Callable[[TTTConfig], list[dict[str, Any]]], ...] = (
+    lambda best: [{}],
+    lambda best: [{"lr": lr, "steps_per_chunk": steps} for steps in RATES for lr in RATES[steps]],
+    lambda best: [{"chunk": chunk, "lr": lr} for chunk in (64, 128) for lr in (best.lr / 2, best.lr)],
+    lambda best: [{"temperature": 1.0}, {"bias_lr": 1.0}],
+    lambda best: [{"lora_rank": rank, "head_rank": 2 * rank} for rank in (4, 16)],
+    lambda best: [{"head_lr": 1.0}, {"min_tokens": best.chunk + 2}],
+    lambda best: [{"lr": best.lr * factor} for factor in (0.7, 1.4)],
+)
+"""The steps of the sweep: changes to the choice so far."""
 
 
 def choice(rows: Sequence[tuple[TTTConfig, float]]) -> TTTConfig:
@@ -114,37 +121,27 @@ def choice(rows: Sequence[tuple[TTTConfig, float]]) -> TTTConfig:
     return rows[min(one for one in near if one[1] <= least + TOLERANCE)[2]][0]
 
 
-def search(tuning: Sample, start: TTTConfig, say) -> tuple[TTTConfig, list[dict[str, Any]]]:
-    """The config chosen, from `start` on, and a row for every one that was tried."""
-    rows: list[dict[str, Any]] = []
-    tried: list[tuple[TTTConfig, float]] = []
-
-    def measure(config: TTTConfig, changes: dict[str, Any]) -> None:
-        found = tuning.run(config)
-        tried.append((config, found.adapted_bpb))
-        rows.append({"changes": changes, "config": config.to_dict(), **vars(found)})
-        say(f"{changes}: {found.adapted_bpb:.5f} (base {found.base_bpb:.5f}), {found.seconds:.1f} s")
-
-    measure(start, {})
-    best, steps = start, candidates(start)
-    step = next(steps)
-    while step:
-        for changes in step:
-            measure(best.override(changes), changes)
+def search(tuning: Sample, start: TTTConfig) -> Iterator[tuple[TTTConfig, list[dict[str, Any]]]]:
+    """The choice so far, from `start` on, and a row for every config that was tried, after each of them."""
+    best, tried, rows = start, [], []
+    for step in STEPS:
+        for changes in step(best):
+            config = best.override(changes)
+            found = tuning.run(config)
+            tried.append((config, found.adapted_bpb))
+            rows.append({"changes": changes, "config": config.to_dict(), **vars(found)})
+            yield choice(tried), rows
         best = choice(tried)
-        try:
-            step = steps.send(best)
-        except StopIteration:
-            break
-    return best, rows
 
 
 def sweep(
     artifact: Annotated[Path, typer.Argument(help="Artifact that `klora export` wrote.")],
     jsonl: Annotated[Path, typer.Option(help="Documents that the model was not trained on, JSON lines.")],
-    record: Annotated[Path, typer.Option(help="The record to write.")] = Path("sweep.json"),
+    record: Annotated[Path, typer.Option(help="The record to write, and to write anew after each config.")],
     presets: Annotated[bool, typer.Option("--presets", help="Score the presets on the other half instead.")] = False,
-    tokens: Annotated[int, typer.Option(help="Most tokens of the half that is used; 0: all.")] = 0,
+    tokens: Annotated[
+        int | None, typer.Option(help="Most tokens of the half that is used; 400,000, or with --presets all.")
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     commit: Annotated[str, typer.Option(help="Commit that is measured, where there is no git to ask.")] = "",
 ) -> None:
@@ -153,38 +150,43 @@ def sweep(
     model = model_from_artifact(loaded, pick_device(device))
     every = documents_from_texts(Corpus.jsonl([jsonl]).documents(), tokenizer_of(loaded), os.cpu_count() or 1)
     half = [document for document in every if is_held_out(document.name) is presets]
-    used = Sample(model, sample(half, tokens or 1 << 62))
-    found = score_presets(used) if presets else searched(used)
-    result = {
+    used = Sample(model, sample(half, tokens or (1 << 62 if presets else TUNING_TOKENS)))
+    about = {
         "name": "presets" if presets else "sweep",
         "environment": environment(commit),
         "artifact": {"payload_sha256": loaded.header["payload_sha256"], "provenance": loaded.provenance},
         "half": "held out" if presets else "tuning",
         "documents": len(used.documents),
         "tokens": sum(document.targets for document in used.documents),
-        **found,
-        "seconds": time.perf_counter() - began,
     }
-    write_text(record, json.dumps(result, indent=1) + "\n")
+    for found in score_presets(used) if presets else searched(used):
+        seconds = time.perf_counter() - began
+        write_text(record, json.dumps({**about, **found, "seconds": seconds}, indent=1) + "\n")
 
 
-def searched(tuning: Sample) -> dict[str, Any]:
-    """The sweep's rows, and what the choice changes of the design's constants."""
+def searched(tuning: Sample) -> Iterator[dict[str, Any]]:
+    """The rows of the sweep so far, and what the choice among them changes of the design's constants."""
     design = ttt_preset("design").override(NO_DEADLINE)
-    best, rows = search(tuning, design, print)
-    changed = {name: value for name, value in best.to_dict().items() if value != design.to_dict()[name]}
+    changed: dict[str, Any] = {}
+    for best, rows in search(tuning, design):
+        changed = {name: value for name, value in best.to_dict().items() if value != design.to_dict()[name]}
+        print(_told(str(rows[-1]["changes"]), rows[-1]))
+        yield {"chosen": changed, "rows": rows}
     print(f"chosen: {changed}")
-    return {"chosen": changed, "rows": rows}
 
 
-def score_presets(held_out: Sample) -> dict[str, Any]:
-    """What each preset comes to."""
+def score_presets(held_out: Sample) -> Iterator[dict[str, Any]]:
+    """What the presets come to, one after the other."""
     found = {}
     for name in PRESETS:
         found[name] = vars(held_out.run(ttt_preset(name).override(NO_DEADLINE)))
-        base, adapted, gained, seconds = found[name].values()
-        print(f"{name}: {base:.5f} -> {adapted:.5f}; {gained:.0%} of the long ones gain; {seconds:.1f} s")
-    return {"presets": found}
+        print(_told(name, found[name]))
+        yield {"presets": found}
+
+
+def _told(name: str, found: dict[str, Any]) -> str:
+    base, adapted, gained, seconds = (found[field.name] for field in fields(Found))
+    return f"{name}: {base:.5f} -> {adapted:.5f}; {gained:.0%} of the long documents gain; {seconds:.1f} s"
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import json
 
 import pytest
 from conftest import SMALL, randomized, words
-from klora.bench.sweep import Sample, candidates, choice, is_held_out, sample, search, sweep
+from klora.bench.sweep import STEPS, Sample, choice, is_held_out, sample, search, sweep
 from klora.model.artifact import save_artifact
 from klora.ttt.protocols import TTTConfig
 from test_ttt import document
@@ -47,11 +47,10 @@ def test_the_search_keeps_the_best_and_every_step_goes_around_it():
         gained: float = 0.5
         seconds: float = 0.0
 
-    best, rows = search(Valley(), TTTConfig(), lambda text: None)
+    *_, (best, rows) = search(Valley(), TTTConfig())
     assert (best.lr, best.steps_per_chunk, best.lora_rank, best.chunk, best.temperature) == (0.002, 1, 4, 128, 1.0)
     assert rows[0]["changes"] == {} and min(row["adapted_bpb"] for row in rows) == pytest.approx(1.0)
-    steps = candidates(TTTConfig())
-    assert len(next(steps)) == 5
+    assert len(rows) == sum(len(step(TTTConfig())) for step in STEPS)
     assert all(row["config"]["protocol"] == "score_first" for row in rows)
 
 
@@ -67,7 +66,7 @@ def test_a_record_is_of_one_half_of_the_documents(tmp_path, tokenizer, monkeypat
     small = {name: getattr(START, name) for name in ("chunk", "window", "min_tokens", "lora_rank", "head_rank")}
     monkeypatch.setattr("klora.ttt.protocols.PRESETS", {"design": small, "quick": {**small, "lr": 0.003}})
     monkeypatch.setattr("klora.bench.sweep.PRESETS", ("design", "quick"))
-    monkeypatch.setattr("klora.bench.sweep.candidates", lambda best: (changes for changes in [[{"lr": 0.003}]]))
+    monkeypatch.setattr("klora.bench.sweep.STEPS", (lambda best: [{}], lambda best: [{"lr": 0.003}]))
     config = dataclasses.replace(SMALL, vocab_size=tokenizer.vocab_size)
     save_artifact(tmp_path / "m.klora", randomized(config).state_dict(), config, tokenizer.to_bytes(), {"steps": 0})
     lines = [json.dumps({"name": f"{n}.txt", "text": words(n, 30 + 10 * n)}) for n in range(8)]
