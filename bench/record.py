@@ -12,7 +12,7 @@ is the best there is. `validate` checks a record against RECORD_SCHEMA (JSON Sch
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -177,7 +177,7 @@ def _thunks(
 ) -> dict[str, list[Thunk]]:
     """Calls of each variant, built once, on input sets that all variants share: as many as keep the cache cold.
 
-    A bound, which the gate has not called, may raise, unless it is called once: `broken` gets its name and the reason.
+    A bound, which the gate has not called, may raise: `broken` gets its name and the reason.
     """
     if not entry.once:  # whose shapes are dynamic from the start, and would be compiled twice
         torch.compiler.reset()  # what was compiled for other shapes would make this one's dynamic
@@ -216,7 +216,12 @@ def _time_entry(
     thunks = _thunks(entry, variants, shape, device, dtype, broken)
     captures = [variant.name for variant in variants if variant.captures and variant.name in thunks]
     results = []
-    for timing, cache, measured, peaks in _measured(entry.once, captures, thunks, device, rounds):
+    if entry.once:
+        may_break = {variant.name for variant in variants if variant.instead}
+        ways: Iterable[Measured] = [_measured_once(thunks, device, may_break, broken)]
+    else:
+        ways = _measured(captures, thunks, device, rounds)
+    for timing, cache, measured, peaks in ways:
         for variant, times in measured.items():
             verdict = verdicts.get(variant)
             results.append(
@@ -247,22 +252,36 @@ def _time_entry(
     return results
 
 
-def _measured(
-    once: bool,
-    captures: Sequence[str],
-    thunks: Mapping[str, list[Thunk]],
-    device: torch.device,
-    rounds: tuple[int, int],
-) -> Iterator[tuple[str, str, dict[str, Times], dict[str, int | None]]]:
-    """(timing, cache, times, peak bytes) of every way in which the variants are timed."""
-    plain = "events" if device.type == "cuda" else "clock"
-    if once:
-        peaks, times = {}, {}
-        for name, calls in thunks.items():
-            one = partial(time_interleaved, {name: calls}, device, 1, 1, warmup=0)
+Measured = tuple[str, str, dict[str, Times], dict[str, int | None]]
+"""Timing, cache, times and peak bytes of one way in which the variants are timed."""
+
+
+def _measured_once(
+    thunks: Mapping[str, list[Thunk]], device: torch.device, may_break: Collection[str], broken: dict[str, str]
+) -> Measured:
+    """One call of each variant; `broken` gets the names of those of `may_break` that raise, and why."""
+    peaks: dict[str, int | None] = {}
+    times: dict[str, Times] = {}
+    for name, calls in thunks.items():
+        one = partial(time_interleaved, {name: calls}, device, 1, 1, warmup=0)
+        try:
             peaks[name] = peak_bytes(lambda one=one: times.update(one()), device)
-        yield plain, "cold", times, peaks
-        return
+        except Exception as error:
+            if name not in may_break:
+                raise
+            broken[name] = why_broken(error)
+    return _plain_timing(device), "cold", times, peaks
+
+
+def _plain_timing(device: torch.device) -> str:
+    return "events" if device.type == "cuda" else "clock"
+
+
+def _measured(
+    captures: Sequence[str], thunks: Mapping[str, list[Thunk]], device: torch.device, rounds: tuple[int, int]
+) -> Iterator[Measured]:
+    """Every way in which the variants are timed that can be called again and again."""
+    plain = _plain_timing(device)
     peaks = {name: peak_bytes(calls[0], device) for name, calls in thunks.items()}
     yield plain, "cold", time_interleaved(thunks, device, *rounds), peaks
     yield plain, "warm", time_interleaved({name: calls[:1] for name, calls in thunks.items()}, device, *rounds), peaks

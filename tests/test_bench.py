@@ -156,9 +156,11 @@ def broken_attention(q, k, v):
     raise RuntimeError("no\n   such instruction")
 
 
+@pytest.mark.parametrize("once", [False, True])
 @pytest.mark.parametrize("instead", ["", "nothing at all"])
-def test_a_peer_that_raises_is_named_and_takes_nobody_along(instead):
+def test_a_peer_that_raises_is_named_and_takes_nobody_along(instead, once):
     entry = with_variant(FORWARD, Variant("peer", forward_only(broken_attention), instead=instead))
+    entry = dataclasses.replace(entry, once=once)
     made = run([entry])
     validate(made)
     missing = {m["variant"]: m["why"] for m in made["missing"]}
