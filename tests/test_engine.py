@@ -20,13 +20,14 @@ from klora.ttt.engine import (
     Run,
     activation_bytes,
     engine_of,
+    kept_by_autograd,
     largest_batch,
     slot_bytes,
 )
 from klora.ttt.protocols import TTTConfig
 from klora.ttt.schedule import Schedule, queue_lengths
 from klora.ttt.scorer import Adapted, Batch, Deadline, adapt_batch
-from klora.ttt.step import clear_plan
+from klora.ttt.step import EngineStep, clear_plan
 from test_ttt import document
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -436,6 +437,33 @@ def test_the_kernels_in_the_interpreter_agree_with_the_reference():
     exact = adapt_documents(model, docs, config, Deadline(0), backend="reference")
     kernels = adapt_documents(model, docs, config, Deadline(0), backend="triton")
     np.testing.assert_allclose(kernels.nats, exact.nats, rtol=1e-4)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter runs the kernels where there is no GPU")
+def test_the_backward_keeps_what_the_memory_estimate_says(monkeypatch):
+    """At a head size of the kernels'; the last block keeps less, since most of it runs on a chunk alone."""
+    shape = dataclasses.replace(SMALL, width=128, heads=2, kv_heads=1, mlp_hidden=384, blocks=2)
+    config, steps = TTTConfig(chunk=32, window=64, batch=2, deadline=0.0), []
+    hidden = EngineStep._hidden
+
+    def watched(*arguments):
+        kept = {}
+
+        def keep(tensor):
+            if tensor.dim() > 1 and tensor.size(0) == 2 and {32, 64} & set(tensor.shape[1:]):  # of places and inputs
+                kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            out = hidden(*arguments)
+        steps.append(sum(kept.values()))
+        return out
+
+    monkeypatch.setattr(EngineStep, "_hidden", watched)
+    docs = documents((96, 96))
+    adapt_documents(randomized(shape).requires_grad_(False), docs, config, Deadline(0), backend="triton")
+    planned = 4 * config.batch * config.window * kept_by_autograd(shape, config.lora_rank)
+    assert 0.8 * planned < max(steps) < planned
 
 
 # ---- on a GPU ----

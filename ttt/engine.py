@@ -18,6 +18,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..kernels.attention import HEAD_DIMS
+from ..model.config import ModelConfig
 from ..model.gpt import GPT
 from ..model.ranges import phase
 from .adapters import AdapterLayout, AdapterPool
@@ -57,21 +59,32 @@ Shape = tuple[int, int, bool]
 """What one step is made for: queue, places, and whether it trains."""
 
 
+def kept_by_autograd(shape: ModelConfig, lora_rank: int) -> int:
+    """Numbers that a training step keeps for its backward, for each input of the window, in the compute dtype.
+
+    In each block: the normed input and MLP input, q, k and v, attention's output, the MLP's hidden values and what the
+    LoRA kept; q and k before their rotation and another output, whose layout is not the product's, where attention is
+    PyTorch's. And the outputs pushed for later blocks.
+    """
+    q, k, v = shape.qkv_sizes
+    block = 2 * shape.width + (q + k + v) + q + shape.mlp_hidden + 6 * lora_rank
+    if shape.head_dim not in HEAD_DIMS:
+        block += (q + k) + q
+    return shape.blocks * block + shape.blocks // 2 * shape.width
+
+
 def activation_bytes(model: GPT, config: TTTConfig, rows: int) -> int:
     """Bytes that a training step of `rows` places takes at most: what autograd keeps and what is in flight.
 
-    Kept, in each block and for each input of the longest window: the normed input and MLP input, q, k and v before and
-    after rotation, attention's output twice (its layout is not the product's), the MLP's hidden values and what the
-    LoRA kept; and the outputs pushed for later blocks. In flight: three hidden tensors of the MLP, the gradients of q,
-    k and v, and eight tensors of the residual stream; before the first block, five of the stream in fp32. The head's
-    logits are of the chunk alone. A quarter is added for the allocator's blocks and the products' workspaces.
+    In flight: three hidden tensors of the MLP, the gradients of q, k and v, and eight tensors of the residual stream;
+    before the first block, five of the stream in fp32. The head's logits are of the chunk alone. A quarter is added for
+    the allocator's blocks and the products' workspaces.
     """
     shape, item = model.config, torch.finfo(model.dtype).bits // 8
-    width, (q, k, v), hidden = shape.width, shape.qkv_sizes, shape.mlp_hidden
-    block = 2 * width + 2 * (q + k) + v + 2 * q + hidden + 6 * config.lora_rank
-    in_flight = max(3 * hidden + 2 * (q + k + v) + 8 * width, 5 * width * 4 // item)
-    kept = shape.blocks * block + shape.blocks // 2 * width
+    width, hidden = shape.width, shape.mlp_hidden
+    in_flight = max(3 * hidden + 2 * sum(shape.qkv_sizes) + 8 * width, 5 * width * 4 // item)
     head = config.chunk * (shape.vocab_size + 4 * width + 8 * config.head_rank)
+    kept = kept_by_autograd(shape, config.lora_rank)
     return int(1.25 * rows * item * (config.window * (kept + in_flight) + head))
 
 
