@@ -219,14 +219,21 @@ def test_the_batch_is_halved_until_it_fits():
 
 
 class AfterRounds(Deadline):
-    """Passes once it was asked `rounds` times."""
+    """Passes after `rounds` rounds: it is asked before each, and once before anything is prepared."""
 
     def __init__(self, rounds: int):
-        self.left = rounds
+        self.left = rounds + 1
 
     def passed(self) -> bool:
         self.left -= 1
         return self.left < 0
+
+
+def test_nothing_is_prepared_once_the_deadline_has_passed():
+    docs, facts = documents((100, 40)), {}
+    passed = Deadline(1e-9)
+    adapted = adapt_documents(model64(), docs, TTT, passed, facts=facts)
+    assert not adapted.targets.any() and "steps" not in facts
 
 
 def test_the_deadline_stops_between_rounds_and_counts_what_was_scored():

@@ -249,10 +249,12 @@ class Engine:
         shape = run.chunks, self.config.passes, len(self.chunks), self.lengths, self.rows
         if waiting is None:
             rounds: Iterable[Round] = list(Schedule(*shape))
-            self.prepare((taken.queue, taken.rows, bool(taken.trains.any())) for taken in rounds)
+            shapes = [(taken.queue, taken.rows, bool(taken.trains.any())) for taken in rounds]
         else:
             rounds = Schedule(*shape, waiting(visits_of(run.chunks, self.config.passes, len(self.lengths))))
-            self.prepare()
+            shapes = None
+        if not deadline.passed():
+            self.prepare(shapes)
         self._load(run, [documents[index] for index in order])
 
         def hand_over(adapted: Adapted) -> None:
