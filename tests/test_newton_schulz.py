@@ -1,6 +1,8 @@
 """Newton-Schulz: the coefficients, the kernels in the interpreter and on a GPU, and what no spectrum may do to them."""
 
+import gc
 import math
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -12,6 +14,7 @@ from klora.kernels.newton_schulz import (
     coefficients_of,
     newton_schulz,
     newton_schulz_ref,
+    op,
     pick_config,
     pick_form,
 )
@@ -147,6 +150,32 @@ def test_transposed_strided_and_batched_inputs_are_the_same_matrices():
     for view, ours, other in zip(views, together[:4], together[4:], strict=True):
         assert ours.shape == view.shape and torch.equal(ours, other)
         assert error(ours, truth(view, steps=2)) < 1e-4
+
+
+def test_what_a_graph_reads_outlives_the_caches(monkeypatch):
+    """A graph is captured, and then more shapes come than the cache of plans holds."""
+    found = weakref.WeakSet()
+    layout = op._layout
+
+    def forget():
+        layout.cache_clear()
+        plan_of.cache_clear()
+        gc.collect()
+
+    def watched(*arguments):
+        tables = layout(*arguments)
+        found.update(tables)
+        return tables
+
+    monkeypatch.setattr(op, "_layout", watched)
+    monkeypatch.setattr(op, "_READ_BY_GRAPHS", {})
+    newton_schulz(torch.randn(1, 20, 24), 1, backend="triton")
+    forget()
+    assert not found
+    monkeypatch.setattr(op, "_is_captured", lambda device: True)
+    newton_schulz(torch.randn(1, 20, 24), 1, backend="triton")
+    forget()
+    assert len(found) == 2
 
 
 @pytest.mark.parametrize("form", ["standard", "gram"])

@@ -60,6 +60,22 @@ def pick_config(shapes: Sequence[Shapes], dtype: torch.dtype, on_gpu: bool) -> N
     return NewtonSchulzConfig(panel=side, block_k=64, num_warps=8, num_stages=3, registers=128)
 
 
+_READ_BY_GRAPHS: dict[int, tuple] = {}
+"""Tables that a captured graph reads. The caches below may drop theirs; these stay, since nobody says when a graph is
+gone."""
+
+
+def _is_captured(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def _lasting(tables: tuple, device: torch.device) -> tuple:
+    """`tables`, kept if a graph is being captured that will read them."""
+    if _is_captured(device):
+        _READ_BY_GRAPHS[id(tables)] = tables
+    return tables
+
+
 @lru_cache(maxsize=256)
 def _layout(
     layouts: Layouts,
@@ -104,7 +120,7 @@ def _run(
     """Orthogonal matrices of tensors [B, rows, columns], packed; :func:`_unpack` finds them."""
     layouts, device = _layouts(tensors), tensors[0].device
     config = pick_config(_shapes(layouts, forms), dtype, tensors[0].is_cuda)
-    plan, pieces = _layout(layouts, steps, coefficients, tuple(forms), config, device)
+    plan, pieces = _lasting(_layout(layouts, steps, coefficients, tuple(forms), config, device), device)
     inner = torch.float32 if dtype == torch.float32 else torch.float16
     arena = torch.empty(plan.arena_rows, config.panel, device=device, dtype=inner)
     result = torch.empty(plan.result_rows, plan.result_columns, device=device, dtype=dtype)
@@ -176,7 +192,8 @@ def _muon_apply(
     scale: str,
 ) -> None:
     layouts = _layouts(parameters)
-    pieces, scales = _targets(layouts, tuple(u.stride(-2) for u in updates), scale, parameters[0].device)
+    strides, device = tuple(u.stride(-2) for u in updates), parameters[0].device
+    pieces, scales = _lasting(_targets(layouts, strides, scale, device), device)
     if lr_on_device is None:
         apply_updates(parameters, updates, scales, lr, weight_decay, pieces)
     else:
