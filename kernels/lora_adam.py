@@ -24,6 +24,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .registration import custom_op
+
 
 @torch.no_grad()
 def lora_adam_ref_(
@@ -126,7 +128,7 @@ def _correction(BETA: tl.constexpr, t):
     return (1.0 / (1.0 - power)).to(tl.float32)
 
 
-@torch.library.custom_op("klora::lora_adam_", mutates_args=("params", "exp_avg", "exp_avg_sq", "step", "low"))
+@custom_op("klora::lora_adam_", mutates_args=("params", "exp_avg", "exp_avg_sq", "step", "low"))
 def _lora_adam(
     params: Tensor,
     grads: Tensor,

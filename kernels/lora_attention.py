@@ -27,6 +27,7 @@ from .lora_qkv.op import adapters_and_packed, fake_outputs, fake_packed, gradien
 from .lora_qkv.reference import lora_qkv_rope_ref
 from .lora_qkv.rope import validate_heads
 from .lora_qkv.validate import validate
+from .registration import custom_op
 from .tile import aligned
 
 
@@ -87,7 +88,7 @@ def lora_attention(
     return _op(x, weight, lora_a, lora_b, *tables, slots, sizes, head_dim, tail, *(grads or (None, None)))[0]
 
 
-@torch.library.custom_op("klora::lora_attention", mutates_args=())
+@custom_op("klora::lora_attention", mutates_args=())
 def _op(
     x: Tensor,
     weight: Tensor,
@@ -118,7 +119,7 @@ def _(x, weight, lora_a, lora_b, cos, sin, gain, slots, sizes, head_dim, tail, g
     return [out, lse, *fake_outputs(x, sizes, lora_a.size(2)), *fake_packed(x, weight, lora_a), *rstds]
 
 
-@torch.library.custom_op("klora::lora_attention_backward", mutates_args=())
+@custom_op("klora::lora_attention_backward", mutates_args=())
 def _backward_op(
     dout: Tensor,
     out: Tensor,

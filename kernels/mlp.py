@@ -26,6 +26,7 @@ from torch import Tensor
 
 from .linear.op import linear_dweight, linear_dx, runs_kernel
 from .linear.product import SLOPE, SQUARE, empty_rows, launch_product
+from .registration import custom_op
 
 
 def relu_squared_mlp_ref(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
@@ -73,7 +74,7 @@ def _launch(kernel, *tensors: Tensor) -> None:
         kernel[(triton.cdiv(size, config.block),)](*tensors, size, BLOCK=config.block, num_warps=config.num_warps)
 
 
-@torch.library.custom_op("klora::relu_squared", mutates_args=())
+@custom_op("klora::relu_squared", mutates_args=())
 def _relu_squared(u: Tensor) -> Tensor:
     out = u.new_empty(u.shape)
     _launch(_forward, u.contiguous(), out)
@@ -85,7 +86,7 @@ def _(u):
     return u.new_empty(u.shape)
 
 
-@torch.library.custom_op("klora::relu_squared_backward", mutates_args=())
+@custom_op("klora::relu_squared_backward", mutates_args=())
 def _relu_squared_backward(dout: Tensor, u: Tensor) -> Tensor:
     du = u.new_empty(u.shape)
     _launch(_backward, dout.contiguous(), u.contiguous(), du)
@@ -111,7 +112,7 @@ def relu_squared(u: Tensor, *, backend: str | None = None) -> Tensor:
     return _relu_squared(u) if runs_kernel(backend, u=u) else relu_squared_ref(u)
 
 
-@torch.library.custom_op("klora::relu_squared_mlp", mutates_args=())
+@custom_op("klora::relu_squared_mlp", mutates_args=())
 def _mlp(x: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """out, a [..., hidden], and in fp16 u [..., hidden], else nothing."""
     u = empty_rows(x, x.shape[:-1].numel(), up.size(0)) if x.dtype == torch.float16 else None
@@ -125,7 +126,7 @@ def _(x, up, down):
     return x.new_empty(x.shape), a, x.new_empty(a.shape if x.dtype == torch.float16 else 0)
 
 
-@torch.library.custom_op("klora::relu_squared_mlp_du", mutates_args=())
+@custom_op("klora::relu_squared_mlp_du", mutates_args=())
 def _mlp_du(dout: Tensor, kept: Tensor, down: Tensor) -> Tensor:
     """du [..., hidden] of dout [..., D] and `kept` [..., hidden]: u in fp16, else a."""
     return launch_product(dout, down, transposed=True, ending=SLOPE, kept=kept)

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from ..registration import custom_op
 from ..tile import aligned
 from .backward import launch_backward
 from .forward import launch_forward
@@ -28,7 +29,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, tail: int | None = None, *
     return _op(q, k, v, tail)[0]
 
 
-@torch.library.custom_op("klora::causal_attention", mutates_args=())
+@custom_op("klora::causal_attention", mutates_args=())
 def _op(q: Tensor, k: Tensor, v: Tensor, tail: int) -> tuple[Tensor, Tensor]:
     """out, and the logsumexp that the backward wants."""
     return launch_forward(aligned(q), aligned(k), aligned(v), tail)
@@ -41,7 +42,7 @@ def _(q, k, v, tail):
     return q.new_empty(batch, tail, heads, width), lse
 
 
-@torch.library.custom_op("klora::causal_attention_backward", mutates_args=())
+@custom_op("klora::causal_attention_backward", mutates_args=())
 def _backward_op(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:

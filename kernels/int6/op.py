@@ -29,6 +29,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..registration import custom_op
 from .backward import dequantize_tiles, warp_backward
 from .forward import add_parts, permute_inputs, tile_forward, warp_forward
 from .layout import COLUMNS, Int6Matrix, packed_shape
@@ -165,7 +166,7 @@ def _backend(backend: Backend | None, x: Tensor, weight: Int6Matrix) -> Backend:
     return backend or ("triton" if x.is_cuda else "reference")
 
 
-@torch.library.custom_op("klora::int6_product", mutates_args=())
+@custom_op("klora::int6_product", mutates_args=())
 def int6_product(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, rows: int) -> Tensor:
     """x [M, K] -> [M, rows]."""
     config = pick_config(x.size(0), rows, x.size(1), x.dtype, x.is_cuda, _can_be_wide(x, packed, scale))
@@ -177,7 +178,7 @@ def _(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, rows: int) 
     return x.new_empty(x.size(0), rows)
 
 
-@torch.library.custom_op("klora::int6_product_dx", mutates_args=())
+@custom_op("klora::int6_product_dx", mutates_args=())
 def int6_product_dx(dout: Tensor, packed: Tensor, scale: Tensor, columns: int) -> Tensor:
     """dout [M, N] -> dx [M, columns]."""
     can_be_wide = _can_be_wide(dout, packed, scale)

@@ -1,9 +1,9 @@
 """The plain statement, the registered ops, their autograd, and the public function."""
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..registration import custom_op
 from .product import DTYPES, launch_product
 
 
@@ -23,7 +23,7 @@ def linear(x: Tensor, weight: Tensor, *, backend: str | None = None) -> Tensor:
     return _linear(x, weight) if runs_kernel(backend, x=x, weight=weight) else linear_ref(x, weight)
 
 
-@torch.library.custom_op("klora::linear", mutates_args=())
+@custom_op("klora::linear", mutates_args=())
 def _linear(x: Tensor, weight: Tensor) -> Tensor:
     return launch_product(x, weight)
 
@@ -33,7 +33,7 @@ def _(x, weight):
     return x.new_empty(*x.shape[:-1], weight.size(0))
 
 
-@torch.library.custom_op("klora::linear_dx", mutates_args=())
+@custom_op("klora::linear_dx", mutates_args=())
 def linear_dx(dout: Tensor, weight: Tensor) -> Tensor:
     """dout [..., N] by weight [N, K] -> dout W [..., K]."""
     return launch_product(dout, weight, transposed=True)

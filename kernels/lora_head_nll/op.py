@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from ..registration import custom_op
 from .launch import is_packed, launchable, outputs
 from .reference import lora_head_nll_ref, softcap_nll_ref
 
@@ -11,7 +12,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 INTEGERS = (torch.int32, torch.int64)
 
 
-@torch.library.custom_op("klora::head_nll", mutates_args=())
+@custom_op("klora::head_nll", mutates_args=())
 def _head_nll(
     h: Tensor,
     weight: Tensor,
@@ -31,7 +32,7 @@ def _(h, weight, lora_a, lora_b, slots, targets, softcap, temperature, keep):
     return outputs(h, weight, lora_a, keep)
 
 
-@torch.library.custom_op("klora::head_nll_backward", mutates_args=())
+@custom_op("klora::head_nll_backward", mutates_args=())
 def _head_nll_backward(
     dnll: Tensor,
     h: Tensor,
@@ -88,7 +89,7 @@ def _backward(ctx, dnll, *_):
 _head_nll.register_autograd(_backward, setup_context=_setup_context)
 
 
-@torch.library.custom_op("klora::lora_head_nll_grads_", mutates_args=("dlora_a", "dlora_b"))
+@custom_op("klora::lora_head_nll_grads_", mutates_args=("dlora_a", "dlora_b"))
 def _lora_head_nll_grads(
     h: Tensor,
     weight: Tensor,

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..registration import custom_op
 from ..tile import aligned
 from .adapters import Adapters, adapters_of, launch_pack, packed_adapters
 from .backward import launch_backward
@@ -57,7 +58,7 @@ def check_slots(slots: Tensor, count: int) -> None:
         raise ValueError(f"slots {wrong} are not possible; allowed: -1 and 0 to {count - 1}")
 
 
-@torch.library.custom_op("klora::lora_qkv", mutates_args=())
+@custom_op("klora::lora_qkv", mutates_args=())
 def _op(
     x: Tensor,
     weight: Tensor,
@@ -78,7 +79,7 @@ def _(x, weight, lora_a, lora_b, slots, sizes, grad_a, grad_b):
     return *fake_outputs(x, sizes, lora_a.size(2)), *fake_packed(x, weight, lora_a)
 
 
-@torch.library.custom_op("klora::lora_qkv_backward", mutates_args=())
+@custom_op("klora::lora_qkv_backward", mutates_args=())
 def backward_op(
     dq: Tensor,
     dk: Tensor,
@@ -116,7 +117,7 @@ def _(dq, dk, dv, x, weight, a, b, xa, slots, count, rank, lora_dtype, needs_dx,
     return dx, *(x.new_empty(shape, dtype=lora_dtype) for shape in _lora_shapes(x, weight, count, rank))
 
 
-@torch.library.custom_op("klora::lora_qkv_backward_into", mutates_args=("da", "db"))
+@custom_op("klora::lora_qkv_backward_into", mutates_args=("da", "db"))
 def backward_into_op(
     dq: Tensor,
     dk: Tensor,

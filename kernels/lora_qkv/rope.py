@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..registration import custom_op
 from ..tile import aligned
 from .forward import launch_forward, pick_forward_config
 from .heads import Rotary
@@ -103,7 +104,7 @@ def lora_qkv_rope(
     return _op(x, weight, lora_a, lora_b, *tables, slots, sizes, head_dim, *(grads or (None, None)))[:3]
 
 
-@torch.library.custom_op("klora::lora_qkv_rope", mutates_args=())
+@custom_op("klora::lora_qkv_rope", mutates_args=())
 def _op(
     x: Tensor,
     weight: Tensor,
@@ -130,7 +131,7 @@ def _(x, weight, lora_a, lora_b, cos, sin, gain, slots, sizes, head_dim, grad_a,
     return *fake_outputs(x, sizes, lora_a.size(2)), *fake_packed(x, weight, lora_a), *rstds
 
 
-@torch.library.custom_op("klora::lora_qkv_rope_heads_backward", mutates_args=())
+@custom_op("klora::lora_qkv_rope_heads_backward", mutates_args=())
 def _heads_backward_op(
     dq: Tensor,
     dk: Tensor,

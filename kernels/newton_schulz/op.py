@@ -6,6 +6,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from ..registration import custom_op
 from .edges import PIECE, Layouts, Pieces, apply_updates, fill_arena, pieces_of
 from .plan import Plan, Shapes, plan_of, result_layout
 from .products import NewtonSchulzConfig, run_products
@@ -148,7 +149,7 @@ def _unpack(result: Tensor, tensors: Sequence[Tensor], forms: Sequence[str]) -> 
     return views
 
 
-@torch.library.custom_op("klora::newton_schulz", mutates_args=())
+@custom_op("klora::newton_schulz", mutates_args=())
 def _newton_schulz(
     matrices: list[Tensor], steps: int, coefficients: str, gram: list[bool], dtype: torch.dtype
 ) -> Tensor:
@@ -160,7 +161,7 @@ def _(matrices, steps, coefficients, gram, dtype):
     return _empty_result(matrices, _names(gram), dtype)
 
 
-@torch.library.custom_op("klora::muon_updates", mutates_args=("momenta",))
+@custom_op("klora::muon_updates", mutates_args=("momenta",))
 def _muon_updates(
     gradients: list[Tensor],
     momenta: list[Tensor],
@@ -181,7 +182,7 @@ def _(gradients, momenta, momentum, momentum_on_device, nesterov, steps, coeffic
     return _empty_result(gradients, _names(gram), dtype)
 
 
-@torch.library.custom_op("klora::muon_apply", mutates_args=("parameters",))
+@custom_op("klora::muon_apply", mutates_args=("parameters",))
 def _muon_apply(
     parameters: list[Tensor],
     updates: list[Tensor],

@@ -4,6 +4,7 @@ import torch
 import triton
 from torch import Tensor
 
+from ..registration import custom_op
 from .backward import SPLITS_AT_ONCE, add_splits, backward
 from .forward import SPLIT, forward, pick_config
 from .reference import EPS, ResidualNorm, residual_norm_ref, rms_norm_ref
@@ -13,7 +14,7 @@ INTEGERS = (torch.int32, torch.int64)
 WIDEST = 4096
 
 
-@torch.library.custom_op("klora::residual_norm", mutates_args=())
+@custom_op("klora::residual_norm", mutates_args=())
 def _residual_norm(
     x: Tensor,
     branch: Tensor | None,
@@ -72,7 +73,7 @@ def _outputs(x: Tensor, push: bool, keep: bool) -> tuple[Tensor, Tensor, Tensor,
     return x_out, x_in, x.new_empty(x.shape), x.new_empty(x.shape[:2], dtype=torch.float32)
 
 
-@torch.library.custom_op("klora::residual_norm_backward", mutates_args=())
+@custom_op("klora::residual_norm_backward", mutates_args=())
 def _residual_norm_backward(
     dn: Tensor | None,
     dx_in: Tensor | None,
@@ -105,7 +106,7 @@ def _(dn, dx_in, dx_out, n, rstd, x, branch, scale, bias, slots, pushed, skip, m
     return _gradients(n, bias_rows, wants)
 
 
-@torch.library.custom_op("klora::residual_norm_backward_into", mutates_args=("dbias",))
+@custom_op("klora::residual_norm_backward_into", mutates_args=("dbias",))
 def _residual_norm_backward_into(
     dn: Tensor | None,
     dx_in: Tensor | None,

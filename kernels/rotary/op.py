@@ -4,6 +4,7 @@ import torch
 import triton
 from torch import Tensor
 
+from ..registration import custom_op
 from ..rms_norm import EPS
 from .backward import backward
 from .forward import forward, pick_config
@@ -37,7 +38,7 @@ def _with_whole_heads(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(3) == 1 else tensor.contiguous()
 
 
-@torch.library.custom_op("klora::norm_rotary", mutates_args=())
+@custom_op("klora::norm_rotary", mutates_args=())
 def _norm_rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, gain: Tensor | None) -> tuple[Tensor, Tensor]:
     q_out, k_out = q.new_empty(q.shape), k.new_empty(k.shape)
     if q.numel():
@@ -51,7 +52,7 @@ def _(q, k, cos, sin, gain):
     return q.new_empty(q.shape), k.new_empty(k.shape)
 
 
-@torch.library.custom_op("klora::norm_rotary_backward", mutates_args=())
+@custom_op("klora::norm_rotary_backward", mutates_args=())
 def _norm_rotary_backward(
     dq_out: Tensor,
     dk_out: Tensor,
