@@ -3,7 +3,7 @@
 One call is several layers: `weights` of one shape on the same x, enough of them that none is in the L2 cache when its
 turn comes again, as in a model, and that launching a graph is a small part of its time; or all linears of a model's
 blocks for one token. Peers have other codes, of 8 or 4 bits: they are bounds beside the table, not judged by its gate.
-Last, quantising and packing all linears of a model of 7 billion weights, in place of copies of one layer's.
+Last, quantising and packing as many linears as a model of 7 billion weights has: those of one layer, again and again.
 """
 
 from collections.abc import Callable
@@ -202,6 +202,10 @@ def _layer_sizes(shape: Shape) -> list[tuple[int, int]]:
     return [(width, width)] * 4 + [(hidden, width)] * 2 + [(width, hidden)]
 
 
+ONE_OF_EACH = (0, 4, 6)
+"""Places of a matrix of each shape among `_layer_sizes`."""
+
+
 def _draw_layer(shape: Shape, device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Tensors:
     return tuple(torch.randn(size, device=device, generator=generator).to(dtype) for size in _layer_sizes(shape))
 
@@ -209,13 +213,13 @@ def _draw_layer(shape: Shape, device: torch.device, dtype: torch.dtype, generato
 def _packing(
     quantize: Callable[[Tensor], Int6Matrix | Int6Weight],
 ) -> Callable[[Shape, torch.device, torch.dtype], Call]:
-    """All layers of a model, one after the other; what the first two matrices came to stands for the others."""
+    """As many layers as a model has, one after the other; judged by a matrix of each shape."""
 
     def build(shape: Shape, device: torch.device, dtype: torch.dtype) -> Call:
         def run(*weights: Tensor) -> Tensors:
             for _ in range(shape["layers"]):
                 packed = [quantize(weight) for weight in weights]
-            return tuple(matrix.dequantize() for matrix in packed[:2])
+            return tuple(packed[at].dequantize() for at in ONE_OF_EACH)
 
         return run
 
@@ -230,7 +234,7 @@ def _quantize_rows(weight: Tensor) -> Int6Weight:
 def _exactly_quantized(shape: Shape, *weights: Tensor) -> Tensors:
     """In fp64 but for the scales, which are fp16 by definition."""
     found = []
-    for weight in weights[:2]:
+    for weight in (weights[at] for at in ONE_OF_EACH):
         scale = (CLIP * weight.square().mean(dim=1).sqrt()).half().double()[:, None]
         found.append((weight / scale).round().clamp(-31, 31) * scale)
     return tuple(found)

@@ -147,8 +147,10 @@ def run_group(
             progress(f"{entry.op} {name}: timing")
             entry = dataclasses.replace(entry, variants=tuple(v for v in entry.variants if v.name not in broken))
             results += _time_entry(entry, name, shape, verdicts, ceilings, device, dtype, rounds, broken)
+            raised = [{"op": entry.op, "variant": name, "why": why} for name, why in broken.items()]
+            record["missing"] = missing + raised
             so_far(record)
-        missing += [{"op": entry.op, "variant": name, "why": why} for name, why in broken.items()]
+        missing = record["missing"]
     return record
 
 
@@ -179,7 +181,7 @@ def _thunks(
 
     A bound, which the gate has not called, may raise: `broken` gets its name and the reason.
     """
-    if not entry.once:  # whose shapes are dynamic from the start, and would be compiled twice
+    if not entry.once:  # which is compiled for shapes of any size, since it has its time from one call
         torch.compiler.reset()  # what was compiled for other shapes would make this one's dynamic
     sets = 1 if entry.once else input_sets(entry.bytes(shape, dtype.itemsize), device)
     generator = torch.Generator(device).manual_seed(1)

@@ -28,6 +28,7 @@ YARDSTICK = "eager"
 BEGIN, END = "<!-- benchmarks -->", "<!-- /benchmarks -->"
 TIMINGS = {"graph": "CUDA graph replay", "events": "CUDA events", "clock": "the processor's clock"}
 UNSTEADY = "†"
+ONE_CALL = "§"
 BOUND = "‡"
 GREY = "#8c8c8c"
 BEHIND_TEXT = {"facecolor": "white", "edgecolor": "none", "pad": 1}
@@ -127,6 +128,8 @@ def _section(record: Record) -> str:
         )
     table = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
     parts = [f"### {_gpu(record)}: {record['group']}", _facts(record), table if record["results"] else "No results."]
+    if ONE_CALL in table:
+        parts.append(f"{ONE_CALL} one call.")
     if UNSTEADY in table:
         parts.append(f"{UNSTEADY} unsteady: at the last round, p80 - p20 was still {SPREAD:.0%} of the median or more.")
     if record["bounds"]:
@@ -145,7 +148,8 @@ def _listed(head: str, entries: Sequence[Mapping[str, str]], reason: str) -> str
 
 
 def _unsteady(ms: Mapping[str, Any]) -> str:
-    return "" if ms["steady"] else f" {UNSTEADY}"
+    mark = ONE_CALL if ms["rounds"] == 1 else UNSTEADY
+    return "" if ms["steady"] else f" {mark}"
 
 
 def _key(result: Result) -> tuple[str, ...]:
@@ -326,8 +330,11 @@ def _titled(figure, title: str, results: Sequence[Result], notes: Sequence[str] 
     first, *others = _timings(results)
     marked = "".join(f"; where marked ({name}), by {TIMINGS[name]}" for name in others)
     lines = [f"cold cache, timed by {TIMINGS[first]}{marked}", *notes]
-    if not all(result["ms"]["steady"] for result in results):
+    marks = "".join(_unsteady(result["ms"]) for result in results)
+    if UNSTEADY in marks:
         lines.append(f"{UNSTEADY} unsteady: p80 - p20 was {SPREAD:.0%} of the median or more")
+    if ONE_CALL in marks:
+        lines.append(f"{ONE_CALL} one call")
     figure.suptitle(title, x=0.015, ha="left", fontsize=15, weight="bold")
     wrapped = [part for line in lines for part in textwrap.wrap(line, 120)]
     figure.supxlabel("\n".join(wrapped), x=0.015, ha="left", fontsize=11, color="#444444")

@@ -140,7 +140,7 @@ def sweep(
     record: Annotated[Path, typer.Option(help="The record to write, and to write anew after each config.")],
     presets: Annotated[bool, typer.Option("--presets", help="Score the presets on the other half instead.")] = False,
     tokens: Annotated[
-        int | None, typer.Option(help="Most tokens of the half that is used; 400,000, or with --presets all.")
+        int | None, typer.Option(min=1, help="Most tokens of the half that is used; 400,000, or with --presets all.")
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     commit: Annotated[str, typer.Option(help="Commit that is measured, where there is no git to ask.")] = "",
@@ -150,7 +150,13 @@ def sweep(
     model = model_from_artifact(loaded, pick_device(device))
     every = documents_from_texts(Corpus.jsonl([jsonl]).documents(), tokenizer_of(loaded), os.cpu_count() or 1)
     half = [document for document in every if is_held_out(document.name) is presets]
-    used = Sample(model, sample(half, tokens or (1 << 62 if presets else TUNING_TOKENS)))
+    most = tokens or (1 << 62 if presets else TUNING_TOKENS)
+    used = Sample(model, sample(half, most))
+    if not used.documents:
+        raise typer.BadParameter(
+            f"of the documents in {jsonl} {len(half)} are in the half that is used, none of at most {most} tokens; "
+            "give more documents, or more tokens"
+        )
     about = {
         "name": "presets" if presets else "sweep",
         "environment": environment(commit),

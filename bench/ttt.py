@@ -310,7 +310,7 @@ WARM_UP = 100
 """Every so many documents of the law are adapted before a compiled model is timed."""
 GATE_LAW = {"blocks": 10, "B": 8, "shortest": 512, "chunk": 256, "every": 250, "longest": 640}
 """Two passes of min_nll, and documents of at most three chunks. Adam makes a step of any rounding of a gradient that is
-nearly zero: after tens of them two equally good scorers have parted (engine.json: errors after 1, 8 and 48 steps)."""
+nearly zero: after tens of them two equally good scorers have parted (tuning/corpus-gate-1.txt)."""
 
 
 ENTRIES = (

@@ -49,7 +49,10 @@ class Ranks:
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """The device of that name; 'auto' is the GPU if there is one. ConfigError if it is not to be had."""
+    """The device of that name, now the current one if it is a GPU's number; 'auto' is the GPU if there is one.
+
+    ConfigError if it is not to be had.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name not in ("cpu", "cuda") and not name.startswith("cuda:"):
@@ -59,6 +62,8 @@ def pick_device(name: str = "auto") -> torch.device:
     device = torch.device(name)
     if device.index is not None and device.index >= torch.cuda.device_count():
         raise ConfigError(f"device={name!r} is not possible; there are {torch.cuda.device_count()} GPUs, from cuda:0")
+    if device.index is not None:
+        torch.cuda.set_device(device)
     return device
 
 
@@ -77,7 +82,6 @@ def own_device(name: str = "auto") -> torch.device:
     chosen = pick_device(name)
     if chosen.type == "cuda" and chosen.index is None and is_one_of_many():
         chosen = pick_device(f"cuda:{os.environ.get('LOCAL_RANK', os.environ['RANK'])}")
-        torch.cuda.set_device(chosen)
     return chosen
 
 

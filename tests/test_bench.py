@@ -138,8 +138,9 @@ def test_a_run_that_is_killed_leaves_what_it_had_measured(tmp_path, monkeypatch)
     def killed(*_):
         raise KeyboardInterrupt
 
+    first = with_variant(FORWARD, Variant("peer", forward_only(broken_attention), instead="nothing at all"))
     second = dataclasses.replace(FORWARD, op="killed", draw=killed)
-    monkeypatch.setitem(GROUPS, "attention", (FORWARD, second, FORWARD))
+    monkeypatch.setitem(GROUPS, "attention", (first, second, FORWARD))
     with pytest.raises(KeyboardInterrupt):
         bench(["attention"], out=tmp_path, rounds=2, device="cpu")
     (left,) = tmp_path.rglob("*.*")
@@ -147,6 +148,7 @@ def test_a_run_that_is_killed_leaves_what_it_had_measured(tmp_path, monkeypatch)
     record = json.loads(left.read_text())
     validate(record)
     assert {result["op"] for result in record["results"]} == {FORWARD.op}
+    assert "peer" in {missing["variant"] for missing in record["missing"]}
     monkeypatch.setitem(GROUPS, "attention", (FORWARD,))
     bench(["attention"], out=tmp_path, rounds=2, device="cpu")
     assert [path.name for path in tmp_path.rglob("*.*")] == ["attention.json"]

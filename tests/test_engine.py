@@ -219,21 +219,26 @@ def test_the_batch_is_halved_until_it_fits():
 
 
 class AfterRounds(Deadline):
-    """Passes after `rounds` rounds: it is asked before each, and once before anything is prepared."""
+    """Passes after `rounds` rounds, each of which tells its `progress`."""
 
     def __init__(self, rounds: int):
-        self.left = rounds + 1
+        self.rounds, self.reached = rounds, []
 
     def passed(self) -> bool:
-        self.left -= 1
-        return self.left < 0
+        return len(self.reached) >= self.rounds
 
 
-def test_nothing_is_prepared_once_the_deadline_has_passed():
-    docs, facts = documents((100, 40)), {}
-    passed = Deadline(1e-9)
-    adapted = adapt_documents(model64(), docs, TTT, passed, facts=facts)
-    assert not adapted.targets.any() and "steps" not in facts
+def test_no_step_is_made_once_the_deadline_has_passed(monkeypatch):
+    class After(Deadline):
+        def passed(self) -> bool:
+            return len(made) >= most
+
+    docs, make, made = documents(), Engine._made, []
+    monkeypatch.setattr(Engine, "_made", lambda engine, shape: made.append(shape) or make(engine, shape))
+    for most in (0, 3):
+        made.clear()
+        adapted = adapt_documents(model64(), docs, TTT, After(0), facts=(facts := {}))
+        assert not adapted.targets.any() and len(made) == facts["steps"] == most
 
 
 def test_the_deadline_stops_between_rounds_and_counts_what_was_scored():
@@ -244,8 +249,9 @@ def test_the_deadline_stops_between_rounds_and_counts_what_was_scored():
     seen = []
     for rounds in range(0, full.facts["rounds"] + 1, 4):
         engine = engine_for(model, docs, TTT, slots=5)
-        passed = []
-        adapted = engine.adapt(docs, AfterRounds(rounds), progress=passed.append)
+        deadline = AfterRounds(rounds)
+        passed = deadline.reached
+        adapted = engine.adapt(docs, deadline, progress=passed.append)
         assert engine.facts["rounds"] == rounds == len(passed)
         assert adapted.targets.sum() == (passed[-1] if passed else 0)
         seen.append(int(adapted.targets.sum()))
@@ -265,7 +271,8 @@ def test_leaky_documents_count_only_when_their_last_pass_has_ended(protocol):
     whole = adapt_documents(model, docs, config, Deadline(0))
     counted = []
     for rounds in (0, 5, 13, 10**6):
-        adapted = adapt_documents(model, docs, config, AfterRounds(rounds))
+        deadline = AfterRounds(rounds)
+        adapted = engine_of(model, config, docs).adapt(docs, deadline, progress=deadline.reached.append)
         done = adapted.targets > 0
         assert adapted.targets[done].tolist() == whole.targets[done].tolist()
         np.testing.assert_allclose(adapted.nats[done], whole.nats[done], rtol=1e-12)
@@ -480,9 +487,9 @@ gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason
 LONG = (2500, 1800, 1024, 700, 512, 257, 256, 1)
 
 
-def on_gpu(dtype=torch.bfloat16) -> GPT:
+def on_gpu(dtype=torch.bfloat16, device: str = "cuda") -> GPT:
     model = randomized(WIDE)
-    model.configure(torch.device("cuda"), dtype)
+    model.configure(torch.device(device), dtype)
     return model.requires_grad_(False)
 
 
@@ -502,6 +509,13 @@ class TestOnGPU:
         graphs = recorded(model, docs, config, rows=(2,))
         assert torch.equal(graphs, recorded(model, docs, config, rows=(2,)))
         assert torch.equal(graphs, recorded(model, docs, config, rows=(2,), capture=False))
+
+    @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+    @pytest.mark.parametrize("capture", [True, False])
+    def test_the_second_gpu_gives_the_bits_of_the_first_which_is_current(self, capture):
+        config, docs = TTTConfig(deadline=0.0, batch=8), documents(LONG)
+        first, second = (recorded(on_gpu(device=f"cuda:{n}"), docs, config, capture=capture) for n in (0, 1))
+        assert torch.cuda.current_device() == 0 and torch.equal(first.cpu(), second.cpu())
 
     def test_captures_leave_no_trace(self):
         config = TTTConfig(deadline=0.0, batch=8)

@@ -1,6 +1,7 @@
 """int6 kernels: the tiles bit by bit, products and gradients against float64, the op's contracts, the module."""
 
 import copy
+import dataclasses
 import os
 import subprocess
 import sys
@@ -12,7 +13,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from klora.bench import int6 as bench
-from klora.bench.gate import check
+from klora.bench.entry import Variant
+from klora.bench.gate import RedGate, check
 from klora.kernels.int6 import (
     LAYOUT,
     Int6Linear,
@@ -372,6 +374,23 @@ class TestBenchmark:
     def test_the_ladder_reaches_every_kernel(self, kernel):
         picks = [pick(M, 4096, 4096, torch.bfloat16) for pick in (pick_config, pick_config_dx) for M in bench.LADDER]
         assert kernel in {config.kernel for config in picks}
+
+    @pytest.mark.parametrize("spoilt", range(7))
+    def test_the_gate_of_packing_judges_every_shape(self, spoilt):
+        """A quantiser that is wrong for one shape of matrix is found out, whichever of the layer's matrices has it."""
+        (entry,) = (entry for entry in bench.ENTRIES if entry.op == "int6_packing")
+        shape = bench._layer_sizes(entry.toy)[spoilt]
+
+        def quantize(weight):
+            matrix = quantize_int6(weight, clip=bench.CLIP)
+            if tuple(weight.shape) == shape:
+                matrix.packed.zero_()
+            return matrix
+
+        wrong = Variant("wrong", bench._packing(quantize), captures=False, is_ours=True)
+        entry = dataclasses.replace(entry, variants=(*entry.variants, wrong))
+        with pytest.raises(RedGate, match="wrong has error"):
+            check(entry, entry.toy, torch.device("cpu"), torch.float32)
 
     def test_the_peers_codes_stand_for_the_weight(self):
         weight, x = torch.randn(48, 256), torch.randn(3, 256)

@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from klora.kernels.newton_schulz import (
     NewtonSchulzConfig,
     coefficients_of,
+    muon_apply_,
+    muon_updates,
     newton_schulz,
     newton_schulz_ref,
     op,
@@ -155,27 +157,37 @@ def test_transposed_strided_and_batched_inputs_are_the_same_matrices():
 def test_what_a_graph_reads_outlives_the_caches(monkeypatch):
     """A graph is captured, and then more shapes come than the cache of plans holds."""
     found = weakref.WeakSet()
-    layout = op._layout
+    caches = {name: getattr(op, name) for name in ("_layout", "_targets")}
 
     def forget():
-        layout.cache_clear()
-        plan_of.cache_clear()
+        for cache in (*caches.values(), plan_of):
+            cache.cache_clear()
         gc.collect()
 
-    def watched(*arguments):
-        tables = layout(*arguments)
-        found.update(tables)
-        return tables
+    def watched(make):
+        def made(*arguments):
+            tables = make(*arguments)
+            found.update(tables)
+            return tables
 
-    monkeypatch.setattr(op, "_layout", watched)
+        return made
+
+    def step():
+        matrices = [torch.randn(20, 24)]
+        muon_apply_(
+            matrices, muon_updates(matrices, matrices, 0.9, steps=1, backend="triton"), 0.1, 0.0, backend="triton"
+        )
+
+    for name, cache in caches.items():
+        monkeypatch.setattr(op, name, watched(cache))
     monkeypatch.setattr(op, "_READ_BY_GRAPHS", {})
-    newton_schulz(torch.randn(1, 20, 24), 1, backend="triton")
+    step()
     forget()
     assert not found
     monkeypatch.setattr(op, "_is_captured", lambda device: True)
-    newton_schulz(torch.randn(1, 20, 24), 1, backend="triton")
+    step()
     forget()
-    assert len(found) == 2
+    assert len(found) == 4, "a plan and its pieces; the pieces of what is applied, and their scales"
 
 
 @pytest.mark.parametrize("form", ["standard", "gram"])

@@ -4,6 +4,7 @@ import dataclasses
 import json
 
 import pytest
+import typer
 from conftest import SMALL, randomized, words
 from klora.bench.sweep import STEPS, Sample, choice, is_held_out, sample, search, sweep
 from klora.model.artifact import save_artifact
@@ -74,6 +75,8 @@ def test_a_record_is_of_one_half_of_the_documents(tmp_path, tokenizer, monkeypat
     sweep(tmp_path / "m.klora", tmp_path / "val.jsonl", tmp_path / "record.json", presets, 0, "cpu", "abc")
     record = json.loads((tmp_path / "record.json").read_text())
     assert record["documents"] == sum(is_held_out(f"{n}.txt") is presets for n in range(8))
+    with pytest.raises(typer.BadParameter, match="none of at most 3 tokens"):
+        sweep(tmp_path / "m.klora", tmp_path / "val.jsonl", tmp_path / "none.json", presets, 3, "cpu", "abc")
     if presets:
         assert set(record["presets"]) == {"design", "quick"}
         assert record["presets"]["design"]["base_bpb"] == record["presets"]["quick"]["base_bpb"]

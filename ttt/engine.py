@@ -10,6 +10,7 @@ Captures are made before the first document, over places that are all empty: the
 of the pool, so that a capture leaves no trace.
 """
 
+import functools
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ import numpy as np
 import torch
 
 from ..kernels.attention import HEAD_DIMS
+from ..kernels.registration import device_of
 from ..model.config import ModelConfig
 from ..model.gpt import GPT
 from ..model.ranges import phase
@@ -104,6 +106,17 @@ def largest_batch(batch: int, needed: Callable[[int], int], free: int) -> int:
             )
         batch //= 2
     return batch
+
+
+def on_its_device(method: Callable) -> Callable:
+    """Runs a method of an engine with its GPU as the current one, of which streams, events and graphs are made."""
+
+    @functools.wraps(method)
+    def run(self: "Engine", *arguments: Any, **options: Any) -> Any:
+        with device_of(self.tokens):
+            return method(self, *arguments, **options)
+
+    return run
 
 
 @dataclass(frozen=True, eq=False)
@@ -192,13 +205,19 @@ class Engine:
         facts |= {"batch": batch, "slots": chosen(batch), "estimated_bytes": needed(batch)}
         return batch, facts["slots"], facts
 
-    def prepare(self, shapes: Iterable[Shape] | None = None) -> None:
-        """Make the steps of these shapes, or of all that there can be: captured, or ready to run as they are."""
+    @on_its_device
+    def prepare(self, shapes: Iterable[Shape] | None = None, should_stop: Callable[[], bool] = lambda: False) -> None:
+        """Make the steps of these shapes, or of all that there can be: captured, or ready to run as they are.
+
+        `should_stop` is asked before each.
+        """
         if shapes is None:
             shapes = [(q, rows, t) for q in range(len(self.lengths)) for rows in self.rows for t in (True, False)]
         began = time.perf_counter()
         # The largest first, so that the others find their memory in the graphs' pool.
         for shape in sorted(set(shapes) - self._steps.keys(), key=lambda s: (-self.lengths[s[0]] * s[1], not s[2])):
+            if should_stop():
+                break
             self._steps[shape] = self._made(shape)
         self.facts["prepare_seconds"] = self.facts.get("prepare_seconds", 0.0) + time.perf_counter() - began
         self.facts["steps"] = len(self._steps)
@@ -222,6 +241,7 @@ class Engine:
                 run()
         return Replay(graph, step)
 
+    @on_its_device
     def adapt(
         self,
         documents: Sequence[Document],
@@ -235,9 +255,9 @@ class Engine:
     ) -> Adapted:
         """Adapt and score `documents`; the result is in their order. `progress` gets the targets passed so far.
 
-        The deadline and `should_stop` are asked before every round. What is scored by then counts for score_first; for
-        the leaky protocols a document counts only if its last pass is through. `targets` in the result says how many
-        targets `nats` covers.
+        The deadline is asked before every step that is made, it and `should_stop` before every round. What is scored by
+        then counts for score_first; for the leaky protocols a document counts only if its last pass is through.
+        `targets` in the result says how many targets `nats` covers.
 
         `finished` gets the positions of documents that are through, and their results, every `every` seconds and at the
         end. `waiting` makes, from the visits of the documents longest first, what hands out some or all of them.
@@ -253,8 +273,7 @@ class Engine:
         else:
             rounds = Schedule(*shape, waiting(visits_of(run.chunks, self.config.passes, len(self.lengths))))
             shapes = None
-        if not deadline.passed():
-            self.prepare(shapes)
+        self.prepare(shapes, deadline.passed)
         self._load(run, [documents[index] for index in order])
 
         def hand_over(adapted: Adapted) -> None:

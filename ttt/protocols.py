@@ -85,8 +85,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 """Named sets of constants, as changes to the defaults. `design` is the original's, made for six passes over the same
-text. The others are what bench/sweep.py found for one pass of score_first: `quick` with the design's one step for 256
-targets, `thorough` with eight times as many."""
+text. The others are from a sweep of one pass of score_first (bench/sweep.py): `thorough` is its end, `quick` the best
+row with the design's one step for 256 targets, at the temperature of the other."""
 
 
 def ttt_preset(name: str | None = None, protocol: str = SCORE_FIRST) -> TTTConfig:
