@@ -29,7 +29,11 @@ LEAK_WARNING = (
 
 @dataclass(frozen=True)
 class TTTConfig(Settings):
-    """Test-time training: what is adapted, with which steps, and how it is scored."""
+    """Test-time training: what is adapted, with which steps, and how it is scored.
+
+    The defaults are the preset `design`, whose steps are too large for one pass over text that a model knows well:
+    :func:`ttt_preset` gives what is measured to suit it.
+    """
 
     protocol: str = setting(
         SCORE_FIRST, "multi_epoch and min_nll are LEAKY", choices=(SCORE_FIRST, MULTI_EPOCH, MIN_NLL)
