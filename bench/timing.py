@@ -109,7 +109,7 @@ def captured(thunk: Thunk, device: torch.device) -> Thunk:
             thunk()
     torch.cuda.current_stream(device).wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=stream):
         thunk()
     return graph.replay
 

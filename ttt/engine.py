@@ -174,6 +174,9 @@ class Engine:
         self._sent = [torch.cuda.Event() for _ in range(AHEAD)] if device.type == "cuda" else None
         self._steps: dict[Shape, Callable[[], None]] = {}
         self._memory = torch.cuda.graph_pool_handle() if self.captures else None
+        # Of this GPU and for all graphs: PyTorch's own stream for captures is of the first GPU that captured, and
+        # memory freed on one stream is not handed out on another.
+        self._stream = torch.cuda.Stream(self.device) if self.captures else None
 
     @property
     def _records(self) -> int:
@@ -231,13 +234,12 @@ class Engine:
             return run
         with phase("capture"):
             clear_plan(self.plan)
-            stream = torch.cuda.Stream(self.device)
-            stream.wait_stream(torch.cuda.current_stream(self.device))
-            with torch.cuda.stream(stream):
+            self._stream.wait_stream(torch.cuda.current_stream(self.device))
+            with torch.cuda.stream(self._stream):
                 run()
-            torch.cuda.current_stream(self.device).wait_stream(stream)
+            torch.cuda.current_stream(self.device).wait_stream(self._stream)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._memory):
+            with torch.cuda.graph(graph, pool=self._memory, stream=self._stream):
                 run()
         return Replay(graph, step)
 
