@@ -248,13 +248,18 @@ class EngineStep:
 
     @torch.no_grad()
     def score(self) -> None:
-        """Record the NLL of every place's chunk."""
+        """Record the NLL of every place's chunk.
+
+        The head runs as if gradients would follow, as it does in `train`: without them it adds up its logits in another
+        order, and a document's last chunk is scored here or there, whatever the other places do.
+        """
         slots, inputs, targets, place = self._inputs()
         *blocks, head_a, head_b = self._parts(self.pool.params)
-        hidden = self._hidden(inputs, Adapters(slots, blocks))
-        nll = lora_head_nll(
-            hidden, self.model.head, head_a, head_b, targets, *self._loss, slots=slots, backend=self.backend
-        )
+        hidden = self._hidden(inputs, Adapters(slots, blocks)).requires_grad_()
+        with torch.enable_grad():
+            nll = lora_head_nll(
+                hidden, self.model.head, head_a, head_b, targets, *self._loss, slots=slots, backend=self.backend
+            ).detach()
         self._write(nll, place)
 
     def train(self) -> None:
