@@ -89,8 +89,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 """Named sets of constants, as changes to the defaults. `design` is the original's, made for six passes over the same
-text. The others are from a sweep of one pass of score_first (bench/sweep.py): `thorough` is its end, `quick` the best
-row with the design's one step for 256 targets, at the temperature of the other."""
+text. The others are from a sweep of one pass of score_first (bench/sweep.py): `thorough` is its end, but for adapting
+to documents of 66 to 511 tokens, which was worth nothing; `quick` is the best row with the design's one step for 256
+targets, at the temperature of the other."""
 
 
 def ttt_preset(name: str | None = None, protocol: str = SCORE_FIRST) -> TTTConfig:
