@@ -27,7 +27,7 @@ def model_from_artifact(artifact: Artifact, device: torch.device, weights: str =
         model = int6_model_from_artifact(artifact, device)
         model.configure(device, compute_dtype(TrainConfig(), device))
         return model.requires_grad_(False)
-    return _placed(GPT(artifact.config), artifact.state_dict(), device)
+    return _placed(artifact.config, artifact.state_dict(), device)
 
 
 def model_from_run(run: Path, device: torch.device, of: Artifact | None = None) -> GPT:
@@ -38,7 +38,7 @@ def model_from_run(run: Path, device: torch.device, of: Artifact | None = None) 
     tensors, meta = load_run(run)
     if of is not None and (meta["model"] != of.config.to_dict() or meta["provenance"] != of.provenance):
         raise CheckpointError(f"{run} is not the run that the artifact was exported from; give that one")
-    return _placed(GPT(ModelConfig.from_dict(meta["model"])), tensors, device)
+    return _placed(ModelConfig.from_dict(meta["model"]), tensors, device)
 
 
 def tokenizer_of(artifact: Artifact) -> Tokenizer:
@@ -62,7 +62,9 @@ def load_run(run: Path) -> tuple[dict[str, torch.Tensor], dict]:
     raise CheckpointError(f"{run} has no {MODEL}; give the folder of a finished `klora train --out {run}`")
 
 
-def _placed(model: GPT, weights: dict[str, torch.Tensor], device: torch.device) -> GPT:
-    model.load_state_dict(weights)
+def _placed(config: ModelConfig, weights: dict[str, torch.Tensor], device: torch.device) -> GPT:
+    with torch.device("meta"):  # nothing is initialised: orthogonal matrices take longer than all the rest of loading
+        model = GPT(config)
+    model.to_empty(device="cpu").load_state_dict(weights)
     model.configure(device, compute_dtype(TrainConfig(), device))
     return model.requires_grad_(False)

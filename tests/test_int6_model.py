@@ -72,6 +72,13 @@ class TestModelFromArtifact:
         for ours, theirs in zip(int6, dense, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
 
+    def test_takes_the_artifact_s_weights_and_initialises_none(self, artifact_path, monkeypatch):
+        monkeypatch.setattr(nn.init, "orthogonal_", lambda tensor: pytest.fail("loading waits for an initialisation"))
+        loaded = load_artifact(artifact_path)
+        found, wanted = model_from_artifact(loaded, CPU).state_dict(), loaded.state_dict()
+        assert found.keys() == wanted.keys()
+        assert all(torch.equal(found[name], wanted[name].to(found[name].dtype)) for name in wanted)
+
     def test_other_weights_are_refused(self, artifact_path):
         with pytest.raises(ConfigError, match="'int4' is not possible; allowed: dense, int6"):
             model_from_artifact(load_artifact(artifact_path), CPU, "int4")
