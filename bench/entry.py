@@ -73,7 +73,7 @@ class Entry:
     yardstick: str = "eager"
     """The variant of plain PyTorch whose error ours is compared with."""
     once: bool = False
-    """A call takes too long to be repeated: each variant is called once, and the gate is its only warm-up."""
+    """A call takes too long to be repeated: each variant is called once, warmed up by the gate and by its `build`."""
 
     def present(self, device: torch.device) -> list[Variant]:
         return [variant for variant in self.variants if not variant.why_missing(device)]

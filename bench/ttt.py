@@ -1,7 +1,8 @@
 """Group `ttt`: one pass of score_first over documents of one length, and short documents. Group `corpus`: all lengths.
 
 Outputs: the NLL of every target, document after document, in the pass that counts. The fixed cost of making the batches
-and of reading the results is part of a call; an engine's captures are not, since one engine serves a whole run.
+and of reading the results is part of a call; compiling is not, nor are an engine's captures, since one engine serves a
+whole run.
 
 The original's workload, `corpus`, is a law of lengths, lognormal(6.555, 1.066) clipped to [8, 60000] tokens, of 6,250
 documents every `every`th: in six passes of min_nll, whose results are LEAKY and are compared here, never reported, and

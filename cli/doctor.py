@@ -23,6 +23,11 @@ OPTIONAL = {
     "pandas": "the benchmarks: pip install 'klora[bench]'",
 }
 
+KERNEL_BACKENDS = {
+    "cpu": "reference: the ops' plain statement in eager PyTorch; Triton kernels want a CUDA GPU",
+    "cuda": "triton: scoring, Muon and int6 linears; training's forward and backward are eager PyTorch",
+}
+
 
 def doctor(device: options.Device = "auto", as_json: options.Json = False) -> None:
     """Show device, versions, the attention backend in use and why, the kernel backend, and what is missing."""
@@ -61,7 +66,7 @@ def examine(device_name: str) -> dict:
         "device": _device_facts(device),
         "compute dtype": str(dtype).removeprefix("torch."),
         "attention backend": f"{backend} ({why})",
-        "kernel backend": "reference: eager PyTorch, the only implementation of the ops in this version",
+        "kernel backend": KERNEL_BACKENDS[device.type],
         "versions": versions,
         "missing": missing or "nothing",
     }

@@ -63,7 +63,7 @@ def load_run(run: Path) -> tuple[dict[str, torch.Tensor], dict]:
 
 
 def _placed(config: ModelConfig, weights: dict[str, torch.Tensor], device: torch.device) -> GPT:
-    with torch.device("meta"):  # nothing is initialised: orthogonal matrices take longer than all the rest of loading
+    with torch.device("meta"):  # nothing is initialised to be overwritten: orthogonal matrices are dear
         model = GPT(config)
     model.to_empty(device="cpu").load_state_dict(weights)
     model.configure(device, compute_dtype(TrainConfig(), device))

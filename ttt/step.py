@@ -251,7 +251,8 @@ class EngineStep:
         """Record the NLL of every place's chunk.
 
         The head runs as if gradients would follow, as it does in `train`: without them it adds up its logits in another
-        order, and a document's last chunk is scored here or there, whatever the other places do.
+        order. A document's last chunk comes here if no other place trains in its round, and there if one does, with the
+        same bits.
         """
         slots, inputs, targets, place = self._inputs()
         *blocks, head_a, head_b = self._parts(self.pool.params)
