@@ -35,6 +35,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels import (
+    BOS,
+    bigram_hash_ref,
     causal_attention_ref,
     newton_schulz_ref,
     norm_rotary_ref,
@@ -154,8 +156,7 @@ def original_hidden(
 ) -> Tensor:
     """tokens [B, S] -> rmsnorm(x) [B, S, D] with the residual stream in `stream`; `rotary` has exactly S rows."""
     attention, half = flash_or_given(model), len(model.blocks) // 2
-    embedded = F.embedding(tokens, model.embed) + model.bigram(tokens, None)
-    x = x0 = model.smear(rms_norm_ref(embedded).to(stream), tokens, None)
+    x = x0 = _smear(model, rms_norm_ref(F.embedding(tokens, model.embed) + _bigram(model, tokens)).to(stream), tokens)
     pushed = []
     for index, block in enumerate(model.blocks):
         if index >= half and pushed:
@@ -164,6 +165,17 @@ def original_hidden(
         if index < half:
             pushed.append(x)
     return rms_norm_ref(x)
+
+
+def _bigram(model: GPT, tokens: Tensor) -> Tensor:
+    table = F.embedding(bigram_hash_ref(tokens, model.config.bigram_rows), model.bigram.table)
+    return model.bigram.scale * F.linear(table, model.bigram.project)
+
+
+def _smear(model: GPT, x: Tensor, tokens: Tensor) -> Tensor:
+    before = torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], dim=1)
+    before = before.masked_fill((tokens == BOS)[..., None], 0.0)
+    return torch.lerp(x, before, torch.sigmoid(model.smear.gate).to(x.dtype))
 
 
 def _block(block: Block, x: Tensor, x0: Tensor, rotary: Rotary, attention: str, lora: BlockLora | None) -> Tensor:

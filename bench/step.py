@@ -41,6 +41,7 @@ def _draw(shape: Shape, device: torch.device, dtype: torch.dtype, generator: tor
 def _step(compile_model: bool):
     def build(shape: Shape, device: torch.device, dtype: torch.dtype) -> Call:
         model = seeded_model(shape, device, dtype)
+        model.backend = "reference"
         gradients, config = FlatGradients(model), TrainConfig()
         optimizers = Optimizers(model, config)
         nll = torch.compile(model.nll) if compile_model else model.nll
@@ -69,8 +70,7 @@ def _original(shape: Shape, device: torch.device, dtype: torch.dtype) -> Call:
 
 def _truth(shape: Shape, tokens: Tensor, targets: Tensor) -> Tensors:
     model = seeded_model(shape, tokens.device, torch.float32).double()
-    model.compute_dtype = torch.float64
-    model.attention = "math"
+    model.compute_dtype, model.attention, model.backend = torch.float64, "math", "reference"
     loss = model.nll(tokens, targets).mean()
     gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
     return loss.detach(), gradient * (TrainConfig().grad_clip / (gradient.norm() + 1e-6)).clamp(max=1.0)

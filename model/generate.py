@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import torch
 
-from .gpt import GPT, KVCache
+from .gpt import GPT
 from .tokenizer import Tokenizer
 
 
@@ -24,7 +24,7 @@ def generate_tokens(
         raise ValueError(f"most={most}, temperature={temperature}, top_k={top_k}: none may be negative")
     device = model.embed.device
     generator = torch.Generator(device).manual_seed(seed)
-    cache = KVCache(model, batch=1, length=len(prompt) + most)
+    cache = model.cache(batch=1, length=len(prompt) + most)
     tokens = torch.tensor([prompt], device=device)
     for _ in range(most):
         logits = model.logits(tokens, cache)[0, -1]

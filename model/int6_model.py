@@ -3,42 +3,22 @@
 from collections.abc import Callable, Mapping
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
-from ..kernels import lora_qkv_ref
 from ..kernels.int6 import Int6Linear, Int6Matrix, Int6Weight
 from .artifact import Artifact
-from .config import ModelConfig
-from .gpt import GPT, MATRICES, Block, BlockAdapter, is_block_matrix
+from .gpt import GPT, MATRICES, Block, is_block_matrix
 
 
-class Int6Block(Block):
-    """A block with its six matrices in four Int6Linears; Q, K and V are one, stacked."""
-
-    def __init__(self, config: ModelConfig, index: int, matrices: Mapping[str, Int6Weight], device: torch.device):
-        super().__init__(config, index)
-        for name in MATRICES:
-            delattr(self, name)
-        parts = [matrices[name] for name in ("q", "k", "v")]
-        packed = torch.cat([part.packed for part in parts]), torch.cat([part.scale for part in parts])
-        stacked = Int6Weight(*packed, (sum(part.shape[0] for part in parts), config.width))
-        for name, weight in (("qkv", stacked), *((name, matrices[name]) for name in ("o", "up", "down"))):
-            setattr(self, name, Int6Linear.from_matrix(Int6Matrix.from_rows(weight, device)))
-
-    def project_qkv(self, x: Tensor, adapter: BlockAdapter | None) -> tuple[Tensor, Tensor, Tensor]:
-        sizes = self.config.qkv_sizes
-        if adapter is None:
-            parts = self.qkv(x).split(sizes, dim=-1)
-        else:  # adapters come with many tokens, where a dequantised copy of this one matrix costs nothing beside them
-            parts = lora_qkv_ref(x, self.qkv.dequantize(x.dtype), adapter.lora_a, adapter.lora_b, sizes)
-        return tuple(part.unflatten(-1, (-1, self.config.head_dim)) for part in parts)
-
-    def project_out(self, mixed: Tensor) -> Tensor:
-        return self.o(mixed)
-
-    def mlp(self, x: Tensor) -> Tensor:
-        return self.down(F.relu(self.up(x)).square())
+def keep_int6(block: Block, matrices: Mapping[str, Int6Weight], device: torch.device) -> None:
+    """Put four Int6Linears in the place of the block's six matrices; Q, K and V are one, stacked."""
+    for name in MATRICES:
+        delattr(block, name)
+    parts = [matrices[name] for name in ("q", "k", "v")]
+    packed = torch.cat([part.packed for part in parts]), torch.cat([part.scale for part in parts])
+    stacked = Int6Weight(*packed, (sum(part.shape[0] for part in parts), parts[0].shape[1]))
+    for name, weight in (("qkv", stacked), *((name, matrices[name]) for name in ("o", "up", "down"))):
+        setattr(block, name, Int6Linear.from_matrix(Int6Matrix.from_rows(weight, device)))
 
 
 def int6_model_from_artifact(artifact: Artifact, device: torch.device) -> GPT:
@@ -49,7 +29,7 @@ def int6_model_from_artifact(artifact: Artifact, device: torch.device) -> GPT:
         for index in range(config.blocks):
             prefix = f"blocks.{index}."
             matrices = {name: artifact.tensors[prefix + name] for name in MATRICES}
-            model.blocks[index] = Int6Block(config, index, matrices, device)
+            keep_int6(model.blocks[index], matrices, device)
     rest = {name: tensor.float() for name, tensor in artifact.tensors.items() if not is_block_matrix(name)}
     model.load_state_dict(rest, strict=False, assign=True)
     return model.to(device)

@@ -14,7 +14,7 @@ class FlatGradients:
 
     def __init__(self, module: nn.Module):
         parameters = list(module.parameters())
-        self.buffer = torch.zeros(sum(p.numel() for p in parameters), device=parameters[0].device)
+        self.buffer = parameters[0].new_zeros(sum(p.numel() for p in parameters), requires_grad=False)
         start = 0
         for parameter in parameters:
             parameter.grad = self.buffer[start : start + parameter.numel()].view_as(parameter)

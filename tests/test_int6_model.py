@@ -8,9 +8,10 @@ from conftest import SMALL, documents, randomized
 from klora.kernels.int6 import Int6Linear
 from klora.model.artifact import load_artifact, save_artifact
 from klora.model.config import ConfigError, ModelConfig
-from klora.model.gpt import BlockAdapter, KVCache, is_block_matrix
-from klora.model.int6_model import Int6Block, quantize_linears
+from klora.model.gpt import is_block_matrix
+from klora.model.int6_model import quantize_linears
 from klora.model.loading import model_from_artifact
+from klora.model.network import Adapters
 from test_cli import klora
 from torch import nn
 
@@ -48,7 +49,6 @@ class TestModelFromArtifact:
 
     def test_holds_no_block_matrix_but_packed(self, both):
         dense, int6 = both
-        assert all(isinstance(block, Int6Block) for block in int6.blocks)
         assert not any(is_block_matrix(name) for name, _ in int6.named_parameters())
         assert sum(isinstance(module, Int6Linear) for module in int6.modules()) == 4 * len(int6.blocks)
         kept = {name for name, _ in dense.named_parameters() if not is_block_matrix(name)}
@@ -59,7 +59,7 @@ class TestModelFromArtifact:
         dense, int6 = both
         tokens = torch.randint(3, 300, (1, 12))
         whole = dense.logits(tokens)
-        cache = KVCache(int6, batch=1, length=12)
+        cache = int6.cache(batch=1, length=12)
         steps = [int6.logits(tokens[:, :5], cache), *(int6.logits(tokens[:, i : i + 1], cache) for i in range(5, 12))]
         torch.testing.assert_close(torch.cat(steps, 1), whole, rtol=1e-4, atol=1e-4)
 
@@ -67,7 +67,7 @@ class TestModelFromArtifact:
         config, tokens = both[0].config, torch.randint(3, 300, (2, 33))
         shapes = (2, 3, 4, config.width), (2, sum(config.qkv_sizes), 4), (2, config.width)
         leaves = [torch.randn(shape).mul_(0.1).requires_grad_() for _ in range(config.blocks) for shape in shapes]
-        adapters = [BlockAdapter(*leaves[3 * i : 3 * i + 3]) for i in range(config.blocks)]
+        adapters = Adapters(None, leaves)
         dense, int6 = (torch.autograd.grad(model.hidden(tokens, adapters).sin().sum(), leaves) for model in both)
         for ours, theirs in zip(int6, dense, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)

@@ -7,7 +7,8 @@ import torch
 from conftest import SMALL, randomized
 from klora.kernels import BOS
 from klora.model.config import PRESETS, ConfigError, ModelConfig, TrainConfig, allowed_values, preset
-from klora.model.gpt import GPT, BlockAdapter, KVCache, is_block_matrix, parameter_count, parameter_shapes
+from klora.model.gpt import GPT, is_block_matrix, parameter_count, parameter_shapes
+from klora.model.network import Adapters
 from klora.model.optimizers import FlatGradients, Optimizers
 
 
@@ -129,7 +130,7 @@ def test_a_cache_gives_what_the_whole_sequence_gives(small_model, total):
     tokens = torch.randint(3, 300, (2, total))
     tokens[1, 20] = BOS
     whole = small_model.logits(tokens)
-    cache = KVCache(small_model, batch=2, length=total)
+    cache = small_model.cache(batch=2, length=total)
     steps = [small_model.logits(tokens[:, :15], cache)]
     steps += [small_model.logits(tokens[:, i : i + 1], cache) for i in range(15, total)]
     torch.testing.assert_close(torch.cat(steps, 1), whole, rtol=1e-9, atol=1e-9)
@@ -138,7 +139,7 @@ def test_a_cache_gives_what_the_whole_sequence_gives(small_model, total):
 
 
 def test_a_filled_cache_takes_one_token_at_a_time(small_model):
-    cache = KVCache(small_model, batch=1, length=10)
+    cache = small_model.cache(batch=1, length=10)
     small_model.logits(torch.tensor([[1, 5]]), cache)
     with pytest.raises(ValueError, match="1 token at a time, not 2"):
         small_model.logits(torch.tensor([[6, 7]]), cache)
@@ -150,17 +151,16 @@ def test_adapters_add_low_rank_weights_and_biases(small_model):
     small_model.double()
     config, rows = SMALL, sum(SMALL.qkv_sizes)
     tokens = torch.randint(3, 300, (1, 20))
-    adapters = [
-        BlockAdapter(torch.randn(1, 3, 4, config.width).double(), torch.randn(1, rows, 4).double(), torch.zeros(1, 32))
-        for _ in range(config.blocks)
-    ]
-    adapted = small_model.hidden(tokens, adapters)
-    for block, adapter in zip(small_model.blocks, adapters, strict=True):
-        parts = adapter.lora_b[0].split(SMALL.qkv_sizes)
+    shapes = (1, 3, 4, config.width), (1, rows, 4)
+    loras = [[torch.randn(shape).double() for shape in shapes] for _ in range(config.blocks)]
+    no_bias = torch.zeros(1, config.width).double()
+    adapted = small_model.hidden(tokens, Adapters(None, [part for lora in loras for part in (*lora, no_bias)]))
+    for block, (lora_a, lora_b) in zip(small_model.blocks, loras, strict=True):
+        parts = lora_b[0].split(SMALL.qkv_sizes)
         for index, name in enumerate("qkv"):
-            getattr(block, name).add_(parts[index] @ adapter.lora_a[0, index])
+            getattr(block, name).add_(parts[index] @ lora_a[0, index])
     torch.testing.assert_close(small_model.hidden(tokens), adapted)
-    shifted = [adapter._replace(lora_b=0 * adapter.lora_b, bias=torch.ones(1, 32).double()) for adapter in adapters]
+    shifted = Adapters(None, [part for a, b in loras for part in (a, 0 * b, no_bias + 1)])
     assert not torch.allclose(small_model.hidden(tokens, shifted), small_model.hidden(tokens))
 
 

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from ..kernels import softcap_nll
+from ..model import network
 from ..model.gpt import GPT
+from ..model.weights import Weights, frozen_weights
 from .documents import Document, Windows, chunk_windows
 from .protocols import TTTConfig
-from .step import FrozenModel
 
 MICRO_TOKENS = {"cpu": 8192, "cuda": 65536}
 """Tokens in one forward, by device type: what fits in cache, and what fills a GPU."""
@@ -36,7 +37,7 @@ class BaseNll:
 
     def __init__(
         self,
-        model: GPT | FrozenModel,
+        model: GPT | Weights,
         documents: Sequence[Document],
         config: TTTConfig,
         tick: Callable[[int], None] = lambda targets: None,
@@ -57,16 +58,16 @@ class BaseNll:
                 config.temperature,
             ),
         ]
-        frozen = model if isinstance(model, FrozenModel) else FrozenModel(model)
-        device = frozen.embed.device
-        backend = backend or ("reference" if frozen.dtype == torch.float64 else None)
+        weights = model if isinstance(model, Weights) else frozen_weights(model)
+        device = weights.embed.device
+        backend = backend or ("reference" if weights.dtype == torch.float64 else None)
         tokens = np.concatenate([document.tokens for document in documents] or [np.zeros(0)]).astype(np.int32)
         on_device = torch.from_numpy(tokens).to(device)
         # The last cell takes what does not exist.
         record = torch.zeros(2, len(tokens) + 1, device=device)
         done = 0
         for windows, longest, temperature in plans:
-            for targets_sent in _score(frozen, on_device, record, windows, longest, temperature, backend):
+            for targets_sent in _score(weights, on_device, record, windows, longest, temperature, backend):
                 done += targets_sent
                 tick(done)
         self.nll, self.tempered = record[:, :-1].cpu().numpy()
@@ -79,7 +80,7 @@ class BaseNll:
 
 @torch.no_grad()
 def _score(
-    model: FrozenModel,
+    weights: Weights,
     tokens: Tensor,
     record: Tensor,
     windows: Windows,
@@ -90,7 +91,7 @@ def _score(
     """Write the NLL of every target of `windows` into `record`, at temperature 1 and at `temperature`."""
     device = tokens.device
     # Tables for the windows that there are: `longest` may be a bound that no document comes near.
-    cos, sin = model.model.rotary(-(-int(windows.length.max(initial=1)) // PAD) * PAD, longest)
+    cos, sin = weights.rotary(-(-int(windows.length.max(initial=1)) // PAD) * PAD, longest)
     start, length, first = (
         torch.from_numpy(a).to(device)[:, None] for a in (windows.start, windows.length, windows.first)
     )
@@ -101,14 +102,15 @@ def _score(
         column = torch.arange(padded, device=device)
         # Inputs past a window's end repeat its last one: nothing that is scored reads them.
         inputs = tokens[begin + torch.minimum(column, end - 1)]
-        hidden = model.hidden(inputs, (cos[:padded].contiguous(), sin[:padded].contiguous()), tail, backend=backend)
+        tables = cos[:padded].contiguous(), sin[:padded].contiguous()
+        hidden = network.hidden(weights, inputs, tables, tail=tail, backend=backend)
         scored = column[padded - tail :]
         exists = (scored >= scored_from) & (scored < end)
         at = begin + torch.minimum(scored, end - 1) + 1
         targets = torch.where(exists, tokens[at], -100)
         place = torch.where(exists, at, record.size(1) - 1).flatten()
         for out, heat in zip(record, (1.0, temperature), strict=True):
-            nll = softcap_nll(hidden, model.head, targets, model.config.softcap, heat, backend=backend)
+            nll = softcap_nll(hidden, weights.head, targets, weights.config.softcap, heat, backend=backend)
             out.index_copy_(0, place, nll.flatten().float())
         yield int((windows.length[rows] - windows.first[rows]).sum())
 
