@@ -4,12 +4,16 @@ Forward, backward, clip and both optimizers. The learning rate is zero, so that 
 its inputs; every product of the step is still taken. Outputs: the loss and the clipped gradient of all parameters.
 """
 
+import dataclasses
+
 import torch
 from torch import Tensor
 
 from ..model.config import ModelConfig, TrainConfig, preset
+from ..model.fused import FusedStep
 from ..model.gpt import GPT, is_block_matrix, parameter_shapes
 from ..model.optimizers import FlatGradients, Optimizers
+from ..model.parallel import Ranks
 from ..model.ranges import phase
 from .entry import Call, Entry, Shape, Tensors, Variant
 
@@ -62,6 +66,21 @@ def _step(compile_model: bool):
     return build
 
 
+def _fused(shape: Shape, device: torch.device, dtype: torch.dtype) -> Call:
+    """What `klora train` runs on a GPU; the gradients leave its buffer in the parameters' order, one copy dearer."""
+    model = seeded_model(shape, device, dtype)
+    config = dataclasses.replace(TrainConfig(), batch_tokens=shape["B"] * shape["S"])
+    step = FusedStep(model, config, shape["B"], 1, Ranks(0, 1, device))
+    step.rates.zero_()
+
+    def run(tokens: Tensor, targets: Tensor) -> Tensors:
+        step.tokens[:, :-1], step.tokens[:, -1] = tokens, targets[:, -1]
+        step.replay()
+        return step.report[0].clone(), torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+
+    return run
+
+
 def _original(shape: Shape, device: torch.device, dtype: torch.dtype) -> Call:
     from .original import build_original_step  # it takes its weights from here
 
@@ -106,6 +125,7 @@ ENTRIES = (
             Variant("eager", _step(compile_model=False), captures=False),
             Variant("torch.compile", _step(compile_model=True), devices=("cuda",), captures=False),
             Variant("original", _original, captures=False),
+            Variant("klora", _fused, captures=False, is_ours=True),
         ),
         bytes=_bytes,
         flops=_flops,

@@ -2,6 +2,7 @@
 
 from .attention import causal_attention, causal_attention_ref, pick_attention
 from .bigram import BOS, bigram_hash_ref
+from .embedding import bigram_embedding, bigram_embedding_ref
 from .int6 import (
     Int6Linear,
     Int6Matrix,
@@ -41,6 +42,8 @@ __all__ = [
     "Int6Matrix",
     "Int6Weight",
     "ResidualNorm",
+    "bigram_embedding",
+    "bigram_embedding_ref",
     "bigram_hash_ref",
     "causal_attention",
     "causal_attention_ref",

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..kernels import (
     BOS,
+    bigram_embedding,
     bigram_hash_ref,
     causal_attention,
     causal_attention_ref,
@@ -31,7 +32,7 @@ from ..kernels import (
     relu_squared_mlp,
     relu_squared_ref,
     residual_norm,
-    rms_norm,
+    rms_norm_ref,
 )
 from ..kernels.attention import HEAD_DIMS
 from ..kernels.int6 import Int6Matrix, int6_linear
@@ -115,7 +116,8 @@ def hidden(
     x0 = embedded(weights, tokens, cache, backend)
     blocks = weights.blocks
     pushes, pushed = len(blocks) // 2, []
-    about = About(weights.config, rotary, weights.attention, None if adapters is None else adapters.slots, backend)
+    slots = None if adapters is None else adapters.slots
+    about = About(weights.config, rotary, weights.attention, weights.by_kernel, slots, backend)
     _, x, n = residual_norm(x0, mix=blocks[0].mix, x0=x0, backend=backend)
     for index, weight in enumerate(blocks):
         after = blocks[index + 1] if index + 1 < len(blocks) else None
@@ -141,6 +143,7 @@ class About(NamedTuple):
     config: ModelConfig
     rotary: Rotary
     attention: str
+    by_kernel: bool
     slots: Tensor | None
     backend: str | None
 
@@ -183,14 +186,13 @@ def block(
 
 def embedded(weights: Weights, tokens: Tensor, cache: KVCache | None, backend: str | None) -> Tensor:
     """tokens [B, S] -> x0 [B, S, D] in the compute dtype. The first token without a cache has no previous one."""
-    last_token, last = (cache.last_token, cache.last_x) if cache is not None else (None, None)
-    rows = bigram_hash_ref(tokens, weights.config.bigram_rows, last_token)
-    both = F.embedding(tokens, weights.embed) + F.embedding(rows, weights.bigram)
-    x = rms_norm(both, backend=backend).to(weights.dtype)
-    first = torch.zeros_like(x[:, :1]) if last is None else last[:, None]
+    if cache is None:
+        return bigram_embedding(tokens, weights.embed, weights.bigram, weights.gate, weights.dtype, backend=backend)
+    rows = bigram_hash_ref(tokens, weights.config.bigram_rows, cache.last_token)
+    x = rms_norm_ref(F.embedding(tokens, weights.embed) + F.embedding(rows, weights.bigram)).to(weights.dtype)
+    first = torch.zeros_like(x[:, :1]) if cache.last_x is None else cache.last_x[:, None]
     before = torch.cat([first, x[:, :-1]], dim=1).masked_fill((tokens == BOS)[..., None], 0.0)
-    if cache is not None:
-        cache.last_token, cache.last_x = tokens[:, -1], x[:, -1]
+    cache.last_token, cache.last_x = tokens[:, -1], x[:, -1]
     return torch.lerp(x, before, torch.sigmoid(weights.gate).to(x.dtype))
 
 
@@ -221,7 +223,7 @@ def _attention(
     """
     backend, sizes, head_dim = about.backend, about.config.qkv_sizes, about.config.head_dim
     runs_kernel = backend == "triton" or (backend is None and n.is_cuda)
-    by_kernel = runs_kernel and head_dim in HEAD_DIMS and held is None
+    by_kernel = about.by_kernel and runs_kernel and head_dim in HEAD_DIMS and held is None
     if not lora:
         parts = _linear(n, weight.qkv, backend).split(sizes, dim=-1)
     else:

@@ -66,6 +66,8 @@ class Weights:
     """cos and sin of (at least so many positions, the base of sequences of that length)"""
     attention: str
     """PyTorch's backend for attention where our kernel does not run"""
+    by_kernel: bool = True
+    """Whether attention takes our kernel where it can"""
 
     @property
     def dtype(self) -> torch.dtype:

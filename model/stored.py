@@ -1,0 +1,174 @@
+"""Parameters and gradients in one buffer each, and the weights of a step beside them in the compute dtype.
+
+    values    fp32: first the matrices of all blocks, kind by kind, then everything else
+    grads     fp32, laid out alike; every parameter's `.grad` is a part of it
+    copies    the matrices in the compute dtype, with the scales folded in: what the products of a step read
+
+The copies are made anew after each step of the optimizers, in a few launches; a step's gradients are those of the
+copies, and :meth:`StoredWeights.finish` turns them into those of the parameters: what autograd would do through
+weights_of, for all blocks at once.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .gpt import GPT
+from .weights import BlockWeights, Weights
+
+ALIGNMENT = 64
+"""Elements that a part's start is a multiple of: 128 bytes of 16-bit numbers."""
+
+MATRICES = ("qkv", "o", "up", "down")
+VECTORS = ("resid_mix", "gain", "attn_scale", "mlp_scale")
+
+
+class StoredWeights:
+    """A model's parameters, moved into one buffer, and its weights around them.
+
+    `values`, `grads` fp32 [size]; `parts` names the views of both: a kind of all blocks ([L, ...]) or one parameter.
+    `weights` is what the network reads. Its leaves are the autograd leaves of a step.
+    """
+
+    def __init__(self, model: GPT):
+        self.model, self.dtype = model, model.dtype
+        shapes = self._shapes()
+        starts, size = {}, 0
+        for name, shape in shapes.items():
+            starts[name] = size
+            size += -(-shape.numel() // ALIGNMENT) * ALIGNMENT
+        device = model.embed.device
+        self.values, self.grads = (torch.zeros(size, device=device) for _ in range(2))
+        self._accumulated = torch.empty_like(self.grads)
+        self.parts, self.part_grads, self._added = (
+            {name: buffer[starts[name] :][: shape.numel()].view(shape) for name, shape in shapes.items()}
+            for buffer in (self.values, self.grads, self._accumulated)
+        )
+        self._move_parameters()
+        end = starts[VECTORS[0]]
+        self.copies = torch.empty(end, device=device, dtype=self.dtype)
+        self._copied = {
+            name: self.copies[starts[name] :][: shapes[name].numel()].view(shapes[name]) for name in MATRICES
+        }
+        self.head = torch.empty_like(model.embed, dtype=self.dtype, requires_grad=False)
+        self.bigram = torch.empty(model.config.bigram_rows, model.config.width, device=device)
+        self.head_grad, self.bigram_grad = (torch.zeros_like(t, dtype=torch.float32) for t in (self.head, self.bigram))
+        self.mix = torch.empty_like(self.parts["resid_mix"])
+        self.depth = torch.tensor([block.depth_scale for block in model.blocks], device=device)[:, None]
+        self.weights, self.leaves, self.targets = self._weights()
+        self.refresh()
+
+    def _shapes(self) -> dict[str, torch.Size]:
+        """Name -> shape of each part, in the order of the buffer."""
+        model = self.model
+        block, count = model.blocks[0], len(model.blocks)
+        shapes = {"qkv": (block.q.size(0) + block.k.size(0) + block.v.size(0), block.q.size(1))}
+        shapes |= {name: getattr(block, name).shape for name in (*MATRICES[1:], *VECTORS)}
+        parts = {name: torch.Size((count, *shape)) for name, shape in shapes.items()}
+        return parts | {name: p.shape for name, p in model.named_parameters() if not name.startswith("blocks.")}
+
+    @torch.no_grad()
+    def _move_parameters(self) -> None:
+        """Make every parameter, and its gradient, a view of the buffers."""
+        named = dict(self.model.named_parameters())
+        for name, parameter in named.items():
+            if name.startswith("blocks."):
+                _, index, kind = name.split(".")
+                value, grad = (parts[kind if kind not in "qkv" else "qkv"][int(index)] for parts in self._both)
+                if kind in "qkv":
+                    rows = [named[f"blocks.{index}.{other}"].size(0) for other in "qkv"]
+                    value, grad = (t.split(rows)["qkv".index(kind)] for t in (value, grad))
+            else:
+                value, grad = (parts[name] for parts in self._both)
+            parameter.data = value.copy_(parameter)
+            parameter.grad = grad
+
+    @property
+    def _both(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        return self.parts, self.part_grads
+
+    def _weights(self) -> tuple[Weights, list[Tensor], list[tuple[Tensor, Tensor]]]:
+        """The weights as leaves, and for each leaf where its gradient goes and where it is added up."""
+        model, leaves, targets = self.model, [], []
+
+        def leaf(value: Tensor, grad: Tensor, added: Tensor) -> Tensor:
+            leaves.append(value.detach().requires_grad_())
+            targets.append((grad, added))
+            return leaves[-1]
+
+        def of(name: str, value: Tensor) -> Tensor:
+            return leaf(value, self.part_grads[name], self._added[name])
+
+        half, blocks = len(model.blocks) // 2, []
+        for index in range(len(model.blocks)):
+            grads, added = (
+                {k: parts[k][index] for k in (*MATRICES, *VECTORS)} for parts in (self.part_grads, self._added)
+            )
+            matrices = [leaf(self._copied[k][index], grads[k], added[k]) for k in MATRICES]
+            mix = leaf(self.mix[index], grads["resid_mix"], added["resid_mix"])
+            gain = leaf(self.parts["gain"][index], grads["gain"], added["gain"])
+            skip = None
+            if 0 < index - half < len(model.skip):
+                joined = index - half
+                skip = leaf(self.parts["skip"][joined], self.part_grads["skip"][joined], self._added["skip"][joined])
+            qkv, out, up, down = matrices
+            blocks.append(BlockWeights(mix, skip, qkv, gain, out, up, down))
+        weights = Weights(
+            model.config,
+            of("embed", self.parts["embed"]),
+            leaf(self.bigram, self.bigram_grad, torch.zeros_like(self.bigram_grad)),
+            of("smear.gate", self.parts["smear.gate"]),
+            leaf(self.head, self.head_grad, torch.zeros_like(self.head_grad)),
+            tuple(blocks),
+            model.rotary,
+            model.attention,
+        )
+        return weights, leaves, targets
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Make the weights those of the parameters as they are."""
+        parts = self.parts
+        self._copied["qkv"].copy_(parts["qkv"])
+        self._copied["up"].copy_(parts["up"])
+        torch.mul(parts["o"], (self.depth * parts["attn_scale"])[..., None], out=self._copied["o"])
+        torch.mul(parts["down"], (self.depth * parts["mlp_scale"])[..., None], out=self._copied["down"])
+        self.head.copy_(parts["embed"])
+        torch.mul(parts["bigram.scale"], self._projected(), out=self.bigram)
+        self.mix.copy_(parts["resid_mix"])
+        if len(self.model.skip):
+            self.mix[self._middle, 0].mul_(1 + parts["skip"][0])
+
+    def _projected(self) -> Tensor:
+        return F.linear(self.parts["bigram.table"], self.parts["bigram.project"])
+
+    @property
+    def _middle(self) -> int:
+        """The block whose join is the stream itself."""
+        return len(self.model.blocks) // 2
+
+    @torch.no_grad()
+    def take(self, gradients: list[Tensor], first: bool) -> None:
+        """Write the leaves' gradients of the first micro-batch of a step, add those of the others."""
+        if first:
+            torch._foreach_copy_([grad for grad, _ in self.targets], gradients)
+            return
+        torch._foreach_copy_([added for _, added in self.targets], gradients)
+        torch._foreach_add_([grad for grad, _ in self.targets], [added for _, added in self.targets])
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Turn the gradients of the weights into those of the parameters."""
+        parts, grads = self.parts, self.part_grads
+        for matrix, scale in (("o", "attn_scale"), ("down", "mlp_scale")):
+            torch.mul(self.depth, (grads[matrix] * parts[matrix]).sum(-1), out=grads[scale])
+            grads[matrix].mul_((self.depth * parts[scale])[..., None])
+        grads["embed"].add_(self.head_grad)
+        table, project, scale = (parts[f"bigram.{name}"] for name in ("table", "project", "scale"))
+        grads["bigram.scale"].copy_((self.bigram_grad * self._projected()).sum())
+        torch.mul(scale, self.bigram_grad @ project, out=grads["bigram.table"])
+        torch.mul(scale, self.bigram_grad.mT @ table, out=grads["bigram.project"])
+        if len(self.model.skip):
+            mix = grads["resid_mix"][self._middle, 0]
+            torch.mul(mix, parts["resid_mix"][self._middle, 0], out=grads["skip"][0])
+            mix.mul_(1 + parts["skip"][0])
