@@ -70,7 +70,7 @@ def _fused(shape: Shape, device: torch.device, dtype: torch.dtype) -> Call:
     """What `klora train` runs on a GPU; the gradients leave its buffer in the parameters' order, one copy dearer."""
     model = seeded_model(shape, device, dtype)
     config = dataclasses.replace(TrainConfig(), batch_tokens=shape["B"] * shape["S"])
-    step = FusedStep(model, config, shape["B"], 1, Ranks(0, 1, device))
+    step = FusedStep(model, config, shape["B"], 1, Ranks(0, 1, device), shape["S"])
     step.rates.zero_()
 
     def run(tokens: Tensor, targets: Tensor) -> Tensors:

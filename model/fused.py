@@ -29,15 +29,22 @@ AHEAD = 2
 
 
 class FusedStep:
-    """Training steps of `model` on micro-batches of `rows` sequences, `micro_batches` of them a step.
+    """Training steps of `model` on micro-batches of `rows` sequences of `length` tokens, `micro_batches` of them a step.
 
     The model's parameters move into the buffers of `stored`, and stay views of them.
     """
 
     def __init__(
-        self, model: GPT, config: TrainConfig, rows: int, micro_batches: int, ranks: Ranks, capture: bool = True
+        self,
+        model: GPT,
+        config: TrainConfig,
+        rows: int,
+        micro_batches: int,
+        ranks: Ranks,
+        length: int | None = None,
+        capture: bool = True,
     ):
-        device, length = model.embed.device, model.config.train_length
+        device, length = model.embed.device, length or model.config.train_length
         self.model, self.config, self.ranks, self.device = model, config, ranks, device
         self.micro_batches = micro_batches
         self.stored = StoredWeights(model)
