@@ -139,7 +139,7 @@ def _backward_op(
     head_dim = 2 * cos.size(1)
     dout, out = _heads((aligned(dout), out), head_dim)
     projected = Projected(cos, sin, gain, rstd_q, rstd_k)
-    douts = attention_backward(dout, *_heads((q, k, v), head_dim), out, lse, projected)
+    douts = attention_backward(dout, *_heads((q, k, v), head_dim), out, lse, projected)[:3]
     return tuple(dout.flatten(2) for dout in douts)
 
 

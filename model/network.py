@@ -36,6 +36,7 @@ from ..kernels import (
 )
 from ..kernels.attention import HEAD_DIMS
 from ..kernels.int6 import Int6Matrix, int6_linear
+from ..kernels.qkv_attention import qkv_attention, takes
 from .config import ModelConfig
 from .ranges import phase
 from .weights import BlockWeights, Matrix, Weights
@@ -225,6 +226,9 @@ def _attention(
     runs_kernel = backend == "triton" or (backend is None and n.is_cuda)
     by_kernel = about.by_kernel and runs_kernel and head_dim in HEAD_DIMS and held is None
     if not lora:
+        if by_kernel and takes(n.dtype, head_dim) and isinstance(weight.qkv, Tensor):
+            tables = (*about.rotary, weight.gain)
+            return qkv_attention(n, weight.qkv, *tables, sizes, head_dim=head_dim, tail=tail, backend=backend)
         parts = _linear(n, weight.qkv, backend).split(sizes, dim=-1)
     else:
         *adapter, grads = lora

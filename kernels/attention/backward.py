@@ -10,6 +10,7 @@ part is taken before it is undone:
 import math
 from typing import NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -23,7 +24,7 @@ MOST_QUERIES = 64
 
 
 class Rotary(NamedTuple):
-    """How q and k came from their projections; all fp32 and contiguous. None of it gets a gradient."""
+    """How q and k came from their projections; all fp32, the tables contiguous."""
 
     cos: Tensor
     """[S, d/2]"""
@@ -32,7 +33,7 @@ class Rotary(NamedTuple):
     gain: Tensor
     """[H], of queries"""
     rstd_q: Tensor
-    """[B, S, H], 1 / rms of each projected head"""
+    """[B, S, H], 1 / rms of each projected head; tokens any distance apart"""
     rstd_k: Tensor
     """[B, S, G]"""
 
@@ -72,12 +73,13 @@ def _dq_loop(
 
 @triton.jit(do_not_specialize=["T", "OFFSET", "BLOCKS"])
 def _dq_kernel(
-    q_d, k_d, v_d, out_d, dout_d, dq_d, lse_ptr, rows_ptr, cos_ptr, sin_ptr, gain_ptr, rstd_ptr,
-    scale, softmax_scale, T, OFFSET, BLOCKS, padded,
+    q_d, k_d, v_d, out_d, dout_d, dq_d, lse_ptr, rows_ptr, cos_ptr, sin_ptr, gain_ptr, rstd_ptr, sums_ptr,
+    scale, softmax_scale, T, OFFSET, BLOCKS, padded, rstd_stride,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Programs and tiles are the forward's. `rows` [B, H, 2, padded] gets the logsumexp and delta of each row, for the
-    next launch; past T it gets 0, where dout reads as 0 and the rows add nothing.
+    next launch; past T it gets 0, where dout reads as 0 and the rows add nothing. `sums` [B, H, BLOCKS] gets the sum of
+    dq * q of each head and block, where the gain is trained.
     """
     b, h, block = place(BLOCKS, H, HEADS)
     g = h // (H // G)
@@ -100,8 +102,11 @@ def _dq_kernel(
     dq *= softmax_scale
     if cos_ptr is not None:
         head = h + r // BM
-        at = (b.to(tl.int64) * (OFFSET + T) + position) * H + head
+        at = (b.to(tl.int64) * (OFFSET + T) + position) * rstd_stride + head
         gain = tl.load(gain_ptr + head)
+        if sums_ptr is not None:
+            along = tl.sum(tl.sum(dq * q.to(tl.float32), 1).reshape(HEADS, BM), 1)
+            tl.store(sums_ptr + (b * H + h + tl.arange(0, HEADS)) * BLOCKS + block, along)
         dq = _unrotate(dq, q, position, at, gain, cos_ptr, sin_ptr, rstd_ptr, OFFSET + T, HEADS * BM, D)
     store(dq_d, dq, b, h, OFFSET + t, HEADS, BM, D)
 
@@ -131,7 +136,7 @@ def _dkdv_loop(
 @triton.jit(do_not_specialize=["T", "OFFSET", "BLOCKS"])
 def _dkdv_kernel(
     q_d, k_d, v_d, dout_d, rows_d, dk_d, dv_d, cos_ptr, sin_ptr, rstd_ptr,
-    scale, softmax_scale, T, OFFSET, BLOCKS,
+    scale, softmax_scale, T, OFFSET, BLOCKS, rstd_stride,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """A program takes BN keys of a group through all queries from their own on, of HEADS heads at a time. Its scores
@@ -157,25 +162,35 @@ def _dkdv_kernel(
     store(dv_d, dv, b, g, n, 1, BN, D)
     dk *= softmax_scale
     if cos_ptr is not None:
-        at = (b.to(tl.int64) * (OFFSET + T) + key) * G + g
+        at = (b.to(tl.int64) * (OFFSET + T) + key) * rstd_stride + g
         gain = tl.full((BN,), 1.0, tl.float32)
         dk = _unrotate(dk, k, key, at, gain, cos_ptr, sin_ptr, rstd_ptr, OFFSET + T, BN, D)
     store(dk_d, dk, b, g, n, 1, BN, D)
 
 
 def launch_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, rotary: Rotary | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(dq [B, S, H, d], dk, dv [B, S, G, d]), contiguous, from dout [B, T, H, d] and what the forward kept.
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    rotary: Rotary | None = None,
+    into: tuple[Tensor, Tensor, Tensor] | None = None,
+    trains_gain: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """(dq [B, S, H, d], dk, dv [B, S, G, d], dgain [H]) from dout [B, T, H, d] and what the forward kept.
+
+    The first three are `into`, or contiguous; the last is None unless `trains_gain`, and 0 where the gain is 0.
 
     T is the number of queries that there is an output of; before them dq is zero. With `rotary`, dq and dk belong to
     the projections that q and k were normed and rotated from.
     """
     (batch, length, heads, width), groups, tail = q.shape, k.size(2), dout.size(1)
-    dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    dq, dk, dv = into or (q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape))
     dq[:, : length - tail].zero_()
     if not dout.numel():
-        return dq, dk.zero_(), dv.zero_()
+        return dq, dk.zero_(), dv.zero_(), torch.zeros_like(rotary.gain) if trains_gain else None
     rows = lse.new_empty(batch, heads, 2, triton.cdiv(tail, MOST_QUERIES) * MOST_QUERIES)
     cos, sin, gain, rstd_q, rstd_k = rotary or Rotary(None, None, None, None, None)
     packed, scale, softmax_scale = packed_heads(heads, groups), LOG2_E / math.sqrt(width), 1 / math.sqrt(width)
@@ -183,10 +198,11 @@ def launch_backward(
     config = pick_config("dq", q.dtype, width)
     queries, keys = config.rows // packed, config.keys
     blocks = triton.cdiv(tail, queries)
+    sums = lse.new_empty(batch, heads, blocks) if trains_gain else None
     _dq_kernel[(blocks * batch * heads // packed,)](
         by_heads(q, packed, queries), by_heads(k, 1, keys), by_heads(v, 1, keys), by_heads(out, packed, queries),
         by_heads(dout, packed, queries), by_heads(dq, packed, queries), lse, rows, cos, sin, gain, rstd_q,
-        scale, softmax_scale, tail, length - tail, blocks, rows.size(3),
+        sums, scale, softmax_scale, tail, length - tail, blocks, rows.size(3), 0 if rstd_q is None else rstd_q.stride(1),
         H=heads, G=groups, D=width, HEADS=packed, BM=queries, BN=keys,
         num_warps=config.warps, num_stages=config.stages, maxnreg=config.registers,
     )  # fmt: skip
@@ -199,8 +215,10 @@ def launch_backward(
     _dkdv_kernel[(blocks * batch * groups,)](
         by_heads(q, packed, queries), by_heads(k, 1, keys), by_heads(v, 1, keys), by_heads(dout, packed, queries),
         rows_d, by_heads(dk, 1, keys), by_heads(dv, 1, keys), cos, sin, rstd_k,
-        scale, softmax_scale, tail, length - tail, blocks,
+        scale, softmax_scale, tail, length - tail, blocks, 0 if rstd_k is None else rstd_k.stride(1),
         H=heads, G=groups, D=width, HEADS=packed, BM=queries, BN=keys,
         num_warps=config.warps, num_stages=config.stages, maxnreg=config.registers,
     )  # fmt: skip
-    return dq, dk, dv
+    if trains_gain:
+        dgain = torch.where(gain == 0, 0.0, sums.sum((0, 2)) / gain)
+    return dq, dk, dv, dgain if trains_gain else None

@@ -46,7 +46,7 @@ def _(q, k, v, tail):
 def _backward_op(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return launch_backward(aligned(dout), aligned(q), aligned(k), aligned(v), out, lse)
+    return launch_backward(aligned(dout), aligned(q), aligned(k), aligned(v), out, lse)[:3]
 
 
 @_backward_op.register_fake
