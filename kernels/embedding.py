@@ -94,11 +94,14 @@ def _forward(
 
 @triton.jit(do_not_specialize=["S", "V"])
 def _backward(
-    dout_ptr, tokens_ptr, embed_ptr, bigram_ptr, gate_ptr, de_ptr, sums_ptr, S, V,
+    dout_ptr, more_ptr, tokens_ptr, embed_ptr, bigram_ptr, gate_ptr, de_ptr, sums_ptr, S, V,
     HASHES: tl.constexpr, D: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr, EPS: tl.constexpr,
     BOS: tl.constexpr,
 ):  # fmt: skip
-    """de of STEPS * ROWS tokens, and their share of dgate / (g (1 - g)), to row program_id of `sums`."""
+    """de of STEPS * ROWS tokens, and their share of dgate / (g (1 - g)), to row program_id of `sums`.
+
+    The gradient of x0 is the sum of dout and, where it is given, `more`.
+    """
     blocks = tl.cdiv(S, ROWS * STEPS)
     document, first = tl.program_id(0) // blocks, tl.program_id(0) % blocks * (ROWS * STEPS)
     tokens_ptr += document.to(tl.int64) * S
@@ -118,6 +121,9 @@ def _backward(
         after = tl.load(tokens_ptr + position + 1, mask=position + 1 < S, other=BOS)
         smears = (after != BOS)[:, None]
         dx_after = tl.load(dout_ptr + at + D, mask=smears & wide[None, :], other=0.0).to(tl.float32)
+        if more_ptr is not None:
+            dx += tl.load(more_ptr + at, mask=inside, other=0.0).to(tl.float32)
+            dx_after += tl.load(more_ptr + at + D, mask=smears & wide[None, :], other=0.0).to(tl.float32)
         dgate += dx * (tl.where(has_before[:, None], before, 0.0) - n)
         dn = dx + gate * (dx_after - dx)
         de = rstd[:, None] * (dn - n * (tl.sum(dn * n, 1) * (1.0 / D))[:, None])
@@ -160,7 +166,10 @@ def _sizes(embed: Tensor, bigram: Tensor) -> dict[str, int | float]:
 
 
 @custom_op("klora::bigram_embedding", mutates_args=())
-def _op(tokens: Tensor, embed: Tensor, bigram: Tensor, gate: Tensor, dtype: torch.dtype) -> Tensor:
+def _op(
+    tokens: Tensor, embed: Tensor, bigram: Tensor, gate: Tensor, dtype: torch.dtype, x0_grad: Tensor | None
+) -> Tensor:
+    """`x0_grad` is only passed on to the backward."""
     batch, length = tokens.shape
     out = embed.new_empty(batch, length, embed.size(1), dtype=dtype)
     if out.numel():
@@ -171,13 +180,13 @@ def _op(tokens: Tensor, embed: Tensor, bigram: Tensor, gate: Tensor, dtype: torc
 
 
 @_op.register_fake
-def _(tokens, embed, bigram, gate, dtype):
+def _(tokens, embed, bigram, gate, dtype, x0_grad):
     return embed.new_empty(*tokens.shape, embed.size(1), dtype=dtype)
 
 
 @custom_op("klora::bigram_embedding_backward", mutates_args=())
 def _backward_op(
-    dout: Tensor, tokens: Tensor, embed: Tensor, bigram: Tensor, gate: Tensor
+    dout: Tensor, more: Tensor | None, tokens: Tensor, embed: Tensor, bigram: Tensor, gate: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dE, dG and dgate."""
     (batch, length), width = tokens.shape, embed.size(1)
@@ -187,7 +196,7 @@ def _backward_op(
     blocks = batch * triton.cdiv(length, TOKENS)
     sums = gate.new_empty(blocks, width)
     _backward[(blocks,)](
-        dout.contiguous(), tokens, embed, bigram, gate, de, sums, length, embed.size(0),
+        dout.contiguous(), more, tokens, embed, bigram, gate, de, sums, length, embed.size(0),
         **_sizes(embed, bigram), ROWS=ROWS, STEPS=TOKENS // ROWS, num_warps=WARPS,
     )  # fmt: skip
     de, opened = de.flatten(0, 1), torch.sigmoid(gate)
@@ -197,28 +206,38 @@ def _backward_op(
 
 
 @_backward_op.register_fake
-def _(dout, tokens, embed, bigram, gate):
+def _(dout, more, tokens, embed, bigram, gate):
     return torch.empty_like(embed), torch.empty_like(bigram), torch.empty_like(gate)
 
 
 def _setup(ctx, inputs, output):
     ctx.save_for_backward(*inputs[:4])
+    ctx.x0_grad = inputs[5]
 
 
 def _autograd(ctx, dout):
-    grads = _backward_op(dout, *ctx.saved_tensors)
+    grads = _backward_op(dout, ctx.x0_grad, *ctx.saved_tensors)
     needed = ctx.needs_input_grad[1:4]
-    return None, *(grad if wanted else None for grad, wanted in zip(grads, needed, strict=True)), None
+    return None, *(grad if wanted else None for grad, wanted in zip(grads, needed, strict=True)), None, None
 
 
 _op.register_autograd(_autograd, setup_context=_setup)
 
 
 def bigram_embedding(
-    tokens: Tensor, embed: Tensor, bigram: Tensor, gate: Tensor, dtype: torch.dtype, *, backend: str | None = None
+    tokens: Tensor,
+    embed: Tensor,
+    bigram: Tensor,
+    gate: Tensor,
+    dtype: torch.dtype,
+    *,
+    x0_grad: Tensor | None = None,
+    backend: str | None = None,
 ) -> Tensor:
     """x0 [B, S, D] in `dtype` of tokens [B, S]; gradients of the two tables and of the gate.
 
+    The backward adds `x0_grad`, contiguous and like x0, to the gradient that autograd brings: what residual_norm has
+    written there.
     `backend` is "reference" or "triton"; left out, CPU tensors take the reference and CUDA tensors the kernel.
 
     Example: x0 = bigram_embedding(tokens, embed, bigram, gate, torch.bfloat16)
@@ -235,10 +254,16 @@ def bigram_embedding(
         if tensor.device != tokens.device:
             raise ValueError(f"{name} is on {tensor.device} and tokens on {tokens.device}; all must be on one device")
     if backend == "reference" or (backend is None and tokens.device.type == "cpu"):
+        if x0_grad is not None:
+            raise ValueError("x0_grad: the reference has no backward of its own to read it; use backend='triton'")
         return bigram_embedding_ref(tokens, embed, bigram, gate, dtype)
     for name, tensor in (("embed", embed), ("bigram", bigram), ("gate", gate)):
         if tensor.dtype != torch.float32:
             raise ValueError(f"{name} is {tensor.dtype}; the kernel wants float32")
+    shape = [*tokens.shape, embed.size(1)]
+    if x0_grad is not None and (list(x0_grad.shape) != shape or x0_grad.dtype != dtype or not x0_grad.is_contiguous()):
+        raise ValueError(f"x0_grad is {x0_grad.dtype} {list(x0_grad.shape)}; wanted: {dtype} {shape}, contiguous")
     if dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype}; the kernel wants bfloat16, float16 or float32")
-    return _op(tokens.contiguous(), embed.contiguous(), bigram.contiguous(), gate.contiguous(), dtype)
+    tables = (table.contiguous() for table in (embed, bigram, gate))
+    return _op(tokens.contiguous(), *tables, dtype, x0_grad)

@@ -29,7 +29,7 @@ AHEAD = 2
 
 
 class FusedStep:
-    """Training steps of `model` on micro-batches of `rows` sequences of `length` tokens, `micro_batches` of them a step.
+    """Training steps of `model`, each over `micro_batches` batches of `rows` sequences of `length` tokens.
 
     The model's parameters move into the buffers of `stored`, and stay views of them.
     """

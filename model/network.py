@@ -114,12 +114,19 @@ def hidden(
     With `tail`, only the last so many positions are computed where the last block allows it. With a cache, `tokens`
     continue what it holds. `backend` is "reference" or "triton"; left out, CPU tensors take the reference.
     """
-    x0 = embedded(weights, tokens, cache, backend)
-    blocks = weights.blocks
+    blocks, x0_grad = weights.blocks, None
+    if (
+        torch.is_grad_enabled()
+        and weights.embed.requires_grad
+        and (backend or tokens.device.type) in ("triton", "cuda")
+    ):
+        x0_grad = weights.head.new_empty(*tokens.shape, weights.config.width)  # one sum of what all boundaries give
+    x0 = embedded(weights, tokens, cache, x0_grad, backend)
     pushes, pushed = len(blocks) // 2, []
     slots = None if adapters is None else adapters.slots
     about = About(weights.config, rotary, weights.attention, weights.by_kernel, slots, backend)
-    _, x, n = residual_norm(x0, mix=blocks[0].mix, x0=x0, backend=backend)
+    grads = {"x0_grad": x0_grad, "adds_x0": len(blocks) > 1}
+    _, x, n = residual_norm(x0, mix=blocks[0].mix, x0=x0, **grads, backend=backend)
     for index, weight in enumerate(blocks):
         after = blocks[index + 1] if index + 1 < len(blocks) else None
         joins = after is not None and after.skip is not None
@@ -130,7 +137,8 @@ def hidden(
         with phase("block"):
             # The output of the last block that pushes is joined through the next one's mix.
             push, popped = index + 1 < pushes, pushed.pop() if joins else None
-            x_out, x, n = block(about, weight, after, x, n, x0, lora, bias, held, push, popped)
+            given = {} if after is None else {"x0": x0, "x0_grad": x0_grad, "adds_x0": index + 2 < len(blocks)}
+            x_out, x, n = block(about, weight, after, x, n, given | bias, lora, held, push, popped)
         if push:
             pushed.append(x_out)
     if cache is not None:
@@ -155,9 +163,8 @@ def block(
     after: BlockWeights | None,
     x: Tensor,
     n: Tensor,
-    x0: Tensor,
+    given: dict[str, Tensor | None],
     lora: tuple,
-    bias: dict[str, Tensor | None],
     held: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None,
     push: bool,
     popped: Tensor | None,
@@ -165,7 +172,7 @@ def block(
     """One block, from the stream x [B, T, D] and what it reads of it, n [B, S, D], to the next block's x and n.
 
     The first of the results is the block's output, where it is pushed. `after` is the next block, whose join and mix
-    belong to the boundary; `held` takes keys and values into a cache and gives back all of them.
+    belong to the boundary, as does what is `given` to it. `held` takes keys and values into a cache and gives back all.
     """
     backend = about.backend
     mixed = _attention(about, weight, n, lora, x.size(1), held)
@@ -174,21 +181,23 @@ def block(
         x,
         _mlp(n, weight, backend),
         weight.mlp_scale,
-        **bias,
+        **given,
         pushed=popped,
         skip=after.skip if popped is not None else None,
         mix=after.mix if after is not None else None,
-        x0=x0 if after is not None else None,
         push=push,
         last=after is None,
         backend=backend,
     )
 
 
-def embedded(weights: Weights, tokens: Tensor, cache: KVCache | None, backend: str | None) -> Tensor:
+def embedded(
+    weights: Weights, tokens: Tensor, cache: KVCache | None, x0_grad: Tensor | None, backend: str | None
+) -> Tensor:
     """tokens [B, S] -> x0 [B, S, D] in the compute dtype. The first token without a cache has no previous one."""
     if cache is None:
-        return bigram_embedding(tokens, weights.embed, weights.bigram, weights.gate, weights.dtype, backend=backend)
+        tables = weights.embed, weights.bigram, weights.gate
+        return bigram_embedding(tokens, *tables, weights.dtype, x0_grad=x0_grad, backend=backend)
     rows = bigram_hash_ref(tokens, weights.config.bigram_rows, cache.last_token)
     x = rms_norm_ref(F.embedding(tokens, weights.embed) + F.embedding(rows, weights.bigram)).to(weights.dtype)
     first = torch.zeros_like(x[:, :1]) if cache.last_x is None else cache.last_x[:, None]

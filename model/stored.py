@@ -16,9 +16,6 @@ from torch import Tensor
 from .gpt import GPT
 from .weights import BlockWeights, Weights
 
-ALIGNMENT = 64
-"""Elements that a part's start is a multiple of: 128 bytes of 16-bit numbers."""
-
 MATRICES = ("qkv", "o", "up", "down")
 VECTORS = ("resid_mix", "gain", "attn_scale", "mlp_scale")
 
@@ -36,7 +33,7 @@ class StoredWeights:
         starts, size = {}, 0
         for name, shape in shapes.items():
             starts[name] = size
-            size += -(-shape.numel() // ALIGNMENT) * ALIGNMENT
+            size += shape.numel()
         device = model.embed.device
         self.values, self.grads = (torch.zeros(size, device=device) for _ in range(2))
         self._accumulated = torch.empty_like(self.grads)
@@ -65,7 +62,8 @@ class StoredWeights:
         shapes = {"qkv": (block.q.size(0) + block.k.size(0) + block.v.size(0), block.q.size(1))}
         shapes |= {name: getattr(block, name).shape for name in (*MATRICES[1:], *VECTORS)}
         parts = {name: torch.Size((count, *shape)) for name, shape in shapes.items()}
-        return parts | {name: p.shape for name, p in model.named_parameters() if not name.startswith("blocks.")}
+        others = {name: p.shape for name, p in model.named_parameters() if not name.startswith("blocks.")}
+        return parts | dict(sorted(others.items(), key=lambda item: item[0] == "bigram.scale"))  # a single number: last
 
     @torch.no_grad()
     def _move_parameters(self) -> None:

@@ -193,6 +193,7 @@ def launch_backward(
         return dq, dk.zero_(), dv.zero_(), torch.zeros_like(rotary.gain) if trains_gain else None
     rows = lse.new_empty(batch, heads, 2, triton.cdiv(tail, MOST_QUERIES) * MOST_QUERIES)
     cos, sin, gain, rstd_q, rstd_k = rotary or Rotary(None, None, None, None, None)
+    strides = [0 if rstd is None else rstd.stride(1) for rstd in (rstd_q, rstd_k)]
     packed, scale, softmax_scale = packed_heads(heads, groups), LOG2_E / math.sqrt(width), 1 / math.sqrt(width)
 
     config = pick_config("dq", q.dtype, width)
@@ -202,7 +203,7 @@ def launch_backward(
     _dq_kernel[(blocks * batch * heads // packed,)](
         by_heads(q, packed, queries), by_heads(k, 1, keys), by_heads(v, 1, keys), by_heads(out, packed, queries),
         by_heads(dout, packed, queries), by_heads(dq, packed, queries), lse, rows, cos, sin, gain, rstd_q,
-        sums, scale, softmax_scale, tail, length - tail, blocks, rows.size(3), 0 if rstd_q is None else rstd_q.stride(1),
+        sums, scale, softmax_scale, tail, length - tail, blocks, rows.size(3), strides[0],
         H=heads, G=groups, D=width, HEADS=packed, BM=queries, BN=keys,
         num_warps=config.warps, num_stages=config.stages, maxnreg=config.registers,
     )  # fmt: skip
@@ -215,7 +216,7 @@ def launch_backward(
     _dkdv_kernel[(blocks * batch * groups,)](
         by_heads(q, packed, queries), by_heads(k, 1, keys), by_heads(v, 1, keys), by_heads(dout, packed, queries),
         rows_d, by_heads(dk, 1, keys), by_heads(dv, 1, keys), cos, sin, rstd_k,
-        scale, softmax_scale, tail, length - tail, blocks, 0 if rstd_k is None else rstd_k.stride(1),
+        scale, softmax_scale, tail, length - tail, blocks, strides[1],
         H=heads, G=groups, D=width, HEADS=packed, BM=queries, BN=keys,
         num_warps=config.warps, num_stages=config.stages, maxnreg=config.registers,
     )  # fmt: skip
