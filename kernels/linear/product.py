@@ -96,7 +96,7 @@ def _add_product(acc, x, w):
 
 @triton.jit
 def _finish_head(
-    out_d, tile, m, n, cos_ptr, sin_ptr, gain_ptr, rstd_ptr, S, ROWS,
+    out_d, tile, m, n, cos, sin, gain_ptr, rstd_ptr, ROWS,
     M: tl.constexpr, HEAD: tl.constexpr, Q: tl.constexpr, G: tl.constexpr, EPS: tl.constexpr,
 ):  # fmt: skip
     """`tile` [M, HEAD], a head or what stays as it is, leaves in two halves: those that rotate into each other."""
@@ -104,8 +104,6 @@ def _finish_head(
     head = n // HEAD
     if head < Q + G:
         row = m + tl.arange(0, M)
-        at = (row % S)[:, None] * (HEAD // 2) + tl.arange(0, HEAD // 2)[None, :]
-        cos, sin = tl.load(cos_ptr + at), tl.load(sin_ptr + at)
         gain = tl.load(gain_ptr + head, mask=head < Q, other=1.0)
         square = tl.sum(left * left + right * right, 1) * (1.0 / HEAD) + EPS
         rstd = tl.div_rn(1.0, tl.sqrt_rn(square)) if out_d.dtype == tl.float32 else tl.rsqrt(square)
@@ -118,17 +116,16 @@ def _finish_head(
 
 @triton.jit
 def _finish_heads(
-    out_d, tile, m, n, cos_ptr, sin_ptr, gain_ptr, rstd_ptr, S, ROWS, M: tl.constexpr, N: tl.constexpr,
-    HEAD: tl.constexpr, Q: tl.constexpr, G: tl.constexpr, EPS: tl.constexpr,
+    out_d, tile, m, n, cos, sin, gain_ptr, rstd_ptr, ROWS,
+    M: tl.constexpr, N: tl.constexpr, HEAD: tl.constexpr, Q: tl.constexpr, G: tl.constexpr, EPS: tl.constexpr,
 ):  # fmt: skip
+    """The heads in `tile` [M, N] one after the other; `cos` and `sin` [M, HEAD/2] are those of its rows."""
     if N == HEAD:
-        _finish_head(out_d, tile, m, n, cos_ptr, sin_ptr, gain_ptr, rstd_ptr, S, ROWS, M, HEAD, Q, G, EPS)
+        _finish_head(out_d, tile, m, n, cos, sin, gain_ptr, rstd_ptr, ROWS, M, HEAD, Q, G, EPS)
     else:
         left, right = halves(tile, M, N)
-        _finish_heads(out_d, left, m, n, cos_ptr, sin_ptr, gain_ptr, rstd_ptr, S, ROWS, M, N // 2, HEAD, Q, G, EPS)
-        _finish_heads(
-            out_d, right, m, n + N // 2, cos_ptr, sin_ptr, gain_ptr, rstd_ptr, S, ROWS, M, N // 2, HEAD, Q, G, EPS
-        )  # fmt: skip
+        _finish_heads(out_d, left, m, n, cos, sin, gain_ptr, rstd_ptr, ROWS, M, N // 2, HEAD, Q, G, EPS)
+        _finish_heads(out_d, right, m, n + N // 2, cos, sin, gain_ptr, rstd_ptr, ROWS, M, N // 2, HEAD, Q, G, EPS)
 
 
 @triton.jit
@@ -193,9 +190,9 @@ def _product_kernel(
             acc = _add_product(acc, x, w_d.load([n, step * BK]).T)
         if step == STEPS - 1:
             if ENDING == "heads":
-                _finish_heads(
-                    out_d, acc, m, n, cos_ptr, sin_ptr, gain_ptr, rstd_ptr, S, ROWS, BM, BN, HEAD, Q, G, EPS
-                )  # fmt: skip
+                at = ((m + tl.arange(0, BM)) % S)[:, None] * (HEAD // 2) + tl.arange(0, HEAD // 2)[None, :]
+                cos, sin = tl.load(cos_ptr + at), tl.load(sin_ptr + at)
+                _finish_heads(out_d, acc, m, n, cos, sin, gain_ptr, rstd_ptr, ROWS, BM, BN, HEAD, Q, G, EPS)
             else:
                 _finish_pieces(out_d, kept_d, acc, m, n, BM, BN, PIECES, ENDING)
             acc = tl.zeros((BM, BN), acc.dtype)
