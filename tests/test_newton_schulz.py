@@ -20,7 +20,7 @@ from klora.kernels.newton_schulz import (
     pick_config,
     pick_form,
 )
-from klora.kernels.newton_schulz.edges import fill_arena, pieces_of
+from klora.kernels.newton_schulz.edges import fill_arena, measure, pieces_of
 from klora.kernels.newton_schulz.plan import GRAM, PROGRAMS, SYMMETRIC, Plan, Shapes, plan_of, result_layout
 from klora.kernels.newton_schulz.products import run_products
 from klora.kernels.newton_schulz.reference import EPS, SAFETY
@@ -173,10 +173,9 @@ def test_what_a_graph_reads_outlives_the_caches(monkeypatch):
         return made
 
     def step():
-        matrices = [torch.randn(20, 24)]
-        muon_apply_(
-            matrices, muon_updates(matrices, matrices, 0.9, steps=1, backend="triton"), 0.1, 0.0, backend="triton"
-        )
+        gradients, momenta, parameters = ([torch.randn(20, 24)] for _ in range(3))
+        updates = muon_updates(gradients, momenta, 0.9, steps=1, backend="triton")
+        muon_apply_(parameters, updates, 0.1, 0.0, backend="triton")
 
     for name, cache in caches.items():
         monkeypatch.setattr(op, name, watched(cache))
@@ -201,7 +200,7 @@ def test_every_product_of_symmetric_matrices_is_symmetric_to_the_bit(form):
     pieces = pieces_of(layouts, config.panel, plan.starts, torch.device("cpu"))
     arena = torch.full((plan.arena_rows, config.panel), math.nan)
     result = torch.full((plan.result_rows, plan.result_columns), math.nan)
-    fill_arena(tensors, None, 0.0, True, pieces, arena)
+    fill_arena(tensors, None, 0.0, True, pieces, arena, *measure(tensors, None, 0.0, True, pieces))
     run_products(plan, arena, result, config)
     m, n, panel = 192, 256, config.panel
     rows = m * m // panel
@@ -345,8 +344,11 @@ def test_the_operators_pass_opcheck():
     wide, tall = torch.randn(2, 20, 30), torch.randn(1, 30, 20)
     op = torch.ops.klora
     torch.library.opcheck(op.newton_schulz, ([wide, tall], 1, "jordan", [False, True], torch.float32))
-    updates = ([wide, tall], [torch.randn_like(wide), torch.randn_like(tall)], 0.9, None, True, 1, "jordan")
-    torch.library.opcheck(op.muon_updates, (*updates, [False, False], torch.float32))
+    lists = [wide[:1], tall], [torch.randn_like(wide[:1]), torch.randn_like(tall)]
+    rest = (0.9, None, True, 1, "jordan", [False, False], torch.float32)
+    torch.library.opcheck(op.muon_norms, (*lists, *rest))
+    measured = op.muon_norms(*lists, *rest)
+    torch.library.opcheck(op.muon_updates, (*lists, *measured, torch.zeros((), dtype=torch.int64), *rest))
     torch.library.opcheck(op.muon_apply, ([tall], [torch.randn_like(tall)], 0.1, 0.0, None, None, "original"))
 
 
@@ -438,7 +440,7 @@ class TestOnGpu:
             pieces = pieces_of(layouts, config.panel, plan.starts, tensors[0].device)
             arena = torch.full((plan.arena_rows, config.panel), math.nan, device="cuda", dtype=torch.float16)
             results.append(torch.zeros(plan.result_rows, plan.result_columns, device="cuda", dtype=torch.bfloat16))
-            fill_arena(tensors, None, 0.0, True, pieces, arena)
+            fill_arena(tensors, None, 0.0, True, pieces, arena, *measure(tensors, None, 0.0, True, pieces))
             run_products(plan, arena, results[-1], config)
         assert results[0].any() and torch.equal(*results)
 
