@@ -539,7 +539,7 @@ def _rank(rank: int, folder: str) -> None:
         if rank < world:
             params = parameters()
             optimizer = Muon(params, 0.1, 0.9, 0.1, process_group=group)
-            for step in range(3):
+            for step in range(4):
                 for p in params:
                     p.grad = torch.zeros_like(p)
                 for part in range(rank, 4, world):  # four parts of every gradient, whatever the number of ranks
@@ -547,13 +547,20 @@ def _rank(rank: int, folder: str) -> None:
                     set_gradients(some, step, part)
                     for p, other in zip(params, some, strict=True):
                         p.grad += other.grad
+                if step == 1 and rank == world - 1:
+                    params[2].grad[0, 0] = math.nan
+                before = [t.clone() for p in params for t in (p.detach(), *optimizer.state[p].values())]
                 optimizer.step()
+                after = [t for p in params for t in (p.detach(), *optimizer.state[p].values())]
+                if step:
+                    assert same(before, after) == (step == 1), f"step {step} of rank {rank} of {world}"
+            assert optimizer.skipped_steps == 1
             held = sum(len(optimizer.state[p]) for p in params)
             torch.save(([p.detach() for p in params], held), f"{folder}/{world}-{rank}.pt")
     dist.destroy_process_group()
 
 
-def test_one_two_and_four_ranks_come_to_the_same_weights():
+def test_one_two_and_four_ranks_come_to_the_same_weights_and_skip_the_same_step():
     with tempfile.TemporaryDirectory() as folder:
         # A server that has imported everything forks the four: spawned ones would import it all four times.
         mp.get_context("forkserver").set_forkserver_preload(["klora.model.muon", "torch.distributed", "test_muon"])
