@@ -258,7 +258,7 @@ class Muon(torch.optim.Optimizer):
         """Whether all directions of all ranks are finite, int32 scalar."""
         finite = torch.ones((), dtype=torch.int32, device=device)
         if directions:
-            finite = _joined(directions).amin()
+            finite = _joined(directions)
         torch.distributed.all_reduce(finite, torch.distributed.ReduceOp.MIN, group=self.process_group)
         return finite
 
@@ -316,11 +316,9 @@ def _momentum_dtype(parameter: Tensor) -> torch.dtype:
 
 
 def _joined(directions: list[MuonDirections]) -> Tensor:
-    """What all of them say of their matrices, on the device of the first."""
-    if len(directions) == 1:
-        return directions[0].finite
-    device = directions[0].finite.device
-    return torch.cat([one.finite.to(device) for one in directions])
+    """Whether all of them are finite, int32 scalar on the device of the first."""
+    first = directions[0].finite
+    return first if len(directions) == 1 else torch.stack([one.finite.to(first.device) for one in directions]).amin()
 
 
 def _rename(group: dict[str, Any]) -> None:

@@ -175,9 +175,10 @@ def same(one, other) -> bool:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_step_with_an_entry_that_is_not_finite_is_skipped_whole_and_counted(backend):
     """Groups and dtypes are several batches: all of them are skipped for one entry of the last."""
-    params = parameters() + parameters(1, dtype=torch.float64 if backend == "reference" else torch.float16)
+    params = parameters(shapes=SHAPES[:3])
+    params += parameters(1, dtype=torch.float64 if backend == "reference" else torch.float16, shapes=SHAPES[:1])
     groups = [{"params": params[:2]}, {"params": params[2:], "momentum": 0.5}]
-    optimizer = Muon(groups, 0.1, 0.9, 0.5, backend=backend)
+    optimizer = Muon(groups, 0.1, 0.9, 0.5, steps=1, backend=backend)
     train(params, optimizer, 1)
     before = snapshot(params, optimizer)
     for count, bad in enumerate((math.nan, math.inf, -math.inf), 1):
@@ -620,3 +621,61 @@ class TestOnGpu:
             one.step()
             graph.replay()
         assert all(torch.equal(a, b) for a, b in zip(eager, captured, strict=True))
+
+    @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+    def test_a_captured_step_that_is_not_finite_leaves_every_bit_and_counts_one(self, bad):
+        """More matrices than one launch takes, of two dtypes; the entry is in the last of the second."""
+        plain, captured = (
+            parameters(device="cuda", shapes=[*self.shapes, *[(24, 40)] * 62])
+            + parameters(1, "cuda", torch.bfloat16, shapes=self.shapes[3:])
+            for _ in range(2)
+        )
+        one, two = (Muon(some, 0.1, 0.9, 0.1, capturable=True) for some in (plain, captured))
+        for params, optimizer in ((plain, one), (captured, two)):
+            set_gradients(params, 0)
+            optimizer.step()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            two.step()
+        before = snapshot(captured, two)
+        captured[-1].grad[99, 331] = bad
+        graph.replay()
+        assert same(snapshot(captured, two), before) and two.skipped_steps == 1
+        set_gradients(plain, 1)
+        for p, q in zip(captured, plain, strict=True):
+            p.grad.copy_(q.grad)
+        one.step()
+        graph.replay()
+        assert same(snapshot(captured, two), snapshot(plain, one)) and two.skipped_steps == 1
+        assert not any(torch.equal(t, b) for t, b in zip(snapshot(captured, two), before, strict=True))
+
+    def test_nothing_waits_for_the_gpu(self):
+        params = parameters(device="cuda", shapes=self.shapes)
+        optimizer = Muon(params, 0.1, 0.9, 0.1)
+        set_gradients(params, 0)
+        optimizer.step()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            optimizer.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    def test_reference_and_kernel_take_the_same_steps(self):
+        """The largest finite gradients are taken, a sum that overflows is not, the smallest are; any strides."""
+        ends = []
+        for backend in ("reference", "triton"):
+            params = parameters(device="cuda", shapes=self.shapes)
+            start = [p.detach().clone() for p in params]
+            optimizer = Muon(params, 0.1, 0.9, 0.1, backend=backend)
+            taken = []
+            for value in (3e38, 3e38, 1e-38, 0.0):
+                for p in params:
+                    sign = torch.randn(p.shape, generator=torch.Generator().manual_seed(2)).sign().cuda()
+                    p.grad = (sign * value).T.contiguous().T
+                before = snapshot(params, optimizer) if taken else start
+                optimizer.step()
+                taken.append(not same(before, snapshot(params, optimizer) if taken else [p.detach() for p in params]))
+            assert taken == [True, False, True, True] and optimizer.skipped_steps == 1
+            ends.append([p.detach().clone() for p in params])
+        for plain, ours, s in zip(*ends, start, strict=True):
+            assert ours.isfinite().all() and (ours - plain).norm() <= 0.05 * (plain - s).norm()

@@ -530,6 +530,15 @@ class TestOnGpu:
             ours = newton_schulz(matrix, 5, coefficients)
             assert error(ours, exact) <= 1.1 * error(plain(matrix, coefficients), exact)
 
+    def test_the_largest_finite_numbers_are_served_and_one_that_is_not_gives_zeros(self):
+        signs = torch.randn(2, 200, 300, device="cuda").sign()
+        for dtype in (torch.float16, torch.float32):
+            largest = newton_schulz(signs * 3e38, dtype=dtype)
+            assert torch.equal(largest, newton_schulz(signs, dtype=dtype)) and largest.any()
+        signs[1, 199, 299] = math.inf
+        ours = newton_schulz(signs)
+        assert torch.equal(ours[0], newton_schulz(signs[:1])[0]) and not ours[1].any()
+
     def test_fp32_is_no_worse_than_pytorchs(self):
         matrix = torch.randn(3, 200, 300, device="cuda")
         exact = truth(matrix)

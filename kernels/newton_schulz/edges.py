@@ -136,6 +136,7 @@ def _measure(
     table,
     matrices,
     parts,
+    finite,
     rate,
     first,
     FIELDS: tl.constexpr,
@@ -151,10 +152,14 @@ def _measure(
     RATE_ON_DEVICE: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
-    """Largest magnitude of a piece and sum of squares in its units, which is NaN if an entry is not finite."""
+    """Largest magnitude of a piece and sum of squares in its units, which is NaN if an entry is not finite.
+
+    `finite` becomes 1.
+    """
     piece = first + tl.program_id(0)
     if DEPENDENT:
         tl.extra.cuda.gdc_wait()
+    tl.store(finite, 1, mask=piece == 0)
     which, matrix, about, row, column, r, c = _place(table, matrices, piece, FIELDS, PIECE)
     offsets, exists = _offsets(about, r, c, UNIT, VECTOR)
     g = tl.load(_pointers(tensors, which, offsets, DTYPE, VECTOR), mask=exists, other=0.0).to(tl.float32)
@@ -185,7 +190,7 @@ def _inverse_norm(
     TINY: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
-    """Two factors whose product is 1 / (norm + eps) of a matrix; both zero where it is not finite."""
+    """Two factors whose product is 1 / (norm + eps) of a matrix; both zero where it is not finite, as `finite` then."""
     matrix = tl.program_id(0)
     first = tl.load(matrices + matrix * FIELDS + 9)
     count = tl.load(matrices + matrix * FIELDS + 10)
@@ -208,12 +213,12 @@ def _inverse_norm(
     norm = tl.sqrt(tl.sum(squares)) + eps * inverse
     tl.store(inverses + matrix * 2, tl.where(is_finite, inverse, 0.0))
     tl.store(inverses + matrix * 2 + 1, tl.where(is_finite, 1.0 / norm, 0.0))
-    tl.store(finite + matrix, is_finite.to(tl.int32))
+    tl.store(finite, 0, mask=is_finite == 0)
     if DEPENDENT:
         tl.extra.cuda.gdc_launch_dependents()
 
 
-@triton.jit(do_not_specialize=["flags"])
+@triton.jit
 def _fill(
     tensors,
     momenta,
@@ -221,7 +226,6 @@ def _fill(
     matrices,
     inverses,
     finite,
-    flags,
     skipped,
     arena,
     rate,
@@ -237,14 +241,13 @@ def _fill(
     NESTEROV: tl.constexpr,
     SHRINK: tl.constexpr,
     RATE_ON_DEVICE: tl.constexpr,
-    BLOCK: tl.constexpr,
     COUNTS: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
     """Write a normalised piece into the arena, short side first; zeros where there is no element.
 
-    With MOMENTUM, m <- mu m + g if all of the `flags` numbers at `finite` are 1; else m stays, the arena gets NaN, and
-    with COUNTS one is added to `skipped`. The last pieces first: they were measured last, and are still in L2.
+    With MOMENTUM, m <- mu m + g if `finite` is 1; else m stays, the arena gets NaN, and with COUNTS one is added to
+    `skipped`. The last pieces first: they were measured last, and are still in L2.
     """
     piece = first + tl.num_programs(0) - 1 - tl.program_id(0)
     which, matrix, about, row, column, r, c = _place(table, matrices, piece, FIELDS, PIECE)
@@ -259,11 +262,7 @@ def _fill(
             rate = tl.load(rate)
         pointer = _pointers(momenta, which, offsets, MOMENTUM_DTYPE, VECTOR)
         m = tl.load(pointer, mask=exists, other=0.0).to(tl.float32)
-        least = tl.full((BLOCK,), 1, tl.int32)
-        for start in range(0, flags, BLOCK):
-            index = start + tl.arange(0, BLOCK)
-            least = tl.minimum(least, tl.load(finite + index, mask=index < flags, other=1))
-        is_taken = tl.min(least) > 0
+        is_taken = tl.load(finite) > 0
         x, m = _direction(g, m, rate, MOMENTUM, NESTEROV, MOMENTUM_DTYPE, SHRINK)
         tl.store(pointer, m, mask=exists & is_taken)
         x = tl.where(is_taken, x * one * two, float("nan"))
@@ -320,7 +319,7 @@ def _apply(
     u = tl.load(pointers, mask=exists, other=0.0).to(tl.float32)
     pointers = _pointers(parameters, which, offsets, DTYPE, VECTOR)
     w = tl.load(pointers, mask=exists, other=0.0).to(tl.float32)
-    tl.store(pointers, (1.0 - lr * decay) * w - lr * scale * u, mask=exists & (u == u))
+    tl.store(pointers, tl.where(u == u, (1.0 - lr * decay) * w - lr * scale * u, w), mask=exists)
     if DEPENDENT:
         tl.extra.cuda.gdc_launch_dependents()
 
@@ -348,18 +347,20 @@ def measure(
     nesterov: bool,
     pieces: Pieces,
 ) -> tuple[Tensor, Tensor]:
-    """Factors fp32 [M, 2] that normalise the matrices, or the directions of momentum with them; whether each is finite.
+    """Factors fp32 [M, 2] that normalise the matrices, or the directions of momentum with them; whether all are finite.
 
-    The second is int32 [M]. With momenta, a matrix is finite if mu m + g is.
+    The second is an int32 scalar. With momenta, a matrix is finite if mu m + g is.
     """
     device = pieces.table.device
     parts = torch.empty(len(pieces.table), 2, device=device)
     inverses = torch.empty(len(pieces.matrices), 2, device=device)
-    finite = torch.empty(len(pieces.matrices), device=device, dtype=torch.int32)
+    finite = torch.empty((), device=device, dtype=torch.int32)
     shared = _shared(tensors, momenta, momentum, nesterov)
     for start, count, first, programs in pieces.launches:
         some, others = _some(tensors, momenta, start, count)
-        _measure[(programs,)](some, others, pieces.table, pieces.matrices, parts, momentum, first, TINY=TINY, **shared)
+        _measure[(programs,)](
+            some, others, pieces.table, pieces.matrices, parts, finite, momentum, first, TINY=TINY, **shared
+        )
     _inverse_norm[(len(pieces.matrices),)](
         pieces.matrices,
         parts,
@@ -388,8 +389,8 @@ def fill_arena(
 ) -> None:
     """Put what :func:`measure` measured into `arena`, normalised.
 
-    Momentum is updated in place if `finite`, int32 of any length, is all ones; else the arena gets NaN, and one is
-    added to `skipped`, an int64.
+    Momentum is updated in place if `finite`, an int32 scalar, is 1; else the arena gets NaN, and one is added to
+    `skipped`, an int64.
     """
     shared = _shared(tensors, momenta, momentum, nesterov)
     for start, count, first, programs in pieces.launches:
@@ -401,13 +402,11 @@ def fill_arena(
             pieces.matrices,
             inverses,
             finite,
-            finite.numel(),
             finite if skipped is None else skipped,
             arena,
             momentum,
             first,
             PANEL=arena.size(1),
-            BLOCK=128,
             COUNTS=skipped is not None and start == 0,
             **shared,
         )

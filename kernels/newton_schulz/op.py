@@ -185,9 +185,8 @@ def _muon_norms(
 
 @_muon_norms.register_fake
 def _(gradients, momenta, momentum, momentum_on_device, nesterov, steps, coefficients, gram, dtype):
-    count = len(gradients)
     first = gradients[0]
-    return first.new_empty(count, 2, dtype=torch.float32), first.new_empty(count, dtype=torch.int32)
+    return first.new_empty(len(gradients), 2, dtype=torch.float32), first.new_empty((), dtype=torch.int32)
 
 
 @custom_op("klora::muon_updates", mutates_args=("momenta", "skipped"))
@@ -304,8 +303,8 @@ def newton_schulz(
 class MuonDirections:
     """The first half of :func:`muon_updates`, which only reads; :meth:`updates` is the second.
 
-    In between, several of them can agree on whether the step of all is taken: `finite`, int32 [M] on their device,
-    says of which matrices mu m + g is finite. Arguments and errors are those of :func:`muon_updates`.
+    In between, several of them can agree on whether the step of all is taken: `finite`, an int32 scalar on their
+    device, is 1 if every mu m + g is finite, else 0. Arguments and errors are those of :func:`muon_updates`.
     """
 
     def __init__(
@@ -336,14 +335,14 @@ class MuonDirections:
             self.advanced, self.finite = muon_advanced_ref(self.gradients, self.momenta, self.momentum)
 
     def updates(self, finite: Tensor | None = None, skipped: Tensor | None = None) -> list[Tensor]:
-        """Advance the momenta in place and return the updates, or if `finite` has a zero, leave them and return NaN.
+        """Advance the momenta in place and return the updates; or if `finite` is 0, leave them and return NaN.
 
-        `finite` is an int32 tensor of any length, None for their own. `skipped`, an int64 scalar, then grows by one.
+        `finite` None is their own. `skipped`, an int64 scalar, grows by one if `finite` is 0.
         """
         finite = self.finite if finite is None else finite
         if not self.runs_kernel:
             if skipped is not None:
-                skipped.add_(1 - finite.amin())
+                skipped.add_(1 - finite)
             return muon_directions_ref(
                 self.gradients, self.momenta, self.advanced, finite, self.momentum, *self.settings
             )

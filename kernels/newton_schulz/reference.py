@@ -120,10 +120,10 @@ def muon_updates_ref(
 def muon_advanced_ref(
     gradients: Sequence[Tensor], momenta: Sequence[Tensor], momentum: float | Tensor
 ) -> tuple[list[Tensor], Tensor]:
-    """mu m + g of each matrix, and whether each is finite, int32 [M]."""
+    """mu m + g of each matrix, and whether all are finite, an int32 scalar."""
     advanced = list(torch._foreach_mul(momenta, momentum))
     torch._foreach_add_(advanced, gradients)
-    return advanced, torch.stack([m.isfinite().all() for m in advanced]).int()
+    return advanced, torch.stack([m.isfinite().all() for m in advanced]).all().int()
 
 
 @torch.no_grad()
@@ -137,8 +137,8 @@ def muon_directions_ref(
     steps: int,
     coefficients: str | Sequence[float],
 ) -> list[Tensor]:
-    """The second half of :func:`muon_updates_ref`; the step is taken if `finite` is all ones."""
-    is_taken = finite.all()
+    """The second half of :func:`muon_updates_ref`; the step is taken if `finite` is 1."""
+    is_taken = finite > 0
     directions = torch._foreach_mul(advanced, SHRINK)
     if nesterov:
         torch._foreach_mul_(directions, momentum)
