@@ -534,7 +534,7 @@ class TestOnGpu:
         signs = torch.randn(2, 200, 300, device="cuda").sign()
         for dtype in (torch.float16, torch.float32):
             largest = newton_schulz(signs * 3e38, dtype=dtype)
-            assert torch.equal(largest, newton_schulz(signs, dtype=dtype)) and largest.any()
+            assert error(largest, newton_schulz(signs, dtype=dtype).double()) < 1e-3
         signs[1, 199, 299] = math.inf
         ours = newton_schulz(signs)
         assert torch.equal(ours[0], newton_schulz(signs[:1])[0]) and not ours[1].any()
