@@ -5,7 +5,7 @@ from .config import ConfigError, ModelConfig, TrainConfig, preset
 from .gpt import GPT
 from .int6_model import int6_model_from_artifact, quantize_linears
 from .loading import model_from_artifact, model_from_run
-from .muon import Muon
+from .muon import Muon, split_parameters
 from .tokenizer import Tokenizer
 
 __all__ = [
@@ -23,4 +23,5 @@ __all__ = [
     "preset",
     "quantize_linears",
     "save_artifact",
+    "split_parameters",
 ]

@@ -13,9 +13,19 @@ reference.py states it, plan.py puts the products of all matrices in order, prod
 chained.py in one launch, edges.py does what comes before and after, op.py decides what runs where.
 """
 
-from .op import muon_apply_, muon_updates, newton_schulz, pick_backend, pick_config, pick_form
+from .op import (
+    MuonDirections,
+    check_apart,
+    muon_apply_,
+    muon_updates,
+    newton_schulz,
+    pick_backend,
+    pick_config,
+    pick_form,
+)
 from .products import NewtonSchulzConfig
 from .reference import (
+    EPS,
     JORDAN,
     coefficients_of,
     muon_apply_ref_,
@@ -25,8 +35,11 @@ from .reference import (
 )
 
 __all__ = [
+    "EPS",
     "JORDAN",
+    "MuonDirections",
     "NewtonSchulzConfig",
+    "check_apart",
     "coefficients_of",
     "muon_apply_",
     "muon_apply_ref_",
