@@ -82,8 +82,7 @@ def test_training_learns_and_leaves_a_whole_run(tmp_path, data):
     assert last < 0.6 * first
     assert result.status == "finished" and result.step == 60 and result.tokens == 60 * 256
     assert {"last", "ema", "swa"} == result.validation_bpb.keys()
-    assert result.kept in ("ema", "swa")
-    assert result.validation_bpb[result.kept] == min(result.validation_bpb["ema"], result.validation_bpb["swa"])
+    assert result.validation_bpb[result.kept] == min(result.validation_bpb.values())
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert not list(tmp_path.glob(".*partial"))
     model = model_from_run(tmp_path, torch.device("cpu"))
@@ -103,11 +102,11 @@ def test_resume_continues_bit_for_bit(tmp_path, data, stop_at):
             signal.raise_signal(signal.SIGTERM)
 
     stopped = Trainer(small_preset(), data, part, ALONE).run(interrupt)
-    assert stopped.status == "interrupted" and stopped.step == stop_at + 1 and stopped.signal == signal.SIGTERM
+    assert stopped.status == "interrupted" and stopped.step == stop_at and stopped.signal == signal.SIGTERM
     with pytest.raises(CheckpointError, match="its training did not finish"):
         load_run(part)
     resumed = Trainer(small_preset(), data, part, ALONE, resume=True)
-    assert resumed.step == stop_at + 1
+    assert resumed.step == stop_at
     resumed.run()
     assert losses(part) == losses(whole)
     expected, _ = load_run(whole)
@@ -152,7 +151,7 @@ def test_checkpoints_are_written_on_the_timer(tmp_path, data):
 def test_the_clock_stops_a_run_and_stands_still_during_validation(tmp_path, data):
     trainer = Trainer(small_preset(max_steps=0, seconds=0.5, validate_seconds=0.05), data, tmp_path, ALONE)
     slow = trainer._validate
-    trainer._validate = lambda: (time.sleep(0.2), slow())[1]
+    trainer._validate = lambda *stop: (time.sleep(0.2), slow(*stop))[1]
     started = time.perf_counter()
     result = trainer.run()
     assert 0.5 <= result.seconds < 1.5
