@@ -158,10 +158,10 @@ class Trainer:
             )
         self.rows_per_rank = rows
         state = state_bytes(preset.model)
-        if ranks.is_first:
-            require_writable(self.folder, 2 * state)  # a checkpoint is written beside the one before
         available = available_memory(ranks.device, processes_here())
         require_memory(2 * state, available, preset)
+        if ranks.is_first:
+            require_writable(self.folder, 2 * state)  # a checkpoint is written beside the one before
         torch.manual_seed(self.config.seed)
         self.model = GPT(preset.model)
         self.attention_reason = self.model.configure(ranks.device, compute_dtype(self.config, ranks.device))
