@@ -433,7 +433,7 @@ curve = LossCurve(Path({str(tmp_path)!r}))
 curve.add(step=1, loss=2.0)
 curve.close()
 """
-    environment = {**os.environ, "MPLBACKEND": "module://nowhere.backend_inline", "PYTHONWARNINGS": "error"}
+    environment = {**os.environ, "MPLBACKEND": "inline-of-somebody"}
     subprocess.run([sys.executable, "-c", script], env=environment, check=True)
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
 
