@@ -1,6 +1,7 @@
 """What the command says and how: people read stderr's progress and stdout's tables, machines read --json on stdout."""
 
 import json
+import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -59,7 +60,7 @@ class Output:
     def result(self, values: dict[str, Any]) -> None:
         """The command's result for machines; people have had it in words."""
         if self.as_json:
-            sys.stdout.write(json.dumps(values, indent=1, default=str) + "\n")
+            sys.stdout.write(json.dumps(_finite(values), indent=1, default=str) + "\n")
 
     @contextmanager
     def progress(self) -> Iterator[Callable[[str, float, float | None], None]]:
@@ -87,3 +88,12 @@ class Output:
         finally:
             with suppress(OSError):
                 display.stop()
+
+
+def _finite(value: Any) -> Any:
+    """`value` with null for every NaN and infinity, which JSON has no word for."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,9 +1,10 @@
 """What a step of training will take, before the first one: bytes from its shapes and a short trial, seconds from it.
 
-    state  = 4 bytes x (weights, gradients, EMA, SWA: 4 a parameter; momentum: 1 a matrix entry; AdamW: 2 a parameter)
+    state  = 4 bytes x (weights, gradients, EMA, SWA: 4 a parameter; Muon: 1 of a matrix; AdamW: 2 of all others)
     tokens = bytes that autograd keeps for the backward, a token, from a forward of 128 tokens and one of 256
+    memory = state + the larger of a micro-batch's tokens and, at the end, the weights three times more
 
-Both are lower bounds, so that what is refused for want of memory could not have run.
+What lives only for a moment is not counted: what is refused for want of memory could not have run.
 """
 
 import math
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .config import ConfigError, ModelConfig, Preset
-from .gpt import GPT, is_block_matrix, parameter_shapes
+from .gpt import GPT, is_block_matrix, parameter_count, parameter_shapes
 
 TRIAL_TOKENS = 256
 ROOM = 0.7
@@ -51,6 +52,11 @@ def state_bytes(config: ModelConfig) -> int:
     """Bytes that training holds beside the activations: weights, gradients, averages, optimizer state, all fp32."""
     sizes = {name: math.prod(shape) for name, shape in parameter_shapes(config).items()}
     return 4 * sum(size * (5 if is_block_matrix(name) else 6) for name, size in sizes.items())
+
+
+def least_memory(config: ModelConfig) -> int:
+    """Bytes that training takes whatever the batch: its last phase holds three candidates beside the state."""
+    return state_bytes(config) + 12 * parameter_count(config)
 
 
 def available_memory(device: torch.device, processes: int = 1) -> int | None:
@@ -91,9 +97,8 @@ def estimate(
     token_bytes = (more - fewer) / (long - short)
     tokens = train.batch_tokens // ranks
     micro_batch = min(tokens, train.micro_batch_tokens // length * length)
-    state = state_bytes(preset.model)
-    # The last phase and a checkpoint hold the weights up to three times more, when the activations are gone.
-    memory = state + max(int(fewer + token_bytes * (micro_batch - short)), state)
+    activations = int(fewer + token_bytes * (micro_batch - short))
+    memory = max(state_bytes(preset.model) + activations, least_memory(preset.model))
     require_memory(memory, available, preset, token_bytes)
     if model.embed.device.type == "cuda":
         return Estimate(memory, available, None, None)

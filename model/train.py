@@ -30,7 +30,7 @@ from .average import WeightAverages
 from .checkpoint import CheckpointError, load_tensors, save_tensors, with_prefix, without_prefix
 from .config import ConfigError, Preset, TrainConfig
 from .curve import LossCurve
-from .estimate import available_memory, estimate, require_memory, state_bytes
+from .estimate import available_memory, estimate, least_memory, require_memory, state_bytes
 from .evaluate import validation_bpb
 from .gpt import GPT, parameter_count
 from .optimizers import FlatGradients, Optimizers
@@ -157,11 +157,12 @@ class Trainer:
                 f"vocab_size={preset.model.vocab_size} is not possible; the tokenizer has {data.tokenizer.vocab_size}"
             )
         self.rows_per_rank = rows
-        state = state_bytes(preset.model)
         available = available_memory(ranks.device, processes_here())
-        require_memory(2 * state, available, preset)
+        require_memory(least_memory(preset.model), available, preset)
         if ranks.is_first:
-            require_writable(self.folder, 2 * state)  # a checkpoint is written beside the one before
+            require_writable(
+                self.folder, 2 * state_bytes(preset.model)
+            )  # a checkpoint is written beside the one before
         torch.manual_seed(self.config.seed)
         self.model = GPT(preset.model)
         self.attention_reason = self.model.configure(ranks.device, compute_dtype(self.config, ranks.device))
@@ -177,7 +178,8 @@ class Trainer:
         self.last_checkpoint = 0
         if resume:
             self._load_checkpoint()
-        self.estimate = estimate(self.model, preset, ranks.world, available, len(self.validation), self.say)
+        with self.clock.held():
+            self.estimate = estimate(self.model, preset, ranks.world, available, len(self.validation), self.say)
         self.gradients.buffer.zero_()
         self.curve = None
         if ranks.is_first:

@@ -385,6 +385,12 @@ def test_bench_replaces_records_of_its_kind_and_nothing_else(tmp_path):
     require_replaceable(path, toy=True)
 
 
+def test_results_without_a_number_are_valid_json(capsys):
+    Output(as_json=True).result({"loss": float("nan"), "bpb": {"last": [1.5, float("inf")]}})
+    strict = json.loads(capsys.readouterr().out, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
+    assert strict == {"loss": None, "bpb": {"last": [1.5, None]}}
+
+
 def test_a_reader_that_has_gone_ends_nothing(monkeypatch):
     class Gone(io.StringIO):
         def write(self, text):

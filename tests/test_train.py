@@ -541,6 +541,19 @@ def test_the_estimate_counts_the_state_and_what_autograd_keeps(tmp_path, data):
     assert trainer.estimate.step_seconds > 0 and "of memory" in str(trainer.estimate)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+def test_the_estimate_on_a_gpu_is_what_training_takes_at_least(tmp_path, data):
+    preset = small_preset(
+        **{"width": 256, "mlp_hidden": 768, "batch_tokens": 2**16, "micro_batch_tokens": 2**16, "max_steps": 8}
+    )
+    trainer = Trainer(preset, data, tmp_path, Ranks(0, 1, torch.device("cuda")))
+    torch.cuda.reset_peak_memory_stats()
+    assert trainer.run().status == "finished"
+    assert 0.4 * torch.cuda.max_memory_allocated() < trainer.estimate.memory <= torch.cuda.max_memory_allocated()
+    assert trainer.estimate.step_seconds is None and trainer.estimate.memory < trainer.estimate.available
+
+
 def test_what_does_not_fit_in_memory_is_refused_with_what_does(tmp_path, data, monkeypatch):
     from klora.model import train as module
 
