@@ -92,6 +92,9 @@ class Optimizers:
 
     def forget_skipped(self) -> None:
         """Count skipped steps from here on."""
+        for group in self.muon.param_groups:
+            if "skipped_steps" in group:
+                group["skipped_steps"].zero_()
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Every state tensor under the name '<parameter>/<state>'."""
