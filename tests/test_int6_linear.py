@@ -136,7 +136,7 @@ class TestQuantizer:
         weight = torch.randn(rows, columns)
         grouped = quantize_int6(weight, group_size)
         assert grouped.group_size == group_size
-        codes, scale = quantize_int6_ref(weight.reshape(-1, group_size), 0.11)
+        codes, scale = quantize_int6_ref(weight.reshape(-1, group_size))
         assert torch.equal(grouped.codes().reshape(-1, group_size), codes)
         assert torch.equal(grouped.scale.flatten(), scale)
         exact = codes.double() * scale.double()[:, None]
@@ -161,8 +161,8 @@ class TestMatrix:
             Int6Matrix(good.packed[:1], good.scale, good.shape)
         with pytest.raises(ValueError, match="packed is torch.int64"):
             Int6Matrix(good.packed.long(), good.scale, good.shape)
-        for scale in (good.scale[:5], good.scale.float(), good.scale[:, None].repeat(1, 3)):
-            with pytest.raises(ValueError, match=r"take float16 \[32\] or \[32, 4\] or \[32, 2\] or \[32, 1\]"):
+        for scale in (good.scale[:5], good.scale.double(), good.scale[:, None].repeat(1, 3)):
+            with pytest.raises(ValueError, match=r"take float16 or float32 \[32\] or \[32, 4\] or \[32, 2\] or \[32, 1\]"):
                 Int6Matrix(good.packed, scale, good.shape)
         with pytest.raises(ValueError, match="not both contiguous"):
             Int6Matrix(good.packed.mT.contiguous().mT, good.scale, good.shape)
@@ -294,7 +294,7 @@ class TestModule:
         for change, message in (
             ({"0.layout": torch.tensor(LAYOUT + 1)}, "0.packed has layout version 2; this klora reads 1"),
             ({"0.packed": state["packed"][:1]}, r"0.packed is torch.int32 \[1, 1, 3, 32, 4\]; this module takes"),
-            ({"0.scale": state["scale"].float()}, "0.scale is torch.float32"),
+            ({"0.scale": state["scale"].double()}, "0.scale is torch.float64"),
         ):
             with pytest.raises(ValueError, match=message):
                 module.load_state_dict({f"0.{name}": tensor for name, tensor in state.items()} | change)
