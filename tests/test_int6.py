@@ -13,10 +13,10 @@ from klora.kernels.int6 import (
     pack_int6_ref,
     quantize_int6,
     quantize_int6_ref,
+    reference,
     relative_error,
     unpack_int6_ref,
 )
-from klora.kernels.int6 import reference
 from torch import nn
 
 
@@ -205,7 +205,9 @@ def by_absmax(weight):
 
 
 class TestSearch:
-    @pytest.mark.parametrize("weight", [with_a_large_column(), student_t(), gaussian(64, 1024)], ids=["30x", "t", "gauss"])
+    @pytest.mark.parametrize(
+        "weight", [with_a_large_column(), student_t(), gaussian(64, 1024)], ids=["30x", "t", "gauss"]
+    )
     def test_no_worse_than_a_fixed_clip_and_than_absmax(self, weight):
         found = relative_error(weight, *quantize_int6_ref(weight))
         assert found <= relative_error(weight, *quantize_int6_ref(weight, 0.11))

@@ -162,7 +162,9 @@ class TestMatrix:
         with pytest.raises(ValueError, match="packed is torch.int64"):
             Int6Matrix(good.packed.long(), good.scale, good.shape)
         for scale in (good.scale[:5], good.scale.double(), good.scale[:, None].repeat(1, 3)):
-            with pytest.raises(ValueError, match=r"take float16 or float32 \[32\] or \[32, 4\] or \[32, 2\] or \[32, 1\]"):
+            with pytest.raises(
+                ValueError, match=r"take float16 or float32 \[32\] or \[32, 4\] or \[32, 2\] or \[32, 1\]"
+            ):
                 Int6Matrix(good.packed, scale, good.shape)
         with pytest.raises(ValueError, match="not both contiguous"):
             Int6Matrix(good.packed.mT.contiguous().mT, good.scale, good.shape)

@@ -89,8 +89,8 @@ class Int6Matrix:
     packed: Tensor
     """int32, see :func:`packed_shape`"""
     scale: Tensor
-    """[N], or [N, K/group] with a scale for each group of inputs. fp16, or fp32 of 11 significant bits where fp16 is too
-    narrow; those give the kernels the same bits in bf16, but not the fastest of them."""
+    """[N], or [N, K/group] with a scale for each group of inputs. fp16, or fp32 of 11 significant bits where one is too
+    small for that; the wide kernel takes no fp32 ones, nor does any with fp16 inputs but the dense one."""
     shape: tuple[int, int]
     """N, K"""
     layout: int = LAYOUT

@@ -38,9 +38,11 @@ class Int6LinearWeight(Int6Matrix):
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         if func is F.linear:
-            return int6_linear(*args, **{"weight" if name == "input" else name: v for name, v in (kwargs or {}).items()})
-        name = getattr(func, "__name__", str(func))
-        raise TypeError(f"{name} takes no weight of an Int6Linear: {_INSTEAD}")
+            return int6_linear(*args, **{"x" if name == "input" else name: v for name, v in (kwargs or {}).items()})
+        raise TypeError(f"{getattr(func, '__name__', func)} takes no weight of an Int6Linear: {_INSTEAD}")
+
+    def __rmatmul__(self, other):  # a Tensor's `@` asks here once the above has refused
+        raise TypeError(f"@ takes no weight of an Int6Linear: {_INSTEAD}")
 
     def __getattr__(self, name: str):
         raise AttributeError(f"the weight of an Int6Linear has no {name!r}: {_INSTEAD}")

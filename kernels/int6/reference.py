@@ -3,7 +3,7 @@
     code     = clamp(round(w / scale), -31, 31)
     w_hat    = scale * code                                       |w - w_hat| <= scale/2 where not clamped
     error    = sum_k h_k (w_k - w_hat_k)^2                        h: mean square of each input where given, else 1
-    scale    = the one of least error for its row (or group)      or clip * rms, rms = sqrt(mean w^2), where clip is given
+    scale    = the one of least error for its row (or group)      where a clip is given, clip * sqrt(mean w^2)
 
 weight [N, K] any float dtype, arithmetic in fp32; codes int8 [N, K]; scale [N], or [N, K/group] for groups of 32, 64 or
 128 inputs. A zero row has scale 0 and codes 0. Scales are rounded to 11 significant bits before the codes are computed.
@@ -83,10 +83,7 @@ def quantize_int6_ref(
     importance = None if second_moment is None else _importance(second_moment, weight, clip, groups)
     weight = weight.detach().float()
     grouped = weight.reshape(rows, groups, -1)
-    if clip is not None:
-        wanted = clip * grouped.square().mean(dim=-1).sqrt()
-    else:
-        wanted = _search_scales(grouped, importance)
+    wanted = _search_scales(grouped, importance) if clip is None else clip * grouped.square().mean(dim=-1).sqrt()
     scale = torch.where(wanted == 0, 0.0, _rounded(wanted))  # a NaN or an infinity of the weight is one here
     half = scale.half()
     too_small = (scale > 0) & (scale < SMALLEST_FP16_SCALE)
