@@ -129,8 +129,8 @@ def quantize_linears(
     `keep(name, linear)` says which stay as they are. A linear that is used in several places stays shared.
 
     Hooks, train or eval mode, and the bias (the same Parameter) go over to the new module. Left as they are, with the
-    reason in the result: subclasses and Conv1D, weights that are tied to another module's, computed by a hook, or not
-    smaller at six bits. On "meta" the structure is made, for weights to be loaded. A Hugging Face model's
+    reason in the result: subclasses and Conv1D, weights that are tied to another module's, computed by a hook, trained
+    while others are frozen (adapters), or not smaller at six bits. On "meta" the structure is made, for weights to be loaded. A Hugging Face model's
     `save_pretrained` would write what `from_pretrained` cannot read: until the undo it raises and names
     :func:`save_quantized`.
 
@@ -146,9 +146,12 @@ def quantize_linears(
     if unknown := sorted(moments.keys() - {name for places in names.values() for name in places}):
         raise ValueError(f"second_moments names {unknown[0]!r}, which is no linear of this module")
     owners = _owners(module)
+    some_frozen = any(type(linear) is nn.Linear and not linear.weight.requires_grad for linear in names)
     made, swapped, skipped = {}, {}, {}
     for linear, (name, *also) in names.items():
         why = _why_not(linear, (name, *also), owners, group_size, keep)
+        if why is None and some_frozen and linear.weight.requires_grad:
+            why = "its weight is trained while others are frozen; at six bits it would be frozen too"
         if why:
             skipped |= dict.fromkeys((name, *also), why)
             continue
@@ -273,8 +276,12 @@ def _share_hooks(source: nn.Module, target: nn.Module) -> None:
 
 
 def _guard_save_pretrained(module: nn.Module) -> list[nn.Module]:
-    """Make `save_pretrained` of every Hugging Face model in `module` raise; returns those that did not yet."""
+    """Make `save_pretrained` of every Hugging Face model in `module` raise; returns those that did not yet.
+
+    PEFT's wrapper stays as it is: what it saves is the adapters alone.
+    """
     models = [m for m in module.modules() if hasattr(type(m), "save_pretrained") and "save_pretrained" not in vars(m)]
+    models = [m for m in models if not any(base.__name__ == "PeftModel" for base in type(m).__mro__)]
     for model in models:
         model.save_pretrained = _refuse_save_pretrained
     return models

@@ -227,6 +227,12 @@ class TestQuantizeLinears:
         assert list(report.swapped) == ["body"] and report.skipped["head"] == "its weight is tied to embed.weight"
         assert module["head"].weight is module["embed"].weight
 
+    def test_adapters_beside_frozen_linears_go_on_training(self):
+        module = nn.Sequential(nn.Linear(128, 64).requires_grad_(False), nn.Linear(64, 64, bias=False))
+        report = quantize_linears(module)
+        assert list(report.swapped) == ["0"] and "trained while others are frozen" in report.skipped["1"]
+        assert not module[0].bias.requires_grad and module[1].weight.requires_grad
+
     def test_a_weight_that_is_not_finite_is_named_and_nothing_is_swapped(self):
         module = nn.Sequential(nn.Linear(64, 32), nn.Sequential(nn.Linear(64, 32)))
         module[1][0].weight.data[3, 4] = torch.nan
@@ -457,6 +463,14 @@ class TestFiles:
         model.save_pretrained(tmp_path)
         tokens = torch.arange(8)[None]
         assert torch.equal(PretrainedFake.from_pretrained(tmp_path)(tokens), model(tokens))
+
+    def test_adapters_of_a_wrapper_are_saved_as_ever(self, tmp_path):
+        wrapper = type("PeftModel", (nn.Module,), {"save_pretrained": lambda self, folder: "adapters"})()
+        wrapper.base = PretrainedFake()
+        quantize_linears(wrapper)
+        assert wrapper.save_pretrained(tmp_path) == "adapters"
+        with pytest.raises(RuntimeError, match="save_quantized"):
+            wrapper.base.save_pretrained(tmp_path)
 
     @pytest.mark.parametrize("group_size", [None, 32])
     def test_round_trip(self, tmp_path, group_size):
