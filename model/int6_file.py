@@ -38,7 +38,7 @@ def save_quantized(module: nn.Module, path: Path | str) -> None:
             aliases[name] = first[place]
             continue
         first[place] = name
-        tensors[name] = tensor.detach().contiguous().clone()  # of its own: safetensors refuses views of one storage
+        tensors[name] = tensor.detach().to("cpu", copy=True).contiguous()  # safetensors refuses views of one storage
     about = {"format": FORMAT, "version": VERSION, "linears": linears, "aliases": aliases}
     with replacing(Path(path)) as temporary:
         safetensors.torch.save_file(tensors, temporary, {"klora": json.dumps(about)})

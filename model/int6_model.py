@@ -130,9 +130,9 @@ def quantize_linears(
 
     Hooks, train or eval mode, and the bias (the same Parameter) go over to the new module. Left as they are, with the
     reason in the result: subclasses and Conv1D, weights that are tied to another module's, computed by a hook, trained
-    while others are frozen (adapters), or not smaller at six bits. On "meta" the structure is made, for weights to be loaded. A Hugging Face model's
-    `save_pretrained` would write what `from_pretrained` cannot read: until the undo it raises and names
-    :func:`save_quantized`.
+    while others are frozen (adapters), or not smaller at six bits. On "meta" the structure is made, for weights to be
+    loaded. A Hugging Face model's `save_pretrained` would write what `from_pretrained` cannot read: until the undo it
+    raises and names :func:`save_quantized`; call this on the whole model, for a part does not know its model.
 
     ValueError, and nothing swapped: `module` is itself a linear, which has no place to be swapped in; a weight that is
     not finite; a group size that is not 32, 64 or 128; a second moment of no linear.
@@ -290,6 +290,6 @@ def _guard_save_pretrained(module: nn.Module) -> list[nn.Module]:
 def _refuse_save_pretrained(*args, **kwargs):
     raise RuntimeError(
         "this model's linears are at six bits, and from_pretrained would fill them with random weights without an error"
-        "; use klora.model.save_quantized(model, 'model.safetensors'), and load_quantized on a fresh model, or undo() "
+        "; use klora's save_quantized(model, 'model.safetensors'), and load_quantized on a fresh model, or undo() "
         "the quantisation first"
     )

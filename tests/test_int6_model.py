@@ -457,7 +457,7 @@ class TestFiles:
         model = PretrainedFake()
         report = quantize_linears(model)
         for saved in (model, copy.deepcopy(model)):
-            with pytest.raises(RuntimeError, match="random weights without an error; use klora.model.save_quantized"):
+            with pytest.raises(RuntimeError, match="random weights without an error; use klora's save_quantized"):
                 saved.save_pretrained(tmp_path)
         report.undo()
         model.save_pretrained(tmp_path)
