@@ -180,6 +180,17 @@ class TestQuantizer:
         with pytest.raises(ValueError, match="positive number"):
             quantize_int6_ref(gaussian(2, 32), clip)
 
+    @pytest.mark.parametrize(
+        ("weight", "match"),
+        [
+            (torch.zeros(2, 32, device="meta"), "on 'meta' and holds no values"),
+            (torch.zeros(2, 32).int(), "torch.int32"),
+        ],
+    )
+    def test_weights_without_values_are_refused(self, weight, match):
+        with pytest.raises(ValueError, match=match):
+            quantize_int6_ref(weight)
+
     @pytest.mark.parametrize("shape", [(32,), (2, 3, 32), (4, 0)])
     def test_other_shapes_are_refused(self, shape):
         with pytest.raises(ValueError, match=r"takes \[N, K\]"):

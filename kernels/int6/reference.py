@@ -74,6 +74,8 @@ def quantize_int6_ref(
         raise ValueError(f"weight has shape {list(weight.shape)}; int6 takes [N, K] with K at least 1")
     if not weight.is_floating_point():
         raise ValueError(f"weight is {weight.dtype}; int6 takes a floating-point weight")
+    if weight.is_meta:
+        raise ValueError("weight is on 'meta' and holds no values; load it first")
     if clip is not None and not (0.0 < clip < math.inf):
         raise ValueError(f"clip={clip} is not possible; int6 takes a positive number, about 0.1, or None to search")
     rows, columns = weight.shape
@@ -88,13 +90,13 @@ def quantize_int6_ref(
     scale = torch.where(wanted == 0, 0.0, _rounded(wanted))  # a NaN or an infinity of the weight is one here
     half = scale.half()
     too_small = (scale > 0) & (scale < SMALLEST_FP16_SCALE)
-    is_good, is_wide = torch.stack([torch.isfinite(half).all(), too_small.any()]).tolist()
+    is_good, needs_fp32 = torch.stack([torch.isfinite(half).all(), too_small.any()]).tolist()
     if not is_good:
         if not torch.isfinite(weight).all():
             raise ValueError("weight holds a NaN or an infinity; int6 takes finite weights")
         row, group = torch.isinf(half).nonzero()[0].tolist()
         raise ValueError(f"row {row} needs the scale {float(wanted[row, group]):.4g}; int6 takes at most 65504")
-    scale = scale if is_wide else half
+    scale = scale if needs_fp32 else half
     step = torch.where(scale > 0, scale.float(), 1.0)[..., None]
     codes = (grouped / step).round_().clamp_(-CODE_MAX, CODE_MAX).to(torch.int8)
     return codes.view(rows, columns), scale.view(rows) if group_size is None else scale
