@@ -30,7 +30,8 @@ def export(
     """Quantise a run's weights to int6 and write one artifact that fits the budget.
 
     Every matrix gets its clip (scale = clip x the row's RMS) by a search for the least weight error that fits. The
-    artifact holds config, tokenizer, weights and provenance; it contains no code and no pickle.
+    artifact holds config, tokenizer, weights and provenance; it contains no code and no pickle. A budget that costs the
+    weights much gets a warning, with the budgets that do not.
 
     Example: klora export runs/tiny --out tiny.klora
     """
@@ -73,4 +74,8 @@ def export_run(run: Path, path: Path, budget: int, output: Output) -> ArtifactSu
         f"artifact {path}: {summary.bytes:,} of {budget:,} bytes; int6 clips {low:.3f} to {high:.3f} of the row's RMS, "
         f"relative squared weight error {summary.relative_error:.2e} ({time.perf_counter() - started:.1f} s)"
     )
+    if summary.warning:
+        output.say(f"warning: {summary.warning}", style="bold yellow")
+        rows = [(f"{size:,}", f"{error:.2g}") for size, error in summary.budgets.items()]
+        output.table("", rows, ("about so many bytes", "would have a relative squared weight error of"))
     return summary

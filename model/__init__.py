@@ -3,6 +3,7 @@
 from .artifact import ArtifactError, load_artifact, save_artifact
 from .config import ConfigError, ModelConfig, TrainConfig, preset
 from .gpt import GPT
+from .int6_file import load_quantized, save_quantized
 from .int6_model import int6_model_from_artifact, quantize_linears
 from .loading import model_from_artifact, model_from_run
 from .muon import Muon, split_parameters
@@ -18,10 +19,12 @@ __all__ = [
     "TrainConfig",
     "int6_model_from_artifact",
     "load_artifact",
+    "load_quantized",
     "model_from_artifact",
     "model_from_run",
     "preset",
     "quantize_linears",
     "save_artifact",
+    "save_quantized",
     "split_parameters",
 ]

@@ -107,8 +107,7 @@ def _block(model: "GPT", index: int, block: "Block", dense: bool) -> BlockWeight
     gain = block.gain.to(vectors)
     attn_scale, mlp_scale = block.depth_scale * block.attn_scale, block.depth_scale * block.mlp_scale
     if isinstance(block.o, Int6Linear) and not dense:
-        matrices = (linear.weight for linear in (block.qkv, block.o, block.up, block.down))
-        qkv, out, up, down = matrices
+        qkv, out, up, down = (linear.matrix for linear in (block.qkv, block.o, block.up, block.down))
         return BlockWeights(mix, skip, qkv, gain, out, up, down, attn_scale.to(vectors), mlp_scale.to(vectors))
     qkv, out, up, down = _dense_matrices(block, model.embed.dtype)
     folded = (attn_scale[:, None] * out).to(dtype), up.to(dtype), (mlp_scale[:, None] * down).to(dtype)
