@@ -164,6 +164,11 @@ class TrainConfig(Settings):
     max_steps: int = setting(0, "stop after this many steps; 0: only the clock stops the run", at_least=0)
     batch_tokens: int = setting(786_432, "tokens a step, over all ranks", at_least=8)
     micro_batch_tokens: int = setting(98_304, "most tokens in one forward on one rank", at_least=8)
+    fused: str = setting(
+        "auto",
+        "the step on our kernels, in CUDA graphs; auto: on a GPU; false: eager PyTorch",
+        choices=("auto", "true", "false"),
+    )
     dtype: str = setting("auto", "compute dtype; auto: bfloat16 on a GPU", choices=("auto", "float32", "bfloat16"))
     muon_lr: float = setting(0.02, "learning rate of Muon (block matrices)", at_least=0.0)
     muon_momentum_start: float = setting(0.92, "Nesterov momentum at step 0", at_least=0.0, below=1.0)

@@ -59,6 +59,15 @@ def least_memory(config: ModelConfig) -> int:
     return state_bytes(config) + 12 * parameter_count(config)
 
 
+def fused_memory(config: ModelConfig, tokens: int) -> int:
+    """Bytes of the fused step on `tokens` at a time, from its shapes: what the backward reads of each block in 16 bits,
+    the head's part of a logit, the state, the copies of the weights, and two sums of gradients.
+    """
+    block = 5 * config.width + 2 * config.qkv_sizes[0] + 2 * config.qkv_sizes[1] + config.mlp_hidden
+    kept = 2 * tokens * (config.blocks * block + config.vocab_size)
+    return state_bytes(config) + 6 * parameter_count(config) + kept
+
+
 def available_memory(device: torch.device, processes: int = 1) -> int | None:
     """Bytes that a process may still take on `device`; on a CPU, its share among `processes`. None: not known."""
     if device.type == "cuda":

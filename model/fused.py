@@ -46,7 +46,7 @@ class FusedStep:
     ):
         device, length = model.embed.device, length or model.config.train_length
         self.model, self.config, self.ranks, self.device = model, config, ranks, device
-        self.micro_batches = micro_batches
+        self.rows, self.micro_batches = rows, micro_batches
         self.stored = StoredWeights(model)
         self.rates = torch.zeros(4, device=device)
         self.optimizers = Optimizers(model, config, rates=self.rates)
@@ -67,7 +67,8 @@ class FusedStep:
     def run(self, batches: Iterable[Tensor], step: int, lr_scale: float) -> tuple[float, float] | None:
         """Start a step over token rows int [rows, length + 1] on the CPU, one for each micro-batch.
 
-        Returns (loss, gradient norm before clipping) of the step AHEAD - 1 before it, or None where there is none.
+        Returns (loss, gradient norm before clipping) of the step AHEAD before it, or None where there is none. What
+        `batches` raises leaves the step out: no weight has changed.
         """
         slot = self._steps % AHEAD
         late = self._read(slot)
@@ -77,7 +78,7 @@ class FusedStep:
             self._send(rows)
             (self._other if index else self._first)()
         if not self._whole:
-            self.ranks.sum_(self.stored.grads)
+            self.ranks.sum_(self.stored.sums)
             self.ranks.sum_(self.total)
             self._update()
         self._ring[slot].copy_(self.report, non_blocking=True)

@@ -112,4 +112,8 @@ class Optimizers:
         for name, tensor in tensors.items():
             parameter_name, key = name.rsplit("/", 1)
             parameter = parameters[parameter_name]
-            owner[parameter].state[parameter][key] = tensor
+            state = owner[parameter].state[parameter]
+            if key in state:  # a graph may read it where it is
+                state[key].copy_(tensor)
+            else:
+                state[key] = tensor

@@ -228,15 +228,19 @@ class RowSampler:
         return self.take(count, rank=0, world=1)
 
     def take(self, count: int, rank: int, world: int) -> tuple[Tensor, Tensor]:
-        """Move on by `count` rows and return the `rank`-th of `world` equal parts, int64 [count / world, L] each."""
+        """Inputs and targets of :meth:`take_rows`, int64 [count / world, L] each."""
+        tokens = self.take_rows(count, rank, world).long()
+        return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+    def take_rows(self, count: int, rank: int, world: int) -> Tensor:
+        """Move on by `count` rows and return the `rank`-th of `world` equal parts, int32 [count / world, L + 1]."""
         if count < 1 or world < 1 or count % world or not 0 <= rank < world:
             raise ShardError(f"{count} rows for rank {rank} of {world}; wanted rows that divide over the ranks")
         share = count // world
         mine = self._advance(count)[rank * share : (rank + 1) * share]
         length = self.row_length
         rows = np.stack([self.stream.tokens(i * length, (i + 1) * length + 1) for i in mine.tolist()])
-        tokens = torch.from_numpy(rows.astype(np.int64))
-        return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+        return torch.from_numpy(rows.astype(np.int32))
 
     def state(self) -> dict[str, int]:
         """Where the sampler is, and what it must be given again to go on from there."""

@@ -24,6 +24,7 @@ class StoredWeights:
     """A model's parameters, moved into one buffer, and its weights around them.
 
     `values`, `grads` fp32 [size]; `parts` names the views of both: a kind of all blocks ([L, ...]) or one parameter.
+    `sums` is `grads` and, behind it, what of a step's gradients belongs to no parameter: all that ranks add up.
     `weights` is what the network reads. Its leaves are the autograd leaves of a step.
     """
 
@@ -34,13 +35,17 @@ class StoredWeights:
         for name, shape in shapes.items():
             starts[name] = size
             size += shape.numel()
-        device = model.embed.device
-        self.values, self.grads = (torch.zeros(size, device=device) for _ in range(2))
-        self._accumulated = torch.empty_like(self.grads)
+        device, config = model.embed.device, model.config
+        rows = config.vocab_size, config.bigram_rows
+        self.values = torch.zeros(size, device=device)
+        self.sums, self._accumulated = (torch.zeros(size + sum(rows) * config.width, device=device) for _ in range(2))
+        self.grads = self.sums[:size]
         self.parts, self.part_grads, self._added = (
             {name: buffer[starts[name] :][: shape.numel()].view(shape) for name, shape in shapes.items()}
-            for buffer in (self.values, self.grads, self._accumulated)
+            for buffer in (self.values, self.sums, self._accumulated)
         )
+        self.head_grad, self.bigram_grad = self.sums[size:].view(-1, config.width).split(rows)
+        self._head_added, self._bigram_added = self._accumulated[size:].view(-1, config.width).split(rows)
         self._move_parameters()
         end = starts[VECTORS[0]]
         self.copies = torch.empty(end, device=device, dtype=self.dtype)
@@ -48,8 +53,7 @@ class StoredWeights:
             name: self.copies[starts[name] :][: shapes[name].numel()].view(shapes[name]) for name in MATRICES
         }
         self.head = torch.empty_like(model.embed, dtype=self.dtype, requires_grad=False)
-        self.bigram = torch.empty(model.config.bigram_rows, model.config.width, device=device)
-        self.head_grad, self.bigram_grad = (torch.zeros_like(t, dtype=torch.float32) for t in (self.head, self.bigram))
+        self.bigram = torch.empty(config.bigram_rows, config.width, device=device)
         self.mix = torch.empty_like(self.parts["resid_mix"])
         self.depth = torch.tensor([block.depth_scale for block in model.blocks], device=device)[:, None]
         self.weights, self.leaves, self.targets = self._weights()
@@ -114,9 +118,9 @@ class StoredWeights:
         weights = Weights(
             model.config,
             of("embed", self.parts["embed"]),
-            leaf(self.bigram, self.bigram_grad, torch.zeros_like(self.bigram_grad)),
+            leaf(self.bigram, self.bigram_grad, self._bigram_added),
             of("smear.gate", self.parts["smear.gate"]),
-            leaf(self.head, self.head_grad, torch.zeros_like(self.head_grad)),
+            leaf(self.head, self.head_grad, self._head_added),
             tuple(blocks),
             model.rotary,
             model.attention,

@@ -17,7 +17,8 @@ import json
 import math
 import time
 import warnings
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,13 +26,15 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from torch import Tensor
 
 from .average import WeightAverages
 from .checkpoint import CheckpointError, load_tensors, save_tensors, with_prefix, without_prefix
 from .config import ConfigError, Preset, TrainConfig
 from .curve import LossCurve
-from .estimate import available_memory, estimate, least_memory, require_memory, state_bytes
+from .estimate import Estimate, available_memory, estimate, fused_memory, least_memory, require_memory, state_bytes
 from .evaluate import validation_bpb
+from .fused import FusedStep
 from .gpt import GPT, parameter_count
 from .optimizers import FlatGradients, Optimizers
 from .parallel import Ranks, processes_here
@@ -94,6 +97,66 @@ def lr_scale(config: TrainConfig, step: int, elapsed: float) -> float:
     else:
         return 1.0
     return min(1.0, left / warmdown) if warmdown else 1.0
+
+
+def is_fused(config: TrainConfig, model: GPT) -> bool:
+    """Whether training takes the fused step; ConfigError where it was asked for and cannot be had."""
+    on_gpu = model.embed.device.type == "cuda"
+    if config.fused == "true" and on_gpu and model.backend != "triton":
+        raise ConfigError("fused=true is not possible for this model; allowed: a width that is a multiple of 16")
+    return config.fused == "true" or (config.fused == "auto" and on_gpu and model.backend == "triton")
+
+
+def micro_batches_of(rows: int, most: int) -> int:
+    """The least number of equal micro-batches of at most `most` rows that make up `rows`."""
+    count = -(-rows // max(1, most))
+    return next(n for n in range(count, rows + 1) if rows % n == 0)
+
+
+class StepCut(Exception):
+    """A step ends between two of its micro-batches."""
+
+
+class EagerStep:
+    """The step in eager PyTorch, as :class:`FusedStep` takes it: over micro-batches of any number of rows."""
+
+    rows = None
+
+    def __init__(self, model: GPT, config: TrainConfig, ranks: Ranks):
+        self.model, self.config, self.ranks = model, config, ranks
+        self.gradients = FlatGradients(model)
+        self.optimizers = Optimizers(model, config)
+        self._last: tuple[float, float] | None = None
+
+    def run(self, batches: Iterable[Tensor], step: int, scale: float) -> None:
+        """One step over token rows int [rows, length + 1]; :meth:`flush` tells what it gave."""
+        config, device = self.config, self.ranks.device
+        self.gradients.buffer.zero_()
+        total, tokens = torch.zeros((), device=device), 0
+        for rows in batches:
+            rows = rows.to(device, non_blocking=True)
+            with phase("forward"):
+                loss = self.model.nll(rows[:, :-1], rows[:, 1:]).sum() / config.batch_tokens
+            with phase("backward"):
+                loss.backward()
+            total += loss.detach()
+            tokens += rows[:, 1:].numel() * self.ranks.world
+        self.ranks.sum_(self.gradients.buffer)
+        self.ranks.sum_(total)
+        if tokens < config.batch_tokens:
+            self.gradients.buffer.mul_(config.batch_tokens / tokens)
+            total.mul_(config.batch_tokens / tokens)
+        grad_norm = self.gradients.clip_(config.grad_clip)
+        loss, norm = torch.stack([total, grad_norm]).tolist()
+        self._last = loss, norm
+        if math.isfinite(loss) and math.isfinite(norm):
+            with phase("optimizer"):
+                self.optimizers.step(step, scale)
+
+    def flush(self) -> list[tuple[float, float]]:
+        """(loss, gradient norm) of the step that none has asked for."""
+        last, self._last = self._last, None
+        return [last] if last else []
 
 
 class TrainingClock:
@@ -166,8 +229,15 @@ class Trainer:
         torch.manual_seed(self.config.seed)
         self.model = GPT(preset.model)
         self.attention_reason = self.model.configure(ranks.device, compute_dtype(self.config, ranks.device))
-        self.gradients = FlatGradients(self.model)
-        self.optimizers = Optimizers(self.model, self.config)
+        self.is_fused = is_fused(self.config, self.model)
+        if self.is_fused:
+            micro_batches = micro_batches_of(rows, self.config.micro_batch_tokens // preset.model.train_length)
+            memory = fused_memory(preset.model, rows // micro_batches * preset.model.train_length)
+            require_memory(memory, available, preset)
+            self.stepper = FusedStep(self.model, self.config, rows // micro_batches, micro_batches, ranks)
+        else:
+            self.stepper = EagerStep(self.model, self.config, ranks)
+        self.optimizers = self.stepper.optimizers
         self.averages = WeightAverages(self.model, self.config)
         self.sampler = RowSampler(TokenStream(data.train), preset.model.train_length, self.config.seed)
         self.validation = TokenStream(data.validation)
@@ -179,8 +249,11 @@ class Trainer:
         if resume:
             self._load_checkpoint()
         with self.clock.held():
-            self.estimate = estimate(self.model, preset, ranks.world, available, len(self.validation), self.say)
-        self.gradients.buffer.zero_()
+            if self.is_fused:
+                self.estimate = Estimate(memory, available, None, None)
+            else:
+                self.estimate = estimate(self.model, preset, ranks.world, available, len(self.validation), self.say)
+        self._pending: deque[dict[str, Any]] = deque()
         self.curve = None
         if ranks.is_first:
             if not resume:
@@ -189,43 +262,37 @@ class Trainer:
             self.curve = LossCurve(self.folder, resume_at=self.step, say=say)
 
     def run(self, progress: Callable[[dict[str, Any]], None] = lambda row: None) -> TrainResult:
-        """Train to the end or to a signal. `progress` gets each row of loss.csv."""
+        """Train to the end or to a signal. `progress` gets each row of loss.csv, once its loss is known."""
         config, step_seconds = self.config, math.inf
         with StopSignals(self.say) as stop:
             (elapsed,) = self.ranks.most(self.clock.seconds())
             next_validation, next_checkpoint = elapsed + config.validate_seconds, elapsed + config.checkpoint_seconds
             while not self._is_over(elapsed):
                 before, scale = elapsed, lr_scale(config, self.step, elapsed)
-                grad_norm = self._train_step(scale, stop, watched=self.ranks.world == 1 or step_seconds > SLOW_STEP)
-                elapsed, signalled = self.ranks.most(self.clock.seconds(), stop.received)
-                if grad_norm is None:
+                watched = self.ranks.world == 1 or step_seconds > SLOW_STEP
+                if not self._train_step(scale, stop, watched, progress):
+                    self._report(self.stepper.flush(), progress)
+                    (signalled,) = self.ranks.most(stop.received)
                     return self._interrupted(int(signalled)) if signalled else self._finish()
+                elapsed, signalled = self.ranks.most(self.clock.seconds(), stop.received)
+                self._pending[-1]["seconds"] = elapsed
                 step_seconds = elapsed - before
-                row = {
-                    "step": self.step,
-                    "seconds": elapsed,
-                    "tokens": self.tokens,
-                    "loss": self.loss,
-                    "grad_norm": grad_norm,
-                    "lr_scale": scale,
-                    "momentum": self.optimizers.momentum(self.step - 1),
-                }
                 if elapsed >= next_validation and not signalled:
                     with self.clock.held():
                         bpb = self._validate(lambda: bool(stop.received))
                     (signalled,) = self.ranks.most(stop.received)
                     if not signalled:
-                        row["validation_bpb"] = bpb
+                        self._pending[-1]["validation_bpb"] = bpb
                     next_validation = elapsed + config.validate_seconds
-                if self.curve:
-                    self.curve.add(**row)
-                progress(row)
+                if signalled or elapsed >= next_checkpoint or not self.is_fused:
+                    self._report(self.stepper.flush(), progress)
                 if signalled:
                     return self._interrupted(int(signalled))
                 if elapsed >= next_checkpoint:
                     with self.clock.held():
                         self._try_to_save_checkpoint()
                     next_checkpoint = elapsed + config.checkpoint_seconds
+            self._report(self.stepper.flush(), progress)
             return self._finish()
 
     def _is_over(self, elapsed: float) -> bool:
@@ -234,57 +301,63 @@ class Trainer:
         by_steps = config.max_steps and self.step >= config.max_steps
         return self.step > 0 and (elapsed >= config.seconds or bool(by_steps))
 
-    def _train_step(self, scale: float, stop: StopSignals | None = None, watched: bool = False) -> float | None:
-        """One optimizer step over batch_tokens tokens; returns the gradient norm before clipping.
+    def _train_step(
+        self, scale: float, stop: StopSignals, watched: bool, progress: Callable[[dict[str, Any]], None]
+    ) -> bool:
+        """Start one optimizer step over batch_tokens tokens; False where it was cut short and left out.
 
-        Where `watched`, a signal or the cap may cut it between micro-batches. Then it is as if it had not begun, and
-        returns None; but a first step that the cap cuts is taken with the mean gradient of the tokens read.
+        Where `watched`, a signal or the cap may cut it between micro-batches. Then it is as if it had not begun; but a
+        first step that the cap cuts is taken with the mean gradient of the tokens read.
         """
         config, length = self.config, self.preset.model.train_length
-        position = self.sampler.state()
+        position, read = self.sampler.state(), 0
         with phase("data"):
             all_rows = self.rows_per_rank * self.ranks.world
-            inputs, targets = self.sampler.take(all_rows, self.ranks.rank, self.ranks.world)
-        self.gradients.buffer.zero_()
-        total = torch.zeros((), device=self.ranks.device)
-        rows, tokens = max(1, config.micro_batch_tokens // length), 0
-        for x, y in zip(inputs.split(rows), targets.split(rows), strict=True):
-            if watched:
-                elapsed, signalled = self.ranks.most(self.clock.seconds(), stop.received)
-                if signalled or (elapsed >= config.seconds and tokens):
-                    if signalled or self.step:
-                        self.sampler.load_state(position)
-                        return None
-                    break
-            x, y = x.to(self.ranks.device, non_blocking=True), y.to(self.ranks.device, non_blocking=True)
-            with phase("forward"):
-                loss = self.model.nll(x, y).sum() / config.batch_tokens
-            with phase("backward"):
-                loss.backward()
-            total += loss.detach()
-            tokens += x.numel() * self.ranks.world
-        self.ranks.sum_(self.gradients.buffer)
-        self.ranks.sum_(total)
-        if tokens < config.batch_tokens:
-            self.gradients.buffer.mul_(config.batch_tokens / tokens)
-            total.mul_(config.batch_tokens / tokens)
-        grad_norm = self.gradients.clip_(config.grad_clip)
-        self.loss, norm = torch.stack([total, grad_norm]).tolist()
-        if not (math.isfinite(self.loss) and math.isfinite(norm)):
-            if self.curve:
-                self.curve.close()
-            raise NonFiniteLoss(self._explain_non_finite(norm))
-        with phase("optimizer"):
-            self.optimizers.step(self.step, scale)
-        self.step += 1
-        self.tokens += tokens
-        self.averages.update(self.step, scale)
-        return norm
+            rows = self.sampler.take_rows(all_rows, self.ranks.rank, self.ranks.world)
 
-    def _explain_non_finite(self, norm: float) -> str:
+        def batches() -> Iterator[Tensor]:
+            nonlocal read
+            for part in rows.split(self.stepper.rows or max(1, config.micro_batch_tokens // length)):
+                if watched:
+                    elapsed, signalled = self.ranks.most(self.clock.seconds(), stop.received)
+                    if signalled or (elapsed >= config.seconds and read and self.step):
+                        raise StepCut
+                    if elapsed >= config.seconds and read and not self.is_fused:
+                        return
+                yield part
+                read += len(part) * length * self.ranks.world
+
+        try:
+            late = self.stepper.run(batches(), self.step, scale)
+        except StepCut:
+            self.sampler.load_state(position)
+            return False
+        self._report([late] if late else [], progress)
+        self.step += 1
+        self.tokens += read
+        row = {"step": self.step, "seconds": 0.0, "tokens": self.tokens, "lr_scale": scale}
+        self._pending.append(row | {"momentum": self.optimizers.momentum(self.step - 1)})
+        self.averages.update(self.step, scale)
+        return True
+
+    def _report(self, reports: Sequence[tuple[float, float]], progress: Callable[[dict[str, Any]], None]) -> None:
+        """Write the rows of the oldest steps that have none, from their (loss, gradient norm)."""
+        for loss, norm in reports:
+            row = self._pending.popleft()
+            self.loss = loss
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                if self.curve:
+                    self.curve.close()
+                raise NonFiniteLoss(self._explain_non_finite(row["step"], norm))
+            row |= {"loss": loss, "grad_norm": norm}
+            if self.curve:
+                self.curve.add(**row)
+            progress(row)
+
+    def _explain_non_finite(self, step: int, norm: float) -> str:
         saved = f"{self.folder / CHECKPOINT} (step {self.last_checkpoint})" if self.last_checkpoint else "none yet"
         return (
-            f"step {self.step + 1} gave loss {self.loss} and gradient norm {norm}; the weights were not updated with "
+            f"step {step} gave loss {self.loss} and gradient norm {norm}; the weights were not updated with "
             f"it. Last checkpoint: {saved}. Try smaller learning rates (muon_lr, embed_lr, scalar_lr), a smaller "
             "grad_clip, or dtype=float32; --resume goes on from the checkpoint."
         )
@@ -354,7 +427,7 @@ class Trainer:
             loss=self.loss,
             validation_bpb=scores,
             kept=kept,
-            attention=f"{self.model.attention}: {self.attention_reason}",
+            attention=f"{self.model.attention}: {self.attention_reason}" if not self.is_fused else "klora: our kernel",
             signal=number,
         )
 

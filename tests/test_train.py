@@ -182,18 +182,25 @@ def test_a_non_finite_loss_stops_with_step_checkpoint_and_advice(tmp_path, data)
     assert all(torch.isfinite(t).all() for t in tensors.values())
 
 
+def one_step(trainer, scale=1.0):
+    """(loss, gradient norm) of the trainer's next step."""
+    rows = trainer.sampler.take_rows(trainer.rows_per_rank, 0, 1)
+    trainer.stepper.run(rows.split(trainer.config.micro_batch_tokens // (rows.size(1) - 1)), 0, scale)
+    return trainer.stepper.flush()[0]
+
+
 def test_every_gradient_is_zeroed_before_each_step(tmp_path, data):
     trainer = Trainer(small_preset(), data, tmp_path, ALONE)
-    trainer.gradients.buffer.fill_(1e6)
-    first = trainer._train_step(0.0)
-    assert first < 1e3
+    trainer.stepper.gradients.buffer.fill_(1e6)
+    assert one_step(trainer, 0.0)[1] < 1e3
 
 
 def test_gradient_accumulation_equals_one_big_batch(tmp_path, data):
     big = Trainer(small_preset(micro_batch_tokens=256), data, tmp_path / "a", ALONE)
     small = Trainer(small_preset(micro_batch_tokens=64), data, tmp_path / "b", ALONE)
-    assert big._train_step(1.0) == pytest.approx(small._train_step(1.0), rel=1e-5)
-    torch.testing.assert_close(big.gradients.buffer, small.gradients.buffer, rtol=1e-4, atol=1e-7)
+    assert one_step(big) == pytest.approx(one_step(small), rel=1e-5)
+    gradients = (trainer.stepper.gradients.buffer for trainer in (big, small))
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-7)
 
 
 def test_lr_schedule():
@@ -524,7 +531,7 @@ def test_the_estimate_counts_the_state_and_what_autograd_keeps(tmp_path, data):
             return nll(x, y)
 
     trainer.model.nll = watched
-    trainer._train_step(0.0)
+    one_step(trainer, 0.0)
     del trainer.model.nll
     parameters = {p.untyped_storage().data_ptr() for p in trainer.model.parameters()}
     activations = sum(size for storage, size in kept.items() if storage not in parameters)
@@ -532,7 +539,7 @@ def test_the_estimate_counts_the_state_and_what_autograd_keeps(tmp_path, data):
     trainer.run()
     held = [
         *trainer.model.parameters(),
-        trainer.gradients.buffer,
+        trainer.stepper.gradients.buffer,
         *trainer.averages.ema.values(),
         *trainer.averages.swa.values(),
         *(t for name, t in trainer.optimizers.state_tensors().items() if not name.endswith("/step")),
@@ -714,3 +721,47 @@ def test_a_folder_that_cannot_be_written_is_known_before_anything_is_made(tmp_pa
         require_writable(tmp_path / "a" / "b", 2**60)
     require_writable(tmp_path / "a" / "b", 1)
     assert not list(tmp_path.iterdir())
+
+
+class TestFused:
+    """The fused step in the trainer, on the reference ops of a CPU."""
+
+    def test_it_trains_as_the_eager_one_does(self, tmp_path, data):
+        settings = {"max_steps": 6, "micro_batch_tokens": 64}
+        for name, fused in (("eager", "false"), ("fused", "true")):
+            result = Trainer(small_preset(fused=fused, **settings), data, tmp_path / name, ALONE).run()
+            assert result.status == "finished" and result.step == 6
+        plain, fused = (losses(tmp_path / name) for name in ("eager", "fused"))
+        assert [step for step, _ in fused] == [step for step, _ in plain]
+        assert [float(loss) for _, loss in fused] == pytest.approx([float(loss) for _, loss in plain], rel=1e-4)
+
+    def test_it_resumes_bit_for_bit(self, tmp_path, data):
+        preset = small_preset(fused="true", max_steps=6)
+        whole = Trainer(preset, data, tmp_path / "whole", ALONE)
+        whole.run()
+
+        def interrupt(row):
+            if row["step"] == 2:
+                signal.raise_signal(signal.SIGTERM)
+
+        assert Trainer(preset, data, tmp_path / "parts", ALONE).run(interrupt).status == "interrupted"
+        parts = Trainer(preset, data, tmp_path / "parts", ALONE, resume=True)
+        assert 2 <= parts.step < 6
+        parts.run()
+        for a, b in zip(whole.model.parameters(), parts.model.parameters(), strict=True):
+            assert torch.equal(a, b)
+
+    def test_a_loss_that_is_no_number_harms_no_weight(self, tmp_path, data):
+        trainer = Trainer(small_preset(fused="true", max_steps=9), data, tmp_path, ALONE)
+        before = {}
+
+        def poison(row):
+            if row["step"] == 2:
+                with torch.no_grad():
+                    trainer.stepper.stored.weights.blocks[0].gain[0] = float("nan")
+                before.update({name: p.detach().clone() for name, p in trainer.model.named_parameters()})
+
+        with pytest.raises(NonFiniteLoss, match="gave loss nan"):
+            trainer.run(poison)
+        changed = [n for n, p in trainer.model.named_parameters() if not torch.equal(p, before[n])]
+        assert changed == [] or changed == ["blocks.0.gain"]
