@@ -17,11 +17,11 @@ import torch.distributed as dist
 from conftest import SMALL, randomized, words
 from klora.model.artifact import save_artifact
 from klora.model.config import ConfigError
+from klora.ttt.journal import Journal
 from klora.ttt.ranks import Board, LostStore, SharedDeadline, SharedWaiting, board_of_torchrun, score_on_ranks
-from klora.ttt.results import DocumentResult
+from klora.ttt.results import NOT_ADAPTED, SHORT, DocumentResult
 from klora.ttt.schedule import visits_of
-from klora.ttt.score import EAGER, UNCAPTURED, Interrupted, Journal, pick_scorer, score_documents
-from klora.ttt.scorer import NOT_ADAPTED, SHORT
+from klora.ttt.score import EAGER, UNCAPTURED, Interrupted, pick_scorer, score_documents
 from test_engine import TTT, model64
 from test_ttt import document
 

@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 from klora.ttt.protocols import LEAK_WARNING, MIN_NLL, MULTI_EPOCH, SCORE_FIRST, TTTConfig
 from klora.ttt.report import write_report
-from klora.ttt.results import DocumentResult, ScoreResult
-from klora.ttt.scorer import ADAPTED, NOT_ADAPTED, PARTIAL, SHORT
+from klora.ttt.results import ADAPTED, NOT_ADAPTED, PARTIAL, SHORT, DocumentResult, ScoreResult
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -68,7 +67,7 @@ class Reader(HTMLParser):
 
 def report(folder, scored):
     """Write the report of `scored`; the page read back, after the checks that every page and picture must pass."""
-    page, picture = write_report(scored, folder)
+    page, picture = write_report(scored, folder), folder / "report.png"
     assert sorted(path.name for path in folder.iterdir()) == ["report.html", "report.png"]
     html, png = page.read_text(encoding="utf-8"), picture.read_bytes()
     assert png.startswith(b"\x89PNG\r\n\x1a\n") and png.endswith(b"IEND\xaeB`\x82")
