@@ -2,9 +2,13 @@
 
 import base64
 import math
+import os
 import re
+import subprocess
+import sys
 import time
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -258,3 +262,63 @@ def test_ten_thousand_documents_are_quick_and_small(tmp_path):
     reader, html = report(tmp_path, scored)
     assert time.perf_counter() - start < 10
     assert len(html) < 1_500_000 and len(reader.rows) < 100
+
+
+def test_the_share_adapted_before_the_deadline_stands_at_every_number(tmp_path, monkeypatch):
+    drawn = set()
+    from matplotlib.figure import Figure
+    from matplotlib.text import Text
+
+    save = Figure.savefig
+
+    def spy(figure, *args, **kwargs):
+        save(figure, *args, **kwargs)
+        drawn.update(text.get_text() for text in figure.findobj(Text))
+
+    monkeypatch.setattr(Figure, "savefig", spy)
+    documents = [document("a", 250), document("b", 750, status=NOT_ADAPTED, adapted=1.2)]
+    reader, _ = report(tmp_path, result(documents))
+    assert "adapted (deadline: 25.0% adapted) 1.1500 bits per byte" in reader.text
+    assert "Gain by adaptation (deadline: 25.0% adapted) (after quantisation" in reader.text
+    assert "adapted\n(deadline: 25.0% adapted)" in drawn
+    drawn.clear()
+    reader, _ = report(tmp_path, result(documents, MIN_NLL))
+    assert "adapted (LEAKY) (deadline: 25.0% adapted) 1.1500 bits per byte" in reader.text
+    assert "adapted\n(LEAKY)\n(deadline: 25.0% adapted)" in drawn
+    reader, html = report(tmp_path, result(documents[:1]))
+    assert "deadline:" not in html.partition("<details>")[0] and "adapted 1.1000 bits per byte" in reader.text
+
+
+def test_a_picture_that_cannot_be_drawn_is_left_out_and_said(tmp_path, monkeypatch):
+    write_report(result([document()]), tmp_path)  # an earlier run's picture must not stand for this one
+
+    def draw(scored):
+        raise RuntimeError("no <fonts>\n")
+
+    monkeypatch.setattr("klora.ttt.report._draw", draw)
+    said = []
+    page = write_report(result([document()]), tmp_path, said.append)
+    assert said == ["the picture could not be drawn: no <fonts> "]
+    assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
+    reader = Reader(page.read_text(encoding="utf-8"))
+    assert "the picture could not be drawn: no <fonts>" in reader.text and "img" not in dict(reader.tags)
+    assert "adapted 1.1000 bits per byte" in reader.text
+
+
+@pytest.mark.parametrize("backend", ["module://matplotlib_inline.backend_inline", "TkAgg", "nonsense"])
+def test_a_notebooks_backend_ends_no_report(tmp_path, backend):
+    """In a process of its own: matplotlib reads MPLBACKEND when it is imported."""
+    code = (
+        "import sys; from pathlib import Path; from test_report import *\n"
+        "print(write_report(result([document()]), Path(sys.argv[1]), print))"
+    )
+    paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)],
+        env={**os.environ, "MPLBACKEND": backend, "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "report.html").is_file()
+    assert (tmp_path / "report.png").exists() or "the picture could not be drawn" in done.stdout
