@@ -4,7 +4,7 @@ import csv
 import os
 from pathlib import Path
 
-from .storage import replacing
+from .storage import figure_png, new_figure, replacing, write_bytes
 
 COLUMNS = ("step", "seconds", "tokens", "loss", "grad_norm", "lr_scale", "momentum", "validation_bpb")
 
@@ -37,13 +37,11 @@ class LossCurve:
 
     def draw(self) -> None:
         """Loss (and validation BPB where it was measured) over steps, to loss.png."""
-        from matplotlib.figure import Figure
-
         rows = self.rows()
         if not rows:
             return
         steps = [int(row["step"]) for row in rows]
-        figure = Figure(figsize=(8, 4.5), layout="constrained")
+        figure = new_figure(8, 4.5)
         axes = figure.add_subplot()
         axes.plot(steps, [float(row["loss"]) for row in rows], color="#4c72b0", linewidth=0.8, label="training loss")
         axes.set_xlabel("step")
@@ -57,8 +55,7 @@ class LossCurve:
             right.set_ylabel("validation bits per byte")
             lines = [*lines, *right.get_lines()]
         axes.legend(lines, [line.get_label() for line in lines], loc="upper right")
-        with replacing(self.png_path) as temporary:
-            figure.savefig(temporary, format="png", dpi=120)
+        write_bytes(self.png_path, figure_png(figure, dpi=120))
 
     def close(self) -> None:
         """Draw once more, sync the CSV and close it."""
