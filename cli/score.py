@@ -2,8 +2,6 @@
 
 import hashlib
 import os
-import shutil
-import tempfile
 import time
 from functools import partial
 from importlib.metadata import version
@@ -21,6 +19,7 @@ from ..model.parallel import is_one_of_many, own_device, processes_here
 from ..model.prepare import tokenizer_beside
 from ..model.shards import TokenStream, find_shards
 from ..model.signals import StopSignals
+from ..model.storage import require_writable
 from ..model.tokenizer import Tokenizer
 from ..model.train import device_name
 from ..ttt.documents import Document, documents_from_texts, documents_from_tokens
@@ -167,8 +166,8 @@ def score_artifact(
     """Score the documents of `source` (text, jsonl, field, shards), write the results to `folder`, say the totals."""
     seconds: dict[str, float] = {}
     started = time.perf_counter()
+    require_writable(folder, SPARE_BYTES)
     loaded, chosen = load_artifact(path), own_device(device)
-    require_space(folder, SPARE_BYTES)
     scorer = pick_scorer(scorer, chosen, are_many=is_one_of_many())
     model = model_from_artifact(loaded, chosen, weights)
     before = model_from_run(prequant, chosen, of=loaded) if prequant else None
@@ -176,7 +175,7 @@ def score_artifact(
     tokenizer = tokenizer_of(loaded)
     documents = _documents(source, tokenizer, most_tokens, loaded.provenance)
     seconds["tokenize"] = time.perf_counter() - started
-    require_space(folder, SPARE_BYTES + TOKEN_BYTES * sum(document.targets for document in documents))
+    require_writable(folder, SPARE_BYTES + TOKEN_BYTES * sum(document.targets for document in documents))
     board = board_of_torchrun(patience) if is_one_of_many() else None
     is_first = board is None or board.is_first
     output.is_silent, output.as_json = output.is_silent or not is_first, output.as_json and is_first
@@ -226,24 +225,6 @@ def score_artifact(
     say_totals(result, output)
     output.say(shown)
     return result
-
-
-def require_space(folder: Path, needed: int) -> None:
-    """ConfigError where `folder` cannot be made or written into, or its disk has fewer than `needed` bytes free."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as file:
-            file.write(bytes(2**16))
-            file.flush()
-            os.fsync(file.fileno())
-        free = shutil.disk_usage(folder).free
-    except OSError as error:
-        raise ConfigError(f"--out {folder} cannot be written ({error.strerror}); give a folder that can") from None
-    if free < needed:
-        raise ConfigError(
-            f"--out {folder} is on a disk with {free / 2**20:,.0f} MiB free; this run may need {needed / 2**20:,.0f}. "
-            "Free some, or give a folder on another disk"
-        )
 
 
 def _journal(folder: Path, key: str, resume: bool, overwrite: bool, board: Board | None) -> Journal:

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 from html.parser import HTMLParser
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -305,20 +304,15 @@ def test_a_picture_that_cannot_be_drawn_is_left_out_and_said(tmp_path, monkeypat
     assert "adapted 1.1000 bits per byte" in reader.text
 
 
-@pytest.mark.parametrize("backend", ["module://matplotlib_inline.backend_inline", "TkAgg", "nonsense"])
-def test_a_notebooks_backend_ends_no_report(tmp_path, backend):
+def test_a_notebooks_backend_ends_no_report(tmp_path):
     """In a process of its own: matplotlib reads MPLBACKEND when it is imported."""
     code = (
-        "import sys; from pathlib import Path; from test_report import *\n"
-        "print(write_report(result([document()]), Path(sys.argv[1]), print))"
+        "import sys; from pathlib import Path; from klora.ttt.protocols import TTTConfig\n"
+        "from klora.ttt.report import write_report; from klora.ttt.results import DocumentResult, ScoreResult\n"
+        "one = DocumentResult('a', 10, 20, 'adapted', 14.0, 13.5, 12.0)\n"
+        "write_report(ScoreResult([one], TTTConfig(), {}), Path(sys.argv[1]))"
     )
-    paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path)],
-        env={**os.environ, "MPLBACKEND": backend, "PYTHONPATH": paths},
-        capture_output=True,
-        text=True,
-    )
+    env = {**os.environ, "MPLBACKEND": "nonsense"}
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "report.html").is_file()
-    assert (tmp_path / "report.png").exists() or "the picture could not be drawn" in done.stdout
+    assert (tmp_path / "report.html").is_file() and (tmp_path / "report.png").is_file()

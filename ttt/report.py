@@ -12,14 +12,13 @@ import json
 import math
 from collections.abc import Callable, Iterable, Sequence
 from html import escape
-from io import BytesIO
 from pathlib import Path
 from string import Template
 from typing import Any
 
 import numpy as np
 
-from ..model.storage import write_bytes, write_text
+from ..model.storage import figure_png, new_figure, write_bytes, write_text
 from .protocols import LEAK_WARNING, LEAKY, label
 from .results import ADAPTED, NOT_ADAPTED, PARTIAL, SHORT, DocumentResult, ScoreResult
 
@@ -217,9 +216,7 @@ def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
 
 def _draw(result: ScoreResult) -> bytes:
     """The picture as PNG, 1800 pixels wide."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(12, 9), layout="constrained", facecolor="white")
+    figure = new_figure(12, 9)
     figure.get_layout_engine().set(w_pad=0.15, h_pad=0.15)
     colour = RED if result.config.is_leaky else "black"
     figure.suptitle(f"klora: {label(result.config.protocol)}", fontsize=16, weight="bold", color=colour)
@@ -228,9 +225,7 @@ def _draw(result: ScoreResult) -> bytes:
     _draw_totals(left, result)
     _draw_gains(right, result)
     _draw_extremes(bottom.subplots(), result)
-    png = BytesIO()
-    figure.savefig(png, format="png", dpi=150)
-    return png.getvalue()
+    return figure_png(figure, dpi=150)
 
 
 def _draw_totals(axes, result: ScoreResult) -> None:
