@@ -1,5 +1,6 @@
 """`klora demo`: the whole chain on text that every machine has, in a few minutes on a CPU."""
 
+import json
 import time
 from pathlib import Path
 from typing import Annotated
@@ -11,13 +12,15 @@ from ..model.config import preset
 from ..model.corpus import Corpus
 from ..model.gpt import GPT
 from ..model.parallel import Ranks, pick_device
+from ..model.train import RUN
 from ..ttt.protocols import ttt_preset
 from . import options
 from .console import Output
 from .export import DEFAULT_BUDGET, export_run
 from .score import score_artifact
-from .train import describe, prepare_first, run_training
+from .train import describe, prepare_first, require_no_run, run_training
 
+ARTIFACT = "demo.klora"
 TOKENS = 40_000
 """Held-out tokens that the demo scores: enough for a picture, few enough for a minute on two CPU cores."""
 
@@ -40,6 +43,9 @@ def demo(
     started = time.perf_counter()
     output = Output(as_json)
     ranks = Ranks(0, 1, pick_device(device))
+    options.require_folder(out)
+    if not is_demo(out):
+        require_no_run(out)
     chosen = preset("tiny").override({"seconds": seconds})
     corpora = Corpus.stdlib("train"), Corpus.stdlib("validation")
     if ranks.device.type == "cpu":
@@ -47,11 +53,11 @@ def demo(
     output.say("1. text to tokens", style="bold")
     data = prepare_first(corpora, chosen, cache, ranks, output)
     output.say("2. training", style="bold")
-    trained = run_training(chosen, data, out, ranks, output, describe(*corpora))
+    trained = run_training(chosen, data, out, ranks, output, {**describe(*corpora), "demo": True})
     if trained.signal:
         raise typer.Exit(128 + trained.signal)
     output.say("3. int6 artifact", style="bold")
-    artifact = out / "demo.klora"
+    artifact = out / ARTIFACT
     summary = export_run(out, artifact, DEFAULT_BUDGET, output)
     if ranks.device.type == "cpu":
         fit_threads()
@@ -77,6 +83,16 @@ def demo(
             **{name: totals[name] for name in SHOWN},
         }
     )
+
+
+def is_demo(out: Path) -> bool:
+    """Whether the run in `out` is an earlier demo's, which the next one may replace as soon as it has finished."""
+    if (out / ARTIFACT).is_file():
+        return True
+    try:
+        return json.loads((out / RUN).read_text(encoding="utf-8"))["sources"]["demo"] is True
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def fit_threads() -> None:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from ..model.artifact import ArtifactSummary, save_artifact
+from ..model.artifact import ArtifactError, ArtifactSummary, is_artifact, save_artifact
 from ..model.checkpoint import CheckpointError
 from ..model.config import ModelConfig
 from ..model.loading import load_run
@@ -44,7 +44,13 @@ def export(
 
 
 def export_run(run: Path, path: Path, budget: int, output: Output) -> ArtifactSummary:
-    """Write the artifact of the run folder and say what was chosen."""
+    """Write the artifact of the run folder and say what was chosen.
+
+    It may take the place of an artifact, which a run can give again; ArtifactError where `path` is another file.
+    """
+    options.require_file(path)
+    if path.is_file() and path.stat().st_size and not is_artifact(path):
+        raise ArtifactError(f"{path} is there and is no artifact of klora's; move it or give another --out")
     tensors, meta = load_run(run)
     config, tokenizer = ModelConfig.from_dict(meta["model"]), Tokenizer.from_file(run / TOKENIZER)
     if tokenizer.vocab_size != config.vocab_size:

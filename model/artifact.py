@@ -143,6 +143,12 @@ def load_artifact(path: Path, max_bytes: int = 1 << 30) -> Artifact:
         raise ArtifactError(f"{path}: it cannot be read ({error.strerror}); check its permissions") from error
 
 
+def is_artifact(path: Path) -> bool:
+    """Whether the file starts as an artifact does; nothing more is checked."""
+    with open(path, "rb") as file:
+        return file.read(4) == struct.pack("<I", MAGIC)
+
+
 def _read(file: BinaryIO, max_bytes: int) -> Artifact:
     size = os.fstat(file.fileno()).st_size
     start = file.read(8)

@@ -56,7 +56,7 @@ def load_run(run: Path) -> tuple[dict[str, torch.Tensor], dict]:
     """Weights and metadata of a finished run; CheckpointError says what is missing and what to do."""
     path = Path(run) / MODEL
     if path.is_file():
-        return load_tensors(path)
+        return load_tensors(path, fields={"model": dict, "provenance": dict})
     if (Path(run) / CHECKPOINT).is_file():
         raise CheckpointError(f"{run} has no {MODEL}: its training did not finish; `klora train --resume --out {run}`")
     raise CheckpointError(f"{run} has no {MODEL}; give the folder of a finished `klora train --out {run}`")

@@ -1,41 +1,57 @@
 """Training: the loop, its clock, its schedule, its checkpoints and the weights it leaves behind.
 
 A run lives in one folder: run.json (what was asked for), loss.csv and loss.png (written as it goes),
-checkpoint.safetensors (the latest state), tokenizer.model, and at the end model.safetensors: the better of the EMA and
-the SWA weights on the validation split.
+checkpoint.safetensors (the latest state), tokenizer.model, and at the end model.safetensors: the best on the validation
+split of the last weights, their EMA and their SWA. A run that starts afresh where another one is moves that one's files
+to replaced/ first, and removes them when it has finished.
 
-The clock counts training only: it stands still while the run validates and writes checkpoints. A run whose length is
-set by `max_steps` continues bit for bit on a CPU after an interruption, as long as `seconds` is not reached. Where the
-clock decides, the learning rate depends on the machine's speed, so no two runs are the same.
+The clock counts training only: it stands still while the run validates and writes checkpoints. Between micro-batches
+the run hears signals and looks at the clock. The step that a signal or the cap cuts short is left out, as if it had not
+begun; the first step counts with the tokens that it has read when the cap comes. A run whose length is set by
+`max_steps` continues bit for bit on a CPU after an interruption, as long as `seconds` is not reached. Where the clock
+decides, the learning rate depends on the machine's speed, so no two runs are the same.
 """
 
 import dataclasses
 import json
 import math
 import time
+import warnings
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from .average import WeightAverages
 from .checkpoint import CheckpointError, load_tensors, save_tensors, with_prefix, without_prefix
 from .config import ConfigError, Preset, TrainConfig
 from .curve import LossCurve
+from .estimate import available_memory, estimate, require_memory, state_bytes
 from .evaluate import validation_bpb
 from .gpt import GPT, parameter_count
 from .optimizers import FlatGradients, Optimizers
-from .parallel import Ranks
+from .parallel import Ranks, processes_here
 from .prepare import Prepared
 from .ranges import phase
-from .shards import RowSampler, TokenStream
+from .shards import RowSampler, ShardError, TokenStream
 from .signals import StopSignals
-from .storage import write_bytes, write_text
+from .storage import require_writable, write_bytes, write_text
 
 CHECKPOINT, MODEL, RUN, TOKENIZER = "checkpoint.safetensors", "model.safetensors", "run.json", "tokenizer.model"
+RUN_FILES = (CHECKPOINT, MODEL, RUN, TOKENIZER, "loss.csv", "loss.png")
+REPLACED = "replaced"
+"""Folder within a run's that keeps the run it replaces until it has finished."""
+
+CHECKPOINT_FIELDS = {"step": int, "seconds": float, "loss": float, "sampler": dict, "model": dict} | {
+    "ema_updates": int,
+    "swa_snapshots": int,
+}
+SLOW_STEP = 2.0
+"""Seconds a step from which several ranks agree between micro-batches on whether to stop; it takes a collective."""
 
 
 class NonFiniteLoss(RuntimeError):
@@ -44,7 +60,10 @@ class NonFiniteLoss(RuntimeError):
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a run came to. Times in seconds of training; BPB on the validation shards, by weights that were tried."""
+    """What a run came to. Times in seconds of training; BPB on the validation shards, by weights that were tried.
+
+    A BPB that is no number is left out.
+    """
 
     status: str
     """'finished', or 'interrupted' with a checkpoint to resume from."""
@@ -106,9 +125,11 @@ class TrainingClock:
 class Trainer:
     """One training run in `folder`. With `resume`, it goes on from the checkpoint there.
 
-    `sources` says in JSON values what the text was, for run.json and the artifact's provenance.
-    Raises ConfigError where the config does not fit the data or the ranks, CheckpointError where `resume` finds no
-    usable state, NonFiniteLoss where training diverges.
+    `sources` says in JSON values what the text was, for run.json and the artifact's provenance. `say` gets a line for
+    people where something is worth knowing and ends nothing. `estimate` tells what a step takes.
+    Raises ConfigError where the config does not fit the data, the ranks or the memory, CheckpointError where `resume`
+    finds no usable state, OSError where `folder` cannot be written, NonFiniteLoss where training diverges. Until all
+    that is known nothing in `folder` changes.
     """
 
     def __init__(
@@ -119,10 +140,12 @@ class Trainer:
         ranks: Ranks,
         resume: bool = False,
         sources: dict | None = None,
+        say: Callable[[str], None] = warnings.warn,
     ):
         self.preset, self.config, self.data, self.ranks = preset, preset.train, data, ranks
         self.folder = Path(folder)
         self.sources = sources or {}
+        self.say = say if ranks.is_first else lambda text: None
         rows, left = divmod(self.config.batch_tokens, preset.model.train_length * ranks.world)
         if left or not rows:
             raise ConfigError(
@@ -134,6 +157,11 @@ class Trainer:
                 f"vocab_size={preset.model.vocab_size} is not possible; the tokenizer has {data.tokenizer.vocab_size}"
             )
         self.rows_per_rank = rows
+        state = state_bytes(preset.model)
+        available = available_memory(ranks.device, processes_here())
+        require_memory(2 * state, available, preset)
+        if ranks.is_first:
+            require_writable(self.folder, 2 * state)  # a checkpoint is written beside the one before
         torch.manual_seed(self.config.seed)
         self.model = GPT(preset.model)
         self.attention_reason = self.model.configure(ranks.device, compute_dtype(self.config, ranks.device))
@@ -144,37 +172,48 @@ class Trainer:
         self.validation = TokenStream(data.validation)
         if len(self.validation) < 2:
             raise ConfigError(f"the validation shards hold {len(self.validation)} token; allowed: at least 2")
-        self.step, self.loss = 0, math.nan
+        self.step, self.tokens, self.loss = 0, 0, math.nan
         self.clock = TrainingClock(ranks.device)
         self.last_checkpoint = 0
         if resume:
             self._load_checkpoint()
-        self.curve = LossCurve(self.folder, resume_at=self.step) if ranks.is_first else None
+        self.estimate = estimate(self.model, preset, ranks.world, available, len(self.validation), self.say)
+        self.gradients.buffer.zero_()
+        self.curve = None
         if ranks.is_first:
+            if not resume:
+                self._set_aside()
             self._describe_run()
+            self.curve = LossCurve(self.folder, resume_at=self.step, say=say)
 
     def run(self, progress: Callable[[dict[str, Any]], None] = lambda row: None) -> TrainResult:
         """Train to the end or to a signal. `progress` gets each row of loss.csv."""
-        config = self.config
-        with StopSignals() as stop:
+        config, step_seconds = self.config, math.inf
+        with StopSignals(self.say) as stop:
             (elapsed,) = self.ranks.most(self.clock.seconds())
             next_validation, next_checkpoint = elapsed + config.validate_seconds, elapsed + config.checkpoint_seconds
             while not self._is_over(elapsed):
-                scale = lr_scale(config, self.step, elapsed)
-                grad_norm = self._train_step(scale)
+                before, scale = elapsed, lr_scale(config, self.step, elapsed)
+                grad_norm = self._train_step(scale, stop, watched=self.ranks.world == 1 or step_seconds > SLOW_STEP)
                 elapsed, signalled = self.ranks.most(self.clock.seconds(), stop.received)
+                if grad_norm is None:
+                    return self._interrupted(int(signalled)) if signalled else self._finish()
+                step_seconds = elapsed - before
                 row = {
                     "step": self.step,
                     "seconds": elapsed,
-                    "tokens": self.step * config.batch_tokens,
+                    "tokens": self.tokens,
                     "loss": self.loss,
                     "grad_norm": grad_norm,
                     "lr_scale": scale,
                     "momentum": self.optimizers.momentum(self.step - 1),
                 }
-                if elapsed >= next_validation:
+                if elapsed >= next_validation and not signalled:
                     with self.clock.held():
-                        row["validation_bpb"] = self._validate()
+                        bpb = self._validate(lambda: bool(stop.received))
+                    (signalled,) = self.ranks.most(stop.received)
+                    if not signalled:
+                        row["validation_bpb"] = bpb
                     next_validation = elapsed + config.validate_seconds
                 if self.curve:
                     self.curve.add(**row)
@@ -183,7 +222,7 @@ class Trainer:
                     return self._interrupted(int(signalled))
                 if elapsed >= next_checkpoint:
                     with self.clock.held():
-                        self._save_checkpoint()
+                        self._try_to_save_checkpoint()
                     next_checkpoint = elapsed + config.checkpoint_seconds
             return self._finish()
 
@@ -193,24 +232,40 @@ class Trainer:
         by_steps = config.max_steps and self.step >= config.max_steps
         return self.step > 0 and (elapsed >= config.seconds or bool(by_steps))
 
-    def _train_step(self, scale: float) -> float:
-        """One optimizer step over batch_tokens tokens; returns the gradient norm before clipping."""
+    def _train_step(self, scale: float, stop: StopSignals | None = None, watched: bool = False) -> float | None:
+        """One optimizer step over batch_tokens tokens; returns the gradient norm before clipping.
+
+        Where `watched`, a signal or the cap may cut it between micro-batches. Then it is as if it had not begun, and
+        returns None; but a first step that the cap cuts is taken with the mean gradient of the tokens read.
+        """
         config, length = self.config, self.preset.model.train_length
+        position = self.sampler.state()
         with phase("data"):
             all_rows = self.rows_per_rank * self.ranks.world
             inputs, targets = self.sampler.take(all_rows, self.ranks.rank, self.ranks.world)
         self.gradients.buffer.zero_()
         total = torch.zeros((), device=self.ranks.device)
-        rows = max(1, config.micro_batch_tokens // length)
+        rows, tokens = max(1, config.micro_batch_tokens // length), 0
         for x, y in zip(inputs.split(rows), targets.split(rows), strict=True):
+            if watched:
+                elapsed, signalled = self.ranks.most(self.clock.seconds(), stop.received)
+                if signalled or (elapsed >= config.seconds and tokens):
+                    if signalled or self.step:
+                        self.sampler.load_state(position)
+                        return None
+                    break
             x, y = x.to(self.ranks.device, non_blocking=True), y.to(self.ranks.device, non_blocking=True)
             with phase("forward"):
                 loss = self.model.nll(x, y).sum() / config.batch_tokens
             with phase("backward"):
                 loss.backward()
             total += loss.detach()
+            tokens += x.numel() * self.ranks.world
         self.ranks.sum_(self.gradients.buffer)
         self.ranks.sum_(total)
+        if tokens < config.batch_tokens:
+            self.gradients.buffer.mul_(config.batch_tokens / tokens)
+            total.mul_(config.batch_tokens / tokens)
         grad_norm = self.gradients.clip_(config.grad_clip)
         self.loss, norm = torch.stack([total, grad_norm]).tolist()
         if not (math.isfinite(self.loss) and math.isfinite(norm)):
@@ -220,6 +275,7 @@ class Trainer:
         with phase("optimizer"):
             self.optimizers.step(self.step, scale)
         self.step += 1
+        self.tokens += tokens
         self.averages.update(self.step, scale)
         return norm
 
@@ -231,7 +287,7 @@ class Trainer:
             "grad_clip, or dtype=float32; --resume goes on from the checkpoint."
         )
 
-    def _validate(self) -> float:
+    def _validate(self, should_stop: Callable[[], bool] = lambda: False) -> float:
         config = self.config
         return validation_bpb(
             self.model,
@@ -240,22 +296,25 @@ class Trainer:
             config.validate_tokens,
             config.micro_batch_tokens,
             self.ranks,
+            should_stop,
         )
 
     def _finish(self) -> TrainResult:
-        """Evaluate the last weights and both averages, keep the better average, write model.safetensors."""
+        """Evaluate the last weights and both averages, keep the best, write model.safetensors."""
         seconds = self.clock.seconds()
-        self._save_checkpoint()
+        self._try_to_save_checkpoint()
         last = {name: parameter.detach().clone() for name, parameter in self.model.named_parameters()}
-        candidates = self.averages.candidates()
-        scores = {"last": self._validate()}
+        candidates, scores = {"last": last, **self.averages.candidates()}, {}
         for name, weights in candidates.items():
             self.model.load_state_dict(weights)
             scores[name] = self._validate()
-        if not all(map(math.isfinite, scores.values())):
-            raise NonFiniteLoss(f"the validation BPB is no number: {scores}. Try smaller learning rates.")
-        kept = min(candidates, key=scores.__getitem__, default="last")
-        self.model.load_state_dict(candidates.get(kept, last))
+        scores = {name: bpb for name, bpb in scores.items() if math.isfinite(bpb)}
+        if not scores:
+            raise NonFiniteLoss(
+                f"the validation BPB of {', '.join(candidates)} is no number. Try smaller learning rates."
+            )
+        kept = min(scores, key=scores.__getitem__)
+        self.model.load_state_dict(candidates[kept])
         result = self._result("finished", seconds, scores, kept)
         if self.ranks.is_first:
             meta = {
@@ -271,6 +330,7 @@ class Trainer:
                 },
             }
             save_tensors(self.folder / MODEL, dict(self.model.named_parameters()), meta)
+            self._drop_replaced()
             self.curve.close()
         self.ranks.wait()
         return result
@@ -287,7 +347,7 @@ class Trainer:
             status=status,
             step=self.step,
             seconds=seconds,
-            tokens=self.step * self.config.batch_tokens,
+            tokens=self.tokens,
             parameters=parameter_count(self.preset.model),
             loss=self.loss,
             validation_bpb=scores,
@@ -296,11 +356,31 @@ class Trainer:
             signal=number,
         )
 
+    def _set_aside(self) -> None:
+        """Move the run that is in the folder to replaced/; an unfinished one goes where a better one is there."""
+        names = [name for name in RUN_FILES if (self.folder / name).is_file()]
+        kept = self.folder / REPLACED
+        if not {CHECKPOINT, MODEL} & set(names):
+            return
+        if MODEL in names or not kept.exists():
+            self._drop_replaced()
+            kept.mkdir(exist_ok=True)
+            for name in names:
+                (self.folder / name).rename(kept / name)
+            self.say(f"the run that was in {self.folder} is kept in {kept} until this one has finished")
+        else:
+            for name in (CHECKPOINT, RUN):
+                (self.folder / name).unlink(missing_ok=True)
+
+    def _drop_replaced(self) -> None:
+        """Remove the run in replaced/, and the folder if nobody else keeps anything there."""
+        for name in RUN_FILES:
+            (self.folder / REPLACED / name).unlink(missing_ok=True)
+        with suppress(OSError):
+            (self.folder / REPLACED).rmdir()
+
     def _describe_run(self) -> None:
-        """Write what the run is, so that --resume and export need no other argument; drop what an older run left."""
-        if not self.step:
-            (self.folder / CHECKPOINT).unlink(missing_ok=True)
-        (self.folder / MODEL).unlink(missing_ok=True)
+        """Write what the run is, so that --resume and export need no other argument."""
         write_bytes(self.folder / TOKENIZER, self.data.tokenizer.to_bytes())
         run = {
             "preset": self.preset.name,
@@ -310,6 +390,14 @@ class Trainer:
             "sources": self.sources,
         }
         write_text(self.folder / RUN, json.dumps(run, indent=2) + "\n")
+
+    def _try_to_save_checkpoint(self) -> None:
+        """A disk that is full for now costs a checkpoint, not the run."""
+        try:
+            self._save_checkpoint()
+        except (OSError, SafetensorError) as error:
+            self.say(f"no checkpoint of step {self.step} ({error}); training goes on, the one before stays")
+            self.ranks.wait()
 
     def _save_checkpoint(self) -> None:
         if self.ranks.is_first:
@@ -322,6 +410,7 @@ class Trainer:
             }
             meta = {
                 "step": self.step,
+                "tokens": self.tokens,
                 "seconds": self.clock.seconds(),
                 "loss": self.loss,
                 "sampler": self.sampler.state(),
@@ -335,20 +424,25 @@ class Trainer:
         self.last_checkpoint = self.step
 
     def _load_checkpoint(self) -> None:
-        path = self.folder / CHECKPOINT
-        tensors, meta = load_tensors(path)
+        path, device = self.folder / CHECKPOINT, self.ranks.device
+        tensors, meta = load_tensors(path, fields=CHECKPOINT_FIELDS)
         if meta["model"] != self.preset.model.to_dict():
             raise CheckpointError(f"{path} holds another model than run.json describes; start the run afresh")
-        device = self.ranks.device
-        self.model.load_state_dict(without_prefix("model", tensors))
         optimizer = without_prefix("optimizer", tensors)
-        # AdamW counts its steps in a CPU tensor, whatever the device of the moments.
-        self.optimizers.load_state_tensors(
-            {name: t if name.endswith("/step") else t.to(device) for name, t in optimizer.items()}
-        )
-        self.averages.load(without_prefix("ema", tensors), without_prefix("swa", tensors), meta)
-        self.sampler.load_state(meta["sampler"])
+        try:
+            self.model.load_state_dict(without_prefix("model", tensors))
+            # AdamW counts its steps in a CPU tensor, whatever the device of the moments.
+            self.optimizers.load_state_tensors(
+                {name: t if name.endswith("/step") else t.to(device) for name, t in optimizer.items()}
+            )
+            self.averages.load(without_prefix("ema", tensors), without_prefix("swa", tensors), meta)
+            self.sampler.load_state(meta["sampler"])
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            if isinstance(error, ShardError):
+                raise
+            raise CheckpointError(f"{path} is damaged ({error}); start the run afresh with --overwrite") from None
         self.step = self.last_checkpoint = meta["step"]
+        self.tokens = meta.get("tokens", self.step * self.config.batch_tokens)
         self.loss = meta["loss"]
         self.clock = TrainingClock(device, meta["seconds"])
 
