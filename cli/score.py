@@ -19,7 +19,7 @@ from ..model.parallel import is_one_of_many, own_device, processes_here
 from ..model.prepare import tokenizer_beside
 from ..model.shards import TokenStream, find_shards
 from ..model.signals import StopSignals
-from ..model.storage import require_writable
+from ..model.storage import attempt, require_writable
 from ..model.tokenizer import Tokenizer
 from ..model.train import device_name
 from ..ttt.documents import Document, documents_from_texts, documents_from_tokens
@@ -183,7 +183,7 @@ def score_artifact(
     output.say(f"scoring {len(documents):,} documents, {label(config.protocol)}, on {chosen}{many}")
     source_of_weights = f"{loaded.header['payload_sha256']} {weights}"
     key = fingerprint(source_of_weights, documents, config, prequant is not None)
-    with StopSignals() as stop:
+    with StopSignals(output.say) as stop:
         resume |= board is not None and board.is_restarted
         journal = _journal(folder, key, resume, overwrite, board)
         if resume and not (journal.done or journal.base_share):
@@ -216,14 +216,12 @@ def score_artifact(
     result.seconds.update(seconds)
     started = time.perf_counter()
     result.write(folder)
-    try:
-        shown = f"report: {write_report(result, folder, output.say)}"
-    except Exception as error:  # the results are written: no page is worth a finished run
-        shown = f"the report could not be written: {error}"
+    page = attempt("the report", lambda: write_report(result, folder, output.warn), output.warn)
     result.seconds["report"] = time.perf_counter() - started
     remove_journals(folder)
     say_totals(result, output)
-    output.say(shown)
+    if page is not None:
+        output.say(f"report: {page}")
     return result
 
 

@@ -297,10 +297,10 @@ def test_a_picture_that_cannot_be_drawn_is_left_out_and_said(tmp_path, monkeypat
     monkeypatch.setattr("klora.ttt.report._draw", draw)
     said = []
     page = write_report(result([document()]), tmp_path, said.append)
-    assert said == ["the picture could not be drawn: no <fonts> "]
+    assert said == ["the picture could not be made (RuntimeError: no <fonts>\n); the results do not need it"]
     assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
     reader = Reader(page.read_text(encoding="utf-8"))
-    assert "the picture could not be drawn: no <fonts>" in reader.text and "img" not in dict(reader.tags)
+    assert "the picture could not be made (RuntimeError: no <fonts> )" in reader.text and "img" not in dict(reader.tags)
     assert "adapted 1.1000 bits per byte" in reader.text
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from ..model.storage import figure_png, new_figure, write_bytes, write_text
+from ..model.storage import attempt, figure_png, new_figure, write_bytes, write_text
 from .protocols import LEAK_WARNING, LEAKY, label
 from .results import ADAPTED, NOT_ADAPTED, PARTIAL, SHORT, DocumentResult, ScoreResult
 
@@ -79,18 +79,17 @@ $picture
 def write_report(result: ScoreResult, folder: Path, say: Callable[[str], None] = lambda text: None) -> Path:
     """Write report.html and report.png into `folder`, each atomically, and return the page's path.
 
-    Where the picture cannot be drawn, there is none: the page and `say` tell why, and nothing is raised.
+    Where the picture cannot be drawn, there is none, and the page and `say` tell why.
     """
     page, picture = Path(folder) / "report.html", Path(folder) / "report.png"
-    png, missing = b"", ""
-    try:
-        png = _draw(result)
+    missing: list[str] = []
+    png = attempt("the picture", lambda: _draw(result), missing.append) or b""
+    if png:
         write_bytes(picture, png)
-    except Exception as error:  # no reason is worth a finished run
-        missing = f"the picture could not be drawn: {_clean(str(error)) or type(error).__name__}"
+    else:
         picture.unlink(missing_ok=True)  # an earlier run's
-        say(missing)
-    write_text(page, _page(result, png, missing))
+        say(missing[0])
+    write_text(page, _page(result, png, "".join(missing)))
     return page
 
 
@@ -110,7 +109,7 @@ def _page(result: ScoreResult, png: bytes, missing: str) -> str:
         about=escape("Lower is better." if config.is_leaky else f"Lower is better. {WHY_VALID}"),
         cards="\n".join(_card(*card) for card in cards),
         differences=_differences(result, totals),
-        picture=_picture(heading, png) if png else f'<p class="note">{escape(missing)}</p>',
+        picture=_picture(heading, png) if png else f'<p class="note">{escape(_clean(missing))}</p>',
         gained=_documents_table(result, _most(result.documents, gained=True)[:TABLE_ROWS]),
         lost=_documents_table(result, _most(result.documents, gained=False)[:TABLE_ROWS]),
         counts=_counts(result),
