@@ -7,12 +7,14 @@ import os
 import signal
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import SMALL, randomized, words
 from klora.model.artifact import load_artifact, save_artifact
 from klora.model.shards import ShardWriter
-from klora.ttt.results import read_documents_csv
+from klora.ttt.protocols import ttt_preset
+from klora.ttt.results import NOT_ADAPTED, DocumentResult, ScoreResult, read_documents_csv
 from test_cli import klora
 from test_tokenizer import model_with
 
@@ -170,3 +172,18 @@ def test_an_artifact_or_shards_with_a_tokenizer_that_changes_text_are_refused(ar
     for arguments in (("score", artifact), ("train", "--out", tmp_path / "run")):
         refused = klora(*arguments, "--shards", tmp_path / "shards", check=2)
         assert "fineweb.model changes upper case" in refused.stderr
+
+
+def test_the_demo_says_its_deadline_and_what_it_left_out(tmp_path, monkeypatch):
+    """The demo without its training and scoring, which take minutes."""
+    left_out = DocumentResult("a", 100, 200, NOT_ADAPTED, 14.0, 13.5, 14.0, 13.9)
+    scored = ScoreResult([left_out], ttt_preset(), {})
+    stubs = {"prepare_first": None, "run_training": SimpleNamespace(signal=0), "export_run": SimpleNamespace(bytes=5)}
+    stubs |= {"fit_threads": None, "score_artifact": scored}
+    for name, value in stubs.items():
+        monkeypatch.setattr(f"klora.cli.demo.{name}", lambda *arguments, value=value, **options: value)
+    shown = klora("demo", "--out", tmp_path / "demo").stdout
+    assert "scoring, adapted to each document (no further ones after 100 s)" in shown
+    assert "adapted (score_first, deadline: 0.0% adapted)" in shown
+    machine = json.loads(klora("demo", "--out", tmp_path / "demo", "--json").stdout)
+    assert (machine["deadline"], machine["adapted_share"], machine["deadline_hit"]) == (100.0, 0.0, True)

@@ -364,6 +364,16 @@ def test_a_damaged_base_pass_is_an_error_that_says_what_to_do(tmp_path):
             score(documents, tmp_path, resume=True)
 
 
+def test_a_base_pass_that_cannot_be_kept_ends_nothing(tmp_path, monkeypatch):
+    def full(journal, phase):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(Journal, "keep_base", full)
+    said = []
+    assert score([document(40)], tmp_path, say=said.append).documents[0].status == ADAPTED
+    assert len(said) == 1 and "the copy of the base pass for --resume could not be made" in said[0]
+
+
 def test_documents_of_a_batch_that_are_through_outlive_a_stop(tmp_path):
     documents = [document(n, n) for n in (400, 40, 35)]
     asked = []

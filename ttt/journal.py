@@ -180,7 +180,7 @@ def _finished_in(path: Path) -> int:
         with suppress(ValueError):
             record = _parsed(line)
             if "result" in record and _result(record["result"]).status in (SHORT, ADAPTED):
-                found.add(record.get("index"))
+                found.add(str(record.get("index")))
     return len(found)
 
 
@@ -213,7 +213,8 @@ def _is_number(value: Any) -> bool:
 
 def _read_array(path: Path) -> np.ndarray:
     try:
-        array = np.load(path, allow_pickle=False)
+        with open(path, "rb") as file:
+            array = np.lib.format.read_array(file, allow_pickle=False)
     except (ValueError, EOFError):
         array = None
     if array is None or array.dtype != np.float32 or array.ndim != 2:

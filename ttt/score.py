@@ -18,6 +18,7 @@ import torch
 
 from ..model.config import ConfigError
 from ..model.gpt import GPT
+from ..model.storage import attempt
 from .adapters import AdapterPool
 from .base import BaseNll
 from .documents import Document
@@ -98,7 +99,7 @@ def score_documents(
 
         def keep(nll: np.ndarray) -> None:
             kept[:, cells] = nll
-            journal.keep_base(phase)
+            attempt("the copy of the base pass for --resume", lambda: journal.keep_base(phase), say)
 
         with _timed(seconds, phase):
             return BaseNll(of, remaining, config, tick, known=kept[:, cells], keep=keep)
