@@ -19,8 +19,9 @@ from ..model.corpus import CorpusError
 from ..model.shards import ShardError
 from ..model.tokenizer import TokenizerError
 from ..model.train import NonFiniteLoss
+from ..ttt.journal import JournalError
 from ..ttt.ranks import LostStore
-from ..ttt.score import JournalError, NonFiniteScore
+from ..ttt.score import NonFiniteScore
 from .bench import bench
 from .demo import demo
 from .doctor import doctor

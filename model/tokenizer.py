@@ -4,14 +4,20 @@
                       + 1 if t's piece starts with a space and prev is not a control token
 
 A byte token is 1; control, unknown and unused tokens are 0. SentencePiece puts a space in front of every text; after
-BOS it is not text, and that is the space the rule leaves out. Inside pieces a space is U+2581, counted as the 1 byte it
-stands for. So the bytes of a document's targets sum to its text's UTF-8 length, with one exception: a literal U+2581 in
-a text is indistinguishable from a space, and is counted (1 byte, not 3) and decoded as one.
+BOS it is not text, and that is the space the rule leaves out. (A model with add_dummy_prefix off puts none there: each
+space it encodes is counted.) Inside pieces a space is U+2581, counted as the 1 byte it stands for. So the bytes of a
+document's targets sum to its text's UTF-8 length, with one exception: a literal U+2581 in a text is indistinguishable
+from a space, and is counted (1 byte, not 3) and decoded as one.
+
+That holds for models that keep a text as it is. Others (that normalise, fold case, drop spaces, write spaces behind
+words or have no piece for them) would be counted wrong, so every model is probed when it is loaded, and those are
+refused.
 """
 
 import io
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Self
 
@@ -31,21 +37,54 @@ SENTENCE_BYTES = 4192
 # At most 100 MB of ASCII text: bounds memory for a corpus of any size.
 SAMPLED_SENTENCES = 100_000
 
+PROBES = {
+    "a space": " ",
+    "several spaces": "a  b   c",
+    "leading and trailing spaces": "  a ",
+    "line ends": "a\nb\r\nc\r\n\nd\n",
+    "tabs": "\ta\t\tb",
+    "upper case": "Straße ABC İI",
+    "composed and decomposed accents": "é e\u0301 \u212b \u00c5 가 \u1100\u1161",
+    "full-width letters": "Ａｂ１！ ｶﾞ",
+    "ligatures": "ﬁ ﬄ ĳ …",
+    "emoji": "😀👩\u200d🚀❤\ufe0f",
+    "other spaces": "\u00a0a\u2028b\u3000c\ufeffd\x0be\x85",
+    "the mark of a space": f"a{SPACE}b {SPACE}",
+    "the null character": "\0a\0",
+    "names of control tokens": "<s></s><unk><pad><0x0A>",
+    # The first 256 characters and one for each other lead byte of UTF-8: every byte that a text can have.
+    "all bytes": "".join(map(chr, (*range(0x100), *range(0x100, 0x800, 0x40), *range(0x800, 0xD800, 0x800))))
+    + "\ue000\uf000\U00010000\U00040000\U00080000\U000c0000\U00100000",
+}
+"""Texts that a model has to give back as they are."""
+
+KEEPS_TEXT = (
+    "normalization_rule_name=identity, remove_extra_whitespaces=false, treat_whitespace_as_suffix=false, "
+    "byte_fallback=true and a piece for the space"
+)
+"""The options of SentencePiece's trainer that make such a model."""
+
 
 class TokenizerError(ValueError):
     """A tokenizer that cannot be trained as asked, or a model that does not fit this system."""
 
 
 class Tokenizer:
-    """A SentencePiece model with BOS id 1.
+    """A SentencePiece model with BOS id 1 that gives every text back as it is.
 
     piece_bytes    int64 [V]  bytes of the piece without one leading space; 0 for control tokens
     leading_space  bool [V]   whether the piece starts with a space
     is_control     bool [V]   control, unknown and unused tokens: no text
+    adds_space     bool       whether the model puts a space in front of every text, which is none of its bytes
+    unknown_id     int        the token of text that is lost; no text is encoded as it
     """
 
     def __init__(self, model: bytes, source: str = "tokenizer"):
-        """`model` is a serialized SentencePiece model; `source` names it in errors. Raises TokenizerError."""
+        """`model` is a serialized SentencePiece model; `source` names it in errors.
+
+        TokenizerError: bytes that are no model, another BOS, too many pieces, no byte fallback, or a model that does
+        not give back what it encoded. The error says which text it changes.
+        """
         self._model = bytes(model)
         try:
             # Not the constructor: it takes empty bytes for no model and loads nothing.
@@ -67,6 +106,30 @@ class Tokenizer:
         self.is_control = np.array(control)
         self.leading_space = np.array([self._text[i].startswith(b" ") and not byte[i] for i in ids])
         self.piece_bytes = np.array([len(text) for text in self._text]) - self.leading_space
+        self.unknown_id = processor.unk_id()
+        self.adds_space = self._text[processor.encode("a")[0]].startswith(b" ")
+        if fault := self._fault():
+            raise TokenizerError(
+                f"{source} {fault}: bits per byte would be of another text. Allowed: models that keep text as it is "
+                f"({KEEPS_TEXT}), such as those that `klora train` makes"
+            )
+
+    def _fault(self) -> str | None:
+        """What the model does to which text; None where it keeps all that is tried here as it is."""
+        learned = "".join(text.decode() for text in self._text if not _is_broken(text))
+        for name, text in {**PROBES, "its own pieces": learned}.items():
+            ids, wanted = self.encode(text), text.replace(SPACE, " ")
+            found, counted = self.decode(ids), int(self.target_bytes(ids).sum())
+            if found != wanted:
+                return f"changes {name}: it reads {_around(wanted, found)} back as {_around(found, wanted)}"
+            if counted != len(wanted.encode()):
+                return f"miscounts {name}: {counted} bytes for {_around(text)}, which has {len(wanted.encode())}"
+        wanted = every_character().replace(SPACE, " ")
+        found = self._processor.normalize(every_character()).replace(SPACE, " ")
+        found = found.removeprefix(" ") if self.adds_space else found
+        if found != wanted:
+            return f"changes characters: it reads {_around(wanted, found)} as {_around(found, wanted)}"
+        return None
 
     @classmethod
     def train(cls, documents: Iterable[Document], vocab_size: int = 1024) -> Self:
@@ -143,24 +206,31 @@ class Tokenizer:
         return [np.array(ids, dtype=np.uint16) for ids in encoded]
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """The text of `ids` [n]; the space in front of a text, at the start or after a control token, is left out.
+        """The text of `ids` [n]; the space that the model adds at the start or after a control token is left out.
 
         Bytes that are not UTF-8 become U+FFFD. TokenizerError for an id outside the vocabulary.
         """
         ids = np.asarray(ids, dtype=np.int64)
-        if ids.size and not 0 <= ids.min() <= ids.max() < self.vocab_size:
-            raise TokenizerError(f"ids from {ids.min()} to {ids.max()}; allowed: 0 to {self.vocab_size - 1}")
-        starts_text = np.concatenate([[True], self.is_control[ids[:-1]]])[: ids.size]
+        self._require_ids(ids)
+        starts_text = np.concatenate([[True], self.is_control[ids[:-1]]])[: ids.size] & self.adds_space
         cut = self.leading_space[ids] & starts_text
         return b"".join(self._text[i][c:] for i, c in zip(ids.tolist(), cut.tolist(), strict=True)).decode(
             errors="replace"
         )
 
     def target_bytes(self, tokens: np.ndarray) -> np.ndarray:
-        """Bytes of text of each target `tokens[1:]` given the token before it: [n] -> int64 [n - 1]."""
+        """Bytes of text of each target `tokens[1:]` given the token before it: [n] -> int64 [n - 1].
+
+        TokenizerError for an id outside the vocabulary.
+        """
         tokens = np.asarray(tokens)
+        self._require_ids(tokens)
         previous, target = tokens[:-1], tokens[1:]
-        return self.piece_bytes[target] + (self.leading_space[target] & ~self.is_control[previous])
+        return self.piece_bytes[target] + (self.leading_space[target] & ~(self.is_control[previous] & self.adds_space))
+
+    def _require_ids(self, ids: np.ndarray) -> None:
+        if ids.size and not 0 <= ids.min() <= ids.max() < self.vocab_size:
+            raise TokenizerError(f"ids from {ids.min()} to {ids.max()}; allowed: 0 to {self.vocab_size - 1}")
 
 
 class _Remembering:
@@ -200,6 +270,23 @@ def _piece_text(piece: str, is_byte: bool, is_control: bool) -> bytes:
     if is_control:
         return b""
     return bytes([int(piece[3:5], 16)]) if is_byte else piece.replace(SPACE, " ").encode()
+
+
+@cache
+def every_character() -> str:
+    """All of Unicode but surrogates, in order."""
+    return np.array([*range(0xD800), *range(0xE000, 0x110000)], dtype="<u4").tobytes().decode("utf-32-le")
+
+
+def _is_broken(text: bytes) -> bool:
+    """Whether a piece's bytes are only a part of a character."""
+    return len(text) == 1 and text >= b"\x80"
+
+
+def _around(text: str, other: str = "") -> str:
+    """`text` quoted; of a long one the part where it begins to differ from `other`."""
+    at = next((i for i, (a, b) in enumerate(zip(text, other, strict=False)) if a != b), min(len(text), len(other)))
+    return repr(text if len(text) <= 24 else text[max(0, at - 4) : at + 8])
 
 
 def _training_failure(message: str, vocab_size: int) -> str:

@@ -14,6 +14,7 @@ from klora.model.config import ModelConfig, preset
 from klora.model.gpt import GPT
 from klora.model.loading import model_from_artifact
 from klora.ttt.adapters import AdapterPool
+from klora.ttt.base import BaseNll
 from klora.ttt.documents import Document
 from klora.ttt.engine import (
     Engine,
@@ -560,3 +561,18 @@ class TestOnGPU:
             found.append(token_nll(engine, docs)[0])
         for other in found[1:]:
             np.testing.assert_array_equal(other, found[0])
+
+    def test_a_base_pass_goes_on_from_what_is_kept(self):
+        config, docs = TTTConfig(batch=8), documents(LONG)
+        model = on_gpu()
+        whole, kept = BaseNll(model, docs, config), []
+        known = np.stack([whole.nll, whole.tempered])
+        known[:, known.shape[1] // 2 :] = np.nan
+        again = BaseNll(model, docs, config, known=known, keep=kept.append)
+        found, is_known = np.stack([again.nll, again.tempered]), ~np.isnan(known)
+        assert np.isfinite(found).all() and len(kept) == 1 and np.array_equal(kept[0], found)
+        for index in range(len(docs)):
+            assert again.of(index) == pytest.approx(whole.of(index), rel=1e-3)
+        untouched = is_known.all(0)
+        untouched[known.shape[1] // 2 - config.window :] = False  # a window that is partly known is computed whole
+        assert np.array_equal(found[:, untouched], known[:, untouched])

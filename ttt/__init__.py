@@ -1,7 +1,17 @@
 """Test-time training: documents, adapters, protocols, scoring and the report."""
 
 from .documents import Document, documents_from_texts
+from .journal import Journal
 from .protocols import TTTConfig, ttt_preset
-from .score import Journal, score_documents
+from .results import read_documents_csv
+from .score import score_documents
 
-__all__ = ["Document", "Journal", "TTTConfig", "documents_from_texts", "score_documents", "ttt_preset"]
+__all__ = [
+    "Document",
+    "Journal",
+    "TTTConfig",
+    "documents_from_texts",
+    "read_documents_csv",
+    "score_documents",
+    "ttt_preset",
+]

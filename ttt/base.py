@@ -6,6 +6,7 @@ window's arithmetic does not know its batch mates. Indices, tokens and results s
 until all results are read.
 """
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -25,6 +26,9 @@ MICRO_TOKENS = {"cpu": 8192, "cuda": 65536}
 PAD = 64
 """Windows are padded to a multiple of this."""
 
+KEEP_SECONDS = 60.0
+"""How much of the pass a kill can cost. What is kept is 8 bytes a token, read from the device and written whole."""
+
 
 class BaseNll:
     """Per-target NLL of the unadapted model over a set of documents, at temperature 1 and at the adapted one.
@@ -33,6 +37,10 @@ class BaseNll:
     target `start` on, in float64. `is_short` says which documents have fewer than `min_tokens` tokens. `tick`
     gets the number of targets sent to the device so far. `backend` is handed to the ops; a float64 model, which no
     kernel takes, runs on the reference.
+
+    `known` is what an interrupted pass over the same documents had found, fp32 [2, n] over their concatenation and NaN
+    where it had not come: no window is computed again whose targets are all known. `keep` gets such an array every
+    KEEP_SECONDS, before an exception of `tick` goes on, and at the end.
     """
 
     def __init__(
@@ -42,6 +50,8 @@ class BaseNll:
         config: TTTConfig,
         tick: Callable[[int], None] = lambda targets: None,
         backend: str | None = None,
+        known: np.ndarray | None = None,
+        keep: Callable[[np.ndarray], None] = lambda nll: None,
     ):
         self.config = config
         targets = np.array([document.targets for document in documents], dtype=np.int64)
@@ -64,13 +74,31 @@ class BaseNll:
         tokens = np.concatenate([document.tokens for document in documents] or [np.zeros(0)]).astype(np.int32)
         on_device = torch.from_numpy(tokens).to(device)
         # The last cell takes what does not exist.
-        record = torch.zeros(2, len(tokens) + 1, device=device)
-        done = 0
+        record = torch.full((2, len(tokens) + 1), torch.nan, device=device)
+        if known is not None:
+            record[:, :-1] = torch.from_numpy(known)
+            plans = [(_unknown(windows, known), longest, temperature) for windows, longest, temperature in plans]
+        record[:, torch.from_numpy(self.offsets)] = 0.0  # BOS is no target
+
+        def found() -> np.ndarray:
+            return record[:, :-1].cpu().numpy()
+
+        done = int(targets.sum()) - sum(int((windows.length - windows.first).sum()) for windows, _, _ in plans)
+        kept_at, is_new = time.monotonic(), False
         for windows, longest, temperature in plans:
             for targets_sent in _score(weights, on_device, record, windows, longest, temperature, backend):
-                done += targets_sent
-                tick(done)
-        self.nll, self.tempered = record[:, :-1].cpu().numpy()
+                done, is_new = done + targets_sent, True
+                try:
+                    tick(done)
+                except Exception:
+                    keep(found())
+                    raise
+                if time.monotonic() - kept_at > KEEP_SECONDS:
+                    keep(found())
+                    kept_at = time.monotonic()
+        self.nll, self.tempered = nll = found()
+        if is_new:
+            keep(nll)
 
     def of(self, index: int, start: int = 0) -> tuple[float, float]:
         """(nats, nats at the adapted temperature) of document `index` from its target `start` on."""
@@ -117,6 +145,12 @@ def _score(
 
 def _select(windows: Windows, keep: np.ndarray) -> Windows:
     return Windows(windows.start[keep], windows.length[keep], windows.first[keep])
+
+
+def _unknown(windows: Windows, known: np.ndarray) -> Windows:
+    """The windows with any target of which `known` [2, n] does not say both NLLs."""
+    missing = np.concatenate([[0], np.cumsum(np.isnan(known).any(0))])
+    return _select(windows, missing[windows.start + windows.length + 1] > missing[windows.start + windows.first + 1])
 
 
 def _batches_of_one_length(lengths: np.ndarray, micro_tokens: int) -> Iterator[tuple[np.ndarray, int]]:

@@ -4,13 +4,16 @@ A document is BOS followed by its tokens; its targets are the tokens after BOS, 
 chunks of `chunk`; chunk j is scored inside a window of up to `window` tokens that ends where the chunk ends.
 """
 
+import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
 from ..model.corpus import Document as TextDocument
-from ..model.tokenizer import Tokenizer
+from ..model.tokenizer import SPACE, Tokenizer, TokenizerError
+
+log = logging.getLogger(__name__)
 
 ENCODE_BATCH = 256
 """Texts tokenized at a time: bounds memory and feeds the tokenizer's threads."""
@@ -30,12 +33,17 @@ class Document:
 
 
 def documents_from_texts(texts: Iterable[TextDocument], tokenizer: Tokenizer, threads: int = 2) -> Iterator[Document]:
-    """Tokenize texts as they come; bytes are those of the text in UTF-8."""
+    """Tokenize texts as they come; bytes are those of the text in UTF-8.
+
+    Raises TokenizerError where a text's tokens stand for another number of bytes. The one exception is the mark that
+    SentencePiece has for a space: where a text has it, its tokens say a space, and a warning names the document.
+    """
     batch: list[TextDocument] = []
 
     def encoded() -> Iterator[Document]:
         tokens = tokenizer.encode_many([document.text for document in batch], threads)
         for document, ids in zip(batch, tokens, strict=True):
+            _check_bytes(document, int(tokenizer.target_bytes(ids).sum()))
             yield Document(document.name, ids, len(document.text.encode()))
 
     for text in texts:
@@ -46,10 +54,40 @@ def documents_from_texts(texts: Iterable[TextDocument], tokenizer: Tokenizer, th
     yield from encoded()
 
 
+def _check_bytes(document: TextDocument, counted: int) -> None:
+    marks = document.text.count(SPACE)
+    wanted = len(document.text.encode()) - marks * (len(SPACE.encode()) - 1)
+    if counted != wanted:
+        raise TokenizerError(
+            f"document {document.name!r} has {wanted:,} bytes of text, but its tokens stand for {counted:,}; give the "
+            "tokenizer that keeps this text as it is, or leave the document out"
+        )
+    if marks:
+        log.warning(
+            "document %r has the character U+2581 %d times: the tokenizer reads it as a space; its bits per byte are "
+            "over the bytes of the text",
+            document.name,
+            marks,
+        )
+
+
 def documents_from_tokens(pairs: Iterable[tuple[str, np.ndarray]], tokenizer: Tokenizer) -> Iterator[Document]:
-    """Documents from (name, tokens that start with BOS), as a token stream has them; bytes by the tokenizer's rule."""
+    """Documents from (name, tokens that start with BOS), as a token stream has them; bytes by the tokenizer's rule.
+
+    Raises TokenizerError where that rule cannot say how many bytes they are: for tokens outside the vocabulary and for
+    the unknown one, whose text is lost.
+    """
     for name, tokens in pairs:
-        yield Document(name, tokens, int(tokenizer.target_bytes(tokens).sum()))
+        if (tokens == tokenizer.unknown_id).any():
+            raise TokenizerError(
+                f"document {name!r} has the unknown token {tokenizer.unknown_id}, whose bytes of text nobody knows; "
+                "make the shards with this tokenizer, which has a token for every byte"
+            )
+        try:
+            text_bytes = int(tokenizer.target_bytes(tokens).sum())
+        except TokenizerError as error:
+            raise TokenizerError(f"document {name!r} has {error}; give the tokenizer that made the shards") from None
+        yield Document(name, tokens, text_bytes)
 
 
 @dataclass(frozen=True)

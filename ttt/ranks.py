@@ -31,10 +31,11 @@ from ..model.weights import frozen_weights
 from .base import BaseNll
 from .documents import Document
 from .engine import engine_of, memory_of
+from .journal import Journal
 from .protocols import TTTConfig
 from .results import DocumentResult, ScoreResult
 from .schedule import Waiting
-from .score import UNCAPTURED, Interrupted, Journal, unadapted, with_adaptation
+from .score import UNCAPTURED, Interrupted, unadapted, with_adaptation
 from .scorer import Adapted, Deadline
 
 PATIENCE = 60.0

@@ -26,8 +26,6 @@ from .adapters import AdapterPool
 from .documents import Document
 from .protocols import MIN_NLL, TTTConfig, learning_rate
 
-SHORT, ADAPTED, PARTIAL, NOT_ADAPTED = "short", "adapted", "partly adapted (deadline)", "not adapted (deadline)"
-
 
 class Deadline:
     """`seconds` from now, of which `spent` are gone already; 0 seconds never pass."""
