@@ -90,6 +90,10 @@ class FusedStep:
         """The step over what `tokens` and `rates` hold; for measuring, where a step is one graph."""
         self._first()
 
+    def refresh(self) -> None:
+        """Take the parameters as they are now: they were changed from outside."""
+        self.stored.refresh()
+
     def flush(self) -> list[tuple[float, float]]:
         """Wait for the steps that are under way; their (loss, gradient norm), oldest first."""
         return [late for i in range(AHEAD) if (late := self._read((self._steps + i) % AHEAD)) is not None]

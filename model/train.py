@@ -153,6 +153,9 @@ class EagerStep:
             with phase("optimizer"):
                 self.optimizers.step(step, scale)
 
+    def refresh(self) -> None:
+        """Nothing of the step is kept beside the parameters."""
+
     def flush(self) -> list[tuple[float, float]]:
         """(loss, gradient norm) of the step that none has asked for."""
         last, self._last = self._last, None
@@ -506,6 +509,7 @@ class Trainer:
         optimizer = without_prefix("optimizer", tensors)
         try:
             self.model.load_state_dict(without_prefix("model", tensors))
+            self.stepper.refresh()
             # AdamW counts its steps in a CPU tensor, whatever the device of the moments.
             self.optimizers.load_state_tensors(
                 {name: t if name.endswith("/step") else t.to(device) for name, t in optimizer.items()}
