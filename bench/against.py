@@ -15,12 +15,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..errors import KloraError
 from .record import result_key
 
 ROOMS = ("kernels", "model", "ttt", "bench", "cli")
 
 
-class RevisionError(ValueError):
+class RevisionError(KloraError, ValueError):
     """A revision that cannot be measured, and why."""
 
 

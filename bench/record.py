@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from ..errors import KloraError
 from .entry import Entry, Shape, Variant
 from .environment import environment
 from .gate import Verdict, check, why_broken
@@ -85,7 +86,7 @@ RECORD_SCHEMA = {
 }
 
 
-class RecordError(ValueError):
+class RecordError(KloraError, ValueError):
     """A file that is no record, and where it departs from the schema."""
 
 

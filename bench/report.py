@@ -20,6 +20,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+from ..errors import KloraError
 from ..model.storage import write_bytes, write_text
 from .record import RecordError, validate
 from .timing import SPREAD
@@ -42,7 +43,7 @@ Record = Mapping[str, Any]
 Result = Mapping[str, Any]
 
 
-class ReadmeError(ValueError):
+class ReadmeError(KloraError, ValueError):
     """A README without exactly one pair of marker lines; the message says what to write."""
 
 

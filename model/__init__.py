@@ -1,12 +1,17 @@
 """The lean language model: config, network, data and tokenizer, Muon, training, artifact."""
 
-from .artifact import ArtifactError, load_artifact, save_artifact
-from .config import ConfigError, ModelConfig, TrainConfig, preset
-from .gpt import GPT
-from .int6_model import int6_model_from_artifact, quantize_linears
-from .loading import model_from_artifact, model_from_run
-from .muon import Muon
-from .tokenizer import Tokenizer
+from typing import TYPE_CHECKING
+
+from ..lazy import lazy_exports
+
+if TYPE_CHECKING:
+    from .artifact import ArtifactError, load_artifact, save_artifact
+    from .config import ConfigError, ModelConfig, TrainConfig, preset
+    from .gpt import GPT
+    from .int6_model import int6_model_from_artifact, quantize_linears
+    from .loading import model_from_artifact, model_from_run
+    from .muon import Muon
+    from .tokenizer import Tokenizer
 
 __all__ = [
     "GPT",
@@ -24,3 +29,5 @@ __all__ = [
     "quantize_linears",
     "save_artifact",
 ]
+
+__getattr__, __dir__ = lazy_exports(__name__)

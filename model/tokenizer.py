@@ -18,6 +18,7 @@ from typing import Self
 import numpy as np
 import sentencepiece
 
+from ..errors import KloraError
 from .corpus import Document
 
 BOS_ID = 1
@@ -32,7 +33,7 @@ SENTENCE_BYTES = 4192
 SAMPLED_SENTENCES = 100_000
 
 
-class TokenizerError(ValueError):
+class TokenizerError(KloraError, ValueError):
     """A tokenizer that cannot be trained as asked, or a model that does not fit this system."""
 
 

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from ..errors import KloraError
 from .average import WeightAverages
 from .checkpoint import CheckpointError, load_tensors, save_tensors, with_prefix, without_prefix
 from .config import ConfigError, Preset, TrainConfig
@@ -38,7 +39,7 @@ from .storage import write_bytes, write_text
 CHECKPOINT, MODEL, RUN, TOKENIZER = "checkpoint.safetensors", "model.safetensors", "run.json", "tokenizer.model"
 
 
-class NonFiniteLoss(RuntimeError):
+class NonFiniteLoss(KloraError, RuntimeError):
     """The loss or the gradient norm is no longer a number; the weights were not updated with it."""
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..errors import KloraError
 from ..model.config import ConfigError
 from ..model.gpt import GPT
 from ..model.storage import write_text
@@ -36,7 +37,7 @@ reference. auto: the engine on a GPU; elsewhere eager, or uncaptured on several 
 rounding."""
 
 
-class Interrupted(RuntimeError):
+class Interrupted(KloraError, RuntimeError):
     """Scoring was stopped before its end; the journal, or those of all ranks, hold `done` of `total` documents."""
 
     def __init__(self, done: int, total: int):
@@ -44,11 +45,11 @@ class Interrupted(RuntimeError):
         self.done, self.total = done, total
 
 
-class NonFiniteScore(RuntimeError):
+class NonFiniteScore(KloraError, RuntimeError):
     """An adapted NLL that is no number: the adapter diverged."""
 
 
-class JournalError(ValueError):
+class JournalError(KloraError, ValueError):
     """A journal that belongs to another run, and what to do."""
 
 

@@ -13,16 +13,14 @@ reference.py states it, plan.py puts the products of all matrices in order, prod
 chained.py in one launch, edges.py does what comes before and after, op.py decides what runs where.
 """
 
-from .op import muon_apply_, muon_updates, newton_schulz, pick_backend, pick_config, pick_form
-from .products import NewtonSchulzConfig
-from .reference import (
-    JORDAN,
-    coefficients_of,
-    muon_apply_ref_,
-    muon_updates_ref,
-    newton_schulz_ref,
-    update_scale,
-)
+from typing import TYPE_CHECKING
+
+from ...lazy import lazy_exports
+from .reference import JORDAN, coefficients_of, muon_apply_ref_, muon_updates_ref, newton_schulz_ref, update_scale
+
+if TYPE_CHECKING:
+    from .op import muon_apply_, muon_updates, newton_schulz, pick_backend, pick_config, pick_form
+    from .products import NewtonSchulzConfig
 
 __all__ = [
     "JORDAN",
@@ -39,3 +37,5 @@ __all__ = [
     "pick_form",
     "update_scale",
 ]
+
+__getattr__, __dir__ = lazy_exports(__name__)

@@ -33,7 +33,6 @@ def pick_form(rows: int, columns: int) -> str:
     return "gram" if max(rows, columns) >= 2 * min(rows, columns) else "standard"
 
 
-@torch.compiler.assume_constant_result
 def pick_backend(device: torch.device) -> str:
     """'triton' where the kernels run, which is on Hopper; 'reference' elsewhere."""
     runs = device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
@@ -120,6 +119,7 @@ def _run(
 ) -> Tensor:
     """Orthogonal matrices of tensors [B, rows, columns], packed; :func:`_unpack` finds them."""
     layouts, device = _layouts(tensors), tensors[0].device
+    _check_device(device)
     config = pick_config(_shapes(layouts, forms), dtype, tensors[0].is_cuda)
     plan, pieces = _lasting(_layout(layouts, steps, coefficients, tuple(forms), config, device), device)
     inner = torch.float32 if dtype == torch.float32 else torch.float16
@@ -194,6 +194,7 @@ def _muon_apply(
 ) -> None:
     layouts = _layouts(parameters)
     strides, device = tuple(u.stride(-2) for u in updates), parameters[0].device
+    _check_device(device)
     pieces, scales = _lasting(_targets(layouts, strides, scale, device), device)
     if lr_on_device is None:
         apply_updates(parameters, updates, scales, lr, weight_decay, pieces)
@@ -296,11 +297,16 @@ def muon_apply_(
 def _takes_kernel(tensor: Tensor, backend: str | None) -> bool:
     if backend not in (None, "triton", "reference"):
         raise ValueError(f"backend={backend!r} is not possible; allowed: 'triton', 'reference' or None")
-    takes = backend == "triton" or (backend is None and tensor.is_cuda)
-    runs = pick_backend(tensor.device) == "triton" or not tensor.is_cuda  # off the GPU, in Triton's interpreter
-    if takes and not runs:
+    return backend == "triton" or (backend is None and tensor.is_cuda)
+
+
+def _check_device(device: torch.device) -> None:
+    """ValueError for a GPU that the kernels do not run on. Inside the ops, where no compiler traces it.
+
+    Off the GPU they run in Triton's interpreter.
+    """
+    if device.type == "cuda" and pick_backend(device) != "triton":
         raise ValueError("the kernels need compute capability 9.0 (Hopper); allowed here: backend='reference'")
-    return takes
 
 
 def _check(tensors: Sequence[Tensor]) -> None:
