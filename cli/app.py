@@ -12,16 +12,19 @@ from typer.main import get_command
 from .. import KloraError, __version__
 
 COMMANDS = {
-    "demo": "Train the tiny preset on Python's standard library, export it, adapt it to held-out files, draw the report.",
+    "demo": "Train the tiny preset on Python's standard library, export it, adapt it to held-out files, "
+    "draw the report.",
     "train": "Train a model on text, on CPU or GPU, alone or under torchrun.",
     "export": "Quantise a run's weights to int6 and write one artifact that fits the budget.",
     "score": "Score documents in bits per byte, adapting the model to each while it reads it.",
-    "generate": "Sample text that goes on from a prompt, token by token over a KV cache, until a new document would begin.",
+    "generate": "Sample text that goes on from a prompt, token by token over a KV cache, "
+    "until a new document would begin.",
     "bench": "Check every variant against float64, time those that pass, and write one record a group.",
     "profile": "Write a trace of one training step or TTT pass and list the kernels that take the time.",
     "doctor": "Show device, versions, the attention backend in use and why, the kernel backend, and what is missing.",
 }
-"""The first line of each command's help, so that listing them imports none. Each is a function in a module of its name."""
+"""The first line of each command's help, so that listing them imports none. A command is a function in a module of its
+name."""
 
 MARKUP = "markdown"
 

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from .config import ConfigError, ModelConfig, TrainConfig, preset
     from .gpt import GPT
     from .int6_model import int6_model_from_artifact, quantize_linears
-    from .loading import model_from_artifact, model_from_run
+    from .loading import model_from_artifact, model_from_run, tokenizer_of
     from .muon import Muon
     from .tokenizer import Tokenizer
 
@@ -28,6 +28,7 @@ __all__ = [
     "preset",
     "quantize_linears",
     "save_artifact",
+    "tokenizer_of",
 ]
 
 __getattr__, __dir__ = lazy_exports(__name__)

@@ -237,6 +237,10 @@ class GPT(nn.Module):
             cache.last_token, cache.last_x = tokens[:, -1], normed[:, -1]
         return rms_norm_ref(x)
 
+    def forward(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
+        """As :meth:`logits`."""
+        return self.logits(tokens, cache)
+
     def logits(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
         """tokens [B, S] -> soft-capped logits [B, S, V] in fp32 (fp64 for a float64 model)."""
         hidden = self.hidden(tokens, cache=cache)

@@ -1,9 +1,6 @@
-"""Adapting a language model to each document while it reads it: Triton kernels, a lean model, test-time training.
+"""Adapting a language model to each document while it reads it: Triton kernels, a lean model, test-time training."""
 
->>> import klora
->>> lm = klora.load("tiny.klora", device="cpu")
-"""
-
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .errors import KloraError
@@ -16,3 +13,6 @@ __version__ = "0.1.0"
 __all__ = ["KloraError", "LanguageModel", "__version__", "load"]
 
 __getattr__, __dir__ = lazy_exports(__name__)
+
+if not Path(__file__).with_name("kernels").exists():  # src/klora of a clone: the subpackages are folders at its root
+    __path__.append(str(Path(__file__).parents[2]))
