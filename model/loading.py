@@ -26,7 +26,7 @@ def model_from_artifact(
     logits fp32 [B, S, V]. ArtifactError: a file that is no artifact. ConfigError: another device or other weights.
     """
     if weights not in WEIGHTS:
-        raise ConfigError(f"--weights {weights!r} is not possible; allowed: {', '.join(WEIGHTS)}")
+        raise ConfigError(f"weights={weights!r} is not possible; allowed: {', '.join(WEIGHTS)}")
     artifact, device = artifact if isinstance(artifact, Artifact) else load_artifact(artifact), _device(device)
     if weights == "int6":
         from .int6_model import int6_model_from_artifact

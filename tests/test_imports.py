@@ -84,7 +84,8 @@ def test_names_that_are_imported_late_are_all_there(name):
     package = importlib.import_module(name)
     tree = ast.parse(inspect.getsource(package))
     (block,) = (node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
-    late = {alias.name: f"{name}.{statement.module}" for statement in block.body for alias in statement.names}
+    statements = [statement for statement in block.body if statement.module]
+    late = {alias.name: f"{name}.{statement.module}" for statement in statements for alias in statement.names}
     assert late.keys() <= set(package.__all__) <= set(dir(package))
     for exported in package.__all__:
         value = getattr(package, exported)
@@ -93,6 +94,12 @@ def test_names_that_are_imported_late_are_all_there(name):
             assert value is getattr(importlib.import_module(late[exported]), exported)
     with pytest.raises(AttributeError, match="has no attribute 'no_such_name'"):
         package.no_such_name  # noqa: B018
+
+
+def test_the_packages_are_there_with_klora_alone():
+    code = "import klora\nprint(json.dumps([klora.kernels.BOS, klora.ttt.ttt_preset().lr, klora.model.GPT.__name__]))"
+    assert python(code) == [1, klora.ttt.ttt_preset().lr, "GPT"]
+    assert {"kernels", "model", "ttt"} <= set(dir(klora))
 
 
 def test_an_op_asked_for_late_is_registered_compiles_whole_and_goes_before_its_module():

@@ -7,6 +7,9 @@ from .errors import KloraError
 from .lazy import lazy_exports
 
 if TYPE_CHECKING:
+    from . import kernels as kernels
+    from . import model as model
+    from . import ttt as ttt
     from .language_model import LanguageModel, load
 
 __version__ = "0.1.0"

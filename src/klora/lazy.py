@@ -26,8 +26,8 @@ def lazy_exports(package: str) -> tuple[Callable[[str], Any], Callable[[], list[
     must for Triton.
     """
     module = sys.modules[package]
-    module_of = {
-        alias.name: f".{statement.module}"
+    module_of = {  # None where the name is a module's own
+        alias.name: statement.module
         for block in ast.parse(module.__loader__.get_source(package)).body
         if isinstance(block, ast.If) and ast.unparse(block.test) == "TYPE_CHECKING"
         for statement in block.body
@@ -37,7 +37,9 @@ def lazy_exports(package: str) -> tuple[Callable[[str], Any], Callable[[], list[
     def __getattr__(name: str) -> Any:
         if name not in module_of:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        value = getattr(import_module(module_of[name], package), name)
+        value = import_module(f".{module_of[name] or name}", package)
+        if module_of[name]:
+            value = getattr(value, name)
         setattr(module, name, value)
         return value
 
