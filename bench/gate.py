@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..errors import KloraError
 from .entry import Entry, Shape, as_tuple
 
 MARGIN = 1.10
@@ -20,7 +21,7 @@ EXACT = 1e-12
 """Errors below this are float64 rounding of the comparison itself."""
 
 
-class RedGate(RuntimeError):
+class RedGate(KloraError, RuntimeError):
     """A variant computes something else than the op; the message names it, its error and what was allowed."""
 
 

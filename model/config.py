@@ -13,8 +13,10 @@ import math
 from collections.abc import Mapping
 from typing import Any, Self
 
+from ..errors import KloraError
 
-class ConfigError(ValueError):
+
+class ConfigError(KloraError, ValueError):
     """A field that does not exist or a value that is not allowed."""
 
 

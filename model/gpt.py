@@ -128,6 +128,10 @@ class GPT(nn.Module):
         weights = weights_of(self) if cache is None else cache.weights
         return network.hidden(weights, tokens, (cos, sin), adapters, None, cache, backend or self.backend)
 
+    def forward(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
+        """As :meth:`logits`."""
+        return self.logits(tokens, cache)
+
     def logits(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
         """tokens [B, S] -> soft-capped logits [B, S, V] in fp32 (fp64 for a float64 model)."""
         hidden = self.hidden(tokens, cache=cache)

@@ -28,6 +28,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from ..errors import KloraError
 from .average import WeightAverages
 from .checkpoint import CheckpointError, load_tensors, save_tensors, with_prefix, without_prefix
 from .config import ConfigError, Preset, TrainConfig
@@ -57,7 +58,7 @@ SLOW_STEP = 2.0
 """Seconds a step from which several ranks agree between micro-batches on whether to stop; it takes a collective."""
 
 
-class NonFiniteLoss(RuntimeError):
+class NonFiniteLoss(KloraError, RuntimeError):
     """The loss or the gradient norm is no longer a number; the weights were not updated with it."""
 
 

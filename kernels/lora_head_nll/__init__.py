@@ -31,9 +31,14 @@ the order of the rows. A target outside [0, V) is not scored: nll 0, no gradient
 gradient beside adapters. Hu et al. 2021 (adapters); Moshier's Cephes (tanh).
 """
 
-from .launch import pick_config
-from .op import check_targets, lora_head_nll, lora_head_nll_grads_, softcap_nll
+from typing import TYPE_CHECKING
+
+from ...lazy import lazy_exports
 from .reference import lora_head_nll_ref, softcap_logits_ref, softcap_nll_ref
+
+if TYPE_CHECKING:
+    from .launch import pick_config
+    from .op import check_targets, lora_head_nll, lora_head_nll_grads_, softcap_nll
 
 __all__ = [
     "check_targets",
@@ -45,3 +50,5 @@ __all__ = [
     "softcap_nll",
     "softcap_nll_ref",
 ]
+
+__getattr__, __dir__ = lazy_exports(__name__)

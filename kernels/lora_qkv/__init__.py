@@ -24,8 +24,15 @@ fixed order, without atomics: the same bits in every run, and a document's bits 
 up to 64, D and sizes multiples of 16, any S; tuned for ranks up to 16 in 16 bits.
 """
 
-from .op import check_slots, lora_qkv
+from typing import TYPE_CHECKING
+
+from ...lazy import lazy_exports
 from .reference import lora_qkv_ref, lora_qkv_rope_ref
-from .rope import lora_qkv_rope
+
+if TYPE_CHECKING:
+    from .op import check_slots, lora_qkv
+    from .rope import lora_qkv_rope
 
 __all__ = ["check_slots", "lora_qkv", "lora_qkv_ref", "lora_qkv_rope", "lora_qkv_rope_ref"]
+
+__getattr__, __dir__ = lazy_exports(__name__)
