@@ -278,7 +278,7 @@ class EngineStep:
 
     @property
     def _loss(self) -> tuple[float, float]:
-        return self.model.config.softcap, self.ttt.temperature
+        return self.model.config.logit_softcap, self.ttt.temperature
 
     @torch.no_grad()
     def _inputs(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -149,11 +149,13 @@ def launch_product(
     shape = *x.shape[:-1], outputs
     if not x.numel() or not weight.numel():
         return x.new_zeros(shape)
+    result = x.new_empty(shape)  # what is returned is no view: autograd lets nobody change a view of ours in place
     x = aligned_rows(x.reshape(-1, inputs))
     rows, processors = x.size(0), multiprocessors(x.device)
     tile = pick_tile(x.dtype, ending, rows, outputs, processors)
     tiles = tile_count(tile, rows, outputs)
-    out = empty_rows(x, rows, outputs)
+    flat = result.view(rows, outputs)
+    out = flat if is_aligned(flat) else empty_rows(x, rows, outputs)
     if kept is not None:
         kept = aligned_rows(kept.reshape(-1, outputs)) if ending == SLOPE else kept
     m, n, k, piece = tile.block_m, tile.block_n, tile.block_k, tile.block_n // tile.pieces
@@ -163,7 +165,9 @@ def launch_product(
         N=outputs, K=inputs, BM=m, BN=n, BK=k, PIECES=tile.pieces, TRANSPOSED=transposed, ENDING=ending,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
-    return out.contiguous().view(shape)
+    if out is not flat:
+        flat.copy_(out)
+    return result
 
 
 def empty_rows(like: Tensor, rows: int, columns: int) -> Tensor:

@@ -282,7 +282,7 @@ _residual_norm.register_autograd(_backward, setup_context=_setup_context)
 
 
 def rms_norm(x: Tensor, *, backend: str | None = None) -> Tensor:
-    """x [..., D] / rms(x) over the last dimension."""
+    """x [..., D] / rms(x) over the last dimension. The backward reads what is returned: change none of it before."""
     _check(x.unsqueeze(0) if x.dim() < 3 else x)
     if _takes_reference(x, backend):
         return rms_norm_ref(x)
@@ -311,7 +311,8 @@ def residual_norm(
     x_out is None without `push`, and x_in with `last`: what nobody reads is not stored. Tensors that are not contiguous
     are copied, all but `bias`, whose rows may lie any distance apart. With `bias_grad`, a tensor like `bias` (a view of
     a pool of gradients), the backward writes the rows of the slots named there, leaves the others alone, and autograd
-    gets no gradient of `bias`, which has to require one all the same.
+    gets no gradient of `bias`, which has to require one all the same. The backward reads n: autograd refuses it once n
+    was changed in place.
     """
     given = {"branch": branch, "pushed": pushed, "x0": x0}
     vectors = {"scale": scale, "skip": skip, "mix": mix, "bias": bias}
