@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any
 
 import torch
@@ -34,7 +34,8 @@ def keep_output(output: Tensor) -> tuple[Tensor, Callable[[], bool]]:
     output's count of changes is read from a third, which holds no memory: the backward makes the output again.
     """
     counter = output.detach()
-    counter.data = output.new_empty(0)
+    with suppress(RuntimeError):  # where a dispatch mode knows no such assignment, it holds the memory after all
+        counter.data = output.new_empty(0)
     before = counter._version
     return output.data, lambda: counter._version != before
 

@@ -1,6 +1,7 @@
 """The artifact: choosing clips for a budget, the file's layout and its round trip."""
 
 import base64
+import dataclasses
 import hashlib
 import io
 import itertools
@@ -416,3 +417,9 @@ def test_the_header_says_what_the_documentation_says(tmp_path):
     assert header["frame_bytes"] == len(frame) and header["frame_sha256"] == sha256(frame)
     signed = canonical({key: value for key, value in header.items() if key != "header_sha256"})
     assert header["header_sha256"] == sha256(signed)
+
+
+def test_a_model_without_a_softcap_comes_back_without_one(tmp_path):
+    config = dataclasses.replace(CONFIG, softcap=0.0)
+    save(tmp_path / "model.klora", config)
+    assert load_artifact(tmp_path / "model.klora").config == config

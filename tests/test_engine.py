@@ -560,3 +560,10 @@ class TestOnGPU:
             found.append(token_nll(engine, docs)[0])
         for other in found[1:]:
             np.testing.assert_array_equal(other, found[0])
+
+
+def test_a_model_without_a_softcap_is_adapted_as_the_eager_scorer_does():
+    model, docs = model64(dataclasses.replace(SHALLOW, softcap=0.0)), documents()
+    adapted = adapt_documents(model, docs, TTT, Deadline(0))
+    assert np.isfinite(adapted.nats).all()
+    np.testing.assert_allclose(adapted.nats, eager(model, docs, TTT).nats, rtol=1e-9)
