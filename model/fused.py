@@ -127,7 +127,8 @@ class FusedStep:
         with torch.enable_grad():
             with phase("forward"):
                 hidden = network.hidden(weights, inputs, self.rotary, backend=self.model.backend)
-                nll = softcap_nll(hidden, weights.head, targets, self.model.config.softcap, backend=self.model.backend)
+                softcap = self.model.config.logit_softcap
+                nll = softcap_nll(hidden, weights.head, targets, softcap, backend=self.model.backend)
                 loss = nll.sum() / self.config.batch_tokens
             with phase("backward"):
                 gradients = torch.autograd.grad(loss, stored.leaves)

@@ -114,7 +114,7 @@ def micro_batches_of(rows: int, most: int) -> int:
     return next(n for n in range(count, rows + 1) if rows % n == 0)
 
 
-class StepCut(Exception):
+class _StepCut(Exception):
     """A step ends between two of its micro-batches."""
 
 
@@ -325,7 +325,7 @@ class Trainer:
                 if watched:
                     elapsed, signalled = self.ranks.most(self.clock.seconds(), stop.received)
                     if signalled or (elapsed >= config.seconds and read and self.step):
-                        raise StepCut
+                        raise _StepCut
                     if elapsed >= config.seconds and read and not self.is_fused:
                         return
                 yield part
@@ -333,7 +333,7 @@ class Trainer:
 
         try:
             late = self.stepper.run(batches(), self.step, scale)
-        except StepCut:
+        except _StepCut:
             self.sampler.load_state(position)
             return False
         self._report([late] if late else [], progress)

@@ -576,3 +576,10 @@ class TestOnGPU:
         untouched = is_known.all(0)
         untouched[known.shape[1] // 2 - config.window :] = False  # a window that is partly known is computed whole
         assert np.array_equal(found[:, untouched], known[:, untouched])
+
+
+def test_a_model_without_a_softcap_is_adapted_as_the_eager_scorer_does():
+    model, docs = model64(dataclasses.replace(SHALLOW, softcap=0.0)), documents()
+    adapted = adapt_documents(model, docs, TTT, Deadline(0))
+    assert np.isfinite(adapted.nats).all()
+    np.testing.assert_allclose(adapted.nats, eager(model, docs, TTT).nats, rtol=1e-9)
