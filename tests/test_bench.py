@@ -16,10 +16,11 @@ from klora.bench.attention import ENTRIES as ATTENTION
 from klora.bench.attention import plain_attention
 from klora.bench.ceilings import ENTRIES as CEILINGS
 from klora.bench.entry import Variant
-from klora.bench.gate import RedGate, check, relative_error
+from klora.bench.gate import RedGate, check
 from klora.bench.groups import GROUPS, UnknownGroup, entries_of
 from klora.bench.record import RecordError, measure_ceilings, run_group, slower_than, validate
 from klora.bench.timing import time_interleaved
+from klora.bench.tolerance import relative_error
 from klora.cli.bench import bench
 from test_cli import klora
 
