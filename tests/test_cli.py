@@ -7,13 +7,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from contextlib import redirect_stderr, redirect_stdout
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from conftest import wait_for
 from klora.cli import main
 from klora.cli.score import _held_out_stdlib
 from klora.model import load_artifact
@@ -159,11 +159,9 @@ def test_sigint_writes_a_checkpoint_and_resume_finishes_the_run(run, tmp_path):
         stderr=subprocess.PIPE,
         text=True,
     )
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and len(_lines(out / "loss.csv")) < 5:
-        time.sleep(0.1)
+    wait_for(lambda: len(_lines(out / "loss.csv")) >= 5, process)
     process.send_signal(signal.SIGINT)
-    output, errors = process.communicate(timeout=60)
+    output, errors = process.communicate()
     assert process.returncode == 130 and "--resume" in output and "Traceback" not in errors
     export = klora("export", out, check=2)
     assert "its training did not finish" in export.stderr
@@ -184,11 +182,10 @@ def test_an_interrupted_score_resumes(run, corpus, tmp_path):
     process = subprocess.Popen(
         [sys.executable, "-m", "klora.cli", *map(str, command)], env=ENV, stdout=subprocess.PIPE, text=True
     )
-    journal, deadline = tmp_path / "journal.jsonl", time.monotonic() + 60
-    while time.monotonic() < deadline and not (journal.exists() and '"adapted"' in journal.read_text()):
-        time.sleep(0.02)
+    journal = tmp_path / "journal.jsonl"
+    wait_for(lambda: '"adapted"' in "".join(_lines(journal)), process)
     process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate()
     assert process.returncode == 143 and "--resume goes on from there" in output
     resumed = klora(*command, "--resume")
     assert "documents are already scored" in resumed.stdout
