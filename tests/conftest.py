@@ -1,4 +1,4 @@
-"""What the whole suite shares: the Triton interpreter, one thread, small models, sample texts and a tokenizer."""
+"""What the whole suite shares: the Triton interpreter, one thread unless OMP_NUM_THREADS says more, small models, sample texts and a tokenizer."""
 
 import inspect
 import os
@@ -108,7 +108,7 @@ def peak_memory(work) -> int:
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():
     """Small tensors gain nothing from more threads, and lose a lot to them on a busy machine."""
-    torch.set_num_threads(1)
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 
 
 @pytest.fixture
