@@ -43,7 +43,7 @@ def test_the_floor_of_a_large_sample_is_small_beside_a_rounding_and_that_of_few_
     assert 0.1 * eps < rounding < 0.3 * eps
     if dtype != torch.float32:
         assert noise_floor(rounding, dtype, 1_000_000) < 0.02 * rounding
-    assert 2.0**-24 <= noise_floor(rounding, dtype, 1_000_000) <= noise_floor(rounding, dtype, 4) < 1.3 * eps
+    assert 2.0**-23 <= noise_floor(rounding, dtype, 1_000_000) <= noise_floor(rounding, dtype, 4) < 2 * eps
     assert noise_floor(0.0, dtype, 0) == noise_floor(0.0, dtype, 1)
 
 
@@ -77,7 +77,7 @@ def test_the_worst_yardstick_counts_and_what_is_wrong_is_named():
     exact, plain = drawn(1000, torch.float32)
     better, worse = plain, plain * (1 + 2.0**-20)
     assert_as_exact([worse], [exact], [better], [worse])
-    with pytest.raises(AssertionError, match="output 1: error 9.*e-07, allowed 9.*e-08; PyTorch's is .*e-08"):
+    with pytest.raises(AssertionError, match="output 1: error 9.*e-07, allowed 1.5.*e-07; PyTorch's is .*e-08"):
         assert_as_exact([better, worse], [exact] * 2, [better] * 2)
     with pytest.raises(AssertionError, match=r"output 0 is torch.float16 \[2, 500\]; PyTorch's torch.float32 \[2, 5"):
         assert_as_exact([plain.half()], [exact], [plain])
