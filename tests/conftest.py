@@ -1,4 +1,4 @@
-"""What the whole suite shares: the Triton interpreter, one thread unless OMP_NUM_THREADS says more, small models, sample texts and a tokenizer."""
+"""What the whole suite shares: the interpreter, threads (OMP_NUM_THREADS, or one), small models, texts, a tokenizer."""
 
 import inspect
 import os
