@@ -43,10 +43,14 @@ def differentiated(function, call, dout):
 @pytest.mark.parametrize("length, tail", [(1, None), (37, None), (70, 16), (33, 32), (20, 0)])
 @pytest.mark.parametrize("slots", [None, [1, -1]])
 def test_outputs_and_gradients_are_as_exact_as_pytorchs(length, tail, slots):
-    call, dout = drawn(length, tail, slots=slots, count=2)
-    exact = run(doubled(call), dout.double(), "reference")
-    yardsticks = (in_turn(call, dout, attention) for attention in (formula, kernel_of_pytorch))
-    assert_as_exact(run(call, dout), exact, *yardsticks)
+    seeds = range(8 if length == 1 else 1)  # the errors of one token's sums scatter
+    draws = [drawn(length, tail, slots=slots, count=2, seed=seed) for seed in seeds]
+    results = (
+        [run(*one) for one in draws],
+        [run(doubled(call), dout.double(), "reference") for call, dout in draws],
+        *([in_turn(*one, attention) for one in draws] for attention in (formula, kernel_of_pytorch)),
+    )
+    assert_as_exact(*([torch.stack(same) for same in zip(*some, strict=True)] for some in results))
 
 
 def test_gradients_go_into_a_pool_where_one_is_given():
