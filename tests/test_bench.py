@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import itertools
 import json
+import os
 import subprocess
 import sys
 import time
@@ -297,8 +298,10 @@ def test_pytest_benchmark_runs_the_same_entries(tmp_path):
     if not (folder / "bench_entries.py").exists():  # on a GPU machine the package is installed, not checked out
         folder = Path(sys.modules["klora.bench.gate"].__file__).parent
     options = ["--benchmark-only", "--benchmark-max-time=0.02", "--benchmark-min-rounds=2", "-p", "no:cacheprovider"]
+    env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}  # xdist's, for one
     command = [sys.executable, "-m", "pytest", str(folder / "bench_entries.py"), *options]
-    done = subprocess.run([*command, f"--benchmark-json={tmp_path / 'out.json'}"], capture_output=True, text=True)
+    command.append(f"--benchmark-json={tmp_path / 'out.json'}")
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:]
     names = {b["name"] for b in json.loads((tmp_path / "out.json").read_text())["benchmarks"]}
     expected = {f"test_speed[{e.op}-toy-{v.name}]" for e in entries_of([]) for v in e.present(CPU)}
