@@ -66,6 +66,7 @@ def test_attention_and_its_gradients_are_as_exact_as_pytorchs(B, S, H, G, d, tai
     check(draw(B, S, H, G, d, tail, dtype))
 
 
+@pytest.mark.slow
 @settings(max_examples=12, deadline=None)
 @given(
     B=st.integers(1, 2),
@@ -285,6 +286,7 @@ def check_compiled(device, backend):
     torch.testing.assert_close(attend(compiled, q, k, v, dout), eager)
 
 
+@pytest.mark.slow
 def test_opcheck_and_compile_on_a_cpu():
     check_registration("cpu")
     check_compiled("cpu", "aot_eager")

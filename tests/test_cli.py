@@ -148,6 +148,7 @@ def test_train_reads_shards_and_what_defines_a_run_cannot_change(run, tmp_path):
     assert "run.json is damaged" in klora("train", "--resume", "--out", out, check=2).stderr
 
 
+@pytest.mark.slow
 def test_sigint_writes_a_checkpoint_and_resume_finishes_the_run(run, tmp_path):
     folder = next(path for path in (run.parent / "cache").iterdir() if path.is_dir())
     out = tmp_path / "run"
@@ -177,6 +178,7 @@ def _lines(path: Path) -> list[str]:
     return path.read_text().splitlines() if path.exists() else []
 
 
+@pytest.mark.slow
 def test_an_interrupted_score_resumes(run, corpus, tmp_path):
     command = ["score", run / "model.klora", "--text", corpus, "--out", tmp_path, "--set", "batch=1"]
     process = subprocess.Popen(
@@ -268,6 +270,7 @@ def test_mistakes_get_one_clear_sentence(arguments, says):
     assert done.stderr.startswith("klora: ") and done.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_the_installed_command_runs():
     done = subprocess.run([sys.executable, "-m", "klora.cli", "export", "/nowhere"], capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith("klora: /nowhere has no") and not done.stdout

@@ -354,6 +354,7 @@ def test_bad_squared_relu_arguments_are_refused():
         relu_squared(x.double(), backend="triton")
 
 
+@pytest.mark.slow
 def test_the_ops_are_registered_as_torch_wants_it():
     t = {name: tensor.detach().requires_grad_() for name, tensor in draw(JOINED, S=3, D=16, rows=3).items()}
     order = [t[name] for name in ("x", "branch", "scale", "bias")]

@@ -442,6 +442,7 @@ def test_queues_are_the_window_lengths():
 # ---- the kernels ----
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter runs the kernels where there is no GPU")
 def test_the_kernels_in_the_interpreter_agree_with_the_reference():
     """Gradients written straight into the pool, slots of -1, mixed batches: in fp32, over a tiny model."""
@@ -454,6 +455,7 @@ def test_the_kernels_in_the_interpreter_agree_with_the_reference():
     np.testing.assert_allclose(kernels.nats, exact.nats, rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter runs the kernels where there is no GPU")
 def test_the_backward_keeps_what_the_memory_estimate_says(monkeypatch):
     """At a head size of the kernels'; the last block keeps less, since most of it runs on a chunk alone."""

@@ -349,6 +349,7 @@ for dtype, backward, split in ((torch.bfloat16, False, 1), (torch.bfloat16, True
 """
 
 
+@pytest.mark.slow
 def test_the_wide_kernel_compiles_for_hopper():
     """It has no interpreter; this is what can be said of it without a GPU. In a process where Triton is itself."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

@@ -53,6 +53,7 @@ def test_outputs_and_gradients_are_as_exact_as_pytorchs(length, tail, slots):
     assert_as_exact(*([torch.stack(same) for same in zip(*some, strict=True)] for some in results))
 
 
+@pytest.mark.slow
 def test_gradients_go_into_a_pool_where_one_is_given():
     call, dout = drawn(slots=[2, 0], count=4)
     _, _, da, db = run(call, dout)
@@ -74,6 +75,7 @@ def test_what_it_does_not_take_is_refused():
         lora_attention(**drawn(head_dim=8)[0], backend="triton")
 
 
+@pytest.mark.slow
 def test_opcheck():
     call, _ = drawn(length=17, slots=[1, 0], count=2)
     leaves = [call[name].detach().requires_grad_() for name in ("x", "weight", "lora_a", "lora_b")]

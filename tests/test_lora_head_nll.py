@@ -115,6 +115,7 @@ def test_every_softcap_and_temperature(cap, temperature):
     assert_as_exact(ours, run(lora_head_nll_ref, *doubled(inputs), cap, temperature), plain)
 
 
+@pytest.mark.slow
 @settings(max_examples=8, deadline=None)
 @given(
     slots=st.lists(st.integers(-1, 4), min_size=1, max_size=4),

@@ -65,6 +65,7 @@ def assert_as_exact_as_plain_pytorch(given, douts, function=ours):
 multiples = st.integers(1, 5).map(lambda i: 16 * i)
 
 
+@pytest.mark.slow
 @settings(max_examples=8, deadline=None, derandomize=True, phases=[Phase.generate])
 @given(
     length=st.sampled_from([1, 7, 33, 70]),

@@ -152,6 +152,7 @@ def test_the_cpu_takes_the_reference():
         assert CUDA or torch.equal(mine, theirs)
 
 
+@pytest.mark.slow
 def test_opcheck():
     torch.use_deterministic_algorithms(False)  # opcheck compares runs, and unused padding is fresh memory
     call, (dq, dk, _) = draw(slots=[1, 0])

@@ -140,6 +140,7 @@ def test_the_kernels_are_as_exact_as_pytorch_in_fp32(coefficients, form):
         assert_as_exact([ours], [truth(matrix, coefficients)], [eager], [same])
 
 
+@pytest.mark.slow
 @settings(max_examples=6, deadline=None)
 @example(shapes=[(1, 1, 1), (2, 1, 5)], steps=5, coefficients="jordan")
 @given(

@@ -75,6 +75,7 @@ def test_kernel_table_adds_up():
     assert kernel_table(iter([]), 1, ceilings) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["step", "ttt"])
 def test_profile_names_the_kernels_with_shares_and_writes_a_trace(tmp_path, what):
     result = json.loads(klora("profile", what, "--toy", "--device", "cpu", "--out", tmp_path, "--json").stdout)
