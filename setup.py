@@ -51,6 +51,7 @@ setup(
         "test": [
             "pytest>=8",
             "pytest-cov>=5",
+            "pytest-xdist>=3.6",
             "pytest-benchmark>=5",
             "hypothesis>=6.100",
             "jsonschema>=4.18",

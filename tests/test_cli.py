@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from contextlib import redirect_stderr, redirect_stdout, suppress
 from html.parser import HTMLParser
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import NamedTuple
 import klora.cli.doctor as doctor_module
 import pytest
 import torch
+from conftest import wait_for
 from klora import __version__
 from klora.bench.record import RecordError
 from klora.cli import main
@@ -158,6 +158,7 @@ def test_train_reads_shards_and_what_defines_a_run_cannot_change(run, tmp_path):
     assert "run.json is damaged" in klora("train", "--resume", "--out", out, check=2).stderr
 
 
+@pytest.mark.slow
 def test_sigint_writes_a_checkpoint_and_resume_finishes_the_run(run, tmp_path):
     folder = next(path for path in (run.parent / "cache").iterdir() if path.is_dir())
     out = tmp_path / "run"
@@ -169,11 +170,9 @@ def test_sigint_writes_a_checkpoint_and_resume_finishes_the_run(run, tmp_path):
         stderr=subprocess.PIPE,
         text=True,
     )
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and len(_lines(out / "loss.csv")) < 5:
-        time.sleep(0.1)
+    wait_for(lambda: len(_lines(out / "loss.csv")) >= 5, process)
     process.send_signal(signal.SIGINT)
-    output, errors = process.communicate(timeout=60)
+    output, errors = process.communicate()
     assert process.returncode == 130 and "--resume" in output and "Traceback" not in errors
     export = klora("export", out, check=2)
     assert "its training did not finish" in export.stderr
@@ -189,16 +188,16 @@ def _lines(path: Path) -> list[str]:
     return path.read_text().splitlines() if path.exists() else []
 
 
+@pytest.mark.slow
 def test_an_interrupted_score_resumes(run, corpus, tmp_path):
     command = ["score", run / "model.klora", "--text", corpus, "--out", tmp_path, "--set", "batch=1"]
     process = subprocess.Popen(
         [sys.executable, "-m", "klora.cli", *map(str, command)], env=ENV, stdout=subprocess.PIPE, text=True
     )
-    journal, deadline = tmp_path / "journal.jsonl", time.monotonic() + 60
-    while time.monotonic() < deadline and not (journal.exists() and '"adapted"' in journal.read_text()):
-        time.sleep(0.02)
+    journal = tmp_path / "journal.jsonl"
+    wait_for(lambda: '"adapted"' in "".join(_lines(journal)), process)
     process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate()
     assert process.returncode == 143 and "--resume goes on from there" in output
     resumed = klora(*command, "--resume")
     assert "documents are already scored" in resumed.stdout
@@ -312,6 +311,7 @@ def test_mistakes_get_one_clear_sentence(arguments, says):
     assert done.stderr.startswith("klora: ") and done.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_the_installed_command_runs():
     done = subprocess.run([sys.executable, "-m", "klora.cli", "export", "/nowhere"], capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith("klora: /nowhere has no") and not done.stdout
