@@ -9,14 +9,19 @@ copies, and :meth:`StoredWeights.finish` turns them into those of the parameters
 weights_of, for all blocks at once.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..kernels.fold import fold_rows_, unfold_rows_
 from .gpt import GPT
 from .weights import BlockWeights, Weights
 
 MATRICES = ("qkv", "o", "up", "down")
+SCALED = (("o", "attn_scale"), ("down", "mlp_scale"))
+"""Matrices, and the scales that are folded into their rows."""
 VECTORS = ("resid_mix", "gain", "attn_scale", "mlp_scale")
 
 
@@ -49,14 +54,15 @@ class StoredWeights:
         self._move_parameters()
         end = starts[VECTORS[0]]
         self.copies = torch.empty(end, device=device, dtype=self.dtype)
+        self._stacked = torch.empty_like(self.copies)
         self._copied = {
             name: self.copies[starts[name] :][: shapes[name].numel()].view(shapes[name]) for name in MATRICES
         }
         self.head = torch.empty_like(model.embed, dtype=self.dtype, requires_grad=False)
         self.bigram = torch.empty(config.bigram_rows, config.width, device=device)
         self.mix = torch.empty_like(self.parts["resid_mix"])
-        self.depth = torch.tensor([block.depth_scale for block in model.blocks], device=device)[:, None]
-        self.weights, self.leaves, self.targets = self._weights()
+        self.depth = torch.tensor([block.depth_scale for block in model.blocks], device=device)
+        self.weights, self.leaves, self._other_grads, self._other_added = self._weights()
         self.refresh()
 
     def _shapes(self) -> dict[str, torch.Size]:
@@ -89,43 +95,41 @@ class StoredWeights:
     def _both(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         return self.parts, self.part_grads
 
-    def _weights(self) -> tuple[Weights, list[Tensor], list[tuple[Tensor, Tensor]]]:
-        """The weights as leaves, and for each leaf where its gradient goes and where it is added up."""
-        model, leaves, targets = self.model, [], []
+    def _weights(self) -> tuple[Weights, list[Tensor], list[Tensor], list[Tensor]]:
+        """The weights; their leaves, first the matrices in the buffer's order; of the other leaves, where the gradient
+        goes and where it is added up.
+        """
+        model, parts, half = self.model, self.parts, len(self.model.blocks) // 2
+        others: list[tuple[Tensor, Tensor, Tensor]] = []
 
         def leaf(value: Tensor, grad: Tensor, added: Tensor) -> Tensor:
-            leaves.append(value.detach().requires_grad_())
-            targets.append((grad, added))
-            return leaves[-1]
+            others.append((value.detach().requires_grad_(), grad, added))
+            return others[-1][0]
 
-        def of(name: str, value: Tensor) -> Tensor:
-            return leaf(value, self.part_grads[name], self._added[name])
+        def part(name: str, value: Tensor | None = None, index: int | slice = slice(None)) -> Tensor:
+            value = parts[name] if value is None else value
+            return leaf(value[index], self.part_grads[name][index], self._added[name][index])
 
-        half, blocks = len(model.blocks) // 2, []
+        matrices = {name: [copy.detach().requires_grad_() for copy in self._copied[name].unbind()] for name in MATRICES}
+        blocks = []
         for index in range(len(model.blocks)):
-            grads, added = (
-                {k: parts[k][index] for k in (*MATRICES, *VECTORS)} for parts in (self.part_grads, self._added)
-            )
-            matrices = [leaf(self._copied[k][index], grads[k], added[k]) for k in MATRICES]
-            mix = leaf(self.mix[index], grads["resid_mix"], added["resid_mix"])
-            gain = leaf(self.parts["gain"][index], grads["gain"], added["gain"])
-            skip = None
-            if 0 < index - half < len(model.skip):
-                joined = index - half
-                skip = leaf(self.parts["skip"][joined], self.part_grads["skip"][joined], self._added["skip"][joined])
-            qkv, out, up, down = matrices
+            joined = index - half
+            skip = part("skip", index=joined) if 0 < joined < len(model.skip) else None
+            mix, gain = part("resid_mix", self.mix, index), part("gain", index=index)
+            qkv, out, up, down = (matrices[name][index] for name in MATRICES)
             blocks.append(BlockWeights(mix, skip, qkv, gain, out, up, down))
         weights = Weights(
             model.config,
-            of("embed", self.parts["embed"]),
+            part("embed"),
             leaf(self.bigram, self.bigram_grad, self._bigram_added),
-            of("smear.gate", self.parts["smear.gate"]),
+            part("smear.gate"),
             leaf(self.head, self.head_grad, self._head_added),
             tuple(blocks),
             model.rotary,
             model.attention,
         )
-        return weights, leaves, targets
+        leaves, grads, added = map(list, zip(*others, strict=True))
+        return weights, [copy for name in MATRICES for copy in matrices[name]] + leaves, grads, added
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -133,8 +137,8 @@ class StoredWeights:
         parts = self.parts
         self._copied["qkv"].copy_(parts["qkv"])
         self._copied["up"].copy_(parts["up"])
-        torch.mul(parts["o"], (self.depth * parts["attn_scale"])[..., None], out=self._copied["o"])
-        torch.mul(parts["down"], (self.depth * parts["mlp_scale"])[..., None], out=self._copied["down"])
+        for matrix, scale in SCALED:
+            fold_rows_(self._copied[matrix], parts[matrix], parts[scale], self.depth, self.model.backend)
         self.head.copy_(parts["embed"])
         torch.mul(parts["bigram.scale"], self._projected(), out=self.bigram)
         self.mix.copy_(parts["resid_mix"])
@@ -150,21 +154,26 @@ class StoredWeights:
         return len(self.model.blocks) // 2
 
     @torch.no_grad()
-    def take(self, gradients: list[Tensor], first: bool) -> None:
+    def take(self, gradients: Sequence[Tensor], first: bool) -> None:
         """Write the leaves' gradients of the first micro-batch of a step, add those of the others."""
+        count = len(MATRICES) * len(self.model.blocks)
+        torch.cat([gradient.flatten() for gradient in gradients[:count]], out=self._stacked)
+        matrices = self.grads[: len(self._stacked)]
         if first:
-            torch._foreach_copy_([grad for grad, _ in self.targets], gradients)
-            return
-        torch._foreach_copy_([added for _, added in self.targets], gradients)
-        torch._foreach_add_([grad for grad, _ in self.targets], [added for _, added in self.targets])
+            matrices.copy_(self._stacked)
+            torch._foreach_copy_(self._other_grads, gradients[count:])
+        else:
+            matrices.add_(self._stacked)
+            torch._foreach_copy_(self._other_added, gradients[count:])
+            torch._foreach_add_(self._other_grads, self._other_added)
 
     @torch.no_grad()
     def finish(self) -> None:
         """Turn the gradients of the weights into those of the parameters."""
         parts, grads = self.parts, self.part_grads
-        for matrix, scale in (("o", "attn_scale"), ("down", "mlp_scale")):
-            torch.mul(self.depth, (grads[matrix] * parts[matrix]).sum(-1), out=grads[scale])
-            grads[matrix].mul_((self.depth * parts[scale])[..., None])
+        for matrix, scale in SCALED:
+            about = parts[matrix], parts[scale], self.depth, self.model.backend
+            unfold_rows_(grads[matrix], grads[scale], *about)
         grads["embed"].add_(self.head_grad)
         table, project, scale = (parts[f"bigram.{name}"] for name in ("table", "project", "scale"))
         grads["bigram.scale"].copy_((self.bigram_grad * self._projected()).sum())

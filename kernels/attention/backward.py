@@ -174,6 +174,19 @@ def _dkdv_kernel(
     store(dk_d, dk, b, g, n, 1, BN, D)
 
 
+@triton.jit(do_not_specialize=["B", "BLOCKS"])
+def _gain_kernel(sums_ptr, gain_ptr, dgain_ptr, B, BLOCKS, H: tl.constexpr, BLOCK: tl.constexpr):
+    """The gradient of one head's gain, from its sums [B, H, BLOCKS] in their order; 0 where the gain is 0."""
+    head = tl.program_id(0)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, B * BLOCKS, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        at = (i // BLOCKS * H + head) * BLOCKS + i % BLOCKS
+        total += tl.load(sums_ptr + at, mask=i < B * BLOCKS, other=0.0)
+    gain = tl.load(gain_ptr + head)
+    tl.store(dgain_ptr + head, tl.where(gain == 0.0, 0.0, tl.sum(total) / gain))
+
+
 def launch_backward(
     dout: Tensor,
     q: Tensor,
@@ -226,6 +239,8 @@ def launch_backward(
         H=heads, G=groups, D=width, HEADS=packed, BM=queries, BN=keys,
         num_warps=config.warps, num_stages=config.stages, maxnreg=config.registers,
     )  # fmt: skip
-    if trains_gain:
-        dgain = torch.where(gain == 0, 0.0, sums.sum((0, 2)) / gain)
-    return dq, dk, dv, dgain if trains_gain else None
+    if not trains_gain:
+        return dq, dk, dv, None
+    dgain = torch.empty_like(gain)
+    _gain_kernel[(heads,)](sums, gain, dgain, batch, sums.size(2), H=heads, BLOCK=1024, num_warps=4)
+    return dq, dk, dv, dgain

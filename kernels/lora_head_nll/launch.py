@@ -8,7 +8,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..tile import aligned
-from .backward import adapter_gradient, hidden_gradient
+from .backward import adapter_gradient, hidden_gradient, scale_rows
 from .forward import sweep
 from .reference import NO_SOFTCAP
 
@@ -229,8 +229,19 @@ class Head:
         )
 
     def weight_gradient(self, dnll: Tensor, lse: Tensor, e: Tensor) -> Tensor:
-        factor = dnll if self.is_normalised else dnll * torch.exp(-lse[0])
-        scaled = torch.mul(self.h, factor[..., None], out=torch.empty_like(self.h)).flatten(0, 1)
+        rows, width = self.h.shape[:2].numel(), self.h.size(2)
+        scaled, block = self.h.new_empty(rows, width), max(1, 2048 // triton.next_power_of_2(width))
+        scale_rows[(triton.cdiv(rows, block),)](
+            self.h.contiguous(),
+            dnll,
+            None if self.is_normalised else lse[0],
+            scaled,
+            rows,
+            D=width,
+            N=triton.next_power_of_2(width),
+            BLOCK=block,
+            num_warps=4,
+        )
         return e.flatten(0, 1).T @ scaled
 
 
