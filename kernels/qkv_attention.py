@@ -59,7 +59,7 @@ def _op(
     about = Heads(cos, sin, gain, rstd, heads, groups, head_dim)
     qkv = launch_product(x, weight, ending=HEADS, heads=about)
     out = x.new_empty(x.size(0), tail, sizes[0])
-    _, lse = launch_forward(*_split(qkv, sizes, head_dim), tail, out.unflatten(-1, (-1, head_dim)))
+    _, lse = launch_forward(*_split(qkv, sizes, head_dim), tail, out.unflatten(-1, (-1, head_dim)), gain)
     return out, qkv, rstd, lse
 
 

@@ -74,3 +74,21 @@ def test_on_a_gpu_in_bf16_and_the_same_bits_twice(batch, length):
     ours, again = (run(qkv_attention, inputs, sizes, head_dim, torch.bfloat16) for _ in range(2))
     assert all(torch.equal(one, other) for one, other in zip(ours, again, strict=True))
     assert_as_exact(ours, exact, plain)
+
+
+@pytest.mark.parametrize("case", ["a large gain", "tables that stretch", "none that fits"])
+def test_a_bound_that_does_not_hold_is_no_harm(case):
+    """The forward subtracts a bound of the scores instead of their maximum where it can."""
+    inputs, sizes, head_dim = draw(length=40)
+    x, weight, cos, sin, gain, dout = inputs
+    if case == "a large gain":
+        gain = gain * torch.tensor([1.0, 40.0, 0.1, 8.0])
+    elif case == "tables that stretch":
+        cos, sin = 3 * cos, 3 * sin
+    else:
+        cos, sin, gain = 9 * cos, 9 * sin, gain * 0.9
+    inputs = x, weight, cos, sin, gain, dout
+    exact = run(qkv_attention_ref, inputs, sizes, head_dim, torch.float64, None, torch.float64)
+    plain = run(qkv_attention_ref, inputs, sizes, head_dim, torch.float32)
+    ours = run(qkv_attention, inputs, sizes, head_dim, torch.float32, backend="triton")
+    assert_as_exact(ours, exact, plain, margin=1.6)
