@@ -174,6 +174,7 @@ def score_artifact(
     seconds["load"], started = time.perf_counter() - started, time.perf_counter()
     tokenizer = tokenizer_of(loaded)
     documents = _documents(source, tokenizer, most_tokens, loaded.provenance)
+    notes, bytes_of = _notes(documents, tokenizer, are_tokens=source[-1] is not None)
     seconds["tokenize"] = time.perf_counter() - started
     require_writable(folder, SPARE_BYTES + TOKEN_BYTES * sum(document.targets for document in documents))
     board = board_of_torchrun(patience) if is_one_of_many() else None
@@ -202,7 +203,7 @@ def score_artifact(
                     prequant=before,
                     should_stop=lambda: bool(stop.received),
                     progress=_shown(show),
-                    facts=_facts(path, loaded, chosen) | {"weights": weights},
+                    facts=_facts(path, loaded, chosen) | {"weights": weights, "bytes_of": bytes_of, "notes": notes},
                     scorer=scorer,
                     say=output.say,
                 )
@@ -258,6 +259,8 @@ def say_totals(result: ScoreResult, output: Output) -> None:
     )
     rows.append(("seconds", ", ".join(f"{phase} {value:.1f}" for phase, value in result.seconds.items())))
     output.table("", rows)
+    for note in result.notes:
+        output.say(f"note: {note}", style="bold yellow")
     if result.deadline_hit:
         output.say(
             f"The deadline of {result.config.deadline:g} s left text to the base model; how much depends on the speed "
@@ -292,6 +295,15 @@ def _documents(source, tokenizer: Tokenizer, most_tokens: int, provenance: dict)
     if not kept:
         raise ConfigError(f"--most-tokens {most_tokens} is less than any document has; allowed: more, or 0 for all")
     return [found[index] for index in sorted(kept)]
+
+
+def _notes(documents: list[Document], tokenizer: Tokenizer, are_tokens: bool) -> tuple[list[str], str]:
+    """Sentences that belong beside the result, and of which text its bytes are."""
+    if not are_tokens:
+        return list(tokenizer.notes_on_text()), "original text" if tokenizer.changes else "text"
+    controls = sum(tokenizer.count_controls(document.tokens) for document in documents)
+    notes = tokenizer.notes_on_shards(controls, "the scored documents")
+    return list(notes), "normalised text" if tokenizer.changes else "text"
 
 
 def _held_out_stdlib(provenance: dict) -> Corpus:
