@@ -2,32 +2,50 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Where to get PyTorch from; https://download.pytorch.org/whl/cpu has it without CUDA, for a tenth of the download.
+TORCH_INDEX ?=
+MAKEFLAGS += --no-print-directory
 
-.PHONY: help setup demo test lint format clean
+# One process a core, up to four, and one thread in each: tensors in tests are small.
+WORKERS := OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
+
+.PHONY: help setup demo test test-fast lint format clean
 
 help:
-	@echo "make demo    train, export, adapt and report on this machine, in a few minutes on a CPU"
-	@echo "make test    the whole test suite with coverage; what needs a GPU is left out without one"
-	@echo "make lint    ruff check and ruff format --check"
-	@echo "make format  let ruff format and fix"
-	@echo "make clean   remove .venv and what builds and runs left"
+	@echo "make demo       train, export, adapt and report on this machine, in a few minutes on a CPU"
+	@echo "make test       the whole test suite with coverage; what needs a GPU is left out without one"
+	@echo "make test-fast  the tests of every package that take less than two seconds each"
+	@echo "make lint       ruff check and ruff format --check"
+	@echo "make format     let ruff format and fix"
+	@echo "make setup      what all of them do first: PyTorch, klora and its tools into $(VENV)"
+	@echo "make clean      remove $(VENV) and what builds and runs left"
 
 setup: $(VENV)/.ready
 
 $(VENV)/.ready: setup.py constraints.txt
-	$(PYTHON) -c 'import sys; sys.exit("klora needs Python 3.11 or newer; this is " + sys.version.split()[0] + "; set PYTHON=...") if sys.version_info < (3, 11) else None'
+	@$(PYTHON) -c 'import sys; sys.exit("klora needs Python 3.11 or newer; this is " + sys.version.split()[0] + "; set PYTHON=...") if sys.version_info < (3, 11) else None'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
-	touch $@
+	@echo "1 of 2: PyTorch. PyPI's for Linux brings CUDA's libraries: some gigabytes."
+	@if [ -z "$(TORCH_INDEX)" ] && ! command -v nvidia-smi >/dev/null; then \
+		echo "No NVIDIA driver here: make setup TORCH_INDEX=https://download.pytorch.org/whl/cpu gets a tenth of that."; fi
+	$(BIN)/python -m pip install --constraint constraints.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
+	@echo "2 of 2: klora from this folder, what it needs and the tools of its tests."
+	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[test]'
+	@touch $@
+	@echo "klora is ready in $(VENV), $$(du -sh $(VENV) | cut -f1): $(BIN)/klora"
 
 demo: setup
 	$(BIN)/klora demo
 
+# Its last line counts the tests.
 test: setup
 	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
 		$(BIN)/python -m pytest -m gpu; else echo "no CUDA GPU here: the tests marked gpu are left out"; fi
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "not gpu" --cov=klora.model --cov=klora.ttt --cov-report=term --cov-fail-under=80
+	@echo "the tests without a GPU: some minutes on two cores"
+	$(WORKERS) -m "not gpu" --cov=klora.model --cov=klora.ttt --cov-report=term --cov-fail-under=80
+
+test-fast: setup
+	$(WORKERS) -m "not gpu and not slow"
 
 lint: setup
 	$(BIN)/ruff check .
@@ -38,4 +56,4 @@ format: setup
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) build dist runs *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks .coverage
+	rm -rf $(VENV) build dist runs *.egg-info src/*.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks .coverage

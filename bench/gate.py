@@ -1,26 +1,23 @@
 """The correctness gate: no speed without it.
 
-    error = |out - truth| / |truth|          Frobenius norms in float64, for each output; inputs fresh, random, non-zero
-
-Ours passes where error <= 1.1 x the error of plain PyTorch in the same dtype, for every output. Any other variant
-passes where its error is at most FOREIGN x that: a peer may round differently, but one that is called wrongly computes
-something else, and its speed would mean nothing. A NaN never passes.
+Ours passes where each output's error is within the tolerance that tolerance.py allows over plain PyTorch in the same
+dtype, on inputs that are fresh, random and nowhere zero. Any other variant passes with a margin of FOREIGN: a peer may
+round differently, but one that is called wrongly computes something else, and its speed would mean nothing. A NaN
+never passes.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
 
+from ..errors import KloraError
 from .entry import Entry, Shape, as_tuple
+from .tolerance import MARGIN, allowed_error, relative_error
 
-MARGIN = 1.10
 FOREIGN = 4.0
-EXACT = 1e-12
-"""Errors below this are float64 rounding of the comparison itself."""
 
 
-class RedGate(RuntimeError):
+class RedGate(KloraError, RuntimeError):
     """A variant computes something else than the op; the message names it, its error and what was allowed."""
 
 
@@ -33,7 +30,7 @@ class Verdict:
 
     @property
     def is_green(self) -> bool:
-        return all(e <= max(a, EXACT) for e, a in zip(self.errors, self.allowed, strict=True))
+        return all(error <= most for error, most in zip(self.errors, self.allowed, strict=True))
 
 
 def check(
@@ -63,13 +60,19 @@ def check(
             broken[variant.name] = why_broken(error)
             continue
         errors[variant.name] = tuple(relative_error(o, e) for o, e in zip(outputs, exact, strict=True))
+        if variant.name == entry.yardstick:
+            dtypes = [output.dtype for output in outputs]
     yardstick = errors[entry.yardstick]
     verdicts = {}
     for variant in judged:
         if variant.name not in errors:
             continue
         factor = MARGIN if variant.is_ours else FOREIGN
-        verdicts[variant.name] = Verdict(errors[variant.name], tuple(factor * error for error in yardstick))
+        allowed = (
+            allowed_error(error, kind, out.numel(), factor)
+            for error, kind, out in zip(yardstick, dtypes, exact, strict=True)
+        )
+        verdicts[variant.name] = Verdict(errors[variant.name], tuple(allowed))
     red = {name: verdict for name, verdict in verdicts.items() if not verdict.is_green}
     if red:
         told = "; ".join(f"{name} has error {_short(v.errors)}, allowed {_short(v.allowed)}" for name, v in red.items())
@@ -80,16 +83,6 @@ def check(
 def why_broken(error: Exception) -> str:
     """What a record says of a variant that raises."""
     return f"it raises {type(error).__name__}: {' '.join(str(error).split())[:200]}"
-
-
-def relative_error(output: torch.Tensor, exact: torch.Tensor) -> float:
-    """|output - exact| / |exact| in float64; infinite for a NaN, a wrong shape or an exact value of zero missed."""
-    if output.shape != exact.shape:
-        return math.inf
-    difference = torch.linalg.vector_norm(output.detach().to(exact.device).double() - exact.double()).item()
-    scale = torch.linalg.vector_norm(exact.double()).item()
-    error = difference / scale if scale else (0.0 if difference == 0 else math.inf)
-    return error if math.isfinite(error) else math.inf
 
 
 def _short(values: tuple[float, ...]) -> str:

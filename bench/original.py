@@ -210,7 +210,7 @@ def _ttt_nll(model: GPT, inputs: Tensor, targets: Tensor, adapters: OriginalAdap
         z = F.linear(hidden, model.embed)
         if adapters is not None:
             z = z + adapters.head(hidden)
-    logits = softcap_logits_ref(z, model.config.softcap, heat)
+    logits = softcap_logits_ref(z, model.config.logit_softcap, heat)
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
 
 
@@ -372,7 +372,7 @@ def original_loss(model: GPT, length: int) -> Callable[[Tensor, Tensor], Tensor]
 
     def loss_of(tokens: Tensor, targets: Tensor) -> Tensor:
         hidden = original_hidden(model, tokens, rotary, model.dtype)
-        return softcap_nll_ref(hidden, model.embed.to(hidden.dtype), targets, model.config.softcap).mean()
+        return softcap_nll_ref(hidden, model.embed.to(hidden.dtype), targets, model.config.logit_softcap).mean()
 
     return torch.compile(loss_of, dynamic=False, fullgraph=True) if model.embed.is_cuda else loss_of
 

@@ -21,6 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ..errors import KloraError
 from ..model.storage import attempt, figure_png, load_matplotlib, new_figure, write_bytes, write_text
 from .record import RecordError, validate
 from .timing import SPREAD
@@ -43,7 +44,7 @@ Record = Mapping[str, Any]
 Result = Mapping[str, Any]
 
 
-class ReadmeError(ValueError):
+class ReadmeError(KloraError, ValueError):
     """A README without exactly one pair of marker lines; the message says what to write."""
 
 

@@ -253,7 +253,7 @@ def _one_by_one(shape: Shape, tokens: Tensor, model: GPT) -> Tensor:
     for document in _short_documents(shape, tokens):
         row = torch.from_numpy(document.tokens.astype(np.int64)).to(tokens.device)[None]
         hidden = model.hidden(row[:, :-1], rotary_length=shape["shortest"], backend="reference")
-        nll.append(softcap_nll_ref(hidden[0], weight, row[0, 1:], model.config.softcap))
+        nll.append(softcap_nll_ref(hidden[0], weight, row[0, 1:], model.config.logit_softcap))
     return torch.cat(nll)
 
 

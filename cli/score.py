@@ -4,13 +4,13 @@ import hashlib
 import os
 import time
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 
+from .. import __version__
 from ..model.artifact import Artifact, load_artifact
 from ..model.config import ConfigError
 from ..model.corpus import Corpus
@@ -328,5 +328,5 @@ def _facts(path: Path, artifact: Artifact, device: torch.device) -> dict[str, An
             "provenance": artifact.provenance,
         },
         "device": device_name(device),
-        "versions": {"klora": version("klora"), "torch": torch.__version__},
+        "versions": {"klora": __version__, "torch": torch.__version__},
     }

@@ -22,9 +22,10 @@ from torch import Tensor
 from .attention import HEAD_DIMS, causal_attention_ref
 from .attention.backward import Rotary, launch_backward
 from .attention.forward import launch_forward
+from .attention.op import causal_op
 from .linear.op import linear_dweight, linear_dx, runs_kernel
 from .linear.product import HEADS, Heads, launch_product
-from .registration import custom_op
+from .registration import custom_op, keep_output, refuse_gradients
 from .rotary import norm_rotary_ref
 from .tile import aligned
 
@@ -57,8 +58,9 @@ def _op(
     rstd = x.new_empty(*x.shape[:2], heads + groups, dtype=torch.float32)
     about = Heads(cos, sin, gain, rstd, heads, groups, head_dim)
     qkv = launch_product(x, weight, ending=HEADS, heads=about)
-    out, lse = launch_forward(*_split(qkv, sizes, head_dim), tail)
-    return out.flatten(2), qkv, rstd, lse
+    out = x.new_empty(x.size(0), tail, sizes[0])
+    _, lse = launch_forward(*_split(qkv, sizes, head_dim), tail, out.unflatten(-1, (-1, head_dim)))
+    return out, qkv, rstd, lse
 
 
 @_op.register_fake
@@ -111,8 +113,9 @@ def _split(qkv: Tensor, sizes: Sequence[int], head_dim: int) -> list[Tensor]:
 
 
 def _setup(ctx, inputs, output):
-    x, weight, cos, sin, gain, ctx.sizes, ctx.head_dim, _ = inputs
+    x, weight, cos, sin, gain, ctx.sizes, ctx.head_dim, ctx.tail = inputs
     out, qkv, rstd, lse = output
+    out, ctx.is_changed = keep_output(out)
     ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight, cos, sin, gain, out, qkv, rstd, lse)
     ctx.mark_non_differentiable(qkv, rstd, lse)
     ctx.set_materialize_grads(False)
@@ -123,6 +126,8 @@ def _autograd(ctx, dout, *_):
     needs_x, needs_weight, _, _, needs_gain, *_ = ctx.needs_input_grad
     if dout is None:
         return (None,) * 8
+    if ctx.is_changed():
+        out = causal_op(*_split(qkv, ctx.sizes, ctx.head_dim), ctx.tail)[0].flatten(2)
     dqkv, dgain = _backward_op(dout, out, qkv, rstd, lse, cos, sin, gain, ctx.sizes, ctx.head_dim)
     dx = linear_dx(dqkv, weight) if needs_x else None
     dweight = linear_dweight(dqkv, x) if needs_weight else None
@@ -167,6 +172,7 @@ def qkv_attention(
     ):
         if list(table.shape) != shape or table.device != x.device:
             raise ValueError(f"{name} is {list(table.shape)} on {table.device}; wanted: {shape} on {x.device}")
+    refuse_gradients("detach the tables", cos=cos, sin=sin)
     tail = length if tail is None else tail
     if not 0 <= tail <= length:
         raise ValueError(f"tail is {tail}; allowed: 0 to S, {length}")

@@ -37,6 +37,7 @@ import torch
 import zstandard
 from torch import Tensor
 
+from ..errors import KloraError
 from ..kernels.int6 import Int6Weight, pack_int6_ref
 from .config import ConfigError, ModelConfig
 from .gpt import is_block_matrix, parameter_shapes
@@ -62,7 +63,7 @@ FLOAT32 = "float32"
 DAMAGED = "the file was damaged or changed: copy or export it again"
 
 
-class ArtifactError(ValueError):
+class ArtifactError(KloraError, ValueError):
     """A file that is no whole artifact, or weights that cannot become one."""
 
 

@@ -11,10 +11,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..errors import KloraError
 from .storage import replacing
 
 
-class CheckpointError(ValueError):
+class CheckpointError(KloraError, ValueError):
     """A file of weights or of training state that cannot be used, and why."""
 
 

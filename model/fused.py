@@ -90,6 +90,10 @@ class FusedStep:
         """The step over what `tokens` and `rates` hold; for measuring, where a step is one graph."""
         self._first()
 
+    def refresh(self) -> None:
+        """Take the parameters as they are now: they were changed from outside."""
+        self.stored.refresh()
+
     def flush(self) -> list[tuple[float, float]]:
         """Wait for the steps that are under way; their (loss, gradient norm), oldest first."""
         return [late for i in range(AHEAD) if (late := self._read((self._steps + i) % AHEAD)) is not None]
@@ -123,7 +127,8 @@ class FusedStep:
         with torch.enable_grad():
             with phase("forward"):
                 hidden = network.hidden(weights, inputs, self.rotary, backend=self.model.backend)
-                nll = softcap_nll(hidden, weights.head, targets, self.model.config.softcap, backend=self.model.backend)
+                softcap = self.model.config.logit_softcap
+                nll = softcap_nll(hidden, weights.head, targets, softcap, backend=self.model.backend)
                 loss = nll.sum() / self.config.batch_tokens
             with phase("backward"):
                 gradients = torch.autograd.grad(loss, stored.leaves)

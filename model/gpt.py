@@ -18,6 +18,10 @@ from .config import ModelConfig
 from .network import Adapters, KVCache, pick_backend
 from .weights import weights_of
 
+ROTARY_TABLES = 4
+"""Rotary bases whose tables a model holds at a time. Sequences up to the training length share one base, and the
+windows of one run of adaptation another."""
+
 MATRICES = ("q", "k", "v", "o", "up", "down")
 """The six matrices of a block: what Muon trains and int6 stores."""
 
@@ -128,26 +132,39 @@ class GPT(nn.Module):
         weights = weights_of(self) if cache is None else cache.weights
         return network.hidden(weights, tokens, (cos, sin), adapters, None, cache, backend or self.backend)
 
+    def forward(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
+        """As :meth:`logits`."""
+        return self.logits(tokens, cache)
+
     def logits(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
         """tokens [B, S] -> soft-capped logits [B, S, V] in fp32 (fp64 for a float64 model)."""
         hidden = self.hidden(tokens, cache=cache)
-        return softcap_logits_ref(F.linear(hidden, self.embed.to(hidden.dtype)), self.config.softcap)
+        return softcap_logits_ref(F.linear(hidden, self.embed.to(hidden.dtype)), self.config.logit_softcap)
 
     def nll(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """Negative log-likelihood in nats of `targets` [B, S] after `tokens` [B, S] -> [B, S] fp32."""
         hidden = self.hidden(tokens)
         head = self.embed.to(hidden.dtype)
-        return softcap_nll(hidden, head, targets, self.config.softcap, backend=self.backend)
+        return softcap_nll(hidden, head, targets, self.config.logit_softcap, backend=self.backend)
 
     def rotary(self, rows: int, length: int) -> tuple[Tensor, Tensor]:
-        """cos, sin [at least `rows`, head_dim/2] with the base of sequences of `length` tokens, built once of each."""
+        """cos, sin [at least `rows`, head_dim/2] with the base of sequences of `length` tokens.
+
+        The tables of the last few bases are kept; one that is too short is made again, of twice the rows or more.
+        """
         config = self.config
         base = ntk_base(config.rope_base, length, config.train_length, config.head_dim)
         dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
-        key = (max(rows, config.train_length), base, self.embed.device, dtype)
-        if key not in self._rotary:
-            self._rotary[key] = rotary_tables(key[0], config.head_dim, *key[1:])
-        return self._rotary[key]
+        key = base, self.embed.device, dtype
+        tables = self._rotary.pop(key, None)
+        if tables is None or len(tables[0]) < rows:
+            most = max(config.train_length, 1 << (rows - 1).bit_length())
+            with torch.inference_mode(False), torch.no_grad():  # the next to read them may be a training step
+                tables = rotary_tables(most, config.head_dim, *key)
+        self._rotary[key] = tables  # the last one used is the last one in the dictionary
+        if len(self._rotary) > ROTARY_TABLES:
+            del self._rotary[next(iter(self._rotary))]
+        return tables
 
 
 def parameter_shapes(config: ModelConfig) -> dict[str, torch.Size]:

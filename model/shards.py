@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..errors import KloraError
 from .storage import replacing
 from .tokenizer import BOS_ID
 
@@ -27,7 +28,7 @@ SPLITS = ("train", "val")
 SCAN_TOKENS = 2**20  # tokens looked through for BOS at a time: 2 MiB
 
 
-class ShardError(ValueError):
+class ShardError(KloraError, ValueError):
     """A shard file that is missing, damaged or of another format, or a stream that cannot serve what is asked."""
 
 

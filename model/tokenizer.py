@@ -25,6 +25,7 @@ from typing import Self
 import numpy as np
 import sentencepiece
 
+from ..errors import KloraError
 from .corpus import Document
 
 BOS_ID = 1
@@ -69,7 +70,7 @@ KEEPS_TEXT = (
 """The options of SentencePiece's trainer that make such a model."""
 
 
-class TokenizerError(ValueError):
+class TokenizerError(KloraError, ValueError):
     """A tokenizer that cannot be trained as asked, or a model that does not fit this system."""
 
 

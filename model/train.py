@@ -28,6 +28,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from ..errors import KloraError
 from .average import WeightAverages
 from .checkpoint import CheckpointError, load_tensors, save_tensors, with_prefix, without_prefix
 from .config import ConfigError, Preset, TrainConfig
@@ -57,7 +58,7 @@ SLOW_STEP = 2.0
 """Seconds a step from which several ranks agree between micro-batches on whether to stop; it takes a collective."""
 
 
-class NonFiniteLoss(RuntimeError):
+class NonFiniteLoss(KloraError, RuntimeError):
     """The loss or the gradient norm is no longer a number; the weights were not updated with it."""
 
 
@@ -113,7 +114,7 @@ def micro_batches_of(rows: int, most: int) -> int:
     return next(n for n in range(count, rows + 1) if rows % n == 0)
 
 
-class StepCut(Exception):
+class _StepCut(Exception):
     """A step ends between two of its micro-batches."""
 
 
@@ -152,6 +153,9 @@ class EagerStep:
         if math.isfinite(loss) and math.isfinite(norm):
             with phase("optimizer"):
                 self.optimizers.step(step, scale)
+
+    def refresh(self) -> None:
+        """Nothing of the step is kept beside the parameters."""
 
     def flush(self) -> list[tuple[float, float]]:
         """(loss, gradient norm) of the step that none has asked for."""
@@ -322,7 +326,7 @@ class Trainer:
                 if watched:
                     elapsed, signalled = self.ranks.most(self.clock.seconds(), stop.received)
                     if signalled or (elapsed >= config.seconds and read and self.step):
-                        raise StepCut
+                        raise _StepCut
                     if elapsed >= config.seconds and read and not self.is_fused:
                         return
                 yield part
@@ -330,7 +334,7 @@ class Trainer:
 
         try:
             late = self.stepper.run(batches(), self.step, scale)
-        except StepCut:
+        except _StepCut:
             self.sampler.load_state(position)
             return False
         self._report([late] if late else [], progress)
@@ -507,6 +511,7 @@ class Trainer:
         optimizer = without_prefix("optimizer", tensors)
         try:
             self.model.load_state_dict(without_prefix("model", tensors))
+            self.stepper.refresh()
             # AdamW counts its steps in a CPU tensor, whatever the device of the moments.
             self.optimizers.load_state_tensors(
                 {name: t if name.endswith("/step") else t.to(device) for name, t in optimizer.items()}

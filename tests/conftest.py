@@ -1,8 +1,11 @@
-"""What the whole suite shares: the Triton interpreter, one thread, small models, sample texts and a tokenizer."""
+"""What the whole suite shares: the interpreter, threads (OMP_NUM_THREADS, or one), small models, texts, a tokenizer."""
 
+import inspect
 import os
 import random
+import time
 import tracemalloc
+from types import SimpleNamespace
 
 import torch
 
@@ -10,6 +13,7 @@ import torch
 os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
 
 import pytest
+from hypothesis import settings
 from klora.model.config import ModelConfig
 from klora.model.corpus import Document
 from klora.model.gpt import GPT
@@ -26,6 +30,35 @@ SMALL = ModelConfig(
     bigram_rows=64,
     bigram_width=8,
 )
+
+
+# The same examples on every machine, and no limit on the time of one: both would make a verdict depend on the machine.
+settings.register_profile("klora", deadline=None, derandomize=True)
+settings.load_profile("klora")
+
+
+def search_triton_once() -> None:
+    """Let the interpreter find the builtins of triton.language once, instead of at every call of a device function.
+
+    It looks through some hundred members each time, which is more than half of what a kernel takes.
+    """
+    from triton.language.core import is_builtin
+    from triton.runtime import interpreter
+
+    names = {}
+
+    def builtins_to_patch(owner):
+        if owner not in names:
+            names[owner] = [name for name, member in inspect.getmembers(owner) if is_builtin(member)]
+        if names[owner] and not is_builtin(getattr(owner, names[owner][0])):
+            return []  # they are replaced all together, and stay so until the launch ends
+        return [(name, getattr(owner, name)) for name in names[owner]]
+
+    interpreter.inspect = SimpleNamespace(**{**vars(inspect), "getmembers": builtins_to_patch})
+
+
+if os.environ["TRITON_INTERPRET"] == "1":
+    search_triton_once()
 
 
 def randomized(config: ModelConfig = SMALL, dtype: torch.dtype = torch.float32, seed: int = 0) -> GPT:
@@ -53,6 +86,15 @@ def documents(count: int, length: int = 100) -> list[Document]:
     return [Document(f"{i}.txt", words(i, length)) for i in range(count)]
 
 
+def wait_for(reached, process, seconds: float = 600.0) -> None:
+    """Until `reached()`, however slow the machine; AssertionError once the process has ended without it, or hangs."""
+    until = time.monotonic() + seconds
+    while not reached():
+        assert process.poll() is None, f"it ended with {process.returncode} before it came so far"
+        assert time.monotonic() < until, f"it has not come so far in {seconds:.0f} s"
+        time.sleep(0.02)
+
+
 def peak_memory(work) -> int:
     """Bytes allocated by Python and NumPy at the highest point while `work()` runs."""
     tracemalloc.start()
@@ -66,7 +108,7 @@ def peak_memory(work) -> int:
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():
     """Small tensors gain nothing from more threads, and lose a lot to them on a busy machine."""
-    torch.set_num_threads(1)
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 
 
 @pytest.fixture

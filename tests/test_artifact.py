@@ -1,6 +1,7 @@
 """The artifact: choosing clips for a budget, the file's layout and its round trip."""
 
 import base64
+import dataclasses
 import hashlib
 import io
 import itertools
@@ -497,3 +498,9 @@ class TestSmallWeights:
         save(tmp_path / "model.klora")
         header = split((tmp_path / "model.klora").read_bytes())[0]
         assert header["version"] == 1 and "float32" not in header
+
+
+def test_a_model_without_a_softcap_comes_back_without_one(tmp_path):
+    config = dataclasses.replace(CONFIG, softcap=0.0)
+    save(tmp_path / "model.klora", config)
+    assert load_artifact(tmp_path / "model.klora").config == config

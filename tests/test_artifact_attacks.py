@@ -223,9 +223,9 @@ class TestHostileHeader:
     )
     def test_configs_are_refused_before_their_memory(self, tmp_path, saved, changes, match):
         config = split(saved[1])[0]["config"] | changes
-        start = time.perf_counter()
+        start = time.process_time()
         assert peak_memory(lambda: refuse(tmp_path, forged(saved[1], config=config), match)) < 16 << 20
-        assert time.perf_counter() - start < 5
+        assert time.process_time() - start < 5
 
     def test_the_limit_is_the_callers(self, saved):
         with pytest.raises(ArtifactError, match="20,000 are allowed; raise max_bytes"):

@@ -132,7 +132,7 @@ class TestCommandLine:
 
     def test_other_weights_are_refused(self, artifact_path):
         done = klora("generate", artifact_path, "--weights", "fp4", check=2)
-        assert "--weights 'fp4' is not possible; allowed: dense, int6" in done.stderr
+        assert "weights='fp4' is not possible; allowed: dense, int6" in done.stderr
 
 
 class Shared(nn.Module):

@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import Phase, assume, given, settings
-from hypothesis import strategies as st
+from klora.bench.tolerance import assert_as_exact
 from klora.kernels.lora_qkv import lora_qkv_rope, lora_qkv_rope_ref
 from klora.kernels.rotary import rotary_tables
 
@@ -11,7 +10,6 @@ pytestmark = pytest.mark.usefixtures("empty_is_nan")
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
-NAMES = ("q", "k", "v", "dx", "dA", "dB")
 
 
 def draw(
@@ -53,39 +51,28 @@ def doubled(call):
 
 
 def assert_as_exact_as_plain_pytorch(batch, length, *more, seed=0, **options):
-    """Our error is at most 1.1 of plain PyTorch's, over four draws where there are few numbers: theirs scatter."""
+    """q, k, v, dx, dA and dB, over four draws where there are few numbers: their errors scatter."""
     seeds = range(seed, seed + (4 if batch * length < 40 else 1))
     draws = [draw(batch, length, *more, seed=one, **options) for one in seeds]
     ours = [run(call, douts) for call, douts in draws]
     plain = [run(call, douts, "reference") for call, douts in draws]
     exact = [run(doubled(call), [dout.double() for dout in douts], "reference") for call, douts in draws]
-    for name, mine, theirs, true in zip(
-        NAMES, *(zip(*some, strict=True) for some in (ours, plain, exact)), strict=True
-    ):
-        assert all(a.dtype == b.dtype and a.shape == b.shape for a, b in zip(mine, theirs, strict=True))
-        true = torch.stack(true)
-        error, allowed = (
-            (torch.stack(some).double() - true).norm() / true.norm().clamp(min=1e-30) for some in (mine, theirs)
-        )
-        assert error <= 1.1 * allowed, f"{name}: {error:.2e}, PyTorch {allowed:.2e}"
+    assert_as_exact(*([torch.stack(same) for same in zip(*some, strict=True)] for some in (ours, exact, plain)))
 
 
-@settings(max_examples=6, deadline=None, derandomize=True, phases=[Phase.generate])
-@given(
-    length=st.sampled_from([1, 7, 33, 70]),
-    width=st.sampled_from([16, 48, 80]),
-    heads=st.tuples(st.integers(1, 3), st.integers(1, 2)),
-    head_dim=st.sampled_from([16, 32, 64]),
-    rank=st.sampled_from([1, 8, 20]),
-    slots=st.none() | st.lists(st.integers(-1, 3), min_size=2, max_size=3),
-    dtype=st.sampled_from([torch.float32, torch.float16]),
-    low=st.booleans(),
+@pytest.mark.parametrize(
+    ("length", "width", "heads", "head_dim", "rank", "slots", "dtype", "low"),
+    [
+        (1, 48, (2, 1), 32, 8, [2, -1], torch.float32, False),
+        (7, 16, (1, 1), 16, 1, None, torch.float16, True),
+        (7, 16, (3, 1), 16, 20, [1, 1], torch.float32, False),
+        (33, 80, (3, 2), 16, 20, [0, 0, 3], torch.float16, False),
+        (70, 48, (1, 2), 64, 8, None, torch.float32, True),
+    ],
 )
 def test_every_output_and_gradient_is_as_exact_as_plain_pytorch(
     length, width, heads, head_dim, rank, slots, dtype, low
 ):
-    # Sums of 16 in fp32 are within a rounding or two on both sides: it is PyTorch's order against numpy's, 0.88 of it.
-    assume(width > 16 or dtype == torch.float16)
     batch, count = (len(slots), 4) if slots else (2, 2)
     sizes = heads[0] * head_dim, heads[1] * head_dim, 48
     assert_as_exact_as_plain_pytorch(
@@ -165,6 +152,7 @@ def test_the_cpu_takes_the_reference():
         assert CUDA or torch.equal(mine, theirs)
 
 
+@pytest.mark.slow
 def test_opcheck():
     torch.use_deterministic_algorithms(False)  # opcheck compares runs, and unused padding is fresh memory
     call, (dq, dk, _) = draw(slots=[1, 0])

@@ -103,6 +103,7 @@ def test_a_thousand_steps_follow_torchs_muon(adjust):
     follow_torchs_muon(adjust, "cpu")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_it_goes_on_from_its_state_dict_to_the_bit(backend, tmp_path):
     params = parameters()
@@ -566,6 +567,7 @@ def _rank(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_one_two_and_four_ranks_come_to_the_same_weights_and_skip_the_same_step():
     with tempfile.TemporaryDirectory() as folder:
         # A server that has imported everything forks the four: spawned ones would import it all four times.

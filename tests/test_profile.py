@@ -1,8 +1,9 @@
 """Ranges cost nothing while they are off, name every phase while they are on; profiles add up."""
 
 import json
-import subprocess
 import sys
+import timeit
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -35,16 +36,17 @@ def test_ranges_that_are_off_enter_nothing(entered):
     assert not entered and phase("block") is phase("forward")
 
 
-def test_ranges_that_are_off_cost_under_a_microsecond():
-    """In a process of its own: coverage traces every line of this one."""
-    code = (
-        "import timeit; from klora.model.ranges import phase\n"
-        "def use():\n"
-        "    with phase('block'): pass\n"
-        "print(min(timeit.repeat(use, number=2000, repeat=50)) / 2000)"
-    )
-    each = float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
-    assert each < 1e-6, f"{1e9 * each:.0f} ns"
+def test_ranges_that_are_off_cost_no_more_than_a_few_empty_contexts():
+    """A fifth of a microsecond, or what the machine needs for as much; coverage, which traces every line, rests."""
+    tracer = sys.gettrace()
+    sys.settrace(None)
+    try:
+        uses = ("with phase('block'): pass", "with nothing: pass")
+        names = {"phase": phase, "nothing": nullcontext()}
+        each, bare = (min(timeit.repeat(use, globals=names, number=2000, repeat=50)) / 2000 for use in uses)
+    finally:
+        sys.settrace(tracer)
+    assert each < 5 * bare, f"{1e9 * each:.0f} ns, an empty context {1e9 * bare:.0f} ns"
 
 
 def test_ranges_that_are_on_have_one_colour_a_phase_and_the_domain_klora(entered, tmp_path):
@@ -73,6 +75,7 @@ def test_kernel_table_adds_up():
     assert kernel_table(iter([]), 1, ceilings) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["step", "ttt"])
 def test_profile_names_the_kernels_with_shares_and_writes_a_trace(tmp_path, what):
     result = json.loads(klora("profile", what, "--toy", "--device", "cpu", "--out", tmp_path, "--json").stdout)

@@ -257,9 +257,9 @@ def test_edges(tmp_path, documents):
 
 def test_ten_thousand_documents_are_quick_and_small(tmp_path):
     scored = result(mixed(10_000))
-    start = time.perf_counter()
+    start = time.process_time()
     reader, html = report(tmp_path, scored)
-    assert time.perf_counter() - start < 10
+    assert time.process_time() - start < 10
     assert len(html) < 1_500_000 and len(reader.rows) < 100
 
 

@@ -159,10 +159,11 @@ def test_the_clock_stops_a_run_and_stands_still_during_validation(tmp_path, data
     trainer._validate = lambda *stop: (time.sleep(0.2), slow(*stop))[1]
     started = time.perf_counter()
     result = trainer.run()
-    assert 0.5 <= result.seconds < 1.5
     assert time.perf_counter() - started > result.seconds + 0.4
     with open(tmp_path / "loss.csv") as file:
-        assert any(row["validation_bpb"] for row in csv.DictReader(file))
+        rows = list(csv.DictReader(file))
+    assert all(float(row["seconds"]) < 0.5 for row in rows[:-1]) and float(rows[-1]["seconds"]) >= 0.5
+    assert any(row["validation_bpb"] for row in rows)
 
 
 def test_a_non_finite_loss_stops_with_step_checkpoint_and_advice(tmp_path, data):
@@ -348,7 +349,7 @@ def test_two_ranks_train_the_same_weights_as_one(tmp_path, data):
     arguments = json.dumps([preset.model.to_dict(), preset.train.to_dict(), str(data.folder), str(together)])
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
     done = subprocess.run(
-        [*command, str(tmp_path / "worker.py"), arguments], capture_output=True, text=True, timeout=120
+        [*command, str(tmp_path / "worker.py"), arguments], capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr[-2000:]
     first, second = (torch.load(together / f"rank{rank}.pt") for rank in (0, 1))

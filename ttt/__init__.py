@@ -1,10 +1,15 @@
 """Test-time training: documents, adapters, protocols, scoring and the report."""
 
-from .documents import Document, documents_from_texts
-from .journal import Journal
-from .protocols import TTTConfig, ttt_preset
-from .results import read_documents_csv
-from .score import score_documents
+from typing import TYPE_CHECKING
+
+from ..lazy import lazy_exports
+
+if TYPE_CHECKING:
+    from .documents import Document, documents_from_texts
+    from .journal import Journal
+    from .protocols import TTTConfig, ttt_preset
+    from .results import read_documents_csv
+    from .score import score_documents
 
 __all__ = [
     "Document",
@@ -15,3 +20,5 @@ __all__ = [
     "score_documents",
     "ttt_preset",
 ]
+
+__getattr__, __dir__ = lazy_exports(__name__)

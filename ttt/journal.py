@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from ..errors import KloraError
 from ..model.storage import replacing, write_text
 from .documents import Document
 from .protocols import TTTConfig
@@ -23,7 +24,7 @@ PHASES = ("base", "prequant")
 """The passes of unadapted models whose results are kept."""
 
 
-class JournalError(ValueError):
+class JournalError(KloraError, ValueError):
     """A journal that would be lost, that belongs to another run or is damaged, and what to do."""
 
 

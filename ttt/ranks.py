@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 import torch.distributed as dist
 
+from ..errors import KloraError
 from ..model.config import ConfigError
 from ..model.gpt import GPT
 from ..model.weights import frozen_weights
@@ -54,7 +55,7 @@ JOIN = timedelta(minutes=30)
 """How long a rank waits for the first one, which may read the journals of an interrupted run."""
 
 
-class LostStore(RuntimeError):
+class LostStore(KloraError, RuntimeError):
     """The process that keeps the ranks' store, or the first rank, is gone or never came, and what to do."""
 
 

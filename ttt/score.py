@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..errors import KloraError
 from ..model.config import ConfigError
 from ..model.gpt import GPT
 from ..model.storage import attempt
@@ -35,7 +36,7 @@ reference. auto: the engine on a GPU; elsewhere eager, or uncaptured on several 
 rounding."""
 
 
-class Interrupted(RuntimeError):
+class Interrupted(KloraError, RuntimeError):
     """Scoring was stopped before its end; the journal, or those of all ranks, hold `done` of `total` documents."""
 
     def __init__(self, done: int, total: int):
@@ -43,7 +44,7 @@ class Interrupted(RuntimeError):
         self.done, self.total = done, total
 
 
-class NonFiniteScore(RuntimeError):
+class NonFiniteScore(KloraError, RuntimeError):
     """An NLL that is no number: the adapter diverged, or the model's weights are not finite."""
 
 

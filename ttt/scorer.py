@@ -93,7 +93,7 @@ def adapted_nll(model: GPT, pool: AdapterPool, rows: int, inputs: Tensor, at: Te
     hidden = model.hidden(inputs, adapters, rotary_length=pool.ttt.window, backend="reference")
     hidden = hidden.gather(1, at[..., None].expand(-1, -1, hidden.size(-1)))
     weight = model.embed.to(hidden.dtype)
-    return lora_head_nll_ref(hidden, weight, head_a, head_b, targets, model.config.softcap, pool.ttt.temperature)
+    return lora_head_nll_ref(hidden, weight, head_a, head_b, targets, model.config.logit_softcap, pool.ttt.temperature)
 
 
 def adapt_batch(

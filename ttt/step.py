@@ -100,7 +100,7 @@ class EngineStep:
 
     @property
     def _loss(self) -> tuple[float, float]:
-        return self.weights.config.softcap, self.ttt.temperature
+        return self.weights.config.logit_softcap, self.ttt.temperature
 
     @torch.no_grad()
     def _inputs(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:

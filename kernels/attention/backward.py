@@ -1,10 +1,12 @@
 """The backward launches: dq and delta, then dk and dv; both may end in the gradients of the projections.
 
 With `rotary`, q = gain * rotate(n) and k = rotate(n) are normed and rotated heads of projections x, n = x * rstd, and
-the launches return the gradients of x instead of those of q and k. A rotation keeps dot products, so that the norm's
-part is taken before it is undone:
+the launches return the gradients of x instead of those of q and k. mean(dq * q) / gain is that of n with its gradient,
+for tables of any length: the norm's part is taken before the rotation is undone:
 
-    dx = unrotate(rstd * (gain * dq - q / gain * mean(dq * q)))       0 where gain is 0; dk likewise without gain
+    dx = rotated back(rstd * (gain * dq - q / l / gain * mean(dq * q)))       l = cos^2 + sin^2 of the element's pair
+
+0 where gain is 0; dk likewise without gain. Where all l of a tile are 1, nothing is divided.
 """
 
 import math
@@ -17,6 +19,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..dot import multiply_add
+from ..tile import UNIT, halves, off_unit
 from .forward import LOG2_E, by_heads, load, multiply, packed_heads, pick_config, place, row_at, store
 
 MOST_QUERIES = 64
@@ -45,11 +48,14 @@ def _unrotate(dx, x, position, at, gain, cos_ptr, sin_ptr, rstd_ptr, S, ROWS: tl
     rstd = tl.load(rstd_ptr + at, mask=inside, other=0.0)
     x = x.to(tl.float32)
     along = tl.sum(dx * x, 1) * rstd * (1.0 / D) * tl.where(gain == 0.0, 0.0, 1.0 / gain)
-    e = dx * (rstd * gain)[:, None] - x * along[:, None]
-    left, right = tl.split(e.reshape(ROWS, 2, D // 2).permute(0, 2, 1))
+    left, right = halves(dx * (rstd * gain)[:, None] - x * along[:, None], ROWS, D)
     table = position[:, None] * (D // 2) + tl.arange(0, D // 2)[None, :]
-    cos = tl.load(cos_ptr + table, mask=inside[:, None], other=0.0)
+    cos = tl.load(cos_ptr + table, mask=inside[:, None], other=1.0)
     sin = tl.load(sin_ptr + table, mask=inside[:, None], other=0.0)
+    if off_unit(cos, sin) > UNIT:
+        x_left, x_right = halves(x, ROWS, D)
+        excess = along[:, None] * (1.0 - 1.0 / (cos * cos + sin * sin))
+        left, right = left + x_left * excess, right + x_right * excess
     return tl.join(left * cos + right * sin, right * cos - left * sin).permute(0, 2, 1).reshape(ROWS, D)
 
 

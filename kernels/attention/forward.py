@@ -138,10 +138,10 @@ def _forward_kernel(
     store(out_d, acc * (1.0 / total)[:, None], b, h, t, HEADS, BM, D)
 
 
-def launch_forward(q: Tensor, k: Tensor, v: Tensor, tail: int) -> tuple[Tensor, Tensor]:
+def launch_forward(q: Tensor, k: Tensor, v: Tensor, tail: int, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """(out [B, tail, H, d], logsumexp fp32 [B, H, tail]) of q [B, S, H, d], k and v [B, S, G, d]."""
     (batch, length, heads, width), groups = q.shape, k.size(2)
-    out = q.new_empty(batch, tail, heads, width)
+    out = q.new_empty(batch, tail, heads, width) if out is None else out
     lse = q.new_empty(batch, heads, tail, dtype=torch.float32)
     if out.numel():
         config, packed = pick_config("forward", q.dtype, width), packed_heads(heads, groups)

@@ -1,8 +1,8 @@
 """int6: weights at six bits, their quantiser, two packed layouts, and a linear that reads them."""
 
-from .layout import LAYOUT, Int6Matrix, pack_int6, packed_shape, quantize_int6, unpack_int6
-from .linear import Int6Linear, Int6LinearWeight
-from .op import Int6Config, int6_linear, int6_linear_dx, int6_linear_ref, pick_config, pick_config_dx
+from typing import TYPE_CHECKING
+
+from ...lazy import lazy_exports
 from .reference import (
     CODE_MAX,
     GROUP_SIZES,
@@ -14,6 +14,11 @@ from .reference import (
     relative_error,
     unpack_int6_ref,
 )
+
+if TYPE_CHECKING:
+    from .layout import LAYOUT, Int6Matrix, pack_int6, packed_shape, quantize_int6, unpack_int6
+    from .linear import Int6Linear, Int6LinearWeight
+    from .op import Int6Config, int6_linear, int6_linear_dx, int6_linear_ref, pick_config, pick_config_dx
 
 __all__ = [
     "CODE_MAX",
@@ -40,3 +45,5 @@ __all__ = [
     "unpack_int6",
     "unpack_int6_ref",
 ]
+
+__getattr__, __dir__ = lazy_exports(__name__)

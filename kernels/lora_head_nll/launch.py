@@ -7,8 +7,10 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ..tile import aligned
 from .backward import adapter_gradient, hidden_gradient
 from .forward import sweep
+from .reference import NO_SOFTCAP
 
 LARGEST_LOGIT = 60.0
 """Up to this softcap / temperature, V * exp(logit) fits fp32 with room to spare, and no maximum has to be tracked."""
@@ -90,6 +92,10 @@ class Head:
     temperature: float
 
     @property
+    def is_capped(self) -> bool:
+        return self.softcap < NO_SOFTCAP
+
+    @property
     def is_bounded(self) -> bool:
         """Whether exp(logit) can be summed as it is, by the quicker arithmetic for 16-bit inputs."""
         return self.h.dtype != torch.float32 and self.softcap / self.temperature <= LARGEST_LOGIT
@@ -151,13 +157,14 @@ class Head:
             e.stride(-2) if keep else 0,
             self.pool,
             *self.strides(self.lora_a, self.lora_b),
-            self.softcap,
-            self.softcap / self.temperature,
+            self.softcap if self.is_capped else 1.0,
+            (self.softcap if self.is_capped else 1.0) / self.temperature,
             1 / self.temperature,
             **self.constants,
             KEEP=keep,
             HAS_LSE=has_lse,
             BOUNDED=self.is_bounded,
+            CAPPED=self.is_capped,
             BLOCK_S=tile.m,
             BLOCK_V=tile.n,
             BLOCK_D=tile.k,
@@ -229,16 +236,10 @@ class Head:
 
 def launchable(h, weight, lora_a, lora_b, slots, targets, softcap: float, temperature: float) -> Head:
     """The head with every tensor in a layout that the kernels take, copied only where it is in none."""
-    h, weight = (t if _has_descriptor(t) else t.contiguous() for t in (h, weight))
+    h, weight = aligned(h), aligned(weight)
     lora_a, lora_b = (t if t is None or is_packed(t) else t.contiguous() for t in (lora_a, lora_b))
     slots = None if slots is None else slots.contiguous()
     return Head(h, weight, lora_a, lora_b, slots, targets.contiguous(), softcap, temperature)
-
-
-def _has_descriptor(t: Tensor) -> bool:
-    """Whether a tensor descriptor takes it: contiguous rows that start on 16 bytes."""
-    starts = [t.data_ptr(), *(stride * t.element_size() for stride in t.stride()[:-1])]
-    return t.stride(-1) == 1 and min(t.stride()) > 0 and not any(start % 16 for start in starts)
 
 
 def is_packed(t: Tensor) -> bool:

@@ -35,7 +35,6 @@ def pick_form(rows: int, columns: int) -> str:
     return "gram" if max(rows, columns) >= 2 * min(rows, columns) else "standard"
 
 
-@torch.compiler.assume_constant_result
 def pick_backend(device: torch.device) -> str:
     """'triton' where the kernels run, which is on Hopper; 'reference' elsewhere."""
     runs = device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
@@ -115,6 +114,7 @@ def _tables(
 ) -> tuple[NewtonSchulzConfig, Plan, Pieces]:
     """How tensors [B, rows, columns] are orthogonalised."""
     layouts, device = _layouts(tensors), tensors[0].device
+    _check_device(device)
     config = pick_config(_shapes(layouts, forms), dtype, tensors[0].is_cuda)
     plan, pieces = _lasting(_layout(layouts, steps, coefficients, tuple(forms), config, device), device)
     return config, plan, pieces
@@ -241,6 +241,7 @@ def _muon_apply(
 ) -> None:
     layouts = _layouts(parameters)
     strides, device = tuple(u.stride(-2) for u in updates), parameters[0].device
+    _check_device(device)
     pieces, scales = _lasting(_targets(layouts, strides, scale, device), device)
     if lr_on_device is None:
         apply_updates(parameters, updates, scales, lr, weight_decay, pieces)
@@ -497,10 +498,16 @@ def _takes_kernel(tensor: Tensor, backend: str | None, other: torch.dtype) -> bo
         raise ValueError(
             f"{tensor.dtype} with {other} is not possible for the kernels; allowed: {DTYPES}, or backend='reference'"
         )
-    runs = pick_backend(tensor.device) == "triton" or not tensor.is_cuda  # off the GPU, in Triton's interpreter
-    if takes and not runs:
-        raise ValueError("the kernels need compute capability 9.0 (Hopper); allowed here: backend='reference'")
     return takes
+
+
+def _check_device(device: torch.device) -> None:
+    """ValueError for a GPU that the kernels do not run on. Inside the ops, where no compiler traces it.
+
+    Off the GPU they run in Triton's interpreter.
+    """
+    if device.type == "cuda" and pick_backend(device) != "triton":
+        raise ValueError("the kernels need compute capability 9.0 (Hopper); allowed here: backend='reference'")
 
 
 def _check(name: str, tensors: Sequence[Tensor], ndim: int | None = None) -> None:

@@ -255,7 +255,7 @@ _residual_norm.register_autograd(_backward, setup_context=_setup_context)
 
 
 def rms_norm(x: Tensor, *, backend: str | None = None) -> Tensor:
-    """x [..., D] / rms(x) over the last dimension."""
+    """x [..., D] / rms(x) over the last dimension. The backward reads what is returned: change none of it before."""
     _check(x.unsqueeze(0) if x.dim() < 3 else x)
     if _takes_reference(x, backend):
         return rms_norm_ref(x)
@@ -288,6 +288,7 @@ def residual_norm(
     a pool of gradients), the backward writes the rows of the slots named there, leaves the others alone, and autograd
     gets no gradient of `bias`, which has to require one all the same. `x0_grad`, like x0, does the same for x0: it is
     written, or with `adds_x0` added to, so that the boundaries that share an x0 share one sum.
+    The backward reads n: autograd refuses it once n was changed in place.
     """
     given = {"branch": branch, "pushed": pushed, "x0": x0}
     vectors = {"scale": scale, "skip": skip, "mix": mix, "bias": bias}

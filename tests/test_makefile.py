@@ -1,0 +1,37 @@
+"""`make`: what its targets run and say, without running them."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+CPU_WHEELS = "https://download.pytorch.org/whl/cpu"
+
+pytestmark = pytest.mark.skipif(
+    not (ROOT / "Makefile").exists() or not shutil.which("make"), reason="needs make, and the source"
+)
+
+
+def commands(target: str, folder: Path, *variables: str) -> str:
+    done = subprocess.run(
+        ["make", "-n", target, f"VENV={folder / 'venv'}", *variables], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_setup_shows_its_progress_and_knows_pytorch_without_cuda(tmp_path):
+    said = commands("setup", tmp_path)
+    assert "--quiet" not in said and " -q " not in said and "--index-url" not in said
+    assert "1 of 2: PyTorch" in said and "2 of 2: klora" in said and f"TORCH_INDEX={CPU_WHEELS}" in said
+    assert "du -sh" in said
+    assert f"--index-url {CPU_WHEELS} torch" in commands("setup", tmp_path, f"TORCH_INDEX={CPU_WHEELS}")
+
+
+@pytest.mark.parametrize(("target", "marks"), [("test", '"not gpu"'), ("test-fast", '"not gpu and not slow"')])
+def test_the_tests_run_on_every_core_with_a_thread_each_and_are_counted_last(target, marks, tmp_path):
+    last = commands(target, tmp_path).splitlines()[-1]
+    assert last.startswith("OMP_NUM_THREADS=1 TRITON_INTERPRET=1 ") and "-n auto" in last and f"-m {marks}" in last
+    assert ("--cov-fail-under=80" in last) is (target == "test")
