@@ -22,7 +22,13 @@ from ..model.signals import StopSignals
 from ..model.storage import attempt, require_writable
 from ..model.tokenizer import Tokenizer
 from ..model.train import device_name
-from ..ttt.documents import Document, documents_from_texts, documents_from_tokens
+from ..ttt.documents import (
+    Document,
+    documents_from_texts,
+    documents_from_tokens,
+    facts_of_texts,
+    facts_of_tokens,
+)
 from ..ttt.journal import Journal, fingerprint, remove_journals
 from ..ttt.protocols import LEAK_WARNING, SCORE_FIRST, TTTConfig, label, ttt_preset
 from ..ttt.ranks import PATIENCE, Board, board_of_torchrun, score_on_ranks
@@ -174,7 +180,7 @@ def score_artifact(
     seconds["load"], started = time.perf_counter() - started, time.perf_counter()
     tokenizer = tokenizer_of(loaded)
     documents = _documents(source, tokenizer, most_tokens, loaded.provenance)
-    notes, bytes_of = _notes(documents, tokenizer, are_tokens=source[-1] is not None)
+    of_bytes = facts_of_tokens(documents, tokenizer) if source[-1] else facts_of_texts(tokenizer)
     seconds["tokenize"] = time.perf_counter() - started
     require_writable(folder, SPARE_BYTES + TOKEN_BYTES * sum(document.targets for document in documents))
     board = board_of_torchrun(patience) if is_one_of_many() else None
@@ -203,7 +209,7 @@ def score_artifact(
                     prequant=before,
                     should_stop=lambda: bool(stop.received),
                     progress=_shown(show),
-                    facts=_facts(path, loaded, chosen) | {"weights": weights, "bytes_of": bytes_of, "notes": notes},
+                    facts=_facts(path, loaded, chosen) | {"weights": weights} | of_bytes,
                     scorer=scorer,
                     say=output.say,
                 )
@@ -295,15 +301,6 @@ def _documents(source, tokenizer: Tokenizer, most_tokens: int, provenance: dict)
     if not kept:
         raise ConfigError(f"--most-tokens {most_tokens} is less than any document has; allowed: more, or 0 for all")
     return [found[index] for index in sorted(kept)]
-
-
-def _notes(documents: list[Document], tokenizer: Tokenizer, are_tokens: bool) -> tuple[list[str], str]:
-    """Sentences that belong beside the result, and of which text its bytes are."""
-    if not are_tokens:
-        return list(tokenizer.notes_on_text()), "original text" if tokenizer.changes else "text"
-    controls = sum(tokenizer.count_controls(document.tokens) for document in documents)
-    notes = tokenizer.notes_on_shards(controls, "the scored documents")
-    return list(notes), "normalised text" if tokenizer.changes else "text"
 
 
 def _held_out_stdlib(provenance: dict) -> Corpus:

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import klora as klora_package
 import numpy as np
 import pytest
 from conftest import SMALL, randomized, words
@@ -309,3 +310,13 @@ def test_pictures_of_normalised_text_say_so(contest_run, tmp_path, monkeypatch):
         "validate_seconds=1e-6",
     )
     assert "validation bits per byte of the normalised text" in drawn.pop()
+
+
+def test_a_loaded_model_says_that_its_tokenizer_normalises(contest_run):
+    for name in ("run", "model.klora"):
+        model = klora_package.load(contest_run.folder / name)
+        text = "  alpha \n\n ﬁne "
+        for result in (model.score(text), model.adapt(text)):
+            assert result.documents[0].bytes == len(text.encode())
+            assert result.notes == list(contest_run.tokenizer.notes_on_text())
+            assert result.bytes_of == "original text"

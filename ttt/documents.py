@@ -7,6 +7,7 @@ chunks of `chunk`; chunk j is scored inside a window of up to `window` tokens th
 import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -87,6 +88,18 @@ def documents_from_tokens(pairs: Iterable[tuple[str, np.ndarray]], tokenizer: To
     for name, tokens in pairs:
         tokenizer.require_known(tokens, f"document {name!r}")
         yield Document(name, tokens, int(tokenizer.target_bytes(tokens).sum()))
+
+
+def facts_of_texts(tokenizer: Tokenizer) -> dict[str, Any]:
+    """What a result of texts says of its bytes: of which text they are, and sentences that belong beside it."""
+    return {"bytes_of": "original text" if tokenizer.changes else "text", "notes": list(tokenizer.notes_on_text())}
+
+
+def facts_of_tokens(documents: Iterable[Document], tokenizer: Tokenizer) -> dict[str, Any]:
+    """As :func:`facts_of_texts` of documents that came as tokens, and how many control tokens they have."""
+    controls = sum(tokenizer.count_controls(document.tokens) for document in documents)
+    notes = tokenizer.notes_on_shards(controls, "the scored documents")
+    return {"bytes_of": "normalised text" if tokenizer.changes else "text", "notes": list(notes)}
 
 
 @dataclass(frozen=True)
