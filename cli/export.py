@@ -53,7 +53,9 @@ def export_run(run: Path, path: Path, budget: int, output: Output) -> ArtifactSu
     if path.is_file() and path.stat().st_size and not is_artifact(path):
         raise ArtifactError(f"{path} is there and is no artifact of klora's; move it or give another --out")
     tensors, meta = load_run(run)
-    config, tokenizer = ModelConfig.from_dict(meta["model"]), Tokenizer.from_file(run / TOKENIZER)
+    config = ModelConfig.from_dict(meta["model"])
+    is_of_shards = meta["provenance"].get("sources", {}).get("kind", "shards") == "shards"
+    tokenizer = Tokenizer.from_file(run / TOKENIZER, may_normalise=is_of_shards)
     if tokenizer.vocab_size != config.vocab_size:
         raise CheckpointError(
             f"{run / TOKENIZER} has {tokenizer.vocab_size} pieces and the model {config.vocab_size}; it not this run's"

@@ -22,7 +22,13 @@ from ..model.signals import StopSignals
 from ..model.storage import attempt, require_writable
 from ..model.tokenizer import Tokenizer
 from ..model.train import device_name
-from ..ttt.documents import Document, documents_from_texts, documents_from_tokens
+from ..ttt.documents import (
+    Document,
+    documents_from_texts,
+    documents_from_tokens,
+    facts_of_texts,
+    facts_of_tokens,
+)
 from ..ttt.journal import Journal, fingerprint, remove_journals
 from ..ttt.protocols import LEAK_WARNING, SCORE_FIRST, TTTConfig, label, ttt_preset
 from ..ttt.ranks import PATIENCE, Board, board_of_torchrun, score_on_ranks
@@ -174,6 +180,7 @@ def score_artifact(
     seconds["load"], started = time.perf_counter() - started, time.perf_counter()
     tokenizer = tokenizer_of(loaded)
     documents = _documents(source, tokenizer, most_tokens, loaded.provenance)
+    of_bytes = facts_of_tokens(documents, tokenizer) if source[-1] else facts_of_texts(tokenizer)
     seconds["tokenize"] = time.perf_counter() - started
     require_writable(folder, SPARE_BYTES + TOKEN_BYTES * sum(document.targets for document in documents))
     board = board_of_torchrun(patience) if is_one_of_many() else None
@@ -202,7 +209,7 @@ def score_artifact(
                     prequant=before,
                     should_stop=lambda: bool(stop.received),
                     progress=_shown(show),
-                    facts=_facts(path, loaded, chosen) | {"weights": weights},
+                    facts=_facts(path, loaded, chosen) | {"weights": weights} | of_bytes,
                     scorer=scorer,
                     say=output.say,
                 )
@@ -258,6 +265,8 @@ def say_totals(result: ScoreResult, output: Output) -> None:
     )
     rows.append(("seconds", ", ".join(f"{phase} {value:.1f}" for phase, value in result.seconds.items())))
     output.table("", rows)
+    for note in result.notes:
+        output.say(f"note: {note}", style="bold yellow")
     if result.deadline_hit:
         output.say(
             f"The deadline of {result.config.deadline:g} s left text to the base model; how much depends on the speed "

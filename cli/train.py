@@ -103,14 +103,15 @@ def train(
             if text or jsonl:
                 raise ConfigError("--shards was given together with --text or --jsonl; give one of them")
             chosen = preset(preset_name or "tiny").override(overrides)
-            data, sources = prepared_from_shards(shards), {"kind": "shards"}
+            data = prepared_from_shards(shards)
+            sources = {"kind": "shards"} | ({"notes": list(data.notes)} if data.notes else {})
         else:
             chosen = preset(preset_name or "tiny").override(overrides)
             corpora = _corpora(text, jsonl, field, validation_text, validation_jsonl, validation_share)
             data, sources = prepare_first(corpora, chosen, cache, ranks, output), describe(*corpora)
         result = run_training(chosen, data, out, ranks, output, sources, resume)
         if ranks.is_first:
-            output.result({"run": str(out), **vars(result)})
+            output.result({"run": str(out), **vars(result), "notes": list(data.notes)})
     if result.signal:
         raise typer.Exit(128 + result.signal)
 
@@ -170,6 +171,8 @@ def run_training(
     )
     scores = ", ".join(f"{name} {bpb:.4f}" for name, bpb in result.validation_bpb.items())
     output.say(f"validation BPB before quantisation: {scores}; kept {result.kept} in {out}")
+    for note in data.notes:
+        output.say(f"note: {note}", style="bold yellow")
     return result
 
 

@@ -15,13 +15,17 @@ COLUMNS = ("step", "seconds", "tokens", "loss", "grad_norm", "lr_scale", "moment
 class LossCurve:
     """Appends one row a step to loss.csv and draws loss.png from it on request."""
 
-    def __init__(self, folder: Path, resume_at: int = 0, say: Callable[[str], None] = warnings.warn):
+    def __init__(
+        self, folder: Path, resume_at: int = 0, say: Callable[[str], None] = warnings.warn, bytes_of: str = ""
+    ):
         """Start afresh, or keep the rows up to step `resume_at` of a run that goes on from there.
 
         `say` gets one line when the picture cannot be drawn, and one when the CSV cannot be written.
+        `bytes_of` names the text that the validation bits per byte are of, where it is not the original.
         """
         self.csv_path, self.png_path = folder / "loss.csv", folder / "loss.png"
         self._say = say
+        self._unit = "bits per byte" + (f" of the {bytes_of}" if bytes_of else "")
         self._complaints: set[str] = set()
         kept = [row for row in self.rows() if int(row["step"]) <= resume_at] if resume_at else []
         with replacing(self.csv_path) as temporary, open(temporary, "w", newline="") as file:
@@ -66,7 +70,7 @@ class LossCurve:
         if measured:
             right = axes.twinx()
             right.plot(*zip(*measured, strict=True), "o-", color="#c44e52", markersize=4, label="validation BPB")
-            right.set_ylabel("validation bits per byte")
+            right.set_ylabel(f"validation {self._unit}")
             lines = [*lines, *right.get_lines()]
         axes.legend(lines, [line.get_label() for line in lines], loc="upper right")
         write_bytes(self.png_path, figure_png(figure, dpi=120))

@@ -2,7 +2,8 @@
 
     BPB = sum of NLL over scored targets / ln 2 / bytes of their text
 
-The rows are train_length tokens wide and do not overlap; a BOS target is not scored. Sums in float64.
+The rows are train_length tokens wide and do not overlap; a BOS target is not scored. Sums in float64. The text is the
+one that the shards hold: of a tokenizer that normalises, the normalised text.
 """
 
 import math
@@ -29,6 +30,7 @@ def validation_bpb(
     """BPB over the first `most_tokens` tokens of `stream` (0: all), shared between the ranks.
 
     Where `should_stop` says so between two micro-batches, the rest is left out and the number is of no use.
+    TokenizerError for tokens whose bytes of text cannot be told.
     """
     length = min(model.config.train_length, len(stream) - 1)
     rows = (len(stream) - 1) // length
@@ -41,6 +43,7 @@ def validation_bpb(
             break
         count = min(batch, rows - start)
         tokens = stream.tokens(start * length, (start + count) * length + 1)
+        tokenizer.require_known(tokens, "the validation text")
         bytes_of = torch.from_numpy(tokenizer.target_bytes(tokens)).view(count, length)
         tokens = torch.from_numpy(tokens.astype("int64"))
         targets = tokens[1:].view(count, length)

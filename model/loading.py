@@ -49,8 +49,11 @@ def model_from_run(run: str | Path, device: torch.device | str = "auto", of: Art
 
 
 def tokenizer_of(artifact: Artifact) -> Tokenizer:
-    """The artifact's tokenizer. ArtifactError where it is not the one that the model was made for."""
-    tokenizer = Tokenizer.from_bytes(artifact.tokenizer_bytes)
+    """The artifact's tokenizer, which may normalise text where the model was trained on shards of such a one.
+
+    ArtifactError where it is not the one that the model was made for.
+    """
+    tokenizer = Tokenizer.from_bytes(artifact.tokenizer_bytes, may_normalise=True)
     if tokenizer.vocab_size != artifact.config.vocab_size:
         raise ArtifactError(
             f"the artifact's tokenizer has {tokenizer.vocab_size} pieces and its model {artifact.config.vocab_size}; "

@@ -263,7 +263,8 @@ class Trainer:
             if not resume:
                 self._set_aside()
             self._describe_run()
-            self.curve = LossCurve(self.folder, resume_at=self.step, say=say)
+            text = "normalised text" if data.tokenizer.changes else ""
+            self.curve = LossCurve(self.folder, resume_at=self.step, say=say, bytes_of=text)
 
     def run(self, progress: Callable[[dict[str, Any]], None] = lambda row: None) -> TrainResult:
         """Train to the end or to a signal. `progress` gets each row of loss.csv, once its loss is known."""

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import html
 import json
 import os
 import signal
@@ -9,14 +10,21 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import klora as klora_package
+import numpy as np
 import pytest
 from conftest import SMALL, randomized, words
 from klora.model.artifact import load_artifact, save_artifact
+from klora.model.checkpoint import load_tensors, save_tensors
 from klora.model.shards import ShardWriter
+from klora.model.tokenizer import Tokenizer
+from klora.model.train import MODEL
 from klora.ttt.protocols import ttt_preset
+from klora.ttt.report import write_report
 from klora.ttt.results import NOT_ADAPTED, DocumentResult, ScoreResult, read_documents_csv
+from test_cli import SMALL as CLI_SMALL
 from test_cli import klora
-from test_tokenizer import model_with
+from test_tokenizer import CONTEST, model_with
 
 SETS = [part for pair in ("chunk=16", "window=64", "min_tokens=64", "batch=2") for part in ("--set", pair)]
 
@@ -159,19 +167,107 @@ def test_a_report_that_cannot_be_made_costs_no_results(artifact, texts, tmp_path
     assert (tmp_path / "score.json").exists() and not list(tmp_path.glob("journal*"))
 
 
-def test_an_artifact_or_shards_with_a_tokenizer_that_changes_text_are_refused(artifact, tokenizer, tmp_path):
-    folding = model_with(normalization_rule_name="nfkc_cf")
+def test_an_artifact_or_shards_with_a_tokenizer_that_is_counted_wrong_are_refused(artifact, tokenizer, tmp_path):
+    suffix = model_with(treat_whitespace_as_suffix=True)
     config = load_artifact(artifact).config
-    save_artifact(tmp_path / "cf.klora", randomized(config).state_dict(), config, folding, {"steps": 0})
-    refused = klora("score", tmp_path / "cf.klora", "--text", __file__, check=2)
-    assert "changes upper case: it reads 'Straße ABC İI' back as 'straße abc" in refused.stderr
+    save_artifact(tmp_path / "suffix.klora", randomized(config).state_dict(), config, suffix, {"steps": 0})
+    refused = klora("score", tmp_path / "suffix.klora", "--text", __file__, check=2)
+    assert "changes a space: it reads ' ' back as '  '" in refused.stderr
     for split in ("train", "val"):
         with ShardWriter(tmp_path / "shards", split) as writer:
             writer.add(tokenizer.encode("alpha beta"))
-    (tmp_path / "shards" / "fineweb.model").write_bytes(folding)
+    (tmp_path / "shards" / "fineweb.model").write_bytes(suffix)
     for arguments in (("score", artifact), ("train", "--out", tmp_path / "run")):
         refused = klora(*arguments, "--shards", tmp_path / "shards", check=2)
-        assert "fineweb.model changes upper case" in refused.stderr
+        assert "fineweb.model changes a space" in refused.stderr
+
+
+@pytest.fixture(scope="module")
+def contest_run(tmp_path_factory) -> SimpleNamespace:
+    """Shards as the contest makes them, a run trained on them and its artifact, each by its own command."""
+    folder, model = tmp_path_factory.mktemp("contest"), model_with(**CONTEST)
+    contest = Tokenizer(model, may_normalise=True)
+    for split, seeds in (("train", range(12)), ("val", range(20, 23))):
+        with ShardWriter(folder / "shards", split) as writer:
+            for seed in seeds:
+                writer.add(contest.encode(words(seed, 150)))
+    (folder / "shards" / "fineweb_1024_bpe.model").write_bytes(model)
+    sizes = {**CLI_SMALL, "vocab_size": contest.vocab_size, "max_steps": 2, "warmdown_steps": 1}
+    sets = [part for name, value in sizes.items() for part in ("--set", f"{name}={value}")]
+    trained = klora("train", "--shards", folder / "shards", "--out", folder / "run", *sets)
+    klora("export", folder / "run", "--out", folder / "model.klora")
+    return SimpleNamespace(folder=folder, tokenizer=contest, stdout=trained.stdout, sets=sets)
+
+
+def test_training_on_shards_of_normalised_text_says_so(contest_run, tmp_path):
+    (note,) = contest_run.tokenizer.notes_on_shards(0)
+    said = contest_run.stdout.replace("\n", "")
+    assert said.index("validation BPB") < said.index(f"note: {note}".replace("\n", ""))
+    run = contest_run.folder / "run"
+    assert json.loads((run / "run.json").read_text())["sources"]["notes"] == [note]
+    artifact = load_artifact(contest_run.folder / "model.klora")
+    assert artifact.provenance["sources"] == {"kind": "shards", "notes": [note]}
+    arguments = ("train", "--shards", contest_run.folder / "shards", "--out", tmp_path / "run", *contest_run.sets)
+    assert json.loads(klora(*arguments, "--json").stdout)["notes"] == [note]
+
+
+def test_scores_of_normalised_shards_say_so_in_every_output(contest_run, tmp_path):
+    (note,) = contest_run.tokenizer.notes_on_shards(0)
+    arguments = ("score", contest_run.folder / "model.klora", "--shards", contest_run.folder / "shards", *SETS)
+    shown = klora(*arguments, "--out", tmp_path)
+    assert f"note: {note}" in shown.stdout
+    stored = json.loads((tmp_path / "score.json").read_text())
+    assert (stored["notes"], stored["bytes_of"]) == ([note], "normalised text")
+    texts = [contest_run.tokenizer.normalise(words(seed, 150)) for seed in (20, 21, 22)]
+    assert stored["totals"]["bytes"] == sum(len(text.encode()) for text in texts)
+    page = (tmp_path / "report.html").read_text()
+    assert html.escape(note[1:]) in page[: page.index("bits per byte</small>")]  # above the numbers
+    rows = read_documents_csv(tmp_path / "documents.csv")
+    assert [row["bytes_of_normalised_text"] for row in rows] == [len(text.encode()) for text in texts]
+    machine = json.loads(klora(*arguments, "--out", tmp_path / "json", "--json").stdout)
+    assert (machine["notes"], machine["bytes_of"]) == ([note], "normalised text")
+
+
+def test_scores_of_shards_with_control_tokens_say_so(artifact, tokenizer, tmp_path):
+    """Tokens of no text, as an end of document is one: their bits are counted, and were so without a word."""
+    with ShardWriter(tmp_path, "val") as writer:
+        writer.add(np.append(tokenizer.encode("alpha beta"), 2))
+        writer.add(np.append(tokenizer.encode("gamma"), 2))
+    (tmp_path / "fineweb.model").write_bytes(tokenizer.to_bytes())
+    shown = klora("score", artifact, "--shards", tmp_path, "--out", tmp_path / "out", *SETS)
+    assert "note: the scored documents have 2 control tokens other than BOS: bits per byte count" in shown.stdout
+    stored = json.loads((tmp_path / "out" / "score.json").read_text())
+    assert stored["totals"]["bytes"] == len("alpha betagamma") and stored["bytes_of"] == "text"
+    assert len(stored["notes"]) == 1
+
+
+def test_texts_are_scored_in_their_own_bytes_and_the_tokenizer_is_named(contest_run, texts, tmp_path):
+    arguments = ("score", contest_run.folder / "model.klora", "--text", texts, *SETS, "--out", tmp_path)
+    shown = klora(*arguments)
+    (note,) = contest_run.tokenizer.notes_on_text()
+    assert f"note: {note}" in shown.stdout and "per byte of the original text" in note
+    stored = json.loads((tmp_path / "score.json").read_text())
+    assert (stored["notes"], stored["bytes_of"]) == ([note], "original text")
+    assert stored["totals"]["bytes"] == sum(path.stat().st_size for path in texts.iterdir())
+
+
+def test_an_artifact_of_normalised_shards_generates(contest_run):
+    shown = klora("generate", contest_run.folder / "model.klora", "--prompt", "alpha beta", "--tokens", "4")
+    assert "alpha beta" in shown.stdout
+
+
+def test_a_run_on_text_cannot_have_a_tokenizer_that_normalises(contest_run, tmp_path):
+    tensors, meta = load_tensors(contest_run.folder / "run" / MODEL)
+    meta["provenance"]["sources"] = {"kind": "text"}
+    save_tensors(tmp_path / MODEL, tensors, meta)
+    (tmp_path / "tokenizer.model").write_bytes(contest_run.tokenizer.to_bytes())
+    assert "tokenizer.model changes a space" in klora("export", tmp_path, check=2).stderr
+
+
+def test_scores_without_a_note_have_none(artifact, texts, tmp_path):
+    shown = klora(*command(artifact, texts, tmp_path))
+    stored = json.loads((tmp_path / "score.json").read_text())
+    assert (stored["notes"], stored["bytes_of"]) == ([], "text") and "note:" not in shown.stdout
 
 
 def test_the_demo_says_its_deadline_and_what_it_left_out(tmp_path, monkeypatch):
@@ -187,3 +283,40 @@ def test_the_demo_says_its_deadline_and_what_it_left_out(tmp_path, monkeypatch):
     assert "adapted (score_first, deadline: 0.0% adapted)" in shown
     machine = json.loads(klora("demo", "--out", tmp_path / "demo", "--json").stdout)
     assert (machine["deadline"], machine["adapted_share"], machine["deadline_hit"]) == (100.0, 0.0, True)
+
+
+def test_pictures_of_normalised_text_say_so(contest_run, tmp_path, monkeypatch):
+    drawn = []
+
+    def keep(figure, dpi):
+        drawn.append({text for axes in figure.axes for text in (axes.get_title(), axes.get_ylabel())})
+        return b"png"
+
+    for module in ("klora.ttt.report", "klora.model.curve"):
+        monkeypatch.setattr(f"{module}.figure_png", keep)
+    facts = {"bytes_of": "normalised text"}
+    write_report(
+        ScoreResult([DocumentResult("a", 100, 200, NOT_ADAPTED, 1.0, 1.0, 1.0)], ttt_preset(), {}, facts), tmp_path
+    )
+    assert "bits per byte of the normalised text (lower is better)" in drawn.pop()
+    klora(
+        "train",
+        "--shards",
+        contest_run.folder / "shards",
+        "--out",
+        tmp_path / "run",
+        *contest_run.sets,
+        "--set",
+        "validate_seconds=1e-6",
+    )
+    assert "validation bits per byte of the normalised text" in drawn.pop()
+
+
+def test_a_loaded_model_says_that_its_tokenizer_normalises(contest_run):
+    for name in ("run", "model.klora"):
+        model = klora_package.load(contest_run.folder / name)
+        text = "  alpha \n\n ﬁne "
+        for result in (model.score(text), model.adapt(text)):
+            assert result.documents[0].bytes == len(text.encode())
+            assert result.notes == list(contest_run.tokenizer.notes_on_text())
+            assert result.bytes_of == "original text"

@@ -31,7 +31,7 @@ from klora.model.parallel import Ranks, pick_device
 from klora.model.prepare import Prepared
 from klora.model.shards import ShardWriter, TokenStream
 from klora.model.storage import require_writable, write_text
-from klora.model.tokenizer import Tokenizer
+from klora.model.tokenizer import Tokenizer, TokenizerError
 from klora.model.train import NonFiniteLoss, Trainer, lr_scale
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
@@ -312,6 +312,14 @@ def test_validation_counts_every_target_but_bos(data):
     targets = tokens[1 : used + 1]
     expected = (targets != 1).sum() * np.log2(320) / data.tokenizer.target_bytes(tokens[: used + 1]).sum()
     assert validation_bpb(model, stream, data.tokenizer, 0, 128, ALONE) == pytest.approx(float(expected), rel=1e-6)
+
+
+def test_validation_refuses_text_that_nobody_knows(data, tmp_path):
+    """The unknown token counted 0 bytes, and the BPB was too high without a word."""
+    with ShardWriter(tmp_path, "val") as writer:
+        writer.add(np.array([1, *[50] * 100, data.tokenizer.encode("a")[1], 0, *[50] * 100], np.uint16))
+    with pytest.raises(TokenizerError, match="the validation text has the unknown token 0, whose bytes of text nobod"):
+        validation_bpb(GPT(SMALL_MODEL), TokenStream(writer.paths), data.tokenizer, 0, 128, ALONE)
 
 
 WORKER = """

@@ -7,6 +7,7 @@ chunks of `chunk`; chunk j is scored inside a window of up to `window` tokens th
 import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -35,15 +36,19 @@ class Document:
 def documents_from_texts(texts: Iterable[TextDocument], tokenizer: Tokenizer, threads: int = 2) -> Iterator[Document]:
     """Tokenize texts as they come; bytes are those of the text in UTF-8.
 
-    Raises TokenizerError where a text's tokens stand for another number of bytes. The one exception is the mark that
-    SentencePiece has for a space: where a text has it, its tokens say a space, and a warning names the document.
+    Raises TokenizerError where a text's tokens stand for another number of bytes. There are two exceptions. One is the
+    mark that SentencePiece has for a space: where a text has it, its tokens say a space, and a warning names the
+    document. The other is a tokenizer that normalises: its tokens must stand for the normalised text, and a warning
+    says what it changes.
     """
     batch: list[TextDocument] = []
+    for note in tokenizer.notes_on_text():
+        log.warning(note)
 
     def encoded() -> Iterator[Document]:
         tokens = tokenizer.encode_many([document.text for document in batch], threads)
         for document, ids in zip(batch, tokens, strict=True):
-            _check_bytes(document, int(tokenizer.target_bytes(ids).sum()))
+            _check_bytes(document, ids, tokenizer)
             yield Document(document.name, ids, len(document.text.encode()))
 
     for text in texts:
@@ -54,9 +59,12 @@ def documents_from_texts(texts: Iterable[TextDocument], tokenizer: Tokenizer, th
     yield from encoded()
 
 
-def _check_bytes(document: TextDocument, counted: int) -> None:
-    marks = document.text.count(SPACE)
-    wanted = len(document.text.encode()) - marks * (len(SPACE.encode()) - 1)
+def _check_bytes(document: TextDocument, ids: np.ndarray, tokenizer: Tokenizer) -> None:
+    counted, marks = int(tokenizer.target_bytes(ids).sum()), document.text.count(SPACE)
+    if tokenizer.changes:
+        wanted = len(tokenizer.normalise(document.text).encode())
+    else:
+        wanted = len(document.text.encode()) - marks * (len(SPACE.encode()) - 1)
     if counted != wanted:
         raise TokenizerError(
             f"document {document.name!r} has {wanted:,} bytes of text, but its tokens stand for {counted:,}; give the "
@@ -78,16 +86,20 @@ def documents_from_tokens(pairs: Iterable[tuple[str, np.ndarray]], tokenizer: To
     the unknown one, whose text is lost.
     """
     for name, tokens in pairs:
-        if (tokens == tokenizer.unknown_id).any():
-            raise TokenizerError(
-                f"document {name!r} has the unknown token {tokenizer.unknown_id}, whose bytes of text nobody knows; "
-                "make the shards with this tokenizer, which has a token for every byte"
-            )
-        try:
-            text_bytes = int(tokenizer.target_bytes(tokens).sum())
-        except TokenizerError as error:
-            raise TokenizerError(f"document {name!r} has {error}; give the tokenizer that made the shards") from None
-        yield Document(name, tokens, text_bytes)
+        tokenizer.require_known(tokens, f"document {name!r}")
+        yield Document(name, tokens, int(tokenizer.target_bytes(tokens).sum()))
+
+
+def facts_of_texts(tokenizer: Tokenizer) -> dict[str, Any]:
+    """What a result of texts says of its bytes: of which text they are, and sentences that belong beside it."""
+    return {"bytes_of": "original text" if tokenizer.changes else "text", "notes": list(tokenizer.notes_on_text())}
+
+
+def facts_of_tokens(documents: Iterable[Document], tokenizer: Tokenizer) -> dict[str, Any]:
+    """As :func:`facts_of_texts` of documents that came as tokens, and how many control tokens they have."""
+    controls = sum(tokenizer.count_controls(document.tokens) for document in documents)
+    notes = tokenizer.notes_on_shards(controls, "the scored documents")
+    return {"bytes_of": "normalised text" if tokenizer.changes else "text", "notes": list(notes)}
 
 
 @dataclass(frozen=True)

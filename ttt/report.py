@@ -61,7 +61,7 @@ summary { cursor: pointer; font-size: 1.15rem; font-weight: 600; margin: 2rem 0 
 </head>
 <body>
 $banner<h1>$heading</h1>
-<p>$about</p>
+<p>$about</p>$notes
 <div class="cards">$cards</div>
 <ul>$differences</ul>
 $picture
@@ -107,6 +107,7 @@ def _page(result: ScoreResult, png: bytes, missing: str) -> str:
         banner=f'<p class="leak" role="alert">{escape(LEAK_WARNING)}</p>\n' if config.is_leaky else "",
         heading=escape(heading),
         about=escape("Lower is better." if config.is_leaky else f"Lower is better. {WHY_VALID}"),
+        notes="".join(f"\n<p><b>{escape(_clean(_sentence(note)))}</b></p>" for note in result.notes),
         cards="\n".join(_card(*card) for card in cards),
         differences=_differences(result, totals),
         picture=_picture(heading, png) if png else f'<p class="note">{escape(_clean(missing))}</p>',
@@ -243,7 +244,8 @@ def _draw_totals(axes, result: ScoreResult) -> None:
     axes.set_xticks(range(3), names, fontsize=11)
     axes.set_xlabel("in brackets: difference to the bar on the left", fontsize=11)
     axes.set_ylim(0, max(drawn) * 1.25 or 1.0)
-    axes.set_title("bits per byte (lower is better)", fontsize=12)
+    text = "" if result.bytes_of == "text" else f" of the {result.bytes_of}"
+    axes.set_title(f"bits per byte{text} (lower is better)", fontsize=12)
     axes.spines[["top", "right"]].set_visible(False)
 
 
@@ -338,6 +340,10 @@ def _minus(a: float | None, b: float | None) -> float | None:
 
 def _signed(value: float | None) -> str:
     return "not measured" if value is None else f"{value:+.4f}"
+
+
+def _sentence(note: str) -> str:
+    return f"{note[:1].upper()}{note[1:]}."
 
 
 def _leak(result: ScoreResult) -> str:

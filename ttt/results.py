@@ -2,6 +2,8 @@
 
     BPB = nats / ln 2 / bytes of the original text,   sums over documents in float64
 
+Of token shards whose tokenizer normalises, the text is the normalised one, which is all that they hold; notes say so.
+
 A result of a leaky protocol says LEAKY in every form: in the CSV's column name, in the JSON and in the report. Where a
 deadline left targets to the base model, the share that was adapted stands beside the number in every form.
 """
@@ -66,7 +68,10 @@ def bits_per_byte(nats: float | None, text_bytes: int) -> float | None:
 
 @dataclass(frozen=True)
 class ScoreResult:
-    """Every document's result, the config they were scored with, seconds by phase and facts of the run."""
+    """Every document's result, the config they were scored with, seconds by phase and facts of the run.
+
+    Of the facts, `notes` are sentences that belong beside every number; `bytes_of` says of which text the bytes are.
+    """
 
     documents: Sequence[DocumentResult]
     config: TTTConfig
@@ -84,6 +89,16 @@ class ScoreResult:
         long = [d for d in self.documents if d.status != SHORT]
         adapted = sum(d.tokens if d.status == ADAPTED else d.adapted_tokens for d in long)
         return adapted / max(sum(d.tokens for d in long), 1) if long else 1.0
+
+    @property
+    def notes(self) -> Sequence[str]:
+        """What a reader of any bits per byte has to know of its bytes."""
+        return self.facts.get("notes", ())
+
+    @property
+    def bytes_of(self) -> str:
+        """Of which text the bytes are: text; where a tokenizer normalises it, original text or normalised text."""
+        return self.facts.get("bytes_of", "text")
 
     @property
     def deadline_note(self) -> str:
@@ -133,7 +148,8 @@ class ScoreResult:
         """Write documents.csv and score.json into `folder`.
 
         In the CSV an apostrophe stands before a name that a spreadsheet would run as a formula, and before one that
-        starts with an apostrophe itself; :func:`read_documents_csv` takes it away again.
+        starts with an apostrophe itself; :func:`read_documents_csv` takes it away again. The column of the bytes says
+        of which text they are, where there are two.
         """
         write_text(folder / "score.json", json.dumps(self.to_json(), indent=1, allow_nan=False) + "\n")
         suffix = f"_{LEAKY}" if self.config.is_leaky else ""
@@ -142,7 +158,8 @@ class ScoreResult:
             open(temporary, "w", newline="", encoding="utf-8", errors="surrogateescape") as file,
         ):
             writer = csv.writer(file)
-            writer.writerow(["name", "tokens", "bytes", "status", "base_bpb", f"adapted_bpb{suffix}", "adapted_share"])
+            size = "bytes" if self.bytes_of == "text" else f"bytes_of_{self.bytes_of.replace(' ', '_')}"
+            writer.writerow(["name", "tokens", size, "status", "base_bpb", f"adapted_bpb{suffix}", "adapted_share"])
             for d in self.documents:
                 name = f"'{d.name}" if d.name.startswith((*FORMULA, "'")) else d.name
                 numbers = map(_six, (d.base_bpb, d.adapted_bpb, d.adapted_share))
@@ -153,7 +170,8 @@ def read_documents_csv(path: str | Path) -> list[dict[str, Any]]:
     """The rows of a documents.csv by column: names as they were, numbers as numbers, None where a cell is empty."""
     with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
         rows = list(csv.DictReader(file))
-    kinds = {"name": lambda cell: cell.removeprefix("'"), "status": str, "tokens": int, "bytes": int}
+    kinds = {"name": lambda cell: cell.removeprefix("'"), "status": str, "tokens": int}
+    kinds |= {column: int for column in rows[0] if column.startswith("bytes")} if rows else {}
     return [
         {column: kinds.get(column, float)(cell) if cell or column == "name" else None for column, cell in row.items()}
         for row in rows

@@ -17,7 +17,7 @@ from .model.loading import model_from_artifact, model_from_run, tokenizer_of
 from .model.tokenizer import Tokenizer, TokenizerError
 from .model.train import TOKENIZER
 from .ttt.base import BaseNll
-from .ttt.documents import Document
+from .ttt.documents import Document, facts_of_texts
 from .ttt.protocols import SCORE_FIRST, TTTConfig, ttt_preset
 from .ttt.results import ScoreResult
 from .ttt.score import Journal, score_documents, unadapted
@@ -35,7 +35,7 @@ def load(path: str | Path, device: torch.device | str = "auto", weights: str = "
         return LanguageModel(model_from_artifact(artifact, device, weights), tokenizer_of(artifact))
     if weights != "dense":
         raise ConfigError(f"weights={weights!r} is not possible for a run's folder; allowed: 'dense', or an artifact")
-    return LanguageModel(model_from_run(path, device), Tokenizer.from_file(path / TOKENIZER))
+    return LanguageModel(model_from_run(path, device), Tokenizer.from_file(path / TOKENIZER, may_normalise=True))
 
 
 class LanguageModel:
@@ -84,10 +84,14 @@ class LanguageModel:
         return "".join(generate_text(self.model, self.tokenizer, prompt, **settings))
 
     def score(self, documents: str | Iterable[str] | Mapping[str, str]) -> ScoreResult:
-        """Bits per byte of the model as it is: `.totals()["base_bpb"]`, and `base_bpb` of each of `.documents`."""
+        """Bits per byte of the model as it is: `.totals()["base_bpb"]`, and `base_bpb` of each of `.documents`.
+
+        Bytes are the text's own; `.notes` says where the tokenizer normalises it.
+        """
         config, read = ttt_preset(), self._documents(documents)
         base = BaseNll(self.model, read, config)
-        return ScoreResult([unadapted(document, i, base, None) for i, document in enumerate(read)], config, {})
+        results = [unadapted(document, i, base, None) for i, document in enumerate(read)]
+        return ScoreResult(results, config, {}, facts_of_texts(self.tokenizer))
 
     def adapt(
         self,
@@ -106,7 +110,8 @@ class LanguageModel:
         with TemporaryDirectory() as folder:
             journal = Journal(Path(folder) / "journal.jsonl", fingerprint="", resume=False)
             try:
-                return score_documents(self.model, self._documents(documents), config, journal)
+                facts = facts_of_texts(self.tokenizer)
+                return score_documents(self.model, self._documents(documents), config, journal, facts=facts)
             finally:
                 journal.close()
 
