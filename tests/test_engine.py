@@ -336,13 +336,13 @@ def test_a_step_is_shapes_alone_and_runs_the_kernels_once_where_they_are_needed(
     with Ops() as ops:
         engine._steps[3, 4, True]()
     assert ops.seen == {
-        "residual_norm": 22,  # one before the smear
+        "bigram_embedding": 1,
+        "residual_norm": 21,
         "lora_attention": 10,
         "linear": 10,
         "relu_squared_mlp": 10,
         "lora_head_nll_grads_": 1,
-        "residual_norm_backward_into": 10,
-        "residual_norm_backward": 10,  # none below block 0
+        "residual_norm_backward": 20,  # none below block 0
         "lora_qkv_backward_into": 10,
         "lora_attention_backward": 10,
         "linear_dx": 20,
@@ -352,7 +352,8 @@ def test_a_step_is_shapes_alone_and_runs_the_kernels_once_where_they_are_needed(
     with Ops() as ops:
         engine._steps[0, 4, False]()
     assert ops.seen == {
-        "residual_norm": 22,
+        "bigram_embedding": 1,
+        "residual_norm": 21,
         "lora_attention": 10,
         "linear": 10,
         "relu_squared_mlp": 10,
