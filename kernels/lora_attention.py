@@ -66,13 +66,15 @@ def lora_attention(
     head_dim: int,
     tail: int | None = None,
     grads: tuple[Tensor, Tensor] | None = None,
+    unit_tables: bool = False,
     backend: str | None = None,
 ) -> Tensor:
     """out [B, T, Nq] of x [B, S, D]; arguments are those of `lora_qkv_rope`, and `tail`, the T last tokens wanted.
 
     Gradients flow to x, weight, lora_a and lora_b. head_dim is one that both ops take: 16, 32, 64 or, in 16 bits with
     ranks up to 16, 128. `backend` is "reference" or "triton"; left out, CPU tensors take the reference. ValueError on
-    anything that either op refuses. out may be changed in place: the backward, which reads it, then makes it again.
+    anything that either op refuses. out may be changed in place: the backward, which reads it, then makes it
+    again. `unit_tables` is as of :func:`qkv_attention`.
     """
     backend, sizes, slots = validate(x, weight, lora_a, lora_b, slots, sizes, grads, backend)
     validate_heads(x, lora_a, cos, sin, gain, sizes, head_dim, backend)
@@ -86,7 +88,9 @@ def lora_attention(
     if head_dim not in HEAD_DIMS:
         raise ValueError(f"head_dim is {head_dim}; the kernel wants one of {', '.join(map(str, HEAD_DIMS))}")
     tables = (table.contiguous() for table in (cos, sin, gain))
-    return _op(x, weight, lora_a, lora_b, *tables, slots, sizes, head_dim, tail, *(grads or (None, None)))[0]
+    return _op(x, weight, lora_a, lora_b, *tables, slots, sizes, head_dim, tail, *(grads or (None, None)), unit_tables)[
+        0
+    ]
 
 
 @custom_op("klora::lora_attention", mutates_args=())
@@ -104,6 +108,7 @@ def _op(
     tail: int,
     grad_a: Tensor | None,
     grad_b: Tensor | None,
+    is_unit: bool,
 ) -> list[Tensor]:
     """out, and what the backward wants: logsumexp, q, k, v, xa, packed adapters, 1 / rms of the heads of q and k."""
     adapters, packed = adapters_and_packed(x, lora_a, lora_b, slots, sizes)
@@ -114,7 +119,7 @@ def _op(
 
 
 @_op.register_fake
-def _(x, weight, lora_a, lora_b, cos, sin, gain, slots, sizes, head_dim, tail, grad_a, grad_b):
+def _(x, weight, lora_a, lora_b, cos, sin, gain, slots, sizes, head_dim, tail, grad_a, grad_b, is_unit):
     out = x.new_empty(x.size(0), tail, sizes[0])
     lse = cos.new_empty(x.size(0), sizes[0] // head_dim, tail)
     rstds = (cos.new_empty(*x.shape[:2], size // head_dim) for size in sizes[:2])
@@ -134,24 +139,25 @@ def _backward_op(
     gain: Tensor,
     rstd_q: Tensor,
     rstd_k: Tensor,
+    is_unit: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of the three projections."""
     if not dout.numel():
         return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     head_dim = 2 * cos.size(1)
     dout, out = _heads((aligned(dout), out), head_dim)
-    projected = Projected(cos, sin, gain, rstd_q, rstd_k)
+    projected = Projected(cos, sin, gain, rstd_q, rstd_k, is_unit)
     douts = attention_backward(dout, *_heads((q, k, v), head_dim), out, lse, projected)[:3]
     return tuple(dout.flatten(2) for dout in douts)
 
 
 @_backward_op.register_fake
-def _(dout, out, lse, q, k, v, cos, sin, gain, rstd_q, rstd_k):
+def _(dout, out, lse, q, k, v, cos, sin, gain, rstd_q, rstd_k, is_unit):
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
 def _setup(ctx, inputs, output):
-    x, weight, lora_a, lora_b, cos, sin, gain, slots, sizes, _, _, grad_a, grad_b = inputs
+    x, weight, lora_a, lora_b, cos, sin, gain, slots, sizes, _, _, grad_a, grad_b, ctx.is_unit = inputs
     out, lse, q, k, v, xa, packed_a, packed_b, rstd_q, rstd_k = output
     out, ctx.is_changed = keep_output(out)
     attended = out, lse, q, k, v, cos, sin, gain, rstd_q, rstd_k
@@ -164,11 +170,11 @@ def _setup(ctx, inputs, output):
 
 def _backward(ctx, douts):
     if douts[0] is None:
-        return (None,) * 13
+        return (None,) * 14
     out, lse, q, k, v, cos, *others = ctx.saved_tensors[6:]
     if ctx.is_changed():
         out = causal_op(*_heads((q, k, v), 2 * cos.size(1)), out.size(1))[0].flatten(2)
-    return *gradients(ctx, _backward_op(douts[0], out, lse, q, k, v, cos, *others)), *(None,) * 9
+    return *gradients(ctx, _backward_op(douts[0], out, lse, q, k, v, cos, *others, ctx.is_unit)), *(None,) * 10
 
 
 _op.register_autograd(_backward, setup_context=_setup)

@@ -51,9 +51,19 @@ def qkv_attention_ref(
 
 @custom_op("klora::qkv_attention", mutates_args=())
 def _op(
-    x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, gain: Tensor, sizes: list[int], head_dim: int, tail: int
+    x: Tensor,
+    weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    gain: Tensor,
+    sizes: list[int],
+    head_dim: int,
+    tail: int,
+    is_unit: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """out, and what the backward wants: the stacked q, k and v, 1 / rms of the heads of q and k, the logsumexp."""
+    """out, and what the backward wants: the stacked q, k and v, 1 / rms of the heads of q and k, the logsumexp.
+    `is_unit` is only passed on to it.
+    """
     heads, groups = sizes[0] // head_dim, sizes[1] // head_dim
     rstd = x.new_empty(*x.shape[:2], heads + groups, dtype=torch.float32)
     about = Heads(cos, sin, gain, rstd, heads, groups, head_dim)
@@ -64,7 +74,7 @@ def _op(
 
 
 @_op.register_fake
-def _(x, weight, cos, sin, gain, sizes, head_dim, tail):
+def _(x, weight, cos, sin, gain, sizes, head_dim, tail, is_unit):
     heads, groups = sizes[0] // head_dim, sizes[1] // head_dim
     return (
         x.new_empty(x.size(0), tail, sizes[0]),
@@ -86,10 +96,11 @@ def _backward_op(
     gain: Tensor,
     sizes: list[int],
     head_dim: int,
+    is_unit: bool,
 ) -> tuple[Tensor, Tensor]:
     """The gradients of the stacked projections [B, S, N] and of the gain."""
     dqkv, heads = torch.empty_like(qkv), sizes[0] // head_dim
-    rotary = Rotary(cos, sin, gain, rstd[..., :heads], rstd[..., heads:])
+    rotary = Rotary(cos, sin, gain, rstd[..., :heads], rstd[..., heads:], is_unit)
     split = _split(qkv, sizes, head_dim)
     dout, out = (t.unflatten(-1, (-1, head_dim)) for t in (aligned(dout), out))
     into = tuple(_split(dqkv, sizes, head_dim))
@@ -98,7 +109,7 @@ def _backward_op(
 
 
 @_backward_op.register_fake
-def _(dout, out, qkv, rstd, lse, cos, sin, gain, sizes, head_dim):
+def _(dout, out, qkv, rstd, lse, cos, sin, gain, sizes, head_dim, is_unit):
     return torch.empty_like(qkv), torch.empty_like(gain)
 
 
@@ -113,7 +124,7 @@ def _split(qkv: Tensor, sizes: Sequence[int], head_dim: int) -> list[Tensor]:
 
 
 def _setup(ctx, inputs, output):
-    x, weight, cos, sin, gain, ctx.sizes, ctx.head_dim, ctx.tail = inputs
+    x, weight, cos, sin, gain, ctx.sizes, ctx.head_dim, ctx.tail, ctx.is_unit = inputs
     out, qkv, rstd, lse = output
     out, ctx.is_changed = keep_output(out)
     ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight, cos, sin, gain, out, qkv, rstd, lse)
@@ -125,13 +136,13 @@ def _autograd(ctx, dout, *_):
     x, weight, cos, sin, gain, out, qkv, rstd, lse = ctx.saved_tensors
     needs_x, needs_weight, _, _, needs_gain, *_ = ctx.needs_input_grad
     if dout is None:
-        return (None,) * 8
+        return (None,) * 9
     if ctx.is_changed():
         out = causal_op(*_split(qkv, ctx.sizes, ctx.head_dim), ctx.tail)[0].flatten(2)
-    dqkv, dgain = _backward_op(dout, out, qkv, rstd, lse, cos, sin, gain, ctx.sizes, ctx.head_dim)
+    dqkv, dgain = _backward_op(dout, out, qkv, rstd, lse, cos, sin, gain, ctx.sizes, ctx.head_dim, ctx.is_unit)
     dx = linear_dx(dqkv, weight) if needs_x else None
     dweight = linear_dweight(dqkv, x) if needs_weight else None
-    return dx, dweight, None, None, dgain if needs_gain else None, None, None, None
+    return dx, dweight, None, None, dgain if needs_gain else None, *(None,) * 4
 
 
 _op.register_autograd(_autograd, setup_context=_setup)
@@ -147,12 +158,14 @@ def qkv_attention(
     *,
     head_dim: int,
     tail: int | None = None,
+    unit_tables: bool = False,
     backend: str | None = None,
 ) -> Tensor:
     """out [B, T, Nq] of x [B, S, D]; gradients of x, weight and gain.
 
     `sizes` is (Nq, Nk, Nv): as many heads of v as of k, and a multiple of them of q. `backend` is "reference" or
-    "triton"; left out, CPU tensors take the reference and CUDA tensors the kernels.
+    "triton"; left out, CPU tensors take the reference and CUDA tensors the kernels. `unit_tables` is the caller's word
+    that cos^2 + sin^2 is 1, as it is of rotary_tables: the backward then does not look.
 
     Example: out = qkv_attention(x, weight, cos, sin, gain, (512, 256, 256), head_dim=64)
     """
@@ -184,4 +197,4 @@ def qkv_attention(
         if table.dtype != torch.float32:
             raise ValueError(f"{name} is {table.dtype}; the kernel wants float32")
     tables = (table.contiguous() for table in (cos, sin, gain))
-    return _op(x, weight, *tables, sizes, head_dim, tail)[0]
+    return _op(x, weight, *tables, sizes, head_dim, tail, unit_tables)[0]

@@ -237,7 +237,8 @@ def _attention(
     if not lora:
         if by_kernel and takes(n.dtype, head_dim) and isinstance(weight.qkv, Tensor):
             tables = (*about.rotary, weight.gain)
-            return qkv_attention(n, weight.qkv, *tables, sizes, head_dim=head_dim, tail=tail, backend=backend)
+            options = {"head_dim": head_dim, "tail": tail, "unit_tables": True, "backend": backend}
+            return qkv_attention(n, weight.qkv, *tables, sizes, **options)
         parts = _linear(n, weight.qkv, backend).split(sizes, dim=-1)
     else:
         *adapter, grads = lora
@@ -246,7 +247,7 @@ def _attention(
         options = {"slots": about.slots, "sizes": sizes, "grads": grads, "backend": backend}
         if by_kernel:
             tables = (*about.rotary, weight.gain)
-            return lora_attention(n, qkv, *adapter, *tables, head_dim=head_dim, tail=tail, **options)
+            return lora_attention(n, qkv, *adapter, *tables, head_dim=head_dim, tail=tail, unit_tables=True, **options)
         parts = lora_qkv(n, qkv, *adapter, **options)
     q, k, v = (part.unflatten(-1, (-1, head_dim)) for part in parts)
     q, k = norm_rotary(q, k, *about.rotary, weight.gain, backend=backend)

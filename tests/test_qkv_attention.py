@@ -92,3 +92,19 @@ def test_a_bound_that_does_not_hold_is_no_harm(case):
     plain = run(qkv_attention_ref, inputs, sizes, head_dim, torch.float32)
     ours = run(qkv_attention, inputs, sizes, head_dim, torch.float32, backend="triton")
     assert_as_exact(ours, exact, plain, margin=1.6)
+
+
+def test_unit_tables_are_the_same_bits_whether_they_are_looked_at_or_not():
+    inputs, sizes, head_dim = draw()
+    looked, trusted = (
+        run(qkv_attention, inputs, sizes, head_dim, torch.float32, backend="triton", unit_tables=unit)
+        for unit in (False, True)
+    )
+    assert all(torch.equal(one, other) for one, other in zip(looked, trusted, strict=True))
+
+
+def test_the_op_is_registered_as_torch_wants_it():
+    (x, weight, cos, sin, gain, _), sizes, head_dim = draw(length=9)
+    leaves = [t.requires_grad_() for t in (x, weight)]
+    given = (*leaves, cos, sin, gain.requires_grad_(), list(sizes), head_dim, 9, True)
+    torch.library.opcheck(torch.ops.klora.qkv_attention.default, given)

@@ -39,10 +39,15 @@ class Rotary(NamedTuple):
     """[B, S, H], 1 / rms of each projected head; tokens any distance apart"""
     rstd_k: Tensor
     """[B, S, G]"""
+    is_unit: bool = False
+    """Whether cos^2 + sin^2 is known to be 1: then nobody looks."""
 
 
 @triton.jit
-def _unrotate(dx, x, position, at, gain, cos_ptr, sin_ptr, rstd_ptr, S, ROWS: tl.constexpr, D: tl.constexpr):
+def _unrotate(
+    dx, x, position, at, gain, cos_ptr, sin_ptr, rstd_ptr, S,
+    ROWS: tl.constexpr, D: tl.constexpr, IS_UNIT: tl.constexpr,
+):  # fmt: skip
     """The gradient of a projection: dx and x [ROWS, D] are rotated and of any gain; `at` finds a row's rstd."""
     inside = position < S
     rstd = tl.load(rstd_ptr + at, mask=inside, other=0.0)
@@ -52,10 +57,11 @@ def _unrotate(dx, x, position, at, gain, cos_ptr, sin_ptr, rstd_ptr, S, ROWS: tl
     table = position[:, None] * (D // 2) + tl.arange(0, D // 2)[None, :]
     cos = tl.load(cos_ptr + table, mask=inside[:, None], other=1.0)
     sin = tl.load(sin_ptr + table, mask=inside[:, None], other=0.0)
-    if off_unit(cos, sin) > UNIT:
-        x_left, x_right = halves(x, ROWS, D)
-        excess = along[:, None] * (1.0 - 1.0 / (cos * cos + sin * sin))
-        left, right = left + x_left * excess, right + x_right * excess
+    if not IS_UNIT:  # noqa: SIM102 (decided when it is compiled)
+        if off_unit(cos, sin) > UNIT:
+            x_left, x_right = halves(x, ROWS, D)
+            excess = along[:, None] * (1.0 - 1.0 / (cos * cos + sin * sin))
+            left, right = left + x_left * excess, right + x_right * excess
     return tl.join(left * cos + right * sin, right * cos - left * sin).permute(0, 2, 1).reshape(ROWS, D)
 
 
@@ -82,6 +88,7 @@ def _dq_kernel(
     q_d, k_d, v_d, out_d, dout_d, dq_d, lse_ptr, rows_ptr, cos_ptr, sin_ptr, gain_ptr, rstd_ptr, sums_ptr,
     scale, softmax_scale, T, OFFSET, BLOCKS, padded, rstd_stride,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    IS_UNIT: tl.constexpr,
 ):  # fmt: skip
     """Programs and tiles are the forward's. `rows` [B, H, 2, padded] gets the logsumexp and delta of each row, for the
     next launch; past T it gets 0, where dout reads as 0 and the rows add nothing. `sums` [B, H, BLOCKS] gets the sum of
@@ -113,7 +120,7 @@ def _dq_kernel(
         if sums_ptr is not None:
             along = tl.sum(tl.sum(dq * q.to(tl.float32), 1).reshape(HEADS, BM), 1)
             tl.store(sums_ptr + (b * H + h + tl.arange(0, HEADS)) * BLOCKS + block, along)
-        dq = _unrotate(dq, q, position, at, gain, cos_ptr, sin_ptr, rstd_ptr, OFFSET + T, HEADS * BM, D)
+        dq = _unrotate(dq, q, position, at, gain, cos_ptr, sin_ptr, rstd_ptr, OFFSET + T, HEADS * BM, D, IS_UNIT)
     store(dq_d, dq, b, h, OFFSET + t, HEADS, BM, D)
 
 
@@ -144,6 +151,7 @@ def _dkdv_kernel(
     q_d, k_d, v_d, dout_d, rows_d, dk_d, dv_d, cos_ptr, sin_ptr, rstd_ptr,
     scale, softmax_scale, T, OFFSET, BLOCKS, rstd_stride,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    IS_UNIT: tl.constexpr,
 ):  # fmt: skip
     """A program takes BN keys of a group through all queries from their own on, of HEADS heads at a time. Its scores
     are transposed, [keys, rows]: p and ds are multiplied from registers.
@@ -170,7 +178,7 @@ def _dkdv_kernel(
     if cos_ptr is not None:
         at = (b.to(tl.int64) * (OFFSET + T) + key) * rstd_stride + g
         gain = tl.full((BN,), 1.0, tl.float32)
-        dk = _unrotate(dk, k, key, at, gain, cos_ptr, sin_ptr, rstd_ptr, OFFSET + T, BN, D)
+        dk = _unrotate(dk, k, key, at, gain, cos_ptr, sin_ptr, rstd_ptr, OFFSET + T, BN, D, IS_UNIT)
     store(dk_d, dk, b, g, n, 1, BN, D)
 
 
@@ -211,7 +219,7 @@ def launch_backward(
     if not dout.numel():
         return dq, dk.zero_(), dv.zero_(), torch.zeros_like(rotary.gain) if trains_gain else None
     rows = lse.new_empty(batch, heads, 2, triton.cdiv(tail, MOST_QUERIES) * MOST_QUERIES)
-    cos, sin, gain, rstd_q, rstd_k = rotary or Rotary(None, None, None, None, None)
+    cos, sin, gain, rstd_q, rstd_k, is_unit = rotary or Rotary(None, None, None, None, None)
     strides = [0 if rstd is None else rstd.stride(1) for rstd in (rstd_q, rstd_k)]
     packed, scale, softmax_scale = packed_heads(heads, groups), LOG2_E / math.sqrt(width), 1 / math.sqrt(width)
 
@@ -223,7 +231,7 @@ def launch_backward(
         by_heads(q, packed, queries), by_heads(k, 1, keys), by_heads(v, 1, keys), by_heads(out, packed, queries),
         by_heads(dout, packed, queries), by_heads(dq, packed, queries), lse, rows, cos, sin, gain, rstd_q,
         sums, scale, softmax_scale, tail, length - tail, blocks, rows.size(3), strides[0],
-        H=heads, G=groups, D=width, HEADS=packed, BM=queries, BN=keys,
+        H=heads, G=groups, D=width, HEADS=packed, BM=queries, BN=keys, IS_UNIT=is_unit,
         num_warps=config.warps, num_stages=config.stages, maxnreg=config.registers,
     )  # fmt: skip
 
@@ -236,7 +244,7 @@ def launch_backward(
         by_heads(q, packed, queries), by_heads(k, 1, keys), by_heads(v, 1, keys), by_heads(dout, packed, queries),
         rows_d, by_heads(dk, 1, keys), by_heads(dv, 1, keys), cos, sin, rstd_k,
         scale, softmax_scale, tail, length - tail, blocks, strides[1],
-        H=heads, G=groups, D=width, HEADS=packed, BM=queries, BN=keys,
+        H=heads, G=groups, D=width, HEADS=packed, BM=queries, BN=keys, IS_UNIT=is_unit,
         num_warps=config.warps, num_stages=config.stages, maxnreg=config.registers,
     )  # fmt: skip
     if not trains_gain:
