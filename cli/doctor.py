@@ -30,7 +30,7 @@ GPU_ONLY = ("flash-attn", "flash-attn-4")
 
 KERNEL_BACKENDS = {
     "cpu": "reference: the ops' plain statement in eager PyTorch; Triton kernels want a CUDA GPU",
-    "cuda": "triton: scoring, Muon and int6 linears; training's forward and backward are eager PyTorch",
+    "cuda": "triton: training (--set fused=false: eager), scoring, Muon and int6 linears",
 }
 
 
