@@ -137,8 +137,8 @@ def milliseconds(model: GPT, name: str, rows: int, length: int, capture: bool) -
     """The median time of :func:`block_piece`, after WARM_UP seconds of it."""
     device = model.embed.device
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda device: None
-    call = block_piece(model, rows, length, name)
-    call = _captured(call, device) if capture else call
+    piece = block_piece(model, rows, length, name)  # it owns what a graph of it reads
+    call = _captured(piece, device) if capture else piece
     call()
     wait(device)
     began, samples = time.perf_counter(), []

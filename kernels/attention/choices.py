@@ -9,6 +9,7 @@ to have the same bits in every run.
 """
 
 import importlib
+import warnings
 from importlib.metadata import PackageNotFoundError, distribution
 from typing import NamedTuple
 
@@ -87,7 +88,8 @@ def why_not(name: str, device: torch.device, dtype: torch.dtype, head_dim: int, 
     q = torch.zeros(1, 256, heads, head_dim, device=device, dtype=dtype, requires_grad=True)
     k = torch.zeros(1, 256, groups, head_dim, device=device, dtype=dtype)
     try:
-        attend(q, k, k, name).sum().backward()
+        with warnings.catch_warnings(action="ignore"):  # PyTorch explains a refusal in several
+            attend(q, k, k, name).sum().backward()
     except Exception as error:  # a package may raise anything, from its import to its launch
         what = f"{str(dtype).removeprefix('torch.')} with head size {head_dim}"
         return f"it does not run {what} here: {first_sentence(error)}"
