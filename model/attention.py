@@ -94,9 +94,11 @@ def choose_attention(
         shape = [rows, length, config.heads, config.head_dim]
         what = f"ms a block forward and backward at {shape} in {str(dtype).removeprefix('torch.')}"
         if not times:
-            return Attention(model.attention, f"{configured}; nothing could be timed{_told(refused)}")
-        named = asked != "auto"
-        chosen = Attention(asked, f"{BY_NAME}; {times[asked]:.3f} {what}") if named else fastest(times, refused, what)
+            chosen = Attention(model.attention, f"{configured}; nothing could be timed{_told(refused)}")
+        elif asked == "auto":
+            chosen = fastest(times, refused, what)
+        else:
+            chosen = Attention(asked, f"{BY_NAME}; {times[asked]:.3f} {what}")
     model.chosen_attention = chosen.name
     return chosen
 

@@ -190,6 +190,14 @@ def test_one_asked_for_by_name_is_timed_alone_or_refused(monkeypatch):
         choose_attention(randomized(), "flash", 4, 64, ALONE, capture=True)
 
 
+def test_where_nothing_can_be_timed_the_configured_backend_runs_and_it_is_said(monkeypatch):
+    faked(monkeypatch, dict.fromkeys(TIMES, RuntimeError("out of memory")))
+    model = randomized()
+    chosen = choose_attention(model, "auto", 4, 64, ALONE, capture=False, configured="the first that runs")
+    assert model.chosen_attention == chosen.name == model.attention
+    assert chosen.why.startswith("the first that runs; nothing could be timed; not here: klora (out of memory), cudnn")
+
+
 def test_what_is_timed_is_the_whole_piece(monkeypatch):
     """Unmocked, on a CPU: flash runs and is timed; ours, cuDNN and the packages say why they are not."""
     monkeypatch.setattr(attention, "WARM_UP", 0.0)
