@@ -4,8 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..kernels.attention import causal_attention, causal_attention_ref
-from .entry import Call, Entry, Shape, Tensors, Variant, as_tuple
+from ..kernels.attention import PACKAGES, attend, causal_attention
+from .entry import Call, Entry, Shape, Tensors, Variant
 
 SHAPES = {
     "B96-S1024": {"B": 96, "S": 1024, "H": 8, "G": 4, "d": 64},
@@ -14,6 +14,7 @@ SHAPES = {
     "B64-S768": {"B": 64, "S": 768, "H": 8, "G": 4, "d": 64},
     "B64-S1024": {"B": 64, "S": 1024, "H": 8, "G": 4, "d": 64},
     "B48-S2048": {"B": 48, "S": 2048, "H": 8, "G": 4, "d": 64},
+    "B48-S1024-d128": {"B": 48, "S": 1024, "H": 8, "G": 4, "d": 128},
 }
 TOY = {"B": 2, "S": 48, "H": 4, "G": 2, "d": 16}
 GATE = {"B": 2, "S": 1000, "H": 8, "G": 4, "d": 64}
@@ -50,22 +51,18 @@ def _variants(wrap) -> tuple[Variant, ...]:
     def sdpa(backend: str, *devices: str) -> Variant:
         return Variant(
             f"sdpa-{backend}",
-            lambda shape, device, dtype: wrap(lambda q, k, v: causal_attention_ref(q, k, v, backend)),
+            lambda shape, device, dtype: wrap(lambda q, k, v: attend(q, k, v, backend)),
             devices=devices,
         )
 
     def compiled(shape: Shape, device: torch.device, dtype: torch.dtype) -> Call:
         return wrap(torch.compile(plain_attention))
 
-    def flash_attn(shape: Shape, device: torch.device, dtype: torch.dtype) -> Call:
-        from flash_attn import flash_attn_func
+    def package(name: str) -> Variant:
+        def build(shape: Shape, device: torch.device, dtype: torch.dtype) -> Call:
+            return wrap(lambda q, k, v: attend(q, k, v, name))
 
-        return wrap(lambda q, k, v: flash_attn_func(q, k, v, causal=True))
-
-    def flash_attn_4(shape: Shape, device: torch.device, dtype: torch.dtype) -> Call:
-        from flash_attn.cute import flash_attn_func
-
-        return wrap(lambda q, k, v: as_tuple(flash_attn_func(q, k, v, causal=True))[0])
+        return Variant(PACKAGES[name].distribution, build, package=PACKAGES[name].distribution, devices=("cuda",))
 
     return (
         Variant("eager", lambda shape, device, dtype: wrap(plain_attention)),
@@ -73,8 +70,7 @@ def _variants(wrap) -> tuple[Variant, ...]:
         Variant("torch.compile", compiled, devices=("cuda",)),
         sdpa("cudnn", "cuda"),
         sdpa("flash", "cpu", "cuda"),
-        Variant("flash-attn", flash_attn, package="flash-attn", devices=("cuda",)),
-        Variant("flash-attn-4", flash_attn_4, package="flash-attn-4", devices=("cuda",)),
+        *map(package, PACKAGES),
     )
 
 

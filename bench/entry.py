@@ -36,6 +36,8 @@ class Variant:
     instead: str = ""
     shapes: tuple[str, ...] | None = None
     """Names of the shapes at which it is timed; None: all. Correctness is checked all the same."""
+    attention: Callable[[Shape, torch.device, torch.dtype], str] | None = None
+    """What runs attention in it, and why, where that is chosen on the machine: its results name it."""
 
     def why_missing(self, device: torch.device) -> str:
         """Why this variant cannot run on `device`; empty if it can."""

@@ -7,6 +7,8 @@ else, and what; they have no errors) and `results`, one for each op, shape, dtyp
 
     ms {p20, p50, p80, rounds, steady}, peak_bytes, bytes, flops, floor_ms, percent_of_floor, errors, allowed
 
+and `attention`, what ran it and why, where a variant chooses.
+
 floor_ms is the larger of bytes / copy rate and flops / GEMM rate; percent_of_floor is 100 * floor_ms / p50, so that 100
 is the best there is. `validate` checks a record against RECORD_SCHEMA (JSON Schema 2020-12).
 """
@@ -79,7 +81,9 @@ RECORD_SCHEMA = {
                         "percent_of_floor": _POSITIVE,
                         "errors": {"type": "array", "items": _NUMBER},
                         "allowed": {"type": "array", "items": _NUMBER},
-                    }
+                        "attention": _NOT_EMPTY,
+                    },
+                    optional=["attention"],
                 ),
             },
         }
@@ -219,6 +223,7 @@ def _time_entry(
     variants = [v for v in entry.present(device) if v.shapes is None or name in v.shapes or name == "toy"]
     thunks = _thunks(entry, variants, shape, device, dtype, broken)
     captures = [variant.name for variant in variants if variant.captures and variant.name in thunks]
+    attention = {v.name: {"attention": v.attention(shape, device, dtype)} for v in variants if v.attention}
     results = []
     if entry.once:
         may_break = {variant.name for variant in variants if variant.instead}
@@ -251,6 +256,7 @@ def _time_entry(
                     "percent_of_floor": 100 * floor / times.p50,
                     "errors": list(verdict.errors) if verdict else [],
                     "allowed": list(verdict.allowed) if verdict else [],
+                    **attention.get(variant, {}),
                 }
             )
     return results

@@ -5,10 +5,13 @@ its inputs; every product of the step is still taken. Outputs: the loss and the 
 """
 
 import dataclasses
+import functools
 
 import torch
 from torch import Tensor
 
+from ..kernels import pick_attention
+from ..model.attention import Attention, choose_attention
 from ..model.config import ModelConfig, TrainConfig, preset
 from ..model.fused import FusedStep
 from ..model.gpt import GPT, is_block_matrix, parameter_shapes
@@ -17,6 +20,7 @@ from ..model.parallel import Ranks
 from ..model.ranges import phase
 from .entry import Call, Entry, Shape, Tensors, Variant
 
+ROWS, LENGTH = 96, 1024
 TOY_MODEL = ModelConfig(vocab_size=300, width=32, blocks=2, heads=2, kv_heads=1, mlp_hidden=64, train_length=64)
 
 
@@ -66,9 +70,27 @@ def _step(compile_model: bool):
     return build
 
 
+def _configured(shape: Shape, device: torch.device, dtype: torch.dtype) -> str:
+    """What runs attention in a model that is only configured."""
+    return ": ".join(pick_attention(device, dtype, model_config(shape).head_dim))
+
+
+@functools.cache
+def _auto(blocks: int, device: torch.device, dtype: torch.dtype) -> Attention:
+    """What `klora train` chooses at the shape that is timed; the gate judges the same, at its own."""
+    model = GPT(model_config({"blocks": blocks}))
+    why = model.configure(device, dtype)
+    return choose_attention(model, "auto", ROWS, LENGTH, Ranks(0, 1, device), capture=True, configured=why)
+
+
+def _fused_attention(shape: Shape, device: torch.device, dtype: torch.dtype) -> str:
+    return str(_auto(shape["blocks"], device, dtype))
+
+
 def _fused(shape: Shape, device: torch.device, dtype: torch.dtype) -> Call:
     """What `klora train` runs on a GPU; the gradients leave its buffer in the parameters' order, one copy dearer."""
     model = seeded_model(shape, device, dtype)
+    model.chosen_attention = _auto(shape["blocks"], device, dtype).name
     config = dataclasses.replace(TrainConfig(), batch_tokens=shape["B"] * shape["S"])
     step = FusedStep(model, config, shape["B"], 1, Ranks(0, 1, device), shape["S"])
     step.rates.zero_()
@@ -85,6 +107,11 @@ def _original(shape: Shape, device: torch.device, dtype: torch.dtype) -> Call:
     from .original import build_original_step  # it takes its weights from here
 
     return build_original_step(shape, device, dtype)
+
+
+def _original_attention(shape: Shape, device: torch.device, dtype: torch.dtype) -> str:
+    is_flash = device.type == "cuda" and dtype.itemsize == 2
+    return "flash: as the original had it" if is_flash else _configured(shape, device, dtype)
 
 
 def _truth(shape: Shape, tokens: Tensor, targets: Tensor) -> Tensors:
@@ -114,18 +141,20 @@ ENTRIES = (
         group="step",
         op="train_step",
         shapes={
-            "seed-98304": {"blocks": 10, "B": 96, "S": 1024},
-            "seed-11l-98304": {"blocks": 11, "B": 96, "S": 1024},
+            "seed-98304": {"blocks": 10, "B": ROWS, "S": LENGTH},
+            "seed-11l-98304": {"blocks": 11, "B": ROWS, "S": LENGTH},
         },
         toy={"blocks": 0, "B": 2, "S": 32},
         gate={"blocks": 10, "B": 2, "S": 256},
         draw=_draw,
         truth=_truth,
         variants=(
-            Variant("eager", _step(compile_model=False), captures=False),
-            Variant("torch.compile", _step(compile_model=True), devices=("cuda",), captures=False),
-            Variant("original", _original, captures=False),
-            Variant("klora", _fused, captures=False, is_ours=True),
+            Variant("eager", _step(compile_model=False), captures=False, attention=_configured),
+            Variant(
+                "torch.compile", _step(compile_model=True), devices=("cuda",), captures=False, attention=_configured
+            ),
+            Variant("original", _original, captures=False, attention=_original_attention),
+            Variant("klora", _fused, captures=False, is_ours=True, attention=_fused_attention),
         ),
         bytes=_bytes,
         flops=_flops,

@@ -10,9 +10,12 @@ import torch
 from .. import __version__
 from ..install import pip_install
 from ..kernels import pick_attention
+from ..kernels.attention import CHOICES, PACKAGES
+from ..model.attention import choose_attention, why_not_here
 from ..model.config import ModelConfig, TrainConfig
-from ..model.parallel import pick_device
-from ..model.train import compute_dtype
+from ..model.gpt import GPT
+from ..model.parallel import Ranks, pick_device
+from ..model.train import compute_dtype, is_fused
 from . import options
 from .console import Output
 
@@ -21,12 +24,8 @@ OPTIONAL = {
     "triton": ("the Triton kernels (Linux with a CUDA GPU)", ""),
     "pytest-benchmark": ("the benchmarks under pytest (pytest bench/)", "bench"),
     "jsonschema": ("klora bench --check and klora bench report", "bench"),
-    "flash-attn": ("FlashAttention-2 as an attention peer", "flash-attn"),
-    "flash-attn-4": ("FlashAttention-4 as an attention peer", "fa4"),
 }
 """What each is for, and the extra that brings it."""
-
-GPU_ONLY = ("flash-attn", "flash-attn-4")
 
 KERNEL_BACKENDS = {
     "cpu": "reference: the ops' plain statement in eager PyTorch; Triton kernels want a CUDA GPU",
@@ -63,16 +62,26 @@ def examine(device_name: str) -> dict:
         found = _version(name)
         if found is not None:
             versions[name] = found
-        elif name in GPU_ONLY and device.type == "cpu":
-            missing[name] = f"optional, for {purpose}; wants a CUDA GPU"
         else:
-            missing[name] = f"optional, for {purpose}{_advice(extra)}"
+            missing[name] = f"optional, for {purpose}" + (f": {pip_install(extra)}" if extra else "")
+    for name, package in PACKAGES.items():
+        purpose = f"{package.about}, attention={name} in training"
+        found = _version(package.distribution) if package.is_installed else None
+        if found is not None:
+            versions[package.distribution] = found
+        else:
+            way = "; wants a CUDA GPU" if device.type == "cpu" else f": {package.advice}"
+            missing[package.distribution] = f"optional, for {purpose}{way}"
     if device.type == "cpu":
         missing["CUDA GPU"] = "optional: PyTorch sees none, so everything runs on the CPU; preset tiny is made for it"
     return {
         "device": _device_facts(device),
         "compute dtype": str(dtype).removeprefix("torch."),
         "attention backend": f"{backend} ({why})",
+        "attention in training": _training_attention(device, dtype),
+        "attention choices": {
+            name: why_not_here(name, ModelConfig(), device, dtype) or "runs here" for name in CHOICES
+        },
         "kernel backend": KERNEL_BACKENDS[device.type],
         "versions": versions,
         "missing": missing or "nothing",
@@ -93,12 +102,13 @@ def _device_facts(device: torch.device) -> dict[str, str]:
     }
 
 
-def _advice(extra: str) -> str:
-    if not extra:
-        return ""
-    # flash-attn is compiled against the PyTorch that is installed
-    options = ("--no-build-isolation",) if extra == "flash-attn" else ()
-    return f": {pip_install(extra, *options)}"
+def _training_attention(device: torch.device, dtype: torch.dtype) -> str:
+    """What `klora train` chooses for the default model; on a GPU it is timed."""
+    model, config = GPT(ModelConfig()), TrainConfig()
+    why = model.configure(device, dtype)
+    length, ranks = model.config.train_length, Ranks(0, 1, device)
+    rows = config.micro_batch_tokens // length
+    return str(choose_attention(model, "auto", rows, length, ranks, is_fused(config, model), configured=why))
 
 
 def _version(name: str) -> str | None:

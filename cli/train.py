@@ -8,21 +8,22 @@ from typing import Annotated, Any
 
 import typer
 
+from ..model.attention import require_attention
 from ..model.checkpoint import CheckpointError, load_meta
 from ..model.config import ConfigError, ModelConfig, Preset, TrainConfig, preset
 from ..model.corpus import Corpus
 from ..model.parallel import Ranks, join_ranks
 from ..model.prepare import Prepared, prepare, prepared_from_shards
 from ..model.storage import attempt
-from ..model.train import CHECKPOINT, MODEL, RUN, Trainer, TrainResult
+from ..model.train import CHECKPOINT, MODEL, RUN, Trainer, TrainResult, compute_dtype
 from . import options
 from .console import Output
 
 CHANGEABLE = (
     *("seconds", "max_steps", "checkpoint_seconds", "validate_seconds"),
-    *("muon_lr", "embed_lr", "scalar_lr", "grad_clip", "dtype"),
+    *("muon_lr", "embed_lr", "scalar_lr", "grad_clip", "dtype", "attention"),
 )
-"""Fields that may change when a run is resumed: when it ends, and what helps one that diverged."""
+"""Fields that may change when a run is resumed: when it ends, what helps one that diverged, and what runs attention."""
 
 
 def train(
@@ -107,6 +108,8 @@ def train(
             sources = {"kind": "shards"} | ({"notes": list(data.notes)} if data.notes else {})
         else:
             chosen = preset(preset_name or "tiny").override(overrides)
+            dtype = compute_dtype(chosen.train, ranks.device)
+            require_attention(chosen.train.attention, chosen.model, ranks.device, dtype)
             corpora = _corpora(text, jsonl, field, validation_text, validation_jsonl, validation_share)
             data, sources = prepare_first(corpora, chosen, cache, ranks, output), describe(*corpora)
         result = run_training(chosen, data, out, ranks, output, sources, resume)
@@ -145,7 +148,7 @@ def run_training(
     """Train with a progress display and say what came out."""
     trainer = Trainer(chosen, data, out, ranks, resume, sources, output.warn)
     config = chosen.train
-    output.say(f"training {chosen.name} on {ranks.device} x {ranks.world}; attention {trainer.model.attention}")
+    output.say(f"training {chosen.name} on {ranks.device} x {ranks.world}; attention {trainer.attention}")
     output.say(str(trainer.estimate))
     if trainer.step:
         output.say(f"resuming at step {trainer.step}")

@@ -183,6 +183,11 @@ class TrainConfig(Settings):
         "the step on our kernels, in CUDA graphs; auto: on a GPU; false: eager PyTorch",
         choices=("auto", "true", "false"),
     )
+    attention: str = setting(
+        "auto",
+        "what runs attention; auto: on a GPU the fastest at this shape. klora promises the same bits in every run",
+        choices=("auto", "klora", "cudnn", "flash", "efficient", "math", "fa2", "fa3", "fa4"),
+    )
     dtype: str = setting("auto", "compute dtype; auto: bfloat16 on a GPU", choices=("auto", "float32", "bfloat16"))
     muon_lr: float = setting(0.02, "learning rate of Muon (block matrices)", at_least=0.0)
     muon_momentum_start: float = setting(0.92, "Nesterov momentum at step 0", at_least=0.0, below=1.0)

@@ -73,6 +73,7 @@ class GPT(nn.Module):
         self.config = config
         self.compute_dtype: torch.dtype | None = None
         self.attention = "math"
+        self.chosen_attention = "klora"
         self.backend = "reference"
         self.embed = nn.Parameter(torch.empty(config.vocab_size, config.width))
         self.bigram = Bigram(config)

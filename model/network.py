@@ -24,7 +24,6 @@ from ..kernels import (
     bigram_embedding,
     bigram_hash_ref,
     causal_attention,
-    causal_attention_ref,
     linear,
     lora_attention,
     lora_qkv,
@@ -34,7 +33,7 @@ from ..kernels import (
     residual_norm,
     rms_norm_ref,
 )
-from ..kernels.attention import HEAD_DIMS
+from ..kernels.attention import HEAD_DIMS, attend
 from ..kernels.int6 import Int6Matrix, int6_linear
 from ..kernels.qkv_attention import qkv_attention, takes
 from .config import ModelConfig
@@ -124,7 +123,7 @@ def hidden(
     x0 = embedded(weights, tokens, cache, x0_grad, backend)
     pushes, pushed = len(blocks) // 2, []
     slots = None if adapters is None else adapters.slots
-    about = About(weights.config, rotary, weights.attention, weights.by_kernel, slots, backend)
+    about = About(weights.config, rotary, weights.attention, weights.chosen, slots, backend)
     grads = {"x0_grad": x0_grad, "adds_x0": len(blocks) > 1}
     _, x, n = residual_norm(x0, mix=blocks[0].mix, x0=x0, **grads, backend=backend)
     for index, weight in enumerate(blocks):
@@ -152,7 +151,7 @@ class About(NamedTuple):
     config: ModelConfig
     rotary: Rotary
     attention: str
-    by_kernel: bool
+    chosen: str
     slots: Tensor | None
     backend: str | None
 
@@ -175,7 +174,7 @@ def block(
     belong to the boundary, as does what is `given` to it. `held` takes keys and values into a cache and gives back all.
     """
     backend = about.backend
-    mixed = _attention(about, weight, n, lora, x.size(1), held)
+    mixed = attention(about, weight, n, lora, x.size(1), held)
     _, x, n = residual_norm(x, _linear(mixed, weight.out, backend), weight.attn_scale, backend=backend)
     return residual_norm(
         x,
@@ -218,7 +217,7 @@ def _mlp(n: Tensor, weight: BlockWeights, backend: str | None) -> Tensor:
     return relu_squared_mlp(n, weight.up, weight.down, backend=backend)
 
 
-def _attention(
+def attention(
     about: About,
     weight: BlockWeights,
     n: Tensor,
@@ -229,11 +228,12 @@ def _attention(
     """n [B, S, D] -> what the block's attention gives the last `tail` inputs, [B, tail, Nq].
 
     A head size that our kernels do not take goes through PyTorch's attention, whose backward promises no bits, and so
-    does a token that continues a cache.
+    does a token that continues a cache. What was chosen for training replaces both, but beside adapters and caches.
     """
     backend, sizes, head_dim = about.backend, about.config.qkv_sizes, about.config.head_dim
     runs_kernel = backend == "triton" or (backend is None and n.is_cuda)
-    by_kernel = about.by_kernel and runs_kernel and head_dim in HEAD_DIMS and held is None
+    chosen = about.chosen if held is None and not lora else "klora"
+    by_kernel = chosen == "klora" and runs_kernel and head_dim in HEAD_DIMS and held is None
     if not lora:
         if by_kernel and takes(n.dtype, head_dim) and isinstance(weight.qkv, Tensor):
             tables = (*about.rotary, weight.gain)
@@ -255,4 +255,4 @@ def _attention(
         k, v = held(k, v)
     if by_kernel:
         return causal_attention(q, k, v, tail, backend=backend).flatten(2)
-    return causal_attention_ref(q, k, v, about.attention)[:, q.size(1) - tail :].flatten(2)
+    return attend(q, k, v, about.attention if chosen == "klora" else chosen)[:, q.size(1) - tail :].flatten(2)

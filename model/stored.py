@@ -127,6 +127,7 @@ class StoredWeights:
             tuple(blocks),
             model.rotary,
             model.attention,
+            model.chosen_attention,
         )
         leaves, grads, added = map(list, zip(*others, strict=True))
         return weights, [copy for name in MATRICES for copy in matrices[name]] + leaves, grads, added

@@ -29,6 +29,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from ..errors import KloraError
+from .attention import choose_attention
 from .average import WeightAverages
 from .checkpoint import CheckpointError, load_tensors, save_tensors, with_prefix, without_prefix
 from .config import ConfigError, Preset, TrainConfig
@@ -80,6 +81,7 @@ class TrainResult:
     kept: str
     """Name in validation_bpb of the weights in model.safetensors; empty when interrupted."""
     attention: str
+    """What ran attention, and why."""
     signal: int = 0
     """Number of the signal that interrupted the run."""
 
@@ -232,12 +234,24 @@ class Trainer:
             )  # a checkpoint is written beside the one before
         torch.manual_seed(self.config.seed)
         self.model = GPT(preset.model)
-        self.attention_reason = self.model.configure(ranks.device, compute_dtype(self.config, ranks.device))
+        configured = self.model.configure(ranks.device, compute_dtype(self.config, ranks.device))
         self.is_fused = is_fused(self.config, self.model)
+        length, most = preset.model.train_length, max(1, self.config.micro_batch_tokens // preset.model.train_length)
+        micro_batches = micro_batches_of(rows, most)
         if self.is_fused:
-            micro_batches = micro_batches_of(rows, self.config.micro_batch_tokens // preset.model.train_length)
-            memory = fused_memory(preset.model, rows // micro_batches * preset.model.train_length)
+            memory = fused_memory(preset.model, rows // micro_batches * length)
             require_memory(memory, available, preset)
+        self.attention = choose_attention(
+            self.model,
+            self.config.attention,
+            rows // micro_batches if self.is_fused else min(rows, most),
+            length,
+            ranks,
+            capture=self.is_fused,
+            configured=configured,
+            began=_began_with(self.folder / RUN) if resume else "",
+        )
+        if self.is_fused:
             self.stepper = FusedStep(self.model, self.config, rows // micro_batches, micro_batches, ranks)
         else:
             self.stepper = EagerStep(self.model, self.config, ranks)
@@ -432,7 +446,7 @@ class Trainer:
             loss=self.loss,
             validation_bpb=scores,
             kept=kept,
-            attention=f"{self.model.attention}: {self.attention_reason}" if not self.is_fused else "klora: our kernel",
+            attention=str(self.attention),
             signal=number,
         )
 
@@ -468,6 +482,7 @@ class Trainer:
             "train": self.config.to_dict(),
             "data": str(self.data.folder.resolve()),
             "sources": self.sources,
+            "attention": self.attention._asdict(),
         }
         write_text(self.folder / RUN, json.dumps(run, indent=2) + "\n")
 
@@ -526,6 +541,14 @@ class Trainer:
         self.tokens = meta.get("tokens", self.step * self.config.batch_tokens)
         self.loss = meta["loss"]
         self.clock = TrainingClock(device, meta["seconds"])
+
+
+def _began_with(path: Path) -> str:
+    """What ran attention in the run that `path` describes; empty where it does not say."""
+    try:
+        return str(json.loads(path.read_text(encoding="utf-8"))["attention"]["name"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
 
 
 def compute_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:

@@ -7,6 +7,7 @@ through this, adapting does not. Matrices that are stored at six bits stay so, b
 unless dense ones are asked for.
 """
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
@@ -66,8 +67,9 @@ class Weights:
     """cos and sin of (at least so many positions, the base of sequences of that length)"""
     attention: str
     """PyTorch's backend for attention where our kernel does not run"""
-    by_kernel: bool = True
-    """Whether attention takes our kernel where it can"""
+    chosen: str = "klora"
+    """What runs attention in training: one of kernels.attention.CHOICES; "klora": our kernel where it can, else
+    `attention`. Adapters and caches take no other."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -87,13 +89,14 @@ def weights_of(model: "GPT", dense: bool = False) -> Weights:
         tuple(_block(model, index, block, dense) for index, block in enumerate(model.blocks)),
         model.rotary,
         model.attention,
+        model.chosen_attention,
     )
 
 
 @torch.no_grad()
 def frozen_weights(model: "GPT") -> Weights:
-    """The model's weights as they are now, dense and without a gradient."""
-    return weights_of(model, dense=True)
+    """The model's weights as they are now, dense and without a gradient; attention is our kernel."""
+    return dataclasses.replace(weights_of(model, dense=True), chosen="klora")
 
 
 def _block(model: "GPT", index: int, block: "Block", dense: bool) -> BlockWeights:

@@ -27,11 +27,22 @@ Dao et al. 2022 and 2023 (FlashAttention); Milakov and Gimelshein 2018 (online s
 from typing import TYPE_CHECKING
 
 from ...lazy import lazy_exports
-from .reference import BACKENDS, causal_attention_ref, pick_attention
+from .choices import CHOICES, PACKAGES, attend, pick_attention, why_not
+from .reference import BACKENDS, causal_attention_ref
 
 if TYPE_CHECKING:
     from .op import HEAD_DIMS, causal_attention
 
-__all__ = ["BACKENDS", "HEAD_DIMS", "causal_attention", "causal_attention_ref", "pick_attention"]
+__all__ = [
+    "BACKENDS",
+    "CHOICES",
+    "HEAD_DIMS",
+    "PACKAGES",
+    "attend",
+    "causal_attention",
+    "causal_attention_ref",
+    "pick_attention",
+    "why_not",
+]
 
 __getattr__, __dir__ = lazy_exports(__name__)

@@ -1,4 +1,4 @@
-"""The plain statement, over PyTorch's SDPA backends, with the choice of backend made once and explained.
+"""The plain statement, over PyTorch's SDPA backends.
 
     out_h = softmax(q_h K_g^T / sqrt(d), causal) V_g           head h reads key/value group g = h // (H / G)
 
@@ -6,7 +6,6 @@ q [B, S, H, d], k and v [B, S, G, d] -> [B, S, H, d]. 2*B*H*S^2*d FLOPs forward 
 A backend that was asked for by name and cannot run raises: nothing falls back in silence.
 """
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -30,27 +29,3 @@ def causal_attention_ref(q: Tensor, k: Tensor, v: Tensor, backend: str = "math")
     with sdpa_kernel(BACKENDS[backend]):
         out = F.scaled_dot_product_attention(q, k, v, is_causal=q.size(2) > 1, enable_gqa=q.size(1) != k.size(1))
     return out.transpose(1, 2)
-
-
-def pick_attention(device: torch.device, dtype: torch.dtype, head_dim: int) -> tuple[str, str]:
-    """(backend, why) for this device, dtype and head size, found by running a small forward and backward of each."""
-    if device.type == "cpu":
-        return ("flash", "the CPU's blocked kernel") if _runs("flash", device, dtype, head_dim) else ("math", "CPU")
-    order = ("cudnn", "flash", "efficient")
-    refused = []
-    for name in order:
-        if _runs(name, device, dtype, head_dim):
-            gone = f"; not available here: {', '.join(refused)}" if refused else ""
-            return name, f"first that runs of {', '.join(order)} for {dtype}, head size {head_dim}{gone}"
-        refused.append(name)
-    return "math", f"none of {', '.join(order)} runs for {dtype}, head size {head_dim}"
-
-
-def _runs(backend: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
-    q = torch.randn(1, 256, 2, head_dim, device=device, dtype=dtype, requires_grad=True)
-    k = torch.randn(1, 256, 1, head_dim, device=device, dtype=dtype)
-    try:
-        causal_attention_ref(q, k, k, backend).sum().backward()
-    except RuntimeError:
-        return False
-    return True

@@ -22,6 +22,11 @@ def pip_install(extra: str = "", *options: str) -> str:
     return shlex.join([*_pip(), "install", *options, *what])
 
 
+def pip_install_from(index: str, package: str) -> str:
+    """The command that installs `package`, which is not on PyPI, from the index at that address."""
+    return shlex.join([*_pip(), "install", "--no-deps", "--index-url", index, package])
+
+
 def _pip() -> list[str]:
     """`pip` where that is this interpreter's, as in an activated environment."""
     found = shutil.which("pip")

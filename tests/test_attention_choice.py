@@ -1,0 +1,304 @@
+"""What runs attention in training: names, refusals, that the named one runs, that auto takes the fastest."""
+
+import dataclasses
+import json
+import sys
+from importlib.metadata import PackageNotFoundError
+from types import ModuleType
+
+import pytest
+import torch
+from conftest import SMALL, randomized
+from klora.bench.attention import ENTRIES, SHAPES
+from klora.bench.record import run_group, validate
+from klora.bench.step import ENTRIES as STEP
+from klora.bench.tolerance import assert_as_exact
+from klora.cli import train as train_command
+from klora.install import pip_install, pip_install_from
+from klora.kernels.attention import CHOICES, PACKAGES, attend, causal_attention_ref, choices, why_not
+from klora.model import attention
+from klora.model.attention import choose_attention, require_attention
+from klora.model.config import ConfigError, ModelConfig, TrainConfig
+from klora.model.fused import FusedStep
+from klora.model.gpt import GPT
+from klora.model.loading import load_run
+from klora.model.network import Adapters
+from klora.model.parallel import Ranks
+from klora.model.train import Trainer
+from klora.model.weights import frozen_weights
+from test_cli import klora
+from test_train import ALONE, data, small_preset  # noqa: F401
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The three packages as modules that call PyTorch's plain attention; what they were called with."""
+    made = []
+
+    def install(name, returns):
+        def flash_attn_func(q, k, v, causal=False):
+            assert causal
+            made.append((name, q.shape, k.shape, v.shape))
+            return returns(causal_attention_ref(q, k, v, "math"))
+
+        module = ModuleType(PACKAGES[name].module)
+        module.flash_attn_func = flash_attn_func
+        monkeypatch.setitem(sys.modules, PACKAGES[name].module, module)
+
+    monkeypatch.setitem(sys.modules, "flash_attn", ModuleType("flash_attn"))
+    install("fa4", lambda out: (out, None))
+    install("fa3", lambda out: out)
+    install("fa2", lambda out: out)
+    return made
+
+
+def not_installed(monkeypatch):
+    def missing(name):
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(choices, "distribution", missing)
+
+
+def test_the_config_takes_every_choice_and_nothing_else():
+    for name in ("auto", *CHOICES):
+        assert TrainConfig().override({"attention": name}).attention == name
+    with pytest.raises(ConfigError, match="attention='fa5' is not possible; allowed: one of auto, klora, cudnn, flash"):
+        TrainConfig(attention="fa5")
+    assert TrainConfig().attention == "auto"
+
+
+def test_a_missing_package_is_refused_with_the_command_that_installs_it(monkeypatch):
+    not_installed(monkeypatch)
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    advice = {
+        "fa2": pip_install("flash-attn", "--no-build-isolation"),
+        "fa3": pip_install_from("https://download.pytorch.org/whl/cu128", "flash-attn-3"),
+        "fa4": pip_install("fa4"),
+    }
+    for name, command in advice.items():
+        wanted = f"the package {PACKAGES[name].distribution} is not installed: {command}"
+        assert why_not(name, CUDA, torch.bfloat16, 64) == wanted
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [("fa3", "it wants a CUDA GPU"), ("klora", "our kernel wants a CUDA GPU"), ("cudnn", "float32 with head size 8")],
+)
+def test_what_cannot_run_here_is_refused_and_what_can_is_named(name, says):
+    with pytest.raises(ConfigError, match=f"attention={name} is not possible: .*{says}.*; allowed here: auto, .*math"):
+        require_attention(name, SMALL, CPU, torch.float32)
+
+
+def test_it_is_refused_before_any_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(train_command, "prepare_first", lambda *_: pytest.fail("the text was read"))
+    wrong = klora("train", "--set", "attention=fa4", "--device", "cpu", "--out", tmp_path / "run", check=2)
+    assert "attention=fa4 is not possible: it wants a CUDA GPU" in wrong.stderr
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", PACKAGES)
+def test_a_package_is_called_by_its_public_function_with_the_groups_as_they_are(name, calls):
+    q, k, v = (torch.randn(2, 9, heads, 16) for heads in (4, 2, 2))
+    assert torch.equal(attend(q, k, v, name), causal_attention_ref(q, k, v, "math"))
+    assert calls == [(name, q.shape, k.shape, v.shape)]
+
+
+def gradients(model, tokens):
+    return torch.autograd.grad(model.nll(tokens[:, :-1], tokens[:, 1:]).mean(), list(model.parameters()))
+
+
+def test_the_chosen_one_is_what_a_training_step_runs_and_nothing_else_does(calls):
+    tokens = torch.randint(3, 300, (2, 65), generator=torch.Generator().manual_seed(0))
+    model = randomized()
+    plain = gradients(model, tokens)
+    model.chosen_attention = "fa4"
+    for found, expected in zip(gradients(model, tokens), plain, strict=True):
+        torch.testing.assert_close(found, expected)
+    assert [call[0] for call in calls] == ["fa4"] * SMALL.blocks
+
+    config = TrainConfig(batch_tokens=128, micro_batch_tokens=128)
+    step = FusedStep(model, config, 2, 1, Ranks(0, 1, CPU))
+    calls.clear()
+    step.run([tokens], 0, 0.5)
+    assert [call[0] for call in calls] == ["fa4"] * SMALL.blocks
+
+    calls.clear()
+    assert frozen_weights(model).chosen == "klora"
+    model.logits(tokens[:, :4], model.cache(batch=2, length=8))
+    rows = sum(SMALL.qkv_sizes)
+    parts = [torch.zeros(2, *shape) for shape in ((3, 4, SMALL.width), (rows, 4), (SMALL.width,))] * SMALL.blocks
+    model.hidden(tokens[:, :-1], Adapters(None, parts))
+    assert not calls
+
+
+def faked(monkeypatch, times):
+    """Let auto measure on a CPU; `times` are its milliseconds, or what measuring raises."""
+
+    def milliseconds(model, name, rows, length, capture):
+        assert (rows, length) == (4, 64)
+        if isinstance(times[name], Exception):
+            raise times[name]
+        return times[name]
+
+    monkeypatch.setattr(attention, "TIMED_ON", ("cpu",))
+    monkeypatch.setattr(attention, "milliseconds", milliseconds)
+    monkeypatch.setattr(attention, "why_not_here", lambda name, *_: "no kernel" if name == "efficient" else "")
+    not_installed(monkeypatch)
+
+
+TIMES = {"klora": 2.5, "cudnn": 1.25, "flash": RuntimeError("out of memory. Tried to allocate")}
+
+
+def test_auto_takes_the_fastest_and_says_the_times(monkeypatch):
+    faked(monkeypatch, TIMES)
+    model = randomized()
+    chosen = choose_attention(model, "auto", 4, 64, ALONE, capture=False)
+    assert model.chosen_attention == chosen.name == "cudnn"
+    assert str(chosen) == (
+        "cudnn: the fastest, in ms a block forward and backward at [4, 64, 4, 8] in float32: cudnn 1.250, klora 2.500; "
+        "not here: flash (out of memory), efficient (no kernel), fa2 (not installed), fa3 (not installed), "
+        "fa4 (not installed)"
+    )
+
+
+def test_all_ranks_take_what_is_fastest_on_the_slowest_of_them(monkeypatch):
+    class Two(Ranks):
+        def most(self, *values):
+            return [max(pair) for pair in zip(values, (1.0, 9.0, *values[2:]), strict=True)]
+
+    faked(monkeypatch, TIMES)
+    assert choose_attention(randomized(), "auto", 4, 64, Two(0, 2, CPU), capture=False).name == "klora"
+
+
+def test_a_resumed_run_keeps_to_what_it_began_with(monkeypatch):
+    faked(monkeypatch, TIMES)
+    model = randomized()
+    options = {"rows": 4, "length": 64, "ranks": ALONE, "capture": False}
+    assert str(choose_attention(model, "auto", began="klora", **options)) == "klora: as the run began"
+    assert choose_attention(model, "auto", began="", **options).name == "cudnn"
+
+
+def test_one_asked_for_by_name_is_timed_alone_or_refused(monkeypatch):
+    faked(monkeypatch, TIMES)
+    chosen = choose_attention(randomized(), "klora", 4, 64, ALONE, capture=False)
+    assert str(chosen) == "klora: asked for by name; 2.500 ms a block forward and backward at [4, 64, 4, 8] in float32"
+    with pytest.raises(
+        ConfigError, match="attention=flash is not possible in a CUDA graph, .*: out of memory; allowed"
+    ):
+        choose_attention(randomized(), "flash", 4, 64, ALONE, capture=True)
+
+
+def test_where_nothing_can_be_timed_the_configured_backend_runs_and_it_is_said(monkeypatch):
+    faked(monkeypatch, dict.fromkeys(TIMES, RuntimeError("out of memory")))
+    model = randomized()
+    chosen = choose_attention(model, "auto", 4, 64, ALONE, capture=False, configured="the first that runs")
+    assert model.chosen_attention == chosen.name == model.attention
+    assert chosen.why.startswith("the first that runs; nothing could be timed; not here: klora (out of memory), cudnn")
+
+
+def test_what_is_timed_is_the_whole_piece(monkeypatch):
+    """Unmocked, on a CPU: flash runs and is timed; ours, cuDNN and the packages say why they are not."""
+    monkeypatch.setattr(attention, "WARM_UP", 0.0)
+    model = randomized()
+    times, refused = attention.measure(model, attention.TIMED, 2, 64, capture=False)
+    assert times.keys() == {"flash"} and times["flash"] > 0
+    assert refused.keys() == set(CHOICES) - {"flash", "math"}
+
+
+def test_the_choice_is_in_the_result_and_in_run_json(tmp_path, data, monkeypatch):  # noqa: F811
+    ran = set()
+
+    def recorded(q, k, v, backend="math"):
+        ran.add(backend)
+        return causal_attention_ref(q, k, v, backend)
+
+    monkeypatch.setattr(choices, "causal_attention_ref", recorded)
+    trainer = Trainer(small_preset(attention="math", max_steps=1), data, tmp_path, ALONE)
+    ran.clear()
+    result = trainer.run()
+    assert ran == {"math"} and result.attention == "math: asked for by name"
+    assert json.loads((tmp_path / "run.json").read_text())["attention"] == {"name": "math", "why": "asked for by name"}
+    assert load_run(tmp_path)[1]["provenance"]["result"]["attention"] == result.attention
+
+
+@pytest.mark.parametrize("fused", ["false", "true"])
+def test_a_cpu_takes_what_it_took_and_says_so(tmp_path, data, fused):  # noqa: F811
+    trainer = Trainer(small_preset(fused=fused), data, tmp_path, ALONE)
+    assert str(trainer.attention) == "flash: the CPU's blocked kernel"
+    assert trainer.model.attention == "flash" and trainer.model.chosen_attention == "klora"
+
+
+def test_records_of_a_step_name_what_ran_attention():
+    ceilings = {"bytes_per_second": 1e10, "flops_per_second": 1e11}
+    record = run_group("step", STEP, ceilings, CPU, torch.float32, toy=True, rounds=(2, 2))
+    named = {result["variant"]: result.get("attention") for result in record["results"]}
+    validate(record)
+    assert set(named.values()) == {"flash: the CPU's blocked kernel"} and named.keys() == {"eager", "original", "klora"}
+
+
+def test_the_bench_has_every_package_and_heads_of_128():
+    assert {shape["d"] for shape in SHAPES.values()} == {64, 128}
+    for entry in ENTRIES:
+        missing = entry.missing(CPU)
+        assert all(package.distribution in missing for package in PACKAGES.values())
+
+
+def test_doctor_lists_the_choices():
+    facts = json.loads(klora("doctor", "--device", "cpu", "--json").stdout)
+    assert facts["attention choices"].keys() == set(CHOICES)
+    assert facts["attention choices"]["flash"] == "runs here" and "CUDA GPU" in facts["attention choices"]["fa3"]
+    assert facts["attention in training"] == "flash: the CPU's blocked kernel"
+    assert {package.distribution for package in PACKAGES.values()} <= facts["missing"].keys()
+
+
+WIDE = ModelConfig(vocab_size=300, width=256, blocks=4, heads=4, kv_heads=2, mlp_hidden=512, bigram_width=16)
+gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")]
+
+
+def on_gpu(dtype=torch.bfloat16) -> GPT:
+    model = GPT(WIDE)
+    model.load_state_dict(randomized(WIDE).state_dict())
+    model.configure(CUDA, dtype)
+    return model
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=gpu) for name in CHOICES])
+def test_every_choice_takes_the_training_step_of_the_reference(name):
+    reason = attention.why_not_here(name, WIDE, CUDA, torch.bfloat16)
+    if reason:
+        with pytest.raises(ConfigError, match=f"attention={name} is not possible"):
+            choose_attention(on_gpu(), name, 2, 256, Ranks(0, 1, CUDA), capture=True)
+        pytest.skip(reason)
+    tokens = torch.randint(3, 300, (2, 257), generator=torch.Generator().manual_seed(0)).cuda()
+
+    def flat(grads):
+        return [torch.cat([grad.flatten() for grad in grads])]
+
+    def eager(model):
+        model.backend, model.attention = "reference", "math"
+        return flat(gradients(model, tokens))
+
+    model = on_gpu()
+    assert choose_attention(model, name, 2, 256, Ranks(0, 1, CUDA), capture=True).name == name
+    config = dataclasses.replace(TrainConfig(), batch_tokens=512, micro_batch_tokens=512, grad_clip=1e9)
+    step = FusedStep(model, config, 2, 1, Ranks(0, 1, CUDA), 256)
+    step.rates.zero_()
+    step.tokens.copy_(tokens)
+    step.replay()
+    exact = eager(on_gpu(None).double())
+    assert_as_exact(flat(parameter.grad for parameter in model.parameters()), exact, eager(on_gpu()))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+@pytest.mark.parametrize("capture", [True, False])
+def test_auto_on_a_gpu_names_the_times_of_what_runs(capture):
+    model = on_gpu()
+    before = torch.cuda.get_rng_state()
+    chosen = choose_attention(model, "auto", 8, 1024, Ranks(0, 1, CUDA), capture)
+    assert torch.equal(torch.cuda.get_rng_state(), before)
+    assert model.chosen_attention == chosen.name and chosen.why.startswith("the fastest, in ms a block")
+    for name in ("klora", "cudnn", "flash"):
+        assert f"{name} " in chosen.why.split("; not here")[0]
