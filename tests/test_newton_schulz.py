@@ -326,6 +326,7 @@ def check_hard_inputs(backend: str, coefficients: str, device: str) -> None:
     assert not newton_schulz(torch.zeros(3, 40, 60, device=device), backend=backend).any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["reference", "triton"])
 @pytest.mark.parametrize("coefficients", SETS)
 def test_hard_inputs_give_finite_matrices(backend, coefficients):
@@ -358,6 +359,7 @@ def test_what_is_refused():
 # ---- as an operator
 
 
+@pytest.mark.slow
 def test_the_operators_pass_opcheck():
     wide, tall = torch.randn(2, 20, 30), torch.randn(1, 30, 20)
     op = torch.ops.klora

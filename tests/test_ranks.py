@@ -83,6 +83,7 @@ def test_numbers_are_claimed_once_and_results_reach_every_rank():
     assert boards[0].begin({"end": None}) == boards[1].begin() == {"end": None}
 
 
+@pytest.mark.slow
 def test_the_results_of_a_large_run_fit_into_a_store_that_refuses_large_values():
     """What 50,000 documents of an interrupted run come to; a TCPStore hangs up on more than 8 MiB at once."""
     store = dist.TCPStore("127.0.0.1", 0, None, True)
@@ -198,6 +199,7 @@ def test_the_scores_are_those_of_one_process(tmp_path, alone, world):
         assert len(result.facts["rank_seconds"]) == world
 
 
+@pytest.mark.slow
 def test_leaky_protocols_and_a_second_model_go_the_same_way(tmp_path):
     config = CONFIG.override({"protocol": "min_nll"})
     book = Journal(tmp_path / "alone.jsonl", "run", False)
