@@ -56,4 +56,4 @@ format: setup
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) build dist runs *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks .coverage
+	rm -rf $(VENV) build dist runs *.egg-info src/*.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks .coverage

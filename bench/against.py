@@ -15,12 +15,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..errors import KloraError
 from .record import result_key
 
-ROOMS = ("kernels", "model", "ttt", "bench", "cli")
+SUBPACKAGES = ("kernels", "model", "ttt", "bench", "cli")
 
 
-class RevisionError(ValueError):
+class RevisionError(KloraError, ValueError):
     """A revision that cannot be measured, and why."""
 
 
@@ -67,9 +68,11 @@ def _worktree(revision: str, folder: Path):
     try:
         package = folder / "packages" / "klora"
         package.mkdir(parents=True)
-        for room in ROOMS:
-            if (tree / room).is_dir():
-                (package / room).symlink_to(tree / room)
+        for source in (*(tree / "src/klora").glob("*"), *(tree / name for name in SUBPACKAGES)):
+            if source.exists():
+                (package / source.name).symlink_to(source)
+        # A revision from before src/klora has none; without one the installed klora would go first.
+        (package / "__init__.py").touch()
         if not (package / "bench" / "record.py").exists():
             raise RevisionError(f"{revision!r} has no benchmark harness to run; allowed: a later revision")
         yield package.parent

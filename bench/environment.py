@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("klora", "torch", "triton", "numpy", "sentencepiece", "zstandard", "safetensors")
+from .. import __version__
+
+PACKAGES = ("torch", "triton", "numpy", "sentencepiece", "zstandard", "safetensors")
 
 
 def environment(commit: str = "") -> dict[str, Any]:
@@ -19,7 +21,7 @@ def environment(commit: str = "") -> dict[str, Any]:
         "clocks": {"sm": _gpu("clocks.sm"), "sm_max": _gpu("clocks.max.sm"), "memory": _gpu("clocks.mem")},
         "cuda": torch.version.cuda,
         "python": platform.python_version(),
-        "versions": {name: _version(name) for name in PACKAGES},
+        "versions": {"klora": __version__} | {name: _version(name) for name in PACKAGES},
         "commit": commit or _output("git", "rev-parse", "HEAD") or "unknown",
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
     }

@@ -10,13 +10,14 @@ from dataclasses import dataclass
 
 import torch
 
+from ..errors import KloraError
 from .entry import Entry, Shape, as_tuple
 from .tolerance import MARGIN, allowed_error, relative_error
 
 FOREIGN = 4.0
 
 
-class RedGate(RuntimeError):
+class RedGate(KloraError, RuntimeError):
     """A variant computes something else than the op; the message names it, its error and what was allowed."""
 
 

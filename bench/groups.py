@@ -1,5 +1,6 @@
 """Every group of entries, by name. A new op is one line here."""
 
+from ..errors import KloraError
 from . import attention, ceilings, elementwise, head, int6, lora, lora_adam, mlp, muon, step, ttt
 from .entry import Entry
 
@@ -18,7 +19,7 @@ GROUPS: dict[str, tuple[Entry, ...]] = {
 }
 
 
-class UnknownGroup(ValueError):
+class UnknownGroup(KloraError, ValueError):
     """A group that does not exist; the message lists those that do."""
 
 

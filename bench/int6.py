@@ -68,7 +68,7 @@ def _drawing(side: int) -> Callable[[Shape, torch.device, torch.dtype, torch.Gen
         for rows, columns in _sizes(shape):
             weight = randn(rows, columns)
             weight += 0.1 * weight.sign()  # more than half a step from zero: no code is 0
-            matrix = quantize_int6(weight * columns**-0.5)
+            matrix = quantize_int6(weight * columns**-0.5, clip=CLIP)
             tensors += [matrix.packed, matrix.scale, matrix.dequantize(dtype)]
         return tuple(tensors)
 

@@ -35,6 +35,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels import (
+    BOS,
+    bigram_hash_ref,
     causal_attention_ref,
     newton_schulz_ref,
     norm_rotary_ref,
@@ -154,8 +156,7 @@ def original_hidden(
 ) -> Tensor:
     """tokens [B, S] -> rmsnorm(x) [B, S, D] with the residual stream in `stream`; `rotary` has exactly S rows."""
     attention, half = flash_or_given(model), len(model.blocks) // 2
-    embedded = F.embedding(tokens, model.embed) + model.bigram(tokens, None)
-    x = x0 = model.smear(rms_norm_ref(embedded).to(stream), tokens, None)
+    x = x0 = _smear(model, rms_norm_ref(F.embedding(tokens, model.embed) + _bigram(model, tokens)).to(stream), tokens)
     pushed = []
     for index, block in enumerate(model.blocks):
         if index >= half and pushed:
@@ -164,6 +165,17 @@ def original_hidden(
         if index < half:
             pushed.append(x)
     return rms_norm_ref(x)
+
+
+def _bigram(model: GPT, tokens: Tensor) -> Tensor:
+    table = F.embedding(bigram_hash_ref(tokens, model.config.bigram_rows), model.bigram.table)
+    return model.bigram.scale * F.linear(table, model.bigram.project)
+
+
+def _smear(model: GPT, x: Tensor, tokens: Tensor) -> Tensor:
+    before = torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], dim=1)
+    before = before.masked_fill((tokens == BOS)[..., None], 0.0)
+    return torch.lerp(x, before, torch.sigmoid(model.smear.gate).to(x.dtype))
 
 
 def _block(block: Block, x: Tensor, x0: Tensor, rotary: Rotary, attention: str, lora: BlockLora | None) -> Tensor:
@@ -198,7 +210,7 @@ def _ttt_nll(model: GPT, inputs: Tensor, targets: Tensor, adapters: OriginalAdap
         z = F.linear(hidden, model.embed)
         if adapters is not None:
             z = z + adapters.head(hidden)
-    logits = softcap_logits_ref(z, model.config.softcap, heat)
+    logits = softcap_logits_ref(z, model.config.logit_softcap, heat)
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
 
 
@@ -360,7 +372,7 @@ def original_loss(model: GPT, length: int) -> Callable[[Tensor, Tensor], Tensor]
 
     def loss_of(tokens: Tensor, targets: Tensor) -> Tensor:
         hidden = original_hidden(model, tokens, rotary, model.dtype)
-        return softcap_nll_ref(hidden, model.embed.to(hidden.dtype), targets, model.config.softcap).mean()
+        return softcap_nll_ref(hidden, model.embed.to(hidden.dtype), targets, model.config.logit_softcap).mean()
 
     return torch.compile(loss_of, dynamic=False, fullgraph=True) if model.embed.is_cuda else loss_of
 

@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 
+from ..errors import KloraError
+from ..install import pip_install
 from .entry import Entry, Shape, Variant
 from .environment import environment
 from .gate import Verdict, check, why_broken
@@ -85,7 +87,7 @@ RECORD_SCHEMA = {
 }
 
 
-class RecordError(ValueError):
+class RecordError(KloraError, ValueError):
     """A file that is no record, and where it departs from the schema."""
 
 
@@ -94,7 +96,7 @@ def validate(record: Any, name: str = "record") -> None:
     try:
         import jsonschema
     except ModuleNotFoundError:
-        raise RecordError("checking a record needs the package jsonschema: pip install 'klora[bench]'") from None
+        raise RecordError(f"checking a record needs the package jsonschema: {pip_install('bench')}") from None
     problem = jsonschema.exceptions.best_match(jsonschema.Draft202012Validator(RECORD_SCHEMA).iter_errors(record))
     if problem is not None:
         raise RecordError(f"{name} is no benchmark record: at {problem.json_path}: {problem.message}")

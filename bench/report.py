@@ -14,13 +14,15 @@ import json
 import math
 import re
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from io import BytesIO
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..model.storage import write_bytes, write_text
+from ..errors import KloraError
+from ..model.storage import attempt, figure_png, load_matplotlib, new_figure, write_bytes, write_text
 from .record import RecordError, validate
 from .timing import SPREAD
 
@@ -42,7 +44,7 @@ Record = Mapping[str, Any]
 Result = Mapping[str, Any]
 
 
-class ReadmeError(ValueError):
+class ReadmeError(KloraError, ValueError):
     """A README without exactly one pair of marker lines; the message says what to write."""
 
 
@@ -56,12 +58,12 @@ class Report:
     readme_changed: bool | None
 
 
-def report(folder: Path, readme: Path | None = None) -> Report:
+def report(folder: Path, readme: Path | None = None, say: Callable[[str], None] = warnings.warn) -> Report:
     """Tables and pictures of the records in `folder`; pictures go beside their records, tables into `readme`."""
     records = load_records(folder)
     tables = markdown_tables(records)
     changed = rewrite_readme(readme, tables) if readme else None
-    return Report(records, tables, draw(records, folder), changed)
+    return Report(records, tables, draw(records, folder, say), changed)
 
 
 def load_records(folder: Path) -> list[dict[str, Any]]:
@@ -172,23 +174,32 @@ def _rates(ceilings: Mapping[str, float]) -> str:
     return f"copy {copy} TB/s, GEMM {gemm} TFLOP/s"
 
 
-def draw(records: Sequence[Record], folder: Path) -> list[Path]:
-    """Write the pictures of every GPU to `folder`/<gpu>/; a picture that would show nothing is not made."""
+def draw(records: Sequence[Record], folder: Path, say: Callable[[str], None] = warnings.warn) -> list[Path]:
+    """Write the pictures of every GPU to `folder`/<gpu>/; a picture that would show nothing is not made.
+
+    One that cannot be made is left out, and `say` gets the reason: the tables do not need it.
+    """
     written = []
     for gpu in dict.fromkeys(map(_gpu, records)):
         mine = [record for record in records if _gpu(record) == gpu]
         results = [result for record in mine for result in record["results"]]
-        colours = _colours(results)
-        figures = {f"speedup-{r['group']}": _draw_speedup(gpu, r, colours) for r in mine}
-        figures["roofline"] = _draw_roofline(gpu, mine, _preferred(results), colours)
-        figures["floor"] = _draw_floor(gpu, _preferred(results), colours)
-        for name, figure in figures.items():
-            if figure is not None:
-                png = BytesIO()
-                figure.savefig(png, format="png", dpi=150)
-                written.append(folder / re.sub(r"[^a-z0-9]+", "-", gpu.lower()) / f"{name}.png")
-                write_bytes(written[-1], png.getvalue())
+        pictures = {f"speedup-{r['group']}": partial(_draw_speedup, gpu, r) for r in mine}
+        pictures["roofline"] = partial(_draw_roofline, gpu, mine, _preferred(results))
+        pictures["floor"] = partial(_draw_floor, gpu, _preferred(results))
+        for name, picture in pictures.items():
+            path = folder / re.sub(r"[^a-z0-9]+", "-", gpu.lower()) / f"{name}.png"
+            if attempt(str(path), partial(_write_picture, path, picture, results), say):
+                written.append(path)
     return written
+
+
+def _write_picture(path: Path, picture: Callable[[Mapping[str, Any]], Any], results: Sequence[Result]) -> bool:
+    """Whether there was anything to show."""
+    load_matplotlib()
+    figure = picture(_colours(results))
+    if figure is not None:
+        write_bytes(path, figure_png(figure, dpi=150))
+    return figure is not None
 
 
 def _draw_speedup(gpu: str, record: Record, colours: Mapping[str, Any]):
@@ -307,9 +318,7 @@ def _number(axes, dots: Sequence[tuple[float, float]], rest: Sequence[tuple[floa
 
 def _figure(height: float):
     """An empty picture, 1800 pixels wide when saved."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(12, height), layout="constrained", facecolor="white")
+    figure = new_figure(12, height)
     figure.get_layout_engine().set(w_pad=0.15, h_pad=0.15)
     return figure
 

@@ -4,12 +4,16 @@ Forward, backward, clip and both optimizers. The learning rate is zero, so that 
 its inputs; every product of the step is still taken. Outputs: the loss and the clipped gradient of all parameters.
 """
 
+import dataclasses
+
 import torch
 from torch import Tensor
 
 from ..model.config import ModelConfig, TrainConfig, preset
+from ..model.fused import FusedStep
 from ..model.gpt import GPT, is_block_matrix, parameter_shapes
 from ..model.optimizers import FlatGradients, Optimizers
+from ..model.parallel import Ranks
 from ..model.ranges import phase
 from .entry import Call, Entry, Shape, Tensors, Variant
 
@@ -41,6 +45,7 @@ def _draw(shape: Shape, device: torch.device, dtype: torch.dtype, generator: tor
 def _step(compile_model: bool):
     def build(shape: Shape, device: torch.device, dtype: torch.dtype) -> Call:
         model = seeded_model(shape, device, dtype)
+        model.backend = "reference"
         gradients, config = FlatGradients(model), TrainConfig()
         optimizers = Optimizers(model, config)
         nll = torch.compile(model.nll) if compile_model else model.nll
@@ -61,6 +66,21 @@ def _step(compile_model: bool):
     return build
 
 
+def _fused(shape: Shape, device: torch.device, dtype: torch.dtype) -> Call:
+    """What `klora train` runs on a GPU; the gradients leave its buffer in the parameters' order, one copy dearer."""
+    model = seeded_model(shape, device, dtype)
+    config = dataclasses.replace(TrainConfig(), batch_tokens=shape["B"] * shape["S"])
+    step = FusedStep(model, config, shape["B"], 1, Ranks(0, 1, device), shape["S"])
+    step.rates.zero_()
+
+    def run(tokens: Tensor, targets: Tensor) -> Tensors:
+        step.tokens[:, :-1], step.tokens[:, -1] = tokens, targets[:, -1]
+        step.replay()
+        return step.report[0].clone(), torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+
+    return run
+
+
 def _original(shape: Shape, device: torch.device, dtype: torch.dtype) -> Call:
     from .original import build_original_step  # it takes its weights from here
 
@@ -69,8 +89,7 @@ def _original(shape: Shape, device: torch.device, dtype: torch.dtype) -> Call:
 
 def _truth(shape: Shape, tokens: Tensor, targets: Tensor) -> Tensors:
     model = seeded_model(shape, tokens.device, torch.float32).double()
-    model.compute_dtype = torch.float64
-    model.attention = "math"
+    model.compute_dtype, model.attention, model.backend = torch.float64, "math", "reference"
     loss = model.nll(tokens, targets).mean()
     gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
     return loss.detach(), gradient * (TrainConfig().grad_clip / (gradient.norm() + 1e-6)).clamp(max=1.0)
@@ -106,6 +125,7 @@ ENTRIES = (
             Variant("eager", _step(compile_model=False), captures=False),
             Variant("torch.compile", _step(compile_model=True), devices=("cuda",), captures=False),
             Variant("original", _original, captures=False),
+            Variant("klora", _fused, captures=False, is_ours=True),
         ),
         bytes=_bytes,
         flops=_flops,

@@ -9,20 +9,25 @@ documents every `every`th: in six passes of min_nll, whose results are LEAKY and
 in one of score_first. Its short documents are those under 512 tokens.
 """
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..kernels import BOS, softcap_nll_ref
+from ..model import network
 from ..model.config import ModelConfig
 from ..model.gpt import GPT
+from ..model.weights import Weights, frozen_weights
 from ..ttt.adapters import AdapterLayout, AdapterPool
 from ..ttt.base import BaseNll
 from ..ttt.documents import Document
 from ..ttt.engine import SLOTS_A_PLACE, Engine
 from ..ttt.protocols import MIN_NLL, SCORE_FIRST, TTTConfig
 from ..ttt.scorer import Batch, Deadline, adapt_batch
-from ..ttt.step import FrozenModel
 from .entry import Call, Entry, Shape, Tensors, Variant
 from .original import build_original_ttt, original_ttt
 from .step import model_config, seeded_model
@@ -60,23 +65,28 @@ def _adapted_batch(model: GPT, pool: AdapterPool, documents: list[Document], con
     ]
 
 
-def _more_recompiles():
-    """A block is met with gradients and without, with one document and with several: more often than is allowed."""
-    return torch._dynamo.config.patch(recompile_limit=64)
+@contextmanager
+def _compiled_blocks() -> Iterator[None]:
+    """The network's blocks compiled one by one, since the batch and the window change from step to step.
 
-
-def _frozen_model(shape: Shape, device: torch.device, dtype: torch.dtype, compiled: bool = False) -> GPT:
-    """The seeded model; compiled block by block, since the batch and the window change from step to step.
-
-    A block's depth scale, a constant to the compiler, becomes a tensor: else every block is compiled for itself, until
-    the compiler has had enough and leaves the others eager.
+    A block is met with gradients and without, with one document and with several: more often than is allowed.
     """
-    model = seeded_model(shape, device, dtype).requires_grad_(False)
-    if compiled:
-        for block in model.blocks:
-            block.depth_scale = torch.tensor(block.depth_scale, device=device)
-            block.compile(dynamic=True)
-    return model
+    before, network.block = network.block, _compiled_block()
+    try:
+        with torch._dynamo.config.patch(recompile_limit=64):
+            yield
+    finally:
+        network.block = before
+
+
+@cache
+def _compiled_block() -> Callable:
+    return torch.compile(network.block, dynamic=True)
+
+
+def _frozen_model(shape: Shape, device: torch.device, dtype: torch.dtype) -> GPT:
+    """The seeded model."""
+    return seeded_model(shape, device, dtype).requires_grad_(False)
 
 
 def _exact_model(shape: Shape, device: torch.device) -> GPT:
@@ -85,17 +95,17 @@ def _exact_model(shape: Shape, device: torch.device) -> GPT:
     return model
 
 
-def _eager_pass(shape: Shape, device: torch.device, dtype: torch.dtype, compiled: bool = False) -> Call:
-    model = _frozen_model(shape, device, dtype, compiled)
+def _eager_pass(shape: Shape, device: torch.device, dtype: torch.dtype) -> Call:
+    model = _frozen_model(shape, device, dtype)
     pool = AdapterPool(model.config, _config(shape), shape["B"], device)
     return lambda tokens: _adapt(shape, tokens, model, pool)
 
 
 def _compiled_pass(shape: Shape, device: torch.device, dtype: torch.dtype) -> Call:
-    run = _eager_pass(shape, device, dtype, compiled=True)
+    run = _eager_pass(shape, device, dtype)
 
     def call(tokens: Tensor) -> Tensor:
-        with _more_recompiles():
+        with _compiled_blocks():
             return run(tokens)
 
     return call
@@ -159,7 +169,7 @@ def _split(documents: list[Document], shortest: int) -> tuple[list[Document], li
     return [d for d in documents if len(d.tokens) < shortest], long
 
 
-def _base(model: GPT | FrozenModel, documents: list[Document], config: TTTConfig) -> dict[str, Tensor]:
+def _base(model: GPT | Weights, documents: list[Document], config: TTTConfig) -> dict[str, Tensor]:
     nll = torch.from_numpy(BaseNll(model, documents, config).nll).split(
         [document.targets + 1 for document in documents]
     )
@@ -186,11 +196,11 @@ def _corpus_eager(shape: Shape, device: torch.device, dtype: torch.dtype) -> Cal
 
 def _corpus_compiled(shape: Shape, device: torch.device, dtype: torch.dtype) -> Call:
     """A call is timed once, so some documents go first: what is timed is not to be the compiler."""
-    model = _frozen_model(shape, device, dtype, compiled=True)
+    model = _frozen_model(shape, device, dtype)
     few = {**shape, "every": WARM_UP, "passes": 1}
 
     def run(tokens: Tensor, shape: Shape = shape) -> Tensor:
-        with _more_recompiles():
+        with _compiled_blocks():
             return _score_corpus(shape, tokens, model)
 
     run(*_draw_corpus(few, device, dtype, torch.Generator(device).manual_seed(2)), few)
@@ -199,7 +209,7 @@ def _corpus_compiled(shape: Shape, device: torch.device, dtype: torch.dtype) -> 
 
 def _corpus_engine(shape: Shape, device: torch.device, dtype: torch.dtype) -> Call:
     model, config = _frozen_model(shape, device, dtype), _corpus_config(shape)
-    frozen, long = FrozenModel(model), [length for length in corpus_lengths(shape) if length >= config.min_tokens]
+    frozen, long = frozen_weights(model), [length for length in corpus_lengths(shape) if length >= config.min_tokens]
     engine = Engine(model, config, int(sum(long)), slots=min(SLOTS_A_PLACE * config.batch, len(long)))
     engine.prepare()
 
@@ -242,8 +252,8 @@ def _one_by_one(shape: Shape, tokens: Tensor, model: GPT) -> Tensor:
     nll, weight = [], model.embed.to(model.dtype)
     for document in _short_documents(shape, tokens):
         row = torch.from_numpy(document.tokens.astype(np.int64)).to(tokens.device)[None]
-        hidden = model.hidden(row[:, :-1], rotary_length=shape["shortest"])
-        nll.append(softcap_nll_ref(hidden[0], weight, row[0, 1:], model.config.softcap))
+        hidden = model.hidden(row[:, :-1], rotary_length=shape["shortest"], backend="reference")
+        nll.append(softcap_nll_ref(hidden[0], weight, row[0, 1:], model.config.logit_softcap))
     return torch.cat(nll)
 
 
@@ -254,7 +264,7 @@ def _short_eager(shape: Shape, device: torch.device, dtype: torch.dtype) -> Call
 
 def _short_packed(shape: Shape, device: torch.device, dtype: torch.dtype) -> Call:
     """Its kernels are compiled before it is timed, as an engine's are."""
-    model, config = FrozenModel(_frozen_model(shape, device, dtype)), _corpus_config(shape)
+    model, config = frozen_weights(_frozen_model(shape, device, dtype)), _corpus_config(shape)
 
     def run(tokens: Tensor) -> Tensor:
         documents = _short_documents(shape, tokens)

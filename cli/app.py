@@ -2,65 +2,63 @@
 
 import json
 import sys
-from importlib.metadata import version
+from importlib import import_module
 from typing import Annotated
 
-import torch
 import typer
+from typer.core import TyperGroup
+from typer.main import get_command
 
-from ..bench.against import RevisionError
-from ..bench.groups import UnknownGroup
-from ..bench.record import RecordError
-from ..bench.report import ReadmeError
-from ..model.artifact import ArtifactError
-from ..model.checkpoint import CheckpointError
-from ..model.config import ConfigError
-from ..model.corpus import CorpusError
-from ..model.shards import ShardError
-from ..model.tokenizer import TokenizerError
-from ..model.train import NonFiniteLoss
-from ..ttt.ranks import LostStore
-from ..ttt.score import JournalError, NonFiniteScore
-from .bench import bench
-from .demo import demo
-from .doctor import doctor
-from .export import export
-from .generate import generate
-from .profile import profile
-from .score import score
-from .train import train
+from .. import KloraError, __version__
 
-USER_ERRORS = (
-    ArtifactError,
-    CheckpointError,
-    ConfigError,
-    CorpusError,
-    JournalError,
-    LostStore,
-    MemoryError,
-    NonFiniteLoss,
-    NonFiniteScore,
-    OSError,
-    ReadmeError,
-    RecordError,
-    RevisionError,
-    ShardError,
-    TokenizerError,
-    UnknownGroup,
-)
+COMMANDS = {
+    "demo": "Train the tiny preset on Python's standard library, export it, adapt it to held-out files, "
+    "draw the report.",
+    "train": "Train a model on text, on CPU or GPU, alone or under torchrun.",
+    "export": "Quantise a run's weights to int6 and write one artifact that fits the budget.",
+    "score": "Score documents in bits per byte, adapting the model to each while it reads it.",
+    "generate": "Sample text that goes on from a prompt, token by token over a KV cache, "
+    "until a new document would begin.",
+    "bench": "Check every variant against float64, time those that pass, and write one record a group.",
+    "profile": "Write a trace of one training step or TTT pass and list the kernels that take the time.",
+    "doctor": "Show device, versions, the attention backend in use and why, the kernel backend, and what is missing.",
+}
+"""The first line of each command's help, so that listing them imports none. A command is a function in a module of its
+name."""
+
+MARKUP = "markdown"
+
+
+class Commands(TyperGroup):
+    """Imports the module of the command that runs, and no other."""
+
+    def resolve_command(self, ctx, args):
+        name, listed, rest = super().resolve_command(ctx, args)
+        return name, listed and command_of(listed.name), rest
+
+
+def command_of(name: str):
+    """The command, from its module."""
+    single = typer.Typer(add_completion=False, rich_markup_mode=MARKUP)
+    single.command(name)(getattr(import_module(f".{name}", __package__), name))
+    return get_command(single)
+
 
 app = typer.Typer(
+    cls=Commands,
     no_args_is_help=True,
     add_completion=False,
-    rich_markup_mode="markdown",
+    rich_markup_mode=MARKUP,
     help="Train a small language model, compress it to 16 MB of int6, and adapt it to each document while it reads it.",
     epilog="Start with: klora demo",
 )
+for _name, _help in COMMANDS.items():
+    app.command(_name, help=_help)(lambda: None)
 
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        print(f"klora {version('klora')}")
+        print(f"klora {__version__}")
         raise typer.Exit
 
 
@@ -73,19 +71,22 @@ def klora(
     pass
 
 
-for command in (demo, train, export, score, generate, bench, profile, doctor):
-    app.command()(command)
-
-
 def main() -> None:
     """Run the command line. A user's mistake or a broken file ends with one sentence on stderr and exit status 2."""
     try:
         app()
-    except torch.OutOfMemoryError as error:
-        print(f"klora: out of GPU memory ({error}); give a smaller micro_batch_tokens or batch", file=sys.stderr)
-        sys.exit(2)
-    except USER_ERRORS as error:
+    except (KloraError, MemoryError, OSError) as error:
         if "--json" in sys.argv:
             print(json.dumps({"error": str(error), "kind": type(error).__name__}))
         print(f"klora: {error}", file=sys.stderr)
         sys.exit(2)
+    except RuntimeError as error:
+        if not _is_out_of_gpu_memory(error):
+            raise
+        print(f"klora: out of GPU memory ({error}); give a smaller micro_batch_tokens or batch", file=sys.stderr)
+        sys.exit(2)
+
+
+def _is_out_of_gpu_memory(error: RuntimeError) -> bool:
+    torch = sys.modules.get("torch")  # who raised it has imported it
+    return torch is not None and isinstance(error, torch.OutOfMemoryError)

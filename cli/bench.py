@@ -52,7 +52,7 @@ def bench(
     """
     output = Output(as_json)
     if groups == ["report"]:
-        say_report(report(out, readme), output)
+        say_report(report(out, readme, output.warn), output)
         return
     entries_of(groups or [])
     if against:
@@ -62,9 +62,12 @@ def bench(
     before = read_record(baseline) if baseline else None
     chosen = pick_device(device)
     dtype, toy = compute_dtype(TrainConfig(), chosen), toy or chosen.type == "cpu"
+    folder = out / re.sub(r"[^a-z0-9]+", "-", device_name(chosen).lower())
+    options.require_folder(folder)
+    for group in groups or GROUPS:
+        require_replaceable(folder / f"{group}.json", toy)
     limits = (min(20, rounds), rounds)
     ceilings = measure_ceilings(GROUPS["ceilings"], chosen, dtype, toy, limits)
-    folder = out / re.sub(r"[^a-z0-9]+", "-", device_name(chosen).lower())
     slower, records = [], []
     for group in groups or GROUPS:
         part = folder / f"{group}.json.part"
@@ -113,6 +116,20 @@ def say_comparison(revision: str, comparisons: list[Comparison], output: Output)
     rows = [(c.name, f"{c.here:.4f}", f"{c.there:.4f}", f"{c.ratio:.3f}") for c in comparisons]
     output.table("", rows, ("result", "here, ms", f"{revision}, ms", "here / there"))
     output.result({"against": revision, "results": [{**vars(c), "ratio": c.ratio} for c in comparisons]})
+
+
+def require_replaceable(path: Path, toy: bool) -> None:
+    """RecordError where a new record would take the place of something else than an older one of its kind."""
+    if not path.exists():
+        return
+    try:
+        shapes = {result["shape"] for result in json.loads(path.read_text(encoding="utf-8"))["results"]}
+    except (ValueError, KeyError, TypeError, OSError):
+        raise RecordError(
+            f"{path} is no benchmark record and would be replaced; move it or give another --out"
+        ) from None
+    if toy and not shapes <= {"toy"}:
+        raise RecordError(f"{path} is a record of full shapes and --toy would replace it; give another --out")
 
 
 def read_record(path: Path) -> dict:

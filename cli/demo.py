@@ -1,5 +1,6 @@
 """`klora demo`: the whole chain on text that every machine has, in a few minutes on a CPU."""
 
+import json
 import time
 from pathlib import Path
 from typing import Annotated
@@ -11,18 +12,23 @@ from ..model.config import preset
 from ..model.corpus import Corpus
 from ..model.gpt import GPT
 from ..model.parallel import Ranks, pick_device
+from ..model.train import RUN
 from ..ttt.protocols import ttt_preset
 from . import options
 from .console import Output
 from .export import DEFAULT_BUDGET, export_run
 from .score import score_artifact
-from .train import describe, prepare_first, run_training
+from .train import describe, prepare_first, require_no_run, run_training
 
+ARTIFACT = "demo.klora"
 TOKENS = 40_000
 """Held-out tokens that the demo scores: enough for a picture, few enough for a minute on two CPU cores."""
 
 DEADLINE = 100.0
 """Seconds after which the demo adapts no further document, so that a busy machine ends in time too."""
+
+SHOWN = ("prequant_bpb", "base_bpb", "adapted_bpb", "adapted_share", "deadline_hit")
+"""The totals of the scores that the demo gives to machines."""
 
 
 def demo(
@@ -37,6 +43,9 @@ def demo(
     started = time.perf_counter()
     output = Output(as_json)
     ranks = Ranks(0, 1, pick_device(device))
+    options.require_folder(out)
+    if not is_demo(out):
+        require_no_run(out)
     chosen = preset("tiny").override({"seconds": seconds})
     corpora = Corpus.stdlib("train"), Corpus.stdlib("validation")
     if ranks.device.type == "cpu":
@@ -44,22 +53,24 @@ def demo(
     output.say("1. text to tokens", style="bold")
     data = prepare_first(corpora, chosen, cache, ranks, output)
     output.say("2. training", style="bold")
-    trained = run_training(chosen, data, out, ranks, output, describe(*corpora))
+    trained = run_training(chosen, data, out, ranks, output, {**describe(*corpora), "demo": True})
     if trained.signal:
         raise typer.Exit(128 + trained.signal)
     output.say("3. int6 artifact", style="bold")
-    artifact = out / "demo.klora"
+    artifact = out / ARTIFACT
     summary = export_run(out, artifact, DEFAULT_BUDGET, output)
     if ranks.device.type == "cpu":
         fit_threads()
-    output.say("4. scoring, adapted to each document", style="bold")
+    output.say(f"4. scoring, adapted to each document (no further ones after {DEADLINE:g} s)", style="bold")
     scores, config = out / "score", ttt_preset().override({"deadline": DEADLINE})
-    result = score_artifact(artifact, (None, None, "text", None), tokens, config, scores, out, False, device, output)
+    result = score_artifact(
+        artifact, (None, None, "text", None), tokens, config, scores, out, False, device, output, overwrite=True
+    )
     total = time.perf_counter() - started
-    totals = result.totals()
+    totals, note = result.totals(), f", {result.deadline_note}" if result.deadline_hit else ""
     output.say(
         f"done in {total:.0f} s: BPB {totals['prequant_bpb']:.4f} before quantisation, "
-        f"{totals['base_bpb']:.4f} after, {totals['adapted_bpb']:.4f} adapted (score_first); "
+        f"{totals['base_bpb']:.4f} after, {totals['adapted_bpb']:.4f} adapted (score_first{note}); "
         f"artifact {summary.bytes:,} bytes; report {scores / 'report.html'}"
     )
     output.result(
@@ -68,9 +79,20 @@ def demo(
             "artifact": str(artifact),
             "artifact_bytes": summary.bytes,
             "report": str(scores / "report.html"),
-            **{name: totals[name] for name in ("prequant_bpb", "base_bpb", "adapted_bpb")},
+            "deadline": DEADLINE,
+            **{name: totals[name] for name in SHOWN},
         }
     )
+
+
+def is_demo(out: Path) -> bool:
+    """Whether the run in `out` is an earlier demo's, which the next one may replace as soon as it has finished."""
+    if (out / ARTIFACT).is_file():
+        return True
+    try:
+        return json.loads((out / RUN).read_text(encoding="utf-8"))["sources"]["demo"] is True
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def fit_threads() -> None:

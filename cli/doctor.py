@@ -7,6 +7,8 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
+from .. import __version__
+from ..install import pip_install
 from ..kernels import pick_attention
 from ..model.config import ModelConfig, TrainConfig
 from ..model.parallel import pick_device
@@ -16,12 +18,15 @@ from .console import Output
 
 REQUIRED = ("torch", "numpy", "sentencepiece", "zstandard", "safetensors", "nvtx", "typer", "rich", "matplotlib")
 OPTIONAL = {
-    "triton": "the Triton kernels (Linux with a CUDA GPU)",
-    "flash-attn": "FlashAttention-2 as an attention peer: pip install 'klora[flash-attn]'",
-    "flash-attn-4": "FlashAttention-4 as an attention peer: pip install 'klora[fa4]'",
-    "pytest-benchmark": "the benchmarks: pip install 'klora[bench]'",
-    "pandas": "the benchmarks: pip install 'klora[bench]'",
+    "triton": ("the Triton kernels (Linux with a CUDA GPU)", ""),
+    "pytest-benchmark": ("the benchmarks under pytest (pytest bench/)", "bench"),
+    "jsonschema": ("klora bench --check and klora bench report", "bench"),
+    "flash-attn": ("FlashAttention-2 as an attention peer", "flash-attn"),
+    "flash-attn-4": ("FlashAttention-4 as an attention peer", "fa4"),
 }
+"""What each is for, and the extra that brings it."""
+
+GPU_ONLY = ("flash-attn", "flash-attn-4")
 
 KERNEL_BACKENDS = {
     "cpu": "reference: the ops' plain statement in eager PyTorch; Triton kernels want a CUDA GPU",
@@ -46,20 +51,22 @@ def examine(device_name: str) -> dict:
     device = pick_device(device_name)
     dtype = compute_dtype(TrainConfig(), device)
     backend, why = pick_attention(device, dtype, ModelConfig().head_dim)
-    versions = {"python": platform.python_version(), "klora": version("klora")}
+    versions = {"python": platform.python_version(), "klora": __version__}
     missing = {}
     for name in REQUIRED:
         found = _version(name)
         if found is None:
-            missing[name] = "required: pip install klora"
+            missing[name] = f"required: {pip_install()}"
         else:
             versions[name] = found
-    for name, purpose in OPTIONAL.items():
+    for name, (purpose, extra) in OPTIONAL.items():
         found = _version(name)
-        if found is None:
-            missing[name] = f"optional, for {purpose}"
-        else:
+        if found is not None:
             versions[name] = found
+        elif name in GPU_ONLY and device.type == "cpu":
+            missing[name] = f"optional, for {purpose}; wants a CUDA GPU"
+        else:
+            missing[name] = f"optional, for {purpose}{_advice(extra)}"
     if device.type == "cpu":
         missing["CUDA GPU"] = "optional: PyTorch sees none, so everything runs on the CPU; preset tiny is made for it"
     return {
@@ -84,6 +91,14 @@ def _device_facts(device: torch.device) -> dict[str, str]:
         "CUDA (PyTorch's)": str(torch.version.cuda),
         "GPUs": str(torch.cuda.device_count()),
     }
+
+
+def _advice(extra: str) -> str:
+    if not extra:
+        return ""
+    # flash-attn is compiled against the PyTorch that is installed
+    options = ("--no-build-isolation",) if extra == "flash-attn" else ()
+    return f": {pip_install(extra, *options)}"
 
 
 def _version(name: str) -> str | None:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from ..model.artifact import ArtifactSummary, save_artifact
+from ..model.artifact import ArtifactError, ArtifactSummary, is_artifact, save_artifact
 from ..model.checkpoint import CheckpointError
 from ..model.config import ModelConfig
 from ..model.loading import load_run
@@ -30,7 +30,8 @@ def export(
     """Quantise a run's weights to int6 and write one artifact that fits the budget.
 
     Every matrix gets its clip (scale = clip x the row's RMS) by a search for the least weight error that fits. The
-    artifact holds config, tokenizer, weights and provenance; it contains no code and no pickle.
+    artifact holds config, tokenizer, weights and provenance; it contains no code and no pickle. A budget that costs the
+    weights much gets a warning, with the budgets that do not.
 
     Example: klora export runs/tiny --out tiny.klora
     """
@@ -44,9 +45,17 @@ def export(
 
 
 def export_run(run: Path, path: Path, budget: int, output: Output) -> ArtifactSummary:
-    """Write the artifact of the run folder and say what was chosen."""
+    """Write the artifact of the run folder and say what was chosen.
+
+    It may take the place of an artifact, which a run can give again; ArtifactError where `path` is another file.
+    """
+    options.require_file(path)
+    if path.is_file() and path.stat().st_size and not is_artifact(path):
+        raise ArtifactError(f"{path} is there and is no artifact of klora's; move it or give another --out")
     tensors, meta = load_run(run)
-    config, tokenizer = ModelConfig.from_dict(meta["model"]), Tokenizer.from_file(run / TOKENIZER)
+    config = ModelConfig.from_dict(meta["model"])
+    is_of_shards = meta["provenance"].get("sources", {}).get("kind", "shards") == "shards"
+    tokenizer = Tokenizer.from_file(run / TOKENIZER, may_normalise=is_of_shards)
     if tokenizer.vocab_size != config.vocab_size:
         raise CheckpointError(
             f"{run / TOKENIZER} has {tokenizer.vocab_size} pieces and the model {config.vocab_size}; it not this run's"
@@ -67,4 +76,8 @@ def export_run(run: Path, path: Path, budget: int, output: Output) -> ArtifactSu
         f"artifact {path}: {summary.bytes:,} of {budget:,} bytes; int6 clips {low:.3f} to {high:.3f} of the row's RMS, "
         f"relative squared weight error {summary.relative_error:.2e} ({time.perf_counter() - started:.1f} s)"
     )
+    if summary.warning:
+        output.say(f"warning: {summary.warning}", style="bold yellow")
+        rows = [(f"{size:,}", f"{error:.2g}") for size, error in summary.budgets.items()]
+        output.table("", rows, ("about so many bytes", "would have a relative squared weight error of"))
     return summary

@@ -7,6 +7,7 @@ import typer
 
 from ..model.config import ConfigError, Settings, allowed_values
 from ..model.corpus import Corpus
+from ..model.storage import require_writable
 from .console import Output
 
 DEFAULT_CACHE = Path.home() / ".cache" / "klora"
@@ -57,9 +58,20 @@ def parse_overrides(pairs: list[str] | None) -> dict[str, str]:
 
 
 def require_folder(path: Path) -> None:
-    """ConfigError where --out names something that is there and is no folder."""
+    """Refuse an --out that is no folder and cannot become one, or that cannot be written, before any work is done.
+
+    Raises ConfigError or OSError; creates nothing.
+    """
     if path.exists() and not path.is_dir():
         raise ConfigError(f"--out {path} is a file; allowed: a folder, or a path where there is nothing yet")
+    require_writable(path)
+
+
+def require_file(path: Path) -> None:
+    """As :func:`require_folder`, for an --out that is to be a file; one that is there is replaced."""
+    if path.exists() and not path.is_file():
+        raise ConfigError(f"--out {path} is no file; allowed: a file, or a path where there is nothing yet")
+    require_writable(path)
 
 
 def corpus_from(text: list[Path] | None, jsonl: list[Path] | None, field: str, option: str = "") -> Corpus | None:

@@ -43,6 +43,8 @@ def profile(
     output = Output(as_json)
     if what not in PROFILED:
         raise ConfigError(f"{what!r} cannot be profiled; allowed: {', '.join(PROFILED)}")
+    if trace:
+        options.require_folder(out)
     chosen = pick_device(device)
     dtype, toy = compute_dtype(TrainConfig(), chosen), toy or chosen.type == "cpu"
     entry = GROUPS[what][0]

@@ -4,13 +4,13 @@ import hashlib
 import os
 import time
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 
+from .. import __version__
 from ..model.artifact import Artifact, load_artifact
 from ..model.config import ConfigError
 from ..model.corpus import Corpus
@@ -19,16 +19,30 @@ from ..model.parallel import is_one_of_many, own_device, processes_here
 from ..model.prepare import tokenizer_beside
 from ..model.shards import TokenStream, find_shards
 from ..model.signals import StopSignals
+from ..model.storage import attempt, require_writable
 from ..model.tokenizer import Tokenizer
 from ..model.train import device_name
-from ..ttt.documents import Document, documents_from_texts, documents_from_tokens
+from ..ttt.documents import (
+    Document,
+    documents_from_texts,
+    documents_from_tokens,
+    facts_of_texts,
+    facts_of_tokens,
+)
+from ..ttt.journal import Journal, fingerprint, remove_journals
 from ..ttt.protocols import LEAK_WARNING, SCORE_FIRST, TTTConfig, label, ttt_preset
 from ..ttt.ranks import PATIENCE, Board, board_of_torchrun, score_on_ranks
 from ..ttt.report import write_report
 from ..ttt.results import ScoreResult
-from ..ttt.score import SCORERS, Interrupted, Journal, fingerprint, pick_scorer, score_documents
+from ..ttt.score import SCORERS, Interrupted, pick_scorer, score_documents
 from . import options
 from .console import Output
+
+SPARE_BYTES = 2**24
+"""Disk space that a run wants whatever it scores: the report, its picture, a journal of some thousand documents."""
+
+TOKEN_BYTES = 48
+"""Disk space a token: 8 for each kept pass, written beside the one that it replaces, and its documents' lines."""
 
 
 def score(
@@ -61,13 +75,21 @@ def score(
         ),
     ] = None,
     deadline: Annotated[
-        float | None, typer.Option("--deadline", help="Seconds after which nothing more is adapted; 0: none.")
+        float | None,
+        typer.Option(
+            "--deadline",
+            help="Seconds after which nothing more is adapted; 0: none. None is the default, but for the preset "
+            "design: what a deadline leaves out depends on the machine's speed.",
+        ),
     ] = None,
     prequant: Annotated[
         Path | None, typer.Option("--prequant", help="Run folder: also score its weights before quantisation.")
     ] = None,
     set_: options.Set = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on after an interruption.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Start afresh where --out holds an interrupted run.")
+    ] = False,
     weights: Annotated[str, typer.Option("--weights", help=WEIGHTS_HELP)] = "dense",
     scorer: Annotated[
         str,
@@ -108,6 +130,10 @@ def score(
     if fields:
         options.list_fields(output, config)
         return
+    if resume and overwrite:
+        raise ConfigError("--resume and --overwrite were both given; give one of them")
+    if shards and (text or jsonl):
+        raise ConfigError("--shards was given together with --text or --jsonl; give one of them")
     folder = out or artifact.with_name(f"{artifact.stem}-score")
     options.require_folder(folder)
     result = score_artifact(
@@ -123,6 +149,7 @@ def score(
         weights,
         scorer,
         patience,
+        overwrite,
     )
     output.result({"out": str(folder), **{k: v for k, v in result.to_json().items() if k != "documents"}})
 
@@ -140,10 +167,12 @@ def score_artifact(
     weights: str = "dense",
     scorer: str = "auto",
     patience: float = PATIENCE,
+    overwrite: bool = False,
 ) -> ScoreResult:
     """Score the documents of `source` (text, jsonl, field, shards), write the results to `folder`, say the totals."""
     seconds: dict[str, float] = {}
     started = time.perf_counter()
+    require_writable(folder, SPARE_BYTES)
     loaded, chosen = load_artifact(path), own_device(device)
     scorer = pick_scorer(scorer, chosen, are_many=is_one_of_many())
     model = model_from_artifact(loaded, chosen, weights)
@@ -151,7 +180,9 @@ def score_artifact(
     seconds["load"], started = time.perf_counter() - started, time.perf_counter()
     tokenizer = tokenizer_of(loaded)
     documents = _documents(source, tokenizer, most_tokens, loaded.provenance)
+    of_bytes = facts_of_tokens(documents, tokenizer) if source[-1] else facts_of_texts(tokenizer)
     seconds["tokenize"] = time.perf_counter() - started
+    require_writable(folder, SPARE_BYTES + TOKEN_BYTES * sum(document.targets for document in documents))
     board = board_of_torchrun(patience) if is_one_of_many() else None
     is_first = board is None or board.is_first
     output.is_silent, output.as_json = output.is_silent or not is_first, output.as_json and is_first
@@ -159,13 +190,14 @@ def score_artifact(
     output.say(f"scoring {len(documents):,} documents, {label(config.protocol)}, on {chosen}{many}")
     source_of_weights = f"{loaded.header['payload_sha256']} {weights}"
     key = fingerprint(source_of_weights, documents, config, prequant is not None)
-    with StopSignals() as stop:
+    with StopSignals(output.say) as stop:
         resume |= board is not None and board.is_restarted
-        journal = _journal(folder, key, resume, board)
-        if resume and not journal.done:
+        journal = _journal(folder, key, resume, overwrite, board)
+        if resume and not (journal.done or journal.base_share):
             output.say("nothing to resume from; starting afresh")
-        if journal.done:
-            output.say(f"resuming: {len(journal.done):,} documents are already scored")
+        if journal.done or journal.base_share:
+            kept = f", the base pass is done for {journal.base_share:.0%} of the text" if journal.base_share else ""
+            output.say(f"resuming: {len(journal.done):,} documents are already scored{kept}")
         try:
             with output.progress() as show:
                 run = score_documents if board is None else partial(score_on_ranks, board=board)
@@ -177,7 +209,7 @@ def score_artifact(
                     prequant=before,
                     should_stop=lambda: bool(stop.received),
                     progress=_shown(show),
-                    facts=_facts(path, loaded, chosen) | {"weights": weights},
+                    facts=_facts(path, loaded, chosen) | {"weights": weights} | of_bytes,
                     scorer=scorer,
                     say=output.say,
                 )
@@ -191,30 +223,32 @@ def score_artifact(
     result.seconds.update(seconds)
     started = time.perf_counter()
     result.write(folder)
-    page, _ = write_report(result, folder)
+    page = attempt("the report", lambda: write_report(result, folder, output.warn), output.warn)
     result.seconds["report"] = time.perf_counter() - started
-    for journal_of_a_rank in folder.glob("journal*.jsonl"):
-        journal_of_a_rank.unlink()
+    remove_journals(folder)
     say_totals(result, output)
-    output.say(f"report: {page}")
+    if page is not None:
+        output.say(f"report: {page}")
     return result
 
 
-def _journal(folder: Path, key: str, resume: bool, board: Board | None) -> Journal:
+def _journal(folder: Path, key: str, resume: bool, overwrite: bool, board: Board | None) -> Journal:
     """This rank's journal; the first rank's holds what all ranks of an interrupted run had finished."""
     if board is not None and not board.is_first:
-        return Journal(folder / f"journal-{board.rank}.jsonl", key, resume)
+        return Journal(folder / f"journal-{board.rank}.jsonl", key, resume, overwrite=overwrite)
     others = sorted(folder.glob("journal-*.jsonl"))
+    journal = Journal(folder / "journal.jsonl", key, resume, others, overwrite)
     if not resume:
         running = {f"journal-{rank}.jsonl" for rank in range(board.world if board else 1)}
         for left_behind in (path for path in others if path.name not in running):
             left_behind.unlink()
-    return Journal(folder / "journal.jsonl", key, resume, others)
+    return journal
 
 
 def say_totals(result: ScoreResult, output: Output) -> None:
     """The bits per byte and the seconds of each phase, as a table."""
     totals, mark = result.totals(), " LEAKY" if result.config.is_leaky else ""
+    mark += f" ({result.deadline_note})" if result.deadline_hit else ""
     names = {
         "prequant_bpb": "before quantisation",
         "base_bpb": "after quantisation",
@@ -231,6 +265,14 @@ def say_totals(result: ScoreResult, output: Output) -> None:
     )
     rows.append(("seconds", ", ".join(f"{phase} {value:.1f}" for phase, value in result.seconds.items())))
     output.table("", rows)
+    for note in result.notes:
+        output.say(f"note: {note}", style="bold yellow")
+    if result.deadline_hit:
+        output.say(
+            f"The deadline of {result.config.deadline:g} s left text to the base model; how much depends on the speed "
+            "of this machine. With --deadline 0 all of it is adapted.",
+            style="bold yellow",
+        )
     if result.config.is_leaky:
         output.say(LEAK_WARNING, style="bold red")
 
@@ -238,8 +280,6 @@ def say_totals(result: ScoreResult, output: Output) -> None:
 def _documents(source, tokenizer: Tokenizer, most_tokens: int, provenance: dict) -> list[Document]:
     """The documents to score, in the source's order; with `most_tokens` a sample that no score can influence."""
     text, jsonl, field, shards = source
-    if shards and (text or jsonl):
-        raise ConfigError("--shards was given together with --text or --jsonl; give one of them")
     if shards:
         if tokenizer_beside(shards).to_bytes() != tokenizer.to_bytes():
             raise ConfigError(
@@ -285,5 +325,5 @@ def _facts(path: Path, artifact: Artifact, device: torch.device) -> dict[str, An
             "provenance": artifact.provenance,
         },
         "device": device_name(device),
-        "versions": {"klora": version("klora"), "torch": torch.__version__},
+        "versions": {"klora": __version__, "torch": torch.__version__},
     }

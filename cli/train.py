@@ -2,16 +2,18 @@
 
 import dataclasses
 import json
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from ..model.checkpoint import CheckpointError
+from ..model.checkpoint import CheckpointError, load_meta
 from ..model.config import ConfigError, ModelConfig, Preset, TrainConfig, preset
 from ..model.corpus import Corpus
 from ..model.parallel import Ranks, join_ranks
 from ..model.prepare import Prepared, prepare, prepared_from_shards
+from ..model.storage import attempt
 from ..model.train import CHECKPOINT, MODEL, RUN, Trainer, TrainResult
 from . import options
 from .console import Output
@@ -42,7 +44,11 @@ def train(
     set_: options.Set = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint in --out.")] = False,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Start afresh in --out though an unfinished run is there.")
+        bool,
+        typer.Option(
+            "--overwrite",
+            help="Start afresh in --out though a run is there; OUT/replaced keeps it until the new one has finished.",
+        ),
     ] = False,
     device: options.Device = "auto",
     cache: options.Cache = options.DEFAULT_CACHE,
@@ -53,7 +59,8 @@ def train(
 
     Without --text, --jsonl or --shards it reads the running Python's own standard library, which is text that every
     machine has. The run folder gets run.json, loss.csv, loss.png, checkpoint.safetensors and, at the end,
-    model.safetensors, which `klora export` turns into an artifact. Ctrl-C writes a checkpoint; --resume goes on.
+    model.safetensors, which `klora export` turns into an artifact: the best of the last weights and their averages.
+    Ctrl-C writes a checkpoint; --resume goes on. A second Ctrl-C ends at once.
 
     Examples:
 
@@ -72,11 +79,10 @@ def train(
         options.list_fields(output, chosen.model, chosen.train)
         return
     options.require_folder(out)
-    unfinished = (out / CHECKPOINT).exists() and not (out / MODEL).exists()
-    if unfinished and not (resume or overwrite):
-        raise ConfigError(
-            f"{out} holds an unfinished run; give --resume to go on, --overwrite to start afresh, or another --out"
-        )
+    if resume and overwrite:
+        raise ConfigError("--resume goes on with the run in --out and --overwrite starts afresh; give one of them")
+    if not (resume or overwrite):
+        require_no_run(out)
     with join_ranks(device) as ranks:
         output.is_silent |= not ranks.is_first
         if resume:
@@ -97,25 +103,50 @@ def train(
             if text or jsonl:
                 raise ConfigError("--shards was given together with --text or --jsonl; give one of them")
             chosen = preset(preset_name or "tiny").override(overrides)
-            data, sources = prepared_from_shards(shards), {"kind": "shards"}
+            data = prepared_from_shards(shards)
+            sources = {"kind": "shards"} | ({"notes": list(data.notes)} if data.notes else {})
         else:
             chosen = preset(preset_name or "tiny").override(overrides)
             corpora = _corpora(text, jsonl, field, validation_text, validation_jsonl, validation_share)
             data, sources = prepare_first(corpora, chosen, cache, ranks, output), describe(*corpora)
         result = run_training(chosen, data, out, ranks, output, sources, resume)
         if ranks.is_first:
-            output.result({"run": str(out), **vars(result)})
+            output.result({"run": str(out), **vars(result), "notes": list(data.notes)})
     if result.signal:
         raise typer.Exit(128 + result.signal)
+
+
+def require_no_run(out: Path) -> None:
+    """ConfigError where `out` holds a run: what it is, and what to do."""
+    if (out / MODEL).exists():
+        raise ConfigError(
+            f"{out} holds a finished run{_facts(out / MODEL)}; give --resume with another length to go on, --overwrite "
+            "to replace it, or another --out"
+        )
+    if (out / CHECKPOINT).exists():
+        raise ConfigError(
+            f"{out} holds an unfinished run; give --resume to go on, --overwrite to start afresh, or another --out"
+        )
+
+
+def _facts(path: Path) -> str:
+    """What a finished run's file tells: its steps, and when it was written."""
+    when = datetime.fromtimestamp(path.stat().st_mtime).strftime("%Y-%m-%d %H:%M")
+    try:
+        result = load_meta(path, {"provenance": dict})["provenance"]["result"]
+        return f" ({result['step']:,} steps in {result['seconds']:.0f} s, written {when})"
+    except (CheckpointError, KeyError, TypeError, ValueError):
+        return f" (its {path.name} is damaged, written {when})"
 
 
 def run_training(
     chosen: Preset, data: Prepared, out: Path, ranks: Ranks, output: Output, sources: dict, resume: bool = False
 ) -> TrainResult:
     """Train with a progress display and say what came out."""
-    trainer = Trainer(chosen, data, out, ranks, resume, sources)
+    trainer = Trainer(chosen, data, out, ranks, resume, sources, output.warn)
     config = chosen.train
     output.say(f"training {chosen.name} on {ranks.device} x {ranks.world}; attention {trainer.model.attention}")
+    output.say(str(trainer.estimate))
     if trainer.step:
         output.say(f"resuming at step {trainer.step}")
 
@@ -140,6 +171,8 @@ def run_training(
     )
     scores = ", ".join(f"{name} {bpb:.4f}" for name, bpb in result.validation_bpb.items())
     output.say(f"validation BPB before quantisation: {scores}; kept {result.kept} in {out}")
+    for note in data.notes:
+        output.say(f"note: {note}", style="bold yellow")
     return result
 
 
@@ -155,14 +188,17 @@ def prepare_first(
             )
     ranks.wait()
     data = prepare(*corpora, chosen.model.vocab_size, cache)
-    counts = json.loads((data.folder / "prepared.json").read_text())
-    output.say(
-        "data: "
-        + "; ".join(
-            f"{counts[s]['documents']:,} {s} documents, {counts[s]['tokens']:,} tokens" for s in ("train", "validation")
-        )
-    )
+    if ranks.is_first:
+        attempt("the counts of the data", lambda: output.say(_counts(data.folder / "prepared.json")), output.warn)
     return data
+
+
+def _counts(path: Path) -> str:
+    counts = json.loads(path.read_text(encoding="utf-8"))
+    splits = (
+        f"{counts[s]['documents']:,} {s} documents, {counts[s]['tokens']:,} tokens" for s in ("train", "validation")
+    )
+    return f"data: {'; '.join(splits)}"
 
 
 def _corpora(text, jsonl, field, validation_text, validation_jsonl, share) -> tuple[Corpus, Corpus]:
@@ -198,10 +234,10 @@ def _stored_run(out: Path, overrides: dict[str, str]) -> tuple[Preset, Prepared,
     if wrong:
         raise ConfigError(f"{wrong[0]} cannot change when a run is resumed; allowed: {', '.join(CHANGEABLE)}")
     try:
-        run = json.loads(path.read_text())
+        run = json.loads(path.read_text(encoding="utf-8"))
         model, train = ModelConfig.from_dict(run["model"]), TrainConfig.from_dict(run["train"])
         stored = Preset(run["preset"], model, train, about="resumed")
-        data, sources = run["data"], run["sources"]
+        data, sources = Path(run["data"]), dict(run["sources"])
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} is damaged ({error}); start the run afresh with --overwrite") from None
     return stored.override(overrides), prepared_from_shards(data), sources

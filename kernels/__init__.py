@@ -1,39 +1,46 @@
 """The ops: each is one file or folder, imports no other room and is usable alone. `<op>_ref` is its plain statement."""
 
-from .attention import causal_attention, causal_attention_ref, pick_attention
-from .bigram import BOS, bigram_hash_ref
-from .int6 import (
-    Int6Linear,
-    Int6Matrix,
-    Int6Weight,
-    dequantize_int6_ref,
-    int6_linear,
-    int6_linear_dx,
-    int6_linear_ref,
-    pack_int6,
-    pack_int6_ref,
-    quantize_int6,
-    quantize_int6_ref,
-    unpack_int6,
-    unpack_int6_ref,
-)
-from .linear import linear, linear_ref
-from .lora_adam import check_distinct_slots, lora_adam_, lora_adam_ref_
-from .lora_attention import lora_attention, lora_attention_ref
-from .lora_head_nll import (
-    check_targets,
-    lora_head_nll,
-    lora_head_nll_grads_,
-    lora_head_nll_ref,
-    softcap_logits_ref,
-    softcap_nll,
-    softcap_nll_ref,
-)
-from .lora_qkv import check_slots, lora_qkv, lora_qkv_ref, lora_qkv_rope, lora_qkv_rope_ref
-from .mlp import relu_squared, relu_squared_mlp, relu_squared_mlp_ref, relu_squared_ref
-from .newton_schulz import muon_apply_, muon_updates, newton_schulz, newton_schulz_ref
-from .rms_norm import ResidualNorm, residual_norm, residual_norm_ref, rms_norm, rms_norm_ref
-from .rotary import norm_rotary, norm_rotary_ref, ntk_base, rotary_tables
+from typing import TYPE_CHECKING
+
+from ..lazy import lazy_exports
+
+if TYPE_CHECKING:
+    from .attention import causal_attention, causal_attention_ref, pick_attention
+    from .bigram import BOS, bigram_hash_ref
+    from .embedding import bigram_embedding, bigram_embedding_ref
+    from .int6 import (
+        Int6Linear,
+        Int6Matrix,
+        Int6Weight,
+        dequantize_int6_ref,
+        int6_linear,
+        int6_linear_dx,
+        int6_linear_ref,
+        pack_int6,
+        pack_int6_ref,
+        quantize_int6,
+        quantize_int6_ref,
+        unpack_int6,
+        unpack_int6_ref,
+    )
+    from .linear import linear, linear_ref
+    from .lora_adam import check_distinct_slots, lora_adam_, lora_adam_ref_
+    from .lora_attention import lora_attention, lora_attention_ref
+    from .lora_head_nll import (
+        check_targets,
+        lora_head_nll,
+        lora_head_nll_grads_,
+        lora_head_nll_ref,
+        softcap_logits_ref,
+        softcap_nll,
+        softcap_nll_ref,
+    )
+    from .lora_qkv import check_slots, lora_qkv, lora_qkv_ref, lora_qkv_rope, lora_qkv_rope_ref
+    from .mlp import relu_squared, relu_squared_mlp, relu_squared_mlp_ref, relu_squared_ref
+    from .newton_schulz import muon_apply_, muon_updates, newton_schulz, newton_schulz_ref
+    from .qkv_attention import qkv_attention, qkv_attention_ref
+    from .rms_norm import ResidualNorm, residual_norm, residual_norm_ref, rms_norm, rms_norm_ref
+    from .rotary import norm_rotary, norm_rotary_ref, ntk_base, rotary_tables
 
 __all__ = [
     "BOS",
@@ -41,6 +48,8 @@ __all__ = [
     "Int6Matrix",
     "Int6Weight",
     "ResidualNorm",
+    "bigram_embedding",
+    "bigram_embedding_ref",
     "bigram_hash_ref",
     "causal_attention",
     "causal_attention_ref",
@@ -74,6 +83,8 @@ __all__ = [
     "pack_int6",
     "pack_int6_ref",
     "pick_attention",
+    "qkv_attention",
+    "qkv_attention_ref",
     "quantize_int6",
     "quantize_int6_ref",
     "relu_squared",
@@ -91,3 +102,5 @@ __all__ = [
     "unpack_int6",
     "unpack_int6_ref",
 ]
+
+__getattr__, __dir__ = lazy_exports(__name__)

@@ -18,6 +18,6 @@ def bigram_hash_ref(tokens: Tensor, rows: int, previous: Tensor | None = None) -
     tokens = tokens.long()
     before = torch.empty_like(tokens)
     before[..., 1:] = tokens[..., :-1]
-    before[..., 0] = -1 if previous is None else previous
+    before[..., :1] = -1 if previous is None else previous[..., None]
     rows_hashed = torch.bitwise_xor(36313 * tokens, 27191 * before) % (rows - 1)
     return torch.where((before < 0) | (tokens == BOS), rows - 1, rows_hashed)

@@ -5,9 +5,10 @@
 
 params, grads, exp_avg, exp_avg_sq [slots, P] fp32, all but grads updated in place; step int64 [slots]; lr fp32
 [slots]; group_lr fp32 [P] multiplies the learning rate of each parameter. `slots` int [n], without repeats, chooses the
-rows that take part; the others keep their bits, and an entry of -1 chooses none, so that a captured graph can hold a
-batch with empty places. `low` [slots, P], bf16 or fp16, gets the chosen rows of params, rounded: what kernels that read
-adapters of their inputs' dtype take, without a launch of their own for it. Kingma and Ba 2015.
+rows that take part; the others keep their bits, and an entry of -1 (or of any other row that does not exist) chooses
+none, so that a captured graph can hold a batch with empty places. `low` [slots, P], bf16 or fp16, gets the chosen rows
+of params, rounded: what kernels that read adapters of their inputs' dtype take, without a launch of their own for it.
+Kingma and Ba 2015.
 
 28 bytes (30 with `low`) and about 15 operations a parameter: it runs at the speed of memory (group_lr, shared by all
 slots, stays in cache). Everything is fp32; the two bias corrections are computed in fp64, once a program, because 1 -
@@ -25,6 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .registration import custom_op
+from .slots import is_in_pool
 
 
 @torch.no_grad()
@@ -44,7 +46,7 @@ def lora_adam_ref_(
     """One Adam step of the chosen slots, in place."""
     beta1, beta2 = betas
     if isinstance(slots, Tensor):
-        slots = slots[slots >= 0]
+        slots = slots[is_in_pool(slots, len(params))]
     step[slots] += 1
     grad = grads[slots]
     mean = exp_avg[slots] * beta1 + grad * (1 - beta1)
@@ -182,6 +184,7 @@ def check_distinct_slots(slots: Tensor, count: int) -> None:
         raise ValueError(f"slots {slots.tolist()} name a slot twice")
 
 
+@torch.no_grad()
 def lora_adam_(
     params: Tensor,
     grads: Tensor,
@@ -199,8 +202,8 @@ def lora_adam_(
 ) -> None:
     """One Adam step of the slots that `slots` names (all without it), in place. Shapes and dtypes: see the module.
 
-    An entry of `slots` outside the pool is skipped on the GPU. A slot named twice spoils its counter for good, and with
-    it all its later steps. :func:`check_distinct_slots` finds both.
+    No autograd: parameters may be given as they are. An entry of `slots` outside the pool is skipped. A slot named
+    twice spoils its counter for good, and with it all its later steps. :func:`check_distinct_slots` finds both.
     """
     if params.dim() != 2:
         raise ValueError(f"params is {_seen(params)}; wanted: [slots, P]")
@@ -231,7 +234,7 @@ def lora_adam_(
     if not all(0 <= beta < 1 for beta in betas) or eps < 0:
         raise ValueError(f"betas are {betas} and eps {eps}; allowed: betas from 0 to below 1, eps at least 0")
     if reference:
-        group_lr = torch.ones_like(params[0]) if group_lr is None else group_lr
+        group_lr = params.new_ones(params.size(1)) if group_lr is None else group_lr
         chosen = slice(None) if slots is None else slots
         lora_adam_ref_(params, grads, exp_avg, exp_avg_sq, step, lr, group_lr, chosen, betas, eps, low)
     else:

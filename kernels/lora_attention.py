@@ -5,11 +5,11 @@
 
 What the two ops do in turn, with a launch less on the way back: attention's backward ends in the gradients of the
 projections, so that nothing stands between it and lora_qkv's backward. x [B, S, D]; weight [(H + 2 G) d, D]; lora_a
-[slots, 3, R, D]; lora_b [slots, (H + 2 G) d, R]; cos, sin [S, d/2] and gain [H] fp32 without a gradient. Dtypes, sums,
-FLOPs, bytes and the promise of the same bits in every run and every batch are those of the two ops. It saves 3 (H + G)
-d numbers a token read or written in the backward, and the rounding of (H + G) d.
+[slots, 3, R, D]; lora_b [slots, (H + 2 G) d, R]; cos, sin [S, d/2] and gain [H] fp32. Dtypes, sums, FLOPs, bytes and
+the promise of the same bits in every run and every batch are those of the two ops. It saves 3 (H + G) d numbers a token
+read or written in the backward, and the rounding of (H + G) d.
 
-Refused: what either op refuses.
+Refused: what either op refuses, a gradient of cos, sin or gain among it.
 """
 
 from collections.abc import Sequence
@@ -21,13 +21,14 @@ from .attention import HEAD_DIMS, causal_attention_ref
 from .attention.backward import Rotary as Projected
 from .attention.backward import launch_backward as attention_backward
 from .attention.forward import launch_forward as attention_forward
+from .attention.op import causal_op
 from .lora_qkv.forward import launch_forward
 from .lora_qkv.heads import Rotary
 from .lora_qkv.op import adapters_and_packed, fake_outputs, fake_packed, gradients, saved
 from .lora_qkv.reference import lora_qkv_rope_ref
 from .lora_qkv.rope import validate_heads
 from .lora_qkv.validate import validate
-from .registration import custom_op
+from .registration import custom_op, keep_output
 from .tile import aligned
 
 
@@ -65,13 +66,15 @@ def lora_attention(
     head_dim: int,
     tail: int | None = None,
     grads: tuple[Tensor, Tensor] | None = None,
+    unit_tables: bool = False,
     backend: str | None = None,
 ) -> Tensor:
     """out [B, T, Nq] of x [B, S, D]; arguments are those of `lora_qkv_rope`, and `tail`, the T last tokens wanted.
 
-    Gradients flow to x, lora_a and lora_b. head_dim is one that both ops take: 16, 32, 64 or, in 16 bits with ranks up
-    to 16, 128. `backend` is "reference" or "triton"; left out, CPU tensors take the reference. ValueError on anything
-    that either op refuses.
+    Gradients flow to x, weight, lora_a and lora_b. head_dim is one that both ops take: 16, 32, 64 or, in 16 bits with
+    ranks up to 16, 128. `backend` is "reference" or "triton"; left out, CPU tensors take the reference. ValueError on
+    anything that either op refuses. out may be changed in place: the backward, which reads it, then makes it
+    again. `unit_tables` is as of :func:`qkv_attention`.
     """
     backend, sizes, slots = validate(x, weight, lora_a, lora_b, slots, sizes, grads, backend)
     validate_heads(x, lora_a, cos, sin, gain, sizes, head_dim, backend)
@@ -85,7 +88,9 @@ def lora_attention(
     if head_dim not in HEAD_DIMS:
         raise ValueError(f"head_dim is {head_dim}; the kernel wants one of {', '.join(map(str, HEAD_DIMS))}")
     tables = (table.contiguous() for table in (cos, sin, gain))
-    return _op(x, weight, lora_a, lora_b, *tables, slots, sizes, head_dim, tail, *(grads or (None, None)))[0]
+    return _op(x, weight, lora_a, lora_b, *tables, slots, sizes, head_dim, tail, *(grads or (None, None)), unit_tables)[
+        0
+    ]
 
 
 @custom_op("klora::lora_attention", mutates_args=())
@@ -103,16 +108,18 @@ def _op(
     tail: int,
     grad_a: Tensor | None,
     grad_b: Tensor | None,
+    is_unit: bool,
 ) -> list[Tensor]:
     """out, and what the backward wants: logsumexp, q, k, v, xa, packed adapters, 1 / rms of the heads of q and k."""
     adapters, packed = adapters_and_packed(x, lora_a, lora_b, slots, sizes)
     made = launch_forward(aligned(x), aligned(weight), adapters, sizes, Rotary(cos, sin, gain, head_dim))
-    out, lse = attention_forward(*_heads(made[:3], head_dim), tail)
-    return [out.flatten(2), lse, *made[:4], *packed, made.rstd_q, made.rstd_k]
+    out = x.new_empty(x.size(0), tail, sizes[0])
+    _, lse = attention_forward(*_heads(made[:3], head_dim), tail, *_heads([out], head_dim))
+    return [out, lse, *made[:4], *packed, made.rstd_q, made.rstd_k]
 
 
 @_op.register_fake
-def _(x, weight, lora_a, lora_b, cos, sin, gain, slots, sizes, head_dim, tail, grad_a, grad_b):
+def _(x, weight, lora_a, lora_b, cos, sin, gain, slots, sizes, head_dim, tail, grad_a, grad_b, is_unit):
     out = x.new_empty(x.size(0), tail, sizes[0])
     lse = cos.new_empty(x.size(0), sizes[0] // head_dim, tail)
     rstds = (cos.new_empty(*x.shape[:2], size // head_dim) for size in sizes[:2])
@@ -132,25 +139,27 @@ def _backward_op(
     gain: Tensor,
     rstd_q: Tensor,
     rstd_k: Tensor,
+    is_unit: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of the three projections."""
     if not dout.numel():
         return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     head_dim = 2 * cos.size(1)
     dout, out = _heads((aligned(dout), out), head_dim)
-    projected = Projected(cos, sin, gain, rstd_q, rstd_k)
-    douts = attention_backward(dout, *_heads((q, k, v), head_dim), out, lse, projected)
+    projected = Projected(cos, sin, gain, rstd_q, rstd_k, is_unit)
+    douts = attention_backward(dout, *_heads((q, k, v), head_dim), out, lse, projected)[:3]
     return tuple(dout.flatten(2) for dout in douts)
 
 
 @_backward_op.register_fake
-def _(dout, out, lse, q, k, v, cos, sin, gain, rstd_q, rstd_k):
+def _(dout, out, lse, q, k, v, cos, sin, gain, rstd_q, rstd_k, is_unit):
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
 def _setup(ctx, inputs, output):
-    x, weight, lora_a, lora_b, cos, sin, gain, slots, sizes, _, _, grad_a, grad_b = inputs
+    x, weight, lora_a, lora_b, cos, sin, gain, slots, sizes, _, _, grad_a, grad_b, ctx.is_unit = inputs
     out, lse, q, k, v, xa, packed_a, packed_b, rstd_q, rstd_k = output
+    out, ctx.is_changed = keep_output(out)
     attended = out, lse, q, k, v, cos, sin, gain, rstd_q, rstd_k
     ctx.save_for_backward(*saved(x, weight, lora_a, lora_b, slots, xa, packed_a, packed_b), *attended)
     ctx.lora = lora_a.size(0), lora_a.size(2), lora_a.dtype
@@ -161,8 +170,11 @@ def _setup(ctx, inputs, output):
 
 def _backward(ctx, douts):
     if douts[0] is None:
-        return (None,) * 13
-    return *gradients(ctx, _backward_op(douts[0], *ctx.saved_tensors[6:])), *(None,) * 9
+        return (None,) * 14
+    out, lse, q, k, v, cos, *others = ctx.saved_tensors[6:]
+    if ctx.is_changed():
+        out = causal_op(*_heads((q, k, v), 2 * cos.size(1)), out.size(1))[0].flatten(2)
+    return *gradients(ctx, _backward_op(douts[0], out, lse, q, k, v, cos, *others, ctx.is_unit)), *(None,) * 10
 
 
 _op.register_autograd(_backward, setup_context=_setup)

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any
 
 import torch
@@ -25,6 +25,26 @@ def custom_op(name: str, *, mutates_args: str | Iterable[str]) -> Callable[[Call
         return torch.library.custom_op(name, on_device, mutates_args=mutates_args)
 
     return register
+
+
+def keep_output(output: Tensor) -> tuple[Tensor, Callable[[], bool]]:
+    """What of an op's output its backward saves, and what then says whether the output's user has changed it in place.
+
+    Autograd refuses a saved tensor that was changed. What is saved here is another tensor over the same memory, and the
+    output's count of changes is read from a third, which holds no memory: the backward makes the output again.
+    """
+    counter = output.detach()
+    with suppress(RuntimeError):  # where a dispatch mode knows no such assignment, it holds the memory after all
+        counter.data = output.new_empty(0)
+    before = counter._version
+    return output.data, lambda: counter._version != before
+
+
+def refuse_gradients(instead: str, **tensors: Tensor | None) -> None:
+    """Raise ValueError where a tensor requires a gradient that the op, whichever its backend, does not give."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"{name} requires a gradient, and gets none here; {instead}")
 
 
 def device_of(*arguments: Any) -> AbstractContextManager:

@@ -32,6 +32,16 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
+UNIT = tl.constexpr(2.0**-21)
+"""Up to here a tile's :func:`off_unit` is rounding: that of unit tables is below 2^-22."""
+
+
+@triton.jit
+def off_unit(cos, sin):
+    """The largest |cos^2 + sin^2 - 1| of a tile of rotary tables."""
+    return tl.max(tl.abs(cos * cos + (sin * sin - 1.0)))
+
+
 @triton.jit
 def halves(tile, M: tl.constexpr, N: tl.constexpr):
     """The left and the right half of `tile` [M, N]."""

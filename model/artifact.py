@@ -6,12 +6,14 @@
     8       H        header: canonical JSON (ASCII, sorted keys, no spaces)
     8+H     F        one zstd frame of level 22 with content size and checksum: the payload, in safetensors format
 
-Header: format "klora", version 1, config, tokenizer {base64, sha256}, payload_bytes, payload_sha256, frame_bytes,
+Header: format "klora", version, config, tokenizer {base64, sha256}, payload_bytes, payload_sha256, frame_bytes,
 frame_sha256, provenance (free JSON), quantization {budget, relative_error, matrices: {name: {clip, relative_error}}}
 and header_sha256, over the header without that field. Every byte of the file is under one of the hashes or compared.
 
 Payload: for each block matrix `name.codes` int8 [N, K] and `name.scale` fp16 [N]; embed, bigram.table and
 bigram.project fp16; the other parameters fp32. Codes are stored a byte each, because an entropy coder works on bytes.
+That is version 1. Version 2, written only where fp16 is too narrow for one of those, has one field more, `float32`: the
+payload's tensors that are fp32 in the place of fp16, sorted, at least one.
 
 A file is not trusted. Before anything of the size that it asks for is allocated, the header is bounded and checked, the
 config gives the exact tensors, those give the payload's size, and that must be what the zstd frame claims.
@@ -23,7 +25,7 @@ import json
 import math
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -35,28 +37,33 @@ import torch
 import zstandard
 from torch import Tensor
 
+from ..errors import KloraError
 from ..kernels.int6 import Int6Weight, pack_int6_ref
 from .config import ConfigError, ModelConfig
 from .gpt import is_block_matrix, parameter_shapes
-from .quantize import CLIPS, QuantizedMatrices, compress, quantize_to_fit
+from .quantize import CLIPS, LARGE_ERROR, QuantizedMatrices, advice, compress, quantize_to_fit
 from .storage import write_bytes
 
 MAGIC = 0x184D2A50
-VERSION = 1
+VERSIONS = (1, 2)
 MAX_HEADER = 4 << 20
 MAX_WINDOW = 128 << 20
 """The window of zstd level 22, and the most that plain `zstd -d` accepts."""
 HALF = ("embed", "bigram.table", "bigram.project")
+HALF_ERROR = 1e-6
+"""Relative squared error above which one of HALF is stored in fp32; rounding to a normal fp16 makes about 4e-8."""
 DTYPES = {"I8": torch.int8, "F16": torch.float16, "F32": torch.float32}
 HEADER_FIELDS = (
     dict.fromkeys(("format", "payload_sha256", "frame_sha256", "header_sha256"), str)
     | dict.fromkeys(("version", "payload_bytes", "frame_bytes"), int)
     | dict.fromkeys(("config", "tokenizer", "provenance", "quantization"), dict)
 )
+FLOAT32 = "float32"
+"""The field of version 2."""
 DAMAGED = "the file was damaged or changed: copy or export it again"
 
 
-class ArtifactError(ValueError):
+class ArtifactError(KloraError, ValueError):
     """A file that is no whole artifact, or weights that cannot become one."""
 
 
@@ -71,6 +78,10 @@ class ArtifactSummary:
     clips: dict[str, float]
     errors: dict[str, float]
     """relative squared error, sum (w - w_hat)^2 / sum w^2"""
+    budgets: dict[int, float]
+    """about how many bytes would have which relative error"""
+    warning: str | None
+    """what to do about a large error; None where it is small"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,10 +120,11 @@ def save_artifact(
     _require(not path.is_dir(), f"{path} is a folder; give the path of a file to write")
     state = _checked_state(model_state, config)
     matrices = {name: tensor for name, tensor in state.items() if is_block_matrix(name)}
-    kept = {name: tensor.half() if name in HALF else tensor for name, tensor in state.items() if name not in matrices}
+    kept = {
+        name: _narrowed(tensor) if name in HALF else tensor for name, tensor in state.items() if name not in matrices
+    }
     header = {
         "format": "klora",
-        "version": VERSION,
         "config": config.to_dict(),
         "tokenizer": {"base64": base64.b64encode(tokenizer_bytes).decode(), "sha256": _sha256(tokenizer_bytes)},
         "provenance": dict(provenance),
@@ -122,8 +134,14 @@ def save_artifact(
     except ValueError as error:
         raise ArtifactError(str(error)) from error
     write_bytes(path, *parts)
-    size = sum(map(len, parts))
-    return ArtifactSummary(size, budget, quantized.relative_error, quantized.clips, quantized.errors)
+    size, error = sum(map(len, parts)), quantized.relative_error
+    warning = None
+    if error > LARGE_ERROR:
+        warning = (
+            f"the weights have a relative squared error of {error:.2g}; above {LARGE_ERROR} a model is visibly worse: "
+            f"give a budget of {advice(quantized.budgets)}"
+        )
+    return ArtifactSummary(size, budget, error, quantized.clips, quantized.errors, dict(quantized.budgets), warning)
 
 
 def load_artifact(path: Path, max_bytes: int = 1 << 30) -> Artifact:
@@ -143,6 +161,12 @@ def load_artifact(path: Path, max_bytes: int = 1 << 30) -> Artifact:
         raise ArtifactError(f"{path}: it cannot be read ({error.strerror}); check its permissions") from error
 
 
+def is_artifact(path: Path) -> bool:
+    """Whether the file starts as an artifact does; nothing more is checked."""
+    with open(path, "rb") as file:
+        return file.read(4) == struct.pack("<I", MAGIC)
+
+
 def _read(file: BinaryIO, max_bytes: int) -> Artifact:
     size = os.fstat(file.fileno()).st_size
     start = file.read(8)
@@ -153,7 +177,7 @@ def _read(file: BinaryIO, max_bytes: int) -> Artifact:
     header = _decode_header(file.read(length))
     config = _config(header["config"])
     tokenizer_bytes = _tokenizer(header["tokenizer"])
-    layout = _payload_layout(config, max_bytes)
+    layout = _payload_layout(config, max_bytes, _wide(header, config))
     frame_bytes, payload_bytes = header["frame_bytes"], header["payload_bytes"]
     exact = _layout_bytes(layout)
     most = exact + 1024 + 256 * len(layout)
@@ -208,12 +232,13 @@ def _decode_header(raw: bytes) -> dict[str, Any]:
     _require(whole, f"its header is not the JSON that klora writes; {DAMAGED}")
     kind, version = header.get("format"), header.get("version")
     _require(kind == "klora", f"its format is {kind!r:.60}; give a file that klora exported")
-    _require(version == VERSION, f"it is version {version!r:.60}, this klora reads version {VERSION}; export it again")
+    _require(version in VERSIONS, f"it is version {version!r:.60}, this klora reads versions 1 and 2; export it again")
     unsigned = {key: value for key, value in header.items() if key != "header_sha256"}
     signed = header.get("header_sha256") == _sha256(_canonical(unsigned))
     _require(signed, f"its header does not match its sha256; {DAMAGED}")
     types = {key: type(value) for key, value in header.items()}
-    odd = sorted(key for key in types.keys() | HEADER_FIELDS.keys() if types.get(key) != HEADER_FIELDS.get(key))
+    wanted = HEADER_FIELDS | ({FLOAT32: list} if version == 2 else {})
+    odd = sorted(key for key in types.keys() | wanted.keys() if types.get(key) != wanted.get(key))
     _require(not odd, f"its header's fields are wrong at {', '.join(odd):.200}; export it again with this klora")
     return header
 
@@ -238,15 +263,24 @@ def _tokenizer(field: dict[str, Any]) -> bytes:
     return data
 
 
-def _payload_layout(config: ModelConfig, max_bytes: int) -> dict[str, tuple[str, tuple[int, ...]]]:
+def _wide(header: dict[str, Any], config: ModelConfig) -> list[str]:
+    """The payload's tensors that are fp32 in the place of fp16."""
+    wide = header.get(FLOAT32, [])
+    narrow = {*HALF, *(f"{name}.scale" for name in parameter_shapes(config) if is_block_matrix(name))}
+    good = all(type(name) is str and name in narrow for name in wide) and wide == sorted(set(wide))
+    _require(good and bool(wide) == (FLOAT32 in header), f"its field {FLOAT32!r} names no tensors of fp16; {DAMAGED}")
+    return wide
+
+
+def _payload_layout(config: ModelConfig, max_bytes: int, wide: Sequence[str]) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Name -> (safetensors dtype, shape) of the payload's tensors, from shapes alone."""
     layout = {}
     for name, shape in parameter_shapes(config).items():
         if is_block_matrix(name):
             layout[f"{name}.codes"] = "I8", tuple(shape)
-            layout[f"{name}.scale"] = "F16", (shape[0],)
+            layout[f"{name}.scale"] = "F32" if f"{name}.scale" in wide else "F16", (shape[0],)
         else:
-            layout[name] = "F16" if name in HALF else "F32", tuple(shape)
+            layout[name] = "F16" if name in HALF and name not in wide else "F32", tuple(shape)
     asked = max(_layout_bytes(layout), 4 * config.train_length * config.head_dim)
     _require(
         asked <= max_bytes,
@@ -326,19 +360,29 @@ def _checked_state(model_state: Mapping[str, Tensor], config: ModelConfig) -> di
     return state
 
 
+def _narrowed(tensor: Tensor) -> Tensor:
+    """fp16, or fp32 as it was where fp16 is too narrow for its values."""
+    half = tensor.half()
+    off, energy = ((part.double().square().sum()) for part in (half.float() - tensor, tensor))
+    return tensor if off > HALF_ERROR * energy else half
+
+
 def _encode(
     header: dict[str, Any], kept: dict[str, Tensor], budget: int, quantized: QuantizedMatrices, search: bool
 ) -> tuple[bytes, bytes, bytes]:
     """The file in three parts: magic and length, header, frame."""
     codes = {f"{name}.codes": tensor for name, tensor in quantized.codes.items()}
     scales = {f"{name}.scale": tensor for name, tensor in quantized.scales.items()}
-    payload = safetensors.torch.save(kept | codes | scales)
+    tensors = kept | codes | scales
+    wide = sorted(name for name in {*HALF, *scales} if tensors[name].dtype == torch.float32)
+    payload = safetensors.torch.save(tensors)
     frame = compress(payload, search)
     matrices = {
         name: {"clip": clip, "relative_error": quantized.errors[name]} for name, clip in quantized.clips.items()
     }
     raw = _encode_header(
         header
+        | ({"version": 2, FLOAT32: wide} if wide else {"version": 1})
         | {
             "payload_bytes": len(payload),
             "payload_sha256": _sha256(payload),

@@ -1,7 +1,9 @@
 """Weights and training state on disk: safetensors with JSON metadata, written atomically, read without pickle."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -9,10 +11,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..errors import KloraError
 from .storage import replacing
 
 
-class CheckpointError(ValueError):
+class CheckpointError(KloraError, ValueError):
     """A file of weights or of training state that cannot be used, and why."""
 
 
@@ -23,8 +26,13 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -
         save_file(tensors, temporary, metadata={"klora": json.dumps(meta)})
 
 
-def load_tensors(path: Path, device: torch.device | str = "cpu") -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What :func:`save_tensors` wrote. Raises CheckpointError for a missing, damaged or foreign file."""
+def load_tensors(
+    path: Path, device: torch.device | str = "cpu", fields: Mapping[str, type] = MappingProxyType({})
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What :func:`save_tensors` wrote, with metadata that has `fields` of those types.
+
+    Raises CheckpointError for a missing, damaged or foreign file.
+    """
     if not path.is_file():
         raise CheckpointError(f"there is no file {path}")
     try:
@@ -33,9 +41,32 @@ def load_tensors(path: Path, device: torch.device | str = "cpu") -> tuple[dict[s
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no iteration protocol)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from None
-    if meta is None:
+    return tensors, _metadata(path, meta, fields)
+
+
+def load_meta(path: Path, fields: Mapping[str, type]) -> dict[str, Any]:
+    """The metadata alone, without reading a tensor. Raises CheckpointError as :func:`load_tensors`."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            meta = (file.metadata() or {}).get("klora")
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from None
+    return _metadata(path, meta, fields)
+
+
+def _metadata(path: Path, text: str | None, fields: Mapping[str, type]) -> dict[str, Any]:
+    if text is None:
         raise CheckpointError(f"{path} was not written by klora: it has no klora metadata")
-    return tensors, json.loads(meta)
+    try:
+        meta = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is damaged: its metadata is no JSON ({error}); copy or make it again") from None
+    wrong = [name for name, kind in fields.items() if not isinstance(meta, dict) or type(meta.get(name)) is not kind]
+    if wrong or not isinstance(meta, dict):
+        raise CheckpointError(
+            f"{path} is damaged: its metadata has no {' and no '.join(wrong) or 'names'}; copy or make it again"
+        )
+    return meta
 
 
 def with_prefix(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

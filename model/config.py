@@ -13,19 +13,25 @@ import math
 from collections.abc import Mapping
 from typing import Any, Self
 
+from ..errors import KloraError
 
-class ConfigError(ValueError):
+
+class ConfigError(KloraError, ValueError):
     """A field that does not exist or a value that is not allowed."""
 
 
-def setting(default, help, *, at_least=None, above=None, at_most=None, below=None, choices=None):
-    """Declare a field: its default (whose type is the field's type), a line of help and the values allowed."""
+def setting(default, help, *, at_least=None, above=None, at_most=None, below=None, choices=None, zero=None):
+    """Declare a field: its default (whose type is the field's type), a line of help and the values allowed.
+
+    `zero` says what 0 means where it is no number like the others.
+    """
     allowed = {
         "at_least": at_least,
         "above": above,
         "at_most": at_most,
         "below": below,
         "choices": choices,
+        "zero": zero,
     }
     return dataclasses.field(
         default=default, metadata={"help": help, **{k: v for k, v in allowed.items() if v is not None}}
@@ -39,7 +45,8 @@ def allowed_values(field: dataclasses.Field) -> str:
         return "one of " + ", ".join(str(choice) for choice in rules["choices"])
     words = {"at_least": "at least", "above": "above", "at_most": "at most", "below": "below"}
     parts = [f"{words[rule]} {rules[rule]}" for rule in words if rule in rules]
-    return ", ".join([type(field.default).__name__, *parts])
+    zero = f" (0: {rules['zero']})" if "zero" in rules else ""
+    return ", ".join([type(field.default).__name__, *parts]) + zero
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,7 +135,9 @@ class ModelConfig(Settings):
     kv_heads: int = setting(4, "key and value heads; divides heads", at_least=1, at_most=65536)
     mlp_hidden: int = setting(1536, "hidden width of the MLP", at_least=8, at_most=2**20)
     rope_base: float = setting(50000.0, "base of the rotary frequencies", above=1.0)
-    softcap: float = setting(30.0, "logits are softcap * tanh(logits / softcap)", above=0.0)
+    softcap: float = setting(
+        30.0, "logits are softcap * tanh(logits / softcap); 0: as they are", at_least=0.0, zero="no softcap"
+    )
     train_length: int = setting(
         1024, "tokens in a training row; longer inputs scale rope_base", at_least=8, at_most=2**20
     )
@@ -151,6 +160,11 @@ class ModelConfig(Settings):
         return self.width // self.heads
 
     @property
+    def logit_softcap(self) -> float:
+        """`softcap` as the ops take it: infinite where it is off. JSON, which keeps the setting, has no infinity."""
+        return self.softcap or math.inf
+
+    @property
     def qkv_sizes(self) -> tuple[int, int, int]:
         """Output rows of Wq, Wk, Wv."""
         return self.heads * self.head_dim, self.kv_heads * self.head_dim, self.kv_heads * self.head_dim
@@ -164,6 +178,11 @@ class TrainConfig(Settings):
     max_steps: int = setting(0, "stop after this many steps; 0: only the clock stops the run", at_least=0)
     batch_tokens: int = setting(786_432, "tokens a step, over all ranks", at_least=8)
     micro_batch_tokens: int = setting(98_304, "most tokens in one forward on one rank", at_least=8)
+    fused: str = setting(
+        "auto",
+        "the step on our kernels, in CUDA graphs; auto: on a GPU; false: eager PyTorch",
+        choices=("auto", "true", "false"),
+    )
     dtype: str = setting("auto", "compute dtype; auto: bfloat16 on a GPU", choices=("auto", "float32", "bfloat16"))
     muon_lr: float = setting(0.02, "learning rate of Muon (block matrices)", at_least=0.0)
     muon_momentum_start: float = setting(0.92, "Nesterov momentum at step 0", at_least=0.0, below=1.0)

@@ -19,6 +19,8 @@ from typing import Self
 
 import zstandard
 
+from ..errors import KloraError
+
 log = logging.getLogger(__name__)
 
 KINDS = ("stdlib", "text", "jsonl")
@@ -26,7 +28,7 @@ SPLITS = ("all", "train", "validation")
 NOT_LIBRARY = frozenset({"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"})
 
 
-class CorpusError(ValueError):
+class CorpusError(KloraError, ValueError):
     """A source that does not exist, cannot be read, is malformed or has no document."""
 
 

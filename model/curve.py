@@ -1,10 +1,13 @@
-"""loss.csv and loss.png: what a run did, step by step, readable while it still runs."""
+"""loss.csv and loss.png: what a run did, step by step, readable while it still runs. They never end it."""
 
 import csv
 import os
+import warnings
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
-from .storage import replacing
+from .storage import attempt, figure_png, new_figure, replacing, write_bytes
 
 COLUMNS = ("step", "seconds", "tokens", "loss", "grad_norm", "lr_scale", "momentum", "validation_bpb")
 
@@ -12,9 +15,18 @@ COLUMNS = ("step", "seconds", "tokens", "loss", "grad_norm", "lr_scale", "moment
 class LossCurve:
     """Appends one row a step to loss.csv and draws loss.png from it on request."""
 
-    def __init__(self, folder: Path, resume_at: int = 0):
-        """Start afresh, or keep the rows up to step `resume_at` of a run that goes on from there."""
+    def __init__(
+        self, folder: Path, resume_at: int = 0, say: Callable[[str], None] = warnings.warn, bytes_of: str = ""
+    ):
+        """Start afresh, or keep the rows up to step `resume_at` of a run that goes on from there.
+
+        `say` gets one line when the picture cannot be drawn, and one when the CSV cannot be written.
+        `bytes_of` names the text that the validation bits per byte are of, where it is not the original.
+        """
         self.csv_path, self.png_path = folder / "loss.csv", folder / "loss.png"
+        self._say = say
+        self._unit = "bits per byte" + (f" of the {bytes_of}" if bytes_of else "")
+        self._complaints: set[str] = set()
         kept = [row for row in self.rows() if int(row["step"]) <= resume_at] if resume_at else []
         with replacing(self.csv_path) as temporary, open(temporary, "w", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS)
@@ -25,25 +37,29 @@ class LossCurve:
 
     def add(self, **values: float | int | str) -> None:
         """One step; `values` are COLUMNS, of which validation_bpb may be left out."""
-        self._writer.writerow({name: _short(values.get(name, "")) for name in COLUMNS})
-        self._file.flush()
+        try:
+            self._writer.writerow({name: _short(values.get(name, "")) for name in COLUMNS})
+            self._file.flush()
+        except OSError as error:
+            self._say_once("rows", f"{self.csv_path} misses steps from {values['step']} on ({error}); training goes on")
 
     def rows(self) -> list[dict[str, str]]:
+        """The rows there are, without those that a kill tore or that hold no numbers."""
         if not self.csv_path.exists():
             return []
-        with open(self.csv_path, newline="") as file:
-            # A row torn by a kill has no last column.
-            return [row for row in csv.DictReader(file) if None not in row.values()]
+        with open(self.csv_path, newline="", encoding="utf-8", errors="replace") as file:
+            return [row for row in csv.DictReader(line.replace("\0", "") for line in file) if _is_whole(row)]
 
     def draw(self) -> None:
         """Loss (and validation BPB where it was measured) over steps, to loss.png."""
-        from matplotlib.figure import Figure
+        attempt(str(self.png_path), self._draw, partial(self._say_once, "picture"))
 
+    def _draw(self) -> None:
         rows = self.rows()
         if not rows:
             return
         steps = [int(row["step"]) for row in rows]
-        figure = Figure(figsize=(8, 4.5), layout="constrained")
+        figure = new_figure(8, 4.5)
         axes = figure.add_subplot()
         axes.plot(steps, [float(row["loss"]) for row in rows], color="#4c72b0", linewidth=0.8, label="training loss")
         axes.set_xlabel("step")
@@ -54,18 +70,34 @@ class LossCurve:
         if measured:
             right = axes.twinx()
             right.plot(*zip(*measured, strict=True), "o-", color="#c44e52", markersize=4, label="validation BPB")
-            right.set_ylabel("validation bits per byte")
+            right.set_ylabel(f"validation {self._unit}")
             lines = [*lines, *right.get_lines()]
         axes.legend(lines, [line.get_label() for line in lines], loc="upper right")
-        with replacing(self.png_path) as temporary:
-            figure.savefig(temporary, format="png", dpi=120)
+        write_bytes(self.png_path, figure_png(figure, dpi=120))
 
     def close(self) -> None:
         """Draw once more, sync the CSV and close it."""
         self.draw()
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
+        try:
+            with self._file:
+                self._file.flush()
+                os.fsync(self._file.fileno())
+        except OSError as error:
+            self._say_once("rows", f"{self.csv_path} may miss its last steps ({error})")
+
+    def _say_once(self, kind: str, text: str) -> None:
+        if kind not in self._complaints:
+            self._complaints.add(kind)
+            self._say(text)
+
+
+def _is_whole(row: dict[str, str]) -> bool:
+    """Whether a row has every column, numbers in those that are drawn, and nothing more."""
+    try:
+        int(row["step"]), float(row["loss"]), float(row["validation_bpb"] or 0)
+    except (KeyError, TypeError, ValueError):
+        return False
+    return row.keys() == set(COLUMNS) and None not in row.values()
 
 
 def _short(value: float | int | str) -> str:

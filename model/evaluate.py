@@ -2,10 +2,12 @@
 
     BPB = sum of NLL over scored targets / ln 2 / bytes of their text
 
-The rows are train_length tokens wide and do not overlap; a BOS target is not scored. Sums in float64.
+The rows are train_length tokens wide and do not overlap; a BOS target is not scored. Sums in float64. The text is the
+one that the shards hold: of a tokenizer that normalises, the normalised text.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 
@@ -17,9 +19,19 @@ from .tokenizer import Tokenizer
 
 @torch.no_grad()
 def validation_bpb(
-    model: GPT, stream: TokenStream, tokenizer: Tokenizer, most_tokens: int, micro_batch_tokens: int, ranks: Ranks
+    model: GPT,
+    stream: TokenStream,
+    tokenizer: Tokenizer,
+    most_tokens: int,
+    micro_batch_tokens: int,
+    ranks: Ranks,
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> float:
-    """BPB over the first `most_tokens` tokens of `stream` (0: all), shared between the ranks."""
+    """BPB over the first `most_tokens` tokens of `stream` (0: all), shared between the ranks.
+
+    Where `should_stop` says so between two micro-batches, the rest is left out and the number is of no use.
+    TokenizerError for tokens whose bytes of text cannot be told.
+    """
     length = min(model.config.train_length, len(stream) - 1)
     rows = (len(stream) - 1) // length
     if most_tokens:
@@ -27,8 +39,11 @@ def validation_bpb(
     batch = max(1, micro_batch_tokens // length)
     sums = torch.zeros(2, dtype=torch.float64)
     for start in range(ranks.rank * batch, rows, ranks.world * batch):
+        if should_stop():
+            break
         count = min(batch, rows - start)
         tokens = stream.tokens(start * length, (start + count) * length + 1)
+        tokenizer.require_known(tokens, "the validation text")
         bytes_of = torch.from_numpy(tokenizer.target_bytes(tokens)).view(count, length)
         tokens = torch.from_numpy(tokens.astype("int64"))
         targets = tokens[1:].view(count, length)

@@ -1,10 +1,11 @@
 """Sampling text from a model, one token at a time over a KV cache."""
 
+import math
 from collections.abc import Iterator
 
 import torch
 
-from .gpt import GPT, KVCache
+from .gpt import GPT
 from .tokenizer import Tokenizer
 
 
@@ -16,19 +17,23 @@ def generate_tokens(
 
     temperature 0 takes the likeliest token; otherwise logits / temperature are sampled among the `top_k` likeliest
     (0: all) with a generator seeded by `seed`. The rotary base is the one of the final length, fixed from the start.
+    A temperature below 1.2e-38, by which fp32 cannot divide, is taken as 0.
     Raises ValueError for an empty prompt or impossible settings.
     """
     if not prompt:
         raise ValueError("the prompt is empty; it holds at least BOS")
-    if most < 0 or temperature < 0 or top_k < 0:
-        raise ValueError(f"most={most}, temperature={temperature}, top_k={top_k}: none may be negative")
+    if most < 0 or not 0 <= temperature < math.inf or top_k < 0:
+        raise ValueError(
+            f"most={most}, temperature={temperature}, top_k={top_k}: none may be negative, the temperature is finite"
+        )
+    temperature = min(temperature, torch.finfo(torch.float32).max)
     device = model.embed.device
     generator = torch.Generator(device).manual_seed(seed)
-    cache = KVCache(model, batch=1, length=len(prompt) + most)
+    cache = model.cache(batch=1, length=len(prompt) + most)
     tokens = torch.tensor([prompt], device=device)
     for _ in range(most):
         logits = model.logits(tokens, cache)[0, -1]
-        if temperature == 0:
+        if temperature < torch.finfo(torch.float32).tiny:
             token = logits.argmax()
         else:
             if 0 < top_k < logits.numel():

@@ -3,35 +3,64 @@
 m <- mu m + g;   u = NS(g + mu m)   (Nesterov; else u = NS(m))
 W <- (1 - lr * decay) W - lr * s * u,   s = sqrt(max(1, rows/cols)), or 0.2 sqrt(max(rows, cols)) (Liu et al. 2025)
 
-On a GPU all matrices of a group go through the same few launches: momentum and norm, the products, the update. On a
+On a GPU all matrices of a group go through the same few launches: the norm, momentum, the products, the update. On a
 CPU they go through the plain statement, a batch for each shape. Momentum is fp32 whatever the parameters are.
+
+A step is taken whole or not at all. Were only the matrix with the bad gradient left out, the others would move by a
+gradient whose backward pass has already gone wrong somewhere, and layers would drift apart in how many steps they have
+seen. So nothing is written before all matrices of all groups, on all ranks, are known to be finite.
 """
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..kernels.newton_schulz import coefficients_of, muon_apply_, muon_updates, update_scale
+from ..kernels.newton_schulz import (
+    EPS,
+    MuonDirections,
+    check_apart,
+    coefficients_of,
+    muon_apply_,
+    update_scale,
+)
 from .muon_sharded import Shards
 
 RATES = ("lr", "momentum", "weight_decay")
+TORCH_NAMES = {"ns_steps": "steps", "ns_coefficients": "coefficients", "adjust_lr_fn": "scale"}
+"""Names of torch.optim.Muon, and those they have here."""
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+HEADS = ("lm_head", "head", "output", "output_layer", "unembed", "embed_out", "classifier", "score")
+"""Usual names of a model's last module, whose rows are the vocabulary or the classes."""
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon over two-dimensional parameters.
+    """Muon over matrices; its defaults are not torch.optim.Muon's: lr 0.02 (1e-3), momentum 0.99 (0.95), decay 0 (0.1).
 
-    coefficients: 'jordan' or 'polar_express'; scale: 'original' or 'match_rms_adamw'. With `capturable`, lr, momentum
-    and weight_decay are device tensors of their group: change them in place between replays of a CUDA graph. With
-    `process_group`, `.grad` is this rank's part of the gradient: the sum over ranks is taken here, each rank
+    Positional arguments come in another order than torch's, too: momentum is before weight_decay. Momentum is the sum
+    mu m + g where torch keeps the mean, which is (1 - mu) times it; the directions are the same.
+
+    coefficients: 'jordan', 'polar_express' or three numbers; scale: 'original' or 'match_rms_adamw'. torch's names
+    `ns_steps`, `ns_coefficients` and `adjust_lr_fn` mean `steps`, `coefficients` and `scale`, here, in groups and in
+    state_dicts. lr, momentum and weight_decay may be tensors of one number; with `capturable` they are always tensors
+    on the device of their group: change them in place between replays of a CUDA graph.
+
+    With `process_group`, `.grad` is this rank's part of the gradient: the sum over ranks is taken here, each rank
     orthogonalises its share of the matrices, keeps the momentum of those alone, and all ranks get all updates; the same
     parameters must have gradients on every rank, and a state_dict goes back to the rank it came from.
-    `backend` is 'triton' or 'reference'; None takes the kernels on a GPU. A matrix whose direction is not finite gets
-    no update but its decay.
+    `backend` is 'triton' or 'reference'; None takes the kernels on a GPU, but for float64.
 
-    Raises ValueError for a parameter that is not a matrix (vectors and scalars belong to AdamW), and for settings out
-    of range.
+    If mu m + g of any matrix has an entry that is not finite, because its gradient has or because the sum overflows,
+    the whole step is skipped: no weight, no momentum and no decay changes. `skipped_steps` counts them.
+
+    Parameters may be of several dtypes. One without gradient rests, one without entries too. A state_dict of
+    torch.optim.Muon loads; :meth:`torch_state_dict` is for the way back. A deepcopy has the same process group; an
+    optimizer with one cannot be pickled.
+
+    Raises ValueError for a parameter that is not a dense matrix of floating point (:func:`split_parameters` finds those
+    that are), for parameters that share memory, and for settings out of range. step() raises it for a sparse gradient.
     """
 
     def __init__(
@@ -43,11 +72,15 @@ class Muon(torch.optim.Optimizer):
         steps: int = 5,
         *,
         nesterov: bool = True,
-        coefficients: str = "jordan",
+        coefficients: str | tuple[float, float, float] = "jordan",
         scale: str = "original",
         capturable: bool = False,
         process_group: torch.distributed.ProcessGroup | None = None,
         backend: str | None = None,
+        ns_steps: int | None = None,
+        ns_coefficients: tuple[float, float, float] | None = None,
+        adjust_lr_fn: str | None = None,
+        eps: float = EPS,
     ):
         self.process_group, self.backend = process_group, backend
         self._shards: dict[tuple[Tensor, ...], Shards] = {}
@@ -55,44 +88,57 @@ class Muon(torch.optim.Optimizer):
             "lr": lr,
             "momentum": momentum,
             "weight_decay": weight_decay,
-            "steps": steps,
+            "steps": steps if ns_steps is None else ns_steps,
             "nesterov": nesterov,
-            "coefficients": coefficients,
-            "scale": scale,
+            "coefficients": coefficients if ns_coefficients is None else ns_coefficients,
+            "scale": scale if adjust_lr_fn is None else adjust_lr_fn,
             "capturable": capturable,
         }
+        _check_eps(eps)
         super().__init__(params, defaults)
+        self.param_groups[0]["skipped_steps"] = torch.zeros((), dtype=torch.int64)
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps that were skipped, because something was not finite. Waits for the GPU."""
+        return int(self.param_groups[0]["skipped_steps"])
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, after a look at its parameters and settings."""
+        _rename(param_group)
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
-            _check(group)
+            _check_settings(group)
+            _check_parameters(group["params"])
+            check_apart([p for one in self.param_groups for p in one["params"]])
         except ValueError:
             self.param_groups.pop()
             raise
-        if group["capturable"]:
-            device = group["params"][0].device
-            for name in RATES:
-                group[name] = torch.as_tensor(group[name], dtype=torch.float32).to(device)
+        _put_rates(group)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
-        """Update every parameter that has a gradient; returns the closure's loss."""
+        """Update every parameter that has a gradient, or none of them; returns the closure's loss."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
-            if parameters:
-                self._step_group(group, parameters)
+        batches = self._batches()
+        if batches:
+            (self._step if self.process_group is None else self._step_sharded)(batches)
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As any optimizer's; momentum stays fp32 where parameters are not. Capture graphs anew after it."""
+        """As any optimizer's, or torch.optim.Muon's; momentum stays fp32 where parameters are not.
+
+        `capturable` stays what it is here. Capture graphs anew after it. Raises ValueError, before anything changes,
+        for settings out of range.
+        """
+        state_dict = self._in_our_form(state_dict)
         super().load_state_dict(state_dict)
+        for group in self.param_groups:
+            _put_rates(group)
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
         for number, parameter in zip(numbers, parameters, strict=True):
@@ -100,27 +146,128 @@ class Muon(torch.optim.Optimizer):
                 momentum = state_dict["state"][number]["momentum"]
                 self.state[parameter]["momentum"] = momentum.to(parameter.device, _momentum_dtype(parameter), copy=True)
 
-    def _step_group(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
-        if self.process_group is None:
-            self._apply(group, parameters, self._updates(group, parameters, [p.grad for p in parameters]))
-            return
-        key = tuple(parameters)
-        if key not in self._shards:
-            self._shards[key] = Shards(parameters, self.process_group)
-        shards = self._shards[key]
-        shards.start_reducing()
-        for bucket in shards.buckets:
+    def torch_state_dict(self) -> dict[str, Any]:
+        """A state_dict for torch.optim.Muon over the same parameters, with copies of the momenta, times 1 - mu.
+
+        Raises ValueError for coefficients that differ from step to step, which torch has not.
+        """
+        state_dict = self.state_dict()
+        groups, state = [], {}
+        for group in state_dict["param_groups"]:
+            kept = {k: v for k, v in group.items() if k not in (*TORCH_NAMES.values(), "capturable", "skipped_steps")}
+            each = set(coefficients_of(group["coefficients"], group["steps"]))
+            if len(each) > 1:
+                raise ValueError(
+                    f"coefficients={group['coefficients']!r} differ from step to step; torch.optim.Muon takes three "
+                    "numbers for all steps: allowed here: 'jordan' or three numbers"
+                )
+            mean = 1.0 - float(group["momentum"])
+            torchs = {"ns_steps": group["steps"], "ns_coefficients": each.pop(), "adjust_lr_fn": group["scale"]}
+            groups.append({**kept, **{name: float(group[name]) for name in RATES}, **torchs, "eps": EPS})
+            for number in group["params"]:
+                if number in state_dict["state"]:
+                    state[number] = {"momentum_buffer": state_dict["state"][number]["momentum"] * mean}
+        return {"state": state, "param_groups": groups}
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self.process_group is not None:
+            raise TypeError("an optimizer with a process group cannot be pickled; save its state_dict()")
+        return self._contents()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for name, value in (("process_group", None), ("backend", None), ("_shards", {})):
+            self.__dict__.setdefault(name, value)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Muon":
+        other = type(self).__new__(type(self))
+        memo[id(self)] = other
+        memo[id(self.process_group)] = self.process_group
+        other.__setstate__(copy.deepcopy({**self._contents(), "process_group": self.process_group}, memo))
+        return other
+
+    def _contents(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "backend": self.backend}
+
+    def _in_our_form(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """A copy of `state_dict` with our names and settings; torch's mean becomes the sum that is kept here."""
+        groups, state = [], dict(state_dict["state"])
+        for saved, own in zip(state_dict["param_groups"], self.param_groups, strict=False):
+            group = dict(saved)
+            _rename(group)
+            group = {**{name: own[name] for name in self.defaults}, **group, "capturable": own["capturable"]}
+            _check_settings(group)
+            groups.append(group)
+            for number in group["params"]:
+                if "momentum_buffer" in state.get(number, {}):
+                    mean = state[number]["momentum_buffer"]
+                    mean = mean.to(torch.promote_types(mean.dtype, torch.float32))
+                    state[number] = {"momentum": mean / (1.0 - float(group["momentum"]))}
+        groups += state_dict["param_groups"][len(groups) :]
+        if groups:
+            skipped = groups[0].get("skipped_steps", 0)
+            groups[0]["skipped_steps"] = torch.tensor(int(skipped), dtype=torch.int64)
+        return {**state_dict, "state": state, "param_groups": groups}
+
+    def _batches(self) -> list[tuple[dict[str, Any], list[Tensor]]]:
+        """The parameters to be updated, with their group; those of a batch are of one kind."""
+        batches = []
+        for group in self.param_groups:
+            _rename(group)
+            kinds: dict[tuple, list[Tensor]] = {}
+            for p in group["params"]:
+                if p.grad is not None and p.numel():
+                    if p.grad.layout != torch.strided:
+                        raise ValueError(
+                            f"a gradient of layout {p.grad.layout} is not possible; allowed: dense ones. Embeddings "
+                            "belong to AdamW or SparseAdam: klora.model.split_parameters leaves them out"
+                        )
+                    kinds.setdefault((p.device, p.dtype, p.grad.dtype), []).append(p)
+            batches += [(group, parameters) for parameters in kinds.values()]
+        return batches
+
+    def _step(self, batches: list[tuple[dict[str, Any], list[Tensor]]]) -> None:
+        directions = [self._directions(group, some, [p.grad for p in some]) for group, some in batches]
+        finite = _joined(directions)
+        skipped = self._counter(finite.device)
+        for (group, parameters), one in zip(batches, directions, strict=True):
+            updates = one.updates(finite.to(parameters[0].device), skipped)
+            skipped = None
+            self._apply(group, parameters, updates)
+
+    def _step_sharded(self, batches: list[tuple[dict[str, Any], list[Tensor]]]) -> None:
+        exchanges = []
+        for group, parameters in batches:
+            key = tuple(parameters)
+            if key not in self._shards:
+                self._shards[key] = Shards(parameters, self.process_group)
+            self._shards[key].start_reducing()
+            exchanges += [(group, self._shards[key], bucket) for bucket in self._shards[key].buckets]
+        directions = []
+        for group, shards, bucket in exchanges:
             mine, gradients = shards.reduced(bucket)
-            shards.start_gathering(bucket, self._updates(group, mine, gradients) if mine else [])
-        for bucket in shards.buckets:
+            directions.append(self._directions(group, mine, gradients) if mine else None)
+        finite = self._agreed([one for one in directions if one], batches[0][1][0].device)
+        self._counter(finite.device).add_(1 - finite)
+        for (_, shards, bucket), one in zip(exchanges, directions, strict=True):
+            shards.start_gathering(bucket, one.updates(finite) if one else [])
+        for group, shards, bucket in exchanges:
             self._apply(group, *shards.gathered(bucket))
 
-    def _updates(self, group: dict[str, Any], parameters: list[Tensor], gradients: list[Tensor]) -> list[Tensor]:
-        """Orthogonal update of each parameter, after its momentum's."""
+    def _agreed(self, directions: list[MuonDirections], device: torch.device) -> Tensor:
+        """Whether all directions of all ranks are finite, int32 scalar."""
+        finite = torch.ones((), dtype=torch.int32, device=device)
+        if directions:
+            finite = _joined(directions)
+        torch.distributed.all_reduce(finite, torch.distributed.ReduceOp.MIN, group=self.process_group)
+        return finite
+
+    def _directions(self, group: dict[str, Any], parameters: list[Tensor], gradients: list[Tensor]) -> MuonDirections:
+        """The directions of some parameters, nothing written yet; first their momenta, where there are none."""
         for parameter in parameters:
             if "momentum" not in self.state[parameter]:
                 self.state[parameter]["momentum"] = torch.zeros_like(parameter, dtype=_momentum_dtype(parameter))
-        return muon_updates(
+        return MuonDirections(
             gradients,
             [self.state[parameter]["momentum"] for parameter in parameters],
             group["momentum"],
@@ -133,24 +280,91 @@ class Muon(torch.optim.Optimizer):
     def _apply(self, group: dict[str, Any], parameters: list[Tensor], updates: list[Tensor]) -> None:
         muon_apply_(parameters, updates, group["lr"], group["weight_decay"], group["scale"], backend=self.backend)
 
+    def _counter(self, device: torch.device) -> Tensor:
+        """The count of skipped steps, on `device`, where the parameters are now."""
+        group = self.param_groups[0]
+        group["skipped_steps"] = group["skipped_steps"].to(device)
+        return group["skipped_steps"]
+
+
+def split_parameters(model: nn.Module, heads: Iterable[str] = HEADS) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """Parameters of `model` for Muon and those for AdamW: Muon(matrices), torch.optim.AdamW(rest).
+
+    Muon gets the matrices of hidden layers. AdamW gets embeddings (weights of nn.Embedding and nn.EmbeddingBag, also
+    where they are tied to a head), heads (the parameters of modules whose own name is in `heads`, and what a model's
+    get_output_embeddings() returns), vectors, scalars, and tensors of three or more dimensions such as convolutions.
+    Parameters that require no gradient are in neither; each other one is in exactly one.
+    """
+    heads = set(heads)
+    for_adamw: set[int] = set()
+    modules = list(model.named_modules())
+    outputs = getattr(model, "get_output_embeddings", lambda: None)()
+    for name, module in modules:
+        is_head = name.rsplit(".", 1)[-1] in heads or module is outputs
+        if is_head or isinstance(module, nn.Embedding | nn.EmbeddingBag):
+            for_adamw.update(id(p) for p in module.parameters())
+    matrices, rest = [], []
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            is_matrix = parameter.ndim == 2 and parameter.is_floating_point()
+            (matrices if is_matrix and id(parameter) not in for_adamw else rest).append(parameter)
+    return matrices, rest
+
 
 def _momentum_dtype(parameter: Tensor) -> torch.dtype:
     return torch.promote_types(parameter.dtype, torch.float32)
 
 
-def _check(group: dict[str, Any]) -> None:
-    """ValueError for what Muon cannot do."""
-    for parameter in group["params"]:
-        if parameter.ndim != 2:
-            raise ValueError(f"Muon takes matrices; a parameter of shape {tuple(parameter.shape)} was given")
-        if not parameter.is_floating_point():
-            raise ValueError(f"Muon takes real floating-point matrices; one of {parameter.dtype} was given")
+def _joined(directions: list[MuonDirections]) -> Tensor:
+    """Whether all of them are finite, int32 scalar on the device of the first."""
+    first = directions[0].finite
+    return first if len(directions) == 1 else torch.stack([one.finite.to(first.device) for one in directions]).amin()
+
+
+def _rename(group: dict[str, Any]) -> None:
+    """Give torch's settings in a group the names they have here."""
+    for theirs, ours in TORCH_NAMES.items():
+        if theirs in group:
+            value = group.pop(theirs)
+            group[ours] = "original" if ours == "scale" and value is None else value
+    _check_eps(group.pop("eps", EPS))
+
+
+def _put_rates(group: dict[str, Any]) -> None:
+    """With `capturable`, the rates as tensors on the group's device."""
+    if group["capturable"] and group["params"]:
+        device = group["params"][0].device
+        for name in RATES:
+            group[name] = torch.as_tensor(group[name], dtype=torch.float32).to(device)
+
+
+def _check_eps(eps: float) -> None:
+    if eps != EPS:
+        raise ValueError(f"eps={eps} is not possible; allowed: {EPS}")
+
+
+def _check_parameters(parameters: list[Tensor]) -> None:
+    """ValueError for what Muon cannot update."""
+    for p in parameters:
+        if p.ndim != 2:
+            raise ValueError(
+                f"Muon takes matrices; a parameter of shape {tuple(p.shape)} was given. Vectors, scalars and "
+                "convolutions belong to AdamW: klora.model.split_parameters(model) gives the parameters of each"
+            )
+        if p.dtype not in DTYPES:
+            raise ValueError(f"Muon takes real floating-point matrices; one of {p.dtype} was given; allowed: {DTYPES}")
+        if p.layout != torch.strided:
+            raise ValueError(f"Muon takes dense matrices; one of layout {p.layout} was given. Give a dense parameter")
+
+
+def _check_settings(group: dict[str, Any]) -> None:
+    """ValueError for settings out of range."""
     for name, top in (("lr", None), ("momentum", 1.0), ("weight_decay", None)):
+        if isinstance(group[name], Tensor) and group[name].numel() != 1:
+            raise ValueError(f"{name} has shape {tuple(group[name].shape)}; allowed: a number or a tensor of one")
         value = float(group[name])
-        if not (value >= 0.0 and (top is None or value < top)):
+        if not (0.0 <= value < (float("inf") if top is None else top)):
             below = f", below {top}" if top else ""
             raise ValueError(f"{name}={value} is not possible; allowed: at least 0.0{below}")
-        if isinstance(group[name], Tensor) and not group["capturable"]:
-            raise ValueError(f"{name} is a tensor; that takes capturable=True")
     coefficients_of(group["coefficients"], group["steps"])
     update_scale(1, 1, group["scale"])

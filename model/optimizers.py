@@ -14,7 +14,7 @@ class FlatGradients:
 
     def __init__(self, module: nn.Module):
         parameters = list(module.parameters())
-        self.buffer = torch.zeros(sum(p.numel() for p in parameters), device=parameters[0].device)
+        self.buffer = parameters[0].new_zeros(sum(p.numel() for p in parameters), requires_grad=False)
         start = 0
         for parameter in parameters:
             parameter.grad = self.buffer[start : start + parameter.numel()].view_as(parameter)
@@ -28,9 +28,13 @@ class FlatGradients:
 
 
 class Optimizers:
-    """Muon for the block matrices, AdamW for everything else; each parameter is in exactly one."""
+    """Muon for the block matrices, AdamW for everything else; each parameter is in exactly one.
 
-    def __init__(self, model: GPT, config: TrainConfig):
+    With `rates`, fp32 [4] on the model's device, the learning rates of matrices, embedding and the rest, and Muon's
+    momentum, are read from there, in every replay of a CUDA graph.
+    """
+
+    def __init__(self, model: GPT, config: TrainConfig, rates: Tensor | None = None):
         matrices, embedding, rest = [], [], []
         self.names: dict[nn.Parameter, str] = {}
         for name, parameter in model.named_parameters():
@@ -38,20 +42,27 @@ class Optimizers:
             group.append(parameter)
             self.names[parameter] = name
         self.config = config
+        self.peak = config.muon_lr, config.embed_lr, config.scalar_lr
+        on_device = rates is not None
+        *lrs, momentum = rates if on_device else (*self.peak, config.muon_momentum)
         self.muon = Muon(
             matrices,
-            lr=config.muon_lr,
+            lr=lrs[0],
+            momentum=momentum,
             weight_decay=config.muon_weight_decay,
             steps=config.newton_schulz_steps,
             backend=pick_backend(matrices[0].device),
+            capturable=on_device,
         )
         self.adamw = torch.optim.AdamW(
-            [{"params": embedding, "lr": config.embed_lr}, {"params": rest, "lr": config.scalar_lr}],
+            [{"params": embedding, "lr": lrs[1]}, {"params": rest, "lr": lrs[2]}],
+            lr=lrs[1],
             betas=(config.adam_beta1, config.adam_beta2),
             eps=config.adam_eps,
             weight_decay=config.adam_weight_decay,
+            fused=on_device,
+            capturable=on_device and rates.is_cuda,
         )
-        self.peak = [(group, group["lr"]) for o in (self.muon, self.adamw) for group in o.param_groups]
 
     def momentum(self, step: int) -> float:
         """Muon's momentum at `step`: a line from muon_momentum_start to muon_momentum."""
@@ -59,14 +70,31 @@ class Optimizers:
         share = min(step / config.muon_momentum_steps, 1.0)
         return (1 - share) * config.muon_momentum_start + share * config.muon_momentum
 
+    def rates_at(self, step: int, lr_scale: float) -> list[float]:
+        """The three learning rates times `lr_scale`, and the momentum of `step`."""
+        return [*(peak * lr_scale for peak in self.peak), self.momentum(step)]
+
     def step(self, step: int, lr_scale: float) -> None:
         """Update all parameters with every learning rate times `lr_scale`."""
-        for group, peak in self.peak:
-            group["lr"] = peak * lr_scale
-        for group in self.muon.param_groups:
-            group["momentum"] = self.momentum(step)
+        *lrs, momentum = self.rates_at(step, lr_scale)
+        groups = *self.muon.param_groups, *self.adamw.param_groups
+        for group, lr in zip(groups, lrs, strict=True):
+            group["lr"] = lr
+        groups[0]["momentum"] = momentum
         self.muon.step()
         self.adamw.step()
+
+    def step_on_device(self, finite: Tensor) -> None:
+        """Update all parameters at the rates on the device, unless `finite`, a bool on the device, says no."""
+        self.adamw.found_inf = (~finite).float()
+        self.muon.step()
+        self.adamw.step()
+
+    def forget_skipped(self) -> None:
+        """Count skipped steps from here on."""
+        for group in self.muon.param_groups:
+            if "skipped_steps" in group:
+                group["skipped_steps"].zero_()
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Every state tensor under the name '<parameter>/<state>'."""
@@ -84,4 +112,8 @@ class Optimizers:
         for name, tensor in tensors.items():
             parameter_name, key = name.rsplit("/", 1)
             parameter = parameters[parameter_name]
-            owner[parameter].state[parameter][key] = tensor
+            state = owner[parameter].state[parameter]
+            if key in state:  # a graph may read it where it is
+                state[key].copy_(tensor)
+            else:
+                state[key] = tensor

@@ -8,8 +8,10 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from .corpus import Corpus, Document
-from .shards import ShardError, ShardWriter, find_shards, read_shard
+from .shards import SCAN_TOKENS, ShardError, ShardWriter, find_shards, read_shard
 from .storage import sync_folder, write_bytes, write_text
 from .tokenizer import BOS_ID, Tokenizer
 
@@ -22,12 +24,13 @@ Progress = Callable[[str, int], None]
 
 @dataclass(frozen=True)
 class Prepared:
-    """A tokenizer and the shards that it wrote, all in `folder`."""
+    """A tokenizer and the shards that it wrote, all in `folder`; `notes` belong beside every bit per byte of theirs."""
 
     tokenizer: Tokenizer
     train: list[Path]
     validation: list[Path]
     folder: Path
+    notes: tuple[str, ...] = ()
 
 
 def prepare(
@@ -60,7 +63,8 @@ def prepare(
 def prepared_from_shards(folder: str | Path) -> Prepared:
     """What lies in `folder`: shards *_train_<number>.bin and *_val_<number>.bin, and the one *.model that made them.
 
-    Raises ShardError or TokenizerError if something is missing, damaged, ambiguous or does not belong together.
+    The tokenizer may normalise text: the shards hold what it made of it. Raises ShardError or TokenizerError if
+    something is missing, damaged, ambiguous or does not belong together, and for validation tokens of unknown text.
     """
     folder = Path(folder)
     train, validation = find_shards(folder, "train"), find_shards(folder, "val")
@@ -75,16 +79,27 @@ def prepared_from_shards(folder: str | Path) -> Prepared:
             )
         if path in (train[0], validation[0]) and shard[0] != BOS_ID:
             raise ShardError(f"{path} starts with token {shard[0]}; wanted BOS, {BOS_ID}")
-    return Prepared(tokenizer, train, validation, folder)
+    controls = sum(_count_controls(path, tokenizer) for path in validation)
+    return Prepared(tokenizer, train, validation, folder, tokenizer.notes_on_shards(controls, "the validation shards"))
+
+
+def _count_controls(path: Path, tokenizer: Tokenizer) -> int:
+    """Control tokens other than BOS in a shard. TokenizerError for tokens whose bytes cannot be told."""
+    shard, controls = read_shard(path), 0
+    for start in range(0, len(shard), SCAN_TOKENS):
+        block = np.array(shard[start : start + SCAN_TOKENS])
+        tokenizer.require_known(block, str(path))
+        controls += tokenizer.count_controls(block)
+    return controls
 
 
 def tokenizer_beside(folder: Path) -> Tokenizer:
-    """The one *.model in a folder of shards. ShardError where there is none, or more than one."""
+    """The one *.model in a folder of shards, which may normalise. ShardError where there is none, or more than one."""
     models = sorted(folder.glob("*.model"))
     if len(models) != 1:
         names = ", ".join(path.name for path in models) or "none"
         raise ShardError(f"{folder}: wanted one tokenizer *.model beside the shards, found {names}")
-    return Tokenizer.from_file(models[0])
+    return Tokenizer.from_file(models[0], may_normalise=True)
 
 
 def _build(train: Corpus, validation: Corpus, vocab_size: int, folder: Path, progress: Progress) -> None:

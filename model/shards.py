@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..errors import KloraError
 from .storage import replacing
 from .tokenizer import BOS_ID
 
@@ -27,7 +28,7 @@ SPLITS = ("train", "val")
 SCAN_TOKENS = 2**20  # tokens looked through for BOS at a time: 2 MiB
 
 
-class ShardError(ValueError):
+class ShardError(KloraError, ValueError):
     """A shard file that is missing, damaged or of another format, or a stream that cannot serve what is asked."""
 
 
@@ -228,15 +229,19 @@ class RowSampler:
         return self.take(count, rank=0, world=1)
 
     def take(self, count: int, rank: int, world: int) -> tuple[Tensor, Tensor]:
-        """Move on by `count` rows and return the `rank`-th of `world` equal parts, int64 [count / world, L] each."""
+        """Inputs and targets of :meth:`take_rows`, int64 [count / world, L] each."""
+        tokens = self.take_rows(count, rank, world).long()
+        return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+    def take_rows(self, count: int, rank: int, world: int) -> Tensor:
+        """Move on by `count` rows and return the `rank`-th of `world` equal parts, int32 [count / world, L + 1]."""
         if count < 1 or world < 1 or count % world or not 0 <= rank < world:
             raise ShardError(f"{count} rows for rank {rank} of {world}; wanted rows that divide over the ranks")
         share = count // world
         mine = self._advance(count)[rank * share : (rank + 1) * share]
         length = self.row_length
         rows = np.stack([self.stream.tokens(i * length, (i + 1) * length + 1) for i in mine.tolist()])
-        tokens = torch.from_numpy(rows.astype(np.int64))
-        return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+        return torch.from_numpy(rows.astype(np.int32))
 
     def state(self) -> dict[str, int]:
         """Where the sampler is, and what it must be given again to go on from there."""

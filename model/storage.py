@@ -1,9 +1,18 @@
-"""Files that are whole or absent: written beside their final name, synced, then renamed over it."""
+"""What a run leaves on disk: files that are whole or absent, and pictures whose failure costs nothing else.
+
+A file is written beside its final name, synced, then renamed over it.
+"""
 
 import os
-from collections.abc import Iterator
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
 @contextmanager
@@ -11,13 +20,17 @@ def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path in `path`'s folder; on success it is fsynced and takes the name `path`.
 
     On an exception the temporary file goes and whatever had the name before stays as it was. The rename is atomic on
-    one POSIX file system, and the folder is synced too, so that a power cut leaves the old file or the new one.
+    one POSIX file system, and the folder is synced too, so that a power cut leaves the old file or the new one. The
+    file gets the permissions of the one it replaces, or those that the umask gives a new one, whoever writes it.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
+        temporary.touch()
+        mode = (path if path.is_file() else temporary).stat().st_mode & 0o777
         yield temporary
+        os.chmod(temporary, mode)  # safetensors writes with 0600, whatever the umask
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -45,3 +58,66 @@ def sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def require_writable(path: Path, size: int = 0) -> None:
+    """OSError unless a file or folder `path` can be written; nothing is created.
+
+    Tried in the nearest folder that exists, which must have `size` bytes free.
+    """
+    folder = next(folder for folder in (Path(path).absolute(), *Path(path).absolute().parents) if folder.exists())
+    if folder == Path(path).absolute() and not folder.is_dir():
+        folder = folder.parent
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            free = os.fstatvfs(file.fileno())
+    except OSError as error:
+        raise OSError(
+            f"{path} cannot be written: {folder}: {error.strerror}; give a path in a writable folder"
+        ) from None
+    if free.f_bavail * free.f_frsize < size:
+        raise OSError(
+            f"{path} needs {size:,} bytes and {folder} has {free.f_bavail * free.f_frsize:,} free; "
+            "make room or give a path on another disk"
+        )
+
+
+def load_matplotlib() -> None:
+    """Import matplotlib whatever MPLBACKEND says; call it before any other import of it.
+
+    A notebook hands its backend down to the commands it starts, and matplotlib refuses to be imported with one that is
+    not installed. Nothing here shows a picture, so no backend is needed.
+    """
+    before = os.environ.pop("MPLBACKEND", None)
+    try:
+        import matplotlib  # noqa: F401
+    finally:
+        if before is not None:
+            os.environ["MPLBACKEND"] = before
+
+
+def new_figure(width: float, height: float) -> Any:
+    """An empty matplotlib Figure, `width` x `height` inches, on the Agg canvas: no pyplot and no backend."""
+    load_matplotlib()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def figure_png(figure: Any, dpi: int) -> bytes:
+    """The picture as PNG."""
+    png = BytesIO()
+    figure.savefig(png, format="png", dpi=dpi)
+    return png.getvalue()
+
+
+def attempt(what: str, work: Callable[[], T], say: Callable[[str], None] = warnings.warn) -> T | None:
+    """work(), or None where it raises: what ornaments a run never ends it. `say` gets a line that names `what`."""
+    try:
+        return work()
+    except Exception as error:
+        say(f"{what} could not be made ({type(error).__name__}: {error}); the results do not need it")
+        return None

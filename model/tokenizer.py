@@ -4,20 +4,28 @@
                       + 1 if t's piece starts with a space and prev is not a control token
 
 A byte token is 1; control, unknown and unused tokens are 0. SentencePiece puts a space in front of every text; after
-BOS it is not text, and that is the space the rule leaves out. Inside pieces a space is U+2581, counted as the 1 byte it
-stands for. So the bytes of a document's targets sum to its text's UTF-8 length, with one exception: a literal U+2581 in
-a text is indistinguishable from a space, and is counted (1 byte, not 3) and decoded as one.
+BOS it is not text, and that is the space the rule leaves out. (A model with add_dummy_prefix off puts none there: each
+space it encodes is counted.) Inside pieces a space is U+2581, counted as the 1 byte it stands for. So the bytes of a
+document's targets sum to its text's UTF-8 length, with one exception: a literal U+2581 in a text is indistinguishable
+from a space, and is counted (1 byte, not 3) and decoded as one.
+
+That holds for models that keep a text as it is. Of one that normalises text (NFKC, folded case, spaces dropped) the
+bytes are those of the normalised text. Token shards may be made by such a model, and every number of theirs says so.
+Models that are counted wrong even then (that write spaces behind words or have no piece for them) are refused: every
+model is probed when it is loaded.
 """
 
 import io
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Self
 
 import numpy as np
 import sentencepiece
 
+from ..errors import KloraError
 from .corpus import Document
 
 BOS_ID = 1
@@ -31,21 +39,59 @@ SENTENCE_BYTES = 4192
 # At most 100 MB of ASCII text: bounds memory for a corpus of any size.
 SAMPLED_SENTENCES = 100_000
 
+PROBES = {
+    "a space": " ",
+    "several spaces": "a  b   c",
+    "leading and trailing spaces": "  a ",
+    "line ends": "a\nb\r\nc\r\n\nd\n",
+    "tabs": "\ta\t\tb",
+    "upper case": "Straße ABC İI",
+    "composed and decomposed accents": "é e\u0301 \u212b \u00c5 가 \u1100\u1161",
+    "full-width letters": "Ａｂ１！ ｶﾞ",
+    "ligatures": "ﬁ ﬄ ĳ …",
+    "emoji": "😀👩\u200d🚀❤\ufe0f",
+    "other spaces": "\u00a0a\u2028b\u3000c\ufeffd\x0be\x85",
+    "the mark of a space": f"a{SPACE}b {SPACE}",
+    "the null character": "\0a\0",
+    "names of control tokens": "<s></s><unk><pad><0x0A>",
+    # The first 256 characters and one for each other lead byte of UTF-8: every byte that a text can have.
+    "all bytes": "".join(map(chr, (*range(0x100), *range(0x100, 0x800, 0x40), *range(0x800, 0xD800, 0x800))))
+    + "\ue000\uf000\U00010000\U00040000\U00080000\U000c0000\U00100000",
+}
+"""Texts that a model has to give back as they are, or as it says that it normalises them."""
 
-class TokenizerError(ValueError):
+COVERS_MUCH = "all bytes", "its own pieces", "characters"
+"""Probes of many kinds of text at once: what a model changes in them is told where no other probe tells it."""
+
+KEEPS_TEXT = (
+    "normalization_rule_name=identity, remove_extra_whitespaces=false, treat_whitespace_as_suffix=false, "
+    "byte_fallback=true and a piece for the space"
+)
+"""The options of SentencePiece's trainer that make such a model."""
+
+
+class TokenizerError(KloraError, ValueError):
     """A tokenizer that cannot be trained as asked, or a model that does not fit this system."""
 
 
 class Tokenizer:
-    """A SentencePiece model with BOS id 1.
+    """A SentencePiece model with BOS id 1 that gives every text back as it is, or normalised.
 
     piece_bytes    int64 [V]  bytes of the piece without one leading space; 0 for control tokens
     leading_space  bool [V]   whether the piece starts with a space
     is_control     bool [V]   control, unknown and unused tokens: no text
+    is_lost        bool [V]   unknown and unused tokens: text that nobody knows; no text is encoded as them
+    adds_space     bool       whether the model puts a space in front of every text, which is none of its bytes
+    changes        str        what normalising does to text, with an example; empty where the model keeps text
     """
 
-    def __init__(self, model: bytes, source: str = "tokenizer"):
-        """`model` is a serialized SentencePiece model; `source` names it in errors. Raises TokenizerError."""
+    def __init__(self, model: bytes, source: str = "tokenizer", may_normalise: bool = False):
+        """`model` is a serialized SentencePiece model; `source` names it in errors.
+
+        TokenizerError: bytes that are no model, another BOS, too many pieces, no byte fallback, or a model that does
+        not give back what it encoded. The error says which text it changes. With `may_normalise` the normalised text
+        may be what it gives back.
+        """
         self._model = bytes(model)
         try:
             # Not the constructor: it takes empty bytes for no model and loads nothing.
@@ -62,11 +108,45 @@ class Tokenizer:
         byte = [processor.is_byte(i) for i in ids]
         if sum(byte) != 256:
             raise TokenizerError(f"{source} has no byte fallback; without it text outside its pieces counts as 0 bytes")
-        control = [processor.is_control(i) or processor.is_unknown(i) or processor.is_unused(i) for i in ids]
+        self.is_lost = np.array([processor.is_unknown(i) or processor.is_unused(i) for i in ids])
+        control = [processor.is_control(i) or bool(self.is_lost[i]) for i in ids]
         self._text = [_piece_text(processor.id_to_piece(i), byte[i], control[i]) for i in ids]
         self.is_control = np.array(control)
         self.leading_space = np.array([self._text[i].startswith(b" ") and not byte[i] for i in ids])
         self.piece_bytes = np.array([len(text) for text in self._text]) - self.leading_space
+        self.adds_space = self._text[processor.encode("a")[0]].startswith(b" ")
+        fault, changed = self._probed()
+        refused = fault or ("" if may_normalise else next((f"changes {n}: it {c}" for n, c in changed.items()), ""))
+        if refused:
+            raise TokenizerError(
+                f"{source} {refused}: bits per byte would be of another text. Allowed: models that keep text as it is "
+                f"({KEEPS_TEXT}), such as those that `klora train` makes"
+            )
+        names = [name for name in changed if name not in COVERS_MUCH] or list(changed)
+        self.changes = f"{', '.join(names)} (it {changed[names[0]]})" if names else ""
+
+    def _probed(self) -> tuple[str, dict[str, str]]:
+        """(what is wrong with the model, what normalising does to each probe that it changes), both empty at best.
+
+        Wrong is a text that is given back neither as it is nor as SentencePiece normalises it, or is miscounted.
+        """
+        changed = {}
+        learned = "".join(text.decode() for text in self._text if not _is_broken(text))
+        for name, text in {**PROBES, "its own pieces": learned}.items():
+            ids, wanted, normalised = self.encode(text), text.replace(SPACE, " "), self.normalise(text)
+            found, counted = self.decode(ids), int(self.target_bytes(ids).sum())
+            does = f"reads {_around(wanted, found)} back as {_around(found, wanted)}"
+            if found != normalised:
+                return f"changes {name}: it {does}", {}
+            if counted != len(normalised.encode()):
+                size = len(normalised.encode())
+                return f"miscounts {name}: {counted} bytes for {_around(normalised)}, which has {size}", {}
+            if found != wanted:
+                changed[name] = does
+        wanted, found = every_character().replace(SPACE, " "), self.normalise(every_character())
+        if found != wanted:
+            changed["characters"] = f"reads {_around(wanted, found)} as {_around(found, wanted)}"
+        return "", changed
 
     @classmethod
     def train(cls, documents: Iterable[Document], vocab_size: int = 1024) -> Self:
@@ -109,13 +189,13 @@ class Tokenizer:
         return cls(model.getvalue())
 
     @classmethod
-    def from_bytes(cls, model: bytes) -> Self:
-        return cls(model)
+    def from_bytes(cls, model: bytes, may_normalise: bool = False) -> Self:
+        return cls(model, may_normalise=may_normalise)
 
     @classmethod
-    def from_file(cls, path: str | Path) -> Self:
+    def from_file(cls, path: str | Path, may_normalise: bool = False) -> Self:
         try:
-            return cls(Path(path).read_bytes(), str(path))
+            return cls(Path(path).read_bytes(), str(path), may_normalise)
         except OSError as error:
             raise TokenizerError(f"{path}: cannot be read as a tokenizer: {error}") from error
 
@@ -142,25 +222,79 @@ class Tokenizer:
         encoded = self._processor.encode([text.encode() for text in texts], add_bos=True, num_threads=threads)
         return [np.array(ids, dtype=np.uint16) for ids in encoded]
 
+    def normalise(self, text: str) -> str:
+        """The text that the tokens of `text` stand for: `text` itself, but for U+2581, where the model keeps text."""
+        put, found = self._processor.normalize("a"), self._processor.normalize(text)
+        # The space that SentencePiece adds, before the text or behind it, is none of the text.
+        found = found.removeprefix(SPACE) if put.startswith(SPACE) else found
+        return (found.removesuffix(SPACE) if put.endswith(SPACE) else found).replace(SPACE, " ")
+
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """The text of `ids` [n]; the space in front of a text, at the start or after a control token, is left out.
+        """The text of `ids` [n]; the space that the model adds at the start or after a control token is left out.
 
         Bytes that are not UTF-8 become U+FFFD. TokenizerError for an id outside the vocabulary.
         """
         ids = np.asarray(ids, dtype=np.int64)
-        if ids.size and not 0 <= ids.min() <= ids.max() < self.vocab_size:
-            raise TokenizerError(f"ids from {ids.min()} to {ids.max()}; allowed: 0 to {self.vocab_size - 1}")
-        starts_text = np.concatenate([[True], self.is_control[ids[:-1]]])[: ids.size]
+        self._require_ids(ids)
+        starts_text = np.concatenate([[True], self.is_control[ids[:-1]]])[: ids.size] & self.adds_space
         cut = self.leading_space[ids] & starts_text
         return b"".join(self._text[i][c:] for i, c in zip(ids.tolist(), cut.tolist(), strict=True)).decode(
             errors="replace"
         )
 
     def target_bytes(self, tokens: np.ndarray) -> np.ndarray:
-        """Bytes of text of each target `tokens[1:]` given the token before it: [n] -> int64 [n - 1]."""
+        """Bytes of text of each target `tokens[1:]` given the token before it: [n] -> int64 [n - 1].
+
+        TokenizerError for an id outside the vocabulary.
+        """
         tokens = np.asarray(tokens)
+        self._require_ids(tokens)
         previous, target = tokens[:-1], tokens[1:]
-        return self.piece_bytes[target] + (self.leading_space[target] & ~self.is_control[previous])
+        return self.piece_bytes[target] + (self.leading_space[target] & ~(self.is_control[previous] & self.adds_space))
+
+    def require_known(self, tokens: np.ndarray, name: str) -> None:
+        """TokenizerError where the bytes of `tokens` cannot be told: ids outside the vocabulary, and lost text."""
+        try:
+            self._require_ids(tokens)
+        except TokenizerError as error:
+            raise TokenizerError(f"{name} has {error}; give the tokenizer that made the shards") from None
+        if (lost := self.is_lost[tokens]).any():
+            raise TokenizerError(
+                f"{name} has the unknown token {tokens[lost][0]}, whose bytes of text nobody knows; make the shards "
+                "with this tokenizer, which has a token for every byte"
+            )
+
+    def count_controls(self, tokens: np.ndarray) -> int:
+        """How many of `tokens` are control tokens other than BOS."""
+        return int((self.is_control[tokens] & (tokens != BOS_ID)).sum())
+
+    def notes_on_shards(self, controls: int, holder: str = "the shards") -> tuple[str, ...]:
+        """Sentences that belong beside bits per byte of shards; `holder` has `controls` control tokens but BOS."""
+        notes = []
+        if self.changes:
+            notes.append(
+                "bits per byte are per byte of the normalised text, as the shards hold it, not of the original: the "
+                f"tokenizer changes {self.changes}"
+            )
+        if controls:
+            notes.append(
+                f"{holder} have {controls:,} control tokens other than BOS: bits per byte count their bits, and no "
+                "byte for them"
+            )
+        return tuple(notes)
+
+    def notes_on_text(self) -> tuple[str, ...]:
+        """Sentences that belong beside bits per byte of texts."""
+        if not self.changes:
+            return ()
+        return (
+            "bits per byte are per byte of the original text, of which the tokens hold only what is left when it is "
+            f"normalised: the tokenizer changes {self.changes}",
+        )
+
+    def _require_ids(self, ids: np.ndarray) -> None:
+        if ids.size and not 0 <= ids.min() <= ids.max() < self.vocab_size:
+            raise TokenizerError(f"ids from {ids.min()} to {ids.max()}; allowed: 0 to {self.vocab_size - 1}")
 
 
 class _Remembering:
@@ -200,6 +334,23 @@ def _piece_text(piece: str, is_byte: bool, is_control: bool) -> bytes:
     if is_control:
         return b""
     return bytes([int(piece[3:5], 16)]) if is_byte else piece.replace(SPACE, " ").encode()
+
+
+@cache
+def every_character() -> str:
+    """All of Unicode but surrogates, in order."""
+    return np.array([*range(0xD800), *range(0xE000, 0x110000)], dtype="<u4").tobytes().decode("utf-32-le")
+
+
+def _is_broken(text: bytes) -> bool:
+    """Whether a piece's bytes are only a part of a character."""
+    return len(text) == 1 and text >= b"\x80"
+
+
+def _around(text: str, other: str = "") -> str:
+    """`text` quoted; of a long one the part where it begins to differ from `other`."""
+    at = next((i for i, (a, b) in enumerate(zip(text, other, strict=False)) if a != b), min(len(text), len(other)))
+    return repr(text if len(text) <= 24 else text[max(0, at - 4) : at + 8])
 
 
 def _training_failure(message: str, vocab_size: int) -> str:

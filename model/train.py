@@ -1,50 +1,73 @@
 """Training: the loop, its clock, its schedule, its checkpoints and the weights it leaves behind.
 
 A run lives in one folder: run.json (what was asked for), loss.csv and loss.png (written as it goes),
-checkpoint.safetensors (the latest state), tokenizer.model, and at the end model.safetensors: the better of the EMA and
-the SWA weights on the validation split.
+checkpoint.safetensors (the latest state), tokenizer.model, and at the end model.safetensors: the best on the validation
+split of the last weights, their EMA and their SWA. A run that starts afresh where another one is moves that one's files
+to replaced/ first, and removes them when it has finished.
 
-The clock counts training only: it stands still while the run validates and writes checkpoints. A run whose length is
-set by `max_steps` continues bit for bit on a CPU after an interruption, as long as `seconds` is not reached. Where the
-clock decides, the learning rate depends on the machine's speed, so no two runs are the same.
+The clock counts training only: it stands still while the run validates and writes checkpoints. Between micro-batches
+the run hears signals and looks at the clock. The step that a signal or the cap cuts short is left out, as if it had not
+begun; the first step counts with the tokens that it has read when the cap comes. A run whose length is set by
+`max_steps` continues bit for bit on a CPU after an interruption, as long as `seconds` is not reached. Where the clock
+decides, the learning rate depends on the machine's speed, so no two runs are the same.
 """
 
 import dataclasses
 import json
 import math
 import time
-from collections.abc import Callable
-from contextlib import contextmanager
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from torch import Tensor
 
+from ..errors import KloraError
 from .average import WeightAverages
 from .checkpoint import CheckpointError, load_tensors, save_tensors, with_prefix, without_prefix
 from .config import ConfigError, Preset, TrainConfig
 from .curve import LossCurve
+from .estimate import Estimate, available_memory, estimate, fused_memory, least_memory, require_memory, state_bytes
 from .evaluate import validation_bpb
+from .fused import FusedStep
 from .gpt import GPT, parameter_count
 from .optimizers import FlatGradients, Optimizers
-from .parallel import Ranks
+from .parallel import Ranks, processes_here
 from .prepare import Prepared
 from .ranges import phase
-from .shards import RowSampler, TokenStream
+from .shards import RowSampler, ShardError, TokenStream
 from .signals import StopSignals
-from .storage import write_bytes, write_text
+from .storage import require_writable, write_bytes, write_text
 
 CHECKPOINT, MODEL, RUN, TOKENIZER = "checkpoint.safetensors", "model.safetensors", "run.json", "tokenizer.model"
+RUN_FILES = (CHECKPOINT, MODEL, RUN, TOKENIZER, "loss.csv", "loss.png")
+REPLACED = "replaced"
+"""Folder within a run's that keeps the run it replaces until it has finished."""
+
+CHECKPOINT_FIELDS = {"step": int, "seconds": float, "loss": float, "sampler": dict, "model": dict} | {
+    "ema_updates": int,
+    "swa_snapshots": int,
+}
+SLOW_STEP = 2.0
+"""Seconds a step from which several ranks agree between micro-batches on whether to stop; it takes a collective."""
 
 
-class NonFiniteLoss(RuntimeError):
+class NonFiniteLoss(KloraError, RuntimeError):
     """The loss or the gradient norm is no longer a number; the weights were not updated with it."""
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a run came to. Times in seconds of training; BPB on the validation shards, by weights that were tried."""
+    """What a run came to. Times in seconds of training; BPB on the validation shards, by weights that were tried.
+
+    A BPB that is no number is left out.
+    """
 
     status: str
     """'finished', or 'interrupted' with a checkpoint to resume from."""
@@ -77,6 +100,69 @@ def lr_scale(config: TrainConfig, step: int, elapsed: float) -> float:
     return min(1.0, left / warmdown) if warmdown else 1.0
 
 
+def is_fused(config: TrainConfig, model: GPT) -> bool:
+    """Whether training takes the fused step; ConfigError where it was asked for and cannot be had."""
+    on_gpu = model.embed.device.type == "cuda"
+    if config.fused == "true" and on_gpu and model.backend != "triton":
+        raise ConfigError("fused=true is not possible for this model; allowed: a width that is a multiple of 16")
+    return config.fused == "true" or (config.fused == "auto" and on_gpu and model.backend == "triton")
+
+
+def micro_batches_of(rows: int, most: int) -> int:
+    """The least number of equal micro-batches of at most `most` rows that make up `rows`."""
+    count = -(-rows // max(1, most))
+    return next(n for n in range(count, rows + 1) if rows % n == 0)
+
+
+class _StepCut(Exception):
+    """A step ends between two of its micro-batches."""
+
+
+class EagerStep:
+    """The step in eager PyTorch, as :class:`FusedStep` takes it: over micro-batches of any number of rows."""
+
+    rows = None
+
+    def __init__(self, model: GPT, config: TrainConfig, ranks: Ranks):
+        self.model, self.config, self.ranks = model, config, ranks
+        self.gradients = FlatGradients(model)
+        self.optimizers = Optimizers(model, config)
+        self._last: tuple[float, float] | None = None
+
+    def run(self, batches: Iterable[Tensor], step: int, scale: float) -> None:
+        """One step over token rows int [rows, length + 1]; :meth:`flush` tells what it gave."""
+        config, device = self.config, self.ranks.device
+        self.gradients.buffer.zero_()
+        total, tokens = torch.zeros((), device=device), 0
+        for rows in batches:
+            rows = rows.to(device, non_blocking=True)
+            with phase("forward"):
+                loss = self.model.nll(rows[:, :-1], rows[:, 1:]).sum() / config.batch_tokens
+            with phase("backward"):
+                loss.backward()
+            total += loss.detach()
+            tokens += rows[:, 1:].numel() * self.ranks.world
+        self.ranks.sum_(self.gradients.buffer)
+        self.ranks.sum_(total)
+        if tokens < config.batch_tokens:
+            self.gradients.buffer.mul_(config.batch_tokens / tokens)
+            total.mul_(config.batch_tokens / tokens)
+        grad_norm = self.gradients.clip_(config.grad_clip)
+        loss, norm = torch.stack([total, grad_norm]).tolist()
+        self._last = loss, norm
+        if math.isfinite(loss) and math.isfinite(norm):
+            with phase("optimizer"):
+                self.optimizers.step(step, scale)
+
+    def refresh(self) -> None:
+        """Nothing of the step is kept beside the parameters."""
+
+    def flush(self) -> list[tuple[float, float]]:
+        """(loss, gradient norm) of the step that none has asked for."""
+        last, self._last = self._last, None
+        return [last] if last else []
+
+
 class TrainingClock:
     """Seconds of training, of this run and of those it continues; it can be held for other work."""
 
@@ -106,9 +192,11 @@ class TrainingClock:
 class Trainer:
     """One training run in `folder`. With `resume`, it goes on from the checkpoint there.
 
-    `sources` says in JSON values what the text was, for run.json and the artifact's provenance.
-    Raises ConfigError where the config does not fit the data or the ranks, CheckpointError where `resume` finds no
-    usable state, NonFiniteLoss where training diverges.
+    `sources` says in JSON values what the text was, for run.json and the artifact's provenance. `say` gets a line for
+    people where something is worth knowing and ends nothing. `estimate` tells what a step takes.
+    Raises ConfigError where the config does not fit the data, the ranks or the memory, CheckpointError where `resume`
+    finds no usable state, OSError where `folder` cannot be written, NonFiniteLoss where training diverges. Until all
+    that is known nothing in `folder` changes.
     """
 
     def __init__(
@@ -119,10 +207,12 @@ class Trainer:
         ranks: Ranks,
         resume: bool = False,
         sources: dict | None = None,
+        say: Callable[[str], None] = warnings.warn,
     ):
         self.preset, self.config, self.data, self.ranks = preset, preset.train, data, ranks
         self.folder = Path(folder)
         self.sources = sources or {}
+        self.say = say if ranks.is_first else lambda text: None
         rows, left = divmod(self.config.batch_tokens, preset.model.train_length * ranks.world)
         if left or not rows:
             raise ConfigError(
@@ -134,57 +224,80 @@ class Trainer:
                 f"vocab_size={preset.model.vocab_size} is not possible; the tokenizer has {data.tokenizer.vocab_size}"
             )
         self.rows_per_rank = rows
+        available = available_memory(ranks.device, processes_here())
+        require_memory(least_memory(preset.model), available, preset)
+        if ranks.is_first:
+            require_writable(
+                self.folder, 2 * state_bytes(preset.model)
+            )  # a checkpoint is written beside the one before
         torch.manual_seed(self.config.seed)
         self.model = GPT(preset.model)
         self.attention_reason = self.model.configure(ranks.device, compute_dtype(self.config, ranks.device))
-        self.gradients = FlatGradients(self.model)
-        self.optimizers = Optimizers(self.model, self.config)
+        self.is_fused = is_fused(self.config, self.model)
+        if self.is_fused:
+            micro_batches = micro_batches_of(rows, self.config.micro_batch_tokens // preset.model.train_length)
+            memory = fused_memory(preset.model, rows // micro_batches * preset.model.train_length)
+            require_memory(memory, available, preset)
+            self.stepper = FusedStep(self.model, self.config, rows // micro_batches, micro_batches, ranks)
+        else:
+            self.stepper = EagerStep(self.model, self.config, ranks)
+        self.optimizers = self.stepper.optimizers
         self.averages = WeightAverages(self.model, self.config)
         self.sampler = RowSampler(TokenStream(data.train), preset.model.train_length, self.config.seed)
         self.validation = TokenStream(data.validation)
         if len(self.validation) < 2:
             raise ConfigError(f"the validation shards hold {len(self.validation)} token; allowed: at least 2")
-        self.step, self.loss = 0, math.nan
+        self.step, self.tokens, self.loss = 0, 0, math.nan
         self.clock = TrainingClock(ranks.device)
         self.last_checkpoint = 0
         if resume:
             self._load_checkpoint()
-        self.curve = LossCurve(self.folder, resume_at=self.step) if ranks.is_first else None
+        with self.clock.held():
+            if self.is_fused:
+                self.estimate = Estimate(memory, available, None, None)
+            else:
+                self.estimate = estimate(self.model, preset, ranks.world, available, len(self.validation), self.say)
+        self._pending: deque[dict[str, Any]] = deque()
+        self.curve = None
         if ranks.is_first:
+            if not resume:
+                self._set_aside()
             self._describe_run()
+            text = "normalised text" if data.tokenizer.changes else ""
+            self.curve = LossCurve(self.folder, resume_at=self.step, say=say, bytes_of=text)
 
     def run(self, progress: Callable[[dict[str, Any]], None] = lambda row: None) -> TrainResult:
-        """Train to the end or to a signal. `progress` gets each row of loss.csv."""
-        config = self.config
-        with StopSignals() as stop:
+        """Train to the end or to a signal. `progress` gets each row of loss.csv, once its loss is known."""
+        config, step_seconds = self.config, math.inf
+        with StopSignals(self.say) as stop:
             (elapsed,) = self.ranks.most(self.clock.seconds())
             next_validation, next_checkpoint = elapsed + config.validate_seconds, elapsed + config.checkpoint_seconds
             while not self._is_over(elapsed):
-                scale = lr_scale(config, self.step, elapsed)
-                grad_norm = self._train_step(scale)
+                before, scale = elapsed, lr_scale(config, self.step, elapsed)
+                watched = self.ranks.world == 1 or step_seconds > SLOW_STEP
+                if not self._train_step(scale, stop, watched, progress):
+                    self._report(self.stepper.flush(), progress)
+                    (signalled,) = self.ranks.most(stop.received)
+                    return self._interrupted(int(signalled)) if signalled else self._finish()
                 elapsed, signalled = self.ranks.most(self.clock.seconds(), stop.received)
-                row = {
-                    "step": self.step,
-                    "seconds": elapsed,
-                    "tokens": self.step * config.batch_tokens,
-                    "loss": self.loss,
-                    "grad_norm": grad_norm,
-                    "lr_scale": scale,
-                    "momentum": self.optimizers.momentum(self.step - 1),
-                }
-                if elapsed >= next_validation:
+                self._pending[-1]["seconds"] = elapsed
+                step_seconds = elapsed - before
+                if elapsed >= next_validation and not signalled:
                     with self.clock.held():
-                        row["validation_bpb"] = self._validate()
+                        bpb = self._validate(lambda: bool(stop.received))
+                    (signalled,) = self.ranks.most(stop.received)
+                    if not signalled:
+                        self._pending[-1]["validation_bpb"] = bpb
                     next_validation = elapsed + config.validate_seconds
-                if self.curve:
-                    self.curve.add(**row)
-                progress(row)
+                if signalled or elapsed >= next_checkpoint or not self.is_fused:
+                    self._report(self.stepper.flush(), progress)
                 if signalled:
                     return self._interrupted(int(signalled))
                 if elapsed >= next_checkpoint:
                     with self.clock.held():
-                        self._save_checkpoint()
+                        self._try_to_save_checkpoint()
                     next_checkpoint = elapsed + config.checkpoint_seconds
+            self._report(self.stepper.flush(), progress)
             return self._finish()
 
     def _is_over(self, elapsed: float) -> bool:
@@ -193,45 +306,68 @@ class Trainer:
         by_steps = config.max_steps and self.step >= config.max_steps
         return self.step > 0 and (elapsed >= config.seconds or bool(by_steps))
 
-    def _train_step(self, scale: float) -> float:
-        """One optimizer step over batch_tokens tokens; returns the gradient norm before clipping."""
+    def _train_step(
+        self, scale: float, stop: StopSignals, watched: bool, progress: Callable[[dict[str, Any]], None]
+    ) -> bool:
+        """Start one optimizer step over batch_tokens tokens; False where it was cut short and left out.
+
+        Where `watched`, a signal or the cap may cut it between micro-batches. Then it is as if it had not begun; but a
+        first step that the cap cuts is taken with the mean gradient of the tokens read.
+        """
         config, length = self.config, self.preset.model.train_length
+        position, read = self.sampler.state(), 0
         with phase("data"):
             all_rows = self.rows_per_rank * self.ranks.world
-            inputs, targets = self.sampler.take(all_rows, self.ranks.rank, self.ranks.world)
-        self.gradients.buffer.zero_()
-        total = torch.zeros((), device=self.ranks.device)
-        rows = max(1, config.micro_batch_tokens // length)
-        for x, y in zip(inputs.split(rows), targets.split(rows), strict=True):
-            x, y = x.to(self.ranks.device, non_blocking=True), y.to(self.ranks.device, non_blocking=True)
-            with phase("forward"):
-                loss = self.model.nll(x, y).sum() / config.batch_tokens
-            with phase("backward"):
-                loss.backward()
-            total += loss.detach()
-        self.ranks.sum_(self.gradients.buffer)
-        self.ranks.sum_(total)
-        grad_norm = self.gradients.clip_(config.grad_clip)
-        self.loss, norm = torch.stack([total, grad_norm]).tolist()
-        if not (math.isfinite(self.loss) and math.isfinite(norm)):
-            if self.curve:
-                self.curve.close()
-            raise NonFiniteLoss(self._explain_non_finite(norm))
-        with phase("optimizer"):
-            self.optimizers.step(self.step, scale)
-        self.step += 1
-        self.averages.update(self.step, scale)
-        return norm
+            rows = self.sampler.take_rows(all_rows, self.ranks.rank, self.ranks.world)
 
-    def _explain_non_finite(self, norm: float) -> str:
+        def batches() -> Iterator[Tensor]:
+            nonlocal read
+            for part in rows.split(self.stepper.rows or max(1, config.micro_batch_tokens // length)):
+                if watched:
+                    elapsed, signalled = self.ranks.most(self.clock.seconds(), stop.received)
+                    if signalled or (elapsed >= config.seconds and read and self.step):
+                        raise _StepCut
+                    if elapsed >= config.seconds and read and not self.is_fused:
+                        return
+                yield part
+                read += len(part) * length * self.ranks.world
+
+        try:
+            late = self.stepper.run(batches(), self.step, scale)
+        except _StepCut:
+            self.sampler.load_state(position)
+            return False
+        self._report([late] if late else [], progress)
+        self.step += 1
+        self.tokens += read
+        row = {"step": self.step, "seconds": 0.0, "tokens": self.tokens, "lr_scale": scale}
+        self._pending.append(row | {"momentum": self.optimizers.momentum(self.step - 1)})
+        self.averages.update(self.step, scale)
+        return True
+
+    def _report(self, reports: Sequence[tuple[float, float]], progress: Callable[[dict[str, Any]], None]) -> None:
+        """Write the rows of the oldest steps that have none, from their (loss, gradient norm)."""
+        for loss, norm in reports:
+            row = self._pending.popleft()
+            self.loss = loss
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                if self.curve:
+                    self.curve.close()
+                raise NonFiniteLoss(self._explain_non_finite(row["step"], norm))
+            row |= {"loss": loss, "grad_norm": norm}
+            if self.curve:
+                self.curve.add(**row)
+            progress(row)
+
+    def _explain_non_finite(self, step: int, norm: float) -> str:
         saved = f"{self.folder / CHECKPOINT} (step {self.last_checkpoint})" if self.last_checkpoint else "none yet"
         return (
-            f"step {self.step + 1} gave loss {self.loss} and gradient norm {norm}; the weights were not updated with "
+            f"step {step} gave loss {self.loss} and gradient norm {norm}; the weights were not updated with "
             f"it. Last checkpoint: {saved}. Try smaller learning rates (muon_lr, embed_lr, scalar_lr), a smaller "
             "grad_clip, or dtype=float32; --resume goes on from the checkpoint."
         )
 
-    def _validate(self) -> float:
+    def _validate(self, should_stop: Callable[[], bool] = lambda: False) -> float:
         config = self.config
         return validation_bpb(
             self.model,
@@ -240,22 +376,25 @@ class Trainer:
             config.validate_tokens,
             config.micro_batch_tokens,
             self.ranks,
+            should_stop,
         )
 
     def _finish(self) -> TrainResult:
-        """Evaluate the last weights and both averages, keep the better average, write model.safetensors."""
+        """Evaluate the last weights and both averages, keep the best, write model.safetensors."""
         seconds = self.clock.seconds()
-        self._save_checkpoint()
+        self._try_to_save_checkpoint()
         last = {name: parameter.detach().clone() for name, parameter in self.model.named_parameters()}
-        candidates = self.averages.candidates()
-        scores = {"last": self._validate()}
+        candidates, scores = {"last": last, **self.averages.candidates()}, {}
         for name, weights in candidates.items():
             self.model.load_state_dict(weights)
             scores[name] = self._validate()
-        if not all(map(math.isfinite, scores.values())):
-            raise NonFiniteLoss(f"the validation BPB is no number: {scores}. Try smaller learning rates.")
-        kept = min(candidates, key=scores.__getitem__, default="last")
-        self.model.load_state_dict(candidates.get(kept, last))
+        scores = {name: bpb for name, bpb in scores.items() if math.isfinite(bpb)}
+        if not scores:
+            raise NonFiniteLoss(
+                f"the validation BPB of {', '.join(candidates)} is no number. Try smaller learning rates."
+            )
+        kept = min(scores, key=scores.__getitem__)
+        self.model.load_state_dict(candidates[kept])
         result = self._result("finished", seconds, scores, kept)
         if self.ranks.is_first:
             meta = {
@@ -271,6 +410,7 @@ class Trainer:
                 },
             }
             save_tensors(self.folder / MODEL, dict(self.model.named_parameters()), meta)
+            self._drop_replaced()
             self.curve.close()
         self.ranks.wait()
         return result
@@ -287,20 +427,40 @@ class Trainer:
             status=status,
             step=self.step,
             seconds=seconds,
-            tokens=self.step * self.config.batch_tokens,
+            tokens=self.tokens,
             parameters=parameter_count(self.preset.model),
             loss=self.loss,
             validation_bpb=scores,
             kept=kept,
-            attention=f"{self.model.attention}: {self.attention_reason}",
+            attention=f"{self.model.attention}: {self.attention_reason}" if not self.is_fused else "klora: our kernel",
             signal=number,
         )
 
+    def _set_aside(self) -> None:
+        """Move the run that is in the folder to replaced/; an unfinished one goes where a better one is there."""
+        names = [name for name in RUN_FILES if (self.folder / name).is_file()]
+        kept = self.folder / REPLACED
+        if not {CHECKPOINT, MODEL} & set(names):
+            return
+        if MODEL in names or not kept.exists():
+            self._drop_replaced()
+            kept.mkdir(exist_ok=True)
+            for name in names:
+                (self.folder / name).rename(kept / name)
+            self.say(f"the run that was in {self.folder} is kept in {kept} until this one has finished")
+        else:
+            for name in (CHECKPOINT, RUN):
+                (self.folder / name).unlink(missing_ok=True)
+
+    def _drop_replaced(self) -> None:
+        """Remove the run in replaced/, and the folder if nobody else keeps anything there."""
+        for name in RUN_FILES:
+            (self.folder / REPLACED / name).unlink(missing_ok=True)
+        with suppress(OSError):
+            (self.folder / REPLACED).rmdir()
+
     def _describe_run(self) -> None:
-        """Write what the run is, so that --resume and export need no other argument; drop what an older run left."""
-        if not self.step:
-            (self.folder / CHECKPOINT).unlink(missing_ok=True)
-        (self.folder / MODEL).unlink(missing_ok=True)
+        """Write what the run is, so that --resume and export need no other argument."""
         write_bytes(self.folder / TOKENIZER, self.data.tokenizer.to_bytes())
         run = {
             "preset": self.preset.name,
@@ -310,6 +470,14 @@ class Trainer:
             "sources": self.sources,
         }
         write_text(self.folder / RUN, json.dumps(run, indent=2) + "\n")
+
+    def _try_to_save_checkpoint(self) -> None:
+        """A disk that is full for now costs a checkpoint, not the run."""
+        try:
+            self._save_checkpoint()
+        except (OSError, SafetensorError) as error:
+            self.say(f"no checkpoint of step {self.step} ({error}); training goes on, the one before stays")
+            self.ranks.wait()
 
     def _save_checkpoint(self) -> None:
         if self.ranks.is_first:
@@ -322,6 +490,7 @@ class Trainer:
             }
             meta = {
                 "step": self.step,
+                "tokens": self.tokens,
                 "seconds": self.clock.seconds(),
                 "loss": self.loss,
                 "sampler": self.sampler.state(),
@@ -335,20 +504,26 @@ class Trainer:
         self.last_checkpoint = self.step
 
     def _load_checkpoint(self) -> None:
-        path = self.folder / CHECKPOINT
-        tensors, meta = load_tensors(path)
+        path, device = self.folder / CHECKPOINT, self.ranks.device
+        tensors, meta = load_tensors(path, fields=CHECKPOINT_FIELDS)
         if meta["model"] != self.preset.model.to_dict():
             raise CheckpointError(f"{path} holds another model than run.json describes; start the run afresh")
-        device = self.ranks.device
-        self.model.load_state_dict(without_prefix("model", tensors))
         optimizer = without_prefix("optimizer", tensors)
-        # AdamW counts its steps in a CPU tensor, whatever the device of the moments.
-        self.optimizers.load_state_tensors(
-            {name: t if name.endswith("/step") else t.to(device) for name, t in optimizer.items()}
-        )
-        self.averages.load(without_prefix("ema", tensors), without_prefix("swa", tensors), meta)
-        self.sampler.load_state(meta["sampler"])
+        try:
+            self.model.load_state_dict(without_prefix("model", tensors))
+            self.stepper.refresh()
+            # AdamW counts its steps in a CPU tensor, whatever the device of the moments.
+            self.optimizers.load_state_tensors(
+                {name: t if name.endswith("/step") else t.to(device) for name, t in optimizer.items()}
+            )
+            self.averages.load(without_prefix("ema", tensors), without_prefix("swa", tensors), meta)
+            self.sampler.load_state(meta["sampler"])
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            if isinstance(error, ShardError):
+                raise
+            raise CheckpointError(f"{path} is damaged ({error}); start the run afresh with --overwrite") from None
         self.step = self.last_checkpoint = meta["step"]
+        self.tokens = meta.get("tokens", self.step * self.config.batch_tokens)
         self.loss = meta["loss"]
         self.clock = TrainingClock(device, meta["seconds"])
 

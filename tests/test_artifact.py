@@ -1,15 +1,18 @@
 """The artifact: choosing clips for a budget, the file's layout and its round trip."""
 
 import base64
+import dataclasses
 import hashlib
 import io
 import itertools
 import json
 import os
 import random
+import re
 import shutil
 import struct
 import subprocess
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,11 +21,13 @@ import torch
 import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from klora.cli import export
 from klora.kernels.int6 import Int6Weight, dequantize_int6_ref, quantize_int6_ref
 from klora.model import artifact
 from klora.model.artifact import ArtifactError, load_artifact, save_artifact
 from klora.model.config import ModelConfig
 from klora.model.gpt import GPT, is_block_matrix, parameter_shapes
+from klora.model.loading import model_from_artifact
 from klora.model.quantize import CLIPS, ClipCurve, choose_clips, clip_curve, compress, quantize_to_fit
 
 CONFIG = ModelConfig(
@@ -416,3 +421,86 @@ def test_the_header_says_what_the_documentation_says(tmp_path):
     assert header["frame_bytes"] == len(frame) and header["frame_sha256"] == sha256(frame)
     signed = canonical({key: value for key, value in header.items() if key != "header_sha256"})
     assert header["header_sha256"] == sha256(signed)
+
+
+class TestLargeErrors:
+    """A budget that ruins the weights is not taken in silence."""
+
+    def test_a_small_budget_gets_a_warning_and_advice_that_holds(self, tmp_path, loose):
+        assert loose.warning is None and loose.relative_error < 0.002
+        path = tmp_path / "model.klora"
+        summary = save(path, WIDE, budget=int(0.6 * loose.bytes))
+        assert summary.relative_error > 0.03
+        assert f"relative squared error of {summary.relative_error:.2g}" in summary.warning
+        advised = int(re.search(r"about ([\d,]+) bytes", summary.warning)[1].replace(",", ""))
+        again = save(path, WIDE, budget=advised)
+        assert again.warning is None and again.relative_error <= 0.01
+
+    def test_budgets_have_the_errors_that_they_are_said_to_have(self, tmp_path, loose):
+        assert list(loose.budgets) == sorted(loose.budgets)
+        assert list(loose.budgets.values()) == sorted(loose.budgets.values(), reverse=True)
+        assert loose.budgets[max(loose.budgets)] == pytest.approx(loose.relative_error, rel=0.02)
+        for budget, error in list(loose.budgets.items())[1::2]:
+            assert save(tmp_path / "model.klora", WIDE, budget=budget).relative_error <= error * 1.05
+
+    def test_an_unreachable_budget_is_not_answered_with_a_useless_one(self, tmp_path):
+        path = tmp_path / "model.klora"
+        with pytest.raises(ArtifactError, match=r"relative squared error of the weights would be 0\.\d+$") as caught:
+            save(path, WIDE, budget=20_000)
+        advised = int(re.search(r"give a budget of about ([\d,]+) bytes", str(caught.value))[1].replace(",", ""))
+        assert save(path, WIDE, budget=advised).relative_error <= 0.01
+
+    def test_the_command_says_it_in_words_and_in_json(self, tmp_path, monkeypatch, capsys, loose):
+        tokenizer = SimpleNamespace(vocab_size=WIDE.vocab_size, to_bytes=lambda: TOKENIZER)
+        monkeypatch.setattr(export, "Tokenizer", SimpleNamespace(from_file=lambda path, may_normalise: tokenizer))
+        meta = {"model": WIDE.to_dict(), "provenance": PROVENANCE}
+        monkeypatch.setattr(export, "load_run", lambda run: (random_state(WIDE), meta))
+        for as_json in (False, True):
+            export.export(tmp_path, None, int(0.6 * loose.bytes), False, as_json)
+            said = capsys.readouterr()
+            if as_json:
+                result = json.loads(said.out)
+                assert result["warning"].startswith("the weights have a relative squared error of")
+                assert all(error > 0 and int(size) > 0 for size, error in result["budgets"].items())
+            else:
+                assert "warning: the weights have a relative squared error of" in said.out
+                assert "would have a relative squared weight error of" in said.out
+
+
+class TestSmallWeights:
+    """fp16 holds no scale and no embedding of weights of 1e-7 as well as it holds those of 0.1."""
+
+    @pytest.mark.parametrize("std", [1e-6, 1e-7, 1e-9])
+    def test_are_stored_as_well_as_others(self, tmp_path, loose, std):
+        state = random_state(WIDE)
+        for name in ("blocks.0.q", "embed", "bigram.table"):
+            state[name] = state[name] * std
+        state["blocks.1.up"][7] *= std
+        path = tmp_path / "model.klora"
+        summary = save_artifact(path, state, WIDE, TOKENIZER, PROVENANCE)
+        loaded = load_artifact(path)
+        header = split(path.read_bytes())[0]
+        assert header["version"] == 2
+        assert header["float32"] == ["bigram.table", "blocks.0.q.scale", "blocks.1.up.scale", "embed"]
+        assert summary.errors["blocks.0.q"] == pytest.approx(loose.errors["blocks.0.q"], rel=0.05)
+        found = loaded.tensors["blocks.0.q"].dequantize().double()
+        assert (found - state["blocks.0.q"]).norm() < 0.035 * state["blocks.0.q"].double().norm()
+        row = loaded.tensors["blocks.1.up"].dequantize()[7].double()
+        assert (row - state["blocks.1.up"][7]).norm() < 0.05 * state["blocks.1.up"][7].double().norm()
+        assert torch.equal(loaded.tensors["embed"], state["embed"])
+        GPT(WIDE).load_state_dict(loaded.state_dict())
+        dense, int6 = (model_from_artifact(loaded, torch.device("cpu"), weights) for weights in ("dense", "int6"))
+        tokens = torch.arange(3, 40)[None]
+        torch.testing.assert_close(int6.logits(tokens), dense.logits(tokens), rtol=1e-5, atol=1e-5)
+
+    def test_ordinary_weights_make_the_same_file_as_ever(self, tmp_path):
+        """Version 1, which every klora reads."""
+        save(tmp_path / "model.klora")
+        header = split((tmp_path / "model.klora").read_bytes())[0]
+        assert header["version"] == 1 and "float32" not in header
+
+
+def test_a_model_without_a_softcap_comes_back_without_one(tmp_path):
+    config = dataclasses.replace(CONFIG, softcap=0.0)
+    save(tmp_path / "model.klora", config)
+    assert load_artifact(tmp_path / "model.klora").config == config

@@ -168,7 +168,16 @@ class TestHostileHeader:
         ("changes", "match"),
         [
             ({"format": "other"}, "its format is 'other'"),
-            ({"version": 2}, "it is version 2, this klora reads version 1"),
+            ({"version": 3}, "it is version 3, this klora reads versions 1 and 2"),
+            ({"version": 2}, "fields are wrong at float32"),
+            ({"float32": ["embed"]}, "fields are wrong at float32"),
+            ({"version": 2, "float32": "embed"}, "fields are wrong at float32"),
+            *(
+                ({"version": 2, "float32": names}, "its field 'float32' names no tensors of fp16")
+                for names in ([], [1], [["embed"]], ["embed", "embed"], ["smear.gate"], ["embed", "bigram.table"])
+            ),
+            ({"version": 2, "float32": ["embed"]}, "the config's tensors take"),
+            ({"version": 2, "float32": ["blocks.0.q.scale"]}, "scale' is .'F16', .32.*wants .'F32'"),
             ({"version": True}, "fields are wrong at version"),
             ({"version": "1" * 100_000}, "it is version '1{59}, this klora"),
             ({"extra": 1}, "fields are wrong at extra"),

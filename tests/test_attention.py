@@ -213,7 +213,7 @@ def projections_grads(q, k, v, dout, rotary, attention=plain, composed=False):
     if composed:
         q, k = norm_rotary(q, k, *rotary[:3], **KERNEL)
         out, lse = launch_forward(q, k, v, dout.size(1))
-        return launch_backward(dout, q, k, v, out, lse, rotary)
+        return launch_backward(dout, q, k, v, out, lse, rotary)[:3]
     leaves = [t.detach().requires_grad_() for t in (q, k, v)]
     if q.dtype != torch.float64:
         tables = rotary[:3]

@@ -297,3 +297,15 @@ def test_report_does_all_and_says_what_it_did(tmp_path):
     assert [path.name for path in made.pictures] == ["speedup-kernels.png", "roofline.png", "floor.png"]
     save(tmp_path / "results", record([]))
     assert report(tmp_path / "results").readme_changed is None
+
+
+def test_a_picture_that_cannot_be_drawn_leaves_the_tables(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    def fail(*args, **kwargs):
+        raise RuntimeError("no fonts here")
+
+    monkeypatch.setattr(Figure, "savefig", fail)
+    said = []
+    assert draw([record(kernels())], tmp_path, said.append) == []
+    assert said and all(".png" in line and "no fonts here" in line for line in said)

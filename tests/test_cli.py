@@ -7,16 +7,26 @@ import os
 import signal
 import subprocess
 import sys
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import NamedTuple
 
+import klora.cli.doctor as doctor_module
 import pytest
+import torch
 from conftest import wait_for
+from klora import __version__
+from klora.bench.record import RecordError
 from klora.cli import main
+from klora.cli.bench import require_replaceable
+from klora.cli.console import Output
+from klora.cli.demo import is_demo
 from klora.cli.score import _held_out_stdlib
+from klora.install import pip_install
 from klora.model import load_artifact
+from klora.model.generate import generate_tokens
+from klora.model.loading import model_from_artifact
 from klora.ttt.protocols import PRESETS
 
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
@@ -214,8 +224,28 @@ def test_doctor_says_what_is_used_and_why():
         "reference" if facts["device"].get("type") == "cpu" else "triton"
     )
     assert facts["versions"]["torch"] and "python" in facts["versions"]
-    shown = klora("doctor").stdout
-    assert "klora[fa4]" in shown or "flash-attn-4" not in facts["missing"]
+    klora("doctor")
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_doctor_advises_what_can_be_installed_here(device, monkeypatch):
+    """Nothing that wants a GPU where there is none; the extra that brings a package, and this interpreter's pip."""
+    monkeypatch.setattr(doctor_module, "_version", lambda name: None)
+    missing = json.loads(klora("doctor", "--device", device, "--json").stdout)["missing"]
+    assert missing["torch"] == f"required: {pip_install()}"
+    for name in ("pytest-benchmark", "jsonschema"):
+        assert missing[name].endswith(pip_install("bench"))
+    peers = {"flash-attn": pip_install("flash-attn", "--no-build-isolation"), "flash-attn-4": pip_install("fa4")}
+    for name, advice in peers.items():
+        assert missing[name].endswith("wants a CUDA GPU" if device == "cpu" else advice)
+
+
+def test_advice_uses_the_pip_of_this_interpreter(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert pip_install("bench").startswith(f"{sys.executable} -m pip install ")
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    (tmp_path / "pip").touch(mode=0o755)
+    assert pip_install("bench").startswith("pip install ")
 
 
 def test_help_teaches_and_fields_are_listed():
@@ -224,7 +254,7 @@ def test_help_teaches_and_fields_are_listed():
     assert "torchrun" in klora("train", "--help").stdout and "LEAKY" in klora("score", "--help").stdout
     fields = json.loads(klora("train", "--preset", "seed", "--set", "width=256", "--fields", "--json").stdout)
     assert fields["width"]["value"] == 256 and fields["muon_lr"]["allowed"] == "float, at least 0.0"
-    assert klora("--version").stdout.startswith("klora ")
+    assert klora("--version").stdout == f"klora {__version__}\n"
     assert "steps_per_chunk" in klora("score", "any.klora", "--fields").stdout
 
 
@@ -262,6 +292,17 @@ def test_the_honest_protocol_has_constants_of_its_own_and_the_leaky_ones_the_des
         (["score", "x.klora", "--preset", "best"], "there is no preset 'best'; allowed: design, quick, thorough"),
         (["score", "x.klora", "--deadline", "-1"], "deadline=-1.0 is not possible; allowed: float, at least 0.0"),
         (["generate", __file__], "give a file that klora exported"),
+        (["train", "--resume", "--overwrite"], "--resume goes on with the run in --out and --overwrite starts afresh"),
+        (["train", "--out", "/proc/nowhere/run"], "/proc/nowhere/run cannot be written: /proc: "),
+        (["train", "--out", "/dev/null/run"], "/dev/null/run cannot be written: /dev/null: "),
+        (["demo", "--out", "/proc/nowhere"], "/proc/nowhere cannot be written"),
+        (["demo", "--out", __file__], "is a file; allowed: a folder"),
+        (["export", "/nowhere", "--out", "/proc/nowhere.klora"], "/proc/nowhere.klora cannot be written"),
+        (["export", "/nowhere", "--out", "/dev"], "--out /dev is no file"),
+        (["export", "/nowhere", "--out", __file__], "is there and is no artifact of klora's; move it or give another"),
+        (["score", "x.klora", "--out", "/proc/nowhere"], "/proc/nowhere cannot be written"),
+        (["bench", "attention", "--out", "/proc/nowhere"], "cannot be written"),
+        (["profile", "step", "--out", "/proc/nowhere"], "/proc/nowhere cannot be written"),
     ],
 )
 def test_mistakes_get_one_clear_sentence(arguments, says):
@@ -282,6 +323,112 @@ def test_the_installed_command_runs():
 def test_machines_get_their_errors_as_json():
     done = klora("score", "/nowhere.klora", "--json", check=2)
     assert json.loads(done.stdout)["kind"] == "ArtifactError"
+
+
+def test_a_finished_run_is_not_overwritten_unasked(run):
+    before = {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
+    folder = next(path for path in (run.parent / "cache").iterdir() if path.is_dir())
+    refused = klora("train", "--shards", folder, "--out", run, *SETS, check=2)
+    assert f"{run} holds a finished run (60 steps in " in refused.stderr and "--overwrite to replace" in refused.stderr
+    refused = klora("demo", "--out", run, check=2)
+    assert "holds a finished run (60 steps" in refused.stderr
+    assert before == {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
+
+
+def test_overwrite_replaces_a_run_and_the_estimate_is_said(run, tmp_path):
+    folder = next(path for path in (run.parent / "cache").iterdir() if path.is_dir())
+    arguments = ("train", "--shards", folder, "--out", tmp_path, *SETS, "--set", "max_steps=2")
+    assert "a step takes about" in klora(*arguments).stdout
+    again = klora(*arguments, "--set", "seed=7", "--overwrite")
+    assert f"is kept in {tmp_path / 'replaced'} until this one has finished" in again.stderr
+    assert json.loads((tmp_path / "run.json").read_text())["train"]["seed"] == 7
+    assert not (tmp_path / "replaced").exists()
+
+
+def test_a_demo_may_replace_a_demo(tmp_path):
+    assert not is_demo(tmp_path)
+    (tmp_path / "run.json").write_text('{"sources": {"kind": "stdlib", "demo": true}}')
+    assert is_demo(tmp_path)
+    (tmp_path / "run.json").write_text('{"sources": {"kind": "stdlib"}}')
+    assert not is_demo(tmp_path)
+
+
+def test_text_that_the_terminal_cannot_show_is_escaped(run, monkeypatch):
+    class Terminal(io.TextIOWrapper):
+        """An ASCII terminal: writing what it cannot show raises, unless a command has told it otherwise."""
+
+    for command in (("generate", run / "model.klora", "--prompt", "caf\u00e9 \u2192", "--tokens", "3"), ("--help",)):
+        shown = Terminal(io.BytesIO(), encoding="ascii")
+        with redirect_stdout(shown), monkeypatch.context() as patch:
+            patch.setattr(sys, "argv", ["klora", *map(str, command)])
+            with suppress(SystemExit):
+                main()
+        shown.flush()
+        text = shown.buffer.getvalue().decode("ascii")
+        assert text.startswith("caf\\xe9 \\u2192") or "Usage" in text
+
+
+def test_temperatures_too_small_or_too_large_to_divide_by_are_served(run):
+    def text(temperature: str) -> str:
+        prompt = ("--prompt", "subject3 has", "--tokens", "12", "--json")
+        return json.loads(klora("generate", run / "model.klora", "--temperature", temperature, *prompt).stdout)["text"]
+
+    assert text("0") == text("1e-46") == text("5e-324") == text("1e-38") == text("1e-30")
+    loaded = load_artifact(run / "model.klora")
+    model = model_from_artifact(loaded, torch.device("cpu"))
+    assert len(list(generate_tokens(model, [1], 3, temperature=1e300, stop=-1))) == 3
+    for temperature in (float("nan"), float("inf"), -1.0):
+        with pytest.raises(ValueError, match="the temperature is finite"):
+            next(generate_tokens(model, [1], 3, temperature=temperature))
+
+
+def test_an_export_replaces_artifacts_and_nothing_else(run, tmp_path):
+    artifact = tmp_path / "model.klora"
+    (tmp_path / "empty").touch()
+    klora("export", run, "--out", tmp_path / "empty")
+    klora("export", run, "--out", artifact)
+    klora("export", run, "--out", artifact)
+    artifact.write_text("the only copy of something")
+    assert "is no artifact of klora's" in klora("export", run, "--out", artifact, check=2).stderr
+    assert artifact.read_text() == "the only copy of something"
+
+
+def test_bench_replaces_records_of_its_kind_and_nothing_else(tmp_path):
+    path = tmp_path / "attention.json"
+    require_replaceable(path, toy=True)
+    for text, says in (("notes", "is no benchmark record"), ("[]", "is no benchmark record")):
+        path.write_text(text)
+        with pytest.raises(RecordError, match=says):
+            require_replaceable(path, toy=False)
+    path.write_text('{"results": [{"shape": "batch 4"}]}')
+    require_replaceable(path, toy=False)
+    with pytest.raises(RecordError, match="is a record of full shapes and --toy would replace it"):
+        require_replaceable(path, toy=True)
+    path.write_text('{"results": [{"shape": "toy"}]}')
+    require_replaceable(path, toy=True)
+
+
+def test_results_without_a_number_are_valid_json(capsys):
+    Output(as_json=True).result({"loss": float("nan"), "bpb": {"last": [1.5, float("inf")]}})
+    strict = json.loads(capsys.readouterr().out, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
+    assert strict == {"loss": None, "bpb": {"last": [1.5, None]}}
+
+
+def test_a_reader_that_has_gone_ends_nothing(monkeypatch):
+    class Gone(io.StringIO):
+        def write(self, text):
+            raise BrokenPipeError
+
+        flush = write
+
+    monkeypatch.setattr(sys, "stdout", Gone())
+    monkeypatch.setattr(sys, "stderr", Gone())
+    output = Output()
+    output.say("words")
+    output.table("title", [("a", "b")])
+    output.warn("words")
+    with output.progress() as show:
+        show("words", 1, 2)
 
 
 @pytest.mark.slow

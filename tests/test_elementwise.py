@@ -360,16 +360,15 @@ def test_the_ops_are_registered_as_torch_wants_it():
     t = {name: tensor.detach().requires_grad_() for name, tensor in draw(JOINED, S=3, D=16, rows=3).items()}
     order = [t[name] for name in ("x", "branch", "scale", "bias")]
     order += [torch.tensor([2, -1]), *(t[name] for name in ("pushed", "skip", "mix", "x0"))]
-    torch.library.opcheck(torch.ops.klora.residual_norm, (*order, None, True, True))
-    torch.library.opcheck(torch.ops.klora.residual_norm, (t["x"], *[None] * 9, False, False))
+    torch.library.opcheck(torch.ops.klora.residual_norm, (*order, None, None, False, True, True))
+    torch.library.opcheck(torch.ops.klora.residual_norm, (t["x"], *[None] * 10, False, False, False))
     plain = [tensor.detach() for tensor in order]
     rstd = torch.rand(2, 3)
     backward = torch.ops.klora.residual_norm_backward
-    torch.library.opcheck(backward, (*plain[:1] * 4, rstd, *plain, 3, [True] * 8))
-    torch.library.opcheck(backward, (plain[0], None, None, plain[0], rstd, *[None] * 9, 0, [True] + [False] * 7))
-    into = torch.ops.klora.residual_norm_backward_into
-    wants = [True] * 4 + [False] + [True] * 3
-    torch.library.opcheck(into, (*plain[:1] * 4, rstd, *plain, torch.zeros(3, 16), wants))
+    given = torch.zeros(3, 16), torch.zeros_like(plain[0])
+    torch.library.opcheck(backward, (*plain[:1] * 4, rstd, *plain, *given, True, [True] * 6))
+    nothing = [None] * 11
+    torch.library.opcheck(backward, (plain[0], None, None, plain[0], rstd, *nothing, False, [True] + [False] * 5))
     qkv, gain, dq, dk = heads(S=3)
     cos, sin = rotary_tables(3, 16, 100.0)
     q, k = qkv[..., :64].unflatten(-1, (4, 16)), qkv[..., 64:96].unflatten(-1, (2, 16))

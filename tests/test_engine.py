@@ -15,6 +15,7 @@ from klora.model.config import ModelConfig, preset
 from klora.model.gpt import GPT
 from klora.model.loading import model_from_artifact
 from klora.ttt.adapters import AdapterPool
+from klora.ttt.base import BaseNll
 from klora.ttt.documents import Document
 from klora.ttt.engine import (
     Engine,
@@ -337,13 +338,13 @@ def test_a_step_is_shapes_alone_and_runs_the_kernels_once_where_they_are_needed(
     with Ops() as ops:
         engine._steps[3, 4, True]()
     assert ops.seen == {
-        "residual_norm": 22,  # one before the smear
+        "bigram_embedding": 1,
+        "residual_norm": 21,
         "lora_attention": 10,
         "linear": 10,
         "relu_squared_mlp": 10,
         "lora_head_nll_grads_": 1,
-        "residual_norm_backward_into": 10,
-        "residual_norm_backward": 10,  # none below block 0
+        "residual_norm_backward": 20,  # none below block 0
         "lora_qkv_backward_into": 10,
         "lora_attention_backward": 10,
         "linear_dx": 20,
@@ -353,7 +354,8 @@ def test_a_step_is_shapes_alone_and_runs_the_kernels_once_where_they_are_needed(
     with Ops() as ops:
         engine._steps[0, 4, False]()
     assert ops.seen == {
-        "residual_norm": 22,
+        "bigram_embedding": 1,
+        "residual_norm": 21,
         "lora_attention": 10,
         "linear": 10,
         "relu_squared_mlp": 10,
@@ -565,3 +567,25 @@ class TestOnGPU:
             found.append(token_nll(engine, docs)[0])
         for other in found[1:]:
             np.testing.assert_array_equal(other, found[0])
+
+    def test_a_base_pass_goes_on_from_what_is_kept(self):
+        config, docs = TTTConfig(batch=8), documents(LONG)
+        model = on_gpu()
+        whole, kept = BaseNll(model, docs, config), []
+        known = np.stack([whole.nll, whole.tempered])
+        known[:, known.shape[1] // 2 :] = np.nan
+        again = BaseNll(model, docs, config, known=known, keep=kept.append)
+        found, is_known = np.stack([again.nll, again.tempered]), ~np.isnan(known)
+        assert np.isfinite(found).all() and len(kept) == 1 and np.array_equal(kept[0], found)
+        for index in range(len(docs)):
+            assert again.of(index) == pytest.approx(whole.of(index), rel=1e-3)
+        untouched = is_known.all(0)
+        untouched[known.shape[1] // 2 - config.window :] = False  # a window that is partly known is computed whole
+        assert np.array_equal(found[:, untouched], known[:, untouched])
+
+
+def test_a_model_without_a_softcap_is_adapted_as_the_eager_scorer_does():
+    model, docs = model64(dataclasses.replace(SHALLOW, softcap=0.0)), documents()
+    adapted = adapt_documents(model, docs, TTT, Deadline(0))
+    assert np.isfinite(adapted.nats).all()
+    np.testing.assert_allclose(adapted.nats, eager(model, docs, TTT).nats, rtol=1e-9)

@@ -7,7 +7,7 @@ from klora.bench.timing import captured, peak_bytes, time_interleaved
 from klora.bench.tolerance import assert_as_exact
 from klora.kernels import causal_attention_ref, pick_attention
 from klora.model.config import ModelConfig, preset
-from klora.model.gpt import GPT, KVCache
+from klora.model.gpt import GPT
 from klora.ttt.adapters import AdapterPool
 from klora.ttt.base import BaseNll
 from klora.ttt.protocols import TTTConfig
@@ -69,7 +69,7 @@ def test_reading_token_by_token_gives_the_logits_of_the_whole():
     model.load_state_dict(randomized(WIDE).state_dict())
     model.configure(torch.device("cuda"), torch.bfloat16)
     tokens = torch.randint(3, 300, (2, 12), device="cuda")
-    cache = KVCache(model, batch=2, length=12)
+    cache = model.cache(batch=2, length=12)
     with torch.no_grad():
         whole = model.logits(tokens)
         steps = [model.logits(tokens[:, :5], cache), *(model.logits(tokens[:, i : i + 1], cache) for i in range(5, 12))]

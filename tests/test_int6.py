@@ -9,12 +9,15 @@ from hypothesis import strategies as st
 from klora.kernels.int6 import (
     Int6Weight,
     dequantize_int6_ref,
+    int6_linear,
     pack_int6_ref,
+    quantize_int6,
     quantize_int6_ref,
+    reference,
+    relative_error,
     unpack_int6_ref,
 )
-
-SMALLEST_HALF = 2.0**-24
+from torch import nn
 
 
 def gaussian(rows, columns, std=0.02, seed=0):
@@ -133,20 +136,31 @@ class TestQuantizer:
         assert scale[1] == 0 and not codes[1].any() and codes[0].any()
         assert torch.equal(dequantize_int6_ref(codes, scale)[1], torch.zeros(32))
 
-    @pytest.mark.parametrize("std", [1e-6, 1e-7, 4e-8])
-    def test_rows_below_the_smallest_scale_keep_what_half_precision_can_hold(self, std):
-        weight = gaussian(16, 256, std)
-        codes, scale = quantize_int6_ref(weight, 0.01)
-        assert (scale == SMALLEST_HALF).all()
-        error = (weight.double() - dequantize_int6_ref(codes, scale, torch.float64)).abs()
-        held = weight.double().abs() <= 31 * SMALLEST_HALF
-        assert (error[held] <= 0.50001 * SMALLEST_HALF).all()
-        assert codes.ne(0).any(dim=1).all()
+    @pytest.mark.parametrize("clip", [0.11, None])
+    @pytest.mark.parametrize("std", [1e-5, 1e-6, 1e-8, 1e-12])
+    def test_the_error_does_not_depend_on_the_size_of_the_weights(self, std, clip):
+        """fp16 scales round rows of 1e-6 to a few steps and lose those of 1e-9."""
+        weight = gaussian(16, 256, 1.0)
+        wanted = relative_error(weight, *quantize_int6_ref(weight, clip))
+        codes, scale = quantize_int6_ref(weight * std, clip)
+        assert scale.dtype == torch.float32
+        assert relative_error(weight * std, codes, scale) == pytest.approx(wanted, rel=0.005)
+        exact = codes.double() * scale.double()[:, None]
+        assert torch.equal(dequantize_int6_ref(codes, scale).double(), exact), "11 bits of a scale are exact in fp32"
 
-    @pytest.mark.parametrize("std", [1e-12, 1e-30, 1e-44])
-    def test_vanishing_rows_stay_finite(self, std):
-        codes, scale = quantize_int6_ref(gaussian(4, 32, std), 0.1)
-        assert not codes.any() and torch.isfinite(scale).all()
+    def test_one_small_row_is_as_good_as_the_others(self):
+        weight = gaussian(8, 256, 1.0)
+        weight[3] *= 1e-7
+        codes, scale = quantize_int6_ref(weight)
+        alone = [relative_error(weight[row : row + 1], codes[row : row + 1], scale[row : row + 1]) for row in range(8)]
+        assert max(alone) < 0.002
+
+    @pytest.mark.parametrize("clip", [0.1, None])
+    @pytest.mark.parametrize("std", [1e-30, 1e-44])
+    def test_vanishing_rows_stay_finite(self, std, clip):
+        weight = gaussian(4, 32, std)
+        codes, scale = quantize_int6_ref(weight, clip)
+        assert torch.isfinite(scale).all() and torch.isfinite(dequantize_int6_ref(codes, scale)).all()
 
     def test_scales_beyond_half_precision_are_refused_by_row(self):
         weight = gaussian(3, 32)
@@ -166,10 +180,128 @@ class TestQuantizer:
         with pytest.raises(ValueError, match="positive number"):
             quantize_int6_ref(gaussian(2, 32), clip)
 
+    @pytest.mark.parametrize(
+        ("weight", "match"),
+        [
+            (torch.zeros(2, 32, device="meta"), "on 'meta' and holds no values"),
+            (torch.zeros(2, 32).int(), "torch.int32"),
+        ],
+    )
+    def test_weights_without_values_are_refused(self, weight, match):
+        with pytest.raises(ValueError, match=match):
+            quantize_int6_ref(weight)
+
     @pytest.mark.parametrize("shape", [(32,), (2, 3, 32), (4, 0)])
     def test_other_shapes_are_refused(self, shape):
         with pytest.raises(ValueError, match=r"takes \[N, K\]"):
             quantize_int6_ref(torch.zeros(shape), 0.1)
+
+
+def with_a_large_column(rows=64, columns=1024):
+    weight = gaussian(rows, columns)
+    weight[:, 5] *= 30
+    return weight
+
+
+def student_t(rows=64, columns=1024):
+    torch.manual_seed(1)
+    return torch.distributions.StudentT(3.0).sample((rows, columns)) * 0.02
+
+
+def by_absmax(weight):
+    """Relative squared error of the grid that reaches each row's largest weight, written independently."""
+    step = weight.double().abs().amax(1, keepdim=True) / 31
+    off = weight.double() - (weight.double() / step).round() * step
+    return float(off.square().sum() / weight.double().square().sum())
+
+
+class TestSearch:
+    @pytest.mark.parametrize(
+        "weight", [with_a_large_column(), student_t(), gaussian(64, 1024)], ids=["30x", "t", "gauss"]
+    )
+    def test_no_worse_than_a_fixed_clip_and_than_absmax(self, weight):
+        found = relative_error(weight, *quantize_int6_ref(weight))
+        assert found <= relative_error(weight, *quantize_int6_ref(weight, 0.11))
+        assert found <= by_absmax(weight) * 1.002, "scales have 11 bits"
+
+    @pytest.mark.parametrize(("weight", "most"), [(with_a_large_column(), 0.21), (student_t(), 0.11)], ids=["30x", "t"])
+    def test_the_default_serves_outliers(self, weight, most):
+        """A clip of 0.11 gives 0.57 and 0.29 here."""
+        x = torch.randn(32, weight.size(1), generator=torch.Generator().manual_seed(2))
+        exact = x @ weight.T
+        out = x @ quantize_int6(weight).dequantize().T
+        assert (out - exact).norm() < most * exact.norm()
+
+    def test_each_row_has_the_best_of_many_scales(self):
+        """Against a fine grid of scales in float64: at most 6% of the squared error above the best."""
+        weight = torch.cat([with_a_large_column(4), student_t(4), gaussian(4, 1024)])
+        codes, scale = quantize_int6_ref(weight)
+        w = weight.double()
+        error = (w - dequantize_int6_ref(codes, scale, torch.float64)).square().sum(1)
+        steps = w.abs().amax(1, keepdim=True) / 31 * torch.linspace(0.1, 1.1, 200, dtype=torch.float64)
+        off = w[:, None] - (w[:, None] / steps[..., None]).round().clamp(-31, 31) * steps[..., None]
+        assert (error <= 1.06 * off.square().sum(2).amin(1)).all()
+
+    def test_a_second_moment_weights_the_errors(self):
+        """Inputs that are always near zero do not matter, however large their weights."""
+        weight, moment = with_a_large_column(), torch.ones(1024)
+        moment[5] = 1e-8
+        x = torch.randn(64, 1024, generator=torch.Generator().manual_seed(3)) * moment.sqrt()
+        exact = x @ weight.T
+        plain, aware = ((x @ quantize_int6(weight, second_moment=m).dequantize().T) - exact for m in (None, moment))
+        assert aware.norm() < 0.3 * plain.norm() and aware.norm() < 0.04 * exact.norm()
+        assert relative_error(weight, *quantize_int6_ref(weight, second_moment=moment), moment) ** 0.5 == pytest.approx(
+            float(aware.norm() / exact.norm()), rel=0.1
+        )
+
+    def test_groups_get_their_share_of_the_second_moment(self):
+        weight, moment = with_a_large_column(8, 256), torch.ones(256)
+        moment[5] = 0.0
+        codes, scale = quantize_int6_ref(weight, None, 64, moment)
+        first, first_scale = quantize_int6_ref(weight[:, :64], None, None, moment[:64])
+        assert torch.equal(codes[:, :64], first) and torch.equal(scale[:, 0], first_scale)
+        assert scale[:, 0].max() < 0.2 * quantize_int6_ref(weight, None, 64)[1][:, 0].max()
+        assert torch.equal(scale[:, 1], quantize_int6_ref(weight[:, 64:128])[1])
+
+    def test_the_scale_of_the_moment_does_not_matter(self):
+        weight, moment = gaussian(8, 128), torch.rand(128) + 0.1
+        for factor in (1e-20, 1e20):
+            wanted, found = (quantize_int6_ref(weight, second_moment=m)[0] for m in (moment, moment * factor))
+            assert torch.equal(found, wanted)
+
+    def test_blocks_of_rows_do_not_show(self, monkeypatch):
+        weight = student_t(9, 64)
+        whole = quantize_int6_ref(weight)
+        monkeypatch.setattr(reference, "CPU_BLOCK", 128)
+        assert all(torch.equal(a, b) for a, b in zip(quantize_int6_ref(weight), whole, strict=True))
+
+    @pytest.mark.parametrize(
+        ("moment", "match"),
+        [
+            (torch.ones(31), r"has shape \[31\]; this weight takes \[32\]"),
+            (torch.ones(32).neg(), "below 0"),
+            (torch.full((32,), math.nan), "holds a NaN"),
+        ],
+    )
+    def test_other_moments_are_refused(self, moment, match):
+        with pytest.raises(ValueError, match=match):
+            quantize_int6_ref(gaussian(2, 32), second_moment=moment)
+
+    def test_a_moment_beside_a_fixed_clip_is_refused(self):
+        with pytest.raises(ValueError, match=r"with clip=0.1; it weights the search"):
+            quantize_int6_ref(gaussian(2, 32), 0.1, second_moment=torch.ones(32))
+
+    @pytest.mark.parametrize("clip", [0.11, None])
+    def test_a_parameter_leaves_no_graph(self, clip):
+        matrix = quantize_int6(nn.Parameter(gaussian(16, 64)), clip=clip)
+        assert not matrix.packed.requires_grad and not matrix.scale.requires_grad
+
+    def test_made_in_inference_mode_it_trains_what_is_before_it(self):
+        with torch.inference_mode():
+            matrix = quantize_int6(gaussian(16, 64))
+        x = torch.randn(3, 64, requires_grad=True)
+        int6_linear(x, matrix, backend="triton").sum().backward()
+        assert x.grad.any()
 
 
 class TestInt6Weight:

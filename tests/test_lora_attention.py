@@ -80,7 +80,7 @@ def test_opcheck():
     call, _ = drawn(length=17, slots=[1, 0], count=2)
     leaves = [call[name].detach().requires_grad_() for name in ("x", "weight", "lora_a", "lora_b")]
     leaves[1] = leaves[1].detach()
-    rest = (call["cos"], call["sin"], call["gain"], call["slots"], list(call["sizes"]), 16, 8, None, None)
+    rest = (call["cos"], call["sin"], call["gain"], call["slots"], list(call["sizes"]), 16, 8, None, None, True)
     torch.library.opcheck(torch.ops.klora.lora_attention.default, (*leaves, *rest))
 
 

@@ -1,13 +1,20 @@
 """The network against a loop written from its equations, and which optimizer trains which parameter."""
 
+import copy
+import dataclasses
+import json
 import math
+import pickle
 
 import pytest
 import torch
 from conftest import SMALL, randomized
-from klora.kernels import BOS
+from klora.kernels import BOS, ntk_base, rotary_tables
+from klora.model import gpt
 from klora.model.config import PRESETS, ConfigError, ModelConfig, TrainConfig, allowed_values, preset
-from klora.model.gpt import GPT, BlockAdapter, KVCache, is_block_matrix, parameter_count, parameter_shapes
+from klora.model.generate import generate_tokens
+from klora.model.gpt import GPT, is_block_matrix, parameter_count, parameter_shapes
+from klora.model.network import Adapters
 from klora.model.optimizers import FlatGradients, Optimizers
 
 
@@ -129,7 +136,7 @@ def test_a_cache_gives_what_the_whole_sequence_gives(small_model, total):
     tokens = torch.randint(3, 300, (2, total))
     tokens[1, 20] = BOS
     whole = small_model.logits(tokens)
-    cache = KVCache(small_model, batch=2, length=total)
+    cache = small_model.cache(batch=2, length=total)
     steps = [small_model.logits(tokens[:, :15], cache)]
     steps += [small_model.logits(tokens[:, i : i + 1], cache) for i in range(15, total)]
     torch.testing.assert_close(torch.cat(steps, 1), whole, rtol=1e-9, atol=1e-9)
@@ -138,7 +145,7 @@ def test_a_cache_gives_what_the_whole_sequence_gives(small_model, total):
 
 
 def test_a_filled_cache_takes_one_token_at_a_time(small_model):
-    cache = KVCache(small_model, batch=1, length=10)
+    cache = small_model.cache(batch=1, length=10)
     small_model.logits(torch.tensor([[1, 5]]), cache)
     with pytest.raises(ValueError, match="1 token at a time, not 2"):
         small_model.logits(torch.tensor([[6, 7]]), cache)
@@ -150,17 +157,16 @@ def test_adapters_add_low_rank_weights_and_biases(small_model):
     small_model.double()
     config, rows = SMALL, sum(SMALL.qkv_sizes)
     tokens = torch.randint(3, 300, (1, 20))
-    adapters = [
-        BlockAdapter(torch.randn(1, 3, 4, config.width).double(), torch.randn(1, rows, 4).double(), torch.zeros(1, 32))
-        for _ in range(config.blocks)
-    ]
-    adapted = small_model.hidden(tokens, adapters)
-    for block, adapter in zip(small_model.blocks, adapters, strict=True):
-        parts = adapter.lora_b[0].split(SMALL.qkv_sizes)
+    shapes = (1, 3, 4, config.width), (1, rows, 4)
+    loras = [[torch.randn(shape).double() for shape in shapes] for _ in range(config.blocks)]
+    no_bias = torch.zeros(1, config.width).double()
+    adapted = small_model.hidden(tokens, Adapters(None, [part for lora in loras for part in (*lora, no_bias)]))
+    for block, (lora_a, lora_b) in zip(small_model.blocks, loras, strict=True):
+        parts = lora_b[0].split(SMALL.qkv_sizes)
         for index, name in enumerate("qkv"):
-            getattr(block, name).add_(parts[index] @ adapter.lora_a[0, index])
+            getattr(block, name).add_(parts[index] @ lora_a[0, index])
     torch.testing.assert_close(small_model.hidden(tokens), adapted)
-    shifted = [adapter._replace(lora_b=0 * adapter.lora_b, bias=torch.ones(1, 32).double()) for adapter in adapters]
+    shifted = Adapters(None, [part for a, b in loras for part in (a, 0 * b, no_bias + 1)])
     assert not torch.allclose(small_model.hidden(tokens, shifted), small_model.hidden(tokens))
 
 
@@ -269,3 +275,62 @@ def test_unknown_preset_and_incomplete_config_are_refused():
     with pytest.raises(ConfigError, match="ModelConfig has no value for blocks"):
         ModelConfig.from_dict({k: v for k, v in ModelConfig().to_dict().items() if k != "blocks"})
     assert allowed_values(TrainConfig.__dataclass_fields__["seed"]).startswith("int, at least 0")
+
+
+def test_training_follows_an_evaluation_under_inference_mode():
+    """What the evaluation left behind in the model, its rotary tables, is no inference tensor."""
+    tokens = torch.randint(260, SMALL.vocab_size, (2, 80))
+    model, fresh = randomized(), randomized()
+    with torch.inference_mode():
+        evaluated = model.nll(tokens[:, :-1], tokens[:, 1:])
+    again = copy.deepcopy(pickle.loads(pickle.dumps(model)))
+    for trained in (model, again, fresh):
+        nll = trained.nll(tokens[:, :-1], tokens[:, 1:])
+        nll.mean().backward()
+        assert torch.equal(nll.detach(), evaluated)
+    for ours, others, plain in zip(model.parameters(), again.parameters(), fresh.parameters(), strict=True):
+        assert torch.equal(ours.grad, plain.grad) and torch.equal(others.grad, plain.grad)
+
+
+@pytest.mark.parametrize("rows", [None, 100])  # as many as the sequence is long, or of one longer window
+def test_rotary_tables_are_few_and_have_the_bits_of_tables_made_alone(rows):
+    model = randomized()
+    for length in [*range(1, 400, 7), 64, 1, 399]:
+        base = ntk_base(SMALL.rope_base, length, SMALL.train_length, SMALL.head_dim)
+        tables = model.rotary(rows or length, length)
+        alone = rotary_tables(rows or length, SMALL.head_dim, base)
+        assert all(torch.equal(table[: len(one)], one) for table, one in zip(tables, alone, strict=True))
+    kept = sum(table.numel() for tables in model._rotary.values() for table in tables)
+    assert kept <= gpt.ROTARY_TABLES * 512 * SMALL.head_dim
+
+
+def test_tables_of_one_base_are_made_a_few_times_for_all_lengths(monkeypatch):
+    made = []
+    monkeypatch.setattr(gpt, "rotary_tables", lambda rows, *about: made.append(rows) or rotary_tables(rows, *about))
+    model = randomized()
+    for rows in [*range(1, 1000, 3), 5, 600]:
+        assert len(model.rotary(rows, 4096)[0]) >= rows
+    assert made == [64, 128, 256, 512, 1024]
+
+
+def test_a_softcap_of_0_is_none():
+    """In the logits, in the loss, in generation, and in text; JSON, which has no infinity, keeps the 0."""
+    config = preset("tiny").override({"softcap": "0"}).model
+    assert (config.softcap, config.logit_softcap) == (0.0, math.inf)
+    assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict(), allow_nan=False))) == config
+    with pytest.raises(
+        ConfigError, match=r"softcap=inf is not possible; allowed: float, at least 0.0 \(0: no softcap\)"
+    ):
+        config.override({"softcap": "inf"})
+    with pytest.raises(ConfigError, match=r"softcap=-1.0 is not possible"):
+        config.override({"softcap": "-1"})
+    model = randomized(dataclasses.replace(SMALL, softcap=0.0), torch.float64)
+    tokens = torch.randint(260, SMALL.vocab_size, (2, 9))
+    logits = model.logits(tokens)
+    assert torch.equal(logits, model.hidden(tokens) @ model.embed.T)
+    assert logits.abs().max() > 1
+    wanted = torch.nn.functional.cross_entropy(logits[:, :-1].mT, tokens[:, 1:], reduction="none")
+    torch.testing.assert_close(model.nll(tokens[:, :-1], tokens[:, 1:]), wanted)
+    likeliest = list(generate_tokens(model, tokens[0].tolist(), 1, temperature=0, stop=-1))
+    length = tokens.size(1) + 1
+    assert likeliest == [int((model.hidden(tokens[:1], rotary_length=length)[0, -1] @ model.embed.T).argmax())]

@@ -22,7 +22,7 @@ from klora.kernels.newton_schulz import (
     pick_config,
     pick_form,
 )
-from klora.kernels.newton_schulz.edges import fill_arena, pieces_of
+from klora.kernels.newton_schulz.edges import fill_arena, measure, pieces_of
 from klora.kernels.newton_schulz.plan import GRAM, PROGRAMS, SYMMETRIC, Plan, Shapes, plan_of, result_layout
 from klora.kernels.newton_schulz.products import run_products
 from klora.kernels.newton_schulz.reference import EPS, SAFETY
@@ -165,9 +165,10 @@ def test_fp16_is_better_than_bf16_by_the_bits_it_has_more():
 def test_transposed_strided_and_batched_inputs_are_the_same_matrices():
     whole = torch.randn(2, 2, 40, 30)
     views = [whole[0].mT, whole[1, :, ::2, 1::2], whole.transpose(0, 1), whole[0, :1].expand(2, 40, 30)]
+    views.append(whole.flatten()[1:1201].view(40, 30))  # contiguous, at an address that is no multiple of 16 bytes
     copies = [view.clone(memory_format=torch.contiguous_format) for view in views]
     together = newton_schulz(views + copies, 2, backend="triton")
-    for view, ours, other in zip(views, together[:4], together[4:], strict=True):
+    for view, ours, other in zip(views, together[:5], together[5:], strict=True):
         assert ours.shape == view.shape and torch.equal(ours, other)
         assert error(ours, truth(view, steps=2)) < 1e-4
 
@@ -191,10 +192,9 @@ def test_what_a_graph_reads_outlives_the_caches(monkeypatch):
         return made
 
     def step():
-        matrices = [torch.randn(20, 24)]
-        muon_apply_(
-            matrices, muon_updates(matrices, matrices, 0.9, steps=1, backend="triton"), 0.1, 0.0, backend="triton"
-        )
+        gradients, momenta, parameters = ([torch.randn(20, 24)] for _ in range(3))
+        updates = muon_updates(gradients, momenta, 0.9, steps=1, backend="triton")
+        muon_apply_(parameters, updates, 0.1, 0.0, backend="triton")
 
     for name, cache in caches.items():
         monkeypatch.setattr(op, name, watched(cache))
@@ -219,7 +219,7 @@ def test_every_product_of_symmetric_matrices_is_symmetric_to_the_bit(form):
     pieces = pieces_of(layouts, config.panel, plan.starts, torch.device("cpu"))
     arena = torch.full((plan.arena_rows, config.panel), math.nan)
     result = torch.full((plan.result_rows, plan.result_columns), math.nan)
-    fill_arena(tensors, None, 0.0, True, pieces, arena)
+    fill_arena(tensors, None, 0.0, True, pieces, arena, *measure(tensors, None, 0.0, True, pieces))
     run_products(plan, arena, result, config)
     m, n, panel = 192, 256, config.panel
     rows = m * m // panel
@@ -340,6 +340,8 @@ def test_what_is_refused():
         (torch.randn(0, 4), r"shape \(0, 4\)"),
         (torch.ones(4, 4, dtype=torch.int32), "torch.int32"),
         ([good, good.half()], "one dtype on one device"),
+        (torch.randn(2, 0, 4), r"shape \(2, 0, 4\)"),
+        (good.to_sparse(), "torch.sparse_coo"),
     ):
         with pytest.raises(ValueError, match=match):
             newton_schulz(tensors)
@@ -356,6 +358,127 @@ def test_what_is_refused():
     assert newton_schulz([]) == [] and newton_schulz(good.double()).dtype == torch.float64
 
 
+BACKENDS = ("reference", "triton")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nobody_gets_a_gradient(backend):
+    """Of a Parameter, of a tensor with a history, and in place on leaves, outside no_grad."""
+    weight, gradient = torch.nn.Parameter(torch.randn(8, 12)), torch.randn(8, 12)
+    assert not newton_schulz(weight, 1, backend=backend).requires_grad
+    assert not newton_schulz([weight * 2.0], 1, backend=backend)[0].requires_grad
+    assert not newton_schulz_ref(weight, 1).requires_grad
+    momentum = torch.zeros(8, 12)
+    (update,) = muon_updates([gradient.requires_grad_() * 1.0], [momentum], 0.9, steps=1, backend=backend)
+    assert not update.requires_grad and not momentum.requires_grad and momentum.any()
+    before, version = weight.detach().clone(), weight._version
+    muon_apply_([weight], [update.requires_grad_()], 0.1, 0.0, backend=backend)
+    assert weight.is_leaf and weight.requires_grad and not torch.equal(weight, before) and weight._version > version
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_batches_of_no_matrices_and_empty_lists(backend):
+    some, none = torch.randn(2, 8, 12), torch.randn(3, 0, 12, 8)
+    assert newton_schulz(none, backend=backend).shape == none.shape
+    mixed = newton_schulz([none, some, none[0]], 1, dtype=torch.float16, backend=backend)
+    assert [m.shape for m in mixed] == [none.shape, some.shape, none[0].shape]
+    assert all(m.dtype == torch.float16 for m in mixed)
+    assert torch.equal(mixed[1], newton_schulz(some, 1, dtype=torch.float16, backend=backend))
+    assert newton_schulz([], backend=backend) == [] and muon_updates([], [], 0.9, backend=backend) == []
+    assert muon_apply_([], [], 0.1, 0.0, backend=backend) is None
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_one_entry_that_is_not_finite_skips_the_call(backend):
+    gradients, momenta, weights = ([torch.randn(8, 12), torch.randn(70, 9)] for _ in range(3))
+    for bad in (math.nan, math.inf, -math.inf):
+        for some in (gradients, momenta):
+            kept, some[1][69, 8] = some[1][69, 8].item(), bad
+            copies = [t.clone() for t in momenta + weights]
+            updates = muon_updates(gradients, momenta, 0.9, steps=1, backend=backend)
+            muon_apply_(weights, updates, 0.1, 0.5, backend=backend)
+            assert all(u.isnan().all() for u in updates)
+            assert all(
+                torch.equal(t.nan_to_num(), c.nan_to_num()) for t, c in zip(momenta + weights, copies, strict=True)
+            )
+            some[1][69, 8] = kept
+    before = [t.clone() for t in momenta]
+    assert all(u.isfinite().all() for u in muon_updates(gradients, momenta, 0.9, steps=1, backend=backend))
+    assert not any(torch.equal(t, b) for t, b in zip(momenta, before, strict=True))
+
+
+@pytest.mark.parametrize("nesterov", [True, False])
+def test_reference_and_kernel_write_the_same_momenta_to_the_bit(nesterov):
+    """Also where it ends near the largest number, at zero, and among the smallest."""
+    values = torch.tensor([3e38, -3e38, 1.7e38, 0.0, -0.0, 1e-45, 1e-38, 1.0])
+    gradients = [torch.randn(8, 12), values.repeat(3, 1), torch.zeros(4, 4)]
+    start = [torch.randn(8, 12), values.flip(0).repeat(3, 1) * 0.1, torch.zeros(4, 4)]
+    ends = {}
+    for backend in BACKENDS:
+        momenta = [m.clone() for m in start]
+        ends[backend] = momenta, muon_updates(gradients, momenta, 0.9, nesterov, 5, backend=backend)
+    for one, two in zip(*(ends[backend][0] for backend in BACKENDS), strict=True):
+        assert torch.equal(one, two) and one.isfinite().all()
+    for one, two in zip(*(ends[backend][1] for backend in BACKENDS), strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_updates_of_any_strides_are_applied_as_they_are(backend):
+    """Turned, with gaps, expanded, at an odd address; in fp16, as a GPU gives them."""
+    whole = torch.randn(30, 50).half()
+    odd = [whole[:24].T, whole[3:27, 5:45:2], whole[:1].expand(24, 50), torch.randn(961).half()[1:].view(24, 40)]
+    weights = [torch.randn(u.shape) for u in odd]
+    expected = [
+        0.95 * w - 0.1 * max(1, w.size(0) / w.size(1)) ** 0.5 * u.float() for w, u in zip(weights, odd, strict=True)
+    ]
+    muon_apply_(weights, odd, 0.1, 0.5, backend=backend)
+    for w, e in zip(weights, expected, strict=True):
+        torch.testing.assert_close(w, e, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_lists_that_do_not_belong_together_are_refused(backend):
+    a, b, wide = torch.randn(4, 4), torch.randn(4, 4), torch.randn(4, 5)
+    one = a.clone()
+    for gradients, momenta, match in (
+        ([a], [wide], r"gradients have shapes \[\(4, 4\)\], momenta \[\(4, 5\)\]"),
+        ([a, b], [one], "gradients have shapes"),
+        ([a[None]], [one[None]], r"gradients: a tensor of shape \(1, 4, 4\)"),
+        ([a, b], [one, b.clone().half()], "momenta: tensors of torch.float32 on cpu and torch.float16"),
+        ([a, b], [one, one], "share memory"),
+        ([a], [a], "share memory"),
+        ([a], [torch.zeros(1, 4).expand(4, 4)], "its entries share memory"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            muon_updates(gradients, momenta, 0.9, backend=backend)
+    for parameters, updates, match in (
+        ([a], [wide], "parameters have shapes"),
+        ([a], [], "parameters have shapes"),
+        ([a, b.half()], [one, one], "parameters: tensors of torch.float32 on cpu and torch.float16"),
+        ([a, a], [one, one], "share memory"),
+        ([wide[:, :4], wide[:, :4]], [one, one], "share memory"),
+        ([torch.zeros(4, 1).expand(4, 4)], [one], "its entries share memory"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            muon_apply_(parameters, updates, 0.1, 0.0, backend=backend)
+    with pytest.raises(ValueError, match="lr is a tensor of shape"):
+        muon_apply_([a], [one], torch.ones(2), 0.0, backend=backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_three_numbers_are_coefficients_of_every_step(backend):
+    matrix, numbers = torch.randn(8, 12), (2.0, -1.5, 0.5)
+    x = matrix / (matrix.norm() + EPS)
+    for _ in range(2):
+        gram = x @ x.T
+        x = 2.0 * x + (-1.5 * gram + 0.5 * (gram @ gram)) @ x
+    torch.testing.assert_close(newton_schulz(matrix, 2, numbers, backend=backend), x, rtol=1e-5, atol=1e-5)
+    for bad in ("1,2", (1.0, 2.0), (1.0, 2.0, math.nan), 3, "a,b,c"):
+        with pytest.raises(ValueError, match="or three finite numbers"):
+            newton_schulz(matrix, 2, bad, backend=backend)
+
+
 # ---- as an operator
 
 
@@ -364,8 +487,11 @@ def test_the_operators_pass_opcheck():
     wide, tall = torch.randn(2, 20, 30), torch.randn(1, 30, 20)
     op = torch.ops.klora
     torch.library.opcheck(op.newton_schulz, ([wide, tall], 1, "jordan", [False, True], torch.float32))
-    updates = ([wide, tall], [torch.randn_like(wide), torch.randn_like(tall)], 0.9, None, True, 1, "jordan")
-    torch.library.opcheck(op.muon_updates, (*updates, [False, False], torch.float32))
+    lists = [wide[:1], tall], [torch.randn_like(wide[:1]), torch.randn_like(tall)]
+    rest = (0.9, None, True, 1, "jordan", [False, False], torch.float32)
+    torch.library.opcheck(op.muon_norms, (*lists, *rest))
+    measured = op.muon_norms(*lists, *rest)
+    torch.library.opcheck(op.muon_updates, (*lists, *measured, torch.zeros((), dtype=torch.int64), *rest))
     torch.library.opcheck(op.muon_apply, ([tall], [torch.randn_like(tall)], 0.1, 0.0, None, None, "original"))
 
 
@@ -418,6 +544,15 @@ class TestOnGpu:
             ours = newton_schulz(matrix, 5, coefficients)
             assert_as_exact([ours], [truth(matrix, coefficients)], [plain(matrix, coefficients)])
 
+    def test_the_largest_finite_numbers_are_served_and_one_that_is_not_gives_zeros(self):
+        signs = torch.randn(2, 200, 300, device="cuda").sign()
+        for dtype in (torch.float16, torch.float32):
+            largest = newton_schulz(signs * 3e38, dtype=dtype)
+            assert error(largest, newton_schulz(signs, dtype=dtype).double()) < 1e-3
+        signs[1, 199, 299] = math.inf
+        ours = newton_schulz(signs)
+        assert torch.equal(ours[0], newton_schulz(signs[:1])[0]) and not ours[1].any()
+
     def test_fp32_is_no_worse_than_pytorchs(self):
         matrix = torch.randn(3, 200, 300, device="cuda")
         ours, eager = newton_schulz(matrix, dtype=torch.float32), newton_schulz_ref(matrix, 5, torch.float32)
@@ -451,7 +586,7 @@ class TestOnGpu:
             pieces = pieces_of(layouts, config.panel, plan.starts, tensors[0].device)
             arena = torch.full((plan.arena_rows, config.panel), math.nan, device="cuda", dtype=torch.float16)
             results.append(torch.zeros(plan.result_rows, plan.result_columns, device="cuda", dtype=torch.bfloat16))
-            fill_arena(tensors, None, 0.0, True, pieces, arena)
+            fill_arena(tensors, None, 0.0, True, pieces, arena, *measure(tensors, None, 0.0, True, pieces))
             run_products(plan, arena, results[-1], config)
         assert results[0].any() and torch.equal(*results)
 

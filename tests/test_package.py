@@ -1,6 +1,7 @@
-"""The distribution: what a wheel and an editable install put on a machine, in a fresh virtual environment of each."""
+"""The distribution: what a wheel, an sdist and an editable install put on a machine, each in a fresh environment."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -9,16 +10,20 @@ import venv
 import zipfile
 from pathlib import Path
 
+import klora
 import pytest
 
 ROOT = Path(__file__).parent.parent
-ROOMS = ("kernels", "model", "ttt", "bench", "cli")
+SUBPACKAGES = ("kernels", "model", "ttt", "bench", "cli")
 PROBE = """
-import importlib, pathlib, sys
+import importlib, pathlib, klora
 from importlib.metadata import entry_points, version
-for room in sys.argv[1:]:
-    print(pathlib.Path(importlib.import_module(f"klora.{room}").__file__).resolve().parent)
-print(version("klora"), [e.value for e in entry_points(group="console_scripts") if e.name == "klora"])
+for name in ("klora", "klora.kernels", "klora.model", "klora.ttt", "klora.bench", "klora.cli", "klora.kernels.int6"):
+    print(pathlib.Path(importlib.import_module(name).__file__).resolve().parent)
+from klora.install import pip_install
+print(pip_install("bench"))
+assert version("klora-kernels") == klora.__version__
+print([e.value for e in entry_points(group="console_scripts") if e.name == "klora"])
 """
 
 pytestmark = [
@@ -29,10 +34,10 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory) -> Path:
-    """A copy of the source to build from, so that no build leaves files in the repository."""
-    copy = tmp_path_factory.mktemp("source")
-    for room in ROOMS:
-        shutil.copytree(ROOT / room, copy / room, ignore=shutil.ignore_patterns("__pycache__"))
+    """A copy of the source to build from, so that no build leaves files in the repository; called as a clone may be."""
+    copy = tmp_path_factory.mktemp("source") / "klora"
+    for name in (*SUBPACKAGES, "src"):
+        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__", "results", "*.egg-info"))
     for name in ("setup.py", "pyproject.toml", "README.md"):
         shutil.copy(ROOT / name, copy / name)
     return copy
@@ -63,24 +68,54 @@ def python_in_fresh_environment(folder: Path, borrowed: dict[str, str], *install
     return python
 
 
-def test_a_wheel_installs_all_rooms_and_the_command(source, borrowed, tmp_path):
-    wheel_of = (sys.executable, "-m", "pip", "-q", "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir")
-    output_of(*wheel_of, tmp_path, source, env=borrowed)
-    (wheel,) = tmp_path.glob("klora-*.whl")
+def build(kind: str, source: Path, out: Path, env: dict[str, str]) -> Path:
+    """The 'wheel' or 'sdist' of `source`, by the backend that pip calls."""
+    code = f"import sys; from setuptools.build_meta import build_{kind} as build; build(sys.argv[1])"
+    out.mkdir()
+    output_of(sys.executable, "-c", code, out, env=env, cwd=source)
+    (built,) = out.iterdir()
+    return built
+
+
+def test_a_wheel_installs_every_package_and_the_command(source, borrowed, tmp_path):
+    wheel = build("wheel", source, tmp_path / "wheel", borrowed)
+    assert wheel.name == f"klora_kernels-{klora.__version__}-py3-none-any.whl"
     names = zipfile.ZipFile(wheel).namelist()
+    assert "klora/py.typed" in names
     assert not any("bench/results/" in name or "tests/" in name for name in names)
+    sdist = build("sdist", source, tmp_path / "sdist", borrowed)
+    shutil.unpack_archive(sdist, tmp_path / "unpacked", filter="data")
+    (unpacked,) = (tmp_path / "unpacked").iterdir()
+    again = build("wheel", unpacked, tmp_path / "again", borrowed)
+    assert sorted(zipfile.ZipFile(again).namelist()) == sorted(names)
+
     python = python_in_fresh_environment(tmp_path / "venv", borrowed, str(wheel))
-    *folders, last = output_of(python, "-c", PROBE, *ROOMS, env=borrowed, cwd=tmp_path).splitlines()
-    assert len(folders) == len(ROOMS)
-    assert all(folder.startswith(str((tmp_path / "venv").resolve())) for folder in folders)
-    assert last.endswith("['klora.cli:main']")
-    assert output_of(tmp_path / "venv" / "bin" / "klora", "--version", env=borrowed).startswith("klora ")
+    for cwd in (tmp_path, source, source.parent):  # a clone does not go before what is installed
+        *folders, advice, command = output_of(python, "-c", PROBE, env=borrowed, cwd=cwd).splitlines()
+        assert len(folders) == 7 and all(folder.startswith(str((tmp_path / "venv").resolve())) for folder in folders)
+        assert command == "['klora.cli:main']" and advice.endswith("pip install 'klora-kernels[bench]'")
+    expected = f"klora {klora.__version__}\n"
+    assert output_of(tmp_path / "venv" / "bin" / "klora", "--version", env=borrowed) == expected
+    for module in ("klora", "klora.cli"):
+        assert output_of(python, "-m", module, "--version", env=borrowed, cwd=source) == expected
 
 
 def test_an_editable_install_imports_the_source_tree(source, borrowed, tmp_path):
     python = python_in_fresh_environment(tmp_path / "venv", borrowed, "--editable", str(source))
-    *folders, _ = output_of(python, "-c", PROBE, *ROOMS, env=borrowed, cwd=tmp_path).splitlines()
-    assert folders == [str((source / room).resolve()) for room in ROOMS]
+    expected = ["src/klora", *SUBPACKAGES, "kernels/int6"]
+    for cwd, place in ((tmp_path, str(source)), (source.parent, str(source)), (source, "")):
+        *folders, advice, command = output_of(python, "-c", PROBE, env=borrowed, cwd=cwd).splitlines()
+        assert sorted(folders) == sorted(str((source / name).resolve()) for name in expected)
+        assert command == "['klora.cli:main']"
+        assert advice.endswith(f"pip install -e '{place or '.'}[bench]'")
+    assert output_of(python, "-m", "klora", "--version", env=borrowed, cwd=source.parent).startswith("klora ")
+
+
+def test_no_advice_names_somebody_elses_package():
+    """PyPI's `klora` is not this one."""
+    named = re.compile(r"pip install[^\n]*\bklora\b(?!-kernels)|\bklora\[")
+    paths = [ROOT / "README.md", *(path for name in (*SUBPACKAGES, "src") for path in (ROOT / name).rglob("*.py"))]
+    assert not [(path, match[0]) for path in paths for match in named.finditer(path.read_text())]
 
 
 def test_constraints_pin_every_dependency_and_the_tested_pair():
@@ -92,13 +127,14 @@ def test_constraints_pin_every_dependency_and_the_tested_pair():
         assert name in pins and f'"{name}>=' in setup
 
 
-def test_rooms_import_only_what_their_place_allows():
-    """kernels import no other room; model imports kernels; ttt both; nothing imports bench or cli."""
+def test_packages_import_only_what_their_place_allows():
+    """kernels import no other package; model imports kernels; ttt both; nothing imports bench or cli."""
     allowed = {"kernels": set(), "model": {"kernels"}, "ttt": {"kernels", "model"}}
-    for room, others in allowed.items():
-        for path in (ROOT / room).rglob("*.py"):
+    for package, others in allowed.items():
+        others = others | {package}  # a message may name what is its own
+        for path in (ROOT / package).rglob("*.py"):
             text = path.read_text()
-            above = "." * (len(path.relative_to(ROOT).parts) - 1)  # how a file names its room's neighbours
+            above = "." * (len(path.relative_to(ROOT).parts) - 1)  # how a file names its package's neighbours
             assert f"from .{above} import" not in text, path
-            used = {other for other in ROOMS if f"from .{above}{other}" in text or f"klora.{other}" in text}
+            used = {other for other in SUBPACKAGES if f"from .{above}{other}" in text or f"klora.{other}" in text}
             assert used <= others, (path, used)

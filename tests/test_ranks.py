@@ -15,13 +15,14 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import SMALL, randomized, wait_for, words
+from klora.cli.score import _journal
 from klora.model.artifact import save_artifact
 from klora.model.config import ConfigError
+from klora.ttt.journal import Journal, JournalError
 from klora.ttt.ranks import Board, LostStore, SharedDeadline, SharedWaiting, board_of_torchrun, score_on_ranks
-from klora.ttt.results import DocumentResult
+from klora.ttt.results import NOT_ADAPTED, SHORT, DocumentResult
 from klora.ttt.schedule import visits_of
-from klora.ttt.score import EAGER, UNCAPTURED, Interrupted, Journal, pick_scorer, score_documents
-from klora.ttt.scorer import NOT_ADAPTED, SHORT
+from klora.ttt.score import EAGER, UNCAPTURED, Interrupted, pick_scorer, score_documents
 from test_cli import klora
 from test_engine import TTT, model64
 from test_ttt import document
@@ -279,6 +280,24 @@ def test_an_interrupted_run_keeps_what_every_rank_finished(tmp_path, alone):
     )
     np.testing.assert_allclose(scores(result), scores(alone), rtol=1e-12)
     assert shown[-1] == ("score", sum(LENGTHS), sum(LENGTHS)) and shown == sorted(shown)
+
+
+def test_ranks_that_start_afresh_lose_no_finished_work_without_a_word(tmp_path, alone):
+    """The first rank answers for all journals of the folder, whose ranks may be gone, any other for its own."""
+    book = journal(tmp_path, 1)
+    book.add(dict(enumerate(alone.documents)))
+    book.close()
+    boards = [Board(dist.HashStore(), rank, world) for rank, world in ((0, 2), (0, 1), (1, 2))]
+    for board in boards:
+        with pytest.raises(JournalError, match=r"journal-1.jsonl: 12 finished documents of an interrupted run"):
+            _journal(tmp_path, "run", False, False, board)
+    assert (tmp_path / "journal-1.jsonl").stat().st_size > 1000
+    resumed = _journal(tmp_path, "run", True, False, boards[1])
+    assert len(resumed.done) == 12
+    resumed.close()
+    afresh = _journal(tmp_path, "run", False, True, boards[1])
+    assert not afresh.done and not (tmp_path / "journal-1.jsonl").exists()
+    afresh.close()
 
 
 def test_the_time_of_every_interrupted_run_counts(tmp_path):

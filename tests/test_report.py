@@ -2,7 +2,10 @@
 
 import base64
 import math
+import os
 import re
+import subprocess
+import sys
 import time
 from html.parser import HTMLParser
 
@@ -10,8 +13,7 @@ import numpy as np
 import pytest
 from klora.ttt.protocols import LEAK_WARNING, MIN_NLL, MULTI_EPOCH, SCORE_FIRST, TTTConfig
 from klora.ttt.report import write_report
-from klora.ttt.results import DocumentResult, ScoreResult
-from klora.ttt.scorer import ADAPTED, NOT_ADAPTED, PARTIAL, SHORT
+from klora.ttt.results import ADAPTED, NOT_ADAPTED, PARTIAL, SHORT, DocumentResult, ScoreResult
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -68,7 +70,7 @@ class Reader(HTMLParser):
 
 def report(folder, scored):
     """Write the report of `scored`; the page read back, after the checks that every page and picture must pass."""
-    page, picture = write_report(scored, folder)
+    page, picture = write_report(scored, folder), folder / "report.png"
     assert sorted(path.name for path in folder.iterdir()) == ["report.html", "report.png"]
     html, png = page.read_text(encoding="utf-8"), picture.read_bytes()
     assert png.startswith(b"\x89PNG\r\n\x1a\n") and png.endswith(b"IEND\xaeB`\x82")
@@ -259,3 +261,58 @@ def test_ten_thousand_documents_are_quick_and_small(tmp_path):
     reader, html = report(tmp_path, scored)
     assert time.process_time() - start < 10
     assert len(html) < 1_500_000 and len(reader.rows) < 100
+
+
+def test_the_share_adapted_before_the_deadline_stands_at_every_number(tmp_path, monkeypatch):
+    drawn = set()
+    from matplotlib.figure import Figure
+    from matplotlib.text import Text
+
+    save = Figure.savefig
+
+    def spy(figure, *args, **kwargs):
+        save(figure, *args, **kwargs)
+        drawn.update(text.get_text() for text in figure.findobj(Text))
+
+    monkeypatch.setattr(Figure, "savefig", spy)
+    documents = [document("a", 250), document("b", 750, status=NOT_ADAPTED, adapted=1.2)]
+    reader, _ = report(tmp_path, result(documents))
+    assert "adapted (deadline: 25.0% adapted) 1.1500 bits per byte" in reader.text
+    assert "Gain by adaptation (deadline: 25.0% adapted) (after quantisation" in reader.text
+    assert "adapted\n(deadline: 25.0% adapted)" in drawn
+    drawn.clear()
+    reader, _ = report(tmp_path, result(documents, MIN_NLL))
+    assert "adapted (LEAKY) (deadline: 25.0% adapted) 1.1500 bits per byte" in reader.text
+    assert "adapted\n(LEAKY)\n(deadline: 25.0% adapted)" in drawn
+    reader, html = report(tmp_path, result(documents[:1]))
+    assert "deadline:" not in html.partition("<details>")[0] and "adapted 1.1000 bits per byte" in reader.text
+
+
+def test_a_picture_that_cannot_be_drawn_is_left_out_and_said(tmp_path, monkeypatch):
+    write_report(result([document()]), tmp_path)  # an earlier run's picture must not stand for this one
+
+    def draw(scored):
+        raise RuntimeError("no <fonts>\n")
+
+    monkeypatch.setattr("klora.ttt.report._draw", draw)
+    said = []
+    page = write_report(result([document()]), tmp_path, said.append)
+    assert said == ["the picture could not be made (RuntimeError: no <fonts>\n); the results do not need it"]
+    assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
+    reader = Reader(page.read_text(encoding="utf-8"))
+    assert "the picture could not be made (RuntimeError: no <fonts> )" in reader.text and "img" not in dict(reader.tags)
+    assert "adapted 1.1000 bits per byte" in reader.text
+
+
+def test_a_notebooks_backend_ends_no_report(tmp_path):
+    """In a process of its own: matplotlib reads MPLBACKEND when it is imported."""
+    code = (
+        "import sys; from pathlib import Path; from klora.ttt.protocols import TTTConfig\n"
+        "from klora.ttt.report import write_report; from klora.ttt.results import DocumentResult, ScoreResult\n"
+        "one = DocumentResult('a', 10, 20, 'adapted', 14.0, 13.5, 12.0)\n"
+        "write_report(ScoreResult([one], TTTConfig(), {}), Path(sys.argv[1]))"
+    )
+    env = {**os.environ, "MPLBACKEND": "nonsense"}
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "report.html").is_file() and (tmp_path / "report.png").is_file()

@@ -16,6 +16,7 @@ from klora.model.corpus import Corpus, CorpusError
 from klora.model.prepare import prepare, prepared_from_shards
 from klora.model.shards import RowSampler, ShardError, ShardWriter, TokenStream, find_shards, read_shard
 from klora.model.tokenizer import Tokenizer, TokenizerError
+from test_tokenizer import CONTEST, model_with
 
 # shards
 
@@ -399,4 +400,34 @@ def test_prepared_from_shards_says_what_is_wrong(tmp_path, tokenizer, change, er
     prepared_from_shards(tmp_path)
     change(tmp_path)
     with pytest.raises(error, match=message):
+        prepared_from_shards(tmp_path)
+
+
+def test_shards_of_a_tokenizer_that_normalises_are_taken_and_say_so(tmp_path):
+    theirs = model_with(**CONTEST)
+    contest = Tokenizer(theirs, may_normalise=True)
+    for split in ("train", "val"):
+        write(tmp_path, np.append(contest.encode("alpha\nbeta"), 2), split)  # an end token, as some shards have
+    (tmp_path / "fineweb_1024_bpe.model").write_bytes(theirs)
+    notes = prepared_from_shards(tmp_path).notes
+    assert notes[0] == contest.notes_on_shards(0)[0] and len(notes) == 2
+    assert "the validation shards have 1 control tokens other than BOS" in notes[1]
+    (tmp_path / "fineweb_1024_bpe.model").write_bytes(model_with(treat_whitespace_as_suffix=True))
+    with pytest.raises(TokenizerError, match="fineweb_1024_bpe.model changes a space"):
+        prepared_from_shards(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("token", "says"), [(0, "has the unknown token 0, whose bytes"), (400, "has ids from 1 to 400; allowed: 0 to 399")]
+)
+def test_validation_shards_are_looked_through_before_the_work(tmp_path, tokenizer, monkeypatch, token, says):
+    """Not only their beginning: training would end with an error after its last step."""
+    monkeypatch.setattr(prepare_module, "SAMPLE_TOKENS", 4)
+    monkeypatch.setattr(prepare_module, "SCAN_TOKENS", 8)
+    (tmp_path / "a.model").write_bytes(tokenizer.to_bytes())
+    write(tmp_path, [1] + [5] * 30 + [0])
+    write(tmp_path, [1] + [5] * 29, split="val", prefix="a")
+    assert prepared_from_shards(tmp_path).notes == ()
+    write(tmp_path, [1] + [5] * 29 + [1, token], split="val", prefix="b")
+    with pytest.raises(TokenizerError, match=f"b_val_000000.bin {says}"):
         prepared_from_shards(tmp_path)

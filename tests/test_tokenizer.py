@@ -3,6 +3,7 @@
 import io
 import json
 import random
+from functools import cache
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from klora.model import tokenizer as tokenizer_module
 from klora.model.corpus import Corpus, CorpusError, Document
 from klora.model.tokenizer import Tokenizer, TokenizerError
+from klora.ttt.documents import documents_from_texts, documents_from_tokens
 
 NASTY = "\0\t\n\r\x0b\x1c\x85 \u00a0\u2028\u3000\ufeff\ufffd\u2047\u2585<s>0x1Aé\u0301字😀"
 
@@ -181,3 +183,195 @@ def test_a_literal_space_mark_is_a_space(tokenizer):
     tokens = tokenizer.encode("a\u2581b")
     assert tokens.tolist() == tokenizer.encode("a b").tolist()
     assert tokenizer.target_bytes(tokens).sum() == 3
+
+
+# ---- models that others have trained
+
+WORDS = ["alpha", "beta", "Gamma", "delta", "Epsilon", "zeta", "theta", "é", "ﬁne", "Ａ", "12", "foo(bar)"]
+
+
+@cache
+def model_with(**options) -> bytes:
+    """A model as klora trains them, but for `options`."""
+    draw = random.Random(0)
+    ours = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False, "byte_fallback": True}
+    ours |= {"model_type": "bpe", "vocab_size": 400, "hard_vocab_limit": False, "minloglevel": 4}
+    sentences = [" ".join(draw.choices(WORDS, k=30)) for _ in range(100)]
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(sentences), model_writer=model, **(ours | options))
+    return model.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"normalization_rule_name": "nfkc"}, r"changes composed and decomposed accents: it reads 'é e\u0301"),
+        ({"normalization_rule_name": "nmt_nfkc"}, r"changes line ends: it reads 'a\\nb"),
+        ({"normalization_rule_name": "nfkc_cf"}, "changes upper case: it reads 'Straße ABC İI' back as 'straße abc"),
+        ({"normalization_rule_name": "nmt_nfkc_cf"}, "changes line ends"),
+        ({"treat_whitespace_as_suffix": True}, "changes a space: it reads ' ' back as '  '"),
+        ({"remove_extra_whitespaces": True}, "changes a space: it reads ' ' back as ''"),
+        ({"model_type": "word"}, "changes a space"),
+    ],
+)
+def test_models_that_change_text_are_refused_by_what_they_do(options, says):
+    """Their tokens stand for another text: bits per byte would be off by 1 to 60% without a word."""
+    with pytest.raises(TokenizerError, match=says) as refused:
+        Tokenizer(model_with(**options), "their.model")
+    assert "their.model" in str(refused.value) and "normalization_rule_name=identity" in str(refused.value)
+
+
+@cache
+def without_space() -> bytes:
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["abcdefgh" * 50] * 20),
+        model_writer=model,
+        **{"model_type": "bpe", "vocab_size": 280, "byte_fallback": True, "add_dummy_prefix": False},
+        **{"normalization_rule_name": "identity", "remove_extra_whitespaces": False, "minloglevel": 4},
+    )
+    return model.getvalue()
+
+
+@pytest.mark.parametrize("may_normalise", [False, True])
+def test_a_model_without_a_piece_for_the_space_is_refused(may_normalise):
+    with pytest.raises(TokenizerError, match="changes a space: it reads ' ' back as '\u2581'"):
+        Tokenizer(without_space(), may_normalise=may_normalise)
+
+
+def test_a_rule_for_a_single_character_is_found(tmp_path):
+    """No sample of text would hold the one character that a model's own rule replaces."""
+    (tmp_path / "rule.tsv").write_text("4E00\t4E8C\n")
+    with pytest.raises(TokenizerError, match="changes characters: it reads .*一.* as .*二丁"):
+        Tokenizer(model_with(normalization_rule_tsv=str(tmp_path / "rule.tsv")))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"add_dummy_prefix": False},
+        {"add_dummy_prefix": False, "user_defined_symbols": "\u2581"},
+        {"user_defined_symbols": "<sep>,\u2581\u2581foo,ab"},
+        {"control_symbols": "<ctl>"},
+        {"model_type": "unigram"},
+        {"model_type": "char"},
+        {"split_digits": True, "pad_id": 0, "unk_id": 3},
+        {"allow_whitespace_only_pieces": True, "split_by_whitespace": False},
+    ],
+    ids=str,
+)
+def test_models_that_keep_text_are_counted_exactly(options):
+    theirs = Tokenizer(model_with(**options))
+    assert theirs.adds_space == options.get("add_dummy_prefix", True)
+    for text in ("", " ", "  alpha  foo ", "<sep>x<ctl> a", "\tif x:\r\n", *tokenizer_module.PROBES.values()):
+        if "\u2581" not in text:
+            assert_exact(theirs, text)
+
+
+def test_the_probes_hold_every_byte_that_a_text_can_have():
+    never = {0xC0, 0xC1, *range(0xF5, 0x100)}
+    assert set(tokenizer_module.PROBES["all bytes"].encode()) == set(range(256)) - never
+
+
+def test_documents_are_checked_against_their_text(tokenizer, caplog):
+    """A tokenizer that passed every probe and still loses some text."""
+
+    texts = [Document("good.txt", "alpha beta\n"), Document("marked.txt", "a\u2581b\u2581")]
+    found = list(documents_from_texts(texts, tokenizer))
+    assert [d.bytes for d in found] == [11, 8]
+    assert caplog.messages == [
+        "document 'marked.txt' has the character U+2581 2 times: the tokenizer reads it as a space; its bits per byte "
+        "are over the bytes of the text"
+    ]
+    forgetful = Tokenizer(tokenizer.to_bytes())
+    forgetful.encode_many = lambda texts, threads: [ids[:1] for ids in tokenizer.encode_many(texts, threads)]
+    with pytest.raises(TokenizerError, match=r"document 'lost.txt' has 14 bytes of text, but its tokens stand for 0"):
+        list(documents_from_texts([Document("lost.txt", "the last omega")], forgetful))
+
+
+def test_shards_with_tokens_that_stand_for_no_known_text_are_refused(tokenizer):
+    with pytest.raises(
+        TokenizerError, match=r"document 'a#1' has the unknown token 0, whose bytes of text nobody knows"
+    ):
+        list(documents_from_tokens([("a#1", np.array([1, 5, 0, 7], np.uint16))], tokenizer))
+    with pytest.raises(
+        TokenizerError, match=r"document 'a#2' has ids from 1 to 900; allowed: 0 to 399; give the token"
+    ):
+        list(documents_from_tokens([("a#2", np.array([1, 900], np.uint16))], tokenizer))
+    with pytest.raises(TokenizerError, match="ids from 1 to 400; allowed: 0 to 399"):
+        tokenizer.target_bytes(np.array([1, 400]))
+
+
+# ---- models that normalise, which token shards may be made by
+
+CONTEST = {"normalization_rule_name": "nmt_nfkc", "add_dummy_prefix": False, "remove_extra_whitespaces": True}
+CONTEST |= {"split_digits": True, "character_coverage": 0.999, "pad_id": 0, "bos_id": 1, "eos_id": 2, "unk_id": 3}
+"""The options of the tokenizer that the fineweb shards are made with."""
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (CONTEST, "a space, several spaces, leading and trailing spaces, line ends, tabs, composed and decomposed acc"),
+        ({**CONTEST, "add_dummy_prefix": True}, "a space, several spaces"),
+        ({"normalization_rule_name": "nfkc_cf"}, "upper case, composed and decomposed accents, full-width letters, l"),
+        ({"remove_extra_whitespaces": True}, "a space, several spaces, leading and trailing spaces"),
+    ],
+    ids=["contest", "contest with a prefix", "folding", "spaces"],
+)
+def test_models_that_only_normalise_count_the_normalised_text(options, says):
+    theirs = Tokenizer(model_with(**options), may_normalise=True)
+    processor = sentencepiece.SentencePieceProcessor(model_proto=model_with(**options))
+    assert theirs.changes.startswith(says) and "(it reads " in theirs.changes and "all bytes" not in theirs.changes
+    for text in (*tokenizer_module.PROBES.values(), "  alpha  ﬁne\n\tGamma  字\u0301", "x" * 50, ""):
+        tokens = theirs.encode(text)
+        # SentencePiece's own normalised text, less the space that it puts in front.
+        normalised = (
+            processor.normalize(text).removeprefix("\u2581" if theirs.adds_space else "").replace("\u2581", " ")
+        )
+        assert theirs.decode(tokens) == theirs.normalise(text) == normalised
+        assert theirs.target_bytes(tokens).sum() == len(normalised.encode())
+    assert "of the normalised text, as the shards hold it" in theirs.notes_on_shards(0)[0]
+    assert theirs.notes_on_shards(0)[0].endswith(f"the tokenizer changes {theirs.changes}")
+
+
+@pytest.mark.parametrize("options", [{"treat_whitespace_as_suffix": True}, {"model_type": "word"}], ids=str)
+@pytest.mark.parametrize("rule", ["identity", "nmt_nfkc"])
+def test_models_that_miscount_the_normalised_text_are_refused_for_shards_too(options, rule):
+    with pytest.raises(TokenizerError, match="changes a space: it reads"):
+        Tokenizer(model_with(**options, normalization_rule_name=rule), may_normalise=True)
+
+
+def test_a_rule_of_their_own_is_told_though_no_probe_has_its_character(tmp_path):
+    (tmp_path / "rule.tsv").write_text("4E00\t4E8C\n")
+    theirs = Tokenizer(model_with(normalization_rule_tsv=str(tmp_path / "rule.tsv")), may_normalise=True)
+    assert theirs.changes.startswith("characters (it reads ") and theirs.normalise("a一") == "a二"
+
+
+def test_a_model_that_keeps_text_has_nothing_to_say(tokenizer):
+    assert tokenizer.changes == "" and tokenizer.notes_on_shards(0) == tokenizer.notes_on_text() == ()
+    assert tokenizer.normalise("  a\n ﬁ\u2581") == "  a\n ﬁ "
+
+
+def test_texts_are_counted_in_their_own_bytes_whatever_the_tokenizer_makes_of_them(caplog):
+    theirs = Tokenizer(model_with(**CONTEST), may_normalise=True)
+    text = "  alpha \n\n ﬁne\u2581 "
+    (found,) = documents_from_texts([Document("a.txt", text)], theirs)
+    assert found.bytes == len(text.encode()) > theirs.target_bytes(found.tokens).sum() == len("alpha fine")
+    assert caplog.messages[0] == theirs.notes_on_text()[0] and "per byte of the original text" in caplog.messages[0]
+    forgetful = Tokenizer(theirs.to_bytes(), may_normalise=True)
+    forgetful.encode_many = lambda texts, threads: [ids[:1] for ids in theirs.encode_many(texts, threads)]
+    with pytest.raises(TokenizerError, match=r"document 'lost.txt' has 5 bytes of text, but its tokens stand for 0"):
+        list(documents_from_texts([Document("lost.txt", " alpha  ")], forgetful))
+
+
+def test_control_tokens_in_shards_are_counted_and_lost_text_is_told_apart():
+    theirs = Tokenizer(model_with(**CONTEST), may_normalise=True)
+    assert np.flatnonzero(theirs.is_lost).tolist() == [3]
+    assert np.flatnonzero(theirs.is_control).tolist() == [0, 1, 2, 3]
+    tokens = np.array([1, 50, 2, 1, 60, 0], np.uint16)
+    assert theirs.count_controls(tokens) == 2
+    assert "the shards have 2 control tokens other than BOS" in theirs.notes_on_shards(2)[1]
+    theirs.require_known(tokens, "a")
+    with pytest.raises(TokenizerError, match="a has the unknown token 3, whose bytes of text nobody knows"):
+        theirs.require_known(np.array([1, 3], np.uint16), "a")

@@ -1,9 +1,12 @@
 """Training: schedule, averages, checkpoints, resuming, signals, divergence, and several ranks."""
 
 import csv
+import hashlib
 import json
 import os
+import shutil
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -19,6 +22,7 @@ from klora.model.checkpoint import CheckpointError, load_tensors, save_tensors
 from klora.model.config import ConfigError, Preset, TrainConfig
 from klora.model.corpus import Document
 from klora.model.curve import LossCurve
+from klora.model.estimate import state_bytes
 from klora.model.evaluate import validation_bpb
 from klora.model.gpt import GPT
 from klora.model.loading import load_run, model_from_run
@@ -26,7 +30,8 @@ from klora.model.muon import Muon
 from klora.model.parallel import Ranks, pick_device
 from klora.model.prepare import Prepared
 from klora.model.shards import ShardWriter, TokenStream
-from klora.model.tokenizer import Tokenizer
+from klora.model.storage import require_writable, write_text
+from klora.model.tokenizer import Tokenizer, TokenizerError
 from klora.model.train import NonFiniteLoss, Trainer, lr_scale
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
@@ -82,8 +87,7 @@ def test_training_learns_and_leaves_a_whole_run(tmp_path, data):
     assert last < 0.6 * first
     assert result.status == "finished" and result.step == 60 and result.tokens == 60 * 256
     assert {"last", "ema", "swa"} == result.validation_bpb.keys()
-    assert result.kept in ("ema", "swa")
-    assert result.validation_bpb[result.kept] == min(result.validation_bpb["ema"], result.validation_bpb["swa"])
+    assert result.validation_bpb[result.kept] == min(result.validation_bpb.values())
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert not list(tmp_path.glob(".*partial"))
     model = model_from_run(tmp_path, torch.device("cpu"))
@@ -104,11 +108,11 @@ def test_resume_continues_bit_for_bit(tmp_path, data, stop_at):
             signal.raise_signal(signal.SIGTERM)
 
     stopped = Trainer(small_preset(), data, part, ALONE).run(interrupt)
-    assert stopped.status == "interrupted" and stopped.step == stop_at + 1 and stopped.signal == signal.SIGTERM
+    assert stopped.status == "interrupted" and stopped.step == stop_at and stopped.signal == signal.SIGTERM
     with pytest.raises(CheckpointError, match="its training did not finish"):
         load_run(part)
     resumed = Trainer(small_preset(), data, part, ALONE, resume=True)
-    assert resumed.step == stop_at + 1
+    assert resumed.step == stop_at
     resumed.run()
     assert losses(part) == losses(whole)
     expected, _ = load_run(whole)
@@ -155,7 +159,7 @@ def test_checkpoints_are_written_on_the_timer(tmp_path, data):
 def test_the_clock_stops_a_run_and_stands_still_during_validation(tmp_path, data):
     trainer = Trainer(small_preset(max_steps=0, seconds=0.5, validate_seconds=0.05), data, tmp_path, ALONE)
     slow = trainer._validate
-    trainer._validate = lambda: (time.sleep(0.2), slow())[1]
+    trainer._validate = lambda *stop: (time.sleep(0.2), slow(*stop))[1]
     started = time.perf_counter()
     result = trainer.run()
     assert time.perf_counter() - started > result.seconds + 0.4
@@ -182,18 +186,25 @@ def test_a_non_finite_loss_stops_with_step_checkpoint_and_advice(tmp_path, data)
     assert all(torch.isfinite(t).all() for t in tensors.values())
 
 
+def one_step(trainer, scale=1.0):
+    """(loss, gradient norm) of the trainer's next step."""
+    rows = trainer.sampler.take_rows(trainer.rows_per_rank, 0, 1)
+    trainer.stepper.run(rows.split(trainer.config.micro_batch_tokens // (rows.size(1) - 1)), 0, scale)
+    return trainer.stepper.flush()[0]
+
+
 def test_every_gradient_is_zeroed_before_each_step(tmp_path, data):
     trainer = Trainer(small_preset(), data, tmp_path, ALONE)
-    trainer.gradients.buffer.fill_(1e6)
-    first = trainer._train_step(0.0)
-    assert first < 1e3
+    trainer.stepper.gradients.buffer.fill_(1e6)
+    assert one_step(trainer, 0.0)[1] < 1e3
 
 
 def test_gradient_accumulation_equals_one_big_batch(tmp_path, data):
     big = Trainer(small_preset(micro_batch_tokens=256), data, tmp_path / "a", ALONE)
     small = Trainer(small_preset(micro_batch_tokens=64), data, tmp_path / "b", ALONE)
-    assert big._train_step(1.0) == pytest.approx(small._train_step(1.0), rel=1e-5)
-    torch.testing.assert_close(big.gradients.buffer, small.gradients.buffer, rtol=1e-4, atol=1e-7)
+    assert one_step(big) == pytest.approx(one_step(small), rel=1e-5)
+    gradients = (trainer.stepper.gradients.buffer for trainer in (big, small))
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-7)
 
 
 def test_lr_schedule():
@@ -306,6 +317,14 @@ def test_validation_counts_every_target_but_bos(data):
     assert validation_bpb(model, stream, data.tokenizer, 0, 128, ALONE) == pytest.approx(float(expected), rel=1e-6)
 
 
+def test_validation_refuses_text_that_nobody_knows(data, tmp_path):
+    """The unknown token counted 0 bytes, and the BPB was too high without a word."""
+    with ShardWriter(tmp_path, "val") as writer:
+        writer.add(np.array([1, *[50] * 100, data.tokenizer.encode("a")[1], 0, *[50] * 100], np.uint16))
+    with pytest.raises(TokenizerError, match="the validation text has the unknown token 0, whose bytes of text nobod"):
+        validation_bpb(GPT(SMALL_MODEL), TokenStream(writer.paths), data.tokenizer, 0, 128, ALONE)
+
+
 WORKER = """
 import json, sys, torch
 from pathlib import Path
@@ -380,3 +399,381 @@ def test_a_second_interrupt_is_obeyed_at_once(tmp_path, data):
     with pytest.raises(KeyboardInterrupt):
         Trainer(small_preset(), data, tmp_path, ALONE).run(interrupt_twice)
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """Content of every file directly in `folder`, as a hash."""
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.iterdir() if p.is_file()}
+
+
+@pytest.mark.parametrize("best", ["last", "ema", "swa"])
+def test_the_best_weights_on_validation_are_kept(tmp_path, data, best):
+    trainer = Trainer(small_preset(), data, tmp_path, ALONE)
+    seen = {}
+
+    def validate(*stop) -> float:
+        name = ("last", "ema", "swa")[len(seen)]
+        seen[name] = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
+        return 1.0 if name == best else 2.0
+
+    trainer._validate = validate
+    assert trainer.run().kept == best
+    weights, meta = load_run(tmp_path)
+    assert meta["provenance"]["result"]["kept"] == best
+    assert all(torch.equal(weights[name], tensor) for name, tensor in seen[best].items())
+
+
+def test_an_average_that_is_no_number_does_not_lose_the_run(tmp_path, data):
+    trainer = Trainer(small_preset(), data, tmp_path, ALONE)
+    scores = iter([2.0, float("nan"), float("inf")])
+    trainer._validate = lambda *stop: next(scores)
+    result = trainer.run()
+    assert (result.kept, result.validation_bpb) == ("last", {"last": 2.0})
+
+
+def test_a_picture_that_cannot_be_drawn_costs_one_line(tmp_path, data, monkeypatch):
+    from matplotlib.figure import Figure
+
+    def fail(*args, **kwargs):
+        raise RuntimeError("no fonts here")
+
+    monkeypatch.setattr(Figure, "savefig", fail)
+    said = []
+    trainer = Trainer(small_preset(checkpoint_seconds=1e-6), data, tmp_path, ALONE, say=said.append)
+    assert trainer.run().status == "finished" and load_run(tmp_path)
+    assert len(said) == 1 and "loss.png" in said[0] and "RuntimeError: no fonts here" in said[0]
+
+
+def test_a_notebooks_backend_that_is_not_installed_does_not_matter(tmp_path):
+    script = f"""
+from pathlib import Path
+from klora.model.curve import LossCurve
+curve = LossCurve(Path({str(tmp_path)!r}))
+curve.add(step=1, loss=2.0)
+curve.close()
+"""
+    environment = {**os.environ, "MPLBACKEND": "inline-of-somebody"}
+    subprocess.run([sys.executable, "-c", script], env=environment, check=True)
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_disk_that_fails_costs_rows_and_checkpoints_not_the_run(tmp_path, data, monkeypatch):
+    from klora.model import train as module
+
+    said, save = [], module.save_tensors
+    trainer = Trainer(small_preset(checkpoint_seconds=1e-6), data, tmp_path, ALONE, say=said.append)
+
+    def fail(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(
+        module, "save_tensors", lambda path, *rest: (save if "model" in path.name else fail)(path, *rest)
+    )
+    monkeypatch.setattr(trainer.curve._writer, "writerow", fail)
+    assert trainer.run().status == "finished" and load_run(tmp_path)
+    assert sum("no checkpoint of step" in line and "No space left" in line for line in said) >= 2
+    assert sum("loss.csv" in line for line in said) == 1
+
+
+def test_files_get_the_permissions_of_the_umask_or_of_what_they_replace(tmp_path):
+    def mode(path: Path) -> int:
+        return stat.S_IMODE(path.stat().st_mode)
+
+    before = os.umask(0o027)
+    try:
+        save_tensors(tmp_path / "weights", {"a": torch.ones(1)}, {})
+        write_text(tmp_path / "text", "a")
+        assert mode(tmp_path / "weights") == mode(tmp_path / "text") == 0o640
+        (tmp_path / "weights").chmod(0o604)
+        save_tensors(tmp_path / "weights", {"a": torch.ones(1)}, {})
+        assert mode(tmp_path / "weights") == 0o604
+    finally:
+        os.umask(before)
+
+
+def test_metadata_that_is_damaged_is_a_checkpoint_error(tmp_path, data):
+    from safetensors.torch import save_file
+
+    def rewrite(path: Path, text: str) -> None:
+        tensors, _ = load_tensors(tmp_path / "whole.safetensors")
+        save_file(tensors, path, metadata={"klora": text})
+
+    Trainer(small_preset(max_steps=2), data, tmp_path, ALONE).run()
+    checkpoint, model = tmp_path / "checkpoint.safetensors", tmp_path / "model.safetensors"
+    shutil.copy(checkpoint, tmp_path / "whole.safetensors")
+    whole = load_tensors(checkpoint)[1]
+    for text, says in (
+        ("{", "its metadata is no JSON"),
+        ("[1]", "its metadata has no step"),
+        (json.dumps({**whole, "step": "2"}), "its metadata has no step"),
+        (json.dumps({k: v for k, v in whole.items() if k != "sampler"}), "its metadata has no sampler"),
+    ):
+        rewrite(checkpoint, text)
+        with pytest.raises(CheckpointError, match=says):
+            Trainer(small_preset(), data, tmp_path, ALONE, resume=True)
+    for text in ("}", "null", '{"model": {}}', '{"model": 1, "provenance": {}}'):
+        rewrite(model, text)
+        with pytest.raises(CheckpointError, match="is damaged: its metadata"):
+            load_run(tmp_path)
+    save_file({"model/embed": torch.ones(2)}, checkpoint, metadata={"klora": json.dumps(whole)})
+    with pytest.raises(CheckpointError, match="is damaged"):
+        Trainer(small_preset(), data, tmp_path, ALONE, resume=True)
+
+
+def test_a_damaged_curve_does_not_stop_a_resumed_run(tmp_path, data):
+    Trainer(small_preset(max_steps=3), data, tmp_path, ALONE).run()
+    lines = (tmp_path / "loss.csv").read_bytes().splitlines(keepends=True)
+    (tmp_path / "loss.csv").write_bytes(b"".join([*lines[:2], b"x,\x00\xff,,,,,,\r\n", *lines[3:]]))
+    assert Trainer(small_preset(max_steps=5), data, tmp_path, ALONE, resume=True).run().step == 5
+    assert [step for step, _ in losses(tmp_path)] == ["1", "3", "4", "5"]
+
+
+def test_the_estimate_counts_the_state_and_what_autograd_keeps(tmp_path, data):
+    trainer = Trainer(small_preset(micro_batch_tokens=256), data, tmp_path, ALONE)
+    kept = {}
+
+    def note(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    nll = trainer.model.nll
+
+    def watched(x, y):
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            return nll(x, y)
+
+    trainer.model.nll = watched
+    one_step(trainer, 0.0)
+    del trainer.model.nll
+    parameters = {p.untyped_storage().data_ptr() for p in trainer.model.parameters()}
+    activations = sum(size for storage, size in kept.items() if storage not in parameters)
+    assert state_bytes(SMALL_MODEL) + activations == pytest.approx(trainer.estimate.memory, rel=0.02)
+    trainer.run()
+    held = [
+        *trainer.model.parameters(),
+        trainer.stepper.gradients.buffer,
+        *trainer.averages.ema.values(),
+        *trainer.averages.swa.values(),
+        *(t for name, t in trainer.optimizers.state_tensors().items() if not name.endswith("/step")),
+    ]
+    assert sum(t.nbytes for t in held) == state_bytes(SMALL_MODEL)
+    assert trainer.estimate.step_seconds > 0 and "of memory" in str(trainer.estimate)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+def test_the_estimate_on_a_gpu_is_what_training_takes_at_least(tmp_path, data):
+    preset = small_preset(
+        **{"width": 256, "mlp_hidden": 768, "batch_tokens": 2**16, "micro_batch_tokens": 2**16, "max_steps": 8}
+    )
+    torch.cuda.reset_peak_memory_stats()  # a graph's memory counts when it is captured, not when it is replayed
+    trainer = Trainer(preset, data, tmp_path, Ranks(0, 1, torch.device("cuda")))
+    assert trainer.run().status == "finished"
+    assert 0.4 * torch.cuda.max_memory_allocated() < trainer.estimate.memory <= torch.cuda.max_memory_allocated()
+    assert trainer.estimate.step_seconds is None and trainer.estimate.memory < trainer.estimate.available
+
+
+def test_what_does_not_fit_in_memory_is_refused_with_what_does(tmp_path, data, monkeypatch):
+    from klora.model import train as module
+
+    batch = {"batch_tokens": 65536, "micro_batch_tokens": 65536}
+    needed = Trainer(small_preset(**batch), data, tmp_path / "free", ALONE).estimate.memory
+    available = needed // 2
+    monkeypatch.setattr(module, "available_memory", lambda device, processes: available)
+    before = digests(tmp_path / "free")
+    with pytest.raises(ConfigError, match="micro_batch_tokens=65536 needs at least .* are available; give") as why:
+        Trainer(small_preset(**batch), data, tmp_path / "free", ALONE)
+    assert digests(tmp_path / "free") == before
+    advised = int(str(why.value).split("--set micro_batch_tokens=")[1].split(",")[0])
+    fits = Trainer(small_preset(**batch | {"micro_batch_tokens": advised}), data, tmp_path / "fits", ALONE)
+    assert fits.estimate.memory <= available < 2 * fits.estimate.memory
+    available = 1000
+    with pytest.raises(ConfigError, match="needs at least .* give a smaller width"):
+        Trainer(small_preset(width=2**14, mlp_hidden=2**16), data, tmp_path / "wide", ALONE)
+    assert not (tmp_path / "wide").exists()
+
+
+def test_the_cap_ends_a_step_that_is_longer_and_says_so_before(tmp_path, data):
+    said = []
+    preset = small_preset(batch_tokens=2**15, micro_batch_tokens=64, seconds=0.05, max_steps=0)
+    result = Trainer(preset, data, tmp_path, ALONE, say=said.append).run()
+    assert "and the cap is 0.05 s: it ends the run within its first step" in said[0]
+    assert result.status == "finished" and result.step == 1
+    assert 64 <= result.tokens < 2**15 and result.tokens % 64 == 0 and result.seconds < 5
+    expected = np.log(320)  # the first loss is that of a model that knows nothing: the mean over the tokens read
+    assert result.loss == pytest.approx(expected, rel=0.1)
+
+
+def test_the_cap_leaves_out_a_later_step_that_it_cuts(tmp_path, data):
+    trainer = Trainer(small_preset(max_steps=0, micro_batch_tokens=64), data, tmp_path, ALONE)
+
+    def spend(row):
+        if row["step"] == 2:
+            trainer.clock.started -= trainer.config.seconds - trainer.clock.seconds() - 0.002
+            trainer.model.nll, nll = (lambda x, y: (time.sleep(0.01), nll(x, y))[1]), trainer.model.nll
+
+    state = {}
+    finish = trainer._finish
+    trainer._finish = lambda: (state.update(trainer.sampler.state()), finish())[1]
+    result = trainer.run(spend)
+    assert (result.status, result.step, result.tokens) == ("finished", 2, 512)
+    assert state["position"] == 8  # two steps of four rows
+
+
+def test_a_signal_is_heard_between_micro_batches_and_nothing_is_lost(tmp_path, data):
+    whole, part = tmp_path / "whole", tmp_path / "part"
+    preset = small_preset(micro_batch_tokens=64, max_steps=6)
+    Trainer(preset, data, whole, ALONE).run()
+    trainer, calls = Trainer(preset, data, part, ALONE), []
+    nll = trainer.model.nll
+
+    def counted(x, y):
+        calls.append(x)
+        if len(calls) == 10:
+            signal.raise_signal(signal.SIGINT)
+        return nll(x, y)
+
+    trainer.model.nll = counted
+    stopped = trainer.run()
+    assert (stopped.status, stopped.step, len(calls)) == ("interrupted", 2, 10)
+    Trainer(preset, data, part, ALONE, resume=True).run()
+    assert losses(part) == losses(whole)
+
+
+def test_a_signal_is_heard_within_a_validation(tmp_path, data):
+    trainer = Trainer(small_preset(validate_seconds=1e-6, micro_batch_tokens=64), data, tmp_path, ALONE)
+    calls, nll = [], trainer.model.nll
+
+    def counted(x, y):
+        calls.append(torch.is_grad_enabled())
+        if len(calls) == 6:  # the second of the first validation's eight
+            signal.raise_signal(signal.SIGINT)
+        return nll(x, y)
+
+    trainer.model.nll = counted
+    assert trainer.run().status == "interrupted"
+    assert calls == [True] * 4 + [False] * 2
+    assert [row["validation_bpb"] for row in LossCurve(tmp_path, resume_at=1).rows()] == [""]
+
+
+def test_a_second_interrupt_does_not_wait_for_the_operation_in_progress():
+    script = """
+import hashlib, sys
+from klora.model.signals import StopSignals
+with StopSignals(lambda text: print(text, flush=True)):
+    print("ready", flush=True)
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 2**28)  # minutes in one call that no Python handler interrupts
+"""
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout.readline() == "ready\n"
+        time.sleep(0.2)
+        process.send_signal(signal.SIGINT)
+        assert "Ctrl-C again ends at once" in process.stdout.readline()
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=10) == 130
+    finally:
+        process.kill()
+
+
+def test_signals_outside_the_main_thread_stay_as_they_are(tmp_path, data):
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(1) as pool:
+        result = pool.submit(lambda: Trainer(small_preset(max_steps=2), data, tmp_path, ALONE).run()).result()
+    assert result.status == "finished"
+
+
+def test_a_finished_run_stays_until_what_replaces_it_has_finished(tmp_path, data):
+    Trainer(small_preset(max_steps=2), data, tmp_path, ALONE).run()
+    first = load_run(tmp_path)[0]
+
+    class Killed(Exception):
+        pass
+
+    def kill(row):
+        raise Killed
+
+    said = []
+    for seed in (1, 2):  # the second attempt finds an unfinished run, and must keep the finished one
+        with pytest.raises(Killed):
+            Trainer(small_preset(seed=seed), data, tmp_path, ALONE, say=said.append).run(kill)
+        kept = load_run(tmp_path / "replaced")[0]
+        assert all(torch.equal(first[name], kept[name]) for name in first)
+        assert (tmp_path / "replaced" / "tokenizer.model").exists()
+        with pytest.raises(CheckpointError, match="has no model.safetensors"):
+            load_run(tmp_path)
+    assert len(said) == 1 and str(tmp_path / "replaced") in said[0]
+    (tmp_path / "replaced" / "notes.txt").write_text("somebody's")
+    Trainer(small_preset(max_steps=3), data, tmp_path, ALONE).run()
+    assert load_run(tmp_path)[1]["provenance"]["result"]["step"] == 3
+    assert [path.name for path in (tmp_path / "replaced").iterdir()] == ["notes.txt"]
+
+
+def test_resuming_a_finished_run_keeps_its_model_until_the_longer_one_is_done(tmp_path, data):
+    Trainer(small_preset(max_steps=2), data, tmp_path, ALONE).run()
+    model = digests(tmp_path)["model.safetensors"]
+    longer = small_preset(max_steps=4)
+
+    def interrupt(row):
+        assert digests(tmp_path)["model.safetensors"] == model
+        signal.raise_signal(signal.SIGTERM)
+
+    assert Trainer(longer, data, tmp_path, ALONE, resume=True).run(interrupt).status == "interrupted"
+    assert digests(tmp_path)["model.safetensors"] == model
+    assert Trainer(longer, data, tmp_path, ALONE, resume=True).run().step == 4
+    assert digests(tmp_path)["model.safetensors"] != model
+
+
+def test_a_folder_that_cannot_be_written_is_known_before_anything_is_made(tmp_path, data):
+    for path in (Path("/proc/nowhere/run"), Path("/dev/null/run")):
+        with pytest.raises(OSError, match=f"{path} cannot be written"):
+            Trainer(small_preset(), data, path, ALONE)
+    with pytest.raises(OSError, match=r"needs .* bytes and .* free; make room"):
+        require_writable(tmp_path / "a" / "b", 2**60)
+    require_writable(tmp_path / "a" / "b", 1)
+    assert not list(tmp_path.iterdir())
+
+
+class TestFused:
+    """The fused step in the trainer, on the reference ops of a CPU."""
+
+    def test_it_trains_as_the_eager_one_does(self, tmp_path, data):
+        settings = {"max_steps": 6, "micro_batch_tokens": 64}
+        for name, fused in (("eager", "false"), ("fused", "true")):
+            result = Trainer(small_preset(fused=fused, **settings), data, tmp_path / name, ALONE).run()
+            assert result.status == "finished" and result.step == 6
+        plain, fused = (losses(tmp_path / name) for name in ("eager", "fused"))
+        assert [step for step, _ in fused] == [step for step, _ in plain]
+        assert [float(loss) for _, loss in fused] == pytest.approx([float(loss) for _, loss in plain], rel=1e-4)
+
+    def test_it_resumes_bit_for_bit(self, tmp_path, data):
+        preset = small_preset(fused="true", max_steps=6)
+        whole = Trainer(preset, data, tmp_path / "whole", ALONE)
+        whole.run()
+
+        def interrupt(row):
+            if row["step"] == 2:
+                signal.raise_signal(signal.SIGTERM)
+
+        assert Trainer(preset, data, tmp_path / "parts", ALONE).run(interrupt).status == "interrupted"
+        parts = Trainer(preset, data, tmp_path / "parts", ALONE, resume=True)
+        assert 2 <= parts.step < 6
+        parts.run()
+        for a, b in zip(whole.model.parameters(), parts.model.parameters(), strict=True):
+            assert torch.equal(a, b)
+
+    def test_a_loss_that_is_no_number_harms_no_weight(self, tmp_path, data):
+        trainer = Trainer(small_preset(fused="true", max_steps=9), data, tmp_path, ALONE)
+        before = {}
+
+        def poison(row):
+            if row["step"] == 2:
+                with torch.no_grad():
+                    trainer.stepper.stored.weights.blocks[0].gain[0] = float("nan")
+                before.update({name: p.detach().clone() for name, p in trainer.model.named_parameters()})
+
+        with pytest.raises(NonFiniteLoss, match="gave loss nan"):
+            trainer.run(poison)
+        changed = [n for n, p in trainer.model.named_parameters() if not torch.equal(p, before[n])]
+        assert changed == [] or changed == ["blocks.0.gain"]

@@ -11,12 +11,21 @@ from conftest import SMALL, randomized
 from klora.kernels import BOS, lora_adam_ref_
 from klora.model.config import ConfigError, preset
 from klora.ttt.adapters import AdapterLayout, AdapterPool
-from klora.ttt.base import BaseNll
+from klora.ttt.base import MICRO_TOKENS, BaseNll
 from klora.ttt.documents import Document, chunk_windows
-from klora.ttt.protocols import LEAKY, TTTConfig, label, learning_rate
-from klora.ttt.results import DocumentResult, ScoreResult
-from klora.ttt.score import Interrupted, Journal, JournalError, NonFiniteScore, fingerprint, score_documents
-from klora.ttt.scorer import ADAPTED, NOT_ADAPTED, PARTIAL, SHORT, Batch, Deadline, adapt_batch
+from klora.ttt.journal import Journal, JournalError, fingerprint
+from klora.ttt.protocols import LEAKY, TTTConfig, label, learning_rate, ttt_preset
+from klora.ttt.results import (
+    ADAPTED,
+    NOT_ADAPTED,
+    PARTIAL,
+    SHORT,
+    DocumentResult,
+    ScoreResult,
+    read_documents_csv,
+)
+from klora.ttt.score import Interrupted, NonFiniteScore, score_documents
+from klora.ttt.scorer import Batch, Deadline, adapt_batch
 
 TTT = TTTConfig(chunk=16, window=64, min_tokens=32, lora_rank=2, head_rank=3, epochs=2, deadline=0.0, batch=4)
 
@@ -29,7 +38,8 @@ def document(targets: int, seed: int = 0) -> Document:
 
 def score(documents, tmp_path, config=TTT, model=None, resume=False, **options) -> ScoreResult:
     model = model or randomized()
-    journal = Journal(tmp_path / "journal.jsonl", fingerprint("artifact", documents, config, False), resume)
+    key = fingerprint("artifact", documents, config, False)
+    journal = Journal(tmp_path / "journal.jsonl", key, resume, overwrite=not resume)
     try:
         return score_documents(model, documents, config, journal, **options)
     finally:
@@ -235,12 +245,224 @@ def test_time_spent_before_an_interruption_counts_against_the_deadline(tmp_path)
     assert [d.status for d in more.documents] == [ADAPTED, ADAPTED]
 
 
-def test_a_damaged_journal_is_refused(tmp_path):
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        (b"no json", "no JSON"),
+        (b"\xff\xfe", "no JSON"),
+        (b"[" * 100_000, "no JSON"),
+        (b"[1, 2]", "a JSON value of type list, not an object"),
+        (b"{}", "no result of a document"),
+        (b'{"index": 0, "result": {"name": "a"}}', "no result of a document"),
+        (b'{"seconds": {"base": "long"}}', "seconds are no numbers by phase"),
+        (b'{"seconds": 3}', "seconds are no numbers by phase"),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+def test_a_damaged_journal_is_refused_by_line(tmp_path, line, says):
     score([document(40)], tmp_path)
     journal = tmp_path / "journal.jsonl"
-    journal.write_text(journal.read_text() + "no json\n")
-    with pytest.raises(JournalError, match="is damaged"):
+    whole = journal.read_bytes()
+    journal.write_bytes(whole + line + b"\n")
+    with pytest.raises(
+        JournalError, match=rf"journal.jsonl, line 3: .*{says}.*; remove that line, or give --overwrite"
+    ):
         score([document(40)], tmp_path, resume=True)
+    journal.write_bytes(line + b"\n" + whole)
+    with pytest.raises(JournalError, match=r"journal.jsonl, line 1: "):
+        score([document(40)], tmp_path, resume=True)
+
+
+@pytest.mark.parametrize("change", [{"index": -1}, {"index": "0"}, {"index": True}, {"tokens": "40"}, {"name": 3}])
+def test_a_result_of_other_types_is_refused_by_line(tmp_path, change):
+    score([document(40)], tmp_path)
+    journal = tmp_path / "journal.jsonl"
+    first, second = journal.read_text().splitlines()
+    record = json.loads(second)
+    record = {**record, **change} if "index" in change else {**record, "result": {**record["result"], **change}}
+    journal.write_text(f"{first}\n{json.dumps(record)}\n")
+    with pytest.raises(JournalError, match=r"journal.jsonl, line 2: (index|a result whose values are of other types)"):
+        score([document(40)], tmp_path, resume=True)
+
+
+def test_finished_work_is_not_lost_without_a_word(tmp_path):
+    """A run that starts afresh where an interrupted one left documents, its own or another's."""
+    documents = [document(n, n) for n in (200, 40, 20)]
+    score(documents, tmp_path)
+    kept = (tmp_path / "journal.jsonl").read_bytes()
+    for key in ("another run", fingerprint("artifact", documents, TTT, False)):
+        with pytest.raises(JournalError, match=r"journal.jsonl: 3 finished documents and 100% of the base pass of an "):
+            Journal(tmp_path / "journal.jsonl", key, resume=False)
+    with pytest.raises(JournalError, match="give --resume to go on from there, or --overwrite to start afresh"):
+        Journal(tmp_path / "journal-5.jsonl", "run", resume=False, others=[tmp_path / "journal.jsonl"])
+    assert (tmp_path / "journal.jsonl").read_bytes() == kept
+    book = Journal(tmp_path / "journal.jsonl", "run", resume=False, overwrite=True)
+    assert not book.done and not book.base_share and not (tmp_path / "journal.base.npy").exists()
+    book.close()
+    Journal(tmp_path / "journal.jsonl", "run", resume=False).close()  # one that holds nothing is in nobody's way
+
+
+@pytest.mark.parametrize("phase", ["base", "prequant"])
+def test_a_base_pass_that_is_stopped_goes_on_from_there(tmp_path, monkeypatch, phase):
+    monkeypatch.setitem(MICRO_TOKENS, "cpu", 64)
+    documents = [document(n, n) for n in (200, 180, 20, 90, 31)]
+    before = randomized(seed=3)
+    whole = score(documents, tmp_path, prequant=before)
+    total, seen = sum(d.targets for d in documents), []
+
+    def stop() -> bool:
+        return len(seen) > 0 and seen[-1][0] == phase and seen[-1][1] > total / 2
+
+    def progress(*at):
+        seen.append(at)
+
+    with pytest.raises(Interrupted, match="0 of 5 documents"):
+        score(documents, tmp_path, prequant=before, should_stop=stop, progress=progress)
+    stopped = seen[-1][1]
+    assert total / 2 < stopped < total
+    seen.clear()
+    resumed = score(documents, tmp_path, prequant=before, resume=True, progress=progress)
+    first = [done for name, done, _ in seen if name == phase]
+    assert first[0] > stopped and first[-1] == total
+    assert phase == "base" or not [done for name, done, _ in seen if name == "base"]
+    for ours, theirs in zip(resumed.documents, whole.documents, strict=True):
+        assert ours.base_nats == pytest.approx(theirs.base_nats, rel=1e-6)
+        assert ours.prequant_nats == pytest.approx(theirs.prequant_nats, rel=1e-6)
+        assert ours.adapted_nats == pytest.approx(theirs.adapted_nats, rel=1e-6)
+
+
+def test_a_killed_base_pass_loses_a_minute_at_most(tmp_path, monkeypatch):
+    """Nothing is caught of a kill: what is kept was written before."""
+    monkeypatch.setitem(MICRO_TOKENS, "cpu", 64)
+    monkeypatch.setattr("klora.ttt.base.KEEP_SECONDS", 0.0)
+
+    class Killed(BaseException):
+        pass
+
+    def progress(phase, done, total):
+        if done > total / 2:
+            raise Killed
+
+    with pytest.raises(Killed):
+        score([document(200), document(20, 1)], tmp_path, progress=progress)
+    book = Journal(
+        tmp_path / "journal.jsonl", fingerprint("artifact", [document(200), document(20, 1)], TTT, False), True
+    )
+    assert 0.2 < book.base_share < 0.9
+
+
+def test_a_damaged_base_pass_is_an_error_that_says_what_to_do(tmp_path):
+    documents = [document(40)]
+    score(documents, tmp_path)
+    array = tmp_path / "journal.base.npy"
+    whole = array.read_bytes()
+    np.save(array, np.zeros((2, 7), np.float32))
+    (tmp_path / "journal.jsonl").write_text((tmp_path / "journal.jsonl").read_text().splitlines()[0] + "\n")
+    with pytest.raises(JournalError, match=r"journal.base.npy is of other documents; give --overwrite"):
+        score(documents, tmp_path, resume=True)
+    for damaged in (whole[:50], b"", b"junk" * 30):
+        array.write_bytes(damaged)
+        with pytest.raises(JournalError, match=r"journal.base.npy is damaged; give --overwrite"):
+            score(documents, tmp_path, resume=True)
+
+
+def test_a_base_pass_that_cannot_be_kept_ends_nothing(tmp_path, monkeypatch):
+    def full(journal, phase):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(Journal, "keep_base", full)
+    said = []
+    assert score([document(40)], tmp_path, say=said.append).documents[0].status == ADAPTED
+    assert len(said) == 1 and "the copy of the base pass for --resume could not be made" in said[0]
+
+
+def test_documents_of_a_batch_that_are_through_outlive_a_stop(tmp_path):
+    documents = [document(n, n) for n in (400, 40, 35)]
+    asked = []
+
+    def stop() -> bool:
+        asked.append(True)
+        return len(asked) > 20
+
+    whole = score(documents, tmp_path)
+    with pytest.raises(Interrupted) as interrupted:
+        score(documents, tmp_path, should_stop=stop)
+    assert interrupted.value.done == 2
+    seen = []
+    resumed = score(documents, tmp_path, resume=True, progress=lambda phase, done, total: seen.append((phase, total)))
+    assert set(seen) == {("adapt", 400)}
+    assert adapted_nats(resumed) == pytest.approx(adapted_nats(whole), rel=1e-6)
+
+
+def test_a_model_of_no_numbers_is_an_error_and_not_a_score(tmp_path):
+    model = randomized()
+    with torch.no_grad():
+        model.embed[5:] = math.nan
+    with pytest.raises(NonFiniteScore, match=r"the unadapted model gives '0-20' an NLL of nan"):
+        score([document(20)], tmp_path, model=model)
+    with pytest.raises(NonFiniteScore, match=r"before quantisation nan"):
+        score([document(20)], tmp_path, prequant=model)
+
+
+FORMULAS = [
+    "=cmd|' /C calc'!A0",
+    "+1",
+    "-2",
+    "@SUM(A1)",
+    "\t=1",
+    "\r=1",
+    "\n=1",
+    "＝1",
+    "'quoted'",
+    "''",
+    "plain.txt",
+    "a=b",
+]
+
+
+def test_names_are_no_formulas_in_the_csv_and_come_back(tmp_path):
+    results = [DocumentResult(name, 10, 20, ADAPTED, 14.0, 13.5, 12.0) for name in [*FORMULAS, "", 'n\udcff,"x"']]
+    results.append(DocumentResult("=short", 3, 0, SHORT, 1.0, 1.0, 1.0))
+    ScoreResult(results, TTT, {}).write(tmp_path)
+    with open(tmp_path / "documents.csv", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        rows = list(csv.DictReader(file))
+    assert rows[0]["name"] == "'=cmd|' /C calc'!A0" and rows[10]["name"] == "plain.txt"
+    assert not [row["name"] for row in rows if row["name"].startswith(("=", "+", "-", "@", "\t", "\r", "\n", "＝"))]
+    assert float(rows[0]["base_bpb"]) == pytest.approx(results[0].base_bpb, abs=1e-6)
+    read = read_documents_csv(tmp_path / "documents.csv")
+    assert [row["name"] for row in read] == [result.name for result in results]
+    assert read[0]["tokens"] == 10 and read[0]["adapted_share"] == 1.0 and read[0]["status"] == ADAPTED
+    assert read[-1]["base_bpb"] is None and read[-1]["adapted_share"] is None and read[-1]["bytes"] == 0
+    stored = json.loads((tmp_path / "score.json").read_text())["documents"]
+    assert [d["name"] for d in stored] == [result.name for result in results]
+
+
+def test_no_deadline_is_the_default_and_the_designs_is_the_originals():
+    assert TTTConfig().deadline == ttt_preset().deadline == ttt_preset("thorough").deadline == 0.0
+    assert ttt_preset("design").deadline == ttt_preset(protocol="min_nll").deadline == 550.0
+
+
+def test_the_share_that_was_adapted_stands_beside_the_number(tmp_path):
+    documents = [
+        DocumentResult("whole", 100, 200, ADAPTED, 14.0, 13.5, 12.0),
+        DocumentResult("part", 300, 600, PARTIAL, 14.0, 13.5, 13.0, adapted_tokens=200),
+        DocumentResult("none", 600, 900, NOT_ADAPTED, 14.0, 13.5, 14.0),
+        DocumentResult("short", 5000, 9000, SHORT, 14.0, 14.0, 14.0),
+    ]
+    result = ScoreResult(documents, TTT, {})
+    assert result.totals()["adapted_share"] == 0.3 and result.totals()["deadline_hit"] is True
+    assert result.deadline_note == "deadline: 30.0% adapted"
+    result.write(tmp_path)
+    shares = [row["adapted_share"] for row in read_documents_csv(tmp_path / "documents.csv")]
+    assert shares == [1.0, pytest.approx(2 / 3, abs=1e-6), 0.0, None]
+    assert json.loads((tmp_path / "score.json").read_text())["totals"]["adapted_share"] == 0.3
+    nearly = [
+        DocumentResult("a", 99_999, 9, ADAPTED, 1.0, 1.0, 1.0),
+        DocumentResult("b", 1, 9, NOT_ADAPTED, 1.0, 1.0, 1.0),
+    ]
+    assert ScoreResult(nearly, TTT, {}).deadline_note == "deadline: 99.9% adapted"
+    whole = ScoreResult([documents[0], documents[3]], TTT, {})
+    assert whole.totals()["adapted_share"] == 1.0 and whole.deadline_note == "" and not whole.deadline_hit
 
 
 def test_a_name_that_is_not_utf8_is_scored_and_stored(tmp_path):

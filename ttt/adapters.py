@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..kernels import lora_adam_ref_
 from ..model.config import ModelConfig
-from ..model.gpt import BlockAdapter
+from ..model.network import Adapters
 from .protocols import TTTConfig
 
 
@@ -100,14 +100,14 @@ class AdapterPool:
         for tensor in (self.exp_avg, self.exp_avg_sq, self.step):
             tensor.index_fill_(0, slots, 0)
 
-    def adapters(self, count: int) -> tuple[list[BlockAdapter], tuple[Tensor, Tensor]]:
-        """The adapters of the first `count` slots: one BlockAdapter a block, and the head's (A, B).
+    def adapters(self, count: int) -> tuple[Adapters, tuple[Tensor, Tensor]]:
+        """The adapters of the first `count` slots: those of the blocks, and the head's (A, B).
 
         They are autograd leaves over the pool's memory; :meth:`backward` differentiates with respect to them.
         """
         self._leaves = [view.detach().requires_grad_() for view in self.views(self.params, count)]
         *blocks, head_a, head_b = self._leaves
-        return [BlockAdapter(*blocks[i : i + 3]) for i in range(0, len(blocks), 3)], (head_a, head_b)
+        return Adapters(None, blocks), (head_a, head_b)
 
     def backward(self, loss: Tensor, count: int) -> None:
         """Write the gradient of `loss` to the adapters last handed out into `grads`, for the first `count` slots."""

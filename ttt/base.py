@@ -6,6 +6,7 @@ window's arithmetic does not know its batch mates. Indices, tokens and results s
 until all results are read.
 """
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -13,16 +14,20 @@ import torch
 from torch import Tensor
 
 from ..kernels import softcap_nll
+from ..model import network
 from ..model.gpt import GPT
+from ..model.weights import Weights, frozen_weights
 from .documents import Document, Windows, chunk_windows
 from .protocols import TTTConfig
-from .step import FrozenModel
 
 MICRO_TOKENS = {"cpu": 8192, "cuda": 65536}
 """Tokens in one forward, by device type: what fits in cache, and what fills a GPU."""
 
 PAD = 64
 """Windows are padded to a multiple of this."""
+
+KEEP_SECONDS = 60.0
+"""How much of the pass a kill can cost. What is kept is 8 bytes a token, read from the device and written whole."""
 
 
 class BaseNll:
@@ -32,15 +37,21 @@ class BaseNll:
     target `start` on, in float64. `is_short` says which documents have fewer than `min_tokens` tokens. `tick`
     gets the number of targets sent to the device so far. `backend` is handed to the ops; a float64 model, which no
     kernel takes, runs on the reference.
+
+    `known` is what an interrupted pass over the same documents had found, fp32 [2, n] over their concatenation and NaN
+    where it had not come: no window is computed again whose targets are all known. `keep` gets such an array every
+    KEEP_SECONDS, before an exception of `tick` goes on, and at the end.
     """
 
     def __init__(
         self,
-        model: GPT | FrozenModel,
+        model: GPT | Weights,
         documents: Sequence[Document],
         config: TTTConfig,
         tick: Callable[[int], None] = lambda targets: None,
         backend: str | None = None,
+        known: np.ndarray | None = None,
+        keep: Callable[[np.ndarray], None] = lambda nll: None,
     ):
         self.config = config
         targets = np.array([document.targets for document in documents], dtype=np.int64)
@@ -57,19 +68,37 @@ class BaseNll:
                 config.temperature,
             ),
         ]
-        frozen = model if isinstance(model, FrozenModel) else FrozenModel(model)
-        device = frozen.embed.device
-        backend = backend or ("reference" if frozen.dtype == torch.float64 else None)
+        weights = model if isinstance(model, Weights) else frozen_weights(model)
+        device = weights.embed.device
+        backend = backend or ("reference" if weights.dtype == torch.float64 else None)
         tokens = np.concatenate([document.tokens for document in documents] or [np.zeros(0)]).astype(np.int32)
         on_device = torch.from_numpy(tokens).to(device)
         # The last cell takes what does not exist.
-        record = torch.zeros(2, len(tokens) + 1, device=device)
-        done = 0
+        record = torch.full((2, len(tokens) + 1), torch.nan, device=device)
+        if known is not None:
+            record[:, :-1] = torch.from_numpy(known)
+            plans = [(_unknown(windows, known), longest, temperature) for windows, longest, temperature in plans]
+        record[:, torch.from_numpy(self.offsets)] = 0.0  # BOS is no target
+
+        def found() -> np.ndarray:
+            return record[:, :-1].cpu().numpy()
+
+        done = int(targets.sum()) - sum(int((windows.length - windows.first).sum()) for windows, _, _ in plans)
+        kept_at, is_new = time.monotonic(), False
         for windows, longest, temperature in plans:
-            for targets_sent in _score(frozen, on_device, record, windows, longest, temperature, backend):
-                done += targets_sent
-                tick(done)
-        self.nll, self.tempered = record[:, :-1].cpu().numpy()
+            for targets_sent in _score(weights, on_device, record, windows, longest, temperature, backend):
+                done, is_new = done + targets_sent, True
+                try:
+                    tick(done)
+                except Exception:
+                    keep(found())
+                    raise
+                if time.monotonic() - kept_at > KEEP_SECONDS:
+                    keep(found())
+                    kept_at = time.monotonic()
+        self.nll, self.tempered = nll = found()
+        if is_new:
+            keep(nll)
 
     def of(self, index: int, start: int = 0) -> tuple[float, float]:
         """(nats, nats at the adapted temperature) of document `index` from its target `start` on."""
@@ -79,7 +108,7 @@ class BaseNll:
 
 @torch.no_grad()
 def _score(
-    model: FrozenModel,
+    weights: Weights,
     tokens: Tensor,
     record: Tensor,
     windows: Windows,
@@ -90,7 +119,7 @@ def _score(
     """Write the NLL of every target of `windows` into `record`, at temperature 1 and at `temperature`."""
     device = tokens.device
     # Tables for the windows that there are: `longest` may be a bound that no document comes near.
-    cos, sin = model.model.rotary(-(-int(windows.length.max(initial=1)) // PAD) * PAD, longest)
+    cos, sin = weights.rotary(-(-int(windows.length.max(initial=1)) // PAD) * PAD, longest)
     start, length, first = (
         torch.from_numpy(a).to(device)[:, None] for a in (windows.start, windows.length, windows.first)
     )
@@ -101,20 +130,27 @@ def _score(
         column = torch.arange(padded, device=device)
         # Inputs past a window's end repeat its last one: nothing that is scored reads them.
         inputs = tokens[begin + torch.minimum(column, end - 1)]
-        hidden = model.hidden(inputs, (cos[:padded].contiguous(), sin[:padded].contiguous()), tail, backend=backend)
+        tables = cos[:padded].contiguous(), sin[:padded].contiguous()
+        hidden = network.hidden(weights, inputs, tables, tail=tail, backend=backend)
         scored = column[padded - tail :]
         exists = (scored >= scored_from) & (scored < end)
         at = begin + torch.minimum(scored, end - 1) + 1
         targets = torch.where(exists, tokens[at], -100)
         place = torch.where(exists, at, record.size(1) - 1).flatten()
         for out, heat in zip(record, (1.0, temperature), strict=True):
-            nll = softcap_nll(hidden, model.head, targets, model.config.softcap, heat, backend=backend)
+            nll = softcap_nll(hidden, weights.head, targets, weights.config.logit_softcap, heat, backend=backend)
             out.index_copy_(0, place, nll.flatten().float())
         yield int((windows.length[rows] - windows.first[rows]).sum())
 
 
 def _select(windows: Windows, keep: np.ndarray) -> Windows:
     return Windows(windows.start[keep], windows.length[keep], windows.first[keep])
+
+
+def _unknown(windows: Windows, known: np.ndarray) -> Windows:
+    """The windows with any target of which `known` [2, n] does not say both NLLs."""
+    missing = np.concatenate([[0], np.cumsum(np.isnan(known).any(0))])
+    return _select(windows, missing[windows.start + windows.length + 1] > missing[windows.start + windows.first + 1])
 
 
 def _batches_of_one_length(lengths: np.ndarray, micro_tokens: int) -> Iterator[tuple[np.ndarray, int]]:

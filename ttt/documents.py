@@ -4,13 +4,17 @@ A document is BOS followed by its tokens; its targets are the tokens after BOS, 
 chunks of `chunk`; chunk j is scored inside a window of up to `window` tokens that ends where the chunk ends.
 """
 
+import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from ..model.corpus import Document as TextDocument
-from ..model.tokenizer import Tokenizer
+from ..model.tokenizer import SPACE, Tokenizer, TokenizerError
+
+log = logging.getLogger(__name__)
 
 ENCODE_BATCH = 256
 """Texts tokenized at a time: bounds memory and feeds the tokenizer's threads."""
@@ -30,12 +34,21 @@ class Document:
 
 
 def documents_from_texts(texts: Iterable[TextDocument], tokenizer: Tokenizer, threads: int = 2) -> Iterator[Document]:
-    """Tokenize texts as they come; bytes are those of the text in UTF-8."""
+    """Tokenize texts as they come; bytes are those of the text in UTF-8.
+
+    Raises TokenizerError where a text's tokens stand for another number of bytes. There are two exceptions. One is the
+    mark that SentencePiece has for a space: where a text has it, its tokens say a space, and a warning names the
+    document. The other is a tokenizer that normalises: its tokens must stand for the normalised text, and a warning
+    says what it changes.
+    """
     batch: list[TextDocument] = []
+    for note in tokenizer.notes_on_text():
+        log.warning(note)
 
     def encoded() -> Iterator[Document]:
         tokens = tokenizer.encode_many([document.text for document in batch], threads)
         for document, ids in zip(batch, tokens, strict=True):
+            _check_bytes(document, ids, tokenizer)
             yield Document(document.name, ids, len(document.text.encode()))
 
     for text in texts:
@@ -46,10 +59,47 @@ def documents_from_texts(texts: Iterable[TextDocument], tokenizer: Tokenizer, th
     yield from encoded()
 
 
+def _check_bytes(document: TextDocument, ids: np.ndarray, tokenizer: Tokenizer) -> None:
+    counted, marks = int(tokenizer.target_bytes(ids).sum()), document.text.count(SPACE)
+    if tokenizer.changes:
+        wanted = len(tokenizer.normalise(document.text).encode())
+    else:
+        wanted = len(document.text.encode()) - marks * (len(SPACE.encode()) - 1)
+    if counted != wanted:
+        raise TokenizerError(
+            f"document {document.name!r} has {wanted:,} bytes of text, but its tokens stand for {counted:,}; give the "
+            "tokenizer that keeps this text as it is, or leave the document out"
+        )
+    if marks:
+        log.warning(
+            "document %r has the character U+2581 %d times: the tokenizer reads it as a space; its bits per byte are "
+            "over the bytes of the text",
+            document.name,
+            marks,
+        )
+
+
 def documents_from_tokens(pairs: Iterable[tuple[str, np.ndarray]], tokenizer: Tokenizer) -> Iterator[Document]:
-    """Documents from (name, tokens that start with BOS), as a token stream has them; bytes by the tokenizer's rule."""
+    """Documents from (name, tokens that start with BOS), as a token stream has them; bytes by the tokenizer's rule.
+
+    Raises TokenizerError where that rule cannot say how many bytes they are: for tokens outside the vocabulary and for
+    the unknown one, whose text is lost.
+    """
     for name, tokens in pairs:
+        tokenizer.require_known(tokens, f"document {name!r}")
         yield Document(name, tokens, int(tokenizer.target_bytes(tokens).sum()))
+
+
+def facts_of_texts(tokenizer: Tokenizer) -> dict[str, Any]:
+    """What a result of texts says of its bytes: of which text they are, and sentences that belong beside it."""
+    return {"bytes_of": "original text" if tokenizer.changes else "text", "notes": list(tokenizer.notes_on_text())}
+
+
+def facts_of_tokens(documents: Iterable[Document], tokenizer: Tokenizer) -> dict[str, Any]:
+    """As :func:`facts_of_texts` of documents that came as tokens, and how many control tokens they have."""
+    controls = sum(tokenizer.count_controls(document.tokens) for document in documents)
+    notes = tokenizer.notes_on_shards(controls, "the scored documents")
+    return {"bytes_of": "normalised text" if tokenizer.changes else "text", "notes": list(notes)}
 
 
 @dataclass(frozen=True)

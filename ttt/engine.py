@@ -24,6 +24,7 @@ from ..kernels.registration import device_of
 from ..model.config import ModelConfig
 from ..model.gpt import GPT
 from ..model.ranges import phase
+from ..model.weights import frozen_weights
 from .adapters import AdapterLayout, AdapterPool
 from .documents import Document
 from .protocols import MIN_NLL, TTTConfig
@@ -40,7 +41,6 @@ from .step import (
     START,
     TRAINED,
     EngineStep,
-    FrozenModel,
     clear_plan,
 )
 
@@ -165,7 +165,7 @@ class Engine:
         self.rows = sorted({row for row in rows if 0 < row < batch} | {batch})
         self.facts |= {"rows": self.rows, "captured": self.captures}
         self.pool = AdapterPool(model.config, config, slots, device, dtype)
-        self.model, self.backend = FrozenModel(model), backend
+        self.weights, self.backend = frozen_weights(model), backend
         self.tokens = torch.zeros(tokens, dtype=torch.int32, device=device)
         self.record = torch.zeros(self._records * tokens + batch * config.chunk, dtype=dtype, device=device)
         self.chunks = torch.ones(slots, dtype=torch.int64, device=device)
@@ -227,8 +227,8 @@ class Engine:
 
     def _made(self, shape: Shape) -> Callable[[], None]:
         queue, rows, trains = shape
-        model, state = self.model, (self.pool, self.tokens, self.record, self.plan, self.chunks)
-        step = EngineStep(model, *state, self.lengths[queue], rows, self.backend)
+        weights, state = self.weights, (self.pool, self.tokens, self.record, self.plan, self.chunks)
+        step = EngineStep(weights, *state, self.lengths[queue], rows, self.backend)
         run = step.train if trains else step.score
         if not self.captures:
             return run

@@ -25,17 +25,19 @@ from typing import Any
 import numpy as np
 import torch.distributed as dist
 
+from ..errors import KloraError
 from ..model.config import ConfigError
 from ..model.gpt import GPT
+from ..model.weights import frozen_weights
 from .base import BaseNll
 from .documents import Document
 from .engine import engine_of, memory_of
+from .journal import Journal
 from .protocols import TTTConfig
 from .results import DocumentResult, ScoreResult
 from .schedule import Waiting
-from .score import UNCAPTURED, Interrupted, Journal, unadapted, with_adaptation
+from .score import UNCAPTURED, Interrupted, unadapted, with_adaptation
 from .scorer import Adapted, Deadline
-from .step import FrozenModel
 
 PATIENCE = 60.0
 """Seconds without a pulse after which a rank counts as lost: several times what compiling and capturing take."""
@@ -53,7 +55,7 @@ JOIN = timedelta(minutes=30)
 """How long a rank waits for the first one, which may read the journals of an interrupted run."""
 
 
-class LostStore(RuntimeError):
+class LostStore(KloraError, RuntimeError):
     """The process that keeps the ranks' store, or the first rank, is gone or never came, and what to do."""
 
 
@@ -250,8 +252,8 @@ class RankRun:
         progress: Callable[[str, int, int], None],
         say: Callable[[str], None],
     ):
-        self.model, self.frozen, self.documents, self.config = model, FrozenModel(model), documents, config
-        self.prequant = FrozenModel(prequant) if prequant is not None else None
+        self.model, self.weights, self.documents, self.config = model, frozen_weights(model), documents, config
+        self.prequant = frozen_weights(prequant) if prequant is not None else None
         self.journal, self.board, self.should_stop, self.progress, self.say = journal, board, should_stop, progress, say
         self.long = [index for index in order if len(documents[index].tokens) >= config.min_tokens]
         self.short = [index for index in order if len(documents[index].tokens) < config.min_tokens]
@@ -277,7 +279,7 @@ class RankRun:
             return
         documents = [self.documents[index] for index in indices]
         # A stop that was asked for waits for this: what is adapted is not to be lost.
-        base = BaseNll(self.frozen, documents, self.config, self._beat)
+        base = BaseNll(self.weights, documents, self.config, self._beat)
         before = BaseNll(self.prequant, documents, self.config, self._beat) if self.prequant is not None else None
         results = {}
         for row, index in enumerate(indices):

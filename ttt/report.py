@@ -2,25 +2,25 @@
 
 The page says what was measured (bits per byte before quantisation, after it, and adapted), where the gain comes from,
 what the deadline left out, and on which run. A leaky protocol's page says LEAKY in its banner, its title, its picture
-and at every adapted number.
+and at every adapted number. The share that was adapted before a deadline stands there, too.
+
+A picture that cannot be drawn, for whatever reason, is left out, and the page says why.
 """
 
 import base64
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from html import escape
-from io import BytesIO
 from pathlib import Path
 from string import Template
 from typing import Any
 
 import numpy as np
 
-from ..model.storage import write_bytes, write_text
+from ..model.storage import attempt, figure_png, new_figure, write_bytes, write_text
 from .protocols import LEAK_WARNING, LEAKY, label
-from .results import DocumentResult, ScoreResult
-from .scorer import ADAPTED, NOT_ADAPTED, PARTIAL, SHORT
+from .results import ADAPTED, NOT_ADAPTED, PARTIAL, SHORT, DocumentResult, ScoreResult
 
 TABLE_ROWS, BAR_ROWS, LISTED = 10, 6, 20
 """Most rows of each table of documents, most bars of each sign in the picture, most names the deadline's list gives."""
@@ -61,10 +61,10 @@ summary { cursor: pointer; font-size: 1.15rem; font-weight: 600; margin: 2rem 0 
 </head>
 <body>
 $banner<h1>$heading</h1>
-<p>$about</p>
+<p>$about</p>$notes
 <div class="cards">$cards</div>
 <ul>$differences</ul>
-<div class="wide"><img alt="$alt" src="data:image/png;base64,$picture"></div>
+$picture
 <h2>Documents that gained most</h2>$gained
 <h2>Documents that lost most</h2>$lost
 <h2>Counts</h2>$counts$left_out
@@ -76,22 +76,30 @@ $banner<h1>$heading</h1>
 """)
 
 
-def write_report(result: ScoreResult, folder: Path) -> tuple[Path, Path]:
-    """Write report.html and report.png into `folder`, each atomically, and return their paths."""
+def write_report(result: ScoreResult, folder: Path, say: Callable[[str], None] = lambda text: None) -> Path:
+    """Write report.html and report.png into `folder`, each atomically, and return the page's path.
+
+    Where the picture cannot be drawn, there is none, and the page and `say` tell why.
+    """
     page, picture = Path(folder) / "report.html", Path(folder) / "report.png"
-    png = _draw(result)
-    write_bytes(picture, png)
-    write_text(page, _page(result, png))
-    return page, picture
+    missing: list[str] = []
+    png = attempt("the picture", lambda: _draw(result), missing.append) or b""
+    if png:
+        write_bytes(picture, png)
+    else:
+        picture.unlink(missing_ok=True)  # an earlier run's
+        say(missing[0])
+    write_text(page, _page(result, png, "".join(missing)))
+    return page
 
 
-def _page(result: ScoreResult, png: bytes) -> str:
-    config, totals, leak = result.config, result.totals(), _leak(result)
+def _page(result: ScoreResult, png: bytes, missing: str) -> str:
+    config, totals, mark = result.config, result.totals(), _mark(result)
     before, base, adapted = (totals[name] for name in ("prequant_bpb", "base_bpb", "adapted_bpb"))
     cards = [
         ("before quantisation", before, "give the run's folder to measure it: <code>--prequant RUN</code>"),
         ("after quantisation", base, "no scored document has text"),
-        (f"adapted{leak}", adapted, "no scored document has text"),
+        (f"adapted{mark}", adapted, "no scored document has text"),
     ]
     heading = f"Bits per byte under {label(config.protocol)}"
     return PAGE.substitute(
@@ -99,10 +107,10 @@ def _page(result: ScoreResult, png: bytes) -> str:
         banner=f'<p class="leak" role="alert">{escape(LEAK_WARNING)}</p>\n' if config.is_leaky else "",
         heading=escape(heading),
         about=escape("Lower is better." if config.is_leaky else f"Lower is better. {WHY_VALID}"),
+        notes="".join(f"\n<p><b>{escape(_clean(_sentence(note)))}</b></p>" for note in result.notes),
         cards="\n".join(_card(*card) for card in cards),
         differences=_differences(result, totals),
-        alt=escape(f"{heading}: the three numbers, the gain by document length, the largest gains and losses"),
-        picture=base64.b64encode(png).decode(),
+        picture=_picture(heading, png) if png else f'<p class="note">{escape(_clean(missing))}</p>',
         gained=_documents_table(result, _most(result.documents, gained=True)[:TABLE_ROWS]),
         lost=_documents_table(result, _most(result.documents, gained=False)[:TABLE_ROWS]),
         counts=_counts(result),
@@ -113,6 +121,11 @@ def _page(result: ScoreResult, png: bytes) -> str:
     )
 
 
+def _picture(heading: str, png: bytes) -> str:
+    alt = escape(f"{heading}: the three numbers, the gain by document length, the largest gains and losses")
+    return f'<div class="wide"><img alt="{alt}" src="data:image/png;base64,{base64.b64encode(png).decode()}"></div>'
+
+
 def _card(name: str, value: float | None, missing: str) -> str:
     number = '<b class="none">not measured</b>' if value is None else f"<b>{value:.4f}</b>"
     return f'<div class="card">{name}{number}<small>{missing if value is None else "bits per byte"}</small></div>'
@@ -120,16 +133,15 @@ def _card(name: str, value: float | None, missing: str) -> str:
 
 def _differences(result: ScoreResult, totals: dict[str, Any]) -> str:
     """List items: what quantisation costs, what adaptation gains, and the part of it that the temperature explains."""
-    base, leak = totals["base_bpb"], _leak(result)
+    base, mark = totals["base_bpb"], _mark(result)
     gap = _minus(base, totals["prequant_bpb"])
     gain, heat = _minus(base, totals["adapted_bpb"]), _minus(base, totals["base_bpb_at_temperature"])
-    left_out = any(d.status in (PARTIAL, NOT_ADAPTED) for d in result.documents)
-    share = ", part of it in documents that the deadline left out" if left_out else ""
-    if not left_out and gain is not None and gain > 0 and heat > 0:
-        share = f", {heat / gain:.0%} of the gain{leak}"
+    share = ", part of it in documents that the deadline left out" if result.deadline_hit else ""
+    if not result.deadline_hit and gain is not None and gain > 0 and heat > 0:
+        share = f", {heat / gain:.0%} of the gain{mark}"
     items = [
         f"Quantisation gap (after - before): {_signed(gap)}",
-        f"Gain by adaptation{leak} (after quantisation - adapted; positive is better): {_signed(gain)}",
+        f"Gain by adaptation{mark} (after quantisation - adapted; positive is better): {_signed(gain)}",
         f"Temperature alone (logits / {result.config.temperature:g} on documents long enough to adapt, nothing "
         f"adapted): {_signed(heat)}{share}",
     ]
@@ -204,9 +216,7 @@ def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
 
 def _draw(result: ScoreResult) -> bytes:
     """The picture as PNG, 1800 pixels wide."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(12, 9), layout="constrained", facecolor="white")
+    figure = new_figure(12, 9)
     figure.get_layout_engine().set(w_pad=0.15, h_pad=0.15)
     colour = RED if result.config.is_leaky else "black"
     figure.suptitle(f"klora: {label(result.config.protocol)}", fontsize=16, weight="bold", color=colour)
@@ -215,28 +225,27 @@ def _draw(result: ScoreResult) -> bytes:
     _draw_totals(left, result)
     _draw_gains(right, result)
     _draw_extremes(bottom.subplots(), result)
-    png = BytesIO()
-    figure.savefig(png, format="png", dpi=150)
-    return png.getvalue()
+    return figure_png(figure, dpi=150)
 
 
 def _draw_totals(axes, result: ScoreResult) -> None:
     """Bars from zero, the values and the differences to the bar before written above them."""
-    totals, leak = result.totals(), _leak(result)
+    totals = result.totals()
     values = [totals[name] for name in ("prequant_bpb", "base_bpb", "adapted_bpb")]
     drawn = [value if value is not None and math.isfinite(value) else 0.0 for value in values]
-    axes.bar(range(3), drawn, color=(GREY, BLUE, RED if leak else GREEN), width=0.6)
+    axes.bar(range(3), drawn, color=(GREY, BLUE, RED if result.config.is_leaky else GREEN), width=0.6)
     for i, value in enumerate(values):
         text = "not\nmeasured" if value is None else f"{value:.4f}"
         step = _minus(value, values[i - 1]) if i else None
         if step is not None:
             text += f"\n({_signed(step)})"
         axes.annotate(text, (i, drawn[i]), (0, 3), textcoords="offset points", ha="center", va="bottom", fontsize=11)
-    names = ("before\nquantisation", "after\nquantisation", f"adapted\n{leak.strip()}".strip())
+    names = ("before\nquantisation", "after\nquantisation", "\n".join(("adapted", *_marks(result))))
     axes.set_xticks(range(3), names, fontsize=11)
     axes.set_xlabel("in brackets: difference to the bar on the left", fontsize=11)
     axes.set_ylim(0, max(drawn) * 1.25 or 1.0)
-    axes.set_title("bits per byte (lower is better)", fontsize=12)
+    text = "" if result.bytes_of == "text" else f" of the {result.bytes_of}"
+    axes.set_title(f"bits per byte{text} (lower is better)", fontsize=12)
     axes.spines[["top", "right"]].set_visible(False)
 
 
@@ -333,9 +342,22 @@ def _signed(value: float | None) -> str:
     return "not measured" if value is None else f"{value:+.4f}"
 
 
+def _sentence(note: str) -> str:
+    return f"{note[:1].upper()}{note[1:]}."
+
+
 def _leak(result: ScoreResult) -> str:
     """What stands behind the label of every adapted number: nothing, or `` (LEAKY)``."""
     return f" ({LEAKY})" if result.config.is_leaky else ""
+
+
+def _marks(result: ScoreResult) -> list[str]:
+    """What every number over all documents that adaptation has touched is marked with: LEAKY, the deadline's share."""
+    return [f"({mark})" for mark in (LEAKY if result.config.is_leaky else "", result.deadline_note) if mark]
+
+
+def _mark(result: ScoreResult) -> str:
+    return "".join(f" {mark}" for mark in _marks(result))
 
 
 def _clean(text: str) -> str:

@@ -2,7 +2,10 @@
 
     BPB = nats / ln 2 / bytes of the original text,   sums over documents in float64
 
-A result of a leaky protocol says LEAKY in every form: in the CSV's column name, in the JSON and in the report.
+Of token shards whose tokenizer normalises, the text is the normalised one, which is all that they hold; notes say so.
+
+A result of a leaky protocol says LEAKY in every form: in the CSV's column name, in the JSON and in the report. Where a
+deadline left targets to the base model, the share that was adapted stands beside the number in every form.
 """
 
 import csv
@@ -16,13 +19,19 @@ from typing import Any
 from ..model.storage import replacing, write_text
 from .protocols import LEAK_WARNING, LEAKY, TTTConfig, label
 
+SHORT, ADAPTED, PARTIAL, NOT_ADAPTED = "short", "adapted", "partly adapted (deadline)", "not adapted (deadline)"
+
+FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "\uff1d", "\uff0b", "\uff0d", "\uff20")
+"""What a spreadsheet takes for a formula's start, with the full-width forms of the four signs."""
+
 
 @dataclass(frozen=True)
 class DocumentResult:
     """One document: `tokens` scored targets, `bytes` of text, and its NLL in nats by several models.
 
     base_nats: the artifact's model as it is. tempered_nats: the same at the adapted temperature, for documents that are
-    long enough to adapt. prequant_nats: the model before quantisation, where one was given. adapted_nats: the score.
+    long enough to adapt. prequant_nats: the model before quantisation, where one was given. adapted_nats: the score, of
+    which `adapted_tokens` targets come from the adapted model and the rest from the base model.
     """
 
     name: str
@@ -34,6 +43,7 @@ class DocumentResult:
     adapted_nats: float
     prequant_nats: float | None = None
     kept_pass: int = 0
+    adapted_tokens: int = 0
 
     @property
     def base_bpb(self) -> float | None:
@@ -43,6 +53,13 @@ class DocumentResult:
     def adapted_bpb(self) -> float | None:
         return bits_per_byte(self.adapted_nats, self.bytes)
 
+    @property
+    def adapted_share(self) -> float | None:
+        """The share of its targets that the adapted model scored; None where the document is too short to adapt."""
+        if self.status == SHORT:
+            return None
+        return 1.0 if self.status == ADAPTED else self.adapted_tokens / self.tokens
+
 
 def bits_per_byte(nats: float | None, text_bytes: int) -> float | None:
     """nats / ln 2 / bytes; None where there is no text or nothing was measured."""
@@ -51,12 +68,45 @@ def bits_per_byte(nats: float | None, text_bytes: int) -> float | None:
 
 @dataclass(frozen=True)
 class ScoreResult:
-    """Every document's result, the config they were scored with, seconds by phase and facts of the run."""
+    """Every document's result, the config they were scored with, seconds by phase and facts of the run.
+
+    Of the facts, `notes` are sentences that belong beside every number; `bytes_of` says of which text the bytes are.
+    """
 
     documents: Sequence[DocumentResult]
     config: TTTConfig
     seconds: dict[str, float]
     facts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def deadline_hit(self) -> bool:
+        """Whether the deadline left any target to the base model."""
+        return any(d.status in (PARTIAL, NOT_ADAPTED) for d in self.documents)
+
+    @property
+    def adapted_share(self) -> float:
+        """The share, of the targets of documents that are long enough to adapt, that the adapted model scored."""
+        long = [d for d in self.documents if d.status != SHORT]
+        adapted = sum(d.tokens if d.status == ADAPTED else d.adapted_tokens for d in long)
+        return adapted / max(sum(d.tokens for d in long), 1) if long else 1.0
+
+    @property
+    def notes(self) -> Sequence[str]:
+        """What a reader of any bits per byte has to know of its bytes."""
+        return self.facts.get("notes", ())
+
+    @property
+    def bytes_of(self) -> str:
+        """Of which text the bytes are: text; where a tokenizer normalises it, original text or normalised text."""
+        return self.facts.get("bytes_of", "text")
+
+    @property
+    def deadline_note(self) -> str:
+        """What stands beside every adapted number: nothing, or how much was adapted before the deadline."""
+        if not self.deadline_hit:
+            return ""
+        # Rounded down: what is not all must not read as 100%.
+        return f"deadline: {math.floor(self.adapted_share * 1000) / 10:.1f}% adapted"
 
     def totals(self) -> dict[str, Any]:
         """Sums over all documents; the *_bpb are None where they were not measured."""
@@ -75,6 +125,8 @@ class ScoreResult:
             "base_bpb": bits_per_byte(math.fsum(d.base_nats for d in documents), text_bytes),
             "base_bpb_at_temperature": bits_per_byte(math.fsum(d.tempered_nats for d in documents), text_bytes),
             "adapted_bpb": bits_per_byte(math.fsum(d.adapted_nats for d in documents), text_bytes),
+            "adapted_share": self.adapted_share,
+            "deadline_hit": self.deadline_hit,
         }
 
     def to_json(self) -> dict[str, Any]:
@@ -93,7 +145,12 @@ class ScoreResult:
         }
 
     def write(self, folder: Path) -> None:
-        """Write documents.csv and score.json into `folder`."""
+        """Write documents.csv and score.json into `folder`.
+
+        In the CSV an apostrophe stands before a name that a spreadsheet would run as a formula, and before one that
+        starts with an apostrophe itself; :func:`read_documents_csv` takes it away again. The column of the bytes says
+        of which text they are, where there are two.
+        """
         write_text(folder / "score.json", json.dumps(self.to_json(), indent=1, allow_nan=False) + "\n")
         suffix = f"_{LEAKY}" if self.config.is_leaky else ""
         with (
@@ -101,9 +158,24 @@ class ScoreResult:
             open(temporary, "w", newline="", encoding="utf-8", errors="surrogateescape") as file,
         ):
             writer = csv.writer(file)
-            writer.writerow(["name", "tokens", "bytes", "status", "base_bpb", f"adapted_bpb{suffix}"])
+            size = "bytes" if self.bytes_of == "text" else f"bytes_of_{self.bytes_of.replace(' ', '_')}"
+            writer.writerow(["name", "tokens", size, "status", "base_bpb", f"adapted_bpb{suffix}", "adapted_share"])
             for d in self.documents:
-                writer.writerow([d.name, d.tokens, d.bytes, d.status, _six(d.base_bpb), _six(d.adapted_bpb)])
+                name = f"'{d.name}" if d.name.startswith((*FORMULA, "'")) else d.name
+                numbers = map(_six, (d.base_bpb, d.adapted_bpb, d.adapted_share))
+                writer.writerow([name, d.tokens, d.bytes, d.status, *numbers])
+
+
+def read_documents_csv(path: str | Path) -> list[dict[str, Any]]:
+    """The rows of a documents.csv by column: names as they were, numbers as numbers, None where a cell is empty."""
+    with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
+        rows = list(csv.DictReader(file))
+    kinds = {"name": lambda cell: cell.removeprefix("'"), "status": str, "tokens": int}
+    kinds |= {column: int for column in rows[0] if column.startswith("bytes")} if rows else {}
+    return [
+        {column: kinds.get(column, float)(cell) if cell or column == "name" else None for column, cell in row.items()}
+        for row in rows
+    ]
 
 
 def _six(value: float | None) -> str:

@@ -1,33 +1,33 @@
 """Scoring a set of documents from end to end: base pass, adaptation, deadline, journal, result.
 
-Every finished document is appended to a journal at once, so that an interrupted run can go on where it stopped. The
-deadline is checked before every adaptation step; what it leaves out keeps the base model's score and says so.
+Every finished document goes into a journal at once, and what the base model has said so far with it, so that an
+interrupted run can go on where it stopped. The deadline is checked before every adaptation step; what it leaves out
+keeps the base model's score and says so.
 """
 
 import dataclasses
-import hashlib
-import json
 import math
 import time
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from ..errors import KloraError
 from ..model.config import ConfigError
 from ..model.gpt import GPT
-from ..model.storage import write_text
+from ..model.storage import attempt
 from .adapters import AdapterPool
 from .base import BaseNll
 from .documents import Document
 from .engine import engine_of, memory_of
+from .journal import Journal
 from .protocols import TTTConfig
-from .results import DocumentResult, ScoreResult
-from .scorer import ADAPTED, NOT_ADAPTED, PARTIAL, SHORT, Adapted, Batch, Deadline, adapt_batch
+from .results import ADAPTED, NOT_ADAPTED, PARTIAL, SHORT, DocumentResult, ScoreResult
+from .scorer import Adapted, Batch, Deadline, adapt_batch
 
 ENGINE, UNCAPTURED, EAGER = "engine", "uncaptured", "eager"
 SCORERS = ("auto", ENGINE, UNCAPTURED, EAGER)
@@ -36,7 +36,7 @@ reference. auto: the engine on a GPU; elsewhere eager, or uncaptured on several 
 rounding."""
 
 
-class Interrupted(RuntimeError):
+class Interrupted(KloraError, RuntimeError):
     """Scoring was stopped before its end; the journal, or those of all ranks, hold `done` of `total` documents."""
 
     def __init__(self, done: int, total: int):
@@ -44,78 +44,8 @@ class Interrupted(RuntimeError):
         self.done, self.total = done, total
 
 
-class NonFiniteScore(RuntimeError):
-    """An adapted NLL that is no number: the adapter diverged."""
-
-
-class JournalError(ValueError):
-    """A journal that belongs to another run, and what to do."""
-
-
-class Journal:
-    """Finished documents of one scoring run, one JSON object a line; the first line says which run.
-
-    Documents that a deadline left out are not finished: a run that goes on adapts them, if it is given time. With
-    `resume`, `others` are journals of other ranks of the same run, whose documents are done, too.
-    """
-
-    def __init__(self, path: Path, fingerprint: str, resume: bool, others: Sequence[Path] = ()):
-        self.done: dict[int, DocumentResult] = {}
-        self.seconds: dict[str, float] = {}
-        records: list[dict[str, Any]] = [{"fingerprint": fingerprint}]
-        for known in others if resume else ():
-            # One that an earlier run left behind holds nothing of this one.
-            with suppress(JournalError):
-                records += self._read(known, fingerprint)[1:]
-        if resume and path.exists():
-            records += self._read(path, fingerprint)[1:]
-        # Written whole again, so that a line torn by the interruption does not stay in the middle of the file.
-        write_text(path, "".join(json.dumps(record) + "\n" for record in records))
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (held open for the whole run)
-
-    def _read(self, path: Path, fingerprint: str) -> list[dict[str, Any]]:
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        try:
-            records = [json.loads(line) for line in lines if line.endswith("\n")]
-        except ValueError:
-            raise JournalError(f"{path} is damaged; leave out --resume to start afresh") from None
-        if not records or records[0].get("fingerprint") != fingerprint:
-            raise JournalError(
-                f"{path} belongs to a run with another artifact, other documents or other settings; "
-                "give the same ones, or leave out --resume to start afresh"
-            )
-        for record in records[1:]:
-            if "seconds" in record:
-                # They add up over interruptions, and ranks run side by side: the most is the time spent.
-                self.seconds = max(self.seconds, record["seconds"], key=lambda seconds: sum(seconds.values()))
-            elif record["result"]["status"] in (SHORT, ADAPTED):
-                self.done[record["index"]] = DocumentResult(**record["result"])
-        return records
-
-    def _append(self, *records: dict[str, Any]) -> None:
-        self._file.write("".join(json.dumps(record) + "\n" for record in records))
-        self._file.flush()
-
-    def add(self, results: dict[int, DocumentResult]) -> None:
-        """Store finished documents by their index."""
-        self._append(*({"index": i, "result": dataclasses.asdict(result)} for i, result in results.items()))
-        self.done.update(results)
-
-    def add_seconds(self, seconds: dict[str, float]) -> None:
-        """Store the time spent so far by phase, for the run that goes on from here."""
-        self._append({"seconds": seconds})
-
-    def close(self) -> None:
-        self._file.close()
-
-
-def fingerprint(artifact_sha256: str, documents: Sequence[Document], config: TTTConfig, prequant: bool) -> str:
-    """What a journal belongs to. The batch size and the deadline change no document's score, and are left out."""
-    settings = {name: value for name, value in config.to_dict().items() if name not in ("batch", "deadline")}
-    digest = hashlib.sha256(json.dumps([artifact_sha256, settings, prequant]).encode())
-    for document in documents:
-        digest.update(document.name.encode(errors="surrogateescape") + b"\0" + document.tokens.tobytes())
-    return digest.hexdigest()
+class NonFiniteScore(KloraError, RuntimeError):
+    """An NLL that is no number: the adapter diverged, or the model's weights are not finite."""
 
 
 def pick_scorer(scorer: str, device: torch.device, are_many: bool = False) -> str:
@@ -156,6 +86,9 @@ def score_documents(
     deadline = Deadline(config.deadline, spent=sum(seconds.values()))
     left = sorted(set(range(len(documents))) - journal.done.keys(), key=lambda index: -documents[index].targets)
     remaining = [documents[index] for index in left]
+    sizes = np.array([document.targets + 1 for document in documents], dtype=np.int64)
+    begins = np.cumsum(sizes) - sizes
+    cells = np.concatenate([np.arange(begins[i], begins[i] + sizes[i]) for i in left] or [np.zeros(0, dtype=np.int64)])
 
     def base_pass(phase: str, of: GPT) -> BaseNll:
         def tick(done: int) -> None:
@@ -163,8 +96,14 @@ def score_documents(
             if should_stop():
                 raise Interrupted(len(journal.done), len(documents))
 
+        kept = journal.base(phase, int(sizes.sum()))
+
+        def keep(nll: np.ndarray) -> None:
+            kept[:, cells] = nll
+            attempt("the copy of the base pass for --resume", lambda: journal.keep_base(phase), say)
+
         with _timed(seconds, phase):
-            return BaseNll(of, remaining, config, tick)
+            return BaseNll(of, remaining, config, tick, known=kept[:, cells], keep=keep)
 
     try:
         if left:
@@ -179,7 +118,7 @@ def score_documents(
             job = _Job(model, remaining, drafts, base, deadline, should_stop, progress, found)
             with _timed(seconds, "adapt"):
                 job.eagerly() if scorer == EAGER else facts.update(engine=job.by_engine(scorer, say))
-            if len(journal.done) < len(documents):
+            if any(index not in journal.done for index in left):
                 raise Interrupted(len(journal.done), len(documents))
     except Interrupted:
         journal.add_seconds(seconds)
@@ -218,9 +157,11 @@ class _Job:
                     self.progress("adapt", done + at, total)
 
                 adapted = adapt_batch(self.model, pool, batch, self.deadline, self.should_stop, progress)
-                if self.should_stop():
-                    return
                 results = self._results(positions, adapted)
+                if self.should_stop():
+                    # Those that are through are kept; the others' adapters are gone.
+                    self.found({at: result for at, result in results.items() if result.status == ADAPTED})
+                    return
             self.found(results)
             done += sum(self.drafts[position].tokens for position in positions)
             if self.should_stop():
@@ -271,8 +212,14 @@ def _timed(seconds: dict[str, float], phase: str):
 
 
 def unadapted(document: Document, position: int, base: BaseNll, before: BaseNll | None) -> DocumentResult:
-    """The document as the base model leaves it."""
+    """The document as the base model leaves it. NonFiniteScore where that is no number."""
     nats, tempered = base.of(position)
+    prequant = before.of(position)[0] if before else None
+    if not all(math.isfinite(value) for value in (nats, tempered, prequant or 0.0)):
+        raise NonFiniteScore(
+            f"the unadapted model gives {document.name!r} an NLL of {nats}, before quantisation {prequant}; nothing is "
+            "reported. Export an artifact whose weights are finite"
+        )
     return DocumentResult(
         name=document.name,
         tokens=document.targets,
@@ -281,7 +228,7 @@ def unadapted(document: Document, position: int, base: BaseNll, before: BaseNll 
         base_nats=nats,
         tempered_nats=tempered,
         adapted_nats=nats,
-        prequant_nats=before.of(position)[0] if before else None,
+        prequant_nats=prequant,
     )
 
 
@@ -300,4 +247,5 @@ def with_adaptation(draft: DocumentResult, adapted: Adapted, row: int, base: Bas
         status=ADAPTED if reached == draft.tokens else PARTIAL,
         adapted_nats=float(adapted.nats[row]) + base.of(position, reached)[0],
         kept_pass=int(adapted.kept_pass[row]),
+        adapted_tokens=reached,
     )

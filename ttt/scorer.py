@@ -26,8 +26,6 @@ from .adapters import AdapterPool
 from .documents import Document
 from .protocols import MIN_NLL, TTTConfig, learning_rate
 
-SHORT, ADAPTED, PARTIAL, NOT_ADAPTED = "short", "adapted", "partly adapted (deadline)", "not adapted (deadline)"
-
 
 class Deadline:
     """`seconds` from now, of which `spent` are gone already; 0 seconds never pass."""
@@ -92,10 +90,10 @@ class Batch:
 def adapted_nll(model: GPT, pool: AdapterPool, rows: int, inputs: Tensor, at: Tensor, targets: Tensor) -> Tensor:
     """NLL [rows, chunk] of `targets` under the adapters of the first `rows` slots."""
     adapters, (head_a, head_b) = pool.adapters(rows)
-    hidden = model.hidden(inputs, adapters, rotary_length=pool.ttt.window)
+    hidden = model.hidden(inputs, adapters, rotary_length=pool.ttt.window, backend="reference")
     hidden = hidden.gather(1, at[..., None].expand(-1, -1, hidden.size(-1)))
     weight = model.embed.to(hidden.dtype)
-    return lora_head_nll_ref(hidden, weight, head_a, head_b, targets, model.config.softcap, pool.ttt.temperature)
+    return lora_head_nll_ref(hidden, weight, head_a, head_b, targets, model.config.logit_softcap, pool.ttt.temperature)
 
 
 def adapt_batch(

@@ -24,7 +24,14 @@ values are read once; the blocks that the diagonal crosses have a loop of their 
 Dao et al. 2022 and 2023 (FlashAttention); Milakov and Gimelshein 2018 (online softmax).
 """
 
-from .op import HEAD_DIMS, causal_attention
+from typing import TYPE_CHECKING
+
+from ...lazy import lazy_exports
 from .reference import BACKENDS, causal_attention_ref, pick_attention
 
+if TYPE_CHECKING:
+    from .op import HEAD_DIMS, causal_attention
+
 __all__ = ["BACKENDS", "HEAD_DIMS", "causal_attention", "causal_attention_ref", "pick_attention"]
+
+__getattr__, __dir__ = lazy_exports(__name__)

@@ -1,21 +1,25 @@
 """The backward launches: dq and delta, then dk and dv; both may end in the gradients of the projections.
 
 With `rotary`, q = gain * rotate(n) and k = rotate(n) are normed and rotated heads of projections x, n = x * rstd, and
-the launches return the gradients of x instead of those of q and k. A rotation keeps dot products, so that the norm's
-part is taken before it is undone:
+the launches return the gradients of x instead of those of q and k. mean(dq * q) / gain is that of n with its gradient,
+for tables of any length: the norm's part is taken before the rotation is undone:
 
-    dx = unrotate(rstd * (gain * dq - q / gain * mean(dq * q)))       0 where gain is 0; dk likewise without gain
+    dx = rotated back(rstd * (gain * dq - q / l / gain * mean(dq * q)))       l = cos^2 + sin^2 of the element's pair
+
+0 where gain is 0; dk likewise without gain. Where all l of a tile are 1, nothing is divided.
 """
 
 import math
 from typing import NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..dot import multiply_add
+from ..tile import UNIT, halves, off_unit
 from .forward import LOG2_E, by_heads, load, multiply, packed_heads, pick_config, place, row_at, store
 
 MOST_QUERIES = 64
@@ -23,7 +27,7 @@ MOST_QUERIES = 64
 
 
 class Rotary(NamedTuple):
-    """How q and k came from their projections; all fp32 and contiguous. None of it gets a gradient."""
+    """How q and k came from their projections; all fp32, the tables contiguous."""
 
     cos: Tensor
     """[S, d/2]"""
@@ -32,23 +36,32 @@ class Rotary(NamedTuple):
     gain: Tensor
     """[H], of queries"""
     rstd_q: Tensor
-    """[B, S, H], 1 / rms of each projected head"""
+    """[B, S, H], 1 / rms of each projected head; tokens any distance apart"""
     rstd_k: Tensor
     """[B, S, G]"""
+    is_unit: bool = False
+    """Whether cos^2 + sin^2 is known to be 1: then nobody looks."""
 
 
 @triton.jit
-def _unrotate(dx, x, position, at, gain, cos_ptr, sin_ptr, rstd_ptr, S, ROWS: tl.constexpr, D: tl.constexpr):
+def _unrotate(
+    dx, x, position, at, gain, cos_ptr, sin_ptr, rstd_ptr, S,
+    ROWS: tl.constexpr, D: tl.constexpr, IS_UNIT: tl.constexpr,
+):  # fmt: skip
     """The gradient of a projection: dx and x [ROWS, D] are rotated and of any gain; `at` finds a row's rstd."""
     inside = position < S
     rstd = tl.load(rstd_ptr + at, mask=inside, other=0.0)
     x = x.to(tl.float32)
     along = tl.sum(dx * x, 1) * rstd * (1.0 / D) * tl.where(gain == 0.0, 0.0, 1.0 / gain)
-    e = dx * (rstd * gain)[:, None] - x * along[:, None]
-    left, right = tl.split(e.reshape(ROWS, 2, D // 2).permute(0, 2, 1))
+    left, right = halves(dx * (rstd * gain)[:, None] - x * along[:, None], ROWS, D)
     table = position[:, None] * (D // 2) + tl.arange(0, D // 2)[None, :]
-    cos = tl.load(cos_ptr + table, mask=inside[:, None], other=0.0)
+    cos = tl.load(cos_ptr + table, mask=inside[:, None], other=1.0)
     sin = tl.load(sin_ptr + table, mask=inside[:, None], other=0.0)
+    if not IS_UNIT:  # noqa: SIM102 (decided when it is compiled)
+        if off_unit(cos, sin) > UNIT:
+            x_left, x_right = halves(x, ROWS, D)
+            excess = along[:, None] * (1.0 - 1.0 / (cos * cos + sin * sin))
+            left, right = left + x_left * excess, right + x_right * excess
     return tl.join(left * cos + right * sin, right * cos - left * sin).permute(0, 2, 1).reshape(ROWS, D)
 
 
@@ -72,12 +85,14 @@ def _dq_loop(
 
 @triton.jit(do_not_specialize=["T", "OFFSET", "BLOCKS"])
 def _dq_kernel(
-    q_d, k_d, v_d, out_d, dout_d, dq_d, lse_ptr, rows_ptr, cos_ptr, sin_ptr, gain_ptr, rstd_ptr,
-    scale, softmax_scale, T, OFFSET, BLOCKS, padded,
+    q_d, k_d, v_d, out_d, dout_d, dq_d, lse_ptr, rows_ptr, cos_ptr, sin_ptr, gain_ptr, rstd_ptr, sums_ptr,
+    scale, softmax_scale, T, OFFSET, BLOCKS, padded, rstd_stride,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    IS_UNIT: tl.constexpr,
 ):  # fmt: skip
     """Programs and tiles are the forward's. `rows` [B, H, 2, padded] gets the logsumexp and delta of each row, for the
-    next launch; past T it gets 0, where dout reads as 0 and the rows add nothing.
+    next launch; past T it gets 0, where dout reads as 0 and the rows add nothing. `sums` [B, H, BLOCKS] gets the sum of
+    dq * q of each head and block, where the gain is trained.
     """
     b, h, block = place(BLOCKS, H, HEADS)
     g = h // (H // G)
@@ -100,9 +115,12 @@ def _dq_kernel(
     dq *= softmax_scale
     if cos_ptr is not None:
         head = h + r // BM
-        at = (b.to(tl.int64) * (OFFSET + T) + position) * H + head
+        at = (b.to(tl.int64) * (OFFSET + T) + position) * rstd_stride + head
         gain = tl.load(gain_ptr + head)
-        dq = _unrotate(dq, q, position, at, gain, cos_ptr, sin_ptr, rstd_ptr, OFFSET + T, HEADS * BM, D)
+        if sums_ptr is not None:
+            along = tl.sum(tl.sum(dq * q.to(tl.float32), 1).reshape(HEADS, BM), 1)
+            tl.store(sums_ptr + (b * H + h + tl.arange(0, HEADS)) * BLOCKS + block, along)
+        dq = _unrotate(dq, q, position, at, gain, cos_ptr, sin_ptr, rstd_ptr, OFFSET + T, HEADS * BM, D, IS_UNIT)
     store(dq_d, dq, b, h, OFFSET + t, HEADS, BM, D)
 
 
@@ -131,8 +149,9 @@ def _dkdv_loop(
 @triton.jit(do_not_specialize=["T", "OFFSET", "BLOCKS"])
 def _dkdv_kernel(
     q_d, k_d, v_d, dout_d, rows_d, dk_d, dv_d, cos_ptr, sin_ptr, rstd_ptr,
-    scale, softmax_scale, T, OFFSET, BLOCKS,
+    scale, softmax_scale, T, OFFSET, BLOCKS, rstd_stride,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    IS_UNIT: tl.constexpr,
 ):  # fmt: skip
     """A program takes BN keys of a group through all queries from their own on, of HEADS heads at a time. Its scores
     are transposed, [keys, rows]: p and ds are multiplied from registers.
@@ -157,37 +176,62 @@ def _dkdv_kernel(
     store(dv_d, dv, b, g, n, 1, BN, D)
     dk *= softmax_scale
     if cos_ptr is not None:
-        at = (b.to(tl.int64) * (OFFSET + T) + key) * G + g
+        at = (b.to(tl.int64) * (OFFSET + T) + key) * rstd_stride + g
         gain = tl.full((BN,), 1.0, tl.float32)
-        dk = _unrotate(dk, k, key, at, gain, cos_ptr, sin_ptr, rstd_ptr, OFFSET + T, BN, D)
+        dk = _unrotate(dk, k, key, at, gain, cos_ptr, sin_ptr, rstd_ptr, OFFSET + T, BN, D, IS_UNIT)
     store(dk_d, dk, b, g, n, 1, BN, D)
 
 
+@triton.jit(do_not_specialize=["B", "BLOCKS"])
+def _gain_kernel(sums_ptr, gain_ptr, dgain_ptr, B, BLOCKS, H: tl.constexpr, BLOCK: tl.constexpr):
+    """The gradient of one head's gain, from its sums [B, H, BLOCKS] in their order; 0 where the gain is 0."""
+    head = tl.program_id(0)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, B * BLOCKS, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        at = (i // BLOCKS * H + head) * BLOCKS + i % BLOCKS
+        total += tl.load(sums_ptr + at, mask=i < B * BLOCKS, other=0.0)
+    gain = tl.load(gain_ptr + head)
+    tl.store(dgain_ptr + head, tl.where(gain == 0.0, 0.0, tl.sum(total) / gain))
+
+
 def launch_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, rotary: Rotary | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(dq [B, S, H, d], dk, dv [B, S, G, d]), contiguous, from dout [B, T, H, d] and what the forward kept.
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    rotary: Rotary | None = None,
+    into: tuple[Tensor, Tensor, Tensor] | None = None,
+    trains_gain: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """(dq [B, S, H, d], dk, dv [B, S, G, d], dgain [H]) from dout [B, T, H, d] and what the forward kept.
+
+    The first three are `into`, or contiguous; the last is None unless `trains_gain`, and 0 where the gain is 0.
 
     T is the number of queries that there is an output of; before them dq is zero. With `rotary`, dq and dk belong to
     the projections that q and k were normed and rotated from.
     """
     (batch, length, heads, width), groups, tail = q.shape, k.size(2), dout.size(1)
-    dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    dq, dk, dv = into or (q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape))
     dq[:, : length - tail].zero_()
     if not dout.numel():
-        return dq, dk.zero_(), dv.zero_()
+        return dq, dk.zero_(), dv.zero_(), torch.zeros_like(rotary.gain) if trains_gain else None
     rows = lse.new_empty(batch, heads, 2, triton.cdiv(tail, MOST_QUERIES) * MOST_QUERIES)
-    cos, sin, gain, rstd_q, rstd_k = rotary or Rotary(None, None, None, None, None)
+    cos, sin, gain, rstd_q, rstd_k, is_unit = rotary or Rotary(None, None, None, None, None)
+    strides = [0 if rstd is None else rstd.stride(1) for rstd in (rstd_q, rstd_k)]
     packed, scale, softmax_scale = packed_heads(heads, groups), LOG2_E / math.sqrt(width), 1 / math.sqrt(width)
 
     config = pick_config("dq", q.dtype, width)
     queries, keys = config.rows // packed, config.keys
     blocks = triton.cdiv(tail, queries)
+    sums = lse.new_empty(batch, heads, blocks) if trains_gain else None
     _dq_kernel[(blocks * batch * heads // packed,)](
         by_heads(q, packed, queries), by_heads(k, 1, keys), by_heads(v, 1, keys), by_heads(out, packed, queries),
         by_heads(dout, packed, queries), by_heads(dq, packed, queries), lse, rows, cos, sin, gain, rstd_q,
-        scale, softmax_scale, tail, length - tail, blocks, rows.size(3),
-        H=heads, G=groups, D=width, HEADS=packed, BM=queries, BN=keys,
+        sums, scale, softmax_scale, tail, length - tail, blocks, rows.size(3), strides[0],
+        H=heads, G=groups, D=width, HEADS=packed, BM=queries, BN=keys, IS_UNIT=is_unit,
         num_warps=config.warps, num_stages=config.stages, maxnreg=config.registers,
     )  # fmt: skip
 
@@ -199,8 +243,12 @@ def launch_backward(
     _dkdv_kernel[(blocks * batch * groups,)](
         by_heads(q, packed, queries), by_heads(k, 1, keys), by_heads(v, 1, keys), by_heads(dout, packed, queries),
         rows_d, by_heads(dk, 1, keys), by_heads(dv, 1, keys), cos, sin, rstd_k,
-        scale, softmax_scale, tail, length - tail, blocks,
-        H=heads, G=groups, D=width, HEADS=packed, BM=queries, BN=keys,
+        scale, softmax_scale, tail, length - tail, blocks, strides[1],
+        H=heads, G=groups, D=width, HEADS=packed, BM=queries, BN=keys, IS_UNIT=is_unit,
         num_warps=config.warps, num_stages=config.stages, maxnreg=config.registers,
     )  # fmt: skip
-    return dq, dk, dv
+    if not trains_gain:
+        return dq, dk, dv, None
+    dgain = torch.empty_like(gain)
+    _gain_kernel[(heads,)](sums, gain, dgain, batch, sums.size(2), H=heads, BLOCK=1024, num_warps=4)
+    return dq, dk, dv, dgain

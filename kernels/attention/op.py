@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..registration import custom_op
+from ..registration import custom_op, keep_output
 from ..tile import aligned
 from .backward import launch_backward
 from .forward import launch_forward
@@ -17,7 +17,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, tail: int | None = None, *
     """out [B, T, H, d], contiguous, of q [B, S, H, d] over k, v [B, S, G, d], in their dtype: bf16, fp16 or fp32.
 
     T is `tail`, where only the last T queries are wanted, else S. q is given whole all the same, and its gradient is
-    zero before them.
+    zero before them. out may be changed in place: the backward, which reads it, then makes it again.
 
     `backend` is "reference" or "triton"; left out, CPU tensors take the reference and CUDA tensors the kernel, which
     wants a head size d of 16, 32, 64 or 128 and copies tensors whose heads are not side by side elements, or whose rows
@@ -26,16 +26,16 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, tail: int | None = None, *
     tail, backend = _validate(q, k, v, tail, backend)
     if backend == "reference":
         return causal_attention_ref(q, k, v)[:, q.size(1) - tail :].contiguous()
-    return _op(q, k, v, tail)[0]
+    return causal_op(q, k, v, tail)[0]
 
 
 @custom_op("klora::causal_attention", mutates_args=())
-def _op(q: Tensor, k: Tensor, v: Tensor, tail: int) -> tuple[Tensor, Tensor]:
+def causal_op(q: Tensor, k: Tensor, v: Tensor, tail: int) -> tuple[Tensor, Tensor]:
     """out, and the logsumexp that the backward wants."""
     return launch_forward(aligned(q), aligned(k), aligned(v), tail)
 
 
-@_op.register_fake
+@causal_op.register_fake
 def _(q, k, v, tail):
     batch, _, heads, width = q.shape
     lse = q.new_empty(batch, heads, tail, dtype=torch.float32)
@@ -46,7 +46,7 @@ def _(q, k, v, tail):
 def _backward_op(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return launch_backward(aligned(dout), aligned(q), aligned(k), aligned(v), out, lse)
+    return launch_backward(aligned(dout), aligned(q), aligned(k), aligned(v), out, lse)[:3]
 
 
 @_backward_op.register_fake
@@ -55,7 +55,9 @@ def _(dout, q, k, v, out, lse):
 
 
 def _setup(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:3], *output)
+    out, ctx.is_changed = keep_output(output[0])
+    ctx.save_for_backward(*inputs[:3], out, output[1])
+    ctx.tail = inputs[3]
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
 
@@ -63,11 +65,12 @@ def _setup(ctx, inputs, output):
 def _backward(ctx, dout, _):
     if dout is None:
         return None, None, None, None
-    grads = _backward_op(dout, *ctx.saved_tensors)
+    q, k, v, out, lse = ctx.saved_tensors
+    grads = _backward_op(dout, q, k, v, causal_op(q, k, v, ctx.tail)[0] if ctx.is_changed() else out, lse)
     return *(grad if needed else None for grad, needed in zip(grads, ctx.needs_input_grad, strict=False)), None
 
 
-_op.register_autograd(_backward, setup_context=_setup)
+causal_op.register_autograd(_backward, setup_context=_setup)
 
 
 def _validate(q, k, v, tail, backend) -> tuple[int, str]:

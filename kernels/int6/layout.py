@@ -34,6 +34,8 @@ LAYOUT = 1
 ROWS, COLUMNS = 16, 128
 """A tile."""
 
+SCALE_DTYPES = (torch.float16, torch.float32)
+
 LOW, HIGH = 0x000F000F, 0x00300030
 """The lower four and the upper two bits of a pair."""
 
@@ -87,7 +89,8 @@ class Int6Matrix:
     packed: Tensor
     """int32, see :func:`packed_shape`"""
     scale: Tensor
-    """fp16 [N], or [N, K/group] with a scale for each group of inputs"""
+    """[N], or [N, K/group] with a scale for each group of inputs. fp16, or fp32 of 11 significant bits where one is too
+    small for that; the wide kernel takes no fp32 ones, nor does any with fp16 inputs but the dense one."""
     shape: tuple[int, int]
     """N, K"""
     layout: int = LAYOUT
@@ -101,10 +104,10 @@ class Int6Matrix:
             found = f"{self.packed.dtype} {list(self.packed.shape)}"
             raise ValueError(f"packed is {found}; {[rows, columns]} weights take int32 {list(wanted)}: truncated?")
         scales = [(rows,)] + [(rows, columns // size) for size in GROUP_SIZES if columns % size == 0]
-        if self.scale.dtype != torch.float16 or tuple(self.scale.shape) not in scales:
+        if self.scale.dtype not in SCALE_DTYPES or tuple(self.scale.shape) not in scales:
             found = f"{self.scale.dtype} {list(self.scale.shape)}"
             allowed = " or ".join(str(list(shape)) for shape in scales)
-            raise ValueError(f"scale is {found}; {[rows, columns]} weights take float16 {allowed}")
+            raise ValueError(f"scale is {found}; {[rows, columns]} weights take float16 or float32 {allowed}")
         if not (self.packed.is_contiguous() and self.scale.is_contiguous()):
             raise ValueError("packed and scale are not both contiguous; call .contiguous() on them")
 
@@ -112,6 +115,10 @@ class Int6Matrix:
     def group_size(self) -> int | None:
         """Inputs that share a scale; None for one scale a row."""
         return None if self.scale.dim() == 1 else self.shape[1] // self.scale.size(1)
+
+    @property
+    def device(self) -> torch.device:
+        return self.packed.device
 
     @property
     def nbytes(self) -> int:
@@ -132,10 +139,13 @@ class Int6Matrix:
         return dequantize_int6_ref(self.codes(), self.scale, dtype)
 
 
-def quantize_int6(weight: Tensor, group_size: int | None = None, clip: float = 0.11) -> Int6Matrix:
+def quantize_int6(
+    weight: Tensor, group_size: int | None = None, clip: float | None = None, second_moment: Tensor | None = None
+) -> Int6Matrix:
     """weight [N, K] -> codes and scales by :func:`quantize_int6_ref`, packed, all on the weight's device.
 
-    A clip of 0.11 has the least squared error on a Gaussian row.
+    The result has no gradient, and may be trained through even where it was made in inference mode.
     """
-    codes, scale = quantize_int6_ref(weight, clip, group_size)
-    return Int6Matrix(pack_int6(codes), scale, tuple(weight.shape))
+    with torch.inference_mode(False):
+        codes, scale = quantize_int6_ref(weight, clip, group_size, second_moment)
+        return Int6Matrix(pack_int6(codes), scale, tuple(weight.shape))

@@ -2,9 +2,9 @@
 
     out [..., N] = x [..., K] W_hat^T + bias,    W_hat = scale * code             dx = dout W_hat,  dbias = sum dout
 
-x bf16, fp16 or fp32; packed int32 tiles (layout.py), scale fp16 [N] or [N, K/group]; bias [N] in x's dtype. Sums in
-fp32. The weight is frozen: no gradient for it, no second copy of it for the backward. 2*M*N*K FLOPs and 0.75*N*K bytes
-of weights for M rows of x.
+x bf16, fp16 or fp32; packed int32 tiles (layout.py), scale fp16 (fp32 where that is too narrow) [N] or [N, K/group];
+bias [N] in x's dtype. Sums in fp32. The weight is frozen: no gradient for it, no second copy of it for the backward.
+2*M*N*K FLOPs and 0.75*N*K bytes of weights for M rows of x. A NaN or an infinity stays in its row of x.
 
 With one scale a row the forward multiplies bare codes, which bf16 holds exactly, and applies the scale to the fp32 sum;
 group scales and the backward round scale * code to x's dtype once, as a dequantised weight is. `pick_config` chooses
@@ -170,6 +170,7 @@ def _backend(backend: Backend | None, x: Tensor, weight: Int6Matrix) -> Backend:
 def int6_product(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, rows: int) -> Tensor:
     """x [M, K] -> [M, rows]."""
     config = pick_config(x.size(0), rows, x.size(1), x.dtype, x.is_cuda, _can_be_wide(x, packed, scale))
+    config = config if _scales_fit(x, scale) else Int6Config("dense")
     return _forward(x, packed, scale, bias, rows, config)
 
 
@@ -183,6 +184,7 @@ def int6_product_dx(dout: Tensor, packed: Tensor, scale: Tensor, columns: int) -
     """dout [M, N] -> dx [M, columns]."""
     can_be_wide = _can_be_wide(dout, packed, scale)
     config = pick_config_dx(dout.size(0), dout.size(1), columns, dout.dtype, dout.is_cuda, can_be_wide)
+    config = config if _scales_fit(dout, scale) else Int6Config("dense")
     return _backward(dout, packed, scale, columns, config)
 
 
@@ -210,10 +212,10 @@ int6_product.register_autograd(_gradients, setup_context=_setup_context)
 def _forward(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, rows: int, config: Int6Config) -> Tensor:
     M, K = x.shape
     tile_rows, tile_columns = packed_shape(rows, K)[:2]
-    if config.kernel == "dense":
-        return F.linear(x, dequantize(packed, scale, (rows, K), x.dtype), bias)
     if M == 0:
         return x.new_empty(M, rows)
+    if config.kernel == "dense":
+        return F.linear(x, dequantize(packed, scale, (rows, K), x.dtype), bias)
     if config.kernel == "wide":
         bias = None if bias is None else bias.contiguous()
         out, parts = wide(
@@ -251,10 +253,10 @@ def _forward(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, rows
 def _backward(dout: Tensor, packed: Tensor, scale: Tensor, columns: int, config: Int6Config) -> Tensor:
     M, rows = dout.shape
     tile_rows, tile_columns = packed_shape(rows, columns)[:2]
-    if config.kernel == "dense":
-        return dout @ dequantize(packed, scale, (rows, columns), dout.dtype)
     if M == 0:
         return dout.new_empty(M, columns)
+    if config.kernel == "dense":
+        return dout @ dequantize(packed, scale, (rows, columns), dout.dtype)
     if config.kernel == "wide":
         shape = rows, columns
         dx, parts = wide(_aligned(dout), packed, scale, None, shape, True, config.split, config.block_m, config.stages)
@@ -279,14 +281,20 @@ def dequantize(packed: Tensor, scale: Tensor, shape: tuple[int, int], dtype: tor
     tile_rows, tile_columns = packed_shape(*shape)[:2]
     groups, size = _groups(scale, shape[1])
     dequantize_tiles[(tile_columns, triton.cdiv(tile_rows, 2))](
-        packed, scale, out, *shape, tile_rows, tile_columns, groups, GROUP=size, R=2, ASM=_assembly(out), num_warps=4
-    )
+        packed, scale, out, *shape, tile_rows, tile_columns, groups, GROUP=size, R=2,
+        ASM=_assembly(out) and _scales_fit(out, scale), num_warps=4,
+    )  # fmt: skip
     return out
 
 
 def _can_be_wide(x: Tensor, packed: Tensor, scale: Tensor) -> bool:
     aligned = packed.data_ptr() % 16 == 0 and scale.data_ptr() % 16 == 0  # of which TMA's copies are
-    return aligned and scale.dim() == 1 and x.is_cuda and is_hopper(x.device)
+    return aligned and scale.dim() == 1 and scale.dtype == torch.float16 and x.is_cuda and is_hopper(x.device)
+
+
+def _scales_fit(x: Tensor, scale: Tensor) -> bool:
+    """Whether a kernel may round a scale to x's dtype before it multiplies: fp16 has no place for the smallest ones."""
+    return x.dtype != torch.float16 or scale.dtype == torch.float16
 
 
 def _add(parts: Tensor, bias: Tensor, out: Tensor, has_bias: bool) -> None:

@@ -14,6 +14,13 @@ cores add up K in one order, 16 at a time, whatever the tile. fp32, which they d
 Any sizes; 16-bit sizes that are not multiples of 8 (fp32: 4) are copied to aligned rows first. Tuned for 16 bits.
 """
 
-from .op import linear, linear_ref
+from typing import TYPE_CHECKING
+
+from ...lazy import lazy_exports
+
+if TYPE_CHECKING:
+    from .op import linear, linear_ref
 
 __all__ = ["linear", "linear_ref"]
+
+__getattr__, __dir__ = lazy_exports(__name__)

@@ -1,18 +1,38 @@
 """The launch of a product of rows by a weight, with what is done to a tile before it leaves."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..rms_norm import EPS
 from ..tile import halves, is_aligned, multiprocessors, tiled
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
-STORE, SQUARE, SLOPE = "store", "square", "slope"
-"""Endings of a tile: as it is; relu(tile)^2; the tile times the slope of relu(u)^2."""
+STORE, SQUARE, SLOPE, HEADS = "store", "square", "slope", "heads"
+"""Endings of a tile: as it is; relu(tile)^2; the tile times the slope of relu(u)^2; heads normed and rotated."""
+
+
+class Heads(NamedTuple):
+    """What the ending "heads" does to the first columns of a product: each head normed, rotated and times its gain.
+
+    Columns are `queries` heads, `keys` heads, and others that stay as they are. Row r stands at position r mod S.
+    """
+
+    cos: Tensor
+    """[S, head_dim/2], fp32 and contiguous"""
+    sin: Tensor
+    gain: Tensor
+    """[queries], fp32"""
+    rstd: Tensor
+    """[rows, queries + keys], fp32: gets 1 / rms of each head"""
+    queries: int
+    keys: int
+    head_dim: int
 
 
 @dataclass(frozen=True)
@@ -45,13 +65,14 @@ SLOPE_TILE = Tile(128, 128, 64, 4, 8, 3, programs=2)
 FP32_TILE = Tile(64, 64, 16, 1, 8, 2)  # no tensor cores: what does not spill; alone, for its sums depend on block_k
 
 
-def pick_tile(dtype: torch.dtype, ending: str, rows: int, outputs: int, processors: int) -> Tile:
-    """The tile with which the busiest multiprocessor is done first."""
+def pick_tile(dtype: torch.dtype, ending: str, rows: int, outputs: int, processors: int, head_dim: int = 0) -> Tile:
+    """The tile with which the busiest multiprocessor is done first, of those that hold a whole head."""
     if dtype == torch.float32:
         return FP32_TILE
     if ending == SLOPE:
         return SLOPE_TILE
-    return min(TILES, key=lambda tile: triton.cdiv(tile_count(tile, rows, outputs), processors) * tile.cost)
+    wide = [tile for tile in TILES if tile.block_n >= head_dim]
+    return min(wide, key=lambda tile: triton.cdiv(tile_count(tile, rows, outputs), processors) * tile.cost)
 
 
 def tile_count(tile: Tile, rows: int, outputs: int) -> int:
@@ -71,6 +92,40 @@ def _add_product(acc, x, w):
     else:
         acc = tl.dot(x, w, acc)
     return acc
+
+
+@triton.jit
+def _finish_head(
+    out_d, tile, m, n, cos, sin, gain_ptr, rstd_ptr, ROWS,
+    M: tl.constexpr, HEAD: tl.constexpr, Q: tl.constexpr, G: tl.constexpr, EPS: tl.constexpr,
+):  # fmt: skip
+    """`tile` [M, HEAD], a head or what stays as it is, leaves in two halves: those that rotate into each other."""
+    left, right = halves(tile.to(tl.float32), M, HEAD)
+    head = n // HEAD
+    if head < Q + G:
+        row = m + tl.arange(0, M)
+        gain = tl.load(gain_ptr + head, mask=head < Q, other=1.0)
+        square = tl.sum(left * left + right * right, 1) * (1.0 / HEAD) + EPS
+        rstd = tl.div_rn(1.0, tl.sqrt_rn(square)) if out_d.dtype == tl.float32 else tl.rsqrt(square)
+        tl.store(rstd_ptr + row.to(tl.int64) * (Q + G) + head, rstd, mask=row < ROWS)
+        scale = (rstd * gain)[:, None]
+        left, right = (left * cos - right * sin) * scale, (right * cos + left * sin) * scale
+    out_d.store([m, n], left.to(out_d.dtype))
+    out_d.store([m, n + HEAD // 2], right.to(out_d.dtype))
+
+
+@triton.jit
+def _finish_heads(
+    out_d, tile, m, n, cos, sin, gain_ptr, rstd_ptr, ROWS,
+    M: tl.constexpr, N: tl.constexpr, HEAD: tl.constexpr, Q: tl.constexpr, G: tl.constexpr, EPS: tl.constexpr,
+):  # fmt: skip
+    """The heads in `tile` [M, N] one after the other; `cos` and `sin` [M, HEAD/2] are those of its rows."""
+    if N == HEAD:
+        _finish_head(out_d, tile, m, n, cos, sin, gain_ptr, rstd_ptr, ROWS, M, HEAD, Q, G, EPS)
+    else:
+        left, right = halves(tile, M, N)
+        _finish_heads(out_d, left, m, n, cos, sin, gain_ptr, rstd_ptr, ROWS, M, N // 2, HEAD, Q, G, EPS)
+        _finish_heads(out_d, right, m, n + N // 2, cos, sin, gain_ptr, rstd_ptr, ROWS, M, N // 2, HEAD, Q, G, EPS)
 
 
 @triton.jit
@@ -107,11 +162,12 @@ def _finish_pieces(
         _finish_pieces(out_d, kept_d, right, m, n + N // 2, M, N // 2, PIECES // 2, ENDING)
 
 
-@triton.jit(do_not_specialize=["TILES"])
+@triton.jit(do_not_specialize=["TILES", "S", "ROWS"])
 def _product_kernel(
-    x_d, w_d, out_d, kept_d, TILES,
+    x_d, w_d, out_d, kept_d, cos_ptr, sin_ptr, gain_ptr, rstd_ptr, TILES, S, ROWS,
     N: tl.constexpr, K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PIECES: tl.constexpr,
-    TRANSPOSED: tl.constexpr, ENDING: tl.constexpr,
+    TRANSPOSED: tl.constexpr, ENDING: tl.constexpr, HEAD: tl.constexpr, Q: tl.constexpr, G: tl.constexpr,
+    EPS: tl.constexpr,
 ):  # fmt: skip
     """A program walks tiles [BM rows, BN outputs] in one loop over all steps of all its tiles, so that the loads of a
     tile start while the one before it is finished. Neighbours work on the same rows: x comes from the L2 cache.
@@ -133,37 +189,55 @@ def _product_kernel(
         else:
             acc = _add_product(acc, x, w_d.load([n, step * BK]).T)
         if step == STEPS - 1:
-            _finish_pieces(out_d, kept_d, acc, m, n, BM, BN, PIECES, ENDING)
+            if ENDING == "heads":
+                at = ((m + tl.arange(0, BM)) % S)[:, None] * (HEAD // 2) + tl.arange(0, HEAD // 2)[None, :]
+                cos, sin = tl.load(cos_ptr + at), tl.load(sin_ptr + at)
+                _finish_heads(out_d, acc, m, n, cos, sin, gain_ptr, rstd_ptr, ROWS, BM, BN, HEAD, Q, G, EPS)
+            else:
+                _finish_pieces(out_d, kept_d, acc, m, n, BM, BN, PIECES, ENDING)
             acc = tl.zeros((BM, BN), acc.dtype)
 
 
 def launch_product(
-    x: Tensor, weight: Tensor, transposed: bool = False, ending: str = STORE, kept: Tensor | None = None
+    x: Tensor,
+    weight: Tensor,
+    transposed: bool = False,
+    ending: str = STORE,
+    kept: Tensor | None = None,
+    heads: Heads | None = None,
 ) -> Tensor:
     """x [..., K] by weight [N, K] (`transposed`: [K, N]) -> [..., N].
 
     `kept` [..., N] is for the endings. "square" writes the tile itself there, if it is given; "slope" reads relu(u)^2
-    there, or u in fp16.
+    there, or u in fp16. `heads` is for the ending "heads".
     """
     outputs, inputs = weight.shape[::-1] if transposed else weight.shape
     shape = *x.shape[:-1], outputs
     if not x.numel() or not weight.numel():
         return x.new_zeros(shape)
+    result = x.new_empty(shape)  # what is returned is no view: autograd lets nobody change a view of ours in place
     x = aligned_rows(x.reshape(-1, inputs))
     rows, processors = x.size(0), multiprocessors(x.device)
-    tile = pick_tile(x.dtype, ending, rows, outputs, processors)
+    cos, sin, gain, rstd, queries, keys, head_dim = heads or (None, None, None, None, 0, 0, 0)
+    tile = pick_tile(x.dtype, ending, rows, outputs, processors, head_dim)
     tiles = tile_count(tile, rows, outputs)
-    out = empty_rows(x, rows, outputs)
+    flat = result.view(rows, outputs)
+    out = flat if is_aligned(flat) else empty_rows(x, rows, outputs)
     if kept is not None:
         kept = aligned_rows(kept.reshape(-1, outputs)) if ending == SLOPE else kept
     m, n, k, piece = tile.block_m, tile.block_n, tile.block_k, tile.block_n // tile.pieces
+    piece = head_dim // 2 or piece
+    length = 1 if cos is None else len(cos)
     _product_kernel[(min(processors * tile.programs, tiles),)](
         tiled(x, m, k), tiled(aligned_rows(weight), *((k, n) if transposed else (n, k))), tiled(out, m, piece),
-        None if kept is None else tiled(kept, m, piece), tiles,
+        None if kept is None else tiled(kept, m, piece), cos, sin, gain, rstd, tiles, length, rows,
         N=outputs, K=inputs, BM=m, BN=n, BK=k, PIECES=tile.pieces, TRANSPOSED=transposed, ENDING=ending,
+        HEAD=head_dim, Q=queries, G=keys, EPS=EPS,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
-    return out.contiguous().view(shape)
+    if out is not flat:
+        flat.copy_(out)
+    return result
 
 
 def empty_rows(like: Tensor, rows: int, columns: int) -> Tensor:

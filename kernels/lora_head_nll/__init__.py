@@ -2,10 +2,11 @@
 
     u   = h A^T;   z = h W^T + u B^T
     l   = c * tanh(z / c) / T                        c the softcap, T the temperature: it divides the logits
+                                                     c infinite: l = z / T, no softcap
     nll = logsumexp(l) - l[target]                   natural log
 
     dz  = dnll * (softmax(l) - onehot(target)) * (1 - tanh^2(z / c)) / T
-    dh  = dz W + (dz B) A;   dA = (dz B)^T h;   dB = dz^T u;   dW = dz^T h (without adapters only)
+    dh  = dz W + (dz B) A;   dA = (dz B)^T h;   dB = dz^T u;   dW = dz^T h
 
 h [B, S, D] (any leading dimensions without adapters), weight [V, D] in the same dtype: bf16, fp16 or fp32; lora_a
 [slots, R, D] and lora_b [slots, V, R] in any float dtype, cast to h's where they are multiplied, R up to 64; each
@@ -26,14 +27,19 @@ FLOPs: 2 B S V D for each of forward, dh and dW; 2 B S R (D + V) for each of for
 Bytes, bf16: h twice, E written once and read twice (dh, dB; dW), dh once.
 
 Slot -1 is no adapter; one past the pool is none either, and nobody's gradient. A slot named twice sums its gradients in
-the order of the rows. A target outside [0, V) is not scored: nll 0, no gradient (the reference knows -100 only;
-:func:`check_targets` finds the others). Refused: D that is no multiple of 16, ranks over 64, a weight that wants a
-gradient beside adapters. Hu et al. 2021 (adapters); Moshier's Cephes (tanh).
+the order of the rows. A target outside [0, V) is not scored: nll 0, no gradient; :func:`check_targets` finds those that
+are not -100. Refused: D that is no multiple of 16, ranks over 64, a softcap or temperature that is not above 0. Hu et
+al. 2021 (adapters); Moshier's Cephes (tanh).
 """
 
-from .launch import pick_config
-from .op import check_targets, lora_head_nll, lora_head_nll_grads_, softcap_nll
+from typing import TYPE_CHECKING
+
+from ...lazy import lazy_exports
 from .reference import lora_head_nll_ref, softcap_logits_ref, softcap_nll_ref
+
+if TYPE_CHECKING:
+    from .launch import pick_config
+    from .op import check_targets, lora_head_nll, lora_head_nll_grads_, softcap_nll
 
 __all__ = [
     "check_targets",
@@ -45,3 +51,5 @@ __all__ = [
     "softcap_nll",
     "softcap_nll_ref",
 ]
+
+__getattr__, __dir__ = lazy_exports(__name__)

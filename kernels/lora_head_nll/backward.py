@@ -15,6 +15,17 @@ def _row_factor(dnll_ptr, lse_ptr, at, mask):
     return factor
 
 
+@triton.jit(do_not_specialize=["rows"])
+def scale_rows(h_ptr, dnll_ptr, lse_ptr, out_ptr, rows, D: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr):
+    """out = factor * h, BLOCK rows [D] a program."""
+    row, column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, N)
+    factor = _row_factor(dnll_ptr, lse_ptr, row, row < rows)
+    at = row.to(tl.int64)[:, None] * D + column[None, :]
+    inside = (row < rows)[:, None] & (column < D)[None, :]
+    h = tl.load(h_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out_ptr + at, (h * factor[:, None]).to(out_ptr.dtype.element_ty), mask=inside)
+
+
 @triton.jit(do_not_specialize=["S", "slots"])
 def hidden_gradient(
     e_desc,

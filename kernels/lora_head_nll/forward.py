@@ -7,22 +7,26 @@ from ..dot import multiply_add
 
 
 @triton.jit
-def _softcap(z, softcap):
-    """tanh(z / softcap) and its slope 1 - tanh^2, with the relative error of fp32 for small arguments too.
+def _softcap(z, softcap, CAPPED: tl.constexpr):
+    """tanh(z / softcap) and its slope 1 - tanh^2, with the relative error of fp32 for small arguments too; without a
+    softcap z itself and 1.
 
     Below 0.625 an odd polynomial (coefficients of the Cephes library), above it 1 - 2 / (1 + exp(2 x)).
     """
-    x = z / softcap
-    s = x * x
-    tail = -5.70498872745e-3
-    tail = tail * s + 2.06390887954e-2
-    tail = tail * s - 5.37397155531e-2
-    tail = tail * s + 1.33314422036e-1
-    tail = tail * s - 3.33332819422e-1
-    rest = 2.0 / (1.0 + tl.exp(2.0 * tl.abs(x)))
-    far = tl.where(x < 0, rest - 1.0, 1.0 - rest)
-    t = tl.where(tl.abs(x) < 0.625, x + x * s * tail, far)
-    return t, 1.0 - t * t
+    if CAPPED:
+        x = z / softcap
+        s = x * x
+        tail = -5.70498872745e-3
+        tail = tail * s + 2.06390887954e-2
+        tail = tail * s - 5.37397155531e-2
+        tail = tail * s + 1.33314422036e-1
+        tail = tail * s - 3.33332819422e-1
+        rest = 2.0 / (1.0 + tl.exp(2.0 * tl.abs(x)))
+        far = tl.where(x < 0, rest - 1.0, 1.0 - rest)
+        t = tl.where(tl.abs(x) < 0.625, x + x * s * tail, far)
+        return t, 1.0 - t * t
+    else:
+        return z, tl.full(z.shape, 1.0, tl.float32)
 
 
 @triton.jit
@@ -69,12 +73,13 @@ def sweep(
     KEEP: tl.constexpr,
     HAS_LSE: tl.constexpr,
     BOUNDED: tl.constexpr,
+    CAPPED: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """One program takes BLOCK_S tokens of a batch row through the whole vocabulary. `gain` is softcap /
-    temperature and `scale` 1 / temperature.
+    temperature and `scale` 1 / temperature; `gain` is `scale` where nothing is CAPPED.
 
     HAS_LSE: the logsumexp is known, and E is the gradient of nll to z itself. Otherwise nll and the logsumexp come out,
     and with KEEP, which BOUNDED has to allow, an E that exp(-lse) normalises. The logsumexp is `top` + `lse`, the
@@ -105,7 +110,9 @@ def sweep(
             tl.store(u_ptr + at[:, None] * RANK_PADDED + r[None, :], u, mask=inside_s[:, None])
         low = u.to(DTYPE)
         du = tl.zeros((BLOCK_S, RANK_PADDED), tl.float32)
-    target = tl.load(targets_ptr + at, mask=inside_s, other=-1).to(tl.int32)
+    target = tl.load(targets_ptr + at, mask=inside_s, other=-1)
+    if target.dtype == tl.int64:
+        target = tl.where((target >= 0) & (target < V), target, -1).to(tl.int32)
     scored = (target >= 0) & (target < V)
     total = tl.zeros((BLOCK_S,), tl.float32)
     z_target = tl.zeros((BLOCK_S,), tl.float32)
@@ -126,7 +133,7 @@ def sweep(
             z = multiply_add(low, b.T, z)
         is_target = (n + v)[None, :] == target[:, None]
         if HAS_LSE:
-            t, slope = _softcap(z, softcap)
+            t, slope = _softcap(z, softcap, CAPPED)
             e = tl.exp((t * gain - top[:, None]) - lse[:, None])
             e = (e - tl.where(is_target, 1.0, 0.0)) * (slope * scale)
         else:
@@ -138,7 +145,7 @@ def sweep(
                 total += tl.sum(p, 1)
                 e = p * quarter
             else:
-                logits = tl.where(inside_v[None, :], _softcap(z, softcap)[0] * gain, float("-inf"))
+                logits = tl.where(inside_v[None, :], _softcap(z, softcap, CAPPED)[0] * gain, float("-inf"))
                 higher = tl.maximum(top, tl.max(logits, 1))
                 total = total * tl.exp(top - higher) + tl.sum(tl.exp(logits - higher[:, None]), 1)
                 top = higher
@@ -152,7 +159,7 @@ def sweep(
             p, quarter, t = _weighted(z_target, softcap, gain, scale)
             lse = tl.log(total) - tl.log(4.0 * scale)
         else:
-            t, _ = _softcap(z_target, softcap)
+            t, _ = _softcap(z_target, softcap, CAPPED)
             lse = tl.log(total)
         tl.store(nll_ptr + at, tl.where(scored, lse - (t * gain - top), 0.0), mask=inside_s)
         tl.store(top_ptr + at, top, mask=inside_s)

@@ -4,8 +4,9 @@ import torch
 from torch import Tensor
 
 from ..registration import custom_op
+from ..slots import is_in_pool
 from .launch import is_packed, launchable, outputs
-from .reference import lora_head_nll_ref, softcap_nll_ref
+from .reference import check_softcap, lora_head_nll_ref, softcap_nll_ref
 
 MAX_RANK = 64
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -152,13 +153,16 @@ def lora_head_nll(
     *,
     backend: str | None = None,
 ) -> Tensor:
-    """nll fp32 [B, S] of `targets` [B, S] for h [B, S, D], row b adapted by slot slots[b]; no gradient of `weight`."""
+    """nll fp32 [B, S] of `targets` [B, S] for h [B, S, D], row b adapted by slot slots[b]; gradients of h, weight,
+    lora_a and lora_b.
+    """
     if _takes_reference(h, weight, targets, softcap, temperature, backend, lora_a, lora_b, slots):
         return lora_head_nll_ref(h, weight, lora_a, lora_b, targets, softcap, temperature, slots)
-    keep = torch.is_grad_enabled() and any(t.requires_grad for t in (h, lora_a, lora_b))
+    keep = torch.is_grad_enabled() and any(t.requires_grad for t in (h, weight, lora_a, lora_b))
     return _head_nll(h, weight, lora_a, lora_b, slots, targets, softcap, temperature, keep)[0]
 
 
+@torch.no_grad()
 def lora_head_nll_grads_(
     h: Tensor,
     weight: Tensor,
@@ -174,7 +178,8 @@ def lora_head_nll_grads_(
     *,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """nll and dh in one call, for a loss whose gradient dnll fp32 [B, S] to nll is known before; no autograd.
+    """nll and dh in one call, for a loss whose gradient dnll fp32 [B, S] to nll is known before; no autograd, and no
+    gradient of `weight`.
 
     dA and dB are written into `dlora_a` and `dlora_b`, which may be views of a flat pool like the adapters themselves.
     Slots that no row names keep what they have there.
@@ -182,6 +187,8 @@ def lora_head_nll_grads_(
     reference = _takes_reference(h, weight, targets, softcap, temperature, backend, lora_a, lora_b, slots)
     if dnll.shape != targets.shape:
         raise ValueError(f"dnll is {list(dnll.shape)}; wanted: {list(targets.shape)}")
+    if not dnll.is_floating_point() or dnll.device != h.device:
+        raise ValueError(f"dnll is {dnll.dtype} on {dnll.device}; wanted: float32 on {h.device}")
     for name, grad, of in (("dlora_a", dlora_a, lora_a), ("dlora_b", dlora_b, lora_b)):
         if grad.shape != of.shape or grad.device != h.device or not is_packed(grad):
             raise ValueError(
@@ -194,9 +201,9 @@ def lora_head_nll_grads_(
         )
     leaves = [t.detach().requires_grad_() for t in (h, lora_a, lora_b)]
     with torch.enable_grad():
-        nll = lora_head_nll_ref(leaves[0], weight, *leaves[1:], targets, softcap, temperature, slots)
+        nll = lora_head_nll_ref(leaves[0], weight.detach(), *leaves[1:], targets, softcap, temperature, slots)
     dh, *grads = torch.autograd.grad(nll, leaves, dnll.to(nll.dtype))
-    named = torch.arange(len(lora_a), device=h.device) if slots is None else slots[slots >= 0].unique()
+    named = slice(None) if slots is None else slots[is_in_pool(slots, len(lora_a))].unique()
     for out, grad in zip((dlora_a, dlora_b), grads, strict=True):
         out[named] = grad[named].to(out.dtype)
     return nll.detach(), dh
@@ -223,8 +230,7 @@ def _takes_reference(
         raise ValueError(
             f"targets are {targets.dtype} {list(targets.shape)}; wanted: int32 or int64 {list(h.shape[:2])}"
         )
-    if not (softcap > 0 and temperature > 0):
-        raise ValueError(f"softcap is {softcap} and temperature {temperature}; both must be above 0")
+    check_softcap(softcap, temperature)
     if h.dtype != weight.dtype or not (reference or h.dtype in DTYPES):
         raise ValueError(f"h is {h.dtype} and weight {weight.dtype}; allowed: both bfloat16, float16 or float32")
     if not reference and h.size(2) % 16:
@@ -248,5 +254,3 @@ def _check_adapters(h: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, s
         raise ValueError(f"{lora_a.size(0)} adapters for {h.size(0)} batch rows: without slots they must be as many")
     if slots is not None and (slots.shape != h.shape[:1] or slots.dtype not in INTEGERS):
         raise ValueError(f"slots are {slots.dtype} {list(slots.shape)}; wanted: int32 or int64 [{h.size(0)}]")
-    if weight.requires_grad and torch.is_grad_enabled():
-        raise ValueError("weight requires a gradient; under adapters it is frozen: detach it")

@@ -1,14 +1,31 @@
 """The plain PyTorch statement of the head's loss, with and without adapters."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..slots import rows_of_slots
+
+NO_SOFTCAP = 2.0**64
+"""From here on, infinity included, a softcap is none: it would change no logit up to 2^38, not even in fp64."""
+
+
+def check_softcap(softcap: float, temperature: float) -> None:
+    """Raise ValueError where one of them is none that the ops take."""
+    if not (softcap > 0 and 0 < temperature < math.inf):
+        raise ValueError(
+            f"softcap is {softcap} and temperature {temperature}; both must be above 0, and temperature finite; "
+            "softcap=math.inf is no softcap"
+        )
+
 
 def softcap_logits_ref(z: Tensor, softcap: float, temperature: float = 1.0) -> Tensor:
-    """softcap * tanh(z / softcap) / temperature in fp32 (fp64 stays fp64)."""
+    """softcap * tanh(z / softcap) / temperature in fp32 (fp64 stays fp64); z / temperature if softcap is infinite."""
+    check_softcap(softcap, temperature)
     z = z if z.dtype == torch.float64 else z.float()
-    return softcap * torch.tanh(z / softcap) / temperature
+    return (softcap * torch.tanh(z / softcap) if softcap < NO_SOFTCAP else z) / temperature
 
 
 def softcap_nll_ref(h: Tensor, weight: Tensor, targets: Tensor, softcap: float, temperature: float = 1.0) -> Tensor:
@@ -28,11 +45,10 @@ def lora_head_nll_ref(
 ) -> Tensor:
     """nll [B, S] of `targets` [B, S] for h [B, S, D], batch row b adapted by slot slots[b] (b itself without slots).
 
-    A slot named twice sums its gradients; slot -1 is no adapter.
+    A slot named twice sums its gradients; -1, or any slot outside the pool, is no adapter.
     """
     if slots is not None:
-        named = (slots >= 0)[:, None, None]
-        lora_a, lora_b = (t[slots.clamp(min=0)] * named for t in (lora_a, lora_b))
+        lora_a, lora_b = rows_of_slots(lora_a, slots), rows_of_slots(lora_b, slots)
     inner = torch.bmm(h, lora_a.to(h.dtype).mT)
     z = torch.baddbmm(F.linear(h, weight), inner, lora_b.to(h.dtype).mT)
     return _nll(z, targets, softcap, temperature)
@@ -40,4 +56,6 @@ def lora_head_nll_ref(
 
 def _nll(z: Tensor, targets: Tensor, softcap: float, temperature: float) -> Tensor:
     logits = softcap_logits_ref(z, softcap, temperature)
-    return F.cross_entropy(logits.flatten(0, -2), targets.flatten().long(), reduction="none").view(targets.shape)
+    targets = targets.long()
+    scored = torch.where((targets >= 0) & (targets < z.size(-1)), targets, -100)
+    return F.cross_entropy(logits.flatten(0, -2), scored.flatten(), reduction="none").view(targets.shape)

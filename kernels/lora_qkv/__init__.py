@@ -2,12 +2,14 @@
 
     [q | k | v] = x W^T + (x A_p^T) B_p^T           p the projection (q, k or v) that an output belongs to
 
-    dx = dY W + sum_p t_p A_p      t_p = dY_p B_p      dA_p = t_p^T x      dB_p = dY_p^T (x A_p^T)      no dW
+    dx = dY W + sum_p t_p A_p      t_p = dY_p B_p      dA_p = t_p^T x      dB_p = dY_p^T (x A_p^T)
+    dW = dY^T x    where weight requires a gradient, by cuBLAS
 
 `lora_qkv_rope` goes on from the fp32 sums, head by head of q and k (z the rotation of n by the tables):
 
     n = y / rms(y)                 z = rotated n             q = gain[h] z                       k = z
-    dy = rstd gain[h] (dz - z' mean(dz z') / gain[h]^2) rotated back,  z' = gain[h] z what left, dz its gradient
+    dy = rstd gain[h] (dz - z' / l mean(dz z') / gain[h]^2) rotated back,  z' = gain[h] z what left, dz its gradient,
+                                                                   l = cos^2 + sin^2 of the tables, in general 1
 
 x [B, S, D]; weight [Nq+Nk+Nv, D], the three projections stacked; lora_a [slots, 3, R, D]; lora_b [slots, Nq+Nk+Nv, R];
 q, k, v [B, S, N_p]. Low-rank adaptation: Hu et al. 2021; rotation: Su et al. 2021. Sums are fp32; x A^T and t are
@@ -24,8 +26,15 @@ fixed order, without atomics: the same bits in every run, and a document's bits 
 up to 64, D and sizes multiples of 16, any S; tuned for ranks up to 16 in 16 bits.
 """
 
-from .op import check_slots, lora_qkv
+from typing import TYPE_CHECKING
+
+from ...lazy import lazy_exports
 from .reference import lora_qkv_ref, lora_qkv_rope_ref
-from .rope import lora_qkv_rope
+
+if TYPE_CHECKING:
+    from .op import check_slots, lora_qkv
+    from .rope import lora_qkv_rope
 
 __all__ = ["check_slots", "lora_qkv", "lora_qkv_ref", "lora_qkv_rope", "lora_qkv_rope_ref"]
+
+__getattr__, __dir__ = lazy_exports(__name__)

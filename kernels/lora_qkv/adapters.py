@@ -92,3 +92,10 @@ def launch_pack(
             numbers, rows, NQ=sizes[0], NK=sizes[1], R=rank, RT=stacked, BLOCK=PACK, num_warps=8,
         )  # fmt: skip
     return packed_a, packed_b
+
+
+def unpacked(packed_a: Tensor, packed_b: Tensor, rank: int, sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """A [B, 3, R, D] and B [B, N, R] of what :func:`launch_pack` made."""
+    parts = packed_b.split(list(sizes), dim=1)
+    lora_b = torch.cat([part[..., i * rank : (i + 1) * rank] for i, part in enumerate(parts)], dim=1)
+    return packed_a.unflatten(1, (3, rank)), lora_b

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..dot import multiply_add
 from ..tile import tiled
 from .adapters import Adapters
-from .tiles import PIECES, cleared, padded_rank, programs, stacked_rank, store_tile
+from .tiles import PIECES, cleared, padded_rank, programs, slot_in_pool, stacked_rank, store_tile
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def _dx_kernel(
             b, s, d = row // across, row % across * BM, tile % TD * BD
             slot = b
             if slots_ptr is not None:
-                slot = tl.load(slots_ptr + b).to(tl.int32)
+                slot = slot_in_pool(tl.load(slots_ptr + b), COUNT)
         g_d, n, first, place = q_d, step * BN, 0, 0
         if step >= CQ + CK:
             g_d, n, first, place = v_d, (step - CQ - CK) * BN, NQ + NK, 2 * R

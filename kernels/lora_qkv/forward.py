@@ -14,7 +14,7 @@ from ..rms_norm import EPS
 from ..tile import tiled
 from .adapters import Adapters
 from .heads import Rotary, gains, heads_at_once, turned_by_quarters, turned_whole
-from .tiles import PIECES, cleared, eighths, padded_rank, programs
+from .tiles import PIECES, cleared, eighths, padded_rank, programs, slot_in_pool
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def _forward_kernel(
             n = (column - tl.where(p == 0, 0, tl.where(p == 1, TQ, TQ + TK))) * BN
             slot = b
             if slots_ptr is not None:
-                slot = tl.load(slots_ptr + b).to(tl.int32)
+                slot = slot_in_pool(tl.load(slots_ptr + b), COUNT)
         first = tl.where(p == 0, 0, tl.where(p == 1, NQ, NQ + NK))
         x = x_d.load([b, s, step * BK]).reshape(BM, BK)
         w = w_d.load([first + n, step * BK])

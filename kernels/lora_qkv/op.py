@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..linear.op import linear_dweight
 from ..registration import custom_op
 from ..tile import aligned
 from .adapters import Adapters, adapters_of, launch_pack, packed_adapters
@@ -30,9 +31,9 @@ def lora_qkv(
 
     `sizes` is (Nq, Nk, Nv); three equal ones where it is left out. `slots` int32 or int64 [B] names the adapter of each
     document, -1 none; left out, document b has adapter b. Slots are not looked at on the host, and one past the pool
-    counts as -1 in the kernel: :func:`check_slots` finds it.
-    A slot named twice gets the sum of the gradients, added in the order of the batch. Gradients flow to x, lora_a and
-    lora_b, never to weight.
+    counts as -1: :func:`check_slots` finds it.
+    A slot named twice gets the sum of the gradients, added in the order of the batch. Gradients flow to x, weight,
+    lora_a and lora_b; that of weight is made by cuBLAS.
 
     The adapters may be views into a pool [slots, P], of x's dtype or fp32. Those of x's dtype whose rows lie on 16
     bytes are read in place; others take a launch more. With `grads`, two tensors shaped like lora_a and lora_b, of
@@ -187,15 +188,17 @@ def saved(x, weight, lora_a, lora_b, slots, xa, packed_a, packed_b) -> tuple[Ten
 
 
 def gradients(ctx, douts) -> tuple[Tensor | None, ...]:
-    """Of x, weight (None), lora_a and lora_b, by the gradients of the three projections."""
+    """Of x, weight, lora_a and lora_b, by the gradients of the three projections."""
     tensors = ctx.saved_tensors[:6]
-    needs_dx, _, needs_a, needs_b = ctx.needs_input_grad[:4]
-    da = db = None
+    needs_dx, needs_dweight, needs_a, needs_b = ctx.needs_input_grad[:4]
+    dx = dweight = da = db = None
     if ctx.grads[0] is not None:
         dx = backward_into_op(*douts, *tensors, *ctx.grads, needs_dx)
-    else:
+    elif needs_dx or needs_a or needs_b:
         dx, da, db = backward_op(*douts, *tensors, *ctx.lora, needs_dx, needs_a or needs_b)
-    return dx if needs_dx else None, None, da if needs_a else None, db if needs_b else None
+    if needs_dweight:
+        dweight = torch.cat([linear_dweight(dout, tensors[0]) for dout in douts])
+    return dx if needs_dx else None, dweight, da if needs_a else None, db if needs_b else None
 
 
 def _launch(dq, dk, dv, x, weight, a, b, xa, rank, slots, dx, da, db) -> None:

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..rotary import norm_rotary_ref
+from ..slots import rows_of_slots
 
 
 def lora_qkv_ref(
@@ -15,15 +16,12 @@ def lora_qkv_ref(
     sizes: tuple[int, int, int],
     slots: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k, v of width `sizes`. Adapters of another dtype are cast to x's. A slot named twice sums its gradients; slot
-    -1 is no adapter.
+    """q, k, v of width `sizes`. Adapters of another dtype are cast to x's. A slot named twice sums its gradients; -1,
+    or any slot outside the pool, is no adapter.
     """
     if slots is not None:
-        named = slots >= 0
-        lora_a = lora_a[slots.clamp(min=0)] * named[:, None, None, None]
-        lora_b = lora_b[slots.clamp(min=0)] * named[:, None, None]
-    batch, rank = x.size(0), lora_a.size(-2)
-    inner = torch.bmm(x, lora_a.to(x.dtype).reshape(batch, 3 * rank, -1).mT).split(rank, dim=-1)
+        lora_a, lora_b = rows_of_slots(lora_a, slots), rows_of_slots(lora_b, slots)
+    inner = torch.bmm(x, lora_a.to(x.dtype).flatten(1, 2).mT).split(lora_a.size(-2), dim=-1)
     base = F.linear(x, weight).split(sizes, dim=-1)
     outer = lora_b.to(x.dtype).split(sizes, dim=-2)
     return tuple(torch.baddbmm(b, i, o.mT) for b, i, o in zip(base, inner, outer, strict=True))

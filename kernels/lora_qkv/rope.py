@@ -7,8 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..registration import custom_op
-from ..tile import aligned
+from ..registration import custom_op, keep_output, refuse_gradients
+from ..tile import UNIT, aligned, off_unit
+from .adapters import unpacked
 from .forward import launch_forward, pick_forward_config
 from .heads import Rotary
 from .op import adapters_and_packed, fake_outputs, fake_packed, gradients, saved
@@ -31,8 +32,12 @@ def _turned_back(
     dright = tl.load(dout_ptr + HALF, inside[:, None], other=0.0).to(tl.float32)
     left = tl.load(out_ptr + at, inside[:, None], other=0.0).to(tl.float32)
     right = tl.load(out_ptr + HALF + at, inside[:, None], other=0.0).to(tl.float32)
-    # A rotation keeps the sum over a head: it can be taken before the way back. A gain of 0 lets no gradient through.
+    # What the norm takes away along a head is a sum that tables of any length keep: it is taken before the way back. A
+    # gain of 0 lets no gradient through.
     share = tl.sum(dleft * left + dright * right, 1) * (1.0 / D) * tl.where(gain == 0.0, 0.0, 1.0 / (gain * gain))
+    if off_unit(cos, sin) > UNIT:
+        inverse = 1.0 / (cos * cos + sin * sin)
+        left, right = left * inverse, right * inverse
     dleft, dright = dleft - left * share[:, None], dright - right * share[:, None]
     factor = (tl.load(rstd_ptr + rstd_at, inside, other=0.0) * gain)[:, None]
     dtype = dx_ptr.dtype.element_ty
@@ -48,14 +53,15 @@ def _heads_backward_kernel(
 ):  # fmt: skip
     """Program (block of tokens, head of q and then of k, document): the gradient before norm, rotation and gain.
 
-    With z = gain n rotated, all that is kept of a head: dx = rstd gain (dz - z mean(dz z) / gain^2) rotated back.
+    With z = gain n rotated, all that is kept of a head: dx = rstd gain (dz - z / l mean(dz z) / gain^2) rotated back,
+    l = cos^2 + sin^2 of the element's pair. Where all l of a tile are 1, nothing is divided.
     """
     HALF: tl.constexpr = D // 2
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     head, b = tl.program_id(1), tl.program_id(2)
     inside = token < S
     table = token[:, None] * HALF + tl.arange(0, HALF)
-    cos = tl.load(cos_ptr + table, inside[:, None], other=0.0)
+    cos = tl.load(cos_ptr + table, inside[:, None], other=1.0)
     sin = tl.load(sin_ptr + table, inside[:, None], other=0.0)
     row = b.to(tl.int64) * S + token
     if head < H:
@@ -91,10 +97,12 @@ def lora_qkv_rope(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """q, k and v as of :func:`lora_qkv`; each head of q and k is normed to rms 1, rotated, and q's times its gain.
 
-    cos and sin [S, head_dim/2] and gain [Nq/head_dim] are fp32 and get no gradient. The head is a row's head_dim
-    neighbours, whose halves rotate into each other (as in `norm_rotary`). Sums are fp32 until the one rounding at the
-    end. In the kernel head_dim is a power of two up to 128; up to 64 in fp32 and for ranks above 16. All else is as of
-    :func:`lora_qkv`.
+    cos and sin [S, head_dim/2] and gain [Nq/head_dim] are fp32; ValueError where one requires a gradient (that of gain
+    comes from `norm_rotary`). The tables may be scaled: cos^2 + sin^2 is whatever it is, but 0, whose gradient is NaN.
+    The head is a row's head_dim neighbours, whose halves rotate into each other (as in `norm_rotary`). Sums are fp32
+    until the one rounding at the end. In the kernel head_dim is a power of two up to 128; up to 64 in fp32 and for
+    ranks above 16. q and k may be changed in place: the backward, which reads them, then makes them again. All else is
+    as of :func:`lora_qkv`.
     """
     backend, sizes, slots = validate(x, weight, lora_a, lora_b, slots, sizes, grads, backend)
     validate_heads(x, lora_a, cos, sin, gain, sizes, head_dim, backend)
@@ -163,6 +171,7 @@ def _(dq, dk, q, k, rstd_q, rstd_k, cos, sin, gain):
 def _setup(ctx, inputs, output):
     x, weight, lora_a, lora_b, cos, sin, gain, slots, sizes, _, grad_a, grad_b = inputs
     q, k, _, xa, packed_a, packed_b, rstd_q, rstd_k = output
+    (q, ctx.is_q_changed), (k, ctx.is_k_changed) = keep_output(q), keep_output(k)
     heads = q, k, rstd_q, rstd_k, cos, sin, gain
     ctx.save_for_backward(*saved(x, weight, lora_a, lora_b, slots, xa, packed_a, packed_b), *heads)
     ctx.lora = lora_a.size(0), lora_a.size(2), lora_a.dtype
@@ -172,9 +181,13 @@ def _setup(ctx, inputs, output):
 
 
 def _backward(ctx, *douts):
-    x, heads = ctx.saved_tensors[0], ctx.saved_tensors[6:]
+    (x, weight, a, b, _, slots), (q, k, *heads) = ctx.saved_tensors[:6], ctx.saved_tensors[6:]
+    if ctx.is_q_changed() or ctx.is_k_changed():
+        lora = (a, b, slots) if a.dim() == 4 else (*unpacked(a, b, ctx.lora[1], ctx.sizes), None)
+        cos, sin, gain = heads[2:]
+        q, k, *_ = _op(x, weight, *lora[:2], cos, sin, gain, lora[2], ctx.sizes, 2 * cos.size(1), None, None)
     dq, dk, dv = (x.new_zeros(*x.shape[:2], n) if d is None else d for d, n in zip(douts[:3], ctx.sizes, strict=True))
-    return *gradients(ctx, (*_heads_backward_op(dq, dk, *heads), dv)), *(None,) * 8
+    return *gradients(ctx, (*_heads_backward_op(dq, dk, q, k, *heads), dv)), *(None,) * 8
 
 
 _op.register_autograd(_backward, setup_context=_setup)
@@ -182,6 +195,8 @@ _op.register_autograd(_backward, setup_context=_setup)
 
 def validate_heads(x, lora_a, cos, sin, gain, sizes, head_dim, backend) -> None:
     """Raises ValueError on heads and tables that the backend does not take."""
+    refuse_gradients("detach it", cos=cos, sin=sin)
+    refuse_gradients("detach it, or use lora_qkv and norm_rotary", gain=gain)
     if head_dim < 2 or head_dim % 2 or any(size % head_dim for size in sizes[:2]):
         raise ValueError(f"head_dim is {head_dim} and sizes {tuple(sizes)}; wanted an even divisor of the first two")
     for name, tensor, shape in (

@@ -26,6 +26,12 @@ def stacked_rank(rank: int) -> int:
 
 
 @triton.jit
+def slot_in_pool(slot, count):
+    """`slot` as the copy engine takes it; -1, of which it reads zeros, where there is no such row."""
+    return tl.where((slot >= 0) & (slot < count), slot, -1).to(tl.int32)
+
+
+@triton.jit
 def cleared(M: tl.constexpr, N: tl.constexpr, dtype: tl.constexpr):
     """Zeros [M, N] in fp32 for the sums of the next tile.
 

@@ -40,18 +40,23 @@ def validate(x, weight, lora_a, lora_b, slots, sizes, grads, backend) -> tuple[s
     given = [x, weight, lora_a, lora_b, *(grads or ()), *(() if slots is None else (slots,))]
     if len({tensor.device for tensor in given}) != 1:
         raise ValueError(f"tensors lie on {', '.join(sorted({str(t.device) for t in given}))}; wanted one device")
+    if weight.dtype != x.dtype or not lora_a.is_floating_point() or lora_b.dtype != lora_a.dtype:
+        raise ValueError(
+            f"x is {_told(x)}, weight {_told(weight)}, lora_a {_told(lora_a)} and lora_b {_told(lora_b)}; "
+            "wanted one dtype of x and weight, and one of lora_a and lora_b"
+        )
     sizes = [rows // 3] * 3 if sizes is None else [int(size) for size in sizes]
     if backend == "triton":
-        _validate_kernel(x, weight, lora_a, lora_b, sizes, rank)
+        _validate_kernel(x, lora_a, lora_b, sizes, rank)
     elif grads is not None:
         raise ValueError("grads: the reference has no backward of its own to write them; use backend='triton'")
     return backend, sizes, None if slots is None else slots.contiguous()
 
 
-def _validate_kernel(x, weight, lora_a, lora_b, sizes, rank) -> None:
-    if x.dtype not in DTYPES or weight.dtype != x.dtype:
-        raise ValueError(f"x is {_told(x)} and weight {_told(weight)}; wanted one dtype of {DTYPES}")
-    if lora_a.dtype not in (x.dtype, torch.float32) or lora_b.dtype != lora_a.dtype:
+def _validate_kernel(x, lora_a, lora_b, sizes, rank) -> None:
+    if x.dtype not in DTYPES:
+        raise ValueError(f"x is {_told(x)}; the kernel wants bfloat16, float16 or float32")
+    if lora_a.dtype not in (x.dtype, torch.float32):
         raise ValueError(
             f"lora_a is {_told(lora_a)} and lora_b {_told(lora_b)}; wanted both {x.dtype} or torch.float32"
         )

@@ -13,9 +13,11 @@ reference.py states it, plan.py puts the products of all matrices in order, prod
 chained.py in one launch, edges.py does what comes before and after, op.py decides what runs where.
 """
 
-from .op import muon_apply_, muon_updates, newton_schulz, pick_backend, pick_config, pick_form
-from .products import NewtonSchulzConfig
+from typing import TYPE_CHECKING
+
+from ...lazy import lazy_exports
 from .reference import (
+    EPS,
     JORDAN,
     coefficients_of,
     muon_apply_ref_,
@@ -24,9 +26,25 @@ from .reference import (
     update_scale,
 )
 
+if TYPE_CHECKING:
+    from .op import (
+        MuonDirections,
+        check_apart,
+        muon_apply_,
+        muon_updates,
+        newton_schulz,
+        pick_backend,
+        pick_config,
+        pick_form,
+    )
+    from .products import NewtonSchulzConfig
+
 __all__ = [
+    "EPS",
     "JORDAN",
+    "MuonDirections",
     "NewtonSchulzConfig",
+    "check_apart",
     "coefficients_of",
     "muon_apply_",
     "muon_apply_ref_",
@@ -39,3 +57,5 @@ __all__ = [
     "pick_form",
     "update_scale",
 ]
+
+__getattr__, __dir__ = lazy_exports(__name__)

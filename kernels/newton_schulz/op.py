@@ -7,15 +7,17 @@ import torch
 from torch import Tensor
 
 from ..registration import custom_op
-from .edges import PIECE, Layouts, Pieces, apply_updates, fill_arena, pieces_of
+from .edges import PIECE, Layouts, Pieces, apply_updates, fill_arena, measure, pieces_of
 from .plan import Plan, Shapes, plan_of, result_layout
 from .products import NewtonSchulzConfig, run_products
 from .reference import (
     coefficients_of,
+    muon_advanced_ref,
     muon_apply_ref_,
-    muon_updates_ref,
+    muon_directions_ref,
     newton_schulz_ref,
     result_dtype,
+    spelled,
     update_scale,
 )
 
@@ -33,7 +35,6 @@ def pick_form(rows: int, columns: int) -> str:
     return "gram" if max(rows, columns) >= 2 * min(rows, columns) else "standard"
 
 
-@torch.compiler.assume_constant_result
 def pick_backend(device: torch.device) -> str:
     """'triton' where the kernels run, which is on Hopper; 'reference' elsewhere."""
     runs = device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
@@ -108,24 +109,25 @@ def _layouts(tensors: Sequence[Tensor]) -> Layouts:
     return tuple((tuple(t.size()), tuple(t.stride())) for t in tensors)
 
 
-def _run(
-    tensors: Sequence[Tensor],
-    momenta: Sequence[Tensor] | None,
-    momentum: float | Tensor,
-    nesterov: bool,
-    steps: int,
-    coefficients: str,
-    forms: Sequence[str],
-    dtype: torch.dtype,
-) -> Tensor:
-    """Orthogonal matrices of tensors [B, rows, columns], packed; :func:`_unpack` finds them."""
+def _tables(
+    tensors: Sequence[Tensor], steps: int, coefficients: str, forms: Sequence[str], dtype: torch.dtype
+) -> tuple[NewtonSchulzConfig, Plan, Pieces]:
+    """How tensors [B, rows, columns] are orthogonalised."""
     layouts, device = _layouts(tensors), tensors[0].device
+    _check_device(device)
     config = pick_config(_shapes(layouts, forms), dtype, tensors[0].is_cuda)
     plan, pieces = _lasting(_layout(layouts, steps, coefficients, tuple(forms), config, device), device)
+    return config, plan, pieces
+
+
+def _arena(config: NewtonSchulzConfig, plan: Plan, dtype: torch.dtype, device: torch.device) -> Tensor:
     inner = torch.float32 if dtype == torch.float32 else torch.float16
-    arena = torch.empty(plan.arena_rows, config.panel, device=device, dtype=inner)
-    result = torch.empty(plan.result_rows, plan.result_columns, device=device, dtype=dtype)
-    fill_arena(tensors, momenta, momentum, nesterov, pieces, arena)
+    return torch.empty(plan.arena_rows, config.panel, device=device, dtype=inner)
+
+
+def _multiplied(config: NewtonSchulzConfig, plan: Plan, arena: Tensor, dtype: torch.dtype) -> Tensor:
+    """Orthogonal matrices of what `arena` holds, packed; :func:`_unpack` finds them."""
+    result = torch.empty(plan.result_rows, plan.result_columns, device=arena.device, dtype=dtype)
     run_products(plan, arena, result, config)
     return result
 
@@ -153,7 +155,10 @@ def _unpack(result: Tensor, tensors: Sequence[Tensor], forms: Sequence[str]) -> 
 def _newton_schulz(
     matrices: list[Tensor], steps: int, coefficients: str, gram: list[bool], dtype: torch.dtype
 ) -> Tensor:
-    return _run(matrices, None, 0.0, True, steps, coefficients, _names(gram), dtype)
+    config, plan, pieces = _tables(matrices, steps, coefficients, _names(gram), dtype)
+    arena = _arena(config, plan, dtype, matrices[0].device)
+    fill_arena(matrices, None, 0.0, True, pieces, arena, *measure(matrices, None, 0.0, True, pieces))
+    return _multiplied(config, plan, arena, dtype)
 
 
 @_newton_schulz.register_fake
@@ -161,8 +166,8 @@ def _(matrices, steps, coefficients, gram, dtype):
     return _empty_result(matrices, _names(gram), dtype)
 
 
-@custom_op("klora::muon_updates", mutates_args=("momenta",))
-def _muon_updates(
+@custom_op("klora::muon_norms", mutates_args=())
+def _muon_norms(
     gradients: list[Tensor],
     momenta: list[Tensor],
     momentum: float,
@@ -172,13 +177,55 @@ def _muon_updates(
     coefficients: str,
     gram: list[bool],
     dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    rate = momentum if momentum_on_device is None else momentum_on_device
+    _, _, pieces = _tables(gradients, steps, coefficients, _names(gram), dtype)
+    return measure(gradients, momenta, rate, nesterov, pieces)
+
+
+@_muon_norms.register_fake
+def _(gradients, momenta, momentum, momentum_on_device, nesterov, steps, coefficients, gram, dtype):
+    first = gradients[0]
+    return first.new_empty(len(gradients), 2, dtype=torch.float32), first.new_empty((), dtype=torch.int32)
+
+
+@custom_op("klora::muon_updates", mutates_args=("momenta", "skipped"))
+def _muon_updates(
+    gradients: list[Tensor],
+    momenta: list[Tensor],
+    inverses: Tensor,
+    finite: Tensor,
+    skipped: Tensor | None,
+    momentum: float,
+    momentum_on_device: Tensor | None,
+    nesterov: bool,
+    steps: int,
+    coefficients: str,
+    gram: list[bool],
+    dtype: torch.dtype,
 ) -> Tensor:
     rate = momentum if momentum_on_device is None else momentum_on_device
-    return _run(gradients, momenta, rate, nesterov, steps, coefficients, _names(gram), dtype)
+    config, plan, pieces = _tables(gradients, steps, coefficients, _names(gram), dtype)
+    arena = _arena(config, plan, dtype, gradients[0].device)
+    fill_arena(gradients, momenta, rate, nesterov, pieces, arena, inverses, finite, skipped)
+    return _multiplied(config, plan, arena, dtype)
 
 
 @_muon_updates.register_fake
-def _(gradients, momenta, momentum, momentum_on_device, nesterov, steps, coefficients, gram, dtype):
+def _(
+    gradients,
+    momenta,
+    inverses,
+    finite,
+    skipped,
+    momentum,
+    momentum_on_device,
+    nesterov,
+    steps,
+    coefficients,
+    gram,
+    dtype,
+):
     return _empty_result(gradients, _names(gram), dtype)
 
 
@@ -194,6 +241,7 @@ def _muon_apply(
 ) -> None:
     layouts = _layouts(parameters)
     strides, device = tuple(u.stride(-2) for u in updates), parameters[0].device
+    _check_device(device)
     pieces, scales = _lasting(_targets(layouts, strides, scale, device), device)
     if lr_on_device is None:
         apply_updates(parameters, updates, scales, lr, weight_decay, pieces)
@@ -209,39 +257,108 @@ def _(parameters, updates, lr, weight_decay, lr_on_device, weight_decay_on_devic
 def newton_schulz(
     matrices: Tensor | Sequence[Tensor],
     steps: int = 5,
-    coefficients: str = "jordan",
+    coefficients: str | Sequence[float] = "jordan",
     dtype: torch.dtype | None = None,
     form: str | None = None,
     backend: str | None = None,
 ) -> Tensor | list[Tensor]:
     """Orthogonalise one tensor [..., m, n], or each of a list of tensors of any such shapes -> the same shapes.
 
-    `coefficients`: 'jordan' or 'polar_express'. `dtype` of the result: bf16 on a GPU, as given on a CPU. Results of a
-    list are parts of one tensor. `form`: 'standard' or 'gram' in place of the one picked for each shape. `backend`:
-    'triton' or 'reference'; None takes the kernel on a GPU. A matrix of zeros, or with an entry that is no finite
-    number, gives zeros. There is no gradient.
+    `coefficients`: 'jordan', 'polar_express', or three numbers for every step. `dtype` of the result: bf16 on a GPU,
+    as given on a CPU. Results of a list are parts of one tensor. `form`: 'standard' or 'gram' in place of the one
+    picked for each shape. `backend`: 'triton' or 'reference'; None takes the kernel on a GPU, but for float64. A matrix
+    of zeros, or with an entry that is no finite number, gives zeros. A batch of no matrices gives one. Strides and
+    alignment are free, and entries may share memory. There is no gradient.
+
+    Raises ValueError for a tensor that is not [..., m, n] with m and n above 0 or not of floating point, for a list of
+    several dtypes or devices, and for settings out of range.
     """
     is_one = isinstance(matrices, Tensor)
     tensors = [matrices] if is_one else list(matrices)
-    if not tensors:
-        return []
-    _check(tensors)
+    _check("matrices", tensors)
     coefficients_of(coefficients, steps)
     if form not in (None, "standard", "gram"):
         raise ValueError(f"form={form!r} is not possible; allowed: 'standard', 'gram' or None")
+    if not tensors:
+        _check_backend(backend)
+        return []
     first = tensors[0]
     dtype = dtype or result_dtype(first)
-    if not _takes_kernel(first, backend):
+    if not _takes_kernel(first, backend, dtype):
         results = [newton_schulz_ref(t, steps, dtype, coefficients) for t in tensors]
         return results[0] if is_one else results
-    for t in tensors:
-        if t.dtype not in DTYPES or dtype not in DTYPES:
-            raise ValueError(f"{t.dtype} -> {dtype} is not possible; allowed: {DTYPES}, or backend='reference'")
     flat = [t.detach().reshape(-1, *t.shape[-2:]) for t in tensors]
-    forms = [form or pick_form(*t.shape[-2:]) for t in tensors]
-    packed = _newton_schulz(flat, steps, coefficients, [f == "gram" for f in forms], dtype)
-    results = [view.reshape(t.shape) for view, t in zip(_unpack(packed, flat, forms), tensors, strict=True)]
+    full = [t for t in flat if t.numel()]
+    views = iter(())
+    if full:
+        forms = [form or pick_form(*t.shape[-2:]) for t in full]
+        packed = _newton_schulz(full, steps, spelled(coefficients), [f == "gram" for f in forms], dtype)
+        views = iter(_unpack(packed, full, forms))
+    results = [
+        next(views).reshape(t.shape) if t.numel() else torch.empty(t.shape, dtype=dtype, device=t.device)
+        for t in tensors
+    ]
     return results[0] if is_one else results
+
+
+class MuonDirections:
+    """The first half of :func:`muon_updates`, which only reads; :meth:`updates` is the second.
+
+    In between, several of them can agree on whether the step of all is taken: `finite`, an int32 scalar on their
+    device, is 1 if every mu m + g is finite, else 0. Arguments and errors are those of :func:`muon_updates`.
+    """
+
+    def __init__(
+        self,
+        gradients: Sequence[Tensor],
+        momenta: Sequence[Tensor],
+        momentum: float | Tensor,
+        nesterov: bool = True,
+        steps: int = 5,
+        coefficients: str | Sequence[float] = "jordan",
+        backend: str | None = None,
+    ):
+        _check("gradients", gradients, 2)
+        _check("momenta", momenta, 2)
+        _check_alike("gradients", gradients, "momenta", momenta)
+        check_apart(momenta, gradients)
+        coefficients_of(coefficients, steps)
+        first = gradients[0]
+        self.momenta = [m.detach() for m in momenta]
+        self.gradients = [_laid_out_as(g.detach(), m) for g, m in zip(gradients, self.momenta, strict=True)]
+        self.momentum = _rate("momentum", momentum, first.device)
+        self.settings = nesterov, steps, spelled(coefficients)
+        self.runs_kernel = _takes_kernel(first, backend, momenta[0].dtype)
+        if self.runs_kernel:
+            self.forms = [pick_form(*t.shape) for t in self.gradients]
+            self.inverses, self.finite = _muon_norms(*self._lists(), *self._rest())
+        else:
+            self.advanced, self.finite = muon_advanced_ref(self.gradients, self.momenta, self.momentum)
+
+    def updates(self, finite: Tensor | None = None, skipped: Tensor | None = None) -> list[Tensor]:
+        """Advance the momenta in place and return the updates; or if `finite` is 0, leave them and return NaN.
+
+        `finite` None is their own. `skipped`, an int64 scalar, grows by one if `finite` is 0.
+        """
+        finite = self.finite if finite is None else finite
+        if not self.runs_kernel:
+            if skipped is not None:
+                skipped.add_(1 - finite)
+            return muon_directions_ref(
+                self.gradients, self.momenta, self.advanced, finite, self.momentum, *self.settings
+            )
+        lists = self._lists()
+        packed = _muon_updates(*lists, self.inverses, finite, skipped, *self._rest())
+        return [view[0] for view in _unpack(packed, lists[0], self.forms)]
+
+    def _lists(self) -> tuple[list[Tensor], list[Tensor]]:
+        return [g[None] for g in self.gradients], [m[None] for m in self.momenta]
+
+    def _rest(self) -> tuple:
+        """What both operators take after their tensors."""
+        number, on_device = (0.0, self.momentum) if isinstance(self.momentum, Tensor) else (self.momentum, None)
+        dtype = torch.float16 if self.gradients[0].is_cuda else torch.float32
+        return number, on_device, *self.settings, [f == "gram" for f in self.forms], dtype
 
 
 def muon_updates(
@@ -250,22 +367,22 @@ def muon_updates(
     momentum: float | Tensor,
     nesterov: bool = True,
     steps: int = 5,
-    coefficients: str = "jordan",
+    coefficients: str | Sequence[float] = "jordan",
     backend: str | None = None,
 ) -> list[Tensor]:
-    """m <- mu m + g in place, then NS(g + mu m), or NS(m) -> the updates, fp16 on a GPU, in the gradients' shapes."""
-    _check(gradients)
-    if not _takes_kernel(gradients[0], backend):
-        return muon_updates_ref(gradients, momenta, momentum, nesterov, steps, coefficients)
-    flat = [t.detach()[None] for t in gradients]
-    forms = [pick_form(*t.shape) for t in gradients]
-    dtype = torch.float16 if flat[0].is_cuda else torch.float32
-    number, on_device = (0.0, momentum) if isinstance(momentum, Tensor) else (momentum, None)
-    gram = [f == "gram" for f in forms]
-    packed = _muon_updates(
-        flat, [m[None] for m in momenta], number, on_device, nesterov, steps, coefficients, gram, dtype
-    )
-    return [view[0] for view in _unpack(packed, flat, forms)]
+    """m <- mu m + g in place, then NS(g + mu m), or NS(m) -> the updates, fp16 on a GPU, in the gradients' shapes.
+
+    Matrices are [m, n]. If any mu m + g has an entry that is no finite number (its gradient has one, or the sum
+    overflows), the whole step is skipped: every m stays as it is, and every update is NaN, which :func:`muon_apply_`
+    leaves out. Nothing waits for the GPU. There is no gradient.
+
+    Raises ValueError for what is no matrix of floating point, for lists of several dtypes or devices or of different
+    shapes, and for momenta that share memory with each other or with a gradient.
+    """
+    if not gradients and not momenta:
+        _check_backend(backend)
+        return []
+    return MuonDirections(gradients, momenta, momentum, nesterov, steps, coefficients, backend).updates()
 
 
 def muon_apply_(
@@ -276,13 +393,27 @@ def muon_apply_(
     scale: str = "original",
     backend: str | None = None,
 ) -> None:
-    """W <- (1 - lr * decay) W - lr * update_scale * u, in place."""
-    if not _takes_kernel(parameters[0], backend):
-        muon_apply_ref_(parameters, updates, lr, weight_decay, scale)
+    """W <- (1 - lr * decay) W - lr * update_scale * u, in place; an entry stays as it is where u is NaN.
+
+    So a skipped step of :func:`muon_updates` changes nothing. Parameters may require gradients; none is recorded.
+
+    Raises ValueError for what is no matrix [m, n] of floating point, for lists of several dtypes or devices or of
+    different shapes, and for parameters that share memory.
+    """
+    update_scale(1, 1, scale)
+    if not parameters and not updates:
+        _check_backend(backend)
         return
-    rates = [lr, weight_decay]
+    _check("parameters", parameters, 2)
+    _check("updates", updates, 2)
+    _check_alike("parameters", parameters, "updates", updates)
+    check_apart(parameters, updates)
+    device = parameters[0].device
+    rates = [_rate("lr", lr, device), _rate("weight_decay", weight_decay, device)]
+    if not _takes_kernel(parameters[0], backend, updates[0].dtype):
+        muon_apply_ref_(parameters, updates, *rates, scale)
+        return
     if any(isinstance(rate, Tensor) for rate in rates):
-        device = parameters[0].device
         on_device = [
             r if isinstance(r, Tensor) else torch.full((), r, dtype=torch.float32, device=device) for r in rates
         ]
@@ -290,29 +421,119 @@ def muon_apply_(
     else:
         on_device = [None, None]
     flat = [p.detach()[None] for p in parameters]
-    _muon_apply(flat, [u[None] for u in updates], *rates, *on_device, scale)
+    side_by_side = [u.detach() if u.stride(-1) == 1 else u.detach().contiguous() for u in updates]
+    _muon_apply(flat, [u[None] for u in side_by_side], *rates, *on_device, scale)
 
 
-def _takes_kernel(tensor: Tensor, backend: str | None) -> bool:
+def check_apart(written: Sequence[Tensor], read: Sequence[Tensor] = ()) -> None:
+    """ValueError for a written tensor whose entries share memory, with each other or with another tensor.
+
+    Of two tensors with gaps in them, only those that start at one address are found.
+    """
+    if torch.compiler.is_compiling():
+        return
+    spans = []
+    for is_written, tensors in ((True, written), (False, read)):
+        for t in tensors:
+            if t.device.type == "meta" or not t.numel():
+                continue
+            is_dense = t.is_contiguous()
+            if not is_dense:
+                sizes = sorted((stride, size) for size, stride in zip(t.shape, t.stride(), strict=True) if size > 1)
+                reach = 1
+                for stride, size in sizes:
+                    if is_written and stride < reach:
+                        raise ValueError(
+                            f"a matrix of shape {tuple(t.shape)} and strides {t.stride()} is written, but its entries "
+                            "share memory; allowed: none do. Give a copy: tensor.clone()"
+                        )
+                    reach += (size - 1) * stride
+                is_dense = reach == t.numel()
+            start = t.data_ptr()
+            spans.append((start, start + t.numel() * t.itemsize if is_dense else start + 1, is_written))
+    spans.sort()
+    end_written = end_read = 0
+    for start, end, is_written in spans:
+        if start < end_written or (is_written and start < end_read):
+            raise ValueError(
+                "two matrices of one call share memory, and one of them is written; allowed: each has its own. Give "
+                "each once, or a copy: tensor.clone()"
+            )
+        if is_written:
+            end_written = max(end_written, end)
+        else:
+            end_read = max(end_read, end)
+
+
+def _laid_out_as(tensor: Tensor, other: Tensor) -> Tensor:
+    """`tensor` with the strides of `other`: itself where it has them."""
+    if tensor.stride() == other.stride():
+        return tensor
+    copy = torch.empty_strided(other.shape, other.stride(), dtype=tensor.dtype, device=tensor.device)
+    return copy.copy_(tensor)
+
+
+def _rate(name: str, rate: float | Tensor, device: torch.device) -> float | Tensor:
+    """A number, or a scalar tensor on `device`: fp32 for the kernels. One that is elsewhere is read."""
+    if not isinstance(rate, Tensor):
+        return float(rate)
+    if rate.numel() != 1:
+        raise ValueError(f"{name} is a tensor of shape {tuple(rate.shape)}; allowed: a number or a tensor of one")
+    if rate.device != device:
+        return float(rate)
+    return rate.detach().reshape(()).to(torch.float32)
+
+
+def _check_backend(backend: str | None) -> None:
     if backend not in (None, "triton", "reference"):
         raise ValueError(f"backend={backend!r} is not possible; allowed: 'triton', 'reference' or None")
-    takes = backend == "triton" or (backend is None and tensor.is_cuda)
-    runs = pick_backend(tensor.device) == "triton" or not tensor.is_cuda  # off the GPU, in Triton's interpreter
-    if takes and not runs:
-        raise ValueError("the kernels need compute capability 9.0 (Hopper); allowed here: backend='reference'")
+
+
+def _takes_kernel(tensor: Tensor, backend: str | None, other: torch.dtype) -> bool:
+    """Whether the kernels run on `tensor` beside one of dtype `other`; ValueError if they are asked to and cannot."""
+    _check_backend(backend)
+    is_served = tensor.dtype in DTYPES and other in DTYPES
+    takes = backend == "triton" or (backend is None and tensor.is_cuda and is_served)
+    if takes and not is_served:
+        raise ValueError(
+            f"{tensor.dtype} with {other} is not possible for the kernels; allowed: {DTYPES}, or backend='reference'"
+        )
     return takes
 
 
-def _check(tensors: Sequence[Tensor]) -> None:
-    """ValueError for what is no matrix, and for a list that is not of one kind."""
-    first = tensors[0]
+def _check_device(device: torch.device) -> None:
+    """ValueError for a GPU that the kernels do not run on. Inside the ops, where no compiler traces it.
+
+    Off the GPU they run in Triton's interpreter.
+    """
+    if device.type == "cuda" and pick_backend(device) != "triton":
+        raise ValueError("the kernels need compute capability 9.0 (Hopper); allowed here: backend='reference'")
+
+
+def _check(name: str, tensors: Sequence[Tensor], ndim: int | None = None) -> None:
+    """ValueError for what is no matrix, or not of `ndim` dimensions, and for a list that is not of one kind."""
     for t in tensors:
-        if t.ndim < 2 or 0 in t.shape:
-            raise ValueError(f"a tensor of shape {tuple(t.shape)} is not possible; allowed: [..., m, n], none 0")
+        if t.ndim < 2 or 0 in t.shape[-2:] or t.ndim != (ndim or t.ndim):
+            allowed = "[m, n]" if ndim == 2 else "[..., m, n]"
+            raise ValueError(
+                f"{name}: a tensor of shape {tuple(t.shape)} is not possible; allowed: {allowed}, m and n above 0"
+            )
         if not t.is_floating_point():
-            raise ValueError(f"a tensor of {t.dtype} is not possible; allowed: floating point")
+            raise ValueError(f"{name}: a tensor of {t.dtype} is not possible; allowed: floating point")
+        if t.layout != torch.strided:
+            raise ValueError(f"{name}: a tensor of layout {t.layout} is not possible; allowed: dense, t.to_dense()")
+        first = tensors[0]
         if (t.dtype, t.device) != (first.dtype, first.device):
             raise ValueError(
-                f"tensors of {first.dtype} on {first.device} and {t.dtype} on {t.device} are not possible in one call; "
-                "allowed: one dtype on one device"
+                f"{name}: tensors of {first.dtype} on {first.device} and {t.dtype} on {t.device} are not possible in "
+                "one call; allowed: one dtype on one device"
             )
+
+
+def _check_alike(name: str, tensors: Sequence[Tensor], other_name: str, others: Sequence[Tensor]) -> None:
+    """ValueError unless both lists have the same shapes on one device."""
+    shapes, other_shapes = ([tuple(t.shape) for t in some] for some in (tensors, others))
+    if shapes != other_shapes:
+        raise ValueError(f"{name} have shapes {shapes}, {other_name} {other_shapes}; allowed: the same, one by one")
+    if tensors[0].device != others[0].device:
+        raise ValueError(f"{name} are on {tensors[0].device}, {other_name} on {others[0].device}; allowed: one device")

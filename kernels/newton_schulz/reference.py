@@ -1,5 +1,6 @@
 """Newton-Schulz and Muon in plain PyTorch: the coefficient sets, and the statements that the kernels are held to."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -27,18 +28,37 @@ SAFETY = 1.01
 """polar_express takes x / SAFETY instead of x, so that rounding above 1 is not driven away from 1."""
 EPS = 1e-7
 """Added to the Frobenius norm: a matrix of zeros stays zeros."""
+SHRINK = 2.0**-4
+"""Factor of a direction and of EPS beside it, which changes no other bit of the result: g + mu m of the largest finite
+numbers stays finite, and 1 / x normal."""
 
 
-def coefficients_of(name: str, steps: int) -> list[Coefficients]:
-    """(a, b, c) of each of `steps` steps of the set `name`, 'jordan' or 'polar_express'."""
-    if steps < 1:
+def coefficients_of(coefficients: str | Sequence[float], steps: int) -> list[Coefficients]:
+    """(a, b, c) of each of `steps` steps: of 'jordan', of 'polar_express', or the same three given numbers.
+
+    The numbers are a sequence, or text as :func:`spelled` writes it.
+    """
+    if not isinstance(steps, int) or steps < 1:
         raise ValueError(f"steps={steps} is not possible; allowed: 1 or more")
-    if name == "jordan":
+    if coefficients == "jordan":
         return [JORDAN] * steps
-    if name == "polar_express":
+    if coefficients == "polar_express":
         safe = [(a / SAFETY, b / SAFETY**3, c / SAFETY**5) for a, b, c in _POLAR]
         return (safe + [_TAYLOR] * steps)[:steps]
-    raise ValueError(f"coefficients={name!r} is not possible; allowed: 'jordan', 'polar_express'")
+    try:
+        a, b, c = map(float, coefficients.split(",") if isinstance(coefficients, str) else coefficients)
+    except (TypeError, ValueError):
+        a = math.nan
+    if not (math.isfinite(a) and math.isfinite(b) and math.isfinite(c)):
+        raise ValueError(
+            f"coefficients={coefficients!r} is not possible; allowed: 'jordan', 'polar_express' or three finite numbers"
+        )
+    return [(a, b, c)] * steps
+
+
+def spelled(coefficients: str | Sequence[float]) -> str:
+    """`coefficients` as text, which an operator's schema takes."""
+    return coefficients if isinstance(coefficients, str) else ",".join(repr(float(x)) for x in coefficients)
 
 
 def result_dtype(matrices: Tensor) -> torch.dtype:
@@ -46,17 +66,22 @@ def result_dtype(matrices: Tensor) -> torch.dtype:
     return torch.bfloat16 if matrices.is_cuda and matrices.dtype != torch.float64 else matrices.dtype
 
 
+@torch.no_grad()
 def newton_schulz_ref(
-    matrices: Tensor, steps: int = 5, dtype: torch.dtype | None = None, coefficients: str = "jordan"
+    matrices: Tensor,
+    steps: int = 5,
+    dtype: torch.dtype | None = None,
+    coefficients: str | Sequence[float] = "jordan",
+    eps: float = EPS,
 ) -> Tensor:
-    """Orthogonalise matrices [..., m, n] -> the same shape, in `dtype`; None is :func:`result_dtype`.
+    """Orthogonalise matrices [..., m, n] -> the same shape, in `dtype`; None is :func:`result_dtype`. No gradient.
 
     The norm is taken in fp64, where no fp32 entry overflows. A matrix with an entry that is no finite number gives
     zeros.
     """
     dtype = dtype or result_dtype(matrices)
     norm = torch.linalg.vector_norm(matrices, dim=(-2, -1), keepdim=True, dtype=torch.float64)
-    x = torch.where(norm.isfinite(), matrices / (norm + EPS), 0.0).to(dtype)
+    x = torch.where(norm.isfinite(), matrices / (norm + eps), 0.0).to(dtype)
     tall = x.size(-2) > x.size(-1)
     if tall:
         x = x.mT
@@ -81,22 +106,60 @@ def muon_updates_ref(
     momentum: float | Tensor,
     nesterov: bool = True,
     steps: int = 5,
-    coefficients: str = "jordan",
+    coefficients: str | Sequence[float] = "jordan",
 ) -> list[Tensor]:
-    """m <- mu m + g in place, then Newton-Schulz of g + mu m (Nesterov) or of m; matrices of one shape in one batch."""
-    torch._foreach_mul_(momenta, momentum)
-    torch._foreach_add_(momenta, gradients)
-    directions = torch._foreach_add(gradients, torch._foreach_mul(momenta, momentum)) if nesterov else momenta
+    """m <- mu m + g in place, then Newton-Schulz of g + mu m (Nesterov) or of m; matrices of one shape in one batch.
+
+    If any mu m + g has an entry that is no finite number, the step is skipped: every m stays, and every update is NaN.
+    """
+    advanced, finite = muon_advanced_ref(gradients, momenta, momentum)
+    return muon_directions_ref(gradients, momenta, advanced, finite, momentum, nesterov, steps, coefficients)
+
+
+@torch.no_grad()
+def muon_advanced_ref(
+    gradients: Sequence[Tensor], momenta: Sequence[Tensor], momentum: float | Tensor
+) -> tuple[list[Tensor], Tensor]:
+    """mu m + g of each matrix, and whether all are finite, an int32 scalar."""
+    advanced = list(torch._foreach_mul(momenta, momentum))
+    torch._foreach_add_(advanced, gradients)
+    return advanced, torch.stack([m.isfinite().all() for m in advanced]).all().int()
+
+
+@torch.no_grad()
+def muon_directions_ref(
+    gradients: Sequence[Tensor],
+    momenta: Sequence[Tensor],
+    advanced: Sequence[Tensor],
+    finite: Tensor,
+    momentum: float | Tensor,
+    nesterov: bool,
+    steps: int,
+    coefficients: str | Sequence[float],
+) -> list[Tensor]:
+    """The second half of :func:`muon_updates_ref`; the step is taken if `finite` is 1."""
+    is_taken = finite > 0
+    directions = torch._foreach_mul(advanced, SHRINK)
+    if nesterov:
+        torch._foreach_mul_(directions, momentum)
+        small = [
+            gradient.to(direction.dtype) * SHRINK for gradient, direction in zip(gradients, directions, strict=True)
+        ]
+        directions = torch._foreach_add(small, directions)
+    for m, new in zip(momenta, advanced, strict=True):
+        m.copy_(torch.where(is_taken, new, m))
     by_shape: dict[torch.Size, list[int]] = {}
     for index, direction in enumerate(directions):
         by_shape.setdefault(direction.shape, []).append(index)
     updates: dict[int, Tensor] = {}
     for indices in by_shape.values():
-        batch = newton_schulz_ref(torch.stack([directions[i] for i in indices]), steps, None, coefficients)
-        updates.update(zip(indices, batch.unbind(), strict=True))
+        stacked = torch.stack([directions[i] for i in indices])
+        batch = newton_schulz_ref(stacked, steps, None, coefficients, EPS * SHRINK)
+        updates.update(zip(indices, torch.where(is_taken, batch, math.nan).unbind(), strict=True))
     return [updates[index] for index in range(len(directions))]
 
 
+@torch.no_grad()
 def muon_apply_ref_(
     parameters: Sequence[Tensor],
     updates: Sequence[Tensor],
@@ -104,7 +167,10 @@ def muon_apply_ref_(
     weight_decay: float | Tensor,
     scale: str = "original",
 ) -> None:
-    """W <- (1 - lr * decay) W - lr * update_scale * u, in place."""
-    torch._foreach_mul_(parameters, 1.0 - lr * weight_decay)
-    for parameter, update in zip(parameters, updates, strict=True):
-        parameter.sub_(update.to(parameter.dtype) * (lr * update_scale(*parameter.shape, scale)))
+    """W <- (1 - lr * decay) W - lr * update_scale * u, in place; an entry stays where u is NaN."""
+    if not parameters:
+        return
+    decayed = torch._foreach_mul(parameters, 1.0 - lr * weight_decay)
+    for parameter, new, update in zip(parameters, decayed, updates, strict=True):
+        new.sub_(update.to(parameter.dtype) * (lr * update_scale(*parameter.shape, scale)))
+        parameter.copy_(torch.where(update.isnan(), parameter, new))

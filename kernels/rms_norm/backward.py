@@ -37,13 +37,18 @@ def backward(
     SCALE: tl.constexpr,
     MIX: tl.constexpr,
     SKIP: tl.constexpr,
+    ADDS: tl.constexpr,
     D: tl.constexpr,
     CHUNKS: tl.constexpr,
     ROWS: tl.constexpr,
     CHUNK: tl.constexpr,
     STEPS: tl.constexpr,
 ):
-    """Gradients of SPLIT = ROWS * STEPS tokens; BIAS, SCALE, MIX, SKIP say whose sums go to sums_ptr, in that order."""
+    """Gradients of SPLIT = ROWS * STEPS tokens; BIAS, SCALE, MIX, SKIP say whose sums go to sums_ptr, in that order.
+
+    The sum for `keep` wants the stream before the mix. In 16 bits it comes from what is read anyway, as x_in = n / rstd
+    and keep * stream = x_in - restore * x0, unless a factor is so small beside the other that digits would be lost.
+    """
     splits = tl.cdiv(tokens, ROWS * STEPS)
     document = tl.program_id(0) // splits
     first = (tl.program_id(0) % splits) * (ROWS * STEPS)
@@ -56,6 +61,10 @@ def backward(
     if mix_ptr is not None:
         keep = tl.load(mix_ptr + column, mask=wide, other=0.0)
         restore = tl.load(mix_ptr + D + column, mask=wide, other=0.0)
+    if MIX:
+        is_exact = n_ptr.dtype.element_ty == tl.float32
+        smallest = tl.min(tl.where(wide, tl.abs(keep) - 0.25 * tl.abs(restore), 1.0))
+        divides = (smallest > 1e-3) & (not is_exact)
     if MIX and bias_ptr is not None:
         bias = bias_row(bias_ptr, slots_ptr, document, pool, bias_stride, column, D)
     if BIAS:
@@ -75,30 +84,38 @@ def backward(
         inside = (first + row < tokens) & wide
         at = row * D + column
         grad = tl.zeros((ROWS, CHUNKS, CHUNK), tl.float32)
+        if dn_ptr is not None or MIX:
+            n = tl.load(n_ptr + base + at, mask=inside, other=0.0).to(tl.float32)
+            rstd = tl.load(rstd_ptr + row_of_batch + rows, mask=first + rows < tokens, other=1.0)
         if dn_ptr is not None:
             dn = tl.load(dn_ptr + base + at, mask=inside, other=0.0).to(tl.float32)
-            n = tl.load(n_ptr + base + at, mask=inside, other=0.0).to(tl.float32)
-            rstd = tl.load(rstd_ptr + row_of_batch + rows, mask=first + rows < tokens, other=0.0)
             mean = mean_of_rows(dn * n, D)
             grad = rstd[:, None, None] * (dn - n * mean[:, None, None])
         if dx_in_ptr is not None:
             grad += tl.load(dx_in_ptr + base + at, mask=inside, other=0.0).to(tl.float32)
-        if SCALE or (MIX and branch_ptr is not None):
+        if SCALE:
             branch = tl.load(branch_ptr + base + at, mask=inside, other=0.0).to(tl.float32)
-        if SKIP or (MIX and pushed_ptr is not None):
+        if SKIP:
             pushed = tl.load(pushed_ptr + base + at, mask=inside, other=0.0).to(tl.float32)
         if MIX:
-            value = tl.load(x_ptr + base + at, mask=inside, other=0.0).to(tl.float32)
-            if branch_ptr is not None:
-                value += branch if scale_ptr is None else scale * branch
-            if bias_ptr is not None:
-                value += bias
-            if pushed_ptr is not None:
-                value += skip * pushed
+            if divides:
+                value = n * (1.0 / rstd)[:, None, None]
+            else:
+                value = tl.load(x_ptr + base + at, mask=inside, other=0.0).to(tl.float32)
+                if branch_ptr is not None:
+                    joined = tl.load(branch_ptr + base + at, mask=inside, other=0.0).to(tl.float32)
+                    value += joined if scale_ptr is None else scale * joined
+                if bias_ptr is not None:
+                    value += bias
+                if pushed_ptr is not None:
+                    value += skip * tl.load(pushed_ptr + base + at, mask=inside, other=0.0).to(tl.float32)
             dkeep += grad * value
             drestore += grad * tl.load(x0_ptr + base + at, mask=inside, other=0.0).to(tl.float32)
         if dx0_ptr is not None:
-            tl.store(dx0_ptr + base + at, (restore * grad).to(dx0_ptr.dtype.element_ty), mask=inside)
+            dx0 = restore * grad
+            if ADDS:
+                dx0 += tl.load(dx0_ptr + base + at, mask=inside, other=0.0).to(tl.float32)
+            tl.store(dx0_ptr + base + at, dx0.to(dx0_ptr.dtype.element_ty), mask=inside)
         if mix_ptr is not None:
             grad *= keep
         if SKIP:
@@ -123,6 +140,8 @@ def backward(
         _store_sum(sums_ptr, place, dscale, column, D)
         place += tl.num_programs(0)
     if MIX:
+        if divides:
+            dkeep = (dkeep - restore * drestore) / keep
         _store_sum(sums_ptr, place, dkeep, column, D)
         place += tl.num_programs(0)
         _store_sum(sums_ptr, place, drestore, column, D)

@@ -26,14 +26,17 @@ class RmsNormConfig:
 
 
 def pick_config(width: int, dtype: torch.dtype, sums: int = 0) -> RmsNormConfig:
-    """The tile for rows of `width`: 2,048 elements, 16 a lane; 8 a lane where three or more `sums` are held as well."""
-    lane = 8 if sums >= 3 else 16
+    """The tile for rows of `width`, 16 elements a lane: 2,048 elements, or one row where two `sums` are held as well.
+
+    NVIDIA H200, 98,304 x 512 bf16, with x0's gradient added up and two sums: 0.194 ms; two rows 0.216, four 0.293.
+    Forward, four rows a program: 0.119 between blocks and 0.099 after attention; sixteen 0.134 and 0.102.
+    """
     padded = triton.next_power_of_2(width)
-    num_warps = max(2048, padded) // (32 * lane)
-    warps_a_row = max(1, padded // (32 * lane))
+    elements = max(512, padded) if sums >= 2 else max(2048, padded)
+    warps_a_row = max(1, padded // 512)
     chunk = min(padded, 512 // dtype.itemsize * warps_a_row)
-    rows = min(SPLIT, max(1, 2048 // padded))
-    return RmsNormConfig(padded // chunk, rows, chunk, max(16, rows), num_warps)
+    rows = min(SPLIT, max(1, elements // padded))
+    return RmsNormConfig(padded // chunk, rows, chunk, rows, elements // 512)
 
 
 @triton.jit

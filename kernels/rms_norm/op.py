@@ -26,10 +26,12 @@ def _residual_norm(
     mix: Tensor | None,
     x0: Tensor | None,
     bias_grad: Tensor | None,
+    x0_grad: Tensor | None,
+    adds_x0: bool,
     push: bool,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x_out, x_in, n, 1 / rms. `bias_grad` is only passed on to the backward."""
+    """x_out, x_in, n, 1 / rms. `bias_grad`, `x0_grad` and `adds_x0` are only passed on to the backward."""
     x_out, x_in, n, rstd = _outputs(x, push, keep)
     batch, tokens, width = x.shape
     if x.numel():
@@ -63,7 +65,7 @@ def _residual_norm(
 
 
 @_residual_norm.register_fake
-def _(x, branch, scale, bias, slots, pushed, skip, mix, x0, bias_grad, push, keep):
+def _(x, branch, scale, bias, slots, pushed, skip, mix, x0, bias_grad, x0_grad, adds_x0, push, keep):
     return _outputs(x, push, keep)
 
 
@@ -73,7 +75,7 @@ def _outputs(x: Tensor, push: bool, keep: bool) -> tuple[Tensor, Tensor, Tensor,
     return x_out, x_in, x.new_empty(x.shape), x.new_empty(x.shape[:2], dtype=torch.float32)
 
 
-@custom_op("klora::residual_norm_backward", mutates_args=())
+@custom_op("klora::residual_norm_backward", mutates_args=("dbias", "dx0"))
 def _residual_norm_backward(
     dn: Tensor | None,
     dx_in: Tensor | None,
@@ -89,68 +91,25 @@ def _residual_norm_backward(
     skip: Tensor | None,
     mix: Tensor | None,
     x0: Tensor | None,
-    bias_rows: int,
+    dbias: Tensor | None,
+    dx0: Tensor | None,
+    adds_dx0: bool,
     wants: list[bool],
-) -> list[Tensor]:
-    """dx, dbranch, dpushed, dx0, dbias, dscale, dmix, dskip; empty where `wants`, in that order, says no."""
-    grads = _gradients(n, bias_rows, wants)
-    saved = n, rstd, x, branch, scale, bias, slots, pushed, skip, mix, x0
-    if slots is not None:
-        grads[4].zero_()
-    _launch_backward(dn, dx_in, dx_out, *saved, grads[4] if wants[4] else None, grads, wants)
-    return grads
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """dx, dbranch, dpushed, dscale, dmix, dskip; empty where `wants`, in that order, says no.
 
-
-@_residual_norm_backward.register_fake
-def _(dn, dx_in, dx_out, n, rstd, x, branch, scale, bias, slots, pushed, skip, mix, x0, bias_rows, wants):
-    return _gradients(n, bias_rows, wants)
-
-
-@custom_op("klora::residual_norm_backward_into", mutates_args=("dbias",))
-def _residual_norm_backward_into(
-    dn: Tensor | None,
-    dx_in: Tensor | None,
-    dx_out: Tensor | None,
-    n: Tensor,
-    rstd: Tensor,
-    x: Tensor | None,
-    branch: Tensor | None,
-    scale: Tensor | None,
-    bias: Tensor | None,
-    slots: Tensor | None,
-    pushed: Tensor | None,
-    skip: Tensor | None,
-    mix: Tensor | None,
-    x0: Tensor | None,
-    dbias: Tensor,
-    wants: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """dx, dbranch, dpushed, dx0, dscale, dmix, dskip as above; dbias goes to the rows of `dbias` that `slots` name."""
-    grads = _gradients(n, 0, wants)
-    saved = n, rstd, x, branch, scale, bias, slots, pushed, skip, mix, x0
-    _launch_backward(dn, dx_in, dx_out, *saved, dbias, grads, wants)
-    return *grads[:4], *grads[5:]
-
-
-@_residual_norm_backward_into.register_fake
-def _(dn, dx_in, dx_out, n, rstd, x, branch, scale, bias, slots, pushed, skip, mix, x0, dbias, wants):
-    grads = _gradients(n, 0, wants)
-    return *grads[:4], *grads[5:]
-
-
-def _launch_backward(
-    dn, dx_in, dx_out, n, rstd, x, branch, scale, bias, slots, pushed, skip, mix, x0, dbias, grads, wants
-) -> None:
-    """Fill `grads`, and the rows of `dbias` [slots, D] that `slots` name, unless it is None."""
+    The rows of `dbias` [slots, D] that `slots` name are written, and all of `dx0` is, or added to with `adds_dx0`.
+    """
+    grads = _gradients(n, wants)
     batch, tokens, width = n.shape
     if not n.numel():
-        for grad in (*grads[:4], *grads[5:]):
+        for grad in (*grads, *(() if dx0 is None or adds_dx0 else (dx0,))):
             grad.zero_()
         if dbias is not None and slots is None:
             dbias.zero_()
-        return
-    dx, dbranch, dpushed, dx0 = (grad if wanted else None for grad, wanted in zip(grads, wants[:4], strict=False))
-    has_bias, (has_scale, has_mix, has_skip) = dbias is not None, wants[5:]
+        return tuple(grads)
+    dx, dbranch, dpushed = (grad if wanted else None for grad, wanted in zip(grads, wants[:3], strict=False))
+    has_bias, (has_scale, has_mix, has_skip) = dbias is not None, wants[3:]
     splits = triton.cdiv(tokens, SPLIT)
     kinds = has_bias + has_scale + 2 * has_mix + has_skip
     config = pick_config(width, n.dtype, kinds)
@@ -183,6 +142,7 @@ def _launch_backward(
         SCALE=has_scale,
         MIX=has_mix,
         SKIP=has_skip,
+        ADDS=adds_dx0,
         D=width,
         CHUNKS=config.chunks,
         ROWS=config.rows,
@@ -193,21 +153,28 @@ def _launch_backward(
     if has_bias:
         _add_splits(sums[0], dbias, slots, batch)
     if kinds > has_bias:
-        vectors = sums.new_empty(((kinds - has_bias) * batch, width))
-        _add_splits(sums[has_bias:], vectors, None, batch)
-        totals = list(vectors.unflatten(0, (-1, batch)).sum(1))
-        if has_scale:
-            grads[5].copy_(totals.pop(0))
-        if has_mix:
-            torch.stack((totals.pop(0), totals.pop(0)), out=grads[6])
-        if has_skip:
-            grads[7].copy_(totals.pop(0))
+        vectors = sums.new_empty((kinds - has_bias, batch, width))
+        _add_splits(sums[has_bias:], vectors.flatten(0, 1), None, batch)
+        first = 0
+        for grad, wanted in zip(grads[3:], wants[3:], strict=True):
+            if wanted:
+                rows = grad.view(-1, width)
+                _add_splits(vectors[first : first + len(rows)], rows, None, len(rows))
+                first += len(rows)
+    return tuple(grads)
 
 
-def _gradients(n: Tensor, bias_rows: int, wants: list[bool]) -> list[Tensor]:
+@_residual_norm_backward.register_fake
+def _(
+    dn, dx_in, dx_out, n, rstd, x, branch, scale, bias, slots, pushed, skip, mix, x0, dbias, dx0, adds_dx0, wants
+):  # fmt: skip
+    return tuple(_gradients(n, wants))
+
+
+def _gradients(n: Tensor, wants: list[bool]) -> list[Tensor]:
     width = n.size(2)
-    shapes = [n.shape] * 4 + [(bias_rows, width), (width,), (2, width), (width,)]
-    dtypes = [n.dtype] * 4 + [torch.float32] * 4
+    shapes = [n.shape] * 3 + [(width,), (2, width), (width,)]
+    dtypes = [n.dtype] * 3 + [torch.float32] * 3
     return [
         n.new_empty(shape if wanted else 0, dtype=dtype)
         for shape, dtype, wanted in zip(shapes, dtypes, wants, strict=True)
@@ -234,7 +201,8 @@ def _add_splits(sums: Tensor, out: Tensor, slots: Tensor | None, batch: int) -> 
 
 
 def _setup_context(ctx, inputs, output):
-    x, branch, scale, bias, slots, pushed, skip, mix, x0, ctx.bias_grad, ctx.push, ctx.keep = inputs
+    x, branch, scale, bias, slots, pushed, skip, mix, x0, ctx.bias_grad, ctx.x0_grad, ctx.adds_x0, *stored = inputs
+    ctx.push, ctx.keep = stored
     _, _, n, rstd = output
     _, needs_branch, needs_scale, _, _, _, needs_skip, needs_mix, *_ = ctx.needs_input_grad
     ctx.bias_rows = 0 if bias is None else bias.size(0)
@@ -258,36 +226,41 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, dx_out, dx_in, dn, _):
     dx_out, dx_in = dx_out if ctx.push else None, dx_in if ctx.keep else None
     if dn is None and dx_in is None and dx_out is None:
-        return (None,) * 12
+        return (None,) * 14
     x, branch, scale, bias, _, pushed, skip, mix, x0, *_ = ctx.needs_input_grad
+    n, _, _, _, scaled, _, slots, *_ = ctx.saved_tensors
     # The gradient of a branch without scale is that of x.
-    is_shared = branch and ctx.saved_tensors[4] is None
-    is_into = bias and ctx.bias_grad is not None
-    wants = [x or is_shared, branch and not is_shared, pushed, x0, bias and not is_into, scale, mix, skip]
-    given = dn, dx_in, dx_out, *ctx.saved_tensors
-    if is_into:
-        others = _residual_norm_backward_into(*given, ctx.bias_grad, wants)
-        grads = *others[:4], None, *others[4:]
-    else:
-        grads = _residual_norm_backward(*given, ctx.bias_rows, wants)
-    dx, dbranch, dpushed, dx0, dbias, dscale, dmix, dskip = (
+    is_shared = branch and scaled is None
+    dbias, dx0 = ctx.bias_grad if bias else None, ctx.x0_grad if x0 else None
+    is_given = dbias is not None, dx0 is not None
+    if bias and dbias is None:
+        dbias = n.new_empty(ctx.bias_rows, n.size(2), dtype=torch.float32)
+        if slots is not None:
+            dbias.zero_()
+    if x0 and dx0 is None:
+        dx0 = torch.empty_like(n)
+    wants = [x or is_shared, branch and not is_shared, pushed, scale, mix, skip]
+    adds = ctx.adds_x0 and is_given[1]
+    grads = _residual_norm_backward(dn, dx_in, dx_out, *ctx.saved_tensors, dbias, dx0, adds, wants)
+    dx, dbranch, dpushed, dscale, dmix, dskip = (
         grad if wanted else None for grad, wanted in zip(grads, wants, strict=True)
     )
     if is_shared:
         dx, dbranch = dx if x else None, dx
-    return dx, dbranch, dscale, dbias, None, dpushed, dskip, dmix, dx0, None, None, None
+    dbias, dx0 = (None if given else grad for grad, given in zip((dbias, dx0), is_given, strict=True))
+    return dx, dbranch, dscale, dbias, None, dpushed, dskip, dmix, dx0, None, None, None, None, None
 
 
 _residual_norm.register_autograd(_backward, setup_context=_setup_context)
 
 
 def rms_norm(x: Tensor, *, backend: str | None = None) -> Tensor:
-    """x [..., D] / rms(x) over the last dimension."""
+    """x [..., D] / rms(x) over the last dimension. The backward reads what is returned: change none of it before."""
     _check(x.unsqueeze(0) if x.dim() < 3 else x)
     if _takes_reference(x, backend):
         return rms_norm_ref(x)
     rows = x.reshape(1, -1, x.size(-1)).contiguous()
-    return _residual_norm(rows, *(None,) * 9, False, False)[2].view(x.shape)
+    return _residual_norm(rows, *(None,) * 10, False, False, False)[2].view(x.shape)
 
 
 def residual_norm(
@@ -304,6 +277,8 @@ def residual_norm(
     push: bool = False,
     last: bool = False,
     bias_grad: Tensor | None = None,
+    x0_grad: Tensor | None = None,
+    adds_x0: bool = False,
     backend: str | None = None,
 ) -> ResidualNorm:
     """(x_out, x_in, n) of the boundary; shapes, dtypes and equations: see the package.
@@ -311,7 +286,9 @@ def residual_norm(
     x_out is None without `push`, and x_in with `last`: what nobody reads is not stored. Tensors that are not contiguous
     are copied, all but `bias`, whose rows may lie any distance apart. With `bias_grad`, a tensor like `bias` (a view of
     a pool of gradients), the backward writes the rows of the slots named there, leaves the others alone, and autograd
-    gets no gradient of `bias`, which has to require one all the same.
+    gets no gradient of `bias`, which has to require one all the same. `x0_grad`, like x0, does the same for x0: it is
+    written, or with `adds_x0` added to, so that the boundaries that share an x0 share one sum.
+    The backward reads n: autograd refuses it once n was changed in place.
     """
     given = {"branch": branch, "pushed": pushed, "x0": x0}
     vectors = {"scale": scale, "skip": skip, "mix": mix, "bias": bias}
@@ -320,9 +297,14 @@ def residual_norm(
         raise ValueError(f"bias_grad is {list(bias_grad.shape)}; wanted: rows like those of bias, each contiguous")
     if bias_grad is not None and (bias_grad.dtype != torch.float32 or bias_grad.device != x.device):
         raise ValueError(f"bias_grad is {bias_grad.dtype} on {bias_grad.device}; wanted: float32 on {x.device}")
+    if x0_grad is not None and (
+        x0 is None or x0_grad.shape != x0.shape or x0_grad.dtype != x.dtype or not x0_grad.is_contiguous()
+    ):
+        raise ValueError(f"x0_grad is {x0_grad.dtype} {list(x0_grad.shape)}; wanted: like x0, contiguous")
     if _takes_reference(x, backend):
-        if bias_grad is not None:
-            raise ValueError("bias_grad: the reference has no backward of its own to write it; use backend='triton'")
+        for name, grad in (("bias_grad", bias_grad), ("x0_grad", x0_grad)):
+            if grad is not None:
+                raise ValueError(f"{name}: the reference has no backward of its own to write it; use backend='triton'")
         return residual_norm_ref(
             x, branch, scale, bias=bias, slots=slots, pushed=pushed, skip=skip, mix=mix, x0=x0, push=push, last=last
         )
@@ -336,7 +318,9 @@ def residual_norm(
     )
     bias = bias if bias is None or bias.stride(1) == 1 else bias.contiguous()
     stored = (push and not is_plain, not last and not is_plain)
-    x_out, x_in, n, _ = _residual_norm(x, branch, scale, bias, slots, pushed, skip, mix, x0, bias_grad, *stored)
+    x_out, x_in, n, _ = _residual_norm(
+        x, branch, scale, bias, slots, pushed, skip, mix, x0, bias_grad, x0_grad, adds_x0, *stored
+    )
     if is_plain:
         x_out = x_in = x
     return ResidualNorm(x_out if push else None, None if last else x_in, n)

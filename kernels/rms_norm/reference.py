@@ -5,6 +5,8 @@ from typing import NamedTuple
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..slots import rows_of_slots
+
 EPS = 2.0**-23
 
 
@@ -43,7 +45,7 @@ def residual_norm_ref(
     if branch is not None:
         x_out = x_out + (branch if scale is None else scale.to(x.dtype) * branch)
     if bias is not None:
-        rows = bias if slots is None else bias[slots.clamp(min=0)] * (slots >= 0)[:, None]
+        rows = bias if slots is None else rows_of_slots(bias, slots)
         x_out = x_out + rows.to(x.dtype)[:, None]
     x_in = x_out if pushed is None else x_out + skip.to(x.dtype) * pushed
     if mix is not None:

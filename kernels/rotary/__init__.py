@@ -20,7 +20,14 @@ one launch. dgain is summed over a program's tokens, then over programs, in fixe
 Rotation by RoFormer (Su et al. 2021), NTK-scaled base past the training length: base * (S / S_train)^(d / (d - 2)).
 """
 
-from .op import norm_rotary
+from typing import TYPE_CHECKING
+
+from ...lazy import lazy_exports
 from .reference import norm_rotary_ref, ntk_base, rotary_tables
 
+if TYPE_CHECKING:
+    from .op import norm_rotary
+
 __all__ = ["norm_rotary", "norm_rotary_ref", "ntk_base", "rotary_tables"]
+
+__getattr__, __dir__ = lazy_exports(__name__)

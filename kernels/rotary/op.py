@@ -4,7 +4,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ..registration import custom_op
+from ..registration import custom_op, refuse_gradients
 from ..rms_norm import EPS
 from .backward import backward
 from .forward import forward, pick_config
@@ -100,7 +100,11 @@ _norm_rotary.register_autograd(_autograd, setup_context=_setup_context)
 def norm_rotary(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, gain: Tensor | None = None, *, backend: str | None = None
 ) -> tuple[Tensor, Tensor]:
-    """q [B, S, H, d] and k [B, S, G, d], normed and rotated, q times `gain` [H]. cos, sin [S, d/2] get no gradient."""
+    """q [B, S, H, d] and k [B, S, G, d], normed and rotated, q times `gain` [H]; gradients of q, k and gain.
+
+    cos, sin [S, d/2] may be of any length, not of unit length alone; ValueError where one requires a gradient.
+    """
+    refuse_gradients("detach it", cos=cos, sin=sin)
     if backend not in (None, "reference", "triton"):
         raise ValueError(f"backend is {backend!r}; allowed: None, 'reference', 'triton'")
     if q.dim() != 4 or q.size(3) % 2 or not q.size(2):

@@ -1,0 +1,200 @@
+"""Projections to Q, K and V, QK norm, rotation and attention in one op, forward and backward, all of it trained.
+
+    q, k, v = W x;   q_h = gain_h rotate(q_h / rms(q_h)),  k_h = rotate(k_h / rms(k_h));   out = attention(q, k, v)
+
+x [B, S, D], weight [Nq+Nk+Nv, D] of one dtype: bf16, fp16 or fp32; cos, sin [S, d/2] and gain [Nq/d] fp32 ->
+out [B, T, Nq] of the last T = `tail` tokens. d is 16, 32, 64 or 128. Sums are fp32 and rounded once.
+
+Launches, forward: the product, whose tiles end with the norm and the rotation of the heads in them, into one stacked
+[B, S, N]; attention. Backward: dq and delta, dk and dv, each ending in the gradient of the projection and in its part
+of one stacked [B, S, N]; then dx = dqkv W, and dW = dqkv^T x by cuBLAS. Against separate launches this leaves out, in
+items of the dtype a token: 2 (Nq + Nk) forward, 3 (Nq + Nk) and 2 N for stacking the gradients backward.
+
+Kept for the backward: the stacked q, k and v, 1 / rms of each head and the logsumexp in fp32, out. dgain_h is
+sum(dq_h q_h) / gain_h, summed by block, then over blocks, without atomics; where gain_h is 0 it is 0.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .attention import HEAD_DIMS, causal_attention_ref
+from .attention.backward import Rotary, launch_backward
+from .attention.forward import launch_forward
+from .attention.op import causal_op
+from .linear.op import linear_dweight, linear_dx, runs_kernel
+from .linear.product import HEADS, Heads, launch_product
+from .registration import custom_op, keep_output, refuse_gradients
+from .rotary import norm_rotary_ref
+from .tile import aligned
+
+
+def qkv_attention_ref(
+    x: Tensor,
+    weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    gain: Tensor,
+    sizes: Sequence[int],
+    head_dim: int,
+    tail: int | None = None,
+    attention: str = "math",
+) -> Tensor:
+    """The parts one after the other; `attention` is PyTorch's backend of the last."""
+    parts = torch.nn.functional.linear(x, weight).split(list(sizes), dim=-1)
+    q, k, v = (part.unflatten(-1, (-1, head_dim)) for part in parts)
+    q, k = norm_rotary_ref(q, cos, sin, gain), norm_rotary_ref(k, cos, sin)
+    out = causal_attention_ref(q, k, v, attention).flatten(2)
+    return out[:, x.size(1) - (x.size(1) if tail is None else tail) :]
+
+
+@custom_op("klora::qkv_attention", mutates_args=())
+def _op(
+    x: Tensor,
+    weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    gain: Tensor,
+    sizes: list[int],
+    head_dim: int,
+    tail: int,
+    is_unit: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """out, and what the backward wants: the stacked q, k and v, 1 / rms of the heads of q and k, the logsumexp.
+    `is_unit` is only passed on to it.
+    """
+    heads, groups = sizes[0] // head_dim, sizes[1] // head_dim
+    rstd = x.new_empty(*x.shape[:2], heads + groups, dtype=torch.float32)
+    about = Heads(cos, sin, gain, rstd, heads, groups, head_dim)
+    qkv = launch_product(x, weight, ending=HEADS, heads=about)
+    out = x.new_empty(x.size(0), tail, sizes[0])
+    _, lse = launch_forward(*_split(qkv, sizes, head_dim), tail, out.unflatten(-1, (-1, head_dim)), gain)
+    return out, qkv, rstd, lse
+
+
+@_op.register_fake
+def _(x, weight, cos, sin, gain, sizes, head_dim, tail, is_unit):
+    heads, groups = sizes[0] // head_dim, sizes[1] // head_dim
+    return (
+        x.new_empty(x.size(0), tail, sizes[0]),
+        x.new_empty(*x.shape[:2], weight.size(0)),
+        cos.new_empty(*x.shape[:2], heads + groups),
+        cos.new_empty(x.size(0), heads, tail),
+    )
+
+
+@custom_op("klora::qkv_attention_backward", mutates_args=())
+def _backward_op(
+    dout: Tensor,
+    out: Tensor,
+    qkv: Tensor,
+    rstd: Tensor,
+    lse: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    gain: Tensor,
+    sizes: list[int],
+    head_dim: int,
+    is_unit: bool,
+) -> tuple[Tensor, Tensor]:
+    """The gradients of the stacked projections [B, S, N] and of the gain."""
+    dqkv, heads = torch.empty_like(qkv), sizes[0] // head_dim
+    rotary = Rotary(cos, sin, gain, rstd[..., :heads], rstd[..., heads:], is_unit)
+    split = _split(qkv, sizes, head_dim)
+    dout, out = (t.unflatten(-1, (-1, head_dim)) for t in (aligned(dout), out))
+    into = tuple(_split(dqkv, sizes, head_dim))
+    *_, dgain = launch_backward(dout, *split, out, lse, rotary, into=into, trains_gain=True)
+    return dqkv, dgain
+
+
+@_backward_op.register_fake
+def _(dout, out, qkv, rstd, lse, cos, sin, gain, sizes, head_dim, is_unit):
+    return torch.empty_like(qkv), torch.empty_like(gain)
+
+
+def takes(dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether the kernel takes heads of this size."""
+    return head_dim in HEAD_DIMS and head_dim <= (64 if dtype == torch.float32 else 128)
+
+
+def _split(qkv: Tensor, sizes: Sequence[int], head_dim: int) -> list[Tensor]:
+    """Views [B, S, heads, d] of the parts of a stacked [B, S, N]."""
+    return [part.unflatten(-1, (-1, head_dim)) for part in qkv.split(list(sizes), dim=-1)]
+
+
+def _setup(ctx, inputs, output):
+    x, weight, cos, sin, gain, ctx.sizes, ctx.head_dim, ctx.tail, ctx.is_unit = inputs
+    out, qkv, rstd, lse = output
+    out, ctx.is_changed = keep_output(out)
+    ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight, cos, sin, gain, out, qkv, rstd, lse)
+    ctx.mark_non_differentiable(qkv, rstd, lse)
+    ctx.set_materialize_grads(False)
+
+
+def _autograd(ctx, dout, *_):
+    x, weight, cos, sin, gain, out, qkv, rstd, lse = ctx.saved_tensors
+    needs_x, needs_weight, _, _, needs_gain, *_ = ctx.needs_input_grad
+    if dout is None:
+        return (None,) * 9
+    if ctx.is_changed():
+        out = causal_op(*_split(qkv, ctx.sizes, ctx.head_dim), ctx.tail)[0].flatten(2)
+    dqkv, dgain = _backward_op(dout, out, qkv, rstd, lse, cos, sin, gain, ctx.sizes, ctx.head_dim, ctx.is_unit)
+    dx = linear_dx(dqkv, weight) if needs_x else None
+    dweight = linear_dweight(dqkv, x) if needs_weight else None
+    return dx, dweight, None, None, dgain if needs_gain else None, *(None,) * 4
+
+
+_op.register_autograd(_autograd, setup_context=_setup)
+
+
+def qkv_attention(
+    x: Tensor,
+    weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    gain: Tensor,
+    sizes: Sequence[int],
+    *,
+    head_dim: int,
+    tail: int | None = None,
+    unit_tables: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    """out [B, T, Nq] of x [B, S, D]; gradients of x, weight and gain.
+
+    `sizes` is (Nq, Nk, Nv): as many heads of v as of k, and a multiple of them of q. `backend` is "reference" or
+    "triton"; left out, CPU tensors take the reference and CUDA tensors the kernels. `unit_tables` is the caller's word
+    that cos^2 + sin^2 is 1, as it is of rotary_tables: the backward then does not look.
+
+    Example: out = qkv_attention(x, weight, cos, sin, gain, (512, 256, 256), head_dim=64)
+    """
+    sizes, length = list(sizes), x.size(1) if x.dim() == 3 else 0
+    if x.dim() != 3 or weight.dim() != 2 or x.size(2) != weight.size(1) or weight.size(0) != sum(sizes):
+        raise ValueError(
+            f"x is {list(x.shape)} and weight {list(weight.shape)}; wanted: [B, S, D] and [{sum(sizes)}, D]"
+        )
+    if len(sizes) != 3 or any(n % head_dim or not n for n in sizes) or sizes[1] != sizes[2] or sizes[0] % sizes[1]:
+        raise ValueError(
+            f"sizes are {sizes}; wanted: heads of {head_dim}, as many of v as of k, a multiple of them of q"
+        )
+    for name, table, shape in (
+        ("cos", cos, [length, head_dim // 2]),
+        ("sin", sin, [length, head_dim // 2]),
+        ("gain", gain, [sizes[0] // head_dim]),
+    ):
+        if list(table.shape) != shape or table.device != x.device:
+            raise ValueError(f"{name} is {list(table.shape)} on {table.device}; wanted: {shape} on {x.device}")
+    refuse_gradients("detach the tables", cos=cos, sin=sin)
+    tail = length if tail is None else tail
+    if not 0 <= tail <= length:
+        raise ValueError(f"tail is {tail}; allowed: 0 to S, {length}")
+    if not runs_kernel(backend, x=x, weight=weight):
+        return qkv_attention_ref(x, weight, cos, sin, gain, sizes, head_dim, tail)
+    if not takes(x.dtype, head_dim):
+        raise ValueError(f"head_dim is {head_dim} in {x.dtype}; the kernel wants 16, 32, 64 or, in 16 bits, 128")
+    for name, table in (("cos", cos), ("sin", sin), ("gain", gain)):
+        if table.dtype != torch.float32:
+            raise ValueError(f"{name} is {table.dtype}; the kernel wants float32")
+    tables = (table.contiguous() for table in (cos, sin, gain))
+    return _op(x, weight, *tables, sizes, head_dim, tail, unit_tables)[0]

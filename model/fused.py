@@ -1,0 +1,201 @@
+"""The training step on a GPU: forward, backward, clip and both optimizers, captured in CUDA graphs.
+
+Shapes and addresses are fixed; what changes from step to step (learning rates, momentum, tokens) is written into device
+tensors before a replay. Nothing waits for the device: a step's loss and gradient norm are copied out behind it and read
+when they are there. With one micro-batch and one rank a step is one graph; else it is one of the first micro-batch, one
+of the others, and one of the update, with the sum over ranks before it.
+
+A step whose loss or gradient norm is no number changes nothing: the clip makes every gradient a NaN then, on the
+device, and both optimizers leave everything as it is.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+from ..kernels import softcap_nll
+from . import network
+from .config import TrainConfig
+from .gpt import GPT
+from .optimizers import Optimizers
+from .parallel import Ranks
+from .ranges import phase
+from .stored import StoredWeights
+
+AHEAD = 2
+"""Steps that the host may be ahead of the device, so that the device never waits for it."""
+
+
+class FusedStep:
+    """Training steps of `model`, each over `micro_batches` batches of `rows` sequences of `length` tokens.
+
+    The model's parameters move into the buffers of `stored`, and stay views of them.
+    """
+
+    def __init__(
+        self,
+        model: GPT,
+        config: TrainConfig,
+        rows: int,
+        micro_batches: int,
+        ranks: Ranks,
+        length: int | None = None,
+        capture: bool = True,
+    ):
+        device, length = model.embed.device, length or model.config.train_length
+        self.model, self.config, self.ranks, self.device = model, config, ranks, device
+        self.rows, self.micro_batches = rows, micro_batches
+        self.stored = StoredWeights(model)
+        self.rates = torch.zeros(4, device=device)
+        self.optimizers = Optimizers(model, config, rates=self.rates)
+        self.rotary = tuple(table[:length].contiguous() for table in model.rotary(length, length))
+        self.tokens = torch.ones(rows, length + 1, dtype=torch.int32, device=device)
+        self.total = torch.zeros((), device=device)
+        self.report = torch.zeros(2, device=device)
+        pinned = device.type == "cuda"
+        self._ring = torch.zeros(AHEAD, 2, pin_memory=pinned)
+        self._rates_ring = torch.zeros(AHEAD, 4, pin_memory=pinned)
+        self._staged = torch.zeros(AHEAD, rows, length + 1, dtype=torch.int32, pin_memory=pinned)
+        self._events: list[torch.cuda.Event | None] = [None] * AHEAD
+        self._steps = self._sent = 0
+        self._copied: list[torch.cuda.Event | None] = [None] * AHEAD
+        self._whole = micro_batches == 1 and ranks.world == 1
+        self._first, self._other, self._update = self._made(capture and pinned)
+
+    def run(self, batches: Iterable[Tensor], step: int, lr_scale: float) -> tuple[float, float] | None:
+        """Start a step over token rows int [rows, length + 1] on the CPU, one for each micro-batch.
+
+        Returns (loss, gradient norm before clipping) of the step AHEAD before it, or None where there is none. What
+        `batches` raises leaves the step out: no weight has changed.
+        """
+        slot = self._steps % AHEAD
+        late = self._read(slot)
+        self._rates_ring[slot] = torch.tensor(self.optimizers.rates_at(step, lr_scale))
+        self.rates.copy_(self._rates_ring[slot], non_blocking=True)
+        for index, rows in enumerate(batches):
+            self._send(rows)
+            (self._other if index else self._first)()
+        if not self._whole:
+            self.ranks.sum_(self.stored.sums)
+            self.ranks.sum_(self.total)
+            self._update()
+        self._ring[slot].copy_(self.report, non_blocking=True)
+        self._events[slot] = self._recorded()
+        self._steps += 1
+        return late
+
+    def replay(self) -> None:
+        """The step over what `tokens` and `rates` hold; for measuring, where a step is one graph."""
+        self._first()
+
+    def refresh(self) -> None:
+        """Take the parameters as they are now: they were changed from outside."""
+        self.stored.refresh()
+
+    def flush(self) -> list[tuple[float, float]]:
+        """Wait for the steps that are under way; their (loss, gradient norm), oldest first."""
+        return [late for i in range(AHEAD) if (late := self._read((self._steps + i) % AHEAD)) is not None]
+
+    def _read(self, slot: int) -> tuple[float, float] | None:
+        event, self._events[slot] = self._events[slot], None
+        if event is None:
+            return None
+        event.synchronize()
+        return tuple(self._ring[slot].tolist())
+
+    def _recorded(self):
+        if self.device.type != "cuda":
+            return _Done()
+        event = torch.cuda.Event()
+        event.record()
+        return event
+
+    def _send(self, rows: Tensor) -> None:
+        slot = self._sent % AHEAD
+        if self._copied[slot] is not None:
+            self._copied[slot].synchronize()
+        self._staged[slot].copy_(rows)
+        self.tokens.copy_(self._staged[slot], non_blocking=True)
+        self._copied[slot] = self._recorded()
+        self._sent += 1
+
+    def _gradients(self, first: bool) -> None:
+        inputs, targets = self.tokens[:, :-1].contiguous(), self.tokens[:, 1:].contiguous()
+        weights, stored = self.stored.weights, self.stored
+        with torch.enable_grad():
+            with phase("forward"):
+                hidden = network.hidden(weights, inputs, self.rotary, backend=self.model.backend)
+                softcap = self.model.config.logit_softcap
+                nll = softcap_nll(hidden, weights.head, targets, softcap, backend=self.model.backend)
+                loss = nll.sum() / self.config.batch_tokens
+            with phase("backward"):
+                gradients = torch.autograd.grad(loss, stored.leaves)
+        stored.take(gradients, first)
+        if first:
+            self.total.copy_(loss.detach())
+        else:
+            self.total.add_(loss.detach())
+
+    @torch.no_grad()
+    def _updates(self) -> None:
+        with phase("optimizer"):
+            self.stored.finish()
+            gradients = self.stored.grads
+            norm = torch.linalg.vector_norm(gradients)
+            finite = torch.isfinite(norm) & torch.isfinite(self.total)
+            clip = (self.config.grad_clip / (norm + 1e-6)).clamp(max=1.0)
+            gradients.mul_(torch.where(finite, clip, math.nan))
+            self.optimizers.step_on_device(finite)
+            self.stored.refresh()
+            torch.stack([self.total, norm], out=self.report)
+
+    def _made(self, capture: bool) -> tuple[Callable[[], None], ...]:
+        """The first micro-batch (with the update, where a step is one graph), another one, and the update."""
+
+        def first() -> None:
+            self._gradients(first=True)
+            if self._whole:
+                self._updates()
+
+        parts = first, lambda: self._gradients(first=False), self._updates
+        if not capture:
+            return parts
+        self._warm_up(parts)
+        stream, pool = torch.cuda.Stream(self.device), torch.cuda.graph_pool_handle()
+        wanted = (True, self.micro_batches > 1, not self._whole)
+        return tuple(
+            self._captured(part, stream, pool) if is_wanted else part
+            for part, is_wanted in zip(parts, wanted, strict=True)
+        )
+
+    def _warm_up(self, parts: tuple[Callable[[], None], ...]) -> None:
+        """Compile every kernel and make every state, without changing a parameter: the gradients are NaN."""
+        side = torch.cuda.Stream(self.device)
+        side.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(side):
+            self._gradients(first=True)
+            self._gradients(first=False)
+            self.total.fill_(math.nan)
+            self._updates()
+        torch.cuda.current_stream(self.device).wait_stream(side)
+        self.optimizers.forget_skipped()
+
+    def _captured(self, part: Callable[[], None], stream, pool) -> Callable[[], None]:
+        graph = torch.cuda.CUDAGraph()
+        with phase("capture"), torch.cuda.graph(graph, pool=pool, stream=stream):
+            part()
+
+        def replay() -> None:
+            with phase("replay"):
+                graph.replay()
+
+        return replay
+
+
+class _Done:
+    """An event of a device that waits for every call."""
+
+    def synchronize(self) -> None:
+        pass

@@ -1,0 +1,112 @@
+"""One safetensors file of a model with Int6Linears: everything of its state, and which linears are at six bits."""
+
+import json
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from ..kernels.int6 import Int6Linear
+from .int6_model import replace_linears
+from .storage import replacing
+
+FORMAT, VERSION = "klora int6 linears", 1
+
+
+def save_quantized(module: nn.Module, path: Path | str) -> None:
+    """Write the state of `module`, after :func:`quantize_linears`, to `path`. The file appears whole or not at all.
+
+    Tied tensors are written once. ValueError: no Int6Linear in it, a state that is not tensors, tensors on "meta".
+    OSError: the disk.
+    """
+    linears = {
+        name: {"group_size": linear.weight.group_size, "dtype": str(linear.dtype).removeprefix("torch.")}
+        for name, linear in module.named_modules(remove_duplicate=False)
+        if isinstance(linear, Int6Linear)
+    }
+    if not linears:
+        raise ValueError("the module holds no Int6Linear; call quantize_linears on it first")
+    tensors, aliases, first = {}, {}, {}
+    for name, tensor in module.state_dict().items():
+        if not isinstance(tensor, Tensor) or tensor.is_meta:
+            found = '"meta"' if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise ValueError(f"{name} is on {found}; a quantised model is saved from tensors that hold values")
+        place = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+        if tensor.numel() and place in first:
+            aliases[name] = first[place]
+            continue
+        first[place] = name
+        tensors[name] = tensor.detach().to("cpu", copy=True).contiguous()  # safetensors refuses views of one storage
+    about = {"format": FORMAT, "version": VERSION, "linears": linears, "aliases": aliases}
+    with replacing(Path(path)) as temporary:
+        safetensors.torch.save_file(tensors, temporary, {"klora": json.dumps(about)})
+
+
+def load_quantized(module: nn.Module, path: Path | str, device: torch.device | str | None = None) -> nn.Module:
+    """Fill `module`, built as the saved one was before it was quantised, from a file of :func:`save_quantized`.
+
+    Its linears become the file's Int6Linears; hooks and modes stay, tied weights stay tied. Parameters and buffers are
+    replaced by the file's, in the file's dtype, so build optimizers afterwards. What is on "meta" goes to `device` (the
+    CPU if left out), the rest stays where it is. Returns `module`.
+
+    ValueError, and nothing changed: no such file, one of another model, a buffer on "meta" that no state holds.
+    """
+    about, state = _read(Path(path))
+    linears = about["linears"]
+    own = module.state_dict()
+    lost = [name for name, buffer in module.named_buffers() if buffer.is_meta and name not in own]
+    if lost:
+        raise ValueError(f"{lost[0]} is on 'meta' and in no file; build the module on a real device")
+    expected = {name: tuple(tensor.shape) for name, tensor in own.items()}
+    made = {}
+    for name, spec in linears.items():
+        linear = dict(module.named_modules(remove_duplicate=False)).get(name)
+        if type(linear) not in (nn.Linear, Int6Linear):
+            raise ValueError(f"{path}: {name} is at six bits there and {type(linear).__name__} here; wanted nn.Linear")
+        int6 = _empty(linear, spec)
+        made[linear] = made.get(linear, int6)
+        expected.pop(f"{name}.weight", None)
+        expected |= {f"{name}.{part}": tuple(getattr(int6, part).shape) for part in ("packed", "scale", "layout")}
+    for name in sorted(expected.keys() | state.keys()):
+        found = list(state[name].shape) if name in state else "missing"
+        wanted = list(expected[name]) if name in expected else "no such tensor"
+        if found != wanted:
+            raise ValueError(f"{path}: {name} is {found}; this module takes {wanted}: build it with the same config")
+    devices = {name: torch.device(device or "cpu") if tensor.is_meta else tensor.device for name, tensor in own.items()}
+    for name in linears:
+        at = devices.get(f"{name}.weight", devices.get(f"{name}.packed"))
+        devices |= {f"{name}.{part}": at for part in ("packed", "scale", "layout")}
+    replace_linears(module, made)
+    ties: dict[int, list[str]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        ties.setdefault(id(parameter), []).append(name)
+    module.load_state_dict({name: tensor.to(devices[name]) for name, tensor in state.items()}, assign=True)
+    for first, *others in ties.values():
+        for other in others:
+            parent, _, leaf = other.rpartition(".")
+            setattr(module.get_submodule(parent), leaf, module.get_parameter(first))
+    return module
+
+
+def _read(path: Path) -> tuple[dict, dict[str, Tensor]]:
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            about = json.loads((file.metadata() or {}).get("klora", "{}"))
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, ValueError, safetensors.SafetensorError) as error:
+        raise ValueError(f"{path} cannot be read ({error}); give a file of save_quantized") from error
+    if about.get("format") != FORMAT:
+        raise ValueError(f"{path} is not a file of save_quantized; for a dense checkpoint, load it and quantise then")
+    if about["version"] != VERSION:
+        raise ValueError(f"{path} has version {about['version']}; this klora reads {VERSION}: save it again")
+    return about, state | {alias: state[name] for alias, name in about["aliases"].items()}
+
+
+def _empty(linear: nn.Linear | Int6Linear, spec: dict) -> Int6Linear:
+    """An Int6Linear on "meta" in the place of `linear`, with its bias."""
+    dtype = getattr(torch, spec["dtype"])
+    int6 = Int6Linear(linear.in_features, linear.out_features, False, spec["group_size"], "meta", dtype)
+    int6.bias = linear.bias
+    return int6

@@ -1,0 +1,258 @@
+"""The forward of the model, written once: a pure function of weights, for training, adapting and int6.
+
+    e_i = E[t_i] + Bg[hash(t_i, t_{i-1})]                 token plus hashed bigram, whose table is projected already
+    x0  = smear(rmsnorm(e)):  x_i = (1-g)*x_i + g*x_{i-1},  g = sigmoid(gate), nothing across BOS
+    block i:  x  = a*(x + skip*pop()) + b*x0              U-Net join (later half) and residual mix
+              x += Wo attn(rope(q), rope(k), v),          q,k,v from rmsnorm(x); the scales lie in Wo and W2
+              x += W2 relu(W1 rmsnorm(x))^2 + bias        the bias is a document's own
+    the first L//2 blocks push their output
+
+model/weights.py makes the weights. `backend` says whether each op runs its reference or its kernel; it is decided
+once, by the caller. An architecture is changed here, in the oracle of tests/test_model.py, and nowhere else.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..kernels import (
+    BOS,
+    bigram_embedding,
+    bigram_hash_ref,
+    causal_attention,
+    causal_attention_ref,
+    linear,
+    lora_attention,
+    lora_qkv,
+    norm_rotary,
+    relu_squared_mlp,
+    relu_squared_ref,
+    residual_norm,
+    rms_norm_ref,
+)
+from ..kernels.attention import HEAD_DIMS
+from ..kernels.int6 import Int6Matrix, int6_linear
+from ..kernels.qkv_attention import qkv_attention, takes
+from .config import ModelConfig
+from .ranges import phase
+from .weights import BlockWeights, Matrix, Weights
+
+Rotary = tuple[Tensor, Tensor]
+"""cos and sin [S, head_dim/2] of the positions of the inputs."""
+
+
+class Adapters(NamedTuple):
+    """What documents add to the blocks: `parts` are A [slots, 3, R, D], B [slots, Nq+Nk+Nv, R] and bias [slots, D] of
+    each.
+
+    `slots` int [B] names the adapter of each batch row; None: row b has adapter b. `grads` are like `parts` and get
+    their gradients in the backward, where autograd shall not have them.
+    """
+
+    slots: Tensor | None
+    parts: list[Tensor]
+    grads: list[Tensor] | None = None
+
+    def of(self, index: int) -> tuple[tuple, dict[str, Tensor | None]]:
+        """Block `index`: (A, B, their gradients or None), and what residual_norm wants to know of the bias."""
+        lora_a, lora_b, bias = self.parts[3 * index : 3 * index + 3]
+        if self.grads is None:
+            return (lora_a, lora_b, None), {"bias": bias, "slots": self.slots}
+        *lora_grads, bias_grad = self.grads[3 * index : 3 * index + 3]
+        return (lora_a, lora_b, tuple(lora_grads)), {"bias": bias, "slots": self.slots, "bias_grad": bias_grad}
+
+
+class KVCache:
+    """Keys, values and the smear's last state of a batch that is read token by token, up to `length` tokens."""
+
+    def __init__(self, weights: Weights, batch: int, length: int):
+        config, device = weights.config, weights.embed.device
+        shape = (config.blocks, batch, length, config.kv_heads, config.head_dim)
+        self.weights = weights
+        self.keys = torch.empty(shape, device=device, dtype=weights.dtype)
+        self.values = torch.empty_like(self.keys)
+        self.length = length
+        self.filled = 0
+        self.last_token: Tensor | None = None
+        self.last_x: Tensor | None = None
+
+    def check(self, tokens: int) -> None:
+        """ValueError unless so many tokens can follow what is there."""
+        if self.filled and tokens != 1:
+            raise ValueError(f"a filled cache continues with 1 token at a time, not {tokens}")
+        if self.filled + tokens > self.length:
+            raise ValueError(f"the cache holds {self.length} tokens; {self.filled} + {tokens} were given")
+
+    def extend(self, index: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Take in the keys and values [B, S, G, d] of block `index`; returns all that there are."""
+        stop = self.filled + k.size(1)
+        self.keys[index, :, self.filled : stop], self.values[index, :, self.filled : stop] = k, v
+        return self.keys[index, :, :stop], self.values[index, :, :stop]
+
+
+def pick_backend(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> str:
+    """'triton' where every op of the forward has a kernel for this network, else 'reference'."""
+    fits = config.width % 16 == 0 and config.width <= 4096 and dtype != torch.float64
+    return "triton" if device.type == "cuda" and fits else "reference"
+
+
+def hidden(
+    weights: Weights,
+    tokens: Tensor,
+    rotary: Rotary,
+    adapters: Adapters | None = None,
+    tail: int | None = None,
+    cache: KVCache | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """tokens int [B, S] -> rmsnorm(x) [B, tail or S, D] in the compute dtype, what the tied head reads.
+
+    With `tail`, only the last so many positions are computed where the last block allows it. With a cache, `tokens`
+    continue what it holds. `backend` is "reference" or "triton"; left out, CPU tensors take the reference.
+    """
+    blocks, x0_grad = weights.blocks, None
+    if (
+        torch.is_grad_enabled()
+        and weights.embed.requires_grad
+        and (backend or tokens.device.type) in ("triton", "cuda")
+    ):
+        x0_grad = weights.head.new_empty(*tokens.shape, weights.config.width)  # one sum of what all boundaries give
+    x0 = embedded(weights, tokens, cache, x0_grad, backend)
+    pushes, pushed = len(blocks) // 2, []
+    slots = None if adapters is None else adapters.slots
+    about = About(weights.config, rotary, weights.attention, weights.by_kernel, slots, backend)
+    grads = {"x0_grad": x0_grad, "adds_x0": len(blocks) > 1}
+    _, x, n = residual_norm(x0, mix=blocks[0].mix, x0=x0, **grads, backend=backend)
+    for index, weight in enumerate(blocks):
+        after = blocks[index + 1] if index + 1 < len(blocks) else None
+        joins = after is not None and after.skip is not None
+        lora, bias = ((), {}) if adapters is None else adapters.of(index)
+        held = None if cache is None else partial(cache.extend, index)
+        if after is None and tail is not None:
+            x = x[:, x.size(1) - tail :]
+        with phase("block"):
+            # The output of the last block that pushes is joined through the next one's mix.
+            push, popped = index + 1 < pushes, pushed.pop() if joins else None
+            given = {} if after is None else {"x0": x0, "x0_grad": x0_grad, "adds_x0": index + 2 < len(blocks)}
+            x_out, x, n = block(about, weight, after, x, n, given | bias, lora, held, push, popped)
+        if push:
+            pushed.append(x_out)
+    if cache is not None:
+        cache.filled += tokens.size(1)
+    return n
+
+
+class About(NamedTuple):
+    """What all blocks of a forward share."""
+
+    config: ModelConfig
+    rotary: Rotary
+    attention: str
+    by_kernel: bool
+    slots: Tensor | None
+    backend: str | None
+
+
+def block(
+    about: About,
+    weight: BlockWeights,
+    after: BlockWeights | None,
+    x: Tensor,
+    n: Tensor,
+    given: dict[str, Tensor | None],
+    lora: tuple,
+    held: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None,
+    push: bool,
+    popped: Tensor | None,
+) -> tuple[Tensor | None, Tensor | None, Tensor]:
+    """One block, from the stream x [B, T, D] and what it reads of it, n [B, S, D], to the next block's x and n.
+
+    The first of the results is the block's output, where it is pushed. `after` is the next block, whose join and mix
+    belong to the boundary, as does what is `given` to it. `held` takes keys and values into a cache and gives back all.
+    """
+    backend = about.backend
+    mixed = _attention(about, weight, n, lora, x.size(1), held)
+    _, x, n = residual_norm(x, _linear(mixed, weight.out, backend), weight.attn_scale, backend=backend)
+    return residual_norm(
+        x,
+        _mlp(n, weight, backend),
+        weight.mlp_scale,
+        **given,
+        pushed=popped,
+        skip=after.skip if popped is not None else None,
+        mix=after.mix if after is not None else None,
+        push=push,
+        last=after is None,
+        backend=backend,
+    )
+
+
+def embedded(
+    weights: Weights, tokens: Tensor, cache: KVCache | None, x0_grad: Tensor | None, backend: str | None
+) -> Tensor:
+    """tokens [B, S] -> x0 [B, S, D] in the compute dtype. The first token without a cache has no previous one."""
+    if cache is None:
+        tables = weights.embed, weights.bigram, weights.gate
+        return bigram_embedding(tokens, *tables, weights.dtype, x0_grad=x0_grad, backend=backend)
+    rows = bigram_hash_ref(tokens, weights.config.bigram_rows, cache.last_token)
+    x = rms_norm_ref(F.embedding(tokens, weights.embed) + F.embedding(rows, weights.bigram)).to(weights.dtype)
+    first = torch.zeros_like(x[:, :1]) if cache.last_x is None else cache.last_x[:, None]
+    before = torch.cat([first, x[:, :-1]], dim=1).masked_fill((tokens == BOS)[..., None], 0.0)
+    cache.last_token, cache.last_x = tokens[:, -1], x[:, -1]
+    return torch.lerp(x, before, torch.sigmoid(weights.gate).to(x.dtype))
+
+
+def _linear(x: Tensor, weight: Matrix, backend: str | None) -> Tensor:
+    if isinstance(weight, Int6Matrix):
+        return int6_linear(x, weight, None, backend)
+    return linear(x, weight, backend=backend)
+
+
+def _mlp(n: Tensor, weight: BlockWeights, backend: str | None) -> Tensor:
+    if isinstance(weight.up, Int6Matrix):
+        return _linear(relu_squared_ref(_linear(n, weight.up, backend)), weight.down, backend)
+    return relu_squared_mlp(n, weight.up, weight.down, backend=backend)
+
+
+def _attention(
+    about: About,
+    weight: BlockWeights,
+    n: Tensor,
+    lora: tuple,
+    tail: int,
+    held: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None,
+) -> Tensor:
+    """n [B, S, D] -> what the block's attention gives the last `tail` inputs, [B, tail, Nq].
+
+    A head size that our kernels do not take goes through PyTorch's attention, whose backward promises no bits, and so
+    does a token that continues a cache.
+    """
+    backend, sizes, head_dim = about.backend, about.config.qkv_sizes, about.config.head_dim
+    runs_kernel = backend == "triton" or (backend is None and n.is_cuda)
+    by_kernel = about.by_kernel and runs_kernel and head_dim in HEAD_DIMS and held is None
+    if not lora:
+        if by_kernel and takes(n.dtype, head_dim) and isinstance(weight.qkv, Tensor):
+            tables = (*about.rotary, weight.gain)
+            options = {"head_dim": head_dim, "tail": tail, "unit_tables": True, "backend": backend}
+            return qkv_attention(n, weight.qkv, *tables, sizes, **options)
+        parts = _linear(n, weight.qkv, backend).split(sizes, dim=-1)
+    else:
+        *adapter, grads = lora
+        # Adapters come with many tokens, where a dequantised copy of this one matrix costs nothing beside them.
+        qkv = weight.qkv.dequantize(n.dtype) if isinstance(weight.qkv, Int6Matrix) else weight.qkv
+        options = {"slots": about.slots, "sizes": sizes, "grads": grads, "backend": backend}
+        if by_kernel:
+            tables = (*about.rotary, weight.gain)
+            return lora_attention(n, qkv, *adapter, *tables, head_dim=head_dim, tail=tail, unit_tables=True, **options)
+        parts = lora_qkv(n, qkv, *adapter, **options)
+    q, k, v = (part.unflatten(-1, (-1, head_dim)) for part in parts)
+    q, k = norm_rotary(q, k, *about.rotary, weight.gain, backend=backend)
+    if held is not None:
+        k, v = held(k, v)
+    if by_kernel:
+        return causal_attention(q, k, v, tail, backend=backend).flatten(2)
+    return causal_attention_ref(q, k, v, about.attention)[:, q.size(1) - tail :].flatten(2)

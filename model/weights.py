@@ -1,0 +1,121 @@
+"""The weights as the forward reads them, made from a model's parameters.
+
+Q, K and V are stacked; the depth and layer scales are folded into Wo and W2 before these are rounded to the compute
+dtype; the bigram table is projected; and the skip that joins the middle of the U-Net to itself is folded into the mix
+of the block that follows. What autograd knows of the parameters it knows of the weights: training differentiates
+through this, adapting does not. Matrices that are stored at six bits stay so, beside scales that cannot be folded,
+unless dense ones are asked for.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..kernels.int6 import Int6Linear, Int6Matrix
+from .config import ModelConfig
+
+if TYPE_CHECKING:
+    from .gpt import GPT, Block
+
+Matrix = Tensor | Int6Matrix
+"""A weight in the compute dtype, or at six bits."""
+
+
+class BlockWeights(NamedTuple):
+    """One block: matrices in the compute dtype, vectors in fp32 (fp64 for a float64 model)."""
+
+    mix: Tensor
+    """[2, D], the factors of the stream and of x0"""
+    skip: Tensor | None
+    """[D], where an earlier block's output joins"""
+    qkv: Matrix
+    """[Nq+Nk+Nv, D]"""
+    gain: Tensor
+    """[H]"""
+    out: Matrix
+    """[D, Nq]"""
+    up: Matrix
+    """[hidden, D]"""
+    down: Matrix
+    """[D, hidden]"""
+    attn_scale: Tensor | None = None
+    """[D], of the attention's branch; None where it is folded into `out`"""
+    mlp_scale: Tensor | None = None
+    """[D], of the MLP's branch; None where it is folded into `down`"""
+
+
+@dataclass(frozen=True, eq=False)
+class Weights:
+    """A whole model, as :func:`klora.model.network.hidden` takes it."""
+
+    config: ModelConfig
+    embed: Tensor
+    """[V, D], fp32 (fp64 for a float64 model)"""
+    bigram: Tensor
+    """[rows, D], projected and scaled, as `embed`"""
+    gate: Tensor
+    """[D], the smear's"""
+    head: Tensor
+    """[V, D] in the compute dtype"""
+    blocks: tuple[BlockWeights, ...]
+    rotary: Callable[[int, int], tuple[Tensor, Tensor]]
+    """cos and sin of (at least so many positions, the base of sequences of that length)"""
+    attention: str
+    """PyTorch's backend for attention where our kernel does not run"""
+    by_kernel: bool = True
+    """Whether attention takes our kernel where it can"""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The compute dtype."""
+        return self.head.dtype
+
+
+def weights_of(model: "GPT", dense: bool = False) -> Weights:
+    """The model's weights, differentiable in its parameters. `dense`: int6 matrices dequantised."""
+    bigram = model.bigram
+    return Weights(
+        model.config,
+        model.embed,
+        bigram.scale * F.linear(bigram.table, bigram.project),
+        model.smear.gate,
+        model.embed.to(model.dtype),
+        tuple(_block(model, index, block, dense) for index, block in enumerate(model.blocks)),
+        model.rotary,
+        model.attention,
+    )
+
+
+@torch.no_grad()
+def frozen_weights(model: "GPT") -> Weights:
+    """The model's weights as they are now, dense and without a gradient."""
+    return weights_of(model, dense=True)
+
+
+def _block(model: "GPT", index: int, block: "Block", dense: bool) -> BlockWeights:
+    dtype, vectors = model.dtype, torch.float64 if model.dtype == torch.float64 else torch.float32
+    mix, skip = block.resid_mix.to(vectors), None
+    joined = index - len(model.blocks) // 2
+    if 0 <= joined < len(model.skip):
+        skip = model.skip[joined].to(vectors)
+        if joined == 0:  # what joins here is the output of the block before, which is the stream itself
+            mix, skip = torch.stack([mix[0] * (1 + skip), mix[1]]), None
+    gain = block.gain.to(vectors)
+    attn_scale, mlp_scale = block.depth_scale * block.attn_scale, block.depth_scale * block.mlp_scale
+    if isinstance(block.o, Int6Linear) and not dense:
+        qkv, out, up, down = (linear.matrix for linear in (block.qkv, block.o, block.up, block.down))
+        return BlockWeights(mix, skip, qkv, gain, out, up, down, attn_scale.to(vectors), mlp_scale.to(vectors))
+    qkv, out, up, down = _dense_matrices(block, model.embed.dtype)
+    folded = (attn_scale[:, None] * out).to(dtype), up.to(dtype), (mlp_scale[:, None] * down).to(dtype)
+    return BlockWeights(mix, skip, qkv.to(dtype), gain, *folded)
+
+
+def _dense_matrices(block: "Block", dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Q, K and V stacked, Wo, W1 and W2."""
+    if isinstance(block.o, Int6Linear):
+        return tuple(linear.dequantize(dtype) for linear in (block.qkv, block.o, block.up, block.down))
+    return torch.cat([block.q, block.k, block.v]), block.o, block.up, block.down

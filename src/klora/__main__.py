@@ -1,0 +1,5 @@
+"""`python -m klora`: the command."""
+
+from .cli import main
+
+main()

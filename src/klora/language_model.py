@@ -1,0 +1,132 @@
+"""A model from a file, in a few lines: logits, text, bits per byte, and those of a model that adapts while it reads."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .model.artifact import load_artifact
+from .model.config import ConfigError
+from .model.generate import generate_text
+from .model.gpt import GPT
+from .model.loading import model_from_artifact, model_from_run, tokenizer_of
+from .model.tokenizer import Tokenizer, TokenizerError
+from .model.train import TOKENIZER
+from .ttt.base import BaseNll
+from .ttt.documents import Document, facts_of_texts
+from .ttt.protocols import SCORE_FIRST, TTTConfig, ttt_preset
+from .ttt.results import ScoreResult
+from .ttt.score import Journal, score_documents, unadapted
+
+
+def load(path: str | Path, device: torch.device | str = "auto", weights: str = "dense") -> "LanguageModel":
+    """The model and the tokenizer of an artifact, or of a finished run's folder (its weights before quantisation).
+
+    `device`: "auto" (the GPU if there is one), "cpu", "cuda", "cuda:N" or a torch.device. `weights`: "dense", or "int6"
+    to keep an artifact's matrices at six bits. KloraError: no such file, no artifact, no such device.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        artifact = load_artifact(path)
+        return LanguageModel(model_from_artifact(artifact, device, weights), tokenizer_of(artifact))
+    if weights != "dense":
+        raise ConfigError(f"weights={weights!r} is not possible for a run's folder; allowed: 'dense', or an artifact")
+    return LanguageModel(model_from_run(path, device), Tokenizer.from_file(path / TOKENIZER, may_normalise=True))
+
+
+class LanguageModel:
+    """A :class:`~klora.model.GPT` and its tokenizer, both to be used on their own as well.
+
+    Documents are given as one text, several, or a dictionary of names and texts.
+    """
+
+    def __init__(self, model: GPT, tokenizer: Tokenizer):
+        self.model, self.tokenizer = model, tokenizer
+
+    def __repr__(self) -> str:
+        config = self.model.config
+        return f"<LanguageModel: {config.blocks} blocks of width {config.width} on {self.device}>"
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.embed.device
+
+    @torch.no_grad()
+    def logits(self, text: str | Sequence[int] | Tensor) -> Tensor:
+        """Logits fp32 [S, V] of what follows each token of a text, or of its tokens int [S] or [B, S] -> [B, S, V].
+
+        A text's first token is BOS, as of `tokenizer.encode(text)`: row i is about token i + 1. Past the model's
+        training length the rotary base is that of S tokens.
+        """
+        tokens = torch.as_tensor(self._encode(text).astype(np.int64) if isinstance(text, str) else text)
+        vocab = self.tokenizer.vocab_size
+        if tokens.ndim not in (1, 2) or not tokens.numel() or tokens.is_floating_point():
+            raise TokenizerError(f"tokens of {tokens.dtype} {list(tokens.shape)}; allowed: integers [S] or [B, S]")
+        if not 0 <= int(tokens.min()) <= int(tokens.max()) < vocab:
+            raise TokenizerError(f"tokens from {tokens.min()} to {tokens.max()}; allowed: 0 to {vocab - 1}")
+        logits = self.model(tokens.to(self.device, torch.int64).view(-1, tokens.size(-1)))
+        return logits.view(*tokens.shape, -1)
+
+    def generate(
+        self, prompt: str = "", tokens: int = 200, temperature: float = 0.8, top_k: int = 50, seed: int = 0
+    ) -> str:
+        """Text that goes on from `prompt`: up to `tokens` tokens, until a new document would begin.
+
+        temperature 0 takes the likeliest token; otherwise one of the `top_k` likeliest (0: all) is drawn. The same seed
+        gives the same text on the same machine.
+        """
+        self._encode(prompt)  # for its errors
+        settings = {"most": tokens, "temperature": temperature, "top_k": top_k, "seed": seed}
+        return "".join(generate_text(self.model, self.tokenizer, prompt, **settings))
+
+    def score(self, documents: str | Iterable[str] | Mapping[str, str]) -> ScoreResult:
+        """Bits per byte of the model as it is: `.totals()["base_bpb"]`, and `base_bpb` of each of `.documents`.
+
+        Bytes are the text's own; `.notes` says where the tokenizer normalises it.
+        """
+        config, read = ttt_preset(), self._documents(documents)
+        base = BaseNll(self.model, read, config)
+        results = [unadapted(document, i, base, None) for i, document in enumerate(read)]
+        return ScoreResult(results, config, {}, facts_of_texts(self.tokenizer))
+
+    def adapt(
+        self,
+        documents: str | Iterable[str] | Mapping[str, str],
+        preset: str | None = None,
+        protocol: str = SCORE_FIRST,
+        **settings: Any,
+    ) -> ScoreResult:
+        """Bits per byte of the model while it adapts to each document: every one gets an adapter of its own.
+
+        `.totals()` has "base_bpb" and "adapted_bpb", `.documents` those of each. Documents under `min_tokens` tokens
+        are left to the base model. `preset`: "quick" (the default), "thorough" or "design"; `settings` are fields of
+        :class:`~klora.ttt.TTTConfig`, such as `min_tokens=64`. The model itself does not change.
+        """
+        config: TTTConfig = ttt_preset(preset, protocol).override(settings)
+        with TemporaryDirectory() as folder:
+            journal = Journal(Path(folder) / "journal.jsonl", fingerprint="", resume=False)
+            try:
+                facts = facts_of_texts(self.tokenizer)
+                return score_documents(self.model, self._documents(documents), config, journal, facts=facts)
+            finally:
+                journal.close()
+
+    def _documents(self, documents: str | Iterable[str] | Mapping[str, str]) -> list[Document]:
+        if isinstance(documents, str):
+            documents = [documents]
+        if not isinstance(documents, Mapping):
+            documents = {str(number): text for number, text in enumerate(documents)}
+        return [Document(name, self._encode(text), len(text.encode())) for name, text in documents.items()]
+
+    def _encode(self, text: str) -> np.ndarray:
+        """BOS and the text's tokens; TokenizerError for what is no text."""
+        if not isinstance(text, str):
+            raise TokenizerError(f"a text is a {type(text).__name__}; allowed: str")
+        try:
+            return self.tokenizer.encode(text)
+        except UnicodeEncodeError:
+            raise TokenizerError("a text has half a surrogate pair, which is no character") from None

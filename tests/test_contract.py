@@ -1,0 +1,461 @@
+"""What every op promises, whichever backend runs: who gets a gradient, what an index means, what users may do.
+
+One table holds a small call of each op. The reference is the other side of each promise: it and the kernel agree.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from klora.bench.tolerance import assert_as_exact, relative_error
+from klora.kernels import (
+    bigram_embedding,
+    causal_attention,
+    linear,
+    lora_adam_,
+    lora_attention,
+    lora_head_nll,
+    lora_head_nll_grads_,
+    lora_head_nll_ref,
+    lora_qkv,
+    lora_qkv_rope,
+    norm_rotary,
+    qkv_attention,
+    relu_squared,
+    relu_squared_mlp,
+    residual_norm,
+    rms_norm,
+    rotary_tables,
+    softcap_logits_ref,
+    softcap_nll,
+    softcap_nll_ref,
+)
+from torch import Tensor
+
+CUDA = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if CUDA else "cpu")
+BACKENDS = ("reference", "triton")
+D, H, G, HEAD, R, V, POOL = 32, 4, 2, 16, 3, 40, 4
+SIZES = (H * HEAD, G * HEAD, G * HEAD)
+
+
+class Op(NamedTuple):
+    """A call: `floats` are the tensors that may require a gradient, `refused` those of them that must not."""
+
+    function: Callable
+    floats: dict[str, Tensor]
+    more: dict[str, Any] = {}
+    refused: tuple[str, ...] = ()
+    per_document: tuple[str, ...] = ("x",)
+    """whose first dimension is the documents"""
+
+    def __call__(self, backend: str, **changed: Any) -> list[Tensor]:
+        """Every output that is a tensor."""
+        outputs = self.function(**{**self.floats, **self.more, **changed}, backend=backend)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        return [output for output in outputs if output is not None]
+
+
+def ops(B: int = 2, S: int = 5, dtype: torch.dtype = torch.float32) -> dict[str, Op]:
+    """A call of every op that has outputs, for B documents of S tokens."""
+    draw = torch.Generator().manual_seed(0)
+
+    def randn(*size: int, like: torch.dtype = dtype) -> Tensor:
+        return torch.randn(size, generator=draw).to(DEVICE, like) * 0.5
+
+    x, weight = randn(B, S, D), randn(sum(SIZES), D)
+    cos, sin = rotary_tables(S, HEAD, 100.0, DEVICE)
+    slots = (2 - torch.arange(B, device=DEVICE)) % POOL
+    targets = torch.arange(B * S, device=DEVICE).view(B, S) % V
+    fp32 = {"like": torch.float32}
+    gain = 1 + randn(H, **fp32)
+    adapters = {"lora_a": randn(POOL, 3, R, D, **fp32), "lora_b": randn(POOL, sum(SIZES), R, **fp32)}
+    head = {"lora_a": randn(POOL, R, D, **fp32), "lora_b": randn(POOL, V, R, **fp32)}
+    qkv = {"x": x, "weight": weight, **adapters}
+    tables = {"cos": cos, "sin": sin, "gain": gain}
+    about = {"slots": slots, "sizes": SIZES}
+    heads = {"q": randn(B, S, H, HEAD), "k": randn(B, S, G, HEAD)}
+    h = {"h": x, "weight": randn(V, D)}
+    loss = {"targets": targets, "softcap": 5.0, "temperature": 0.9}
+    stream = {name: randn(B, S, D) for name in ("x", "branch", "pushed", "x0")}
+    vectors = {"scale": randn(D, **fp32), "skip": randn(D, **fp32), "mix": randn(2, D, **fp32)}
+    return {
+        "linear": Op(linear, {"x": x, "weight": weight}),
+        "relu_squared": Op(relu_squared, {"u": x}, per_document=("u",)),
+        "relu_squared_mlp": Op(relu_squared_mlp, {"x": x, "up": randn(48, D), "down": randn(D, 48)}),
+        "rms_norm": Op(rms_norm, {"x": x}),
+        "residual_norm": Op(
+            residual_norm,
+            {**stream, **vectors, "bias": randn(POOL, D, **fp32)},
+            {"slots": slots, "push": True},
+            per_document=tuple(stream),
+        ),
+        "norm_rotary": Op(norm_rotary, {**heads, **tables}, {}, ("cos", "sin"), ("q", "k")),
+        "causal_attention": Op(causal_attention, {**heads, "v": randn(B, S, G, HEAD)}, {}, (), ("q", "k", "v")),
+        "lora_qkv": Op(lora_qkv, qkv, about),
+        "lora_qkv_rope": Op(lora_qkv_rope, {**qkv, **tables}, {**about, "head_dim": HEAD}, tuple(tables)),
+        "lora_attention": Op(lora_attention, {**qkv, **tables}, {**about, "head_dim": HEAD}, tuple(tables)),
+        "qkv_attention": Op(
+            qkv_attention, {"x": x, "weight": weight, **tables}, {"sizes": SIZES, "head_dim": HEAD}, ("cos", "sin")
+        ),
+        "bigram_embedding": Op(
+            bigram_embedding,
+            {"embed": randn(V, D, **fp32), "bigram": randn(9, D, **fp32), "gate": randn(D, **fp32)},
+            {"tokens": targets + 2, "dtype": dtype},
+            per_document=(),
+        ),
+        "softcap_nll": Op(softcap_nll, h, loss, per_document=("h",)),
+        "lora_head_nll": Op(lora_head_nll, {**h, **head}, {**loss, "slots": slots}, per_document=("h",)),
+    }
+
+
+OPS = ops()
+WITH_SLOTS = [name for name, op in OPS.items() if "slots" in op.more]
+WITH_ROTARY = [name for name, op in OPS.items() if "cos" in op.floats]
+WITH_TARGETS = [name for name, op in OPS.items() if "targets" in op.more]
+INPUTS = [(name, tensor) for name, op in OPS.items() for tensor in op.floats]
+FREE = {("rms_norm", "triton"): 0, ("residual_norm", "triton"): 2, ("residual_norm", "reference"): 1}
+"""How many of the outputs may be changed in place before a backward, where not all of them: the backward of a norm
+reads n (PyTorch's, x_in), and autograd refuses it then."""
+
+
+def close(ours: list[Tensor], theirs: list[Tensor]) -> None:
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, other, rtol=2e-4, atol=2e-5)
+
+
+def same(ours: list[Tensor], theirs: list[Tensor]) -> None:
+    for mine, other in zip(ours, theirs, strict=True):
+        assert torch.equal(mine, other)
+
+
+def gradients(op: Op, backend: str, names: list[str] | None = None, **changed: Any) -> list[Tensor]:
+    """Outputs, then the gradients of the floats named (all that may have one) for a fixed weight of each output."""
+    names = [name for name in op.floats if name not in op.refused] if names is None else names
+    leaves = {name: changed.get(name, op.floats[name]).detach().requires_grad_() for name in names}
+    outputs = op(backend, **{**changed, **leaves})
+    loss = sum((out * torch.linspace(0.5, 1.5, out.numel(), device=DEVICE).view(out.shape)).sum() for out in outputs)
+    return [out.detach() for out in outputs] + list(torch.autograd.grad(loss, list(leaves.values())))
+
+
+@pytest.mark.parametrize(("name", "tensor"), INPUTS)
+def test_reference_and_kernel_give_the_same_tensors_a_gradient(name, tensor):
+    """Each input alone: either both backends give its gradient, or both refuse it by name."""
+    op = OPS[name]
+    if tensor in op.refused:
+        for backend in BACKENDS:
+            with pytest.raises(ValueError, match=f"{tensor} requires a gradient"):
+                gradients(op, backend, [tensor])
+            with torch.no_grad():
+                op(backend, **{tensor: op.floats[tensor].clone().requires_grad_()})
+    else:
+        close(*(gradients(op, backend, [tensor]) for backend in BACKENDS))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_ops_that_write_their_results_need_no_no_grad(backend):
+    """Parameters may be given as they are: nothing that comes out, and nothing written, hangs on a graph."""
+    pools = [torch.rand(3, 10, device=DEVICE).requires_grad_() for _ in range(4)]
+    before = pools[0].detach().clone()
+    step, lr = torch.zeros(3, dtype=torch.int64, device=DEVICE), torch.ones(3, device=DEVICE)
+    lora_adam_(*pools, step, lr, backend=backend)
+    assert not torch.equal(pools[0], before) and all(pool.is_leaf and pool._version for pool in (pools[0], pools[2]))
+    op = OPS["lora_head_nll"]
+    leaves = {name: tensor.clone().requires_grad_() for name, tensor in op.floats.items()}
+    into = {f"d{name}": leaves[name].detach().clone().requires_grad_() for name in ("lora_a", "lora_b")}
+    dnll = torch.ones_like(op.more["targets"], dtype=torch.float32)
+    results = lora_head_nll_grads_(**leaves, **op.more, **into, dnll=dnll, backend=backend)
+    assert not any(result.requires_grad for result in results)
+
+
+@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize(("B", "S"), [(0, 5), (2, 0)])
+def test_no_documents_and_no_tokens_have_empty_outputs_and_zero_gradients(name, B, S):
+    op = ops(B, S)[name]
+    ours, theirs = (gradients(op, backend) for backend in ("triton", "reference"))
+    assert [out.shape for out in ours] == [out.shape for out in theirs]
+    assert not any(bool(t.any()) for t in (*ours, *theirs))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", WITH_SLOTS)
+def test_a_pool_of_no_adapters_serves_documents_that_have_none(name, backend):
+    op = OPS[name]
+    pools = {tensor: op.floats[tensor][:0] for tensor in ("lora_a", "lora_b", "bias") if tensor in op.floats}
+    none = torch.full_like(op.more["slots"], -1)
+    empty = gradients(op, backend, slots=none, **pools)
+    outputs = len(op(backend))
+    close(empty[:outputs], op(backend, slots=none))
+
+
+@pytest.mark.parametrize("name", WITH_SLOTS)
+def test_a_slot_outside_the_pool_is_none(name):
+    """No number is cut to 32 bits: 2^32 + 1 is not slot 1."""
+    op = ops(B=4)[name]
+    wrong = torch.tensor([2**32 + 1, POOL, -(2**32), 1], device=DEVICE)
+    results = [gradients(op, backend, slots=wrong) for backend in BACKENDS]
+    close(*results)
+    none = torch.tensor([-1, -1, -1, 1], device=DEVICE)
+    for backend, found in zip(BACKENDS, results, strict=True):
+        same(found, gradients(op, backend, slots=none))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_adam_skips_a_slot_outside_the_pool(backend, dtype):
+    pools = [torch.rand(3, 10, device=DEVICE) for _ in range(4)]
+    step, lr = torch.zeros(3, dtype=torch.int64, device=DEVICE), torch.ones(3, device=DEVICE)
+    before = pools[0].clone()
+    wrong = [2**32, 2**32 + 2, 3, -7] if dtype == torch.int64 else [3, 2**31 - 1, -7, -1]
+    lora_adam_(*pools, step, lr, torch.tensor([*wrong, 1], dtype=dtype, device=DEVICE), backend=backend)
+    assert step.tolist() == [0, 1, 0] and torch.equal(pools[0][[0, 2]], before[[0, 2]])
+    nothing = [pool[:0] for pool in pools]
+    lora_adam_(*nothing, step[:0], lr[:0], backend=backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", WITH_TARGETS)
+def test_a_target_outside_the_vocabulary_is_not_scored(name, backend):
+    op = OPS[name]
+    wrong = torch.tensor([2**32, 2**32 + 5, -(2**32) + 3, V, -1, -100, 2**62], device=DEVICE)
+    targets = op.more["targets"].clone()
+    targets.view(-1)[: len(wrong)] = wrong
+    nll, dh, *_ = gradients(op, backend, targets=targets)
+    assert not nll.view(-1)[:7].any() and not dh.view(-1, D)[:7].any()
+    assert nll.view(-1)[7:].all() and dh.view(-1, D)[7:].any(1).all()
+    ignored = torch.where((targets < 0) | (targets >= V), -100, targets)
+    same(gradients(op, backend, targets=targets), gradients(op, backend, targets=ignored))
+    same(gradients(op, backend, targets=ignored.int()), gradients(op, backend, targets=ignored))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", WITH_SLOTS)
+def test_a_document_without_a_slot_does_not_read_slot_0(name, backend):
+    """0 x NaN is NaN: what is not named is replaced, forward and backward."""
+    op = OPS[name]
+    slots = torch.tensor([-1, 1], device=DEVICE)
+    others = torch.tensor([0, 2, 3], device=DEVICE)
+    pools = [tensor for tensor in ("lora_a", "lora_b", "bias") if tensor in op.floats]
+    torn = {tensor: op.floats[tensor].index_fill(0, others, math.nan) for tensor in pools}
+    same(gradients(op, backend, slots=slots, **torn), gradients(op, backend, slots=slots))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", OPS)
+def test_a_document_that_is_not_finite_spoils_no_other(name, backend):
+    op = OPS[name]
+    if not op.per_document:
+        pytest.skip("its documents are tokens")
+    torn = {tensor: op.floats[tensor].clone() for tensor in op.per_document}
+    for tensor in torn.values():
+        tensor[1] = math.nan
+    healthy = gradients(op, backend, list(op.per_document))
+    spoilt = gradients(op, backend, list(op.per_document), **torn)
+    same([t[:1] for t in spoilt], [t[:1] for t in healthy])
+
+
+def misaligned(tensor: Tensor) -> Tensor:
+    """The same numbers, contiguous, 4 (in 16 bits 2) bytes past an address that is a multiple of 16."""
+    memory = tensor.new_empty(tensor.numel() + 16)
+    start = 1 + -memory.data_ptr() % 16 // memory.itemsize
+    return memory[start : start + tensor.numel()].view(tensor.shape).copy_(tensor)
+
+
+def strided(tensor: Tensor) -> Tensor:
+    """The same numbers, every second one of twice as many."""
+    return torch.stack([tensor, tensor], -1)[..., 0]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", OPS)
+def test_where_and_how_a_tensor_lies_changes_no_number(name, backend):
+    op = OPS[name]
+    expected = gradients(op, backend)
+    for layout in (misaligned, strided):
+        given = {tensor: layout(value) for tensor, value in op.floats.items()}
+        more = {tensor: layout(op.more[tensor]) for tensor in ("slots", "targets") if tensor in op.more}
+        found = gradients(op, backend, **given, **more)
+        (same if backend == "triton" else close)(found, expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", OPS)
+def test_one_document_expanded_to_two_is_two_documents(name, backend):
+    op = OPS[name]
+    one = {tensor: op.floats[tensor][:1] for tensor in op.per_document}
+    expanded = {tensor: value.expand(2, *value.shape[1:]) for tensor, value in one.items()}
+    copied = {tensor: value.contiguous() for tensor, value in expanded.items()}
+    same(op(backend, **expanded), op(backend, **copied))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", OPS)
+def test_outputs_may_be_changed_in_place(name, backend):
+    op = OPS[name]
+    names = [tensor for tensor in op.floats if tensor not in op.refused]
+
+    def doubled(in_place: bool, last: int | None = None) -> list[Tensor]:
+        """The gradients where every output up to the last is doubled, once as a whole and once through a view."""
+        leaves = [op.floats[tensor].clone().requires_grad_() for tensor in names]
+        outputs = op(backend, **dict(zip(names, leaves, strict=True)))
+        for out in outputs[:last] if in_place else ():
+            out.mul_(2)
+            out.view(-1)[:1].mul_(2)
+        if not in_place:
+            twice = [2 * out for out in outputs[:last]]
+            twice = [torch.cat([2 * out.flatten()[:1], out.flatten()[1:]]) for out in twice]
+            outputs = [*twice, *outputs[len(twice) :]]
+        return list(torch.autograd.grad(sum(out.sum() for out in outputs), leaves))
+
+    free = FREE.get((name, backend))
+    if free is not None:
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            doubled(in_place=True)
+    close(doubled(in_place=True, last=free), doubled(in_place=False, last=free))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", OPS)
+def test_training_follows_evaluation_under_inference_mode(name, backend):
+    op = OPS[name]
+    with torch.inference_mode():
+        evaluated = op(backend)
+    trained = gradients(op, backend)
+    (close if name.endswith("nll") else same)(trained[: len(evaluated)], evaluated)
+
+
+@pytest.mark.parametrize(("name", "tensor"), [(name, tensor) for name, tensor in INPUTS if len(OPS[name].floats) > 1])
+def test_another_device_or_dtype_is_refused(name, tensor):
+    op = OPS[name]
+    for backend in BACKENDS:
+        with pytest.raises(ValueError, match="device| on "):
+            op(backend, **{tensor: op.floats[tensor].to("meta")})
+    with pytest.raises(ValueError, match="wanted|wants|dtype|allowed"):
+        op("triton", **{tensor: op.floats[tensor].double()})
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", WITH_SLOTS)
+def test_slots_are_int32_or_int64_of_one_device(name, backend):
+    op, slots = OPS[name], OPS[name].more["slots"]
+    same(op(backend, slots=slots.int()), op(backend))
+    for wrong in (slots.short(), slots.float(), slots.bool(), slots.to("meta"), slots[:1], slots[None]):
+        with pytest.raises(ValueError, match="slots|one device"):
+            op(backend, slots=wrong)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", WITH_TARGETS)
+def test_targets_are_int32_or_int64_of_one_device(name, backend):
+    op, targets = OPS[name], OPS[name].more["targets"]
+    for wrong in (targets.short(), targets.float(), targets.to("meta"), targets[:1]):
+        with pytest.raises(ValueError, match="targets"):
+            op(backend, targets=wrong)
+
+
+@pytest.mark.parametrize("name", WITH_ROTARY)
+@pytest.mark.parametrize("kind", ["scaled", "any", "rounded"])
+def test_gradients_are_those_of_the_tables_whatever_their_length(name, kind):
+    """YaRN scales both tables; each pair of `any` has a length of its own; bfloat16 tables are nearly unit ones."""
+    op = OPS[name]
+    cos, sin = op.floats["cos"], op.floats["sin"]
+    lengths = torch.linspace(0.3, 2.0, cos.numel(), device=DEVICE).view(cos.shape)
+    cos, sin = {
+        "scaled": (1.4 * cos, 1.4 * sin),
+        "any": (lengths * cos, lengths * sin),
+        "rounded": (cos.bfloat16().float(), sin.bfloat16().float()),
+    }[kind]
+    exact = Op(op.function, {n: t.double() for n, t in op.floats.items()}, op.more, op.refused)
+    wanted = gradients(exact, "reference", cos=cos.double(), sin=sin.double())
+    plain, ours = (gradients(op, backend, cos=cos, sin=sin) for backend in BACKENDS)
+    assert all(relative_error(mine, true) <= 4e-6 for mine, true in zip(plain, wanted, strict=True))
+    # p comes from the logsumexp, which costs up to half as much error again as a kept softmax.
+    assert_as_exact(ours, wanted, plain, margin=1.6)
+
+
+@pytest.mark.parametrize("name", WITH_TARGETS)
+@pytest.mark.parametrize("temperature", [1.0, 0.9])
+@pytest.mark.parametrize("softcap", [math.inf, 2.0**64, 1e300])
+def test_an_infinite_softcap_leaves_the_logits_as_they_are(name, temperature, softcap):
+    op = OPS[name]
+    about = {"softcap": softcap, "temperature": temperature}
+    leaves = {n: t.double().requires_grad_() for n, t in op.floats.items()}
+    logits = leaves["h"] @ leaves["weight"].mT / temperature
+    if "lora_a" in leaves:
+        a, b = leaves["lora_a"][op.more["slots"]], leaves["lora_b"][op.more["slots"]]
+        logits = logits + leaves["h"] @ a.mT @ b.mT / temperature
+    nll = logits.logsumexp(-1) - logits.gather(-1, op.more["targets"][..., None])[..., 0]
+    weights = torch.linspace(0.5, 1.5, nll.numel(), device=DEVICE, dtype=torch.float64).view(nll.shape)
+    exact = [nll, *torch.autograd.grad((nll * weights).sum(), list(leaves.values()))]
+    for backend in BACKENDS:
+        for mine, true in zip(gradients(op, backend, **about), exact, strict=True):
+            assert (mine.double() - true).norm() <= 2e-6 * true.norm()
+    z = torch.tensor([-1e4, -0.1, 0.0, 3e-8, 77.0])
+    assert torch.equal(softcap_logits_ref(z, softcap), z)
+
+
+@pytest.mark.parametrize("about", [{"softcap": s} for s in (0.0, -1.0, math.nan)]
+                         + [{"softcap": 5.0, "temperature": t} for t in (0.0, -1.0, math.nan, math.inf)])  # fmt: skip
+def test_an_impossible_softcap_or_temperature_is_refused(about):
+    plain = [OPS["softcap_nll"].floats[name] for name in ("h", "weight")]
+    op = OPS["lora_head_nll"]
+    targets = op.more["targets"]
+    calls = [
+        lambda: softcap_logits_ref(plain[0], **about),
+        lambda: softcap_nll_ref(*plain, targets, **about),
+        lambda: lora_head_nll_ref(**op.floats, **{**op.more, **about}),
+        lambda: lora_head_nll_grads_(
+            **op.floats, **{**op.more, **about}, dnll=targets.float(), dlora_a=op.floats["lora_a"].clone(),
+            dlora_b=op.floats["lora_b"].clone(), backend="triton",
+        ),
+        *(lambda name=name, backend=backend: OPS[name](backend, **about)
+          for name in WITH_TARGETS for backend in BACKENDS),
+    ]  # fmt: skip
+    for call in calls:
+        with pytest.raises(ValueError, match="both must be above 0.*softcap=math.inf is no softcap"):
+            call()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA, reason="no CUDA GPU")
+@pytest.mark.parametrize("name", [*WITH_SLOTS, "softcap_nll"])
+def test_no_index_is_cut_to_32_bits_in_bf16(name):
+    op = ops(dtype=torch.bfloat16)[name]
+    if "slots" in op.more:
+        results = [
+            gradients(op, "triton", slots=torch.tensor([slot, 1], device=DEVICE)) for slot in (2**32, 2**32 + 2, -1)
+        ]
+        same(results[0], results[2]), same(results[1], results[2])
+    if "targets" in op.more:
+        targets = op.more["targets"].clone()
+        targets[0, :2] = torch.tensor([2**32, 2**32 + 5], device=DEVICE)
+        nll, dh, *_ = gradients(op, "triton", targets=targets)
+        assert not nll[0, :2].any() and not dh[0, :2].any()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA, reason="no CUDA GPU")
+@pytest.mark.parametrize("name", ["lora_qkv_rope", "lora_attention"])
+def test_gradients_for_tables_of_any_length_in_bf16(name):
+    op = ops(S=70, dtype=torch.bfloat16)[name]
+    cos, sin = (1.4 * op.floats[table] for table in ("cos", "sin"))
+    exact = Op(op.function, {n: t.double() for n, t in op.floats.items()}, op.more, op.refused)
+    wanted = gradients(exact, "reference", cos=cos.double(), sin=sin.double())
+    ours, plain = (gradients(op, backend, cos=cos, sin=sin) for backend in ("triton", "reference"))
+    assert_as_exact(ours, wanted, plain)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA, reason="no CUDA GPU")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", WITH_TARGETS)
+def test_without_a_softcap_in_16_bits(name, dtype):
+    op = ops(S=70, dtype=dtype)[name]
+    exact = Op(op.function, {n: t.double() for n, t in op.floats.items()}, op.more)
+    wanted = gradients(exact, "reference", softcap=math.inf)
+    ours, plain = (gradients(op, backend, softcap=math.inf) for backend in ("triton", "reference"))
+    for mine, other, true in zip(ours, plain, wanted, strict=True):
+        error, allowed = ((t.double() - true).norm() for t in (mine, other))
+        assert error <= 1.1 * allowed

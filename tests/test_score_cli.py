@@ -1,0 +1,322 @@
+"""`klora score` as a user meets it: what it refuses before the work, keeps when stopped, and says of a deadline."""
+
+import csv
+import dataclasses
+import html
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import klora as klora_package
+import numpy as np
+import pytest
+from conftest import SMALL, randomized, words
+from klora.model.artifact import load_artifact, save_artifact
+from klora.model.checkpoint import load_tensors, save_tensors
+from klora.model.shards import ShardWriter
+from klora.model.tokenizer import Tokenizer
+from klora.model.train import MODEL
+from klora.ttt.protocols import ttt_preset
+from klora.ttt.report import write_report
+from klora.ttt.results import NOT_ADAPTED, DocumentResult, ScoreResult, read_documents_csv
+from test_cli import SMALL as CLI_SMALL
+from test_cli import klora
+from test_tokenizer import CONTEST, model_with
+
+SETS = [part for pair in ("chunk=16", "window=64", "min_tokens=64", "batch=2") for part in ("--set", pair)]
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory, tokenizer) -> Path:
+    path = tmp_path_factory.mktemp("artifact") / "model.klora"
+    config = dataclasses.replace(SMALL, vocab_size=tokenizer.vocab_size)
+    save_artifact(path, randomized(config).state_dict(), config, tokenizer.to_bytes(), {"steps": 0})
+    return path
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("texts")
+    for number, name in enumerate(("=1+1.txt", "b.txt", "c.txt", "d.txt")):
+        (folder / name).write_text(words(number, 20 + 60 * number))
+    return folder
+
+
+def command(artifact, texts, out, *more) -> list:
+    return ["score", artifact, "--text", texts, "--out", out, *SETS, *more]
+
+
+def test_a_run_that_was_stopped_is_neither_overwritten_nor_lost(artifact, texts, tmp_path, monkeypatch):
+    """Stopped in the base pass and then while adapting: each time the next command says what there is."""
+    out = tmp_path / "out"
+    whole = json.loads(klora(*command(artifact, texts, tmp_path / "whole", "--json")).stdout)["totals"]
+    stops = iter([lambda phase, done: phase == "base", lambda phase, done: phase.startswith("adapt") and done > 300])
+
+    def stopping(stop):
+        """The progress display of a run to which SIGTERM comes when `stop` says so."""
+
+        def shown(show):
+            return lambda phase, done, total: stop(phase, done) and os.kill(os.getpid(), signal.SIGTERM)
+
+        return shown
+
+    monkeypatch.setitem(sys.modules["klora.ttt.base"].MICRO_TOKENS, "cpu", 128)
+    with monkeypatch.context() as patch:
+        patch.setattr("klora.cli.score._shown", stopping(next(stops)))
+        stopped = klora(*command(artifact, texts, out), check=143)
+    assert "0 of 4 documents are scored; the same command with --resume goes on from there" in stopped.stdout
+    assert not (out / "score.json").exists()
+    refused = klora(*command(artifact, texts, out), check=2)
+    assert "0 finished documents and" in refused.stderr and "of the base pass" in refused.stderr
+    with monkeypatch.context() as patch:
+        patch.setattr("klora.cli.score._shown", stopping(next(stops)))
+        resumed = klora(*command(artifact, texts, out, "--resume"), check=143)
+    assert "resuming: 0 documents are already scored, the base pass is done for" in resumed.stdout
+    kept = (out / "journal.jsonl").read_bytes()
+    refused = klora(*command(artifact, texts, out), check=2)
+    assert "finished documents and 100% of the base pass of an interrupted run would be lost; give --resume" in (
+        refused.stderr
+    )
+    assert "or --overwrite to start afresh" in refused.stderr and (out / "journal.jsonl").read_bytes() == kept
+    both = klora(*command(artifact, texts, out, "--resume", "--overwrite"), check=2)
+    assert "--resume and --overwrite were both given; give one of them" in both.stderr
+    resumed = klora(*command(artifact, texts, out, "--resume", "--json"))
+    assert json.loads(resumed.stdout)["totals"]["adapted_bpb"] == pytest.approx(whole["adapted_bpb"], rel=1e-6)
+    assert sorted(path.name for path in out.iterdir()) == ["documents.csv", "report.html", "report.png", "score.json"]
+    klora(*command(artifact, texts, out))  # a finished run leaves nothing that could be lost
+
+
+def test_overwrite_starts_afresh(artifact, texts, tmp_path):
+    (tmp_path / "journal.jsonl").write_text(
+        '{"fingerprint": "x"}\n' + json.dumps({"index": 0, "result": _result()}) + "\n"
+    )
+    (tmp_path / "journal-3.jsonl").write_text((tmp_path / "journal.jsonl").read_text())
+    refused = klora(*command(artifact, texts, tmp_path), check=2)
+    assert "journal-3.jsonl: 2 finished documents" in refused.stderr.replace("\n", "")
+    assert "Traceback" not in refused.stderr
+    wrong = klora(*command(artifact, texts, tmp_path, "--resume"), check=2)
+    assert "belongs to a run with another artifact" in wrong.stderr and "--overwrite to start afresh" in wrong.stderr
+    done = klora(*command(artifact, texts, tmp_path, "--overwrite"))
+    assert "resuming" not in done.stdout and not list(tmp_path.glob("journal*"))
+
+
+def _result() -> dict:
+    names = ("name", "tokens", "bytes", "status", "base_nats", "tempered_nats", "adapted_nats")
+    return dict(zip(names, ("a", 3, 6, "short", 1.0, 1.0, 1.0), strict=True))
+
+
+def test_a_deadline_is_none_by_default_and_stands_in_every_output(artifact, texts, tmp_path):
+    plain = klora(*command(artifact, texts, tmp_path / "plain"))
+    stored = json.loads((tmp_path / "plain" / "score.json").read_text())
+    assert stored["config"]["deadline"] == 0.0 and stored["totals"]["adapted_share"] == 1.0
+    assert "deadline:" not in plain.stdout and "The deadline of" not in plain.stdout
+    hit = klora(*command(artifact, texts, tmp_path / "hit", "--deadline", "1e-9"))
+    assert "bits per byte (deadline: 0.0% adapted)" in hit.stdout
+    assert "The deadline of 1e-09 s left text to the base model" in hit.stdout
+    totals = json.loads((tmp_path / "hit" / "score.json").read_text())["totals"]
+    assert totals["adapted_share"] == 0.0 and totals["deadline_hit"] is True
+    assert "adapted (deadline: 0.0% adapted)" in (tmp_path / "hit" / "report.html").read_text()
+    shares = {row["adapted_share"] for row in read_documents_csv(tmp_path / "hit" / "documents.csv")}
+    assert shares == {0.0, None}
+    machine = klora(*command(artifact, texts, tmp_path / "json", "--deadline", "1e-9", "--json"))
+    assert json.loads(machine.stdout)["totals"]["adapted_share"] == 0.0
+
+
+def test_names_reach_the_csv_as_text(artifact, texts, tmp_path):
+    klora(*command(artifact, texts, tmp_path))
+    with open(tmp_path / "documents.csv", newline="") as file:
+        names = [row[0] for row in csv.reader(file)]
+    assert names == ["name", "'=1+1.txt", "b.txt", "c.txt", "d.txt"]
+    assert [row["name"] for row in read_documents_csv(tmp_path / "documents.csv")][0] == "=1+1.txt"
+
+
+def test_what_cannot_be_written_is_found_before_the_work(artifact, texts, tmp_path, monkeypatch):
+    def work(*arguments, **options):
+        raise AssertionError("the work has begun")
+
+    monkeypatch.setattr("klora.cli.score.load_artifact", work)
+    (tmp_path / "file").touch()
+    for out, says in (
+        ("/proc/klora/scores", "cannot be written"),
+        (tmp_path / "file" / "scores", "cannot be written"),
+        (tmp_path / "file", "is a file"),
+    ):
+        assert says in klora(*command(artifact, texts, out), check=2).stderr
+    monkeypatch.setattr("klora.cli.score.SPARE_BYTES", 2**60)
+    assert (
+        "free; make room or give a path on another disk" in klora(*command(artifact, texts, tmp_path), check=2).stderr
+    )
+    monkeypatch.undo()
+    monkeypatch.setattr("klora.cli.score.TOKEN_BYTES", 2**50)
+    monkeypatch.setattr("klora.cli.score.score_documents", work)
+    assert "make room" in klora(*command(artifact, texts, tmp_path), check=2).stderr
+
+
+def test_a_report_that_cannot_be_made_costs_no_results(artifact, texts, tmp_path, monkeypatch):
+    def fail(*arguments):
+        raise RuntimeError("no page today")
+
+    monkeypatch.setattr("klora.ttt.report._page", fail)
+    done = klora(*command(artifact, texts, tmp_path))
+    assert (
+        "the report could not be made (RuntimeError: no page today)" in done.stderr and "bits per byte" in done.stdout
+    )
+    assert (tmp_path / "score.json").exists() and not list(tmp_path.glob("journal*"))
+
+
+def test_an_artifact_or_shards_with_a_tokenizer_that_is_counted_wrong_are_refused(artifact, tokenizer, tmp_path):
+    suffix = model_with(treat_whitespace_as_suffix=True)
+    config = load_artifact(artifact).config
+    save_artifact(tmp_path / "suffix.klora", randomized(config).state_dict(), config, suffix, {"steps": 0})
+    refused = klora("score", tmp_path / "suffix.klora", "--text", __file__, check=2)
+    assert "changes a space: it reads ' ' back as '  '" in refused.stderr
+    for split in ("train", "val"):
+        with ShardWriter(tmp_path / "shards", split) as writer:
+            writer.add(tokenizer.encode("alpha beta"))
+    (tmp_path / "shards" / "fineweb.model").write_bytes(suffix)
+    for arguments in (("score", artifact), ("train", "--out", tmp_path / "run")):
+        refused = klora(*arguments, "--shards", tmp_path / "shards", check=2)
+        assert "fineweb.model changes a space" in refused.stderr
+
+
+@pytest.fixture(scope="module")
+def contest_run(tmp_path_factory) -> SimpleNamespace:
+    """Shards as the contest makes them, a run trained on them and its artifact, each by its own command."""
+    folder, model = tmp_path_factory.mktemp("contest"), model_with(**CONTEST)
+    contest = Tokenizer(model, may_normalise=True)
+    for split, seeds in (("train", range(12)), ("val", range(20, 23))):
+        with ShardWriter(folder / "shards", split) as writer:
+            for seed in seeds:
+                writer.add(contest.encode(words(seed, 150)))
+    (folder / "shards" / "fineweb_1024_bpe.model").write_bytes(model)
+    sizes = {**CLI_SMALL, "vocab_size": contest.vocab_size, "max_steps": 2, "warmdown_steps": 1}
+    sets = [part for name, value in sizes.items() for part in ("--set", f"{name}={value}")]
+    trained = klora("train", "--shards", folder / "shards", "--out", folder / "run", *sets)
+    klora("export", folder / "run", "--out", folder / "model.klora")
+    return SimpleNamespace(folder=folder, tokenizer=contest, stdout=trained.stdout, sets=sets)
+
+
+def test_training_on_shards_of_normalised_text_says_so(contest_run, tmp_path):
+    (note,) = contest_run.tokenizer.notes_on_shards(0)
+    said = contest_run.stdout.replace("\n", "")
+    assert said.index("validation BPB") < said.index(f"note: {note}".replace("\n", ""))
+    run = contest_run.folder / "run"
+    assert json.loads((run / "run.json").read_text())["sources"]["notes"] == [note]
+    artifact = load_artifact(contest_run.folder / "model.klora")
+    assert artifact.provenance["sources"] == {"kind": "shards", "notes": [note]}
+    arguments = ("train", "--shards", contest_run.folder / "shards", "--out", tmp_path / "run", *contest_run.sets)
+    assert json.loads(klora(*arguments, "--json").stdout)["notes"] == [note]
+
+
+def test_scores_of_normalised_shards_say_so_in_every_output(contest_run, tmp_path):
+    (note,) = contest_run.tokenizer.notes_on_shards(0)
+    arguments = ("score", contest_run.folder / "model.klora", "--shards", contest_run.folder / "shards", *SETS)
+    shown = klora(*arguments, "--out", tmp_path)
+    assert f"note: {note}" in shown.stdout
+    stored = json.loads((tmp_path / "score.json").read_text())
+    assert (stored["notes"], stored["bytes_of"]) == ([note], "normalised text")
+    texts = [contest_run.tokenizer.normalise(words(seed, 150)) for seed in (20, 21, 22)]
+    assert stored["totals"]["bytes"] == sum(len(text.encode()) for text in texts)
+    page = (tmp_path / "report.html").read_text()
+    assert html.escape(note[1:]) in page[: page.index("bits per byte</small>")]  # above the numbers
+    rows = read_documents_csv(tmp_path / "documents.csv")
+    assert [row["bytes_of_normalised_text"] for row in rows] == [len(text.encode()) for text in texts]
+    machine = json.loads(klora(*arguments, "--out", tmp_path / "json", "--json").stdout)
+    assert (machine["notes"], machine["bytes_of"]) == ([note], "normalised text")
+
+
+def test_scores_of_shards_with_control_tokens_say_so(artifact, tokenizer, tmp_path):
+    """Tokens of no text, as an end of document is one: their bits are counted, and were so without a word."""
+    with ShardWriter(tmp_path, "val") as writer:
+        writer.add(np.append(tokenizer.encode("alpha beta"), 2))
+        writer.add(np.append(tokenizer.encode("gamma"), 2))
+    (tmp_path / "fineweb.model").write_bytes(tokenizer.to_bytes())
+    shown = klora("score", artifact, "--shards", tmp_path, "--out", tmp_path / "out", *SETS)
+    assert "note: the scored documents have 2 control tokens other than BOS: bits per byte count" in shown.stdout
+    stored = json.loads((tmp_path / "out" / "score.json").read_text())
+    assert stored["totals"]["bytes"] == len("alpha betagamma") and stored["bytes_of"] == "text"
+    assert len(stored["notes"]) == 1
+
+
+def test_texts_are_scored_in_their_own_bytes_and_the_tokenizer_is_named(contest_run, texts, tmp_path):
+    arguments = ("score", contest_run.folder / "model.klora", "--text", texts, *SETS, "--out", tmp_path)
+    shown = klora(*arguments)
+    (note,) = contest_run.tokenizer.notes_on_text()
+    assert f"note: {note}" in shown.stdout and "per byte of the original text" in note
+    stored = json.loads((tmp_path / "score.json").read_text())
+    assert (stored["notes"], stored["bytes_of"]) == ([note], "original text")
+    assert stored["totals"]["bytes"] == sum(path.stat().st_size for path in texts.iterdir())
+
+
+def test_an_artifact_of_normalised_shards_generates(contest_run):
+    shown = klora("generate", contest_run.folder / "model.klora", "--prompt", "alpha beta", "--tokens", "4")
+    assert "alpha beta" in shown.stdout
+
+
+def test_a_run_on_text_cannot_have_a_tokenizer_that_normalises(contest_run, tmp_path):
+    tensors, meta = load_tensors(contest_run.folder / "run" / MODEL)
+    meta["provenance"]["sources"] = {"kind": "text"}
+    save_tensors(tmp_path / MODEL, tensors, meta)
+    (tmp_path / "tokenizer.model").write_bytes(contest_run.tokenizer.to_bytes())
+    assert "tokenizer.model changes a space" in klora("export", tmp_path, check=2).stderr
+
+
+def test_scores_without_a_note_have_none(artifact, texts, tmp_path):
+    shown = klora(*command(artifact, texts, tmp_path))
+    stored = json.loads((tmp_path / "score.json").read_text())
+    assert (stored["notes"], stored["bytes_of"]) == ([], "text") and "note:" not in shown.stdout
+
+
+def test_the_demo_says_its_deadline_and_what_it_left_out(tmp_path, monkeypatch):
+    """The demo without its training and scoring, which take minutes."""
+    left_out = DocumentResult("a", 100, 200, NOT_ADAPTED, 14.0, 13.5, 14.0, 13.9)
+    scored = ScoreResult([left_out], ttt_preset(), {})
+    stubs = {"prepare_first": None, "run_training": SimpleNamespace(signal=0), "export_run": SimpleNamespace(bytes=5)}
+    stubs |= {"fit_threads": None, "score_artifact": scored}
+    for name, value in stubs.items():
+        monkeypatch.setattr(f"klora.cli.demo.{name}", lambda *arguments, value=value, **options: value)
+    shown = klora("demo", "--out", tmp_path / "demo").stdout
+    assert "scoring, adapted to each document (no further ones after 100 s)" in shown
+    assert "adapted (score_first, deadline: 0.0% adapted)" in shown
+    machine = json.loads(klora("demo", "--out", tmp_path / "demo", "--json").stdout)
+    assert (machine["deadline"], machine["adapted_share"], machine["deadline_hit"]) == (100.0, 0.0, True)
+
+
+def test_pictures_of_normalised_text_say_so(contest_run, tmp_path, monkeypatch):
+    drawn = []
+
+    def keep(figure, dpi):
+        drawn.append({text for axes in figure.axes for text in (axes.get_title(), axes.get_ylabel())})
+        return b"png"
+
+    for module in ("klora.ttt.report", "klora.model.curve"):
+        monkeypatch.setattr(f"{module}.figure_png", keep)
+    facts = {"bytes_of": "normalised text"}
+    write_report(
+        ScoreResult([DocumentResult("a", 100, 200, NOT_ADAPTED, 1.0, 1.0, 1.0)], ttt_preset(), {}, facts), tmp_path
+    )
+    assert "bits per byte of the normalised text (lower is better)" in drawn.pop()
+    klora(
+        "train",
+        "--shards",
+        contest_run.folder / "shards",
+        "--out",
+        tmp_path / "run",
+        *contest_run.sets,
+        "--set",
+        "validate_seconds=1e-6",
+    )
+    assert "validation bits per byte of the normalised text" in drawn.pop()
+
+
+def test_a_loaded_model_says_that_its_tokenizer_normalises(contest_run):
+    for name in ("run", "model.klora"):
+        model = klora_package.load(contest_run.folder / name)
+        text = "  alpha \n\n ﬁne "
+        for result in (model.score(text), model.adapt(text)):
+            assert result.documents[0].bytes == len(text.encode())
+            assert result.notes == list(contest_run.tokenizer.notes_on_text())
+            assert result.bytes_of == "original text"

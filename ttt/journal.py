@@ -1,0 +1,228 @@
+"""What a scoring run has finished, on disk at once, so that an interrupted run can go on where it stopped.
+
+`journal.jsonl` has one JSON object a line: which run it is, finished documents, seconds spent. `journal.base.npy` and
+`journal.prequant.npy` beside it hold what the unadapted models said of each target, as far as they had come.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import KloraError
+from ..model.storage import replacing, write_text
+from .documents import Document
+from .protocols import TTTConfig
+from .results import ADAPTED, SHORT, DocumentResult
+
+PHASES = ("base", "prequant")
+"""The passes of unadapted models whose results are kept."""
+
+
+class JournalError(KloraError, ValueError):
+    """A journal that would be lost, that belongs to another run or is damaged, and what to do."""
+
+
+class _OtherRun(JournalError):
+    """A journal of a run with another artifact, other documents or other settings."""
+
+
+class Journal:
+    """Finished documents of one scoring run, by their index in `done`.
+
+    Documents that a deadline left out are not finished: a run that goes on adapts them, if it is given time. With
+    `resume`, `others` are journals of other ranks of the same run, whose documents are done, too. Without it the
+    journal starts afresh; JournalError if that would lose finished work and `overwrite` does not say that it may.
+    """
+
+    def __init__(
+        self, path: Path, fingerprint: str, resume: bool, others: Sequence[Path] = (), overwrite: bool = False
+    ):
+        self.path = path
+        self.done: dict[int, DocumentResult] = {}
+        self.seconds: dict[str, float] = {}
+        self._base: dict[str, np.ndarray] = {}
+        records: list[dict[str, Any]] = [{"fingerprint": fingerprint}]
+        if resume:
+            for known in others:
+                # One that an earlier run left behind holds nothing of this one.
+                with suppress(_OtherRun):
+                    records += self._read(known, fingerprint)[1:]
+            if path.exists():
+                records += self._read(path, fingerprint)[1:]
+                self._base = {phase: _read_array(file) for phase in PHASES if (file := self._array(phase)).exists()}
+        elif not overwrite:
+            _require_no_work([path, *others], [self._array(phase) for phase in PHASES])
+        if not self._base:
+            for phase in PHASES:
+                self._array(phase).unlink(missing_ok=True)
+        # Written whole again, so that a line torn by the interruption does not stay in the middle of the file.
+        write_text(path, "".join(json.dumps(record) + "\n" for record in records))
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (held open for the whole run)
+
+    def _array(self, phase: str) -> Path:
+        return self.path.with_suffix(f".{phase}.npy")
+
+    def _read(self, path: Path, fingerprint: str) -> list[dict[str, Any]]:
+        """The records of a journal, whose documents and seconds are taken in."""
+        records = []
+        for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
+            if not line.endswith(b"\n"):
+                break  # torn by the interruption
+            try:
+                record = _parsed(line)
+                if number == 1 and "fingerprint" not in record:
+                    raise ValueError("wanted the run's fingerprint")
+                if number == 1 and record["fingerprint"] != fingerprint:
+                    break
+                if number > 1:
+                    self._take_in(record)
+            except ValueError as error:
+                raise JournalError(
+                    f"{path}, line {number}: {error}; remove that line, or give --overwrite to start afresh"
+                ) from None
+            records.append(record)
+        if not records:
+            raise _OtherRun(
+                f"{path} belongs to a run with another artifact, other documents or other settings; "
+                "give the same ones, or --overwrite to start afresh"
+            )
+        return records
+
+    def _take_in(self, record: dict[str, Any]) -> None:
+        """Note what a line says. ValueError for one that no run has written."""
+        if "seconds" in record:
+            seconds = record["seconds"]
+            if not isinstance(seconds, dict) or not all(_is_number(value) for value in seconds.values()):
+                raise ValueError("seconds are no numbers by phase")
+            # They add up over interruptions, and ranks run side by side: the most is the time spent.
+            self.seconds = max(self.seconds, seconds, key=lambda spent: sum(spent.values()))
+            return
+        index, result = record.get("index"), _result(record.get("result"))
+        if type(index) is not int or index < 0:
+            raise ValueError(f"index {index!r} is no document's")
+        if result.status in (SHORT, ADAPTED):
+            self.done[index] = result
+
+    def _append(self, *records: dict[str, Any]) -> None:
+        self._file.write("".join(json.dumps(record) + "\n" for record in records))
+        self._file.flush()
+
+    def add(self, results: dict[int, DocumentResult]) -> None:
+        """Store finished documents by their index."""
+        self._append(*({"index": i, "result": dataclasses.asdict(result)} for i, result in results.items()))
+        self.done.update(results)
+
+    def add_seconds(self, seconds: dict[str, float]) -> None:
+        """Store the time spent so far by phase, for the run that goes on from here."""
+        self._append({"seconds": seconds})
+
+    def base(self, phase: str, cells: int) -> np.ndarray:
+        """What is kept of a pass of an unadapted model: fp32 [2, cells], NaN where nothing is."""
+        if phase not in self._base:
+            self._base[phase] = np.full((2, cells), np.nan, dtype=np.float32)
+        if self._base[phase].shape != (2, cells):
+            raise JournalError(f"{self._array(phase)} is of other documents; give --overwrite to start afresh")
+        return self._base[phase]
+
+    def keep_base(self, phase: str) -> None:
+        """Store what stands in the array that :meth:`base` gave."""
+        with replacing(self._array(phase)) as temporary, open(temporary, "wb") as file:
+            np.save(file, self._base[phase])
+
+    @property
+    def base_share(self) -> float:
+        """The share of the base model's pass that is kept."""
+        return _share(self._base["base"]) if "base" in self._base else 0.0
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def fingerprint(artifact_sha256: str, documents: Sequence[Document], config: TTTConfig, prequant: bool) -> str:
+    """What a journal belongs to. The batch size and the deadline change no document's score, and are left out."""
+    settings = {name: value for name, value in config.to_dict().items() if name not in ("batch", "deadline")}
+    digest = hashlib.sha256(json.dumps([artifact_sha256, settings, prequant]).encode())
+    for document in documents:
+        digest.update(document.name.encode(errors="surrogateescape") + b"\0" + document.tokens.tobytes())
+    return digest.hexdigest()
+
+
+def remove_journals(folder: Path) -> None:
+    """Remove the journals of all ranks and what lies beside them."""
+    for path in [*folder.glob("journal*.jsonl"), *(folder / f"journal.{phase}.npy" for phase in PHASES)]:
+        path.unlink(missing_ok=True)
+
+
+def _require_no_work(journals: Iterable[Path], arrays: Iterable[Path]) -> None:
+    finished = {path: count for path in journals if (count := _finished_in(path))}
+    share = 0.0
+    for path in arrays:
+        with suppress(JournalError, OSError):  # a damaged one holds nothing
+            share = max(share, _share(_read_array(path)))
+    if finished or share:
+        where = ", ".join(map(str, finished)) or str(next(iter(arrays)))
+        base = f" and {share:.0%} of the base pass" if share else ""
+        raise JournalError(
+            f"{where}: {sum(finished.values()):,} finished documents{base} of an interrupted run would be lost; give "
+            "--resume to go on from there, or --overwrite to start afresh"
+        )
+
+
+def _finished_in(path: Path) -> int:
+    """How many finished documents a journal holds, whichever run it is of."""
+    found = set()
+    for line in path.read_bytes().splitlines() if path.exists() else ():
+        with suppress(ValueError):
+            record = _parsed(line)
+            if "result" in record and _result(record["result"]).status in (SHORT, ADAPTED):
+                found.add(str(record.get("index")))
+    return len(found)
+
+
+def _parsed(line: bytes) -> dict[str, Any]:
+    """The JSON object of a line. ValueError says what is there instead."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        raise ValueError(f"no JSON ({line[:40]!r})") from None
+    if not isinstance(record, dict):
+        raise ValueError(f"a JSON value of type {type(record).__name__}, not an object")
+    return record
+
+
+def _result(values: Any) -> DocumentResult:
+    """A document's result from its JSON form. ValueError where it is none."""
+    try:
+        result = DocumentResult(**values)
+    except TypeError:
+        raise ValueError("no result of a document") from None
+    texts, numbers = (result.name, result.status), dataclasses.astuple(dataclasses.replace(result, name=0, status=0))
+    if not all(isinstance(text, str) for text in texts) or not all(_is_number(n) or n is None for n in numbers):
+        raise ValueError("a result whose values are of other types")
+    return result
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _read_array(path: Path) -> np.ndarray:
+    try:
+        with open(path, "rb") as file:
+            array = np.lib.format.read_array(file, allow_pickle=False)
+    except (ValueError, EOFError):
+        array = None
+    if array is None or array.dtype != np.float32 or array.ndim != 2:
+        raise JournalError(f"{path} is damaged; give --overwrite to start afresh")
+    return array
+
+
+def _share(nll: np.ndarray) -> float:
+    """The share of targets whose NLL is known."""
+    return float(np.isfinite(nll).all(0).mean()) if nll.size else 0.0
