@@ -40,8 +40,8 @@ def pick_config(kernel: str, dtype: torch.dtype, head_dim: int) -> AttentionConf
     # two launches: 0.539 ms; dq with 32 keys 0.545, with 2 stages 0.598.
     if kernel == "dkdv":  # 168 registers let three programs share a multiprocessor; 160 spill: 0.576, uncapped 0.602
         return AttentionConfig(rows=64, keys=64, warps=4, stages=3, registers=168)
-    # NVIDIA H200, 96 documents of 1,024 tokens, bounded: 0.269 ms; 168 registers 0.315, uncapped 0.304. A running maximum:
-    # 0.296.
+    # NVIDIA H200, 96 documents of 1,024 tokens, bounded: 0.269 ms; 168 registers 0.315, uncapped 0.304. A running
+    # maximum: 0.296.
     return AttentionConfig(rows=64, keys=64, warps=4, stages=3, registers=128 if kernel == "bounded" else None)
 
 
