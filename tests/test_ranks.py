@@ -422,7 +422,7 @@ def test_a_killed_process_loses_nothing(tmp_path, command):
     assert result["ranks"] == 3 and 2 not in [r for r, s in enumerate(result["rank_seconds"]) if s is not None]
     together = json.loads((tmp_path / "out" / "score.json").read_text())["documents"]
     assert not list((tmp_path / "out").glob("journal*"))
-    alone = klora(*command[command.index("score") :])
+    alone = klora(*command[command.index("score") :], "--overwrite")
     assert json.loads(alone.stdout)["totals"]["documents"] == 24
     expected = json.loads((tmp_path / "out" / "score.json").read_text())["documents"]
     assert [d["name"] for d in together] == [d["name"] for d in expected]
