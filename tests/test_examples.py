@@ -95,9 +95,9 @@ def test_one_kernel_needs_nothing_else_and_agrees_with_plain_pytorch(device, tmp
     printed = run("one_kernel_alone.py", device, tmp_path)
     assert "klora.model was imported: False" in printed
     low, high = numbers(rf"after: {NUMBER} to {NUMBER}", printed)
-    assert 0.2 < low < high < 1.3
+    assert 0.6 < low < high < 1.3
     (difference,) = numbers(rf"difference between the two: {NUMBER}", printed)
-    assert difference < (1e-4 if device == "cpu" else 0.1)  # bf16 on a GPU, five times over
+    assert difference < (1e-4 if device == "cpu" else 0.06)  # bf16 on a GPU: each is 0.025 from fp32
     assert all(ms > 0 for ms in numbers(rf": {NUMBER} ms", printed)) and printed.count(" ms") == 2
 
 
