@@ -165,7 +165,8 @@ def test_the_clock_stops_a_run_and_stands_still_during_validation(tmp_path, data
     assert time.perf_counter() - started > result.seconds + 0.4
     with open(tmp_path / "loss.csv") as file:
         rows = list(csv.DictReader(file))
-    assert all(float(row["seconds"]) < 0.5 for row in rows[:-1]) and float(rows[-1]["seconds"]) >= 0.5
+    # The step that the cap cuts between micro-batches is left out: the last row may lie before it.
+    assert all(float(row["seconds"]) < 0.5 for row in rows[:-1]) and result.seconds >= 0.5
     assert any(row["validation_bpb"] for row in rows)
 
 
