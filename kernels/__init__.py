@@ -1,4 +1,4 @@
-"""The ops: each is one file or folder, imports no other room and is usable alone. `<op>_ref` is its plain statement."""
+"""The ops. Each is one file or folder and is usable alone; `<op>_ref` is its reference. No other package is imported."""
 
 from typing import TYPE_CHECKING
 

@@ -22,11 +22,11 @@ BLOCK = 512
 def _fold(w_ptr, s_ptr, d_ptr, out_ptr, D, K, BLOCK: tl.constexpr):
     row = tl.program_id(0)
     scale = tl.load(d_ptr + row // D) * tl.load(s_ptr + row)
-    at = row.to(tl.int64) * K
+    offsets = row.to(tl.int64) * K
     for start in range(0, K, BLOCK):
         k = start + tl.arange(0, BLOCK)
-        w = tl.load(w_ptr + at + k, mask=k < K, other=0.0)
-        tl.store(out_ptr + at + k, (w * scale).to(out_ptr.dtype.element_ty), mask=k < K)
+        w = tl.load(w_ptr + offsets + k, mask=k < K, other=0.0)
+        tl.store(out_ptr + offsets + k, (w * scale).to(out_ptr.dtype.element_ty), mask=k < K)
 
 
 @triton.jit
@@ -34,13 +34,13 @@ def _unfold(grad_ptr, w_ptr, s_ptr, d_ptr, ds_ptr, D, K, BLOCK: tl.constexpr):
     row = tl.program_id(0)
     depth = tl.load(d_ptr + row // D)
     scale = depth * tl.load(s_ptr + row)
-    at = row.to(tl.int64) * K
+    offsets = row.to(tl.int64) * K
     total = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, K, BLOCK):
         k = start + tl.arange(0, BLOCK)
-        grad = tl.load(grad_ptr + at + k, mask=k < K, other=0.0)
-        total += grad * tl.load(w_ptr + at + k, mask=k < K, other=0.0)
-        tl.store(grad_ptr + at + k, grad * scale, mask=k < K)
+        grad = tl.load(grad_ptr + offsets + k, mask=k < K, other=0.0)
+        total += grad * tl.load(w_ptr + offsets + k, mask=k < K, other=0.0)
+        tl.store(grad_ptr + offsets + k, grad * scale, mask=k < K)
     tl.store(ds_ptr + row, depth * tl.sum(total))
 
 

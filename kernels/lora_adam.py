@@ -13,7 +13,7 @@ Kingma and Ba 2015.
 28 bytes (30 with `low`) and about 15 operations a parameter: it runs at the speed of memory (group_lr, shared by all
 slots, stays in cache). Everything is fp32; the two bias corrections are computed in fp64, once a program, because 1 -
 b^t of a small t loses digits. Many programs work on one slot, all need its old counter, and exactly one may advance it:
-each program adds 2^32 to the counter when it is done, and the one that finds all others there before it stores t + 1.
+each program adds 2^32 to the counter when it is done, and the one that comes last stores t + 1.
 These integer additions commute, so the result is the same bits in every run. A counter must stay below 2^32, and no two
 launches may work on the same slot at once.
 """
@@ -97,25 +97,25 @@ def _adam(
     if (slot >= 0) & (slot < count):
         # The upper half of a counter holds the programs that are done; the lower half is the old t until the last is.
         t = (tl.load(step_ptr + slot) & 0xFFFFFFFF) + 1
-        at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-        inside = at < size
+        offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        mask = offsets < size
         rate = tl.load(lr_ptr + slot)
         if group_lr_ptr is not None:
-            rate = rate * tl.load(group_lr_ptr + at, mask=inside, other=0.0)
-        at += slot * size
-        grad = tl.load(grads_ptr + at, mask=inside, other=0.0)
-        mean = tl.load(exp_avg_ptr + at, mask=inside, other=0.0)
-        square = tl.load(exp_avg_sq_ptr + at, mask=inside, other=0.0)
-        param = tl.load(params_ptr + at, mask=inside, other=0.0)
+            rate = rate * tl.load(group_lr_ptr + offsets, mask=mask, other=0.0)
+        offsets += slot * size
+        grad = tl.load(grads_ptr + offsets, mask=mask, other=0.0)
+        mean = tl.load(exp_avg_ptr + offsets, mask=mask, other=0.0)
+        square = tl.load(exp_avg_sq_ptr + offsets, mask=mask, other=0.0)
+        param = tl.load(params_ptr + offsets, mask=mask, other=0.0)
         mean = mean * BETA1 + grad * (1 - BETA1)
         square = square * BETA2 + grad * grad * (1 - BETA2)
-        tl.store(exp_avg_ptr + at, mean, mask=inside)
-        tl.store(exp_avg_sq_ptr + at, square, mask=inside)
+        tl.store(exp_avg_ptr + offsets, mean, mask=mask)
+        tl.store(exp_avg_sq_ptr + offsets, square, mask=mask)
         denominator = tl.sqrt_rn(square * _correction(BETA2, t)) + eps
         param -= rate * tl.div_rn(mean * _correction(BETA1, t), denominator)
-        tl.store(params_ptr + at, param, mask=inside)
+        tl.store(params_ptr + offsets, param, mask=mask)
         if low_ptr is not None:
-            tl.store(low_ptr + at, param.to(low_ptr.dtype.element_ty), mask=inside)
+            tl.store(low_ptr + offsets, param.to(low_ptr.dtype.element_ty), mask=mask)
         # No warp of this program may still be about to read the counter when the program says that it is done.
         tl.debug_barrier()
         done = tl.atomic_add(step_ptr + slot, 4294967296) >> 32
@@ -206,7 +206,7 @@ def lora_adam_(
     twice spoils its counter for good, and with it all its later steps. :func:`check_distinct_slots` finds both.
     """
     if params.dim() != 2:
-        raise ValueError(f"params is {_seen(params)}; wanted: [slots, P]")
+        raise ValueError(f"params is {_describe(params)}; wanted: [slots, P]")
     if backend not in (None, "reference", "triton"):
         raise ValueError(f"backend is {backend!r}; allowed: None, 'reference', 'triton'")
     reference = backend == "reference" or (backend is None and params.device.type == "cpu")
@@ -228,7 +228,7 @@ def lora_adam_(
         shape = shape or (tensor.numel(),)
         if tuple(tensor.shape) != shape or tensor.dtype not in dtypes or tensor.device != params.device:
             kinds = " or ".join(str(dtype) for dtype in dtypes)
-            raise ValueError(f"{name} is {_seen(tensor)}; wanted: {kinds} {list(shape)} on {params.device}")
+            raise ValueError(f"{name} is {_describe(tensor)}; wanted: {kinds} {list(shape)} on {params.device}")
         if not reference and not tensor.is_contiguous():
             raise ValueError(f"{name} has strides {tensor.stride()}; the kernel wants contiguous tensors")
     if not all(0 <= beta < 1 for beta in betas) or eps < 0:
@@ -241,5 +241,5 @@ def lora_adam_(
         _lora_adam(params, grads, exp_avg, exp_avg_sq, step, lr, group_lr, slots, low, *betas, eps)
 
 
-def _seen(tensor: Tensor) -> str:
+def _describe(tensor: Tensor) -> str:
     return f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}"

@@ -46,7 +46,7 @@ def lora_attention_ref(
     tail: int | None = None,
     attention: str = "math",
 ) -> Tensor:
-    """The two plain statements in turn; `attention` is the backend of the second."""
+    """The two references, one after the other; `attention` is the backend of the second."""
     projected = lora_qkv_rope_ref(x, weight, lora_a, lora_b, cos, sin, gain, sizes, head_dim, slots)
     out = causal_attention_ref(*(part.unflatten(-1, (-1, head_dim)) for part in projected), attention)
     return out.flatten(2)[:, x.size(1) - (x.size(1) if tail is None else tail) :]

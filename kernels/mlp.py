@@ -52,20 +52,20 @@ def pick_config() -> ReluSquaredConfig:
 
 @triton.jit
 def _forward(u_ptr, out_ptr, size, BLOCK: tl.constexpr):
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    u = tl.load(u_ptr + at, mask=at < size, other=0.0).to(tl.float32)
+    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    u = tl.load(u_ptr + offsets, mask=offsets < size, other=0.0).to(tl.float32)
     # Not max(u, 0): a NaN stays one.
     u = tl.where(u <= 0.0, 0.0, u)
-    tl.store(out_ptr + at, (u * u).to(out_ptr.dtype.element_ty), mask=at < size)
+    tl.store(out_ptr + offsets, (u * u).to(out_ptr.dtype.element_ty), mask=offsets < size)
 
 
 @triton.jit
 def _backward(dout_ptr, u_ptr, du_ptr, size, BLOCK: tl.constexpr):
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    u = tl.load(u_ptr + at, mask=at < size, other=0.0).to(tl.float32)
-    dout = tl.load(dout_ptr + at, mask=at < size, other=0.0).to(tl.float32)
+    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    u = tl.load(u_ptr + offsets, mask=offsets < size, other=0.0).to(tl.float32)
+    dout = tl.load(dout_ptr + offsets, mask=offsets < size, other=0.0).to(tl.float32)
     du = tl.where(u <= 0.0, 0.0, 2.0 * u * dout)
-    tl.store(du_ptr + at, du.to(du_ptr.dtype.element_ty), mask=at < size)
+    tl.store(du_ptr + offsets, du.to(du_ptr.dtype.element_ty), mask=offsets < size)
 
 
 def _launch(kernel, *tensors: Tensor) -> None:
@@ -116,7 +116,7 @@ def relu_squared(u: Tensor, *, backend: str | None = None) -> Tensor:
 def _mlp(x: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """out, a [..., hidden], and in fp16 u [..., hidden], else nothing."""
     u = empty_rows(x, x.shape[:-1].numel(), up.size(0)) if x.dtype == torch.float16 else None
-    a = launch_product(x, up, ending=SQUARE, kept=u)
+    a = launch_product(x, up, epilogue=SQUARE, kept=u)
     return launch_product(a, down), a, x.new_empty(0) if u is None else u.contiguous().view(a.shape)
 
 
@@ -129,7 +129,7 @@ def _(x, up, down):
 @custom_op("klora::relu_squared_mlp_du", mutates_args=())
 def _mlp_du(dout: Tensor, kept: Tensor, down: Tensor) -> Tensor:
     """du [..., hidden] of dout [..., D] and `kept` [..., hidden]: u in fp16, else a."""
-    return launch_product(dout, down, transposed=True, ending=SLOPE, kept=kept)
+    return launch_product(dout, down, transposed=True, epilogue=SLOPE, kept=kept)
 
 
 @_mlp_du.register_fake

@@ -67,7 +67,7 @@ def _op(
     heads, groups = sizes[0] // head_dim, sizes[1] // head_dim
     rstd = x.new_empty(*x.shape[:2], heads + groups, dtype=torch.float32)
     about = Heads(cos, sin, gain, rstd, heads, groups, head_dim)
-    qkv = launch_product(x, weight, ending=HEADS, heads=about)
+    qkv = launch_product(x, weight, epilogue=HEADS, heads=about)
     out = x.new_empty(x.size(0), tail, sizes[0])
     _, lse = launch_forward(*_split(qkv, sizes, head_dim), tail, out.unflatten(-1, (-1, head_dim)), gain)
     return out, qkv, rstd, lse

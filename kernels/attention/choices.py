@@ -79,7 +79,7 @@ def pick_attention(device: torch.device, dtype: torch.dtype, head_dim: int) -> t
 def why_not(name: str, device: torch.device, dtype: torch.dtype, head_dim: int, heads: int = 2, groups: int = 1) -> str:
     """Why a choice that is not ours does not run for such heads: found by a small forward and backward. Empty: it runs.
 
-    A package that is missing is told with the command that installs it.
+    For a package that is missing, the answer is the command that installs it.
     """
     if name in PACKAGES and device.type != "cuda":
         return "it wants a CUDA GPU"

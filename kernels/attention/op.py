@@ -79,14 +79,14 @@ def _validate(q, k, v, tail, backend) -> tuple[int, str]:
     if backend not in ("reference", "triton"):
         raise ValueError(f"backend is {backend!r}; allowed: 'reference', 'triton' or None")
     if q.dim() != 4 or not q.size(2):
-        raise ValueError(f"q is {_told(q)}; wanted [B, S, H, d] with at least one head")
+        raise ValueError(f"q is {_describe(q)}; wanted [B, S, H, d] with at least one head")
     if k.dim() != 4 or not k.size(2) or q.size(2) % k.size(2):
-        raise ValueError(f"k is {_told(k)}; wanted [B, S, G, d] with a G that divides q's {q.size(2)} heads")
+        raise ValueError(f"k is {_describe(k)}; wanted [B, S, G, d] with a G that divides q's {q.size(2)} heads")
     wanted = [*q.shape[:2], k.size(2), q.size(3)]
     for name, tensor in (("k", k), ("v", v)):
         if list(tensor.shape) != wanted or tensor.dtype != q.dtype or tensor.device != q.device:
             raise ValueError(
-                f"{name} is {_told(tensor)} on {tensor.device}; wanted, beside q: {q.dtype} {wanted} on {q.device}"
+                f"{name} is {_describe(tensor)} on {tensor.device}; wanted, beside q: {q.dtype} {wanted} on {q.device}"
             )
     tail = q.size(1) if tail is None else tail
     if not 0 <= tail <= q.size(1):
@@ -98,5 +98,5 @@ def _validate(q, k, v, tail, backend) -> tuple[int, str]:
     return tail, backend
 
 
-def _told(tensor: Tensor) -> str:
+def _describe(tensor: Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"

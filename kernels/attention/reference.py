@@ -1,4 +1,4 @@
-"""The plain statement, over PyTorch's SDPA backends.
+"""The reference, over PyTorch's SDPA backends.
 
     out_h = softmax(q_h K_g^T / sqrt(d), causal) V_g           head h reads key/value group g = h // (H / G)
 

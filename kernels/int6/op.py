@@ -113,7 +113,7 @@ def pick_config_dx(
 def _wide(M: int, features: int, contraction: int, loads: int) -> Int6Config | None:
     """The wide kernel for a result [M, features], split so that there are at most 132 blocks; None where it is no use.
 
-    TMA copies rows of a multiple of 16 bytes. Smaller weights were not measured: there little is lost by dequantising.
+    TMA copies rows of a multiple of 16 bytes. Smaller weights were not measured: dequantising those costs little.
     """
     if features % 8 or contraction % 8 or features * contraction < 1 << 24:
         return None
@@ -123,7 +123,7 @@ def _wide(M: int, features: int, contraction: int, loads: int) -> Int6Config | N
 
 
 def int6_linear_ref(x: Tensor, weight: Int6Matrix, bias: Tensor | None = None) -> Tensor:
-    """The plain statement: dequantise to x's dtype, then a linear."""
+    """The reference: dequantise to x's dtype, then a linear."""
     return F.linear(x, weight.dequantize(x.dtype), bias)
 
 

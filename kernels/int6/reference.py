@@ -36,8 +36,8 @@ GROUP_SIZES = (32, 64, 128)
 """Inputs that may share a scale; without groups a row has one."""
 
 SMALLEST_FP16_SCALE = 2.0**-19
-"""The smallest scale stored in fp16. Its steps are 1/32 of this value there, finer than the search's; below it coarser,
-until rows vanish at 2^-25."""
+"""The smallest scale stored in fp16. At this value its steps are 1/32 of it, finer than the search's; below they are
+coarser, until rows vanish at 2^-25."""
 
 SMALLEST_SCALE = 2.0**-126
 """The smallest scale but 0."""

@@ -1,4 +1,4 @@
-"""The plain statement, the registered ops, their autograd, and the public function."""
+"""The reference, the registered ops, their autograd, and the public function."""
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -67,12 +67,12 @@ def runs_kernel(backend: str | None, **operands: Tensor) -> bool:
     """Whether the kernel runs, and not the reference; raises ValueError on what neither takes, or the kernel."""
     if backend not in (None, "reference", "triton"):
         raise ValueError(f"backend is {backend!r}; allowed: None, 'reference', 'triton'")
-    told = ", ".join(f"{name} is {tensor.dtype} on {tensor.device}" for name, tensor in operands.items())
+    given = ", ".join(f"{name} is {tensor.dtype} on {tensor.device}" for name, tensor in operands.items())
     if len({(tensor.dtype, tensor.device) for tensor in operands.values()}) > 1:
-        raise ValueError(f"{told}; all must have one dtype and one device")
+        raise ValueError(f"{given}; all must have one dtype and one device")
     first = next(iter(operands.values()))
     if backend == "reference" or (backend is None and first.device.type == "cpu"):
         return False
     if first.dtype not in DTYPES:
-        raise ValueError(f"{told}; the kernel wants bfloat16, float16 or float32")
+        raise ValueError(f"{given}; the kernel wants bfloat16, float16 or float32")
     return True

@@ -1,4 +1,4 @@
-"""The plain PyTorch statement of the head's loss, with and without adapters."""
+"""The reference of the head's loss in PyTorch, with and without adapters."""
 
 import math
 

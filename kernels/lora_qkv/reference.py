@@ -1,4 +1,4 @@
-"""The plain statements of the ops."""
+"""The references of the ops."""
 
 import torch
 import torch.nn.functional as F

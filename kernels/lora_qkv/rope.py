@@ -21,17 +21,17 @@ TOKENS = 64
 
 
 @triton.jit
-def _turned_back(
-    dout_ptr, out_ptr, rstd_ptr, dx_ptr, gain, cos, sin, at, inside, rstd_at, stride_b, stride_s, b, token, head,
-    D: tl.constexpr, HALF: tl.constexpr,
+def _unrotate(
+    dout_ptr, out_ptr, rstd_ptr, dx_ptr, gain, cos, sin, offsets, mask, rstd_offsets, stride_b, stride_s, b, token,
+    head, D: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
     column = tl.arange(0, HALF)
-    dout_at = b.to(tl.int64) * stride_b + token.to(tl.int64) * stride_s + head * D
-    dout_ptr += dout_at[:, None] + column
-    dleft = tl.load(dout_ptr, inside[:, None], other=0.0).to(tl.float32)
-    dright = tl.load(dout_ptr + HALF, inside[:, None], other=0.0).to(tl.float32)
-    left = tl.load(out_ptr + at, inside[:, None], other=0.0).to(tl.float32)
-    right = tl.load(out_ptr + HALF + at, inside[:, None], other=0.0).to(tl.float32)
+    dout_offsets = b.to(tl.int64) * stride_b + token.to(tl.int64) * stride_s + head * D
+    dout_ptr += dout_offsets[:, None] + column
+    dleft = tl.load(dout_ptr, mask[:, None], other=0.0).to(tl.float32)
+    dright = tl.load(dout_ptr + HALF, mask[:, None], other=0.0).to(tl.float32)
+    left = tl.load(out_ptr + offsets, mask[:, None], other=0.0).to(tl.float32)
+    right = tl.load(out_ptr + HALF + offsets, mask[:, None], other=0.0).to(tl.float32)
     # What the norm takes away along a head is a sum that tables of any length keep: it is taken before the way back. A
     # gain of 0 lets no gradient through.
     share = tl.sum(dleft * left + dright * right, 1) * (1.0 / D) * tl.where(gain == 0.0, 0.0, 1.0 / (gain * gain))
@@ -39,10 +39,10 @@ def _turned_back(
         inverse = 1.0 / (cos * cos + sin * sin)
         left, right = left * inverse, right * inverse
     dleft, dright = dleft - left * share[:, None], dright - right * share[:, None]
-    factor = (tl.load(rstd_ptr + rstd_at, inside, other=0.0) * gain)[:, None]
+    factor = (tl.load(rstd_ptr + rstd_offsets, mask, other=0.0) * gain)[:, None]
     dtype = dx_ptr.dtype.element_ty
-    tl.store(dx_ptr + at, ((dleft * cos + dright * sin) * factor).to(dtype), inside[:, None])
-    tl.store(dx_ptr + HALF + at, ((dright * cos - dleft * sin) * factor).to(dtype), inside[:, None])
+    tl.store(dx_ptr + offsets, ((dleft * cos + dright * sin) * factor).to(dtype), mask[:, None])
+    tl.store(dx_ptr + HALF + offsets, ((dright * cos - dleft * sin) * factor).to(dtype), mask[:, None])
 
 
 @triton.jit(do_not_specialize=["S"])
@@ -59,24 +59,24 @@ def _heads_backward_kernel(
     HALF: tl.constexpr = D // 2
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     head, b = tl.program_id(1), tl.program_id(2)
-    inside = token < S
+    mask = token < S
     table = token[:, None] * HALF + tl.arange(0, HALF)
-    cos = tl.load(cos_ptr + table, inside[:, None], other=1.0)
-    sin = tl.load(sin_ptr + table, inside[:, None], other=0.0)
+    cos = tl.load(cos_ptr + table, mask[:, None], other=1.0)
+    sin = tl.load(sin_ptr + table, mask[:, None], other=0.0)
     row = b.to(tl.int64) * S + token
     if head < H:
         gain = tl.load(gain_ptr + head)
-        at = row[:, None] * (H * D) + head * D + tl.arange(0, HALF)
-        _turned_back(
-            dq_out_ptr, q_ptr, rstd_q_ptr, dq_ptr, gain, cos, sin, at, inside, row * H + head, q_stride_b, q_stride_s,
-            b, token, head, D, HALF,
+        offsets = row[:, None] * (H * D) + head * D + tl.arange(0, HALF)
+        _unrotate(
+            dq_out_ptr, q_ptr, rstd_q_ptr, dq_ptr, gain, cos, sin, offsets, mask, row * H + head, q_stride_b,
+            q_stride_s, b, token, head, D, HALF,
         )  # fmt: skip
     else:
         head -= H
-        at = row[:, None] * (G * D) + head * D + tl.arange(0, HALF)
-        _turned_back(
-            dk_out_ptr, k_ptr, rstd_k_ptr, dk_ptr, 1.0, cos, sin, at, inside, row * G + head, k_stride_b, k_stride_s,
-            b, token, head, D, HALF,
+        offsets = row[:, None] * (G * D) + head * D + tl.arange(0, HALF)
+        _unrotate(
+            dk_out_ptr, k_ptr, rstd_k_ptr, dk_ptr, 1.0, cos, sin, offsets, mask, row * G + head, k_stride_b,
+            k_stride_s, b, token, head, D, HALF,
         )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Newton-Schulz and Muon in plain PyTorch: the coefficient sets, and the statements that the kernels are held to."""
+"""Newton-Schulz and Muon in plain PyTorch: the coefficient sets, and the references that the kernels are held to."""
 
 import math
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""The plain statement of the norm and of the boundary of a block."""
+"""The reference of the norm and of the boundary of a block."""
 
 from typing import NamedTuple
 

@@ -1,4 +1,4 @@
-"""The tables, and the plain statement of norm, rotation and gain."""
+"""The tables, and the reference of norm, rotation and gain."""
 
 import torch
 from torch import Tensor
