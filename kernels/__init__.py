@@ -1,4 +1,4 @@
-"""The ops. Each is one file or folder and is usable alone; `<op>_ref` is its reference. No other package is imported."""
+"""The ops. Each is one file or folder, usable alone, without klora's other packages. `<op>_ref` is its reference."""
 
 from typing import TYPE_CHECKING
 

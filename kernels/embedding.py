@@ -38,7 +38,13 @@ SEGMENT, COLUMNS = 32, 128
 
 
 def bigram_embedding_ref(tokens: Tensor, embed: Tensor, bigram: Tensor, gate: Tensor, dtype: torch.dtype) -> Tensor:
-    """x0 term by term: the norm in the tables' dtype, the smear in `dtype`."""
+    """x0 [B, S, D] in `dtype`, term by term: the norm in the tables' dtype, the smear in `dtype`.
+
+    `tokens` int [B, S], all in [0, V); `embed` [V, D], `bigram` [rows, D] and `gate` [D] in any float dtype. Autograd
+    gives the gradients of the last three.
+
+    Example: x0 = bigram_embedding_ref(tokens, embed, bigram, gate, torch.float32)
+    """
     rows = bigram_hash_ref(tokens, bigram.size(0))
     n = rms_norm_ref(F.embedding(tokens, embed) + F.embedding(rows, bigram)).to(dtype)
     before = torch.cat([torch.zeros_like(n[:, :1]), n[:, :-1]], dim=1)
@@ -234,13 +240,18 @@ def bigram_embedding(
     x0_grad: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """x0 [B, S, D] in `dtype` of tokens [B, S]; gradients of the two tables and of the gate.
+    """x0 [B, S, D] in `dtype` of `tokens` int32 or int64 [B, S].
 
-    The backward adds `x0_grad`, contiguous and like x0, to the gradient that autograd brings: what residual_norm has
-    written there.
-    `backend` is "reference" or "triton"; left out, CPU tensors take the reference and CUDA tensors the kernel.
+    `embed` is [V, D], `bigram` [rows, D] and `gate` [D]. The kernel takes them in float32, and a `dtype` of bfloat16,
+    float16 or float32. All three get gradients.
 
-    Example: x0 = bigram_embedding(tokens, embed, bigram, gate, torch.bfloat16)
+    The backward adds `x0_grad` [B, S, D], contiguous and in `dtype`, to the gradient that autograd brings: it holds
+    what residual_norm has written. Only the kernel takes it.
+
+    `backend` is "reference" or "triton"; None takes the reference on a CPU and the kernel on a GPU.
+    ValueError: other shapes, dtypes or backends, tensors on several devices, `x0_grad` with the reference.
+
+    Example: x0 = bigram_embedding(tokens, embed, bigram, gate, torch.float32)
     """
     if backend not in (None, "reference", "triton"):
         raise ValueError(f"backend is {backend!r}; allowed: None, 'reference', 'triton'")

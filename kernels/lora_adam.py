@@ -43,7 +43,13 @@ def lora_adam_ref_(
     eps: float = 1e-10,
     low: Tensor | None = None,
 ) -> None:
-    """One Adam step of the chosen slots, in place."""
+    """One Adam step of the chosen `slots` (an int tensor, or a slice), with `betas` and `eps`, in place. No autograd.
+
+    `params`, `grads`, `exp_avg`, `exp_avg_sq` [slots, P] and `lr` [slots], `group_lr` [P] of one float dtype; `step`
+    int64 [slots]. `low` [slots, P], where it is given, gets the chosen rows of params in its own dtype.
+
+    Example: lora_adam_ref_(params, grads, exp_avg, exp_avg_sq, step, lr, group_lr, slots)
+    """
     beta1, beta2 = betas
     if isinstance(slots, Tensor):
         slots = slots[is_in_pool(slots, len(params))]
@@ -176,7 +182,12 @@ def _(params, grads, exp_avg, exp_avg_sq, step, lr, group_lr, slots, low, beta1,
 
 
 def check_distinct_slots(slots: Tensor, count: int) -> None:
-    """Raise ValueError unless `slots` are -1 or distinct rows of a pool of `count`. Reads the device: for debugging."""
+    """Raise ValueError unless `slots` int [n] are -1 or distinct rows of a pool of `count`.
+
+    It reads the device: for debugging.
+
+    Example: check_distinct_slots(slots, count=3)
+    """
     chosen = slots[slots != -1]
     if chosen.numel() and not 0 <= int(chosen.min()) <= int(chosen.max()) < count:
         raise ValueError(f"slots go from {int(chosen.min())} to {int(chosen.max())}; allowed: -1 and 0 to {count - 1}")
@@ -200,10 +211,21 @@ def lora_adam_(
     low: Tensor | None = None,
     backend: str | None = None,
 ) -> None:
-    """One Adam step of the slots that `slots` names (all without it), in place. Shapes and dtypes: see the module.
+    """One Adam step of the slots that `slots` int32 or int64 [n] names (None: all), in place. No autograd.
 
-    No autograd: parameters may be given as they are. An entry of `slots` outside the pool is skipped. A slot named
-    twice spoils its counter for good, and with it all its later steps. :func:`check_distinct_slots` finds both.
+    `params`, `grads`, `exp_avg` and `exp_avg_sq` are float32 [slots, P], `step` int64 [slots], `lr` float32 [slots].
+    All but grads and lr are updated. `group_lr` float32 [P] multiplies the learning rate of each parameter. `low`,
+    bfloat16 or float16 [slots, P], gets the chosen rows of params, rounded. `betas` lie in [0, 1), `eps` is at least 0.
+    Parameters may require gradients.
+
+    An entry of `slots` outside the pool is skipped. A slot named twice spoils its counter for good, and with it all its
+    later steps. :func:`check_distinct_slots` finds both.
+
+    `backend` is "reference" or "triton"; None takes the reference on a CPU and the kernel on a GPU. The kernel wants
+    contiguous tensors.
+    ValueError: other shapes, dtypes, strides, betas, eps or backends, tensors on several devices.
+
+    Example: lora_adam_(params, grads, exp_avg, exp_avg_sq, step, lr, slots)
     """
     if params.dim() != 2:
         raise ValueError(f"params is {_describe(params)}; wanted: [slots, P]")

@@ -30,12 +30,20 @@ from .registration import custom_op
 
 
 def relu_squared_mlp_ref(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    """W2 relu(W1 x)^2, products accumulated in fp32 by the GEMM."""
+    """`x` [..., D] -> W2 relu(W1 x)^2 [..., D], products accumulated in fp32 by the GEMM.
+
+    `up` (W1) is [hidden, D], `down` (W2) [D, hidden]; all of one float dtype. Autograd gives all gradients.
+
+    Example: out = relu_squared_mlp_ref(x, up, down)
+    """
     return F.linear(relu_squared_ref(F.linear(x, up)), down)
 
 
 def relu_squared_ref(u: Tensor) -> Tensor:
-    """relu(u)^2."""
+    """relu(u)^2 for `u` of any shape and float dtype, with a gradient.
+
+    Example: a = relu_squared_ref(x)
+    """
     return F.relu(u).square()
 
 
@@ -108,7 +116,13 @@ _relu_squared.register_autograd(
 
 
 def relu_squared(u: Tensor, *, backend: str | None = None) -> Tensor:
-    """relu(u)^2 of any shape, in u's dtype."""
+    """relu(u)^2 for `u` of any shape, in its dtype, with a gradient. The kernel takes bfloat16, float16 or float32.
+
+    `backend` is "reference" or "triton"; None takes the reference on a CPU and the kernel on a GPU.
+    ValueError: another dtype or backend.
+
+    Example: a = relu_squared(x)
+    """
     return _relu_squared(u) if runs_kernel(backend, u=u) else relu_squared_ref(u)
 
 
@@ -161,10 +175,15 @@ _mlp.register_autograd(_mlp_backward, setup_context=_setup_mlp)
 
 
 def relu_squared_mlp(x: Tensor, up: Tensor, down: Tensor, *, backend: str | None = None) -> Tensor:
-    """x [..., D] -> W2 relu(W1 x)^2 [..., D]; gradients of what requires one.
+    """`x` [..., D] -> W2 relu(W1 x)^2 [..., D]; `up` (W1) is [hidden, D] and `down` (W2) [D, hidden], all of one dtype.
 
-    `up` is [hidden, D] and `down` [D, hidden]. `backend` is "reference" or "triton"; left out, CPU tensors take the
-    reference and CUDA tensors the kernels. They copy operands whose rows are not at multiples of 16 bytes.
+    x, up and down get gradients.
+
+    `backend` is "reference" or "triton"; None takes the reference on a CPU and the kernel on a GPU. The kernels take
+    bfloat16, float16 or float32. They copy operands whose rows are not at multiples of 16 bytes.
+    ValueError: other shapes, dtypes or backends, operands of several dtypes or devices.
+
+    Example: out = relu_squared_mlp(x, up, down)
     """
     width = x.size(-1) if x.dim() else 0
     if not x.dim() or up.dim() != 2 or up.size(1) != width or list(down.shape) != [width, up.size(0)]:

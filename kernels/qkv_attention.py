@@ -41,7 +41,14 @@ def qkv_attention_ref(
     tail: int | None = None,
     attention: str = "math",
 ) -> Tensor:
-    """The parts one after the other; `attention` is PyTorch's backend of the last."""
+    """out [B, T, Nq]: the parts one after the other. Arguments as of :func:`qkv_attention`.
+
+    `x` [B, S, D] and `weight` [Nq+Nk+Nv, D] of one float dtype; `cos`, `sin` [S, head_dim/2], `gain` [Nq/head_dim];
+    `sizes` (Nq, Nk, Nv). T is `tail`, None is S. `attention` is PyTorch's backend of the last part. Autograd gives all
+    gradients.
+
+    Example: out = qkv_attention_ref(x, weight, cos, sin, gain, sizes, head_dim=16)
+    """
     parts = torch.nn.functional.linear(x, weight).split(list(sizes), dim=-1)
     q, k, v = (part.unflatten(-1, (-1, head_dim)) for part in parts)
     q, k = norm_rotary_ref(q, cos, sin, gain), norm_rotary_ref(k, cos, sin)
@@ -161,13 +168,19 @@ def qkv_attention(
     unit_tables: bool = False,
     backend: str | None = None,
 ) -> Tensor:
-    """out [B, T, Nq] of x [B, S, D]; gradients of x, weight and gain.
+    """out [B, T, Nq] of `x` [B, S, D] by `weight` [Nq+Nk+Nv, D], all of one dtype.
 
-    `sizes` is (Nq, Nk, Nv): as many heads of v as of k, and a multiple of them of q. `backend` is "reference" or
-    "triton"; left out, CPU tensors take the reference and CUDA tensors the kernels. `unit_tables` is the caller's word
-    that cos^2 + sin^2 is 1, as it is of rotary_tables: the backward then does not look.
+    `sizes` is (Nq, Nk, Nv): as many heads of v as of k, and a multiple of them of q, each `head_dim` wide. `cos` and
+    `sin` are [S, head_dim/2] and `gain` is [Nq/head_dim], float32 for the kernels. T is `tail`, where only the last T
+    tokens are wanted; None is S. x, weight and gain get gradients. `unit_tables` is the caller's word that cos^2 +
+    sin^2 is 1, as it is of rotary_tables: the backward then does not look.
 
-    Example: out = qkv_attention(x, weight, cos, sin, gain, (512, 256, 256), head_dim=64)
+    `backend` is "reference" or "triton"; None takes the reference on a CPU and the kernel on a GPU. The kernels take
+    bfloat16, float16 or float32 and a head_dim of 16, 32, 64 or, in 16 bits, 128.
+    ValueError: other shapes, sizes, dtypes, tails or backends, tensors on several devices, tables that require
+    gradients.
+
+    Example: out = qkv_attention(x, weight, cos, sin, gain, sizes, head_dim=16)
     """
     sizes, length = list(sizes), x.size(1) if x.dim() == 3 else 0
     if x.dim() != 3 or weight.dim() != 2 or x.size(2) != weight.size(1) or weight.size(0) != sum(sizes):

@@ -8,15 +8,23 @@ from .product import DTYPES, launch_product
 
 
 def linear_ref(x: Tensor, weight: Tensor) -> Tensor:
-    """x W^T, summed in fp32 by the GEMM."""
+    """`x` [..., K] by `weight` [N, K] -> x W^T [..., N], by PyTorch's GEMM.
+
+    Both are of one float dtype, and both get gradients.
+
+    Example: out = linear_ref(x, weight)
+    """
     return F.linear(x, weight)
 
 
 def linear(x: Tensor, weight: Tensor, *, backend: str | None = None) -> Tensor:
-    """x [..., K] by weight [N, K] -> x W^T [..., N]; gradients of what requires one.
+    """`x` [..., K] by `weight` [N, K] -> x W^T [..., N], all of one dtype. Both get gradients.
 
-    `backend` is "reference" or "triton"; left out, CPU tensors take the reference and CUDA tensors the kernel, which
-    wants one dtype of bf16, fp16 and fp32. The kernel copies operands whose rows are not at multiples of 16 bytes.
+    `backend` is "reference" or "triton"; None takes the reference on a CPU and the kernel on a GPU. The kernel takes
+    bfloat16, float16 or float32. It copies operands whose rows are not at multiples of 16 bytes.
+    ValueError: other shapes, dtypes or backends, operands of several dtypes or devices.
+
+    Example: out = linear(x, weight)
     """
     if weight.dim() != 2 or not x.dim() or x.size(-1) != weight.size(1):
         raise ValueError(f"x is {list(x.shape)} and weight {list(weight.shape)}; wanted: [..., K] and [N, K]")

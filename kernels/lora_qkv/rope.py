@@ -97,12 +97,20 @@ def lora_qkv_rope(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """q, k and v as of :func:`lora_qkv`; each head of q and k is normed to rms 1, rotated, and q's times its gain.
 
-    cos and sin [S, head_dim/2] and gain [Nq/head_dim] are fp32; ValueError where one requires a gradient (that of gain
+    `x`, `weight`, `lora_a`, `lora_b`, `slots`, `sizes` and `grads` are those of :func:`lora_qkv`, and so are the
+    gradients. `cos` and `sin` [S, head_dim/2] and `gain` [Nq/head_dim] are float32 and get no gradient (that of gain
     comes from `norm_rotary`). The tables may be scaled: cos^2 + sin^2 is whatever it is, but 0, whose gradient is NaN.
-    The head is a row's head_dim neighbours, whose halves rotate into each other (as in `norm_rotary`). Sums are fp32
-    until the one rounding at the end. In the kernel head_dim is a power of two up to 128; up to 64 in fp32 and for
-    ranks above 16. q and k may be changed in place: the backward, which reads them, then makes them again. All else is
-    as of :func:`lora_qkv`.
+
+    The head is a row's `head_dim` neighbours, whose halves rotate into each other (as in `norm_rotary`). Sums are fp32
+    until the one rounding at the end. q and k may be changed in place: the backward, which reads them, then makes them
+    again.
+
+    `backend` is "reference" or "triton"; None takes the reference on a CPU and the kernel on a GPU. In the kernel
+    head_dim is a power of two up to 128; up to 64 in float32 and for ranks above 16.
+    ValueError: what :func:`lora_qkv` refuses, another head_dim, tables or gain of another shape, or one that requires a
+    gradient.
+
+    Example: q, k, v = lora_qkv_rope(x, weight, lora_a, lora_b, cos, sin, gain, slots, sizes, head_dim=16)
     """
     backend, sizes, slots = validate(x, weight, lora_a, lora_b, slots, sizes, grads, backend)
     validate_heads(x, lora_a, cos, sin, gain, sizes, head_dim, backend)
