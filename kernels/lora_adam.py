@@ -5,9 +5,9 @@
 
 params, grads, exp_avg, exp_avg_sq [slots, P] fp32, all but grads updated in place; step int64 [slots]; lr fp32
 [slots]; group_lr fp32 [P] multiplies the learning rate of each parameter. `slots` int [n], without repeats, chooses the
-rows that take part; the others keep their bits, and an entry of -1 (or of any other row that does not exist) chooses
-none, so that a captured graph can hold a batch with empty places. `low` [slots, P], bf16 or fp16, gets the chosen rows
-of params, rounded: what kernels that read adapters of their inputs' dtype take, without a launch of their own for it.
+rows that take part; the others keep their bits. An entry of -1, or of any other row that does not exist, chooses none:
+a captured graph can hold a batch with empty places. `low` [slots, P], bf16 or fp16, gets the chosen rows of params,
+rounded: kernels that want adapters in their inputs' dtype read it, and need no launch to convert them.
 Kingma and Ba 2015.
 
 28 bytes (30 with `low`) and about 15 operations a parameter: it runs at the speed of memory (group_lr, shared by all

@@ -3,13 +3,15 @@
     q, k, v = lora_qkv_rope(x, ...)          each head of q and k normed, rotated, q's times its gain
     out     = causal_attention(q, k, v)      out [B, T, H d] of the last T = `tail` tokens, or of all
 
-What the two ops do in turn, with a launch less on the way back: attention's backward ends in the gradients of the
-projections, so that nothing stands between it and lora_qkv's backward. x [B, S, D]; weight [(H + 2 G) d, D]; lora_a
-[slots, 3, R, D]; lora_b [slots, (H + 2 G) d, R]; cos, sin [S, d/2] and gain [H] fp32. Dtypes, sums, FLOPs, bytes and
-the promise of the same bits in every run and every batch are those of the two ops. It saves 3 (H + G) d numbers a token
-read or written in the backward, and the rounding of (H + G) d.
+The two ops one after the other, with one launch less in the backward: attention's backward ends in the gradients of
+the projections, and lora_qkv's backward follows at once. That saves 3 (H + G) d numbers a token read or written in the
+backward, and the rounding of (H + G) d.
 
-Refused: what either op refuses, a gradient of cos, sin or gain among it.
+x [B, S, D]; weight [(H + 2 G) d, D]; lora_a [slots, 3, R, D]; lora_b [slots, (H + 2 G) d, R]; cos, sin [S, d/2] and
+gain [H] fp32. Dtypes, sums, FLOPs, bytes and the promise of the same bits in every run and every batch are those of the
+two ops.
+
+Refused: what either op refuses. That includes a gradient of cos, sin or gain.
 """
 
 from collections.abc import Sequence

@@ -7,11 +7,10 @@ x [..., D], up (W1) [hidden, D], down (W2) [D, hidden] -> [..., D], all of one d
 FLOPs a row forward, as many for dx, as many again for the weights' gradients.
 
 Four launches, the products of `linear`, with its promise: a row's bits do not depend on the rows beside it. relu(u)^2
-is taken where a tile of u ends, du where one of da does, in fp32 and before anything is rounded. Neither u nor da is
-stored; of tensors [..., hidden], a is written once and read twice, du written and read once. The weights' gradients
-are cuBLAS's.
+is the epilogue of u's tiles and du that of da's, in fp32 and before anything is rounded. Neither u nor da is stored. Of
+tensors [..., hidden], a is written once and read twice, du written and read once. The weights' gradients are cuBLAS's.
 
-The backward wants relu(u) = sqrt(a). As a comes from u before it is rounded, the root halves the one rounding that a
+The backward needs relu(u) = sqrt(a). a comes from u before it is rounded, so the root halves the one rounding that a
 has: du is more exact than from a rounded u. Only fp16, whose a would lose every u below 2^-12, keeps u beside a. With
 frozen weights nothing else is kept.
 """

@@ -5,10 +5,10 @@
 x [B, S, D], weight [Nq+Nk+Nv, D] of one dtype: bf16, fp16 or fp32; cos, sin [S, d/2] and gain [Nq/d] fp32 ->
 out [B, T, Nq] of the last T = `tail` tokens. d is 16, 32, 64 or 128. Sums are fp32 and rounded once.
 
-Launches, forward: the product, whose tiles end with the norm and the rotation of the heads in them, into one stacked
-[B, S, N]; attention. Backward: dq and delta, dk and dv, each ending in the gradient of the projection and in its part
-of one stacked [B, S, N]; then dx = dqkv W, and dW = dqkv^T x by cuBLAS. Against separate launches this leaves out, in
-items of the dtype a token: 2 (Nq + Nk) forward, 3 (Nq + Nk) and 2 N for stacking the gradients backward.
+Launches, forward: the product into one stacked [B, S, N], with norm and rotation of the heads as its epilogue; then
+attention. Backward: dq and delta, then dk and dv, each with the gradient of its projection as epilogue, into one
+stacked [B, S, N]; then dx = dqkv W, and dW = dqkv^T x by cuBLAS. Against separate launches this saves, in items of the
+dtype a token: 2 (Nq + Nk) forward, 3 (Nq + Nk) backward, and 2 N for stacking the gradients.
 
 Kept for the backward: the stacked q, k and v, 1 / rms of each head and the logsumexp in fp32, out. dgain_h is
 sum(dq_h q_h) / gain_h, summed by block, then over blocks, without atomics; where gain_h is 0 it is 0.

@@ -111,7 +111,7 @@ def pick_config_dx(
 
 
 def _wide(M: int, features: int, contraction: int, loads: int) -> Int6Config | None:
-    """The wide kernel for a result [M, features], split so that there are at most 132 blocks; None where it is no use.
+    """The wide kernel for a result [M, features], split into at most 132 blocks; None where it is no use.
 
     TMA copies rows of a multiple of 16 bytes. Smaller weights were not measured: dequantising those costs little.
     """

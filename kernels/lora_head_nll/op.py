@@ -250,7 +250,7 @@ def _takes_reference(
     lora_b: Tensor | None = None,
     slots: Tensor | None = None,
 ) -> bool:
-    """Whether `backend` means the reference here; raises ValueError where an argument is none that it takes."""
+    """Whether `backend` means the reference; ValueError for arguments that it does not take."""
     if backend not in (None, "reference", "triton"):
         raise ValueError(f"backend is {backend!r}; allowed: None, 'reference', 'triton'")
     reference = backend == "reference" or (backend is None and h.device.type == "cpu")

@@ -1,4 +1,4 @@
-"""The projections with QK norm, rotation and gain in the same launch, and the way back through them."""
+"""The projections with QK norm, rotation and gain in the same launch, forward and backward."""
 
 from collections.abc import Sequence
 
@@ -17,7 +17,7 @@ from .reference import lora_qkv_rope_ref
 from .validate import validate
 
 TOKENS = 64
-"""Tokens of one head that a program takes back."""
+"""Tokens of one head in a program of the backward."""
 
 
 @triton.jit
@@ -32,8 +32,8 @@ def _unrotate(
     dright = tl.load(dout_ptr + HALF, mask[:, None], other=0.0).to(tl.float32)
     left = tl.load(out_ptr + offsets, mask[:, None], other=0.0).to(tl.float32)
     right = tl.load(out_ptr + HALF + offsets, mask[:, None], other=0.0).to(tl.float32)
-    # What the norm takes away along a head is a sum that tables of any length keep: it is taken before the way back. A
-    # gain of 0 lets no gradient through.
+    # The norm's sum along a head is the same before and after unrotating, whatever the tables' length. A gain of 0 lets
+    # no gradient through.
     share = tl.sum(dleft * left + dright * right, 1) * (1.0 / D) * tl.where(gain == 0.0, 0.0, 1.0 / (gain * gain))
     if off_unit(cos, sin) > UNIT:
         inverse = 1.0 / (cos * cos + sin * sin)

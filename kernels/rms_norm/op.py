@@ -349,7 +349,7 @@ def residual_norm(
 
 
 def _takes_reference(x: Tensor, backend: str | None) -> bool:
-    """Whether `backend` means the reference here; raises ValueError where the kernel takes no such x."""
+    """Whether `backend` means the reference; ValueError for an x that the kernel does not take."""
     if backend not in (None, "reference", "triton"):
         raise ValueError(f"backend is {backend!r}; allowed: None, 'reference', 'triton'")
     if backend == "reference" or (backend is None and x.device.type == "cpu"):
