@@ -1,8 +1,9 @@
-"""Every public name says how it is used: a docstring with an example, and the example runs on a CPU."""
+"""Every public name says how it is used: a docstring with an example that runs on a CPU, in the words of the field."""
 
 import importlib
 import inspect
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -84,6 +85,24 @@ def tensors() -> dict:
         "group_lr": torch.ones(100),
         **matrices,
     }
+
+
+PRIVATE = re.compile(r"(?<![a-z])(told|turned|heat|fade|mine|rooms?|plain statement)(?![a-z])", re.IGNORECASE)
+"""Words that this project once had for describe, rotated, temperature, rescale, own, package, reference."""
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_the_words_of_a_package_are_those_of_the_field(package):
+    (folder,) = importlib.import_module(package).__path__
+    files = sorted(Path(folder).rglob("*.py"))
+    assert files
+    found = [
+        f"{file.relative_to(folder)}:{number}: {line.strip()}"
+        for file in files
+        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1)
+        if PRIVATE.search(line)
+    ]
+    assert not found, "\n".join(found)
 
 
 def example_of(documented) -> str:

@@ -40,7 +40,7 @@ class Rotary(NamedTuple):
     rstd_k: Tensor
     """[B, S, G]"""
     is_unit: bool = False
-    """Whether cos^2 + sin^2 is known to be 1: then nobody looks."""
+    """Whether cos^2 + sin^2 is known to be 1: then it is not checked."""
 
 
 @triton.jit

@@ -215,7 +215,7 @@ def launch_product(
     shape = *x.shape[:-1], outputs
     if not x.numel() or not weight.numel():
         return x.new_zeros(shape)
-    result = x.new_empty(shape)  # what is returned is no view: autograd lets nobody change a view of ours in place
+    result = x.new_empty(shape)  # not a view: autograd refuses an in-place change of a view that an op returned
     x = aligned_rows(x.reshape(-1, inputs))
     rows, processors = x.size(0), multiprocessors(x.device)
     cos, sin, gain, rstd, queries, keys, head_dim = heads or (None, None, None, None, 0, 0, 0)

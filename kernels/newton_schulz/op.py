@@ -63,8 +63,8 @@ def pick_config(shapes: Sequence[Shapes], dtype: torch.dtype, on_gpu: bool) -> N
 
 
 _READ_BY_GRAPHS: dict[int, tuple] = {}
-"""Tables that a captured graph reads. The caches below may drop theirs; these stay, since nobody says when a graph is
-gone."""
+"""Tables that a captured graph reads. The caches below may drop theirs; these stay, since nothing reports that a graph
+was freed."""
 
 
 def _is_captured(device: torch.device) -> bool:

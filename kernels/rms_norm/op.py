@@ -296,7 +296,7 @@ def residual_norm(
     D] are float32 for the kernel. `slots` int32 or int64 [B] is the row of bias that each document adds; None takes row
     b for document b. `skip` comes with pushed, mix with x0, scale with branch. All but slots get gradients.
 
-    x_out is None without `push`, and x_in with `last`: what nobody reads is not stored. Tensors that are not contiguous
+    x_out is None without `push`, and x_in with `last`: what is not read is not stored. Tensors that are not contiguous
     are copied, all but bias, whose rows may lie any distance apart. The backward reads n: autograd refuses it once n
     was changed in place.
 
