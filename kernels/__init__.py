@@ -1,4 +1,4 @@
-"""The ops. Each is one file or folder, usable alone, without klora's other packages. `<op>_ref` is its reference."""
+"""The ops: one file or folder each, usable alone. `<op>_ref` is its reference in PyTorch."""
 
 from typing import TYPE_CHECKING
 

@@ -73,8 +73,8 @@ def quantize_int6_ref(
 
     Example: codes, scales = quantize_int6_ref(weight, group_size=32)
     """
-    if weight.dim() != 2 or weight.size(1) == 0:
-        raise ValueError(f"weight has shape {list(weight.shape)}; int6 takes [N, K] with K at least 1")
+    if weight.dim() != 2 or weight.numel() == 0:
+        raise ValueError(f"weight has shape {list(weight.shape)}; int6 takes [N, K] with N and K at least 1")
     if not weight.is_floating_point():
         raise ValueError(f"weight is {weight.dtype}; int6 takes a floating-point weight")
     if weight.is_meta:

@@ -23,9 +23,10 @@ def rotary_tables(length: int, head_dim: int, base: float, device=None, dtype=to
 
     Example: cos, sin = rotary_tables(length=8, head_dim=16, base=10000.0)
     """
-    frequency = base ** (-torch.arange(0, head_dim, 2, dtype=torch.float64, device=device) / head_dim)
-    angle = torch.outer(torch.arange(length, dtype=torch.float64, device=device), frequency)
-    return angle.cos().to(dtype), angle.sin().to(dtype)
+    with torch.inference_mode(False):  # who keeps them may train with them later
+        frequency = base ** (-torch.arange(0, head_dim, 2, dtype=torch.float64, device=device) / head_dim)
+        angle = torch.outer(torch.arange(length, dtype=torch.float64, device=device), frequency)
+        return angle.cos().to(dtype), angle.sin().to(dtype)
 
 
 def norm_rotary_ref(x: Tensor, cos: Tensor, sin: Tensor, gain: Tensor | None = None) -> Tensor:
