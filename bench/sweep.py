@@ -176,7 +176,7 @@ def searched(tuning: Sample) -> Iterator[dict[str, Any]]:
     changed: dict[str, Any] = {}
     for best, rows in search(tuning, design):
         changed = {name: value for name, value in best.to_dict().items() if value != design.to_dict()[name]}
-        print(_told(str(rows[-1]["changes"]), rows[-1]))
+        print(_describe(str(rows[-1]["changes"]), rows[-1]))
         yield {"chosen": changed, "rows": rows}
     print(f"chosen: {changed}")
 
@@ -186,11 +186,11 @@ def score_presets(held_out: Sample) -> Iterator[dict[str, Any]]:
     found = {}
     for name in PRESETS:
         found[name] = vars(held_out.run(ttt_preset(name).override(NO_DEADLINE)))
-        print(_told(name, found[name]))
+        print(_describe(name, found[name]))
         yield {"presets": found}
 
 
-def _told(name: str, found: dict[str, Any]) -> str:
+def _describe(name: str, found: dict[str, Any]) -> str:
     base, adapted, gained, seconds = (found[field.name] for field in fields(Found))
     return f"{name}: {base:.5f} -> {adapted:.5f}; {gained:.0%} of the long documents gain; {seconds:.1f} s"
 

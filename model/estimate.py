@@ -21,7 +21,7 @@ from .config import ConfigError, ModelConfig, Preset
 from .gpt import GPT, is_block_matrix, parameter_count, parameter_shapes
 
 TRIAL_TOKENS = 256
-ROOM = 0.7
+USABLE_SHARE = 0.7
 """Share of the available memory that advice plans with: the bounds leave out what lives only for a moment."""
 
 
@@ -83,7 +83,7 @@ def require_memory(memory: int, available: int | None, preset: Preset, token_byt
         return
     train, length = preset.train, preset.model.train_length
     state = state_bytes(preset.model)
-    rows = int((ROOM * available - state) / (token_bytes * length)) if token_bytes else 0
+    rows = int((USABLE_SHARE * available - state) / (token_bytes * length)) if token_bytes else 0
     advice = f"--set micro_batch_tokens={rows * length}" if rows >= 1 else "a smaller width, fewer blocks"
     raise ConfigError(
         f"{preset.name} with micro_batch_tokens={train.micro_batch_tokens} needs at least {_gb(memory)} of memory "

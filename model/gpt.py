@@ -100,7 +100,7 @@ class GPT(nn.Module):
         return self.compute_dtype or self.embed.dtype
 
     def configure(self, device: torch.device, dtype: torch.dtype | None = None) -> str:
-        """Move to `device`, compute in `dtype`, pick the backends there; returns the reason for attention's."""
+        """Move to `device`, compute in `dtype`, pick the backends for both; returns the reason for attention's."""
         self.to(device)
         self.compute_dtype = dtype
         self.backend = pick_backend(self.config, self.embed.device, self.dtype)

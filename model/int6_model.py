@@ -33,7 +33,7 @@ def keep_int6(block: Block, matrices: Mapping[str, Int6Weight], device: torch.de
 
 
 def int6_model_from_artifact(artifact: Artifact, device: torch.device) -> GPT:
-    """The artifact's model in fp32 on `device` with the block matrices as the artifact has them, repacked there."""
+    """The artifact's model in fp32 on `device` with the block matrices as the artifact has them, repacked on it."""
     config = artifact.config
     with torch.device("meta"):
         model = GPT(config)

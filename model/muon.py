@@ -4,7 +4,7 @@ m <- mu m + g;   u = NS(g + mu m)   (Nesterov; else u = NS(m))
 W <- (1 - lr * decay) W - lr * s * u,   s = sqrt(max(1, rows/cols)), or 0.2 sqrt(max(rows, cols)) (Liu et al. 2025)
 
 On a GPU all matrices of a group go through the same few launches: the norm, momentum, the products, the update. On a
-CPU they go through the plain statement, a batch for each shape. Momentum is fp32 whatever the parameters are.
+CPU they go through the reference, a batch for each shape. Momentum is fp32 whatever the parameters are.
 
 A step is taken whole or not at all. Were only the matrix with the bad gradient left out, the others would move by a
 gradient whose backward pass has already gone wrong somewhere, and layers would drift apart in how many steps they have
@@ -245,8 +245,8 @@ class Muon(torch.optim.Optimizer):
             exchanges += [(group, self._shards[key], bucket) for bucket in self._shards[key].buckets]
         directions = []
         for group, shards, bucket in exchanges:
-            mine, gradients = shards.reduced(bucket)
-            directions.append(self._directions(group, mine, gradients) if mine else None)
+            owned, gradients = shards.reduced(bucket)
+            directions.append(self._directions(group, owned, gradients) if owned else None)
         finite = self._agreed([one for one in directions if one], batches[0][1][0].device)
         self._counter(finite.device).add_(1 - finite)
         for (_, shards, bucket), one in zip(exchanges, directions, strict=True):

@@ -107,8 +107,8 @@ def clip_curve(weight: Tensor) -> ClipCurve:
 def choose_clips(curves: Mapping[str, ClipCurve], code_bytes: float) -> tuple[dict[str, float], float]:
     """The clip of every matrix for codes of at most `code_bytes` at their entropy, and the bytes of that choice.
 
-    With room to spare every matrix takes its clip of least error. Where nothing fits it is the coarsest choice, whose
-    bytes are then above `code_bytes`.
+    Where the bytes allow it, every matrix takes its clip of least error. Where nothing fits it is the coarsest choice,
+    whose bytes are then above `code_bytes`.
     """
     hulls = {name: curve.hull() for name, curve in curves.items()}
     chosen = dict.fromkeys(hulls, 0)

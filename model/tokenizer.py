@@ -61,7 +61,7 @@ PROBES = {
 """Texts that a model has to give back as they are, or as it says that it normalises them."""
 
 COVERS_MUCH = "all bytes", "its own pieces", "characters"
-"""Probes of many kinds of text at once: what a model changes in them is told where no other probe tells it."""
+"""Probes of many kinds of text at once: what a model changes in them is named where no other probe names it."""
 
 KEEPS_TEXT = (
     "normalization_rule_name=identity, remove_extra_whitespaces=false, treat_whitespace_as_suffix=false, "
@@ -253,7 +253,7 @@ class Tokenizer:
         return self.piece_bytes[target] + (self.leading_space[target] & ~(self.is_control[previous] & self.adds_space))
 
     def require_known(self, tokens: np.ndarray, name: str) -> None:
-        """TokenizerError where the bytes of `tokens` cannot be told: ids outside the vocabulary, and lost text."""
+        """TokenizerError where the bytes of `tokens` are unknown: ids outside the vocabulary, and lost text."""
         try:
             self._require_ids(tokens)
         except TokenizerError as error:

@@ -137,8 +137,8 @@ def _score(
         at = begin + torch.minimum(scored, end - 1) + 1
         targets = torch.where(exists, tokens[at], -100)
         place = torch.where(exists, at, record.size(1) - 1).flatten()
-        for out, heat in zip(record, (1.0, temperature), strict=True):
-            nll = softcap_nll(hidden, weights.head, targets, weights.config.logit_softcap, heat, backend=backend)
+        for out, divisor in zip(record, (1.0, temperature), strict=True):
+            nll = softcap_nll(hidden, weights.head, targets, weights.config.logit_softcap, divisor, backend=backend)
             out.index_copy_(0, place, nll.flatten().float())
         yield int((windows.length[rows] - windows.first[rows]).sum())
 

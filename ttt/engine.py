@@ -54,7 +54,7 @@ looked at when it should be."""
 SLOTS_A_PLACE = 4
 """Slots of the pool for each place of a batch: documents that are ready for the other window lengths wait in them."""
 
-HEADROOM = 0.85
+USABLE_SHARE = 0.85
 """Share of the free memory that an engine plans for."""
 
 Shape = tuple[int, int, bool]
@@ -97,12 +97,12 @@ def slot_bytes(model: GPT, config: TTTConfig) -> int:
 
 
 def largest_batch(batch: int, needed: Callable[[int], int], free: int) -> int:
-    """`batch` halved until its `needed` bytes are at most HEADROOM of the `free` ones."""
-    while needed(batch) > HEADROOM * free:
+    """`batch` halved until its `needed` bytes are at most USABLE_SHARE of the `free` ones."""
+    while needed(batch) > USABLE_SHARE * free:
         if batch == 1:
             raise MemoryError(
                 f"adapting one document at a time takes about {needed(1) >> 20} MiB and {free >> 20} MiB are free, of "
-                f"which {HEADROOM:.0%} may be used. Free some, or take a shorter window or fewer slots"
+                f"which {USABLE_SHARE:.0%} may be used. Free some, or take a shorter window or fewer slots"
             )
         batch //= 2
     return batch
@@ -355,7 +355,7 @@ class Engine:
 class Run:
     """The documents of one run, longest first, as arrays: where they lie, and how far they are.
 
-    `places` counts the inputs that the rounds sent off had room for, `inputs` those that were a document's.
+    `places` counts the input positions of the rounds sent off, `inputs` those that held a document's token.
     """
 
     def __init__(self, documents: Sequence[Document], config: TTTConfig):
