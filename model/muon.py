@@ -61,6 +61,8 @@ class Muon(torch.optim.Optimizer):
 
     Raises ValueError for a parameter that is not a dense matrix of floating point (:func:`split_parameters` finds those
     that are), for parameters that share memory, and for settings out of range. step() raises it for a sparse gradient.
+
+    Example: muon = Muon(split_parameters(model)[0], lr=0.02, momentum=0.95)
     """
 
     def __init__(
@@ -294,6 +296,8 @@ def split_parameters(model: nn.Module, heads: Iterable[str] = HEADS) -> tuple[li
     where they are tied to a head), heads (the parameters of modules whose own name is in `heads`, and what a model's
     get_output_embeddings() returns), vectors, scalars, and tensors of three or more dimensions such as convolutions.
     Parameters that require no gradient are in neither; each other one is in exactly one.
+
+    Example: matrices, rest = split_parameters(model)
     """
     heads = set(heads)
     for_adamw: set[int] = set()

@@ -83,6 +83,8 @@ class Tokenizer:
     is_lost        bool [V]   unknown and unused tokens: text that nobody knows; no text is encoded as them
     adds_space     bool       whether the model puts a space in front of every text, which is none of its bytes
     changes        str        what normalising does to text, with an example; empty where the model keeps text
+
+    Example: tokens = Tokenizer.from_file("runs/tiny/tokenizer.model").encode("import os")
     """
 
     def __init__(self, model: bytes, source: str = "tokenizer", may_normalise: bool = False):
@@ -154,6 +156,8 @@ class Tokenizer:
 
         At most SAMPLED_SENTENCES sentences, a uniform sample of all, are held. TokenizerError if the text is too small
         or its alphabet too large for `vocab_size`; errors of `documents` itself pass through.
+
+        Example: learned = Tokenizer.train(Corpus.text(["essays"]).documents(), vocab_size=300)
         """
         if vocab_size > MAX_VOCAB:
             raise TokenizerError(f"vocab_size={vocab_size} is not possible; allowed: at most {MAX_VOCAB}")
@@ -190,10 +194,18 @@ class Tokenizer:
 
     @classmethod
     def from_bytes(cls, model: bytes, may_normalise: bool = False) -> Self:
+        """The tokenizer of a serialized SentencePiece model; errors as of the class.
+
+        Example: same = Tokenizer.from_bytes(tokenizer.to_bytes())
+        """
         return cls(model, may_normalise=may_normalise)
 
     @classmethod
     def from_file(cls, path: str | Path, may_normalise: bool = False) -> Self:
+        """The tokenizer of a file of SentencePiece's; TokenizerError also where it cannot be read.
+
+        Example: same = Tokenizer.from_file("runs/tiny/tokenizer.model")
+        """
         try:
             return cls(Path(path).read_bytes(), str(path), may_normalise)
         except OSError as error:

@@ -33,6 +33,12 @@ class TTTConfig(Settings):
 
     The defaults are the preset `design` without its deadline. Its steps are too large for one pass over text that a
     model knows well: :func:`ttt_preset` gives what is measured to suit it.
+
+    Every field is a keyword; its help and range stand beside it. ConfigError: a value out of range, or a chunk longer
+    than its window. `is_leaky` says whether the protocol's numbers are no valid score; `passes` how often a document is
+    read.
+
+    Example: config = TTTConfig(lr=0.002, temperature=1.0, min_tokens=64)
     """
 
     protocol: str = setting(
@@ -98,7 +104,9 @@ other."""
 def ttt_preset(name: str | None = None, protocol: str = SCORE_FIRST) -> TTTConfig:
     """The config of a preset under `protocol`. None: `quick` for score_first, `design` for the leaky protocols.
 
-    ConfigError: a name or a protocol that there is not.
+    Presets are `quick`, `thorough` and `design`. ConfigError: a name or a protocol that does not exist.
+
+    Example: config = ttt_preset("thorough").override({"min_tokens": 64})
     """
     config = TTTConfig(protocol=protocol)
     if name is None:
