@@ -15,7 +15,7 @@ Modelled, because it costs time:
 - Training: compiled forward and backward with flash attention, everything after them eager. Gradient norms are taken
   tensor by tensor, Newton-Schulz matrix by matrix over one rank's share, updates applied matrix by matrix.
 Modelled though it is free, because the original's numbers came from it: the cosine learning rate stretched over the
-longest document of the batch, by which a document's scores depend on its batch mates (`schedule` replaces it).
+longest document of the batch, by which a document's scores depend on the rest of its batch (`schedule` replaces it).
 
 Left out, because it changes what is computed and its cost is small:
 - a "temperature" that multiplied the loss: here it divides the logits, which is one elementwise pass more;
@@ -291,7 +291,7 @@ def original_ttt(
 
     The original's run is `TTTConfig(protocol="min_nll")`. What min_nll and multi_epoch return is LEAKY, no score: it is
     the caller's duty to label it so (ttt/protocols.py, `label`) wherever it is printed or stored. Under
-    `stretched_cosine` even score_first depends on a document's batch mates. Use this function for its time alone.
+    `stretched_cosine` even score_first depends on the rest of a document's batch. Use this function for its time alone.
     """
     scores = [OriginalScore(0.0, None, torch.zeros(0, device=model.embed.device))] * len(documents)
     tally = Tally(model.config.vocab_size, model.embed.device)

@@ -15,8 +15,8 @@ bigram.project fp16; the other parameters fp32. Codes are stored a byte each, be
 That is version 1. Version 2, written only where fp16 is too narrow for one of those, has one field more, `float32`: the
 payload's tensors that are fp32 in the place of fp16, sorted, at least one.
 
-A file is not trusted. Before anything of the size that it asks for is allocated, the header is bounded and checked, the
-config gives the exact tensors, those give the payload's size, and that must be what the zstd frame claims.
+A file is not trusted. Before anything of the size that it asks for is allocated, the header is bounded and checked. The
+config gives the exact tensors, and those give the payload's size, which must be what the zstd frame claims.
 """
 
 import base64

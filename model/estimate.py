@@ -60,8 +60,10 @@ def least_memory(config: ModelConfig) -> int:
 
 
 def fused_memory(config: ModelConfig, tokens: int) -> int:
-    """Bytes of the fused step on `tokens` at a time, from its shapes: what the backward reads of each block in 16 bits,
-    the head's part of a logit, the state, the copies of the weights, and two sums of gradients.
+    """Bytes of the fused step on `tokens` at a time, from its shapes.
+
+    They are what the backward reads of each block in 16 bits, the head's part of a logit, the state, the copies of the
+    weights, and two sums of gradients.
     """
     block = 5 * config.width + 2 * config.qkv_sizes[0] + 2 * config.qkv_sizes[1] + config.mlp_hidden
     kept = 2 * tokens * (config.blocks * block + config.vocab_size)

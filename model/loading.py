@@ -84,7 +84,7 @@ def _device(device: torch.device | str) -> torch.device:
 
 
 def _placed(config: ModelConfig, weights: dict[str, torch.Tensor], device: torch.device) -> GPT:
-    with torch.device("meta"):  # nothing is initialised to be overwritten: orthogonal matrices are dear
+    with torch.device("meta"):  # nothing is initialised to be overwritten: orthogonal matrices are slow to make
         model = GPT(config)
     model.to_empty(device="cpu").load_state_dict(weights)
     model.configure(device, compute_dtype(TrainConfig(), device))

@@ -1,10 +1,10 @@
 """The engine: documents adapted side by side at the pace of the GPU, with the results of the eager scorer.
 
-The tokens of all documents lie in one buffer on the device, adapters and their Adam state in the slots of the pool, and
-the NLL of every target in one record that is read once at the end. Schedule says which documents take which chunk in
-which round; a round is one small array of indices sent to the device and one step, captured as a CUDA graph for each
-window length and number of places, with or without training. `capture=False` runs the same steps without graphs; on a
-CPU that is the only way, and the reference ops take the kernels' place.
+The tokens of all documents lie in one buffer on the device. Adapters and their Adam state lie in the slots of the pool,
+and the NLL of every target in one record that is read once at the end. Schedule says which documents take which chunk
+in which round. A round is one small array of indices sent to the device, and one step. A step is captured as a CUDA
+graph for each window length and number of places, with or without training. `capture=False` runs the same steps without
+graphs. On a CPU that is the only way, and the reference ops take the kernels' place.
 
 Captures are made before the first document, over places that are all empty: these read token 0 alone and write nothing
 of the pool, so that a capture leaves no trace.
@@ -420,7 +420,7 @@ class Run:
 
 def engine_of(model: GPT, config: TTTConfig, documents: Sequence[Document], **options: Any) -> Engine:
     """An engine of the size of `documents`, whose options these are."""
-    # Nobody waits in more slots than there are documents.
+    # More slots than documents would stay empty.
     options.setdefault("slots", max(1, min(SLOTS_A_PLACE * config.batch, len(documents))))
     return Engine(model, config, max(2, sum(document.targets + 1 for document in documents)), **options)
 

@@ -125,7 +125,7 @@ def learning_rate(config: TTTConfig, step: Tensor, chunks: Tensor) -> Tensor:
     """Learning rate of each document's next Adam step; `step` int [B] counts those taken, `chunks` int [B] its chunks.
 
     score_first: constant, so that it depends on nothing later than the chunk. Leaky protocols: a cosine from lr to
-    lr_floor * lr over that document's own steps, whatever its batch mates are.
+    lr_floor * lr over that document's own steps, whatever else is in its batch.
     """
     if not config.is_leaky:
         return torch.full(step.shape, config.lr, device=step.device)
