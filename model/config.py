@@ -80,6 +80,7 @@ class Settings:
         return dataclasses.replace(self, **{name: _parse(fields[name], value) for name, value in values.items()})
 
     def to_dict(self) -> dict[str, Any]:
+        """Every field by name, for JSON."""
         return dataclasses.asdict(self)
 
     @classmethod
@@ -166,6 +167,7 @@ class ModelConfig(Settings):
 
     @property
     def head_dim(self) -> int:
+        """Width of one head, of queries, keys and values alike."""
         return self.width // self.heads
 
     @property

@@ -103,6 +103,7 @@ class GPT(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
+        """What the network computes in: `compute_dtype`, or the dtype of the parameters."""
         return self.compute_dtype or self.embed.dtype
 
     def configure(self, device: torch.device, dtype: torch.dtype | None = None) -> str:

@@ -217,10 +217,12 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
+        """Number of pieces V; ids are 0 to V - 1."""
         return len(self._text)
 
     @property
     def bos_id(self) -> int:
+        """The id that begins every text."""
         return BOS_ID
 
     def encode(self, text: str) -> np.ndarray:

@@ -24,8 +24,6 @@ ENCODE_BATCH = 256
 class Document:
     """One document to score: uint16 `tokens` [n + 1] of which the first is BOS, and the UTF-8 bytes of its text.
 
-    `targets` is n, the number of tokens that are scored.
-
     Example: document = Document("notes", tokenizer.encode(text), len(text.encode()))
     """
 
@@ -35,6 +33,7 @@ class Document:
 
     @property
     def targets(self) -> int:
+        """Number of tokens that are scored: all but BOS."""
         return len(self.tokens) - 1
 
 

@@ -147,6 +147,7 @@ class Journal:
         return _share(self._base["base"]) if "base" in self._base else 0.0
 
     def close(self) -> None:
+        """Close the file; nothing can be added afterwards."""
         self._file.close()
 
 

@@ -35,8 +35,7 @@ class TTTConfig(Settings):
     model knows well: :func:`ttt_preset` gives what is measured to suit it.
 
     Every field is a keyword; its help and range stand beside it. ConfigError: a value out of range, or a chunk longer
-    than its window. `is_leaky` says whether the protocol's numbers are no valid score; `passes` how often a document is
-    read.
+    than its window.
 
     Example: config = TTTConfig(lr=0.002, temperature=1.0, min_tokens=64)
     """
@@ -73,10 +72,12 @@ class TTTConfig(Settings):
 
     @property
     def is_leaky(self) -> bool:
+        """Whether the protocol's numbers are no valid score."""
         return self.protocol != SCORE_FIRST
 
     @property
     def passes(self) -> int:
+        """How often a document is read: once, or `epochs` times in a leaky protocol."""
         return self.epochs if self.is_leaky else 1
 
 

@@ -47,10 +47,12 @@ class DocumentResult:
 
     @property
     def base_bpb(self) -> float | None:
+        """Bits per byte of the model as it is; None where there is no text."""
         return bits_per_byte(self.base_nats, self.bytes)
 
     @property
     def adapted_bpb(self) -> float | None:
+        """Bits per byte of the score; None where there is no text."""
         return bits_per_byte(self.adapted_nats, self.bytes)
 
     @property

@@ -60,6 +60,7 @@ class LanguageModel:
 
     @property
     def device(self) -> torch.device:
+        """The model's device."""
         return self.model.embed.device
 
     @torch.no_grad()
