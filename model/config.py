@@ -1,7 +1,7 @@
 """Every number of the system, with what it means and what it may be.
 
 Three frozen dataclasses are built on :class:`Settings`: :class:`ModelConfig` (the network), :class:`TrainConfig` (its
-training) and, in ``klora.ttt``, ``TTTConfig`` (its adaptation). A preset is a named pair of the first two.
+training) and, in the package ``ttt``, ``TTTConfig`` (its adaptation). A preset is a named pair of the first two.
 
 A settings object cannot exist with an impossible value: construction raises :class:`ConfigError`, whose text names the
 field, what was given and what is allowed.
