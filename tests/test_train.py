@@ -730,7 +730,7 @@ def test_a_folder_that_cannot_be_written_is_known_before_anything_is_made(tmp_pa
     for path in (Path("/proc/nowhere/run"), Path("/dev/null/run")):
         with pytest.raises(OSError, match=f"{path} cannot be written"):
             Trainer(small_preset(), data, path, ALONE)
-    with pytest.raises(OSError, match=r"needs .* bytes and .* free; make room"):
+    with pytest.raises(OSError, match=r"needs .* bytes and .* free; make space"):
         require_writable(tmp_path / "a" / "b", 2**60)
     require_writable(tmp_path / "a" / "b", 1)
     assert not list(tmp_path.iterdir())
