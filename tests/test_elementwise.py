@@ -1,4 +1,4 @@
-"""Norms, the boundary of a block, rotary and squared ReLU: kernels against the plain statements and float64."""
+"""Norms, the boundary of a block, rotary and squared ReLU: kernels against the references and float64."""
 
 import pytest
 import torch

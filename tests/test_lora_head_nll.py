@@ -1,4 +1,4 @@
-"""The head's loss: kernels against the plain statement and float64, for outputs and every gradient."""
+"""The head's loss: kernels against the reference and float64, for outputs and every gradient."""
 
 import pytest
 import torch

@@ -92,8 +92,8 @@ def test_a_gain_of_zero_gives_zeros_and_lets_no_gradient_through():
     call["gain"][1] = 0.0
     ours, plain = run(call, douts), run(call, douts, "reference")
     assert not ours[0][..., 16:32].any()
-    for mine, theirs in zip(ours, plain, strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+    for got, theirs in zip(ours, plain, strict=True):
+        torch.testing.assert_close(got, theirs, rtol=1e-4, atol=1e-5)
 
 
 def test_a_documents_bits_do_not_depend_on_its_batch_mates():
@@ -147,9 +147,9 @@ def test_bad_input_is_refused(change, says):
 
 def test_the_cpu_takes_the_reference():
     call, _ = draw()
-    for mine, theirs in zip(lora_qkv_rope(**call), lora_qkv_rope_ref(**call), strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
-        assert CUDA or torch.equal(mine, theirs)
+    for got, theirs in zip(lora_qkv_rope(**call), lora_qkv_rope_ref(**call), strict=True):
+        torch.testing.assert_close(got, theirs, rtol=1e-5, atol=1e-5)
+        assert CUDA or torch.equal(got, theirs)
 
 
 @pytest.mark.slow

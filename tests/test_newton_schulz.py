@@ -425,7 +425,7 @@ def test_reference_and_kernel_write_the_same_momenta_to_the_bit(nesterov):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_updates_of_any_strides_are_applied_as_they_are(backend):
-    """Turned, with gaps, expanded, at an odd address; in fp16, as a GPU gives them."""
+    """Transposed, with gaps, expanded, at an odd address; in fp16, as a GPU gives them."""
     whole = torch.randn(30, 50).half()
     odd = [whole[:24].T, whole[3:27, 5:45:2], whole[:1].expand(24, 50), torch.randn(961).half()[1:].view(24, 40)]
     weights = [torch.randn(u.shape) for u in odd]
