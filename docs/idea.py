@@ -3,7 +3,8 @@
 from pathlib import Path
 
 STYLE = """
-    .card { fill: #ffffff; stroke: #d0d7de }  .box { stroke-width: 1.5 }  text { fill: #1f2328; font-family: sans-serif }
+    .card { fill: #ffffff; stroke: #d0d7de }  .box { stroke-width: 1.5 }
+    text { fill: #1f2328; font-family: sans-serif }
     .chunk { fill: #f6f8fa; stroke: #8c959f }  .score { fill: #ddf4ff; stroke: #0969da }
     .learn { fill: #fff1e5; stroke: #bc4c00 }  .arrow { stroke: #57606a; stroke-width: 2; fill: none }
     .head { fill: #57606a }  .name { font-size: 17px; font-weight: bold }  .small { font-size: 15px }
@@ -14,7 +15,12 @@ STYLE = """
     }
 """
 COLUMNS = ("chunk 1", "chunk 2", "chunk 3", "last chunk")
-WIDTH, LEFT, STEP, BOX = 860, 116, 186, 154
+RULE = (
+    "A chunk is scored before any weight has seen it. "
+    "The model itself stays as it is; each document has its own adapter."
+)
+WIDTH, HEIGHT, LEFT, STEP, BOX = 860, 312, 116, 186, 154
+LABELS = {"document": 52, "score": 138, "learn": 236}
 ROWS = {"chunk": (24, 44), "score": (102, 60), "learn": (200, 60)}
 
 
@@ -36,12 +42,11 @@ def arrow(*points: tuple[float, float]) -> str:
 
 
 def draw() -> str:
-    parts = [text(18, y + height / 2 + 6, name, "name", "start") for name, (y, height) in ROWS.items() if name != "chunk"]
-    parts.append(text(18, 52, "document", "name", "start"))
+    parts = [text(18, y, name, "name", "start") for name, y in LABELS.items()]
     for column, name in enumerate(COLUMNS):
         middle, last = LEFT + STEP * column + BOX / 2, column == len(COLUMNS) - 1
-        before = "an empty adapter" if not column else "this adapter"
-        parts += [box("chunk", column, name), box("score", column, "its bits", f"with {before}")]
+        before = "with no adapter yet" if not column else "with this adapter"
+        parts += [box("chunk", column, name), box("score", column, "its bits", before)]
         parts.append(arrow((middle, 68), (middle, 97)))
         if not last:
             parts += [box("learn", column, "one Adam step", f"on {name}"), arrow((middle, 162), (middle, 195))]
@@ -49,16 +54,16 @@ def draw() -> str:
             parts.append(arrow((edge, 230), (edge + 16, 230), (edge + 16, 132), (edge + 27, 132)))
     end = LEFT + STEP * (len(COLUMNS) - 1) + BOX / 2
     parts += [text(end, 226, "every chunk scored,", "small"), text(end, 247, "the adapter is dropped", "small")]
-    rule = "A chunk is scored before any weight has seen it. The model itself stays as it is; each document has its own adapter."
-    parts.append(text(WIDTH / 2, 292, rule, "small"))
-    head = '<marker id="head" markerWidth="9" markerHeight="8" refX="6" refY="4" orient="auto" markerUnits="userSpaceOnUse">'
+    parts.append(text(WIDTH / 2, 292, RULE, "small"))
+    marker = 'id="head" markerWidth="9" markerHeight="8" refX="6" refY="4" orient="auto" markerUnits="userSpaceOnUse"'
+    size = f'viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}"'
     return "\n".join(
         (
-            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} 312" width="{WIDTH}" height="312" role="img">',
+            f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img">',
             "<title>A chunk is scored, then the adapter learns from it</title>",
             f"<style>{STYLE}</style>",
-            f'<defs>{head}<path d="M 0 0 L 9 4 L 0 8 z" class="head"/></marker></defs>',
-            f'<rect x="0.5" y="0.5" width="{WIDTH - 1}" height="311" rx="8" class="card"/>',
+            f'<defs><marker {marker}><path d="M 0 0 L 9 4 L 0 8 z" class="head"/></marker></defs>',
+            f'<rect x="0.5" y="0.5" width="{WIDTH - 1}" height="{HEIGHT - 1}" rx="8" class="card"/>',
             *parts,
             "</svg>\n",
         )
