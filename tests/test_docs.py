@@ -1,4 +1,4 @@
-"""README, CONTRIBUTING and docs: their snippets run, their commands parse, their links resolve, their numbers are records'."""
+"""README, CONTRIBUTING and docs: snippets run, commands parse, links resolve, and numbers are those of the records."""
 
 import json
 import os
@@ -229,3 +229,15 @@ def test_the_seconds_of_adapting_are_those_of_their_records():
         said = [float(number) for number in re.findall(r"(?<![\d,])\d+\.\d+", row.split("|", 2)[2])]
         seconds = [median_ms("nvidia-h100-80gb-hbm3", group, op, shape, variant) / 1000 for variant in variants]
         assert said == pytest.approx(seconds, rel=0.02), row
+
+
+def test_what_presets_bring_is_their_record():
+    record = json.loads((RESULTS / "nvidia-h100-80gb-hbm3/presets.json").read_text())
+    rows = re.findall(
+        r"^\| `(\w+)`.* \| ([\d.]+) \| ([\d.]+) \| (\d+)% \| ([\d.]+) \|$", (ROOT / "docs/scoring.md").read_text(), re.M
+    )
+    assert {name for name, *_ in rows} == set(record["presets"])
+    for name, base, adapted, gained, seconds in rows:
+        one = record["presets"][name]
+        assert (base, adapted) == (f"{one['base_bpb']:.5f}", f"{one['adapted_bpb']:.5f}"), name
+        assert (gained, seconds) == (f"{100 * one['gained']:.0f}", f"{one['seconds']:.1f}"), name
