@@ -163,6 +163,12 @@ def test_every_link_leads_somewhere(page):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_code_fits_the_width_of_a_page(page):
+    for block in re.findall(r"^```\w+\n(.*?)^```", page.read_text(), re.S | re.M):
+        assert max(map(len, block.splitlines())) <= 99, block
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_the_words_are_the_fields(page):
     private = re.compile(r"\b(told|turned|heat|rooms?|plain statements?)\b", re.I)
     assert not private.findall(page.read_text())
