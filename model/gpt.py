@@ -127,9 +127,9 @@ class GPT(nn.Module):
         it, so that the padding does not change the function. `backend` in place of the model's own.
         """
         if cache is not None:
-            cache.check(tokens.size(1))
-        start, total = (cache.filled, cache.length) if cache is not None else (0, tokens.size(1))
-        cos, sin = (table[start : start + tokens.size(1)] for table in self.rotary(total, rotary_length or total))
+            cache.check(tokens.size(-1))
+        start, total = (cache.filled, cache.length) if cache is not None else (0, tokens.size(-1))
+        cos, sin = (table[start : start + tokens.size(-1)] for table in self.rotary(total, rotary_length or total))
         weights = weights_of(self) if cache is None else cache.weights
         return network.hidden(weights, tokens, (cos, sin), adapters, None, cache, backend or self.backend)
 
@@ -160,8 +160,7 @@ class GPT(nn.Module):
         tables = self._rotary.pop(key, None)
         if tables is None or len(tables[0]) < rows:
             most = max(config.train_length, 1 << (rows - 1).bit_length())
-            with torch.inference_mode(False), torch.no_grad():  # the next to read them may be a training step
-                tables = rotary_tables(most, config.head_dim, *key)
+            tables = rotary_tables(most, config.head_dim, *key)
         self._rotary[key] = tables  # the last one used is the last one in the dictionary
         if len(self._rotary) > ROTARY_TABLES:
             del self._rotary[next(iter(self._rotary))]

@@ -73,7 +73,7 @@ def load_run(run: Path) -> tuple[dict[str, torch.Tensor], dict]:
 
 
 def _device(device: torch.device | str) -> torch.device:
-    return pick_device(device) if isinstance(device, str) else device
+    return device if isinstance(device, torch.device) else pick_device(device)
 
 
 def _placed(config: ModelConfig, weights: dict[str, torch.Tensor], device: torch.device) -> GPT:

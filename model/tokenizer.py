@@ -149,15 +149,15 @@ class Tokenizer:
         return "", changed
 
     @classmethod
-    def train(cls, documents: Iterable[Document], vocab_size: int = 1024) -> Self:
-        """Learn `vocab_size` pieces from one pass over `documents`: the same pieces from the same documents.
+    def train(cls, documents: Iterable[Document | str], vocab_size: int = 1024) -> Self:
+        """Learn `vocab_size` pieces from one pass over documents or texts: the same pieces from the same ones.
 
         At most SAMPLED_SENTENCES sentences, a uniform sample of all, are held. TokenizerError if the text is too small
         or its alphabet too large for `vocab_size`; errors of `documents` itself pass through.
         """
         if vocab_size > MAX_VOCAB:
             raise TokenizerError(f"vocab_size={vocab_size} is not possible; allowed: at most {MAX_VOCAB}")
-        source = _Remembering(_sentences(documents))
+        source = _Remembering(_sentences([documents] if isinstance(documents, str) else documents))
         model = io.BytesIO()
         try:
             sentencepiece.SentencePieceTrainer.train(
@@ -312,13 +312,13 @@ class _Remembering:
             raise
 
 
-def _sentences(documents: Iterable[Document]) -> Iterator[str]:
+def _sentences(documents: Iterable[Document | str]) -> Iterator[str]:
     """Cut documents into training sentences: after the last line end that fits, else at a space, else anywhere.
 
     Line ends stay inside a sentence, so that pieces like ':\\n' are learned.
     """
     for document in documents:
-        text = document.text.replace(UNKNOWN_MARK, "")
+        text = (document if isinstance(document, str) else document.text).replace(UNKNOWN_MARK, "")
         start = 0
         while start < len(text):
             stop = start + SENTENCE_CHARACTERS

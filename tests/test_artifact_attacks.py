@@ -69,6 +69,7 @@ def refuse(tmp_path, data, match):
 
 
 class TestDamage:
+    @pytest.mark.slow
     def test_every_flipped_bit_is_seen(self, tmp_path, saved):
         data = saved[1]
         start = len(data) - len(split(data)[1])

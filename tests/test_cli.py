@@ -202,7 +202,7 @@ def test_an_interrupted_score_resumes(run, corpus, tmp_path):
     resumed = klora(*command, "--resume")
     assert "documents are already scored" in resumed.stdout
     again = json.loads((tmp_path / "score.json").read_text())
-    klora(*command)
+    klora(*command, "--overwrite")
     assert json.loads((tmp_path / "score.json").read_text())["totals"]["adapted_bpb"] == pytest.approx(
         again["totals"]["adapted_bpb"], rel=1e-6
     )

@@ -326,6 +326,14 @@ def test_training_follows_evaluation_under_inference_mode(name, backend):
     (close if name.endswith("nll") else same)(trained[: len(evaluated)], evaluated)
 
 
+def test_rotary_tables_made_under_inference_mode_serve_training():
+    with torch.inference_mode():
+        tables = rotary_tables(5, 8, 1e4)
+    q, k = (torch.randn(2, 5, heads, 8, requires_grad=True) for heads in (2, 1))
+    sum(out.sum() for out in norm_rotary(q, k, *tables)).backward()
+    assert q.grad.any() and k.grad.any()
+
+
 @pytest.mark.parametrize(("name", "tensor"), [(name, tensor) for name, tensor in INPUTS if len(OPS[name].floats) > 1])
 def test_another_device_or_dtype_is_refused(name, tensor):
     op = OPS[name]
@@ -396,7 +404,7 @@ def test_an_infinite_softcap_leaves_the_logits_as_they_are(name, temperature, so
     assert torch.equal(softcap_logits_ref(z, softcap), z)
 
 
-@pytest.mark.parametrize("about", [{"softcap": s} for s in (0.0, -1.0, math.nan)]
+@pytest.mark.parametrize("about", [{"softcap": s} for s in (None, 0.0, -1.0, math.nan)]
                          + [{"softcap": 5.0, "temperature": t} for t in (0.0, -1.0, math.nan, math.inf)])  # fmt: skip
 def test_an_impossible_softcap_or_temperature_is_refused(about):
     plain = [OPS["softcap_nll"].floats[name] for name in ("h", "weight")]

@@ -68,6 +68,7 @@ def test_the_mlp_and_its_gradients_are_as_exact_as_pytorchs(rows, D, hidden, dty
     assert_as_exact_as_pytorch(relu_squared_mlp, relu_squared_mlp_ref, mlp_inputs(rows, D, hidden, dtype))
 
 
+@pytest.mark.slow
 @settings(max_examples=8, deadline=None, derandomize=True, phases=[Phase.generate])
 @given(
     rows=st.sampled_from([1, 7, 33, 70]),
@@ -184,6 +185,7 @@ def test_bad_arguments_are_refused():
             function(*(t.double() for t in inputs), backend="triton")
 
 
+@pytest.mark.slow
 def test_the_ops_are_registered_as_torch_wants_it():
     for dtype in (torch.float32, torch.float16):
         x, up, down = mlp_inputs(3, 16, 16, dtype)

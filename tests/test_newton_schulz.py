@@ -326,6 +326,7 @@ def check_hard_inputs(backend: str, coefficients: str, device: str) -> None:
     assert not newton_schulz(torch.zeros(3, 40, 60, device=device), backend=backend).any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["reference", "triton"])
 @pytest.mark.parametrize("coefficients", SETS)
 def test_hard_inputs_give_finite_matrices(backend, coefficients):
@@ -481,6 +482,7 @@ def test_three_numbers_are_coefficients_of_every_step(backend):
 # ---- as an operator
 
 
+@pytest.mark.slow
 def test_the_operators_pass_opcheck():
     wide, tall = torch.randn(2, 20, 30), torch.randn(1, 30, 20)
     op = torch.ops.klora

@@ -375,3 +375,11 @@ def test_control_tokens_in_shards_are_counted_and_lost_text_is_told_apart():
     theirs.require_known(tokens, "a")
     with pytest.raises(TokenizerError, match="a has the unknown token 3, whose bytes of text nobody knows"):
         theirs.require_known(np.array([1, 3], np.uint16), "a")
+
+
+def test_texts_train_as_the_documents_that_hold_them_do():
+    texts = [words(seed, 100) for seed in range(40)]
+    as_documents = Tokenizer.train([Document(str(i), text) for i, text in enumerate(texts)], vocab_size=400)
+    assert Tokenizer.train(texts, vocab_size=400).to_bytes() == as_documents.to_bytes()
+    joined = "\n".join(texts)
+    assert Tokenizer.train(joined, 400).to_bytes() == Tokenizer.train([joined], 400).to_bytes()

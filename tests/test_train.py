@@ -97,6 +97,7 @@ def test_training_learns_and_leaves_a_whole_run(tmp_path, data):
     assert run["model"] == SMALL_MODEL.to_dict()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop_at", [1, 5, 9])
 def test_resume_continues_bit_for_bit(tmp_path, data, stop_at):
     whole, part = tmp_path / "whole", tmp_path / "part"
@@ -121,6 +122,7 @@ def test_resume_continues_bit_for_bit(tmp_path, data, stop_at):
         assert torch.equal(expected[name], got[name]), name
 
 
+@pytest.mark.slow
 def test_a_checkpoint_on_the_timer_is_resumed_after_a_kill(tmp_path, data):
     """Steps after the last checkpoint are done again: loss.csv has each step once, as in the run without the kill."""
     whole, part = tmp_path / "whole", tmp_path / "part"
@@ -142,6 +144,7 @@ def test_a_checkpoint_on_the_timer_is_resumed_after_a_kill(tmp_path, data):
     assert losses(part) == losses(whole)
 
 
+@pytest.mark.slow
 def test_checkpoints_are_written_on_the_timer(tmp_path, data):
     seen = []
 

@@ -19,6 +19,9 @@ from typing import Any
 from ..model.storage import replacing, write_text
 from .protocols import LEAK_WARNING, LEAKY, TTTConfig, label
 
+SCORE = "score.json"
+"""Name of the file that holds everything."""
+
 SHORT, ADAPTED, PARTIAL, NOT_ADAPTED = "short", "adapted", "partly adapted (deadline)", "not adapted (deadline)"
 
 FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "\uff1d", "\uff0b", "\uff0d", "\uff20")
@@ -151,7 +154,7 @@ class ScoreResult:
         starts with an apostrophe itself; :func:`read_documents_csv` takes it away again. The column of the bytes says
         of which text they are, where there are two.
         """
-        write_text(folder / "score.json", json.dumps(self.to_json(), indent=1, allow_nan=False) + "\n")
+        write_text(folder / SCORE, json.dumps(self.to_json(), indent=1, allow_nan=False) + "\n")
         suffix = f"_{LEAKY}" if self.config.is_leaky else ""
         with (
             replacing(folder / "documents.csv") as temporary,

@@ -61,6 +61,8 @@ def pick_scorer(scorer: str, device: torch.device, are_many: bool = False) -> st
     return scorer
 
 
+@torch.inference_mode(False)  # adapters are trained here, also for a caller that evaluates
+@torch.enable_grad()
 def score_documents(
     model: GPT,
     documents: Sequence[Document],

@@ -70,8 +70,8 @@ def quantize_int6_ref(
     group size that is not 32, 64 or 128 or does not divide K, a second moment of another shape or below 0, or beside a
     fixed clip.
     """
-    if weight.dim() != 2 or weight.size(1) == 0:
-        raise ValueError(f"weight has shape {list(weight.shape)}; int6 takes [N, K] with K at least 1")
+    if weight.dim() != 2 or weight.numel() == 0:
+        raise ValueError(f"weight has shape {list(weight.shape)}; int6 takes [N, K] with N and K at least 1")
     if not weight.is_floating_point():
         raise ValueError(f"weight is {weight.dtype}; int6 takes a floating-point weight")
     if weight.is_meta:

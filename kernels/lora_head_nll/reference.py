@@ -14,7 +14,7 @@ NO_SOFTCAP = 2.0**64
 
 def check_softcap(softcap: float, temperature: float) -> None:
     """Raise ValueError where one of them is none that the ops take."""
-    if not (softcap > 0 and 0 < temperature < math.inf):
+    if softcap is None or not (softcap > 0 and 0 < temperature < math.inf):
         raise ValueError(
             f"softcap is {softcap} and temperature {temperature}; both must be above 0, and temperature finite; "
             "softcap=math.inf is no softcap"

@@ -13,9 +13,10 @@ def ntk_base(base: float, length: int, train_length: int, head_dim: int) -> floa
 
 def rotary_tables(length: int, head_dim: int, base: float, device=None, dtype=torch.float32) -> tuple[Tensor, Tensor]:
     """cos and sin [length, head_dim/2] for positions 0..length-1. Computed in float64, then rounded once to `dtype`."""
-    frequency = base ** (-torch.arange(0, head_dim, 2, dtype=torch.float64, device=device) / head_dim)
-    angle = torch.outer(torch.arange(length, dtype=torch.float64, device=device), frequency)
-    return angle.cos().to(dtype), angle.sin().to(dtype)
+    with torch.inference_mode(False):  # who keeps them may train with them later
+        frequency = base ** (-torch.arange(0, head_dim, 2, dtype=torch.float64, device=device) / head_dim)
+        angle = torch.outer(torch.arange(length, dtype=torch.float64, device=device), frequency)
+        return angle.cos().to(dtype), angle.sin().to(dtype)
 
 
 def norm_rotary_ref(x: Tensor, cos: Tensor, sin: Tensor, gain: Tensor | None = None) -> Tensor:

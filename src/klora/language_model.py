@@ -23,6 +23,7 @@ from .ttt.results import ScoreResult
 from .ttt.score import Journal, score_documents, unadapted
 
 
+@torch.inference_mode(False)  # what is loaded may be adapted later
 def load(path: str | Path, device: torch.device | str = "auto", weights: str = "dense") -> "LanguageModel":
     """The model and the tokenizer of an artifact, or of a finished run's folder (its weights before quantisation).
 
