@@ -293,7 +293,7 @@ def _documents(source, tokenizer: Tokenizer, most_tokens: int, provenance: dict)
     if shards:
         if tokenizer_beside(shards).to_bytes() != tokenizer.to_bytes():
             raise ConfigError(
-                f"the shards in {shards} were made by another tokenizer than the artifact's; make them anew"
+                f"the shards in {shards} were made by another tokenizer than the artifact's; make them again"
             )
         found = list(documents_from_tokens(TokenStream(find_shards(shards, "val")).documents(), tokenizer))
     else:

@@ -1,4 +1,4 @@
-"""The ops: one file or folder each, usable alone. `<op>_ref` is its plain statement in PyTorch."""
+"""The ops: one file or folder each, usable alone. `<op>_ref` is its reference in PyTorch."""
 
 from typing import TYPE_CHECKING
 

@@ -22,6 +22,8 @@ def save_quantized(module: nn.Module, path: Path | str) -> None:
 
     Tied tensors are written once. ConfigError: no Int6Linear in it, a state that is not tensors, tensors on "meta".
     OSError: the disk.
+
+    Example: save_quantized(quantized, "linears.safetensors")
     """
     linears = {
         name: {"group_size": linear.weight.group_size, "dtype": str(linear.dtype).removeprefix("torch.")}
@@ -55,6 +57,8 @@ def load_quantized(module: nn.Module, path: Path | str, device: torch.device | s
 
     CheckpointError (no such file, one of another model) or ConfigError (a buffer on "meta" that no state holds), and
     nothing changed.
+
+    Example: module = load_quantized(torch.nn.Sequential(torch.nn.Linear(256, 256)), "linears.safetensors")
     """
     about, state = _read(Path(path))
     linears = about["linears"]

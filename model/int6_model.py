@@ -34,7 +34,12 @@ def keep_int6(block: Block, matrices: Mapping[str, Int6Weight], device: torch.de
 
 
 def int6_model_from_artifact(artifact: Artifact, device: torch.device) -> GPT:
-    """The artifact's model in fp32 on `device` with the block matrices as the artifact has them, repacked there."""
+    """The artifact's model in fp32 on `device`, its block matrices at six bits as the file has them.
+
+    They are repacked on `device`. :func:`~klora.model.model_from_artifact` also picks backends and freezes the model.
+
+    Example: model = int6_model_from_artifact(load_artifact("tiny.klora"), torch.device("cpu"))
+    """
     config = artifact.config
     with torch.device("meta"):
         model = GPT(config)
@@ -117,6 +122,8 @@ def quantize_linears(
 
     ConfigError, and nothing swapped: `module` is itself a linear, which has no place to be swapped in; a weight that is
     not finite; a group size that is not 32, 64 or 128; a second moment of no linear.
+
+    Example: report = quantize_linears(torch.nn.Sequential(torch.nn.Linear(256, 256)), group_size=64)
     """
     if isinstance(module, nn.Linear):
         raise ConfigError("the module is itself an nn.Linear; use Int6Linear.from_linear on it")

@@ -51,7 +51,7 @@ class Ranks:
 def pick_device(name: str = "auto") -> torch.device:
     """The device of that name, now the current one if it is a GPU's number; 'auto' is the GPU if there is one.
 
-    ConfigError if it is not to be had.
+    ConfigError if it does not exist here.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"

@@ -80,7 +80,7 @@ def test_every_output_and_gradient_is_as_exact_as_plain_pytorch(
     )
 
 
-def test_the_widest_head_is_turned_as_a_whole():
+def test_the_widest_head_is_rotated_as_a_whole():
     assert_as_exact_as_plain_pytorch(1, 20, sizes=(384, 128, 32), head_dim=128, dtype=torch.float16)
     call, _ = draw(1, 3, sizes=(256, 256, 32), head_dim=256, dtype=torch.float16)
     with pytest.raises(ValueError, match="head_dim is 256; the kernel wants a power of two up to 128"):

@@ -113,7 +113,7 @@ def test_a_rank_that_waits_for_the_first_can_be_stopped_and_does_not_wait_for_ev
         waiting.begin()
 
 
-def test_ranks_without_a_meeting_place_are_told(monkeypatch):
+def test_ranks_without_a_master_address_are_refused(monkeypatch):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("MASTER_ADDR", raising=False)

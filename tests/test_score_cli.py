@@ -157,12 +157,12 @@ def test_what_cannot_be_written_is_found_before_the_work(artifact, texts, tmp_pa
         assert says in klora(*command(artifact, texts, out), check=2).stderr
     monkeypatch.setattr("klora.cli.score.SPARE_BYTES", 2**60)
     assert (
-        "free; make room or give a path on another disk" in klora(*command(artifact, texts, tmp_path), check=2).stderr
+        "free; make space or give a path on another disk" in klora(*command(artifact, texts, tmp_path), check=2).stderr
     )
     monkeypatch.undo()
     monkeypatch.setattr("klora.cli.score.TOKEN_BYTES", 2**50)
     monkeypatch.setattr("klora.cli.score.score_documents", work)
-    assert "make room" in klora(*command(artifact, texts, tmp_path), check=2).stderr
+    assert "make space" in klora(*command(artifact, texts, tmp_path), check=2).stderr
 
 
 def test_a_report_that_cannot_be_made_costs_no_results(artifact, texts, tmp_path, monkeypatch):

@@ -50,10 +50,12 @@ class DocumentResult:
 
     @property
     def base_bpb(self) -> float | None:
+        """Bits per byte of the model as it is; None where there is no text."""
         return bits_per_byte(self.base_nats, self.bytes)
 
     @property
     def adapted_bpb(self) -> float | None:
+        """Bits per byte of the score; None where there is no text."""
         return bits_per_byte(self.adapted_nats, self.bytes)
 
     @property
@@ -170,7 +172,12 @@ class ScoreResult:
 
 
 def read_documents_csv(path: str | Path) -> list[dict[str, Any]]:
-    """The rows of a documents.csv by column: names as they were, numbers as numbers, None where a cell is empty."""
+    """The rows of a documents.csv by column: names as they were, numbers as numbers, None where a cell is empty.
+
+    OSError: a file that cannot be read. ValueError: a cell of a column of numbers that is none.
+
+    Example: rows = read_documents_csv("scores/documents.csv")
+    """
     with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
         rows = list(csv.DictReader(file))
     kinds = {"name": lambda cell: cell.removeprefix("'"), "status": str, "tokens": int}
