@@ -181,9 +181,9 @@ def draw(records: Sequence[Record], folder: Path, say: Callable[[str], None] = w
     """
     written = []
     for gpu in dict.fromkeys(map(_gpu, records)):
-        mine = [record for record in records if _gpu(record) == gpu]
-        results = [result for record in mine for result in record["results"]]
-        pictures = {f"speedup-{r['group']}": partial(_draw_speedup, gpu, r) for r in mine}
+        of_gpu = [record for record in records if _gpu(record) == gpu]
+        results = [result for record in of_gpu for result in record["results"]]
+        pictures = {f"speedup-{r['group']}": partial(_draw_speedup, gpu, r) for r in of_gpu}
         pictures["roofline"] = partial(_draw_roofline, gpu, mine, _preferred(results))
         pictures["floor"] = partial(_draw_floor, gpu, _preferred(results))
         for name, picture in pictures.items():
@@ -244,7 +244,7 @@ def _draw_floor(gpu: str, results: Sequence[Result], colours: Mapping[str, Any])
     axes.axvline(100, color="black", linewidth=1)
     axes.bar_label(drawn, labels, padding=4, fontsize=11, bbox=BEHIND_TEXT)
     axes.set_yticks(range(len(best)), [f"{op}  {shape}" for op, shape, _ in places], fontsize=11)
-    axes.set_xlim(0, 1.35 * max(100, *shown))  # room for a variant's name behind the longest bar
+    axes.set_xlim(0, 1.35 * max(100, *shown))  # space for a variant's name behind the longest bar
     axes.set_xlabel("floor / median time (%); the floor, the line at 100, is what the ceilings allow", fontsize=12)
     return _titled(axes.figure, f"{gpu}: percent of floor, fastest variant of each op and shape", best)
 
