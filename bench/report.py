@@ -184,7 +184,7 @@ def draw(records: Sequence[Record], folder: Path, say: Callable[[str], None] = w
         of_gpu = [record for record in records if _gpu(record) == gpu]
         results = [result for record in of_gpu for result in record["results"]]
         pictures = {f"speedup-{r['group']}": partial(_draw_speedup, gpu, r) for r in of_gpu}
-        pictures["roofline"] = partial(_draw_roofline, gpu, mine, _preferred(results))
+        pictures["roofline"] = partial(_draw_roofline, gpu, of_gpu, _preferred(results))
         pictures["floor"] = partial(_draw_floor, gpu, _preferred(results))
         for name, picture in pictures.items():
             path = folder / re.sub(r"[^a-z0-9]+", "-", gpu.lower()) / f"{name}.png"
