@@ -447,7 +447,7 @@ def test_what_is_kept_is_bounded(monkeypatch):
 
 
 def test_a_token_is_coloured_by_its_gain_and_its_text_is_escaped(tmp_path):
-    gain = [0.0] * 16 + [5.0, -5.0, 0.2, -0.2, 0.05, 0.3, 0.4] + [0.0] * 17
+    gain = [0.0] * 16 + [5.0, -5.0, 0.2, -0.2, 0.02, 0.3, 0.4] + [0.0] * 17
     scored, _ = gained([gain])
     texts = iter([b"<b>", b"&amp;", b"'\"", b"\x00\x1b", b"\n\t", b"\xc3", b"\xa9", *[b"z"] * 17])
     reader, html = with_gains(tmp_path, scored, lambda ids: [b"before", *(next(texts) for _ in ids[1:])])
@@ -463,7 +463,7 @@ def test_a_token_is_coloured_by_its_gain_and_its_text_is_escaped(tmp_path):
 
 def test_signs_agree_between_picture_page_and_lists(tmp_path, drawn):
     """Blue, upward and plus for a gain; orange, downward and minus for a loss."""
-    for folder, sign in (("won", 1.0), ("lost", -1.0)):
+    for folder, sign in (("won", 2.0), ("lost", -2.0)):
         (tmp_path / folder).mkdir()
         reader, html = with_gains(tmp_path / folder, gained([[sign] * 40] * 3)[0])
         figure = drawn.pop()
@@ -478,7 +478,7 @@ def test_signs_agree_between_picture_page_and_lists(tmp_path, drawn):
         assert any(f"gain {text}" in t.get_text() for t in axes_titled(figure, "bits per byte").texts)
         assert f"positive is better): {text}" in reader.text and ["d0", "40", *reader.rows[1][2:4], text] in reader.rows
         body = html.partition('<div class="text"')[2].partition("</div>")[0]
-        assert set(re.findall('class="(..)"', body)) == {"g2" if sign > 0 else "l2"}
+        assert set(re.findall('class="(..)"', body)) == {"g3" if sign > 0 else "l3"}
 
 
 @pytest.mark.parametrize("protocol", [MULTI_EPOCH, MIN_NLL])

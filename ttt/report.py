@@ -34,9 +34,9 @@ WHY_VALID = (
 )
 GREY, DARK, GREEN, RED = "#9a9fa6", "#565c64", "#55a868", "#c44e52"
 GAIN, LOSS = "#2f6fc4", "#d9731a"
-"""The colours of gains and losses in the picture and, by their channels, on the page: told apart by every eye."""
+"""The colours of gains and losses in the picture; the page's --gain and --loss are the same hues."""
 
-LEVELS = (0.1, 0.5, 1.5, 4.0)
+LEVELS = (0.05, 0.25, 1.0, 3.0)
 """Bits from which on a token's gain or loss has the next stronger colour."""
 
 TokenBytes = Callable[[np.ndarray], list[bytes]]
@@ -50,9 +50,11 @@ PAGE = Template("""<!DOCTYPE html>
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
 <title>$title</title>
 <style>
-:root { color-scheme: light dark; --ink: #1c1e21; --soft: #5f6670; --page: #fff; --card: #f3f4f6; --line: #d8dbe0; }
+:root { color-scheme: light dark; --ink: #1c1e21; --soft: #5f6670; --page: #fff; --card: #f3f4f6; --line: #d8dbe0;
+  --gain: 47 111 196; --loss: 217 115 26; }
 @media (prefers-color-scheme: dark) {
-  :root { --ink: #e6e8eb; --soft: #a2a9b3; --page: #16181c; --card: #22252b; --line: #3a3f47; }
+  :root { --ink: #e6e8eb; --soft: #a2a9b3; --page: #16181c; --card: #22252b; --line: #3a3f47;
+    --gain: 74 144 255; --loss: 245 130 32; }
 }
 body { margin: 0 auto; max-width: 62rem; padding: 1rem; color: var(--ink); background: var(--page);
   font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
@@ -70,10 +72,10 @@ td:first-child { min-width: 7rem; }
 .text { white-space: pre-wrap; font: .9rem/1.75 ui-monospace, monospace; background: var(--card); padding: .75rem 1rem;
   border-radius: .5rem; max-height: 34rem; overflow-y: auto; unicode-bidi: isolate; tab-size: 4; }
 .text span, .legend span { border-radius: .2rem; } .legend span { padding: .1rem .4rem; white-space: nowrap; }
-.g1 { background: rgb(47 111 196 / .14); } .g2 { background: rgb(47 111 196 / .28); }
-.g3 { background: rgb(47 111 196 / .44); } .g4 { background: rgb(47 111 196 / .62); }
-.l1 { background: rgb(217 115 26 / .14); } .l2 { background: rgb(217 115 26 / .28); }
-.l3 { background: rgb(217 115 26 / .44); } .l4 { background: rgb(217 115 26 / .62); }
+.g1 { background: rgb(var(--gain) / .17); } .g2 { background: rgb(var(--gain) / .3); }
+.g3 { background: rgb(var(--gain) / .45); } .g4 { background: rgb(var(--gain) / .62); }
+.l1 { background: rgb(var(--loss) / .17); } .l2 { background: rgb(var(--loss) / .3); }
+.l3 { background: rgb(var(--loss) / .45); } .l4 { background: rgb(var(--loss) / .62); }
 summary { cursor: pointer; font-size: 1.15rem; font-weight: 600; margin: 2rem 0 1rem; }
 </style>
 </head>
