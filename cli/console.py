@@ -22,7 +22,7 @@ class PatientConsole(Console):
 
 
 class Amount(ProgressColumn):
-    """How far a task is, with its unit, and the time it has taken and has left: `3/40 tokens  0:02, about 0:25 left`.
+    """How far a task is, with its unit, and the time it has taken and has left: `3/40 tokens  0:02, 0:25 left`.
 
     Without a total, what is done alone; without a unit, the time alone.
     """
@@ -34,9 +34,7 @@ class Amount(ProgressColumn):
         left = task.time_remaining
         if unit == "s" and task.total is not None:
             left = max(task.total - task.completed, 0.0)
-        rest = (
-            "" if task.total is None else f", about {_clock(left)} left" if left is not None else ", time left unknown"
-        )
+        rest = "" if task.total is None else f", {_clock(left)} left" if left is not None else ", -:-- left"
         return Text(f"{amount}{_clock(task.elapsed or 0.0)}{rest}")
 
 
@@ -99,7 +97,7 @@ class Output:
         if self.is_silent:
             yield lambda text, done, total=None, unit="": None
             return
-        columns = SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(), Amount()
+        columns = SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(bar_width=12), Amount()
         display = Progress(*columns, console=PatientConsole(stderr=True), transient=True, refresh_per_second=4)
         task = display.add_task("", total=None, unit="")
         shown: tuple[float | None, str] = None, ""

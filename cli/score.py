@@ -313,7 +313,7 @@ def _held_out_stdlib(provenance: dict) -> Corpus:
 def _shown(show):
     names = {
         "base": "base model",
-        "prequant": "model before quantisation",
+        "prequant": "before quantisation",
         "adapt": "adapting",
         "score": "scoring, all ranks",
     }

@@ -155,7 +155,8 @@ def _page(result: ScoreResult, png: bytes, missing: str, token_bytes: TokenBytes
 def _picture(heading: str, png: bytes, result: ScoreResult) -> str:
     along = " and along the documents" if _has_gains(result) else ""
     alt = escape(f"{heading}: the three numbers, the gain by document length{along}, the largest gains and losses")
-    return f'<div class="wide"><img alt="{alt}" src="data:image/png;base64,{base64.b64encode(png).decode()}"></div>'
+    source = f"data:image/png;base64,{base64.b64encode(png).decode()}"
+    return f'<div class="wide" tabindex="0"><img alt="{alt}" src="{source}"></div>'
 
 
 def _card(name: str, value: float | None, missing: str) -> str:
