@@ -1,4 +1,4 @@
-"""Group `attention`: ours, PyTorch's SDPA backends, the plain statement, and the packages that compete with them."""
+"""Group `attention`: ours, the formula in eager PyTorch, PyTorch's SDPA backends, and competing packages."""
 
 import torch
 import torch.nn.functional as F

@@ -2,10 +2,10 @@
 
     python -m klora.bench.engine --record engine.json
 
-    errors   NLL of the chunks after 1, 8 and 48 Adam steps of one document, against the eager scorer in fp32, for the
-             engine and for the eager scorer in bf16: |x - exact| / |exact|
+    errors   |x - exact| / |exact| of the NLL of the chunks after 1, 8 and 48 Adam steps of one document. x is the
+             engine's or the eager scorer's in bf16, exact the eager scorer's in fp32.
     bits     whether every target's NLL is the same to the bit: graphs against no graphs, one run against another, one
-             document among 0, 3, 15, 40 and 63 batch mates
+             document in batches of 1, 4, 16, 41 and 64
     busy     share of the time from the first kernel to the last in which one runs, for workloads of bench/ttt.py, and
              the share of places in use
 

@@ -75,8 +75,10 @@ def check(
         verdicts[variant.name] = Verdict(errors[variant.name], tuple(allowed))
     red = {name: verdict for name, verdict in verdicts.items() if not verdict.is_green}
     if red:
-        told = "; ".join(f"{name} has error {_short(v.errors)}, allowed {_short(v.allowed)}" for name, v in red.items())
-        raise RedGate(f"{entry.op} at {dict(shape)}, {dtype}: {told}. No speed is reported.")
+        faults = "; ".join(
+            f"{name} has error {_short(v.errors)}, allowed {_short(v.allowed)}" for name, v in red.items()
+        )
+        raise RedGate(f"{entry.op} at {dict(shape)}, {dtype}: {faults}. No speed is reported.")
     return verdicts
 
 

@@ -1,7 +1,7 @@
 """Group `head`: the loss of the soft-capped head, with one adapter a document, and without adapters for training.
 
 The peers with a fused loss (Liger, cut-cross-entropy) take no adapter of the head, and Liger takes one gradient
-for all tokens; the plain statement and torch.compile are what the entries are compared with.
+for all tokens. The entries are compared with the reference in eager PyTorch and with torch.compile of it.
 """
 
 import torch

@@ -1,8 +1,9 @@
 """Group `int6`: linears from six-bit weights against the same weights in x's dtype.
 
-One call is several layers: `weights` of one shape on the same x, enough of them that none is in the L2 cache when its
-turn comes again, as in a model, and that launching a graph is a small part of its time; or all linears of a model's
-blocks for one token. Peers have other codes, of 8 or 4 bits: they are bounds beside the table, not judged by its gate.
+One call is several layers: `weights` of one shape on the same x, or all linears of a model's blocks for one token.
+They are enough that none is in the L2 cache when its turn comes again, as in a model, and that launching a graph is a
+small part of the time. Peers have other codes, of 8 or 4 bits. They are bounds beside the table, not judged by its
+gate.
 Last, quantising and packing as many linears as a model of 7 billion weights has: those of one layer, again and again.
 """
 

@@ -9,13 +9,13 @@ Modelled, because it costs time:
 - The head covers the whole window, not only the chunk's rows, and its logits are fp32.
 - Documents are put in order of their number of chunks and cut into batches. A batch runs until its longest document
   ends: those that ended stay in it as rows of padding, and torch's Adam goes on moving their adapters, tensor by
-  tensor: the original's 26,000 launches for 64 documents of 1,536 tokens leave no room for fewer.
+  tensor: the original's 26,000 launches for 64 documents of 1,536 tokens allow no fewer.
 - Python loops over the documents of a batch to copy each window to the device, and to tally each chunk's nats and bytes
   in a score of tiny launches that end in `.item()`, which waits; documents too short to adapt are scored one at a time.
 - Training: compiled forward and backward with flash attention, everything after them eager. Gradient norms are taken
   tensor by tensor, Newton-Schulz matrix by matrix over one rank's share, updates applied matrix by matrix.
 Modelled though it is free, because the original's numbers came from it: the cosine learning rate stretched over the
-longest document of the batch, by which a document's scores depend on its batch mates (`schedule` replaces it).
+longest document of the batch, by which a document's scores depend on the rest of its batch (`schedule` replaces it).
 
 Left out, because it changes what is computed and its cost is small:
 - a "temperature" that multiplied the loss: here it divides the logits, which is one elementwise pass more;
@@ -202,7 +202,9 @@ def _rotary(model: GPT, length: int) -> Rotary:
     return cos[:length], sin[:length]
 
 
-def _ttt_nll(model: GPT, inputs: Tensor, targets: Tensor, adapters: OriginalAdapters | None, heat: float) -> Tensor:
+def _ttt_nll(
+    model: GPT, inputs: Tensor, targets: Tensor, adapters: OriginalAdapters | None, temperature: float
+) -> Tensor:
     """NLL [B, S] fp32 of every target of the window."""
     device = inputs.device.type
     with torch.autocast(device, torch.bfloat16, enabled=model.dtype == torch.bfloat16):
@@ -210,7 +212,7 @@ def _ttt_nll(model: GPT, inputs: Tensor, targets: Tensor, adapters: OriginalAdap
         z = F.linear(hidden, model.embed)
         if adapters is not None:
             z = z + adapters.head(hidden)
-    logits = softcap_logits_ref(z, model.config.logit_softcap, heat)
+    logits = softcap_logits_ref(z, model.config.logit_softcap, temperature)
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
 
 
@@ -289,7 +291,7 @@ def original_ttt(
 
     The original's run is `TTTConfig(protocol="min_nll")`. What min_nll and multi_epoch return is LEAKY, no score: it is
     the caller's duty to label it so (ttt/protocols.py, `label`) wherever it is printed or stored. Under
-    `stretched_cosine` even score_first depends on a document's batch mates. Use this function for its time alone.
+    `stretched_cosine` even score_first depends on the rest of a document's batch. Use this function for its time alone.
     """
     scores = [OriginalScore(0.0, None, torch.zeros(0, device=model.embed.device))] * len(documents)
     tally = Tally(model.config.vocab_size, model.embed.device)

@@ -107,8 +107,8 @@ def validate(record: Any, name: str = "record") -> None:
     bounds = {(bound["op"], bound["variant"]) for bound in record["bounds"]}
     for result in record["results"]:
         if not result["errors"] and (result["op"], result["variant"]) not in bounds:
-            told = f"{result['op']} {result['variant']} has no errors and is not among the bounds"
-            raise RecordError(f"{name} is no benchmark record: {told}")
+            fault = f"{result['op']} {result['variant']} has no errors and is not among the bounds"
+            raise RecordError(f"{name} is no benchmark record: {fault}")
 
 
 def run_group(

@@ -4,11 +4,12 @@
     python -m klora.bench.sweep seed.klora --jsonl val.jsonl.zst --record presets.json --presets
 
 Documents are split in two by the hash of their names. Every candidate adapts the same sample of the first half under
-score_first; what counts is bits per byte over the sample, short documents included. The sweep goes one step at a time:
-learning rate and steps a chunk together, then chunk, temperature, rank and what else scales the steps, each around the
-choice so far, which is the cheapest config within TOLERANCE of the best: twice the steps for nothing one can see are
-not worth their time. The second half is for what the sweep led to: --presets scores the presets of ttt/protocols.py and
-the model as it is on all of it.
+score_first. What counts is bits per byte over the sample, short documents included.
+
+The sweep goes one step at a time: learning rate and steps a chunk together, then chunk, temperature, rank and what else
+scales the steps. Each is varied around the choice so far. That is the cheapest config within TOLERANCE of the best,
+because twice the steps are not worth their time for a gain that cannot be seen. The second half is for what the sweep
+led to: --presets scores the presets of ttt/protocols.py and the model as it is on all of it.
 """
 
 import hashlib
@@ -137,7 +138,7 @@ def search(tuning: Sample, start: TTTConfig) -> Iterator[tuple[TTTConfig, list[d
 def sweep(
     artifact: Annotated[Path, typer.Argument(help="Artifact that `klora export` wrote.")],
     jsonl: Annotated[Path, typer.Option(help="Documents that the model was not trained on, JSON lines.")],
-    record: Annotated[Path, typer.Option(help="The record to write, and to write anew after each config.")],
+    record: Annotated[Path, typer.Option(help="The record to write, and to write again after each config.")],
     presets: Annotated[bool, typer.Option("--presets", help="Score the presets on the other half instead.")] = False,
     tokens: Annotated[
         int | None, typer.Option(min=1, help="Most tokens of the half that is used; 400,000, or with --presets all.")
@@ -176,7 +177,7 @@ def searched(tuning: Sample) -> Iterator[dict[str, Any]]:
     changed: dict[str, Any] = {}
     for best, rows in search(tuning, design):
         changed = {name: value for name, value in best.to_dict().items() if value != design.to_dict()[name]}
-        print(_told(str(rows[-1]["changes"]), rows[-1]))
+        print(_describe(str(rows[-1]["changes"]), rows[-1]))
         yield {"chosen": changed, "rows": rows}
     print(f"chosen: {changed}")
 
@@ -186,11 +187,11 @@ def score_presets(held_out: Sample) -> Iterator[dict[str, Any]]:
     found = {}
     for name in PRESETS:
         found[name] = vars(held_out.run(ttt_preset(name).override(NO_DEADLINE)))
-        print(_told(name, found[name]))
+        print(_describe(name, found[name]))
         yield {"presets": found}
 
 
-def _told(name: str, found: dict[str, Any]) -> str:
+def _describe(name: str, found: dict[str, Any]) -> str:
     base, adapted, gained, seconds = (found[field.name] for field in fields(Found))
     return f"{name}: {base:.5f} -> {adapted:.5f}; {gained:.0%} of the long documents gain; {seconds:.1f} s"
 

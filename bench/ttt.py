@@ -4,9 +4,9 @@ Outputs: the NLL of every target, document after document, in the pass that coun
 and of reading the results is part of a call; compiling is not, nor are an engine's captures, since one engine serves a
 whole run.
 
-The original's workload, `corpus`, is a law of lengths, lognormal(6.555, 1.066) clipped to [8, 60000] tokens, of 6,250
-documents every `every`th: in six passes of min_nll, whose results are LEAKY and are compared here, never reported, and
-in one of score_first. Its short documents are those under 512 tokens.
+The original's workload, `corpus`, is every `every`th of 6,250 documents whose lengths follow lognormal(6.555, 1.066),
+clipped to [8, 60000] tokens. It runs in six passes of min_nll, and in one of score_first. The results of min_nll are
+LEAKY: they are compared here, never reported. Its short documents are those under 512 tokens.
 """
 
 from collections.abc import Callable, Iterator

@@ -114,7 +114,7 @@ def say_report(made: Report, output: Output) -> None:
 def say_comparison(revision: str, comparisons: list[Comparison], output: Output) -> None:
     """Both commits' medians, and which is slower."""
     rows = [(c.name, f"{c.here:.4f}", f"{c.there:.4f}", f"{c.ratio:.3f}") for c in comparisons]
-    output.table("", rows, ("result", "here, ms", f"{revision}, ms", "here / there"))
+    output.table("", rows, ("result", "here, ms", f"{revision}, ms", f"here / {revision}"))
     output.result({"against": revision, "results": [{**vars(c), "ratio": c.ratio} for c in comparisons]})
 
 

@@ -28,7 +28,7 @@ OPTIONAL = {
 """What each is for, and the extra that brings it."""
 
 KERNEL_BACKENDS = {
-    "cpu": "reference: the ops' plain statement in eager PyTorch; Triton kernels want a CUDA GPU",
+    "cpu": "reference: the ops in eager PyTorch; Triton kernels want a CUDA GPU",
     "cuda": "triton: training (--set fused=false: eager), scoring, Muon and int6 linears",
 }
 

@@ -1,4 +1,4 @@
-"""Options that several commands share, and what they are turned into."""
+"""Options that several commands share, and what is made of them."""
 
 from pathlib import Path
 from typing import Annotated

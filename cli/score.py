@@ -33,7 +33,7 @@ from ..ttt.journal import Journal, fingerprint, remove_journals
 from ..ttt.protocols import LEAK_WARNING, SCORE_FIRST, TTTConfig, label, ttt_preset
 from ..ttt.ranks import PATIENCE, Board, board_of_torchrun, score_on_ranks
 from ..ttt.report import write_report
-from ..ttt.results import ScoreResult
+from ..ttt.results import SCORE, ScoreResult
 from ..ttt.score import SCORERS, Interrupted, pick_scorer, score_documents
 from . import options
 from .console import Output
@@ -88,7 +88,7 @@ def score(
     set_: options.Set = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on after an interruption.")] = False,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Start afresh where --out holds an interrupted run.")
+        bool, typer.Option("--overwrite", help="Start afresh where --out holds a finished or an interrupted run.")
     ] = False,
     weights: Annotated[str, typer.Option("--weights", help=WEIGHTS_HELP)] = "dense",
     scorer: Annotated[
@@ -136,6 +136,8 @@ def score(
         raise ConfigError("--shards was given together with --text or --jsonl; give one of them")
     folder = out or artifact.with_name(f"{artifact.stem}-score")
     options.require_folder(folder)
+    if not overwrite:
+        _require_no_results(folder)
     result = score_artifact(
         artifact,
         (text, jsonl, field, shards),
@@ -232,6 +234,14 @@ def score_artifact(
     return result
 
 
+def _require_no_results(folder: Path) -> None:
+    """ConfigError where `folder` holds the results of a run, and no journal of a later one that was interrupted."""
+    if (folder / SCORE).exists() and not any(folder.glob("journal*")):
+        raise ConfigError(
+            f"{folder} holds the results of a finished run; give --overwrite to replace them, or another --out"
+        )
+
+
 def _journal(folder: Path, key: str, resume: bool, overwrite: bool, board: Board | None) -> Journal:
     """This rank's journal; the first rank's holds what all ranks of an interrupted run had finished."""
     if board is not None and not board.is_first:
@@ -283,7 +293,7 @@ def _documents(source, tokenizer: Tokenizer, most_tokens: int, provenance: dict)
     if shards:
         if tokenizer_beside(shards).to_bytes() != tokenizer.to_bytes():
             raise ConfigError(
-                f"the shards in {shards} were made by another tokenizer than the artifact's; make them anew"
+                f"the shards in {shards} were made by another tokenizer than the artifact's; make them again"
             )
         found = list(documents_from_tokens(TokenStream(find_shards(shards, "val")).documents(), tokenizer))
     else:

@@ -1,4 +1,4 @@
-"""The ops: each is one file or folder, imports no other room and is usable alone. `<op>_ref` is its plain statement."""
+"""The ops: one file or folder each, usable alone. `<op>_ref` is its reference in PyTorch."""
 
 from typing import TYPE_CHECKING
 

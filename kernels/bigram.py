@@ -14,7 +14,13 @@ BOS = 1
 
 
 def bigram_hash_ref(tokens: Tensor, rows: int, previous: Tensor | None = None) -> Tensor:
-    """Hash rows of `tokens` [..., S]; `previous` [...] is the token before the first, where the caller knows it."""
+    """Rows int64 [..., S] of the hash table for `tokens`, any integer dtype [..., S]. No gradient.
+
+    `rows`, at least 2, is the size of the table; its last row is for a token without a previous one. `previous` int
+    [...] is the token before the first, if the caller knows it.
+
+    Example: hashed = bigram_hash_ref(tokens, rows=64)
+    """
     tokens = tokens.long()
     before = torch.empty_like(tokens)
     before[..., 1:] = tokens[..., :-1]

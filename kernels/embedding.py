@@ -38,7 +38,13 @@ SEGMENT, COLUMNS = 32, 128
 
 
 def bigram_embedding_ref(tokens: Tensor, embed: Tensor, bigram: Tensor, gate: Tensor, dtype: torch.dtype) -> Tensor:
-    """x0 term by term: the norm in the tables' dtype, the smear in `dtype`."""
+    """x0 [B, S, D] in `dtype`, term by term: the norm in the tables' dtype, the smear in `dtype`.
+
+    `tokens` int [B, S], all in [0, V); `embed` [V, D], `bigram` [rows, D] and `gate` [D] in any float dtype. Autograd
+    gives the gradients of the last three.
+
+    Example: x0 = bigram_embedding_ref(tokens, embed, bigram, gate, torch.float32)
+    """
     rows = bigram_hash_ref(tokens, bigram.size(0))
     n = rms_norm_ref(F.embedding(tokens, embed) + F.embedding(rows, bigram)).to(dtype)
     before = torch.cat([torch.zeros_like(n[:, :1]), n[:, :-1]], dim=1)
@@ -48,7 +54,7 @@ def bigram_embedding_ref(tokens: Tensor, embed: Tensor, bigram: Tensor, gate: Te
 
 @triton.jit
 def _hash(token, before, has_before, HASHES: tl.constexpr):
-    """The bigram's row; the last one where there is no previous token."""
+    """The bigram's row; the last one for a token without a previous one."""
     row = ((36313 * token) ^ (27191 * before)) % (HASHES - 1)
     return tl.where(has_before, row, HASHES - 1)
 
@@ -58,16 +64,16 @@ def _normed(
     tokens_ptr, embed_ptr, bigram_ptr, first, row, S, V,
     HASHES: tl.constexpr, D: tl.constexpr, EPS: tl.constexpr, N: tl.constexpr, BOS: tl.constexpr,
 ):  # fmt: skip
-    """n [ROWS, N] and 1 / rms [ROWS] of positions first + row, zeros where there is no such position."""
+    """n [ROWS, N] and 1 / rms [ROWS] of positions first + row, zeros outside [0, S)."""
     position = first + row
-    inside = (position >= 0) & (position < S)
-    token = tl.load(tokens_ptr + position, mask=inside, other=-1).to(tl.int64)
-    has_before = inside & (position > 0) & (token != BOS)
+    mask = (position >= 0) & (position < S)
+    token = tl.load(tokens_ptr + position, mask=mask, other=-1).to(tl.int64)
+    has_before = mask & (position > 0) & (token != BOS)
     before = tl.load(tokens_ptr + position - 1, mask=has_before, other=0).to(tl.int64)
     hashed = _hash(token, before, has_before, HASHES)
     column = tl.arange(0, N)
     wide = (column < D)[None, :]
-    known = inside & (token >= 0) & (token < V)
+    known = mask & (token >= 0) & (token < V)
     e = tl.load(embed_ptr + token[:, None] * D + column[None, :], mask=known[:, None] & wide, other=0.0)
     e += tl.load(bigram_ptr + hashed[:, None] * D + column[None, :], mask=known[:, None] & wide, other=0.0)
     rstd = tl.div_rn(1.0, tl.sqrt_rn(tl.sum(e * e, 1) * (1.0 / D) + EPS))
@@ -87,9 +93,9 @@ def _forward(
     n, _, has_before = _normed(tokens_ptr, embed_ptr, bigram_ptr, first, row, S, V, HASHES, D, EPS, N, BOS)
     before, _, _ = _normed(tokens_ptr, embed_ptr, bigram_ptr, first - 1, row, S, V, HASHES, D, EPS, N, BOS)
     x0 = n + gate * (tl.where(has_before[:, None], before, 0.0) - n)
-    at = (document.to(tl.int64) * S + first + row)[:, None] * D + column[None, :]
-    inside = (first + row < S)[:, None] & (column < D)[None, :]
-    tl.store(out_ptr + at, x0.to(out_ptr.dtype.element_ty), mask=inside)
+    offsets = (document.to(tl.int64) * S + first + row)[:, None] * D + column[None, :]
+    mask = (first + row < S)[:, None] & (column < D)[None, :]
+    tl.store(out_ptr + offsets, x0.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["S", "V"])
@@ -115,19 +121,19 @@ def _backward(
         n, rstd, has_before = _normed(tokens_ptr, embed_ptr, bigram_ptr, start, row, S, V, HASHES, D, EPS, N, BOS)
         before, _, _ = _normed(tokens_ptr, embed_ptr, bigram_ptr, start - 1, row, S, V, HASHES, D, EPS, N, BOS)
         position = start + row
-        at = base + position.to(tl.int64)[:, None] * D + column[None, :]
-        inside = (position < S)[:, None] & wide[None, :]
-        dx = tl.load(dout_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        offsets = base + position.to(tl.int64)[:, None] * D + column[None, :]
+        mask = (position < S)[:, None] & wide[None, :]
+        dx = tl.load(dout_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
         after = tl.load(tokens_ptr + position + 1, mask=position + 1 < S, other=BOS)
         smears = (after != BOS)[:, None]
-        dx_after = tl.load(dout_ptr + at + D, mask=smears & wide[None, :], other=0.0).to(tl.float32)
+        dx_after = tl.load(dout_ptr + offsets + D, mask=smears & wide[None, :], other=0.0).to(tl.float32)
         if more_ptr is not None:
-            dx += tl.load(more_ptr + at, mask=inside, other=0.0).to(tl.float32)
-            dx_after += tl.load(more_ptr + at + D, mask=smears & wide[None, :], other=0.0).to(tl.float32)
+            dx += tl.load(more_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+            dx_after += tl.load(more_ptr + offsets + D, mask=smears & wide[None, :], other=0.0).to(tl.float32)
         dgate += dx * (tl.where(has_before[:, None], before, 0.0) - n)
         dn = dx + gate * (dx_after - dx)
         de = rstd[:, None] * (dn - n * (tl.sum(dn * n, 1) * (1.0 / D))[:, None])
-        tl.store(de_ptr + at, de.to(de_ptr.dtype.element_ty), mask=inside)
+        tl.store(de_ptr + offsets, de.to(de_ptr.dtype.element_ty), mask=mask)
     tl.store(sums_ptr + tl.program_id(0).to(tl.int64) * D + column, tl.sum(dgate, 0), mask=wide)
 
 
@@ -141,10 +147,10 @@ def _sum_rows(
     start, stop = tl.load(starts_ptr + row), tl.load(starts_ptr + row + 1)
     total = tl.zeros((SEGMENT, COLUMNS), tl.float32)
     for begin in range(start, stop, SEGMENT):
-        at = begin + tl.arange(0, SEGMENT)
-        place = tl.load(order_ptr + at, mask=at < stop, other=0)
-        inside = (at < stop)[:, None] & (column < D)[None, :]
-        total += tl.load(de_ptr + place[:, None] * D + column[None, :], mask=inside, other=0.0).to(tl.float32)
+        offsets = begin + tl.arange(0, SEGMENT)
+        place = tl.load(order_ptr + offsets, mask=offsets < stop, other=0)
+        mask = (offsets < stop)[:, None] & (column < D)[None, :]
+        total += tl.load(de_ptr + place[:, None] * D + column[None, :], mask=mask, other=0.0).to(tl.float32)
     tl.store(out_ptr + row.to(tl.int64) * D + column, tl.sum(total, 0), mask=column < D)
 
 
@@ -234,13 +240,18 @@ def bigram_embedding(
     x0_grad: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """x0 [B, S, D] in `dtype` of tokens [B, S]; gradients of the two tables and of the gate.
+    """x0 [B, S, D] in `dtype` of `tokens` int32 or int64 [B, S].
 
-    The backward adds `x0_grad`, contiguous and like x0, to the gradient that autograd brings: what residual_norm has
-    written there.
-    `backend` is "reference" or "triton"; left out, CPU tensors take the reference and CUDA tensors the kernel.
+    `embed` is [V, D], `bigram` [rows, D] and `gate` [D]. The kernel takes them in float32, and a `dtype` of bfloat16,
+    float16 or float32. All three get gradients.
 
-    Example: x0 = bigram_embedding(tokens, embed, bigram, gate, torch.bfloat16)
+    The backward adds `x0_grad` [B, S, D], contiguous and in `dtype`, to the gradient that autograd brings: it holds
+    what residual_norm has written. Only the kernel takes it.
+
+    `backend` is "reference" or "triton"; None takes the reference on a CPU and the kernel on a GPU.
+    ValueError: other shapes, dtypes or backends, tensors on several devices, `x0_grad` with the reference.
+
+    Example: x0 = bigram_embedding(tokens, embed, bigram, gate, torch.float32)
     """
     if backend not in (None, "reference", "triton"):
         raise ValueError(f"backend is {backend!r}; allowed: None, 'reference', 'triton'")

@@ -1,11 +1,10 @@
-"""Row scales folded into weights, and the way back: what a step's copies of Wo and W2 are made and trained with.
+"""Row scales folded into weights, forward and backward: for the copies of Wo and W2 that a step multiplies with.
 
     copy_r = (d s_r) w_r;      dw_r = (d s_r) dcopy_r,   ds_r = d sum_k dcopy_rk w_rk
 
 w and dcopy fp32 [L, D, K], contiguous, s fp32 [L, D], d fp32 [L]: one factor a layer. `fold_rows_` writes copies
 [L, D, K] of any float dtype; `unfold_rows_` turns dcopy into dw in place and writes ds. Each number is read once: 6
-bytes an element for a 16-bit copy, 12 for the way back. A row belongs to one program, so that the sum over it has one
-order.
+bytes an element for a 16-bit copy, 12 backward. A row belongs to one program, so the sum over it has one order.
 """
 
 import torch
@@ -22,11 +21,11 @@ BLOCK = 512
 def _fold(w_ptr, s_ptr, d_ptr, out_ptr, D, K, BLOCK: tl.constexpr):
     row = tl.program_id(0)
     scale = tl.load(d_ptr + row // D) * tl.load(s_ptr + row)
-    at = row.to(tl.int64) * K
+    base = row.to(tl.int64) * K
     for start in range(0, K, BLOCK):
         k = start + tl.arange(0, BLOCK)
-        w = tl.load(w_ptr + at + k, mask=k < K, other=0.0)
-        tl.store(out_ptr + at + k, (w * scale).to(out_ptr.dtype.element_ty), mask=k < K)
+        w = tl.load(w_ptr + base + k, mask=k < K, other=0.0)
+        tl.store(out_ptr + base + k, (w * scale).to(out_ptr.dtype.element_ty), mask=k < K)
 
 
 @triton.jit
@@ -34,13 +33,13 @@ def _unfold(grad_ptr, w_ptr, s_ptr, d_ptr, ds_ptr, D, K, BLOCK: tl.constexpr):
     row = tl.program_id(0)
     depth = tl.load(d_ptr + row // D)
     scale = depth * tl.load(s_ptr + row)
-    at = row.to(tl.int64) * K
+    base = row.to(tl.int64) * K
     total = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, K, BLOCK):
         k = start + tl.arange(0, BLOCK)
-        grad = tl.load(grad_ptr + at + k, mask=k < K, other=0.0)
-        total += grad * tl.load(w_ptr + at + k, mask=k < K, other=0.0)
-        tl.store(grad_ptr + at + k, grad * scale, mask=k < K)
+        grad = tl.load(grad_ptr + base + k, mask=k < K, other=0.0)
+        total += grad * tl.load(w_ptr + base + k, mask=k < K, other=0.0)
+        tl.store(grad_ptr + base + k, grad * scale, mask=k < K)
     tl.store(ds_ptr + row, depth * tl.sum(total))
 
 

@@ -5,15 +5,15 @@
 
 params, grads, exp_avg, exp_avg_sq [slots, P] fp32, all but grads updated in place; step int64 [slots]; lr fp32
 [slots]; group_lr fp32 [P] multiplies the learning rate of each parameter. `slots` int [n], without repeats, chooses the
-rows that take part; the others keep their bits, and an entry of -1 (or of any other row that does not exist) chooses
-none, so that a captured graph can hold a batch with empty places. `low` [slots, P], bf16 or fp16, gets the chosen rows
-of params, rounded: what kernels that read adapters of their inputs' dtype take, without a launch of their own for it.
+rows that take part; the others keep their bits. An entry of -1, or of any other row that does not exist, chooses none:
+a captured graph can hold a batch with empty places. `low` [slots, P], bf16 or fp16, gets the chosen rows of params,
+rounded: kernels that want adapters in their inputs' dtype read it, and need no launch to convert them.
 Kingma and Ba 2015.
 
 28 bytes (30 with `low`) and about 15 operations a parameter: it runs at the speed of memory (group_lr, shared by all
 slots, stays in cache). Everything is fp32; the two bias corrections are computed in fp64, once a program, because 1 -
 b^t of a small t loses digits. Many programs work on one slot, all need its old counter, and exactly one may advance it:
-each program adds 2^32 to the counter when it is done, and the one that finds all others there before it stores t + 1.
+each program adds 2^32 to the counter when it is done, and the one that comes last stores t + 1.
 These integer additions commute, so the result is the same bits in every run. A counter must stay below 2^32, and no two
 launches may work on the same slot at once.
 """
@@ -43,7 +43,13 @@ def lora_adam_ref_(
     eps: float = 1e-10,
     low: Tensor | None = None,
 ) -> None:
-    """One Adam step of the chosen slots, in place."""
+    """One Adam step of the chosen `slots` (an int tensor, or a slice), with `betas` and `eps`, in place. No autograd.
+
+    `params`, `grads`, `exp_avg`, `exp_avg_sq` [slots, P] and `lr` [slots], `group_lr` [P] of one float dtype; `step`
+    int64 [slots]. `low` [slots, P], where it is given, gets the chosen rows of params in its own dtype.
+
+    Example: lora_adam_ref_(params, grads, exp_avg, exp_avg_sq, step, lr, group_lr, slots)
+    """
     beta1, beta2 = betas
     if isinstance(slots, Tensor):
         slots = slots[is_in_pool(slots, len(params))]
@@ -97,25 +103,25 @@ def _adam(
     if (slot >= 0) & (slot < count):
         # The upper half of a counter holds the programs that are done; the lower half is the old t until the last is.
         t = (tl.load(step_ptr + slot) & 0xFFFFFFFF) + 1
-        at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-        inside = at < size
+        offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        mask = offsets < size
         rate = tl.load(lr_ptr + slot)
         if group_lr_ptr is not None:
-            rate = rate * tl.load(group_lr_ptr + at, mask=inside, other=0.0)
-        at += slot * size
-        grad = tl.load(grads_ptr + at, mask=inside, other=0.0)
-        mean = tl.load(exp_avg_ptr + at, mask=inside, other=0.0)
-        square = tl.load(exp_avg_sq_ptr + at, mask=inside, other=0.0)
-        param = tl.load(params_ptr + at, mask=inside, other=0.0)
+            rate = rate * tl.load(group_lr_ptr + offsets, mask=mask, other=0.0)
+        offsets += slot * size
+        grad = tl.load(grads_ptr + offsets, mask=mask, other=0.0)
+        mean = tl.load(exp_avg_ptr + offsets, mask=mask, other=0.0)
+        square = tl.load(exp_avg_sq_ptr + offsets, mask=mask, other=0.0)
+        param = tl.load(params_ptr + offsets, mask=mask, other=0.0)
         mean = mean * BETA1 + grad * (1 - BETA1)
         square = square * BETA2 + grad * grad * (1 - BETA2)
-        tl.store(exp_avg_ptr + at, mean, mask=inside)
-        tl.store(exp_avg_sq_ptr + at, square, mask=inside)
+        tl.store(exp_avg_ptr + offsets, mean, mask=mask)
+        tl.store(exp_avg_sq_ptr + offsets, square, mask=mask)
         denominator = tl.sqrt_rn(square * _correction(BETA2, t)) + eps
         param -= rate * tl.div_rn(mean * _correction(BETA1, t), denominator)
-        tl.store(params_ptr + at, param, mask=inside)
+        tl.store(params_ptr + offsets, param, mask=mask)
         if low_ptr is not None:
-            tl.store(low_ptr + at, param.to(low_ptr.dtype.element_ty), mask=inside)
+            tl.store(low_ptr + offsets, param.to(low_ptr.dtype.element_ty), mask=mask)
         # No warp of this program may still be about to read the counter when the program says that it is done.
         tl.debug_barrier()
         done = tl.atomic_add(step_ptr + slot, 4294967296) >> 32
@@ -176,7 +182,12 @@ def _(params, grads, exp_avg, exp_avg_sq, step, lr, group_lr, slots, low, beta1,
 
 
 def check_distinct_slots(slots: Tensor, count: int) -> None:
-    """Raise ValueError unless `slots` are -1 or distinct rows of a pool of `count`. Reads the device: for debugging."""
+    """Raise ValueError unless `slots` int [n] are -1 or distinct rows of a pool of `count`.
+
+    It reads the device: for debugging.
+
+    Example: check_distinct_slots(slots, count=3)
+    """
     chosen = slots[slots != -1]
     if chosen.numel() and not 0 <= int(chosen.min()) <= int(chosen.max()) < count:
         raise ValueError(f"slots go from {int(chosen.min())} to {int(chosen.max())}; allowed: -1 and 0 to {count - 1}")
@@ -200,13 +211,24 @@ def lora_adam_(
     low: Tensor | None = None,
     backend: str | None = None,
 ) -> None:
-    """One Adam step of the slots that `slots` names (all without it), in place. Shapes and dtypes: see the module.
+    """One Adam step of the slots that `slots` int32 or int64 [n] names (None: all), in place. No autograd.
 
-    No autograd: parameters may be given as they are. An entry of `slots` outside the pool is skipped. A slot named
-    twice spoils its counter for good, and with it all its later steps. :func:`check_distinct_slots` finds both.
+    `params`, `grads`, `exp_avg` and `exp_avg_sq` are float32 [slots, P], `step` int64 [slots], `lr` float32 [slots].
+    All but grads and lr are updated. `group_lr` float32 [P] multiplies the learning rate of each parameter. `low`,
+    bfloat16 or float16 [slots, P], gets the chosen rows of params, rounded. `betas` lie in [0, 1), `eps` is at least 0.
+    Parameters may require gradients.
+
+    An entry of `slots` outside the pool is skipped. A slot named twice spoils its counter for good, and with it all its
+    later steps. :func:`check_distinct_slots` finds both.
+
+    `backend` is "reference" or "triton"; None takes the reference on a CPU and the kernel on a GPU. The kernel wants
+    contiguous tensors.
+    ValueError: other shapes, dtypes, strides, betas, eps or backends, tensors on several devices.
+
+    Example: lora_adam_(params, grads, exp_avg, exp_avg_sq, step, lr, slots)
     """
     if params.dim() != 2:
-        raise ValueError(f"params is {_seen(params)}; wanted: [slots, P]")
+        raise ValueError(f"params is {_describe(params)}; wanted: [slots, P]")
     if backend not in (None, "reference", "triton"):
         raise ValueError(f"backend is {backend!r}; allowed: None, 'reference', 'triton'")
     reference = backend == "reference" or (backend is None and params.device.type == "cpu")
@@ -228,7 +250,7 @@ def lora_adam_(
         shape = shape or (tensor.numel(),)
         if tuple(tensor.shape) != shape or tensor.dtype not in dtypes or tensor.device != params.device:
             kinds = " or ".join(str(dtype) for dtype in dtypes)
-            raise ValueError(f"{name} is {_seen(tensor)}; wanted: {kinds} {list(shape)} on {params.device}")
+            raise ValueError(f"{name} is {_describe(tensor)}; wanted: {kinds} {list(shape)} on {params.device}")
         if not reference and not tensor.is_contiguous():
             raise ValueError(f"{name} has strides {tensor.stride()}; the kernel wants contiguous tensors")
     if not all(0 <= beta < 1 for beta in betas) or eps < 0:
@@ -241,5 +263,5 @@ def lora_adam_(
         _lora_adam(params, grads, exp_avg, exp_avg_sq, step, lr, group_lr, slots, low, *betas, eps)
 
 
-def _seen(tensor: Tensor) -> str:
+def _describe(tensor: Tensor) -> str:
     return f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}"

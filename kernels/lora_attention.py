@@ -3,13 +3,15 @@
     q, k, v = lora_qkv_rope(x, ...)          each head of q and k normed, rotated, q's times its gain
     out     = causal_attention(q, k, v)      out [B, T, H d] of the last T = `tail` tokens, or of all
 
-What the two ops do in turn, with a launch less on the way back: attention's backward ends in the gradients of the
-projections, so that nothing stands between it and lora_qkv's backward. x [B, S, D]; weight [(H + 2 G) d, D]; lora_a
-[slots, 3, R, D]; lora_b [slots, (H + 2 G) d, R]; cos, sin [S, d/2] and gain [H] fp32. Dtypes, sums, FLOPs, bytes and
-the promise of the same bits in every run and every batch are those of the two ops. It saves 3 (H + G) d numbers a token
-read or written in the backward, and the rounding of (H + G) d.
+The two ops one after the other, with one launch less in the backward: attention's backward ends in the gradients of
+the projections, and lora_qkv's backward follows at once. That saves 3 (H + G) d numbers a token read or written in the
+backward, and the rounding of (H + G) d.
 
-Refused: what either op refuses, a gradient of cos, sin or gain among it.
+x [B, S, D]; weight [(H + 2 G) d, D]; lora_a [slots, 3, R, D]; lora_b [slots, (H + 2 G) d, R]; cos, sin [S, d/2] and
+gain [H] fp32. Dtypes, sums, FLOPs, bytes and the promise of the same bits in every run and every batch are those of the
+two ops.
+
+Refused: what either op refuses. That includes a gradient of cos, sin or gain.
 """
 
 from collections.abc import Sequence
@@ -46,7 +48,14 @@ def lora_attention_ref(
     tail: int | None = None,
     attention: str = "math",
 ) -> Tensor:
-    """The two plain statements in turn; `attention` is the backend of the second."""
+    """out [B, T, Nq]: the two references, one after the other. Arguments as of :func:`lora_attention`.
+
+    `x`, `weight`, `lora_a`, `lora_b`, `cos`, `sin`, `gain`, `sizes`, `head_dim` and `slots` go to lora_qkv_rope_ref;
+    `tail` is the number of last tokens wanted, None all; `attention` is PyTorch's backend. Autograd gives all
+    gradients.
+
+    Example: out = lora_attention_ref(x, weight, lora_a, lora_b, cos, sin, gain, sizes, head_dim=16, slots=slots)
+    """
     projected = lora_qkv_rope_ref(x, weight, lora_a, lora_b, cos, sin, gain, sizes, head_dim, slots)
     out = causal_attention_ref(*(part.unflatten(-1, (-1, head_dim)) for part in projected), attention)
     return out.flatten(2)[:, x.size(1) - (x.size(1) if tail is None else tail) :]
@@ -69,12 +78,19 @@ def lora_attention(
     unit_tables: bool = False,
     backend: str | None = None,
 ) -> Tensor:
-    """out [B, T, Nq] of x [B, S, D]; arguments are those of `lora_qkv_rope`, and `tail`, the T last tokens wanted.
+    """out [B, T, Nq] of `x` [B, S, D], in x's dtype: causal attention over lora_qkv_rope's q, k and v.
 
-    Gradients flow to x, weight, lora_a and lora_b. head_dim is one that both ops take: 16, 32, 64 or, in 16 bits with
-    ranks up to 16, 128. `backend` is "reference" or "triton"; left out, CPU tensors take the reference. ValueError on
-    anything that either op refuses. out may be changed in place: the backward, which reads it, then makes it
-    again. `unit_tables` is as of :func:`qkv_attention`.
+    `weight`, `lora_a`, `lora_b`, `cos`, `sin`, `gain`, `slots`, `sizes` and `grads` are those of :func:`lora_qkv_rope`.
+    `head_dim` is one that both ops take: 16, 32, 64 or, in 16 bits with ranks up to 16, 128. T is `tail`, the number of
+    last tokens wanted; None is all. `unit_tables` is as of :func:`qkv_attention`.
+
+    x, weight, lora_a and lora_b get gradients. out may be changed in place: the backward, which reads it, then makes it
+    again.
+
+    `backend` is "reference" or "triton"; None takes the reference on a CPU and the kernel on a GPU.
+    ValueError: what either op refuses.
+
+    Example: out = lora_attention(x, weight, lora_a, lora_b, cos, sin, gain, slots, sizes, head_dim=16)
     """
     backend, sizes, slots = validate(x, weight, lora_a, lora_b, slots, sizes, grads, backend)
     validate_heads(x, lora_a, cos, sin, gain, sizes, head_dim, backend)

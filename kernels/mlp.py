@@ -7,11 +7,10 @@ x [..., D], up (W1) [hidden, D], down (W2) [D, hidden] -> [..., D], all of one d
 FLOPs a row forward, as many for dx, as many again for the weights' gradients.
 
 Four launches, the products of `linear`, with its promise: a row's bits do not depend on the rows beside it. relu(u)^2
-is taken where a tile of u ends, du where one of da does, in fp32 and before anything is rounded. Neither u nor da is
-stored; of tensors [..., hidden], a is written once and read twice, du written and read once. The weights' gradients
-are cuBLAS's.
+is the epilogue of u's tiles and du that of da's, in fp32 and before anything is rounded. Neither u nor da is stored. Of
+tensors [..., hidden], a is written once and read twice, du written and read once. The weights' gradients are cuBLAS's.
 
-The backward wants relu(u) = sqrt(a). As a comes from u before it is rounded, the root halves the one rounding that a
+The backward needs relu(u) = sqrt(a). a comes from u before it is rounded, so the root halves the one rounding that a
 has: du is more exact than from a rounded u. Only fp16, whose a would lose every u below 2^-12, keeps u beside a. With
 frozen weights nothing else is kept.
 """
@@ -30,12 +29,20 @@ from .registration import custom_op
 
 
 def relu_squared_mlp_ref(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    """W2 relu(W1 x)^2, products accumulated in fp32 by the GEMM."""
+    """`x` [..., D] -> W2 relu(W1 x)^2 [..., D], products accumulated in fp32 by the GEMM.
+
+    `up` (W1) is [hidden, D], `down` (W2) [D, hidden]; all of one float dtype. Autograd gives all gradients.
+
+    Example: out = relu_squared_mlp_ref(x, up, down)
+    """
     return F.linear(relu_squared_ref(F.linear(x, up)), down)
 
 
 def relu_squared_ref(u: Tensor) -> Tensor:
-    """relu(u)^2."""
+    """relu(u)^2 for `u` of any shape and float dtype, with a gradient.
+
+    Example: a = relu_squared_ref(x)
+    """
     return F.relu(u).square()
 
 
@@ -52,20 +59,20 @@ def pick_config() -> ReluSquaredConfig:
 
 @triton.jit
 def _forward(u_ptr, out_ptr, size, BLOCK: tl.constexpr):
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    u = tl.load(u_ptr + at, mask=at < size, other=0.0).to(tl.float32)
+    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    u = tl.load(u_ptr + offsets, mask=offsets < size, other=0.0).to(tl.float32)
     # Not max(u, 0): a NaN stays one.
     u = tl.where(u <= 0.0, 0.0, u)
-    tl.store(out_ptr + at, (u * u).to(out_ptr.dtype.element_ty), mask=at < size)
+    tl.store(out_ptr + offsets, (u * u).to(out_ptr.dtype.element_ty), mask=offsets < size)
 
 
 @triton.jit
 def _backward(dout_ptr, u_ptr, du_ptr, size, BLOCK: tl.constexpr):
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    u = tl.load(u_ptr + at, mask=at < size, other=0.0).to(tl.float32)
-    dout = tl.load(dout_ptr + at, mask=at < size, other=0.0).to(tl.float32)
+    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    u = tl.load(u_ptr + offsets, mask=offsets < size, other=0.0).to(tl.float32)
+    dout = tl.load(dout_ptr + offsets, mask=offsets < size, other=0.0).to(tl.float32)
     du = tl.where(u <= 0.0, 0.0, 2.0 * u * dout)
-    tl.store(du_ptr + at, du.to(du_ptr.dtype.element_ty), mask=at < size)
+    tl.store(du_ptr + offsets, du.to(du_ptr.dtype.element_ty), mask=offsets < size)
 
 
 def _launch(kernel, *tensors: Tensor) -> None:
@@ -108,7 +115,13 @@ _relu_squared.register_autograd(
 
 
 def relu_squared(u: Tensor, *, backend: str | None = None) -> Tensor:
-    """relu(u)^2 of any shape, in u's dtype."""
+    """relu(u)^2 for `u` of any shape, in its dtype, with a gradient. The kernel takes bfloat16, float16 or float32.
+
+    `backend` is "reference" or "triton"; None takes the reference on a CPU and the kernel on a GPU.
+    ValueError: another dtype or backend.
+
+    Example: a = relu_squared(x)
+    """
     return _relu_squared(u) if runs_kernel(backend, u=u) else relu_squared_ref(u)
 
 
@@ -116,7 +129,7 @@ def relu_squared(u: Tensor, *, backend: str | None = None) -> Tensor:
 def _mlp(x: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """out, a [..., hidden], and in fp16 u [..., hidden], else nothing."""
     u = empty_rows(x, x.shape[:-1].numel(), up.size(0)) if x.dtype == torch.float16 else None
-    a = launch_product(x, up, ending=SQUARE, kept=u)
+    a = launch_product(x, up, epilogue=SQUARE, kept=u)
     return launch_product(a, down), a, x.new_empty(0) if u is None else u.contiguous().view(a.shape)
 
 
@@ -129,7 +142,7 @@ def _(x, up, down):
 @custom_op("klora::relu_squared_mlp_du", mutates_args=())
 def _mlp_du(dout: Tensor, kept: Tensor, down: Tensor) -> Tensor:
     """du [..., hidden] of dout [..., D] and `kept` [..., hidden]: u in fp16, else a."""
-    return launch_product(dout, down, transposed=True, ending=SLOPE, kept=kept)
+    return launch_product(dout, down, transposed=True, epilogue=SLOPE, kept=kept)
 
 
 @_mlp_du.register_fake
@@ -161,10 +174,15 @@ _mlp.register_autograd(_mlp_backward, setup_context=_setup_mlp)
 
 
 def relu_squared_mlp(x: Tensor, up: Tensor, down: Tensor, *, backend: str | None = None) -> Tensor:
-    """x [..., D] -> W2 relu(W1 x)^2 [..., D]; gradients of what requires one.
+    """`x` [..., D] -> W2 relu(W1 x)^2 [..., D]; `up` (W1) is [hidden, D] and `down` (W2) [D, hidden], all of one dtype.
 
-    `up` is [hidden, D] and `down` [D, hidden]. `backend` is "reference" or "triton"; left out, CPU tensors take the
-    reference and CUDA tensors the kernels. They copy operands whose rows are not at multiples of 16 bytes.
+    x, up and down get gradients.
+
+    `backend` is "reference" or "triton"; None takes the reference on a CPU and the kernel on a GPU. The kernels take
+    bfloat16, float16 or float32. They copy operands whose rows are not at multiples of 16 bytes.
+    ValueError: other shapes, dtypes or backends, operands of several dtypes or devices.
+
+    Example: out = relu_squared_mlp(x, up, down)
     """
     width = x.size(-1) if x.dim() else 0
     if not x.dim() or up.dim() != 2 or up.size(1) != width or list(down.shape) != [width, up.size(0)]:

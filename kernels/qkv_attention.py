@@ -5,10 +5,10 @@
 x [B, S, D], weight [Nq+Nk+Nv, D] of one dtype: bf16, fp16 or fp32; cos, sin [S, d/2] and gain [Nq/d] fp32 ->
 out [B, T, Nq] of the last T = `tail` tokens. d is 16, 32, 64 or 128. Sums are fp32 and rounded once.
 
-Launches, forward: the product, whose tiles end with the norm and the rotation of the heads in them, into one stacked
-[B, S, N]; attention. Backward: dq and delta, dk and dv, each ending in the gradient of the projection and in its part
-of one stacked [B, S, N]; then dx = dqkv W, and dW = dqkv^T x by cuBLAS. Against separate launches this leaves out, in
-items of the dtype a token: 2 (Nq + Nk) forward, 3 (Nq + Nk) and 2 N for stacking the gradients backward.
+Launches, forward: the product into one stacked [B, S, N], with norm and rotation of the heads as its epilogue; then
+attention. Backward: dq and delta, then dk and dv, each with the gradient of its projection as epilogue, into one
+stacked [B, S, N]; then dx = dqkv W, and dW = dqkv^T x by cuBLAS. Against separate launches this saves, in items of the
+dtype a token: 2 (Nq + Nk) forward, 3 (Nq + Nk) backward, and 2 N for stacking the gradients.
 
 Kept for the backward: the stacked q, k and v, 1 / rms of each head and the logsumexp in fp32, out. dgain_h is
 sum(dq_h q_h) / gain_h, summed by block, then over blocks, without atomics; where gain_h is 0 it is 0.
@@ -41,7 +41,14 @@ def qkv_attention_ref(
     tail: int | None = None,
     attention: str = "math",
 ) -> Tensor:
-    """The parts one after the other; `attention` is PyTorch's backend of the last."""
+    """out [B, T, Nq]: the parts one after the other. Arguments as of :func:`qkv_attention`.
+
+    `x` [B, S, D] and `weight` [Nq+Nk+Nv, D] of one float dtype; `cos`, `sin` [S, head_dim/2], `gain` [Nq/head_dim];
+    `sizes` (Nq, Nk, Nv). T is `tail`, None is S. `attention` is PyTorch's backend of the last part. Autograd gives all
+    gradients.
+
+    Example: out = qkv_attention_ref(x, weight, cos, sin, gain, sizes, head_dim=16)
+    """
     parts = torch.nn.functional.linear(x, weight).split(list(sizes), dim=-1)
     q, k, v = (part.unflatten(-1, (-1, head_dim)) for part in parts)
     q, k = norm_rotary_ref(q, cos, sin, gain), norm_rotary_ref(k, cos, sin)
@@ -67,7 +74,7 @@ def _op(
     heads, groups = sizes[0] // head_dim, sizes[1] // head_dim
     rstd = x.new_empty(*x.shape[:2], heads + groups, dtype=torch.float32)
     about = Heads(cos, sin, gain, rstd, heads, groups, head_dim)
-    qkv = launch_product(x, weight, ending=HEADS, heads=about)
+    qkv = launch_product(x, weight, epilogue=HEADS, heads=about)
     out = x.new_empty(x.size(0), tail, sizes[0])
     _, lse = launch_forward(*_split(qkv, sizes, head_dim), tail, out.unflatten(-1, (-1, head_dim)), gain)
     return out, qkv, rstd, lse
@@ -161,13 +168,19 @@ def qkv_attention(
     unit_tables: bool = False,
     backend: str | None = None,
 ) -> Tensor:
-    """out [B, T, Nq] of x [B, S, D]; gradients of x, weight and gain.
+    """out [B, T, Nq] of `x` [B, S, D] by `weight` [Nq+Nk+Nv, D], all of one dtype.
 
-    `sizes` is (Nq, Nk, Nv): as many heads of v as of k, and a multiple of them of q. `backend` is "reference" or
-    "triton"; left out, CPU tensors take the reference and CUDA tensors the kernels. `unit_tables` is the caller's word
-    that cos^2 + sin^2 is 1, as it is of rotary_tables: the backward then does not look.
+    `sizes` is (Nq, Nk, Nv): as many heads of v as of k, and a multiple of them of q, each `head_dim` wide. `cos` and
+    `sin` are [S, head_dim/2] and `gain` is [Nq/head_dim], float32 for the kernels. T is `tail`, where only the last T
+    tokens are wanted; None is S. x, weight and gain get gradients. `unit_tables` is the caller's word that cos^2 +
+    sin^2 is 1, as it is of rotary_tables: the backward then does not look.
 
-    Example: out = qkv_attention(x, weight, cos, sin, gain, (512, 256, 256), head_dim=64)
+    `backend` is "reference" or "triton"; None takes the reference on a CPU and the kernel on a GPU. The kernels take
+    bfloat16, float16 or float32 and a head_dim of 16, 32, 64 or, in 16 bits, 128.
+    ValueError: other shapes, sizes, dtypes, tails or backends, tensors on several devices, tables that require
+    gradients.
+
+    Example: out = qkv_attention(x, weight, cos, sin, gain, sizes, head_dim=16)
     """
     sizes, length = list(sizes), x.size(1) if x.dim() == 3 else 0
     if x.dim() != 3 or weight.dim() != 2 or x.size(2) != weight.size(1) or weight.size(0) != sum(sizes):

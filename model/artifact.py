@@ -15,8 +15,8 @@ bigram.project fp16; the other parameters fp32. Codes are stored a byte each, be
 That is version 1. Version 2, written only where fp16 is too narrow for one of those, has one field more, `float32`: the
 payload's tensors that are fp32 in the place of fp16, sorted, at least one.
 
-A file is not trusted. Before anything of the size that it asks for is allocated, the header is bounded and checked, the
-config gives the exact tensors, those give the payload's size, and that must be what the zstd frame claims.
+A file is not trusted. Before anything of the size that it asks for is allocated, the header is bounded and checked. The
+config gives the exact tensors, and those give the payload's size, which must be what the zstd frame claims.
 """
 
 import base64
@@ -64,7 +64,10 @@ DAMAGED = "the file was damaged or changed: copy or export it again"
 
 
 class ArtifactError(KloraError, ValueError):
-    """A file that is no whole artifact, or weights that cannot become one."""
+    """A file that is no whole artifact, or weights that cannot become one.
+
+    Example: with contextlib.suppress(ArtifactError): artifact = load_artifact("missing.klora")
+    """
 
 
 @dataclass(frozen=True)
@@ -103,7 +106,7 @@ class Artifact:
 
 
 def save_artifact(
-    path: Path,
+    path: str | Path,
     model_state: Mapping[str, Tensor],
     config: ModelConfig,
     tokenizer_bytes: bytes,
@@ -112,9 +115,14 @@ def save_artifact(
 ) -> ArtifactSummary:
     """Quantise `model_state` to a file of at most `budget` bytes with the least weight error; one rank calls this.
 
-    Everything counts: header, tokenizer, embedding. The file appears whole or not at all. ArtifactError: a state that
-    does not fit `config`, weights beyond fp16 or not finite, a provenance that is not JSON, a budget out of reach.
-    OSError: the disk.
+    `model_state` is a GPT's state_dict, of any dtype and device; it is not changed. `tokenizer_bytes` are
+    `Tokenizer.to_bytes()`; `provenance` is JSON that the file carries along. Everything counts: header, tokenizer,
+    embedding. The file appears whole or not at all.
+
+    ArtifactError: a state that does not fit `config`, weights beyond fp16 or not finite, a provenance that is not JSON,
+    a budget out of reach. OSError: the disk.
+
+    Example: summary = save_artifact("tiny.klora", model.state_dict(), model.config, tokenizer.to_bytes(), {})
     """
     path = Path(path)
     _require(not path.is_dir(), f"{path} is a folder; give the path of a file to write")
@@ -144,11 +152,12 @@ def save_artifact(
     return ArtifactSummary(size, budget, error, quantized.clips, quantized.errors, dict(quantized.budgets), warning)
 
 
-def load_artifact(path: Path, max_bytes: int = 1 << 30) -> Artifact:
-    """Read and check the artifact at `path`, on the CPU.
+def load_artifact(path: str | Path, max_bytes: int = 1 << 30) -> Artifact:
+    """Read and check the artifact at `path`, on the CPU: its config, tokenizer, provenance and tensors.
 
-    ArtifactError for anything but a whole artifact, and for a model whose tensors or rotary tables take more than
-    `max_bytes`.
+    ArtifactError: anything but a whole artifact, or a model whose tensors or rotary tables take more than `max_bytes`.
+
+    Example: artifact = load_artifact("tiny.klora")
     """
     path = Path(path)
     try:

@@ -94,7 +94,7 @@ def choose_attention(
         shape = [rows, length, config.heads, config.head_dim]
         what = f"ms a block forward and backward at {shape} in {str(dtype).removeprefix('torch.')}"
         if not times:
-            chosen = Attention(model.attention, f"{configured}; nothing could be timed{_told(refused)}")
+            chosen = Attention(model.attention, f"{configured}; nothing could be timed{_describe_refused(refused)}")
         elif asked == "auto":
             chosen = fastest(times, refused, what)
         else:
@@ -106,11 +106,11 @@ def choose_attention(
 def fastest(times: Mapping[str, float], refused: Mapping[str, str], what: str) -> Attention:
     """The least of `times`, in milliseconds, with all of them and what was `refused` as the reason."""
     order = sorted(times, key=times.__getitem__)
-    told = ", ".join(f"{name} {times[name]:.3f}" for name in order)
-    return Attention(order[0], f"the fastest, in {what}: {told}{_told(refused)}")
+    listed = ", ".join(f"{name} {times[name]:.3f}" for name in order)
+    return Attention(order[0], f"the fastest, in {what}: {listed}{_describe_refused(refused)}")
 
 
-def _told(refused: Mapping[str, str]) -> str:
+def _describe_refused(refused: Mapping[str, str]) -> str:
     return f"; not here: {', '.join(f'{name} ({why})' for name, why in refused.items())}" if refused else ""
 
 

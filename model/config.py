@@ -1,7 +1,7 @@
 """Every number of the system, with what it means and what it may be.
 
 Three frozen dataclasses are built on :class:`Settings`: :class:`ModelConfig` (the network), :class:`TrainConfig` (its
-training) and, in the ``ttt`` room, ``TTTConfig`` (its adaptation). A preset is a named pair of the first two.
+training) and, in the package ``ttt``, ``TTTConfig`` (its adaptation). A preset is a named pair of the first two.
 
 A settings object cannot exist with an impossible value: construction raises :class:`ConfigError`, whose text names the
 field, what was given and what is allowed.
@@ -17,7 +17,10 @@ from ..errors import KloraError
 
 
 class ConfigError(KloraError, ValueError):
-    """A field that does not exist or a value that is not allowed."""
+    """A field that does not exist or a value that is not allowed.
+
+    Example: with contextlib.suppress(ConfigError): config = ModelConfig(heads=7)
+    """
 
 
 def setting(default, help, *, at_least=None, above=None, at_most=None, below=None, choices=None, zero=None):
@@ -77,6 +80,7 @@ class Settings:
         return dataclasses.replace(self, **{name: _parse(fields[name], value) for name, value in values.items()})
 
     def to_dict(self) -> dict[str, Any]:
+        """Every field by name, for JSON."""
         return dataclasses.asdict(self)
 
     @classmethod
@@ -126,7 +130,13 @@ def _parse(field: dataclasses.Field, value: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig(Settings):
-    """The network. Defaults are the `seed` preset: 10 blocks, 24,468,561 parameters."""
+    """The network: sizes, vocabulary, rotary base. Defaults are the `seed` preset: 10 blocks, 24,468,561 parameters.
+
+    Every field is a keyword; its help and range stand beside it. ConfigError: a value out of range, heads that do not
+    divide width, kv_heads that do not divide heads, a head_dim = width / heads that is odd or 2.
+
+    Example: config = ModelConfig(width=256, blocks=6, heads=4, kv_heads=2)
+    """
 
     vocab_size: int = setting(1024, "tokenizer pieces", at_least=260, at_most=65536)
     width: int = setting(512, "residual width D", at_least=8, at_most=65536)
@@ -157,6 +167,7 @@ class ModelConfig(Settings):
 
     @property
     def head_dim(self) -> int:
+        """Width of one head, of queries, keys and values alike."""
         return self.width // self.heads
 
     @property
@@ -172,7 +183,13 @@ class ModelConfig(Settings):
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig(Settings):
-    """How a model is trained. Defaults are the `seed` preset on any number of GPUs."""
+    """How a model is trained. Defaults are the `seed` preset on any number of GPUs.
+
+    Every field is a keyword; its help and range stand beside it. Times are in seconds, batches in tokens. ConfigError:
+    a value out of range, or a momentum that starts above where it ends.
+
+    Example: config = TrainConfig(seconds=120.0, batch_tokens=8192, micro_batch_tokens=8192)
+    """
 
     seconds: float = setting(600.0, "wall-clock cap of the training loop in seconds", above=0.0)
     max_steps: int = setting(0, "stop after this many steps; 0: only the clock stops the run", at_least=0)
@@ -278,7 +295,12 @@ PRESETS = {
 
 
 def preset(name: str) -> Preset:
-    """The preset of that name; ConfigError lists the names there are."""
+    """The preset of that name: its `.model` is a ModelConfig, its `.train` a TrainConfig.
+
+    ConfigError: no preset has that name; it lists those that exist.
+
+    Example: model = GPT(preset("tiny").override({"blocks": 2}).model)
+    """
     if name not in PRESETS:
         raise ConfigError(f"there is no preset {name!r}; allowed: {', '.join(PRESETS)}")
     return PRESETS[name]

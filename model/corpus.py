@@ -1,7 +1,7 @@
 """Where text comes from: the Python standard library, text files, or JSON lines.
 
-A :class:`Corpus` is a description, not data: it can be iterated any number of times, holds one document at a time, and
-takes the same documents into its training and validation split whatever else the corpus contains.
+A :class:`Corpus` is a description, not data. It can be iterated any number of times and holds one document at a time. A
+document's split depends on its name alone, not on what else the corpus contains.
 """
 
 import gzip

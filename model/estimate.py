@@ -21,7 +21,7 @@ from .config import ConfigError, ModelConfig, Preset
 from .gpt import GPT, is_block_matrix, parameter_count, parameter_shapes
 
 TRIAL_TOKENS = 256
-ROOM = 0.7
+USABLE_SHARE = 0.7
 """Share of the available memory that advice plans with: the bounds leave out what lives only for a moment."""
 
 
@@ -60,8 +60,10 @@ def least_memory(config: ModelConfig) -> int:
 
 
 def fused_memory(config: ModelConfig, tokens: int) -> int:
-    """Bytes of the fused step on `tokens` at a time, from its shapes: what the backward reads of each block in 16 bits,
-    the head's part of a logit, the state, the copies of the weights, and two sums of gradients.
+    """Bytes of the fused step on `tokens` at a time, from its shapes.
+
+    They are what the backward reads of each block in 16 bits, the head's part of a logit, the state, the copies of the
+    weights, and two sums of gradients.
     """
     block = 5 * config.width + 2 * config.qkv_sizes[0] + 2 * config.qkv_sizes[1] + config.mlp_hidden
     kept = 2 * tokens * (config.blocks * block + config.vocab_size)
@@ -83,7 +85,7 @@ def require_memory(memory: int, available: int | None, preset: Preset, token_byt
         return
     train, length = preset.train, preset.model.train_length
     state = state_bytes(preset.model)
-    rows = int((ROOM * available - state) / (token_bytes * length)) if token_bytes else 0
+    rows = int((USABLE_SHARE * available - state) / (token_bytes * length)) if token_bytes else 0
     advice = f"--set micro_batch_tokens={rows * length}" if rows >= 1 else "a smaller width, fewer blocks"
     raise ConfigError(
         f"{preset.name} with micro_batch_tokens={train.micro_batch_tokens} needs at least {_gb(memory)} of memory "

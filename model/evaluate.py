@@ -30,7 +30,7 @@ def validation_bpb(
     """BPB over the first `most_tokens` tokens of `stream` (0: all), shared between the ranks.
 
     Where `should_stop` says so between two micro-batches, the rest is left out and the number is of no use.
-    TokenizerError for tokens whose bytes of text cannot be told.
+    TokenizerError for tokens whose bytes of text are unknown.
     """
     length = min(model.config.train_length, len(stream) - 1)
     rows = (len(stream) - 1) // length

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import torch
 
+from .config import ConfigError
 from .gpt import GPT
 from .tokenizer import Tokenizer
 
@@ -18,13 +19,13 @@ def generate_tokens(
     temperature 0 takes the likeliest token; otherwise logits / temperature are sampled among the `top_k` likeliest
     (0: all) with a generator seeded by `seed`. The rotary base is the one of the final length, fixed from the start.
     A temperature below 1.2e-38, by which fp32 cannot divide, is taken as 0.
-    Raises ValueError for an empty prompt or impossible settings.
+    Raises ConfigError, a ValueError, for an empty prompt or impossible settings.
     """
     if not prompt:
-        raise ValueError("the prompt is empty; it holds at least BOS")
+        raise ConfigError("the prompt is empty; it holds at least BOS")
     if most < 0 or not 0 <= temperature < math.inf or top_k < 0:
-        raise ValueError(
-            f"most={most}, temperature={temperature}, top_k={top_k}: none may be negative, the temperature is finite"
+        raise ConfigError(
+            f"{most} tokens, temperature={temperature}, top_k={top_k}: none may be negative, the temperature is finite"
         )
     temperature = min(temperature, torch.finfo(torch.float32).max)
     device = model.embed.device

@@ -66,7 +66,13 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """The model. `GPT(config)` is initialised from torch's global generator; see :func:`parameter_shapes` for names."""
+    """The model: called with tokens int [B, S] it returns logits fp32 [B, S, V]; see :meth:`logits`.
+
+    `GPT(config)` is initialised from torch's global generator, in fp32 on the CPU. See :func:`parameter_shapes` for the
+    parameters' names. A new model runs the reference in the parameters' dtype; :meth:`configure` picks the kernels.
+
+    Example: logits = GPT(ModelConfig(width=64, blocks=2))(torch.randint(1024, (2, 16)))
+    """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -97,10 +103,11 @@ class GPT(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
+        """What the network computes in: `compute_dtype`, or the dtype of the parameters."""
         return self.compute_dtype or self.embed.dtype
 
     def configure(self, device: torch.device, dtype: torch.dtype | None = None) -> str:
-        """Move to `device`, compute in `dtype`, pick the backends there; returns the reason for attention's."""
+        """Move to `device`, compute in `dtype`, pick the backends for both; returns the reason for attention's."""
         self.to(device)
         self.compute_dtype = dtype
         self.backend = pick_backend(self.config, self.embed.device, self.dtype)
@@ -127,9 +134,9 @@ class GPT(nn.Module):
         it, so that the padding does not change the function. `backend` in place of the model's own.
         """
         if cache is not None:
-            cache.check(tokens.size(1))
-        start, total = (cache.filled, cache.length) if cache is not None else (0, tokens.size(1))
-        cos, sin = (table[start : start + tokens.size(1)] for table in self.rotary(total, rotary_length or total))
+            cache.check(tokens.size(-1))
+        start, total = (cache.filled, cache.length) if cache is not None else (0, tokens.size(-1))
+        cos, sin = (table[start : start + tokens.size(-1)] for table in self.rotary(total, rotary_length or total))
         weights = weights_of(self) if cache is None else cache.weights
         return network.hidden(weights, tokens, (cos, sin), adapters, None, cache, backend or self.backend)
 
@@ -138,12 +145,20 @@ class GPT(nn.Module):
         return self.logits(tokens, cache)
 
     def logits(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
-        """tokens [B, S] -> soft-capped logits [B, S, V] in fp32 (fp64 for a float64 model)."""
+        """tokens int [B, S] -> soft-capped logits [B, S, V] in fp32 (fp64 for a float64 model).
+
+        With a cache, `tokens` continue what it holds, as in :meth:`hidden`; ValueError where it has no place for them.
+
+        Example: logits = model.logits(tokens)
+        """
         hidden = self.hidden(tokens, cache=cache)
         return softcap_logits_ref(F.linear(hidden, self.embed.to(hidden.dtype)), self.config.logit_softcap)
 
     def nll(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        """Negative log-likelihood in nats of `targets` [B, S] after `tokens` [B, S] -> [B, S] fp32."""
+        """Negative log-likelihood in nats of `targets` int [B, S] after `tokens` int [B, S] -> [B, S] fp32.
+
+        Example: loss = model.nll(tokens[:, :-1], tokens[:, 1:]).mean()
+        """
         hidden = self.hidden(tokens)
         head = self.embed.to(hidden.dtype)
         return softcap_nll(hidden, head, targets, self.config.logit_softcap, backend=self.backend)
@@ -160,8 +175,7 @@ class GPT(nn.Module):
         tables = self._rotary.pop(key, None)
         if tables is None or len(tables[0]) < rows:
             most = max(config.train_length, 1 << (rows - 1).bit_length())
-            with torch.inference_mode(False), torch.no_grad():  # the next to read them may be a training step
-                tables = rotary_tables(most, config.head_dim, *key)
+            tables = rotary_tables(most, config.head_dim, *key)
         self._rotary[key] = tables  # the last one used is the last one in the dictionary
         if len(self._rotary) > ROTARY_TABLES:
             del self._rotary[next(iter(self._rotary))]

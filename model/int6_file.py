@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels.int6 import Int6Linear
+from .checkpoint import CheckpointError
+from .config import ConfigError
 from .int6_model import replace_linears
 from .storage import replacing
 
@@ -18,8 +20,10 @@ FORMAT, VERSION = "klora int6 linears", 1
 def save_quantized(module: nn.Module, path: Path | str) -> None:
     """Write the state of `module`, after :func:`quantize_linears`, to `path`. The file appears whole or not at all.
 
-    Tied tensors are written once. ValueError: no Int6Linear in it, a state that is not tensors, tensors on "meta".
+    Tied tensors are written once. ConfigError: no Int6Linear in it, a state that is not tensors, tensors on "meta".
     OSError: the disk.
+
+    Example: save_quantized(quantized, "linears.safetensors")
     """
     linears = {
         name: {"group_size": linear.weight.group_size, "dtype": str(linear.dtype).removeprefix("torch.")}
@@ -27,12 +31,12 @@ def save_quantized(module: nn.Module, path: Path | str) -> None:
         if isinstance(linear, Int6Linear)
     }
     if not linears:
-        raise ValueError("the module holds no Int6Linear; call quantize_linears on it first")
+        raise ConfigError("the module holds no Int6Linear; call quantize_linears on it first")
     tensors, aliases, first = {}, {}, {}
     for name, tensor in module.state_dict().items():
         if not isinstance(tensor, Tensor) or tensor.is_meta:
             found = '"meta"' if isinstance(tensor, Tensor) else type(tensor).__name__
-            raise ValueError(f"{name} is on {found}; a quantised model is saved from tensors that hold values")
+            raise ConfigError(f"{name} is on {found}; a quantised model is saved from tensors that hold values")
         place = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
         if tensor.numel() and place in first:
             aliases[name] = first[place]
@@ -51,20 +55,25 @@ def load_quantized(module: nn.Module, path: Path | str, device: torch.device | s
     replaced by the file's, in the file's dtype, so build optimizers afterwards. What is on "meta" goes to `device` (the
     CPU if left out), the rest stays where it is. Returns `module`.
 
-    ValueError, and nothing changed: no such file, one of another model, a buffer on "meta" that no state holds.
+    CheckpointError (no such file, one of another model) or ConfigError (a buffer on "meta" that no state holds), and
+    nothing changed.
+
+    Example: module = load_quantized(torch.nn.Sequential(torch.nn.Linear(256, 256)), "linears.safetensors")
     """
     about, state = _read(Path(path))
     linears = about["linears"]
     own = module.state_dict()
     lost = [name for name, buffer in module.named_buffers() if buffer.is_meta and name not in own]
     if lost:
-        raise ValueError(f"{lost[0]} is on 'meta' and in no file; build the module on a real device")
+        raise ConfigError(f"{lost[0]} is on 'meta' and in no file; build the module on a real device")
     expected = {name: tuple(tensor.shape) for name, tensor in own.items()}
     made = {}
     for name, spec in linears.items():
         linear = dict(module.named_modules(remove_duplicate=False)).get(name)
         if type(linear) not in (nn.Linear, Int6Linear):
-            raise ValueError(f"{path}: {name} is at six bits there and {type(linear).__name__} here; wanted nn.Linear")
+            raise CheckpointError(
+                f"{path}: {name} is at six bits there and {type(linear).__name__} here; wanted nn.Linear"
+            )
         int6 = _empty(linear, spec)
         made[linear] = made.get(linear, int6)
         expected.pop(f"{name}.weight", None)
@@ -73,7 +82,7 @@ def load_quantized(module: nn.Module, path: Path | str, device: torch.device | s
         found = list(state[name].shape) if name in state else "missing"
         wanted = list(expected[name]) if name in expected else "no such tensor"
         if found != wanted:
-            raise ValueError(f"{path}: {name} is {found}; this module takes {wanted}: build it with the same config")
+            raise CheckpointError(f"{path}: {name} is {found}; this module takes {wanted}: build it with its config")
     devices = {name: torch.device(device or "cpu") if tensor.is_meta else tensor.device for name, tensor in own.items()}
     for name in linears:
         at = devices.get(f"{name}.weight", devices.get(f"{name}.packed"))
@@ -96,11 +105,11 @@ def _read(path: Path) -> tuple[dict, dict[str, Tensor]]:
             about = json.loads((file.metadata() or {}).get("klora", "{}"))
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, ValueError, safetensors.SafetensorError) as error:
-        raise ValueError(f"{path} cannot be read ({error}); give a file of save_quantized") from error
+        raise CheckpointError(f"{path} cannot be read ({error}); give a file of save_quantized") from error
     if about.get("format") != FORMAT:
-        raise ValueError(f"{path} is not a file of save_quantized; for a dense checkpoint, load it and quantise then")
+        raise CheckpointError(f"{path} is no file of save_quantized; for a dense checkpoint, load it and quantise then")
     if about["version"] != VERSION:
-        raise ValueError(f"{path} has version {about['version']}; this klora reads {VERSION}: save it again")
+        raise CheckpointError(f"{path} has version {about['version']}; this klora reads {VERSION}: save it again")
     return about, state | {alias: state[name] for alias, name in about["aliases"].items()}
 
 

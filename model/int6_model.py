@@ -18,6 +18,7 @@ from ..kernels.int6 import (
     relative_error,
 )
 from .artifact import Artifact
+from .config import ConfigError
 from .gpt import GPT, MATRICES, Block, is_block_matrix
 
 
@@ -33,7 +34,12 @@ def keep_int6(block: Block, matrices: Mapping[str, Int6Weight], device: torch.de
 
 
 def int6_model_from_artifact(artifact: Artifact, device: torch.device) -> GPT:
-    """The artifact's model in fp32 on `device` with the block matrices as the artifact has them, repacked there."""
+    """The artifact's model in fp32 on `device`, its block matrices at six bits as the file has them.
+
+    They are repacked on `device`. :func:`~klora.model.model_from_artifact` also picks backends and freezes the model.
+
+    Example: model = int6_model_from_artifact(load_artifact("tiny.klora"), torch.device("cpu"))
+    """
     config = artifact.config
     with torch.device("meta"):
         model = GPT(config)
@@ -114,17 +120,19 @@ def quantize_linears(
     loaded. A Hugging Face model's `save_pretrained` would write what `from_pretrained` cannot read: until the undo it
     raises and names :func:`save_quantized`; call this on the whole model, for a part does not know its model.
 
-    ValueError, and nothing swapped: `module` is itself a linear, which has no place to be swapped in; a weight that is
+    ConfigError, and nothing swapped: `module` is itself a linear, which has no place to be swapped in; a weight that is
     not finite; a group size that is not 32, 64 or 128; a second moment of no linear.
+
+    Example: report = quantize_linears(torch.nn.Sequential(torch.nn.Linear(256, 256)), group_size=64)
     """
     if isinstance(module, nn.Linear):
-        raise ValueError("the module is itself an nn.Linear; use Int6Linear.from_linear on it")
+        raise ConfigError("the module is itself an nn.Linear; use Int6Linear.from_linear on it")
     if group_size is not None and group_size not in GROUP_SIZES:
-        raise ValueError(f"group_size={group_size}; allowed: {', '.join(map(str, GROUP_SIZES))} or None")
+        raise ConfigError(f"group_size={group_size}; allowed: {', '.join(map(str, GROUP_SIZES))} or None")
     names = _names_of_linears(module)
     moments = dict(second_moments or {})
     if unknown := sorted(moments.keys() - {name for places in names.values() for name in places}):
-        raise ValueError(f"second_moments names {unknown[0]!r}, which is no linear of this module")
+        raise ConfigError(f"second_moments names {unknown[0]!r}, which is no linear of this module")
     owners = _owners(module)
     some_frozen = any(type(linear) is nn.Linear and not linear.weight.requires_grad for linear in names)
     made, swapped, skipped = {}, {}, {}
@@ -139,7 +147,7 @@ def quantize_linears(
         try:
             made[linear], error = _quantized(linear, group_size, clip, moment)
         except ValueError as refused:
-            raise ValueError(f"{name}: {refused}") from refused
+            raise ConfigError(f"{name}: {refused}") from refused
         size = made[linear].packed.nbytes + made[linear].scale.nbytes
         swapped[name] = SwappedLinear(error, linear.weight.nbytes, size, tuple(also))
     return QuantizedLinears(swapped, skipped, replace_linears(module, made))

@@ -23,7 +23,10 @@ def model_from_artifact(
 
     `device` is a torch.device, or "auto", "cpu", "cuda" or "cuda:N" as :func:`pick_device` takes it. `weights` "dense"
     dequantises the block matrices once; "int6" keeps them at six bits. Called with tokens int [B, S] the model returns
-    logits fp32 [B, S, V]. ArtifactError: a file that is no artifact. ConfigError: another device or other weights.
+    logits fp32 [B, S, V]; it is frozen. ArtifactError: a file that is no artifact. ConfigError: another device or other
+    weights.
+
+    Example: model = model_from_artifact("tiny.klora", weights="int6")
     """
     if weights not in WEIGHTS:
         raise ConfigError(f"weights={weights!r} is not possible; allowed: {', '.join(WEIGHTS)}")
@@ -40,7 +43,9 @@ def model_from_artifact(
 def model_from_run(run: str | Path, device: torch.device | str = "auto", of: Artifact | None = None) -> GPT:
     """The model of a finished run's folder, before quantisation; `device` as in :func:`model_from_artifact`.
 
-    Raises CheckpointError where there is none, or where `of` was exported from another run.
+    CheckpointError: no finished run, or one from which the artifact `of` was not exported. ConfigError: no such device.
+
+    Example: model = model_from_run("runs/tiny")
     """
     tensors, meta = load_run(run)
     if of is not None and (meta["model"] != of.config.to_dict() or meta["provenance"] != of.provenance):
@@ -51,7 +56,9 @@ def model_from_run(run: str | Path, device: torch.device | str = "auto", of: Art
 def tokenizer_of(artifact: Artifact) -> Tokenizer:
     """The artifact's tokenizer, which may normalise text where the model was trained on shards of such a one.
 
-    ArtifactError where it is not the one that the model was made for.
+    ArtifactError: its pieces are not as many as the model's. TokenizerError: it is no tokenizer of this library's.
+
+    Example: tokenizer = tokenizer_of(load_artifact("tiny.klora"))
     """
     tokenizer = Tokenizer.from_bytes(artifact.tokenizer_bytes, may_normalise=True)
     if tokenizer.vocab_size != artifact.config.vocab_size:
@@ -73,11 +80,11 @@ def load_run(run: Path) -> tuple[dict[str, torch.Tensor], dict]:
 
 
 def _device(device: torch.device | str) -> torch.device:
-    return pick_device(device) if isinstance(device, str) else device
+    return device if isinstance(device, torch.device) else pick_device(device)
 
 
 def _placed(config: ModelConfig, weights: dict[str, torch.Tensor], device: torch.device) -> GPT:
-    with torch.device("meta"):  # nothing is initialised to be overwritten: orthogonal matrices are dear
+    with torch.device("meta"):  # nothing is initialised to be overwritten: orthogonal matrices are slow to make
         model = GPT(config)
     model.to_empty(device="cpu").load_state_dict(weights)
     model.configure(device, compute_dtype(TrainConfig(), device))

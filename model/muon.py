@@ -4,11 +4,11 @@ m <- mu m + g;   u = NS(g + mu m)   (Nesterov; else u = NS(m))
 W <- (1 - lr * decay) W - lr * s * u,   s = sqrt(max(1, rows/cols)), or 0.2 sqrt(max(rows, cols)) (Liu et al. 2025)
 
 On a GPU all matrices of a group go through the same few launches: the norm, momentum, the products, the update. On a
-CPU they go through the plain statement, a batch for each shape. Momentum is fp32 whatever the parameters are.
+CPU they go through the reference, a batch for each shape. Momentum is fp32 whatever the parameters are.
 
-A step is taken whole or not at all. Were only the matrix with the bad gradient left out, the others would move by a
-gradient whose backward pass has already gone wrong somewhere, and layers would drift apart in how many steps they have
-seen. So nothing is written before all matrices of all groups, on all ranks, are known to be finite.
+A step is taken whole or not at all: nothing is written before all matrices of all groups, on all ranks, are known to be
+finite. If only the matrix with the bad gradient were left out, the others would move by gradients of a backward pass
+that has gone wrong, and layers would differ in how many steps they have seen.
 """
 
 import copy
@@ -47,13 +47,13 @@ class Muon(torch.optim.Optimizer):
     state_dicts. lr, momentum and weight_decay may be tensors of one number; with `capturable` they are always tensors
     on the device of their group: change them in place between replays of a CUDA graph.
 
-    With `process_group`, `.grad` is this rank's part of the gradient: the sum over ranks is taken here, each rank
-    orthogonalises its share of the matrices, keeps the momentum of those alone, and all ranks get all updates; the same
+    With `process_group`, `.grad` is this rank's part of the gradient, and the sum over ranks is taken here. Each rank
+    orthogonalises its share of the matrices and keeps the momentum of those alone; all ranks get all updates. The same
     parameters must have gradients on every rank, and a state_dict goes back to the rank it came from.
     `backend` is 'triton' or 'reference'; None takes the kernels on a GPU, but for float64.
 
-    If mu m + g of any matrix has an entry that is not finite, because its gradient has or because the sum overflows,
-    the whole step is skipped: no weight, no momentum and no decay changes. `skipped_steps` counts them.
+    If mu m + g of any matrix has an entry that is not finite, the whole step is skipped: no weight and no momentum
+    changes, and nothing decays. `skipped_steps` counts them.
 
     Parameters may be of several dtypes. One without gradient rests, one without entries too. A state_dict of
     torch.optim.Muon loads; :meth:`torch_state_dict` is for the way back. A deepcopy has the same process group; an
@@ -61,6 +61,8 @@ class Muon(torch.optim.Optimizer):
 
     Raises ValueError for a parameter that is not a dense matrix of floating point (:func:`split_parameters` finds those
     that are), for parameters that share memory, and for settings out of range. step() raises it for a sparse gradient.
+
+    Example: muon = Muon(split_parameters(model)[0], lr=0.02, momentum=0.95)
     """
 
     def __init__(
@@ -132,7 +134,7 @@ class Muon(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As any optimizer's, or torch.optim.Muon's; momentum stays fp32 where parameters are not.
 
-        `capturable` stays what it is here. Capture graphs anew after it. Raises ValueError, before anything changes,
+        `capturable` stays what it is here. Capture graphs again after it. Raises ValueError, before anything changes,
         for settings out of range.
         """
         state_dict = self._in_our_form(state_dict)
@@ -245,8 +247,8 @@ class Muon(torch.optim.Optimizer):
             exchanges += [(group, self._shards[key], bucket) for bucket in self._shards[key].buckets]
         directions = []
         for group, shards, bucket in exchanges:
-            mine, gradients = shards.reduced(bucket)
-            directions.append(self._directions(group, mine, gradients) if mine else None)
+            owned, gradients = shards.reduced(bucket)
+            directions.append(self._directions(group, owned, gradients) if owned else None)
         finite = self._agreed([one for one in directions if one], batches[0][1][0].device)
         self._counter(finite.device).add_(1 - finite)
         for (_, shards, bucket), one in zip(exchanges, directions, strict=True):
@@ -290,10 +292,13 @@ class Muon(torch.optim.Optimizer):
 def split_parameters(model: nn.Module, heads: Iterable[str] = HEADS) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """Parameters of `model` for Muon and those for AdamW: Muon(matrices), torch.optim.AdamW(rest).
 
-    Muon gets the matrices of hidden layers. AdamW gets embeddings (weights of nn.Embedding and nn.EmbeddingBag, also
-    where they are tied to a head), heads (the parameters of modules whose own name is in `heads`, and what a model's
-    get_output_embeddings() returns), vectors, scalars, and tensors of three or more dimensions such as convolutions.
-    Parameters that require no gradient are in neither; each other one is in exactly one.
+    Muon gets the matrices of hidden layers. AdamW gets embeddings, heads, vectors, scalars, and tensors of three or
+    more dimensions such as convolutions. Embeddings are the weights of nn.Embedding and nn.EmbeddingBag, also where
+    they are tied to a head. Heads are the parameters of modules whose own name is in `heads`, and of what a model's
+    get_output_embeddings() returns. Parameters that require no gradient are in neither; each other one is in exactly
+    one.
+
+    Example: matrices, rest = split_parameters(model)
     """
     heads = set(heads)
     for_adamw: set[int] = set()

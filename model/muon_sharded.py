@@ -89,8 +89,8 @@ class Shards:
     def reduced(self, bucket: Bucket) -> tuple[list[Tensor], list[Tensor]]:
         """This rank's parameters in `bucket` and their gradients, once they are here."""
         self.waiting.pop(bucket).wait()
-        mine = [self.parameters[i] for i in bucket.members[self.rank]]
-        return mine, bucket.views(bucket.summed, self.rank, self.parameters)
+        owned = [self.parameters[i] for i in bucket.members[self.rank]]
+        return owned, bucket.views(bucket.summed, self.rank, self.parameters)
 
     def start_gathering(self, bucket: Bucket, updates: Sequence[Tensor]) -> None:
         """Send this rank's updates of `bucket` to all."""

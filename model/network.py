@@ -80,7 +80,7 @@ class KVCache:
         self.last_x: Tensor | None = None
 
     def check(self, tokens: int) -> None:
-        """ValueError unless so many tokens can follow what is there."""
+        """ValueError unless so many tokens can follow those that the cache holds."""
         if self.filled and tokens != 1:
             raise ValueError(f"a filled cache continues with 1 token at a time, not {tokens}")
         if self.filled + tokens > self.length:

@@ -51,11 +51,11 @@ class Ranks:
 def pick_device(name: str = "auto") -> torch.device:
     """The device of that name, now the current one if it is a GPU's number; 'auto' is the GPU if there is one.
 
-    ConfigError if it is not to be had.
+    ConfigError if it does not exist here.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name not in ("cpu", "cuda") and not name.startswith("cuda:"):
+    if name not in ("cpu", "cuda") and not str(name).startswith("cuda:"):
         raise ConfigError(f"device={name!r} is not possible; allowed: auto, cpu, cuda or cuda:N")
     if name != "cpu" and not torch.cuda.is_available():
         raise ConfigError(f"device={name!r} was asked for, but PyTorch sees no CUDA GPU here; use --device cpu")

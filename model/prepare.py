@@ -36,7 +36,7 @@ class Prepared:
 def prepare(
     train: Corpus, validation: Corpus, vocab_size: int, cache: str | Path, progress: Progress | None = None
 ) -> Prepared:
-    """Train a tokenizer on `train` and write both corpora as shards under `cache`, unless they are there already.
+    """Train a tokenizer on `train` and write both corpora as shards under `cache`, unless they exist already.
 
     The folder is named by a hash of both fingerprints and `vocab_size`. It is built under another name and renamed when
     complete, so an interrupted call leaves nothing that a later one uses, and of two calls at once the first wins.
@@ -84,7 +84,7 @@ def prepared_from_shards(folder: str | Path) -> Prepared:
 
 
 def _count_controls(path: Path, tokenizer: Tokenizer) -> int:
-    """Control tokens other than BOS in a shard. TokenizerError for tokens whose bytes cannot be told."""
+    """Control tokens other than BOS in a shard. TokenizerError for tokens whose bytes are unknown."""
     shard, controls = read_shard(path), 0
     for start in range(0, len(shard), SCAN_TOKENS):
         block = np.array(shard[start : start + SCAN_TOKENS])

@@ -9,8 +9,8 @@ again, until the next one does not fit. That is the Lagrangian optimum: all matr
 for bits. The choices at two budgets are nested, so more bytes never give more error. `quantize_to_fit` turns bytes of a
 real file into bits of entropy.
 
-`quantize_int6` has a search of its own: there a code takes six bits whatever it is, so that each row has the scale of
-least error; here an entropy coder makes coarser codes smaller.
+`quantize_int6` has a search of its own. Its codes take six bits each, so every row has the scale of least error. Here
+an entropy coder makes coarser codes smaller.
 """
 
 import heapq
@@ -81,8 +81,8 @@ def _gain(coarse: tuple[float, float, float], fine: tuple[float, float, float]) 
 def clip_curve(weight: Tensor) -> ClipCurve:
     """Measure the curve of weight [N, K] on a sample of its rows. Zero rows cost nothing and are left out.
 
-    One sort gives all clips: with u = w / rms in order, the weights of a code are a range of u, so counts and errors
-    come from prefix sums of rms^2, rms^2 u and rms^2 u^2. The scale's rounding to fp16 is left out.
+    One sort gives all clips. With u = w / rms in order, the weights of a code are a range of u. Counts and errors come
+    from prefix sums of rms^2, rms^2 u and rms^2 u^2. The scale's rounding to fp16 is left out.
     """
     rms = weight.float().square().mean(dim=1).sqrt()
     rows = rms.nonzero().flatten()
@@ -107,8 +107,8 @@ def clip_curve(weight: Tensor) -> ClipCurve:
 def choose_clips(curves: Mapping[str, ClipCurve], code_bytes: float) -> tuple[dict[str, float], float]:
     """The clip of every matrix for codes of at most `code_bytes` at their entropy, and the bytes of that choice.
 
-    With room to spare every matrix takes its clip of least error. Where nothing fits it is the coarsest choice, whose
-    bytes are then above `code_bytes`.
+    Where the bytes allow it, every matrix takes its clip of least error. Where nothing fits it is the coarsest choice,
+    whose bytes are then above `code_bytes`.
     """
     hulls = {name: curve.hull() for name, curve in curves.items()}
     chosen = dict.fromkeys(hulls, 0)
@@ -237,10 +237,10 @@ def advice(budgets: Sequence[Budget]) -> str:
 def compress(data: bytes, search: bool = True) -> bytes:
     """One zstd frame with content size and checksum: level 22, or next to no search for matches where that is smaller.
 
-    In codes a match is an accident whose offset costs more than it saves, and the optimal parser, with its prices of
-    earlier bytes, takes it all the same: at 2 to 4 bits a code it ends further above the entropy than coding almost
-    without matches does. Matches under 7 bytes are never looked for. `search=False` tries only the latter, which is
-    much quicker.
+    In codes a match is an accident whose offset costs more than it saves. The optimal parser takes it all the same,
+    because it prices it by earlier bytes. At 2 to 4 bits a code its output is further above the entropy than that of
+    almost no search. Matches under 7 bytes are never looked for. `search=False` makes only the frame of almost no
+    search, which is much quicker.
     """
 
     def frame(**options) -> bytes:

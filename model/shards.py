@@ -238,9 +238,9 @@ class RowSampler:
         if count < 1 or world < 1 or count % world or not 0 <= rank < world:
             raise ShardError(f"{count} rows for rank {rank} of {world}; wanted rows that divide over the ranks")
         share = count // world
-        mine = self._advance(count)[rank * share : (rank + 1) * share]
+        own = self._advance(count)[rank * share : (rank + 1) * share]
         length = self.row_length
-        rows = np.stack([self.stream.tokens(i * length, (i + 1) * length + 1) for i in mine.tolist()])
+        rows = np.stack([self.stream.tokens(i * length, (i + 1) * length + 1) for i in own.tolist()])
         return torch.from_numpy(rows.astype(np.int32))
 
     def state(self) -> dict[str, int]:

@@ -78,7 +78,7 @@ def require_writable(path: Path, size: int = 0) -> None:
     if free.f_bavail * free.f_frsize < size:
         raise OSError(
             f"{path} needs {size:,} bytes and {folder} has {free.f_bavail * free.f_frsize:,} free; "
-            "make room or give a path on another disk"
+            "make space or give a path on another disk"
         )
 
 

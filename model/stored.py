@@ -4,7 +4,7 @@
     grads     fp32, laid out alike; every parameter's `.grad` is a part of it
     copies    the matrices in the compute dtype, with the scales folded in: what the products of a step read
 
-The copies are made anew after each step of the optimizers, in a few launches; a step's gradients are those of the
+The copies are made again after each step of the optimizers, in a few launches; a step's gradients are those of the
 copies, and :meth:`StoredWeights.finish` turns them into those of the parameters: what autograd would do through
 weights_of, for all blocks at once.
 """

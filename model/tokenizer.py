@@ -61,7 +61,7 @@ PROBES = {
 """Texts that a model has to give back as they are, or as it says that it normalises them."""
 
 COVERS_MUCH = "all bytes", "its own pieces", "characters"
-"""Probes of many kinds of text at once: what a model changes in them is told where no other probe tells it."""
+"""Probes of many kinds of text at once: what a model changes in them is named where no other probe names it."""
 
 KEEPS_TEXT = (
     "normalization_rule_name=identity, remove_extra_whitespaces=false, treat_whitespace_as_suffix=false, "
@@ -83,6 +83,8 @@ class Tokenizer:
     is_lost        bool [V]   unknown and unused tokens: text that nobody knows; no text is encoded as them
     adds_space     bool       whether the model puts a space in front of every text, which is none of its bytes
     changes        str        what normalising does to text, with an example; empty where the model keeps text
+
+    Example: tokens = Tokenizer.from_file("runs/tiny/tokenizer.model").encode("import os")
     """
 
     def __init__(self, model: bytes, source: str = "tokenizer", may_normalise: bool = False):
@@ -149,15 +151,17 @@ class Tokenizer:
         return "", changed
 
     @classmethod
-    def train(cls, documents: Iterable[Document], vocab_size: int = 1024) -> Self:
-        """Learn `vocab_size` pieces from one pass over `documents`: the same pieces from the same documents.
+    def train(cls, documents: Iterable[Document | str], vocab_size: int = 1024) -> Self:
+        """Learn `vocab_size` pieces from one pass over documents or texts: the same pieces from the same ones.
 
         At most SAMPLED_SENTENCES sentences, a uniform sample of all, are held. TokenizerError if the text is too small
         or its alphabet too large for `vocab_size`; errors of `documents` itself pass through.
+
+        Example: learned = Tokenizer.train(Corpus.text(["essays"]).documents(), vocab_size=300)
         """
         if vocab_size > MAX_VOCAB:
             raise TokenizerError(f"vocab_size={vocab_size} is not possible; allowed: at most {MAX_VOCAB}")
-        source = _Remembering(_sentences(documents))
+        source = _Remembering(_sentences([documents] if isinstance(documents, str) else documents))
         model = io.BytesIO()
         try:
             sentencepiece.SentencePieceTrainer.train(
@@ -190,10 +194,18 @@ class Tokenizer:
 
     @classmethod
     def from_bytes(cls, model: bytes, may_normalise: bool = False) -> Self:
+        """The tokenizer of a serialized SentencePiece model; errors as of the class.
+
+        Example: same = Tokenizer.from_bytes(tokenizer.to_bytes())
+        """
         return cls(model, may_normalise=may_normalise)
 
     @classmethod
     def from_file(cls, path: str | Path, may_normalise: bool = False) -> Self:
+        """The tokenizer of a file of SentencePiece's; TokenizerError also where it cannot be read.
+
+        Example: same = Tokenizer.from_file("runs/tiny/tokenizer.model")
+        """
         try:
             return cls(Path(path).read_bytes(), str(path), may_normalise)
         except OSError as error:
@@ -205,10 +217,12 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
+        """Number of pieces V; ids are 0 to V - 1."""
         return len(self._text)
 
     @property
     def bos_id(self) -> int:
+        """The id that begins every text."""
         return BOS_ID
 
     def encode(self, text: str) -> np.ndarray:
@@ -255,7 +269,7 @@ class Tokenizer:
         return self.piece_bytes[target] + (self.leading_space[target] & ~(self.is_control[previous] & self.adds_space))
 
     def require_known(self, tokens: np.ndarray, name: str) -> None:
-        """TokenizerError where the bytes of `tokens` cannot be told: ids outside the vocabulary, and lost text."""
+        """TokenizerError where the bytes of `tokens` are unknown: ids outside the vocabulary, and lost text."""
         try:
             self._require_ids(tokens)
         except TokenizerError as error:
@@ -314,13 +328,13 @@ class _Remembering:
             raise
 
 
-def _sentences(documents: Iterable[Document]) -> Iterator[str]:
+def _sentences(documents: Iterable[Document | str]) -> Iterator[str]:
     """Cut documents into training sentences: after the last line end that fits, else at a space, else anywhere.
 
     Line ends stay inside a sentence, so that pieces like ':\\n' are learned.
     """
     for document in documents:
-        text = document.text.replace(UNKNOWN_MARK, "")
+        text = (document if isinstance(document, str) else document.text).replace(UNKNOWN_MARK, "")
         start = 0
         while start < len(text):
             stop = start + SENTENCE_CHARACTERS

@@ -1,13 +1,13 @@
 """Training: the loop, its clock, its schedule, its checkpoints and the weights it leaves behind.
 
 A run lives in one folder: run.json (what was asked for), loss.csv and loss.png (written as it goes),
-checkpoint.safetensors (the latest state), tokenizer.model, and at the end model.safetensors: the best on the validation
-split of the last weights, their EMA and their SWA. A run that starts afresh where another one is moves that one's files
-to replaced/ first, and removes them when it has finished.
+checkpoint.safetensors (the latest state), tokenizer.model, and at the end model.safetensors. That is the best on the
+validation split of the last weights, their EMA and their SWA. A run that starts afresh in the folder of another one
+moves that one's files to replaced/ first, and removes them when it has finished.
 
 The clock counts training only: it stands still while the run validates and writes checkpoints. Between micro-batches
-the run hears signals and looks at the clock. The step that a signal or the cap cuts short is left out, as if it had not
-begun; the first step counts with the tokens that it has read when the cap comes. A run whose length is set by
+the run looks for signals and at the clock. A step that a signal or the cap cuts short is left out, as if it had not
+begun. The first step counts with the tokens that it has read when the cap comes. A run whose length is set by
 `max_steps` continues bit for bit on a CPU after an interruption, as long as `seconds` is not reached. Where the clock
 decides, the learning rate depends on the machine's speed, so no two runs are the same.
 """
@@ -451,7 +451,7 @@ class Trainer:
         )
 
     def _set_aside(self) -> None:
-        """Move the run that is in the folder to replaced/; an unfinished one goes where a better one is there."""
+        """Move the run that is in the folder to replaced/; it is deleted if unfinished and replaced/ holds a run."""
         names = [name for name in RUN_FILES if (self.folder / name).is_file()]
         kept = self.folder / REPLACED
         if not {CHECKPOINT, MODEL} & set(names):
@@ -467,7 +467,7 @@ class Trainer:
                 (self.folder / name).unlink(missing_ok=True)
 
     def _drop_replaced(self) -> None:
-        """Remove the run in replaced/, and the folder if nobody else keeps anything there."""
+        """Remove the run in replaced/, and the folder if it is then empty."""
         for name in RUN_FILES:
             (self.folder / REPLACED / name).unlink(missing_ok=True)
         with suppress(OSError):

@@ -2,9 +2,8 @@
 
 Q, K and V are stacked; the depth and layer scales are folded into Wo and W2 before these are rounded to the compute
 dtype; the bigram table is projected; and the skip that joins the middle of the U-Net to itself is folded into the mix
-of the block that follows. What autograd knows of the parameters it knows of the weights: training differentiates
-through this, adapting does not. Matrices that are stored at six bits stay so, beside scales that cannot be folded,
-unless dense ones are asked for.
+of the block that follows. Training differentiates through this, adapting does not. Matrices that are stored at six bits
+stay so, beside scales that cannot be folded, unless dense ones are asked for.
 """
 
 import dataclasses

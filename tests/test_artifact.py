@@ -159,7 +159,7 @@ class TestChooseClips:
         middle = (least + most) / 2
         assert 0.95 * middle < choose_clips(curves, middle)[1] <= middle
 
-    def test_room_to_spare_gives_every_matrix_its_best_clip(self):
+    def test_a_large_budget_gives_every_matrix_its_best_clip(self):
         curves = self.curves(3)
         clips, _ = choose_clips(curves, 1e9)
         for name, curve in curves.items():

@@ -69,6 +69,7 @@ def refuse(tmp_path, data, match):
 
 
 class TestDamage:
+    @pytest.mark.slow
     def test_every_flipped_bit_is_seen(self, tmp_path, saved):
         data = saved[1]
         start = len(data) - len(split(data)[1])
@@ -108,7 +109,7 @@ class TestDamage:
             b"\x51\x2a\x4d\x18\x02\0\0\0{}",
         ],
     )
-    def test_foreign_files_are_told_apart(self, tmp_path, data):
+    def test_foreign_files_are_refused(self, tmp_path, data):
         refuse(tmp_path, data, "which no artifact does; give a file that klora exported")
 
     def test_a_pickle_is_not_read(self, tmp_path):

@@ -180,6 +180,7 @@ def sizes(pictures: list[Path]) -> dict[str, tuple[int, int]]:
     return found
 
 
+@pytest.mark.slow
 def test_pictures_of_every_group_and_gpu(tmp_path):
     copy = record([result(op="copy", flops=0), result(op="gemm", bytes=10**7, flops=10**12)], group="ceilings")
     on_cpu = record([result(timing="clock", steady=False)], gpu=None)

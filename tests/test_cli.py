@@ -204,7 +204,7 @@ def test_an_interrupted_score_resumes(run, corpus, tmp_path):
     resumed = klora(*command, "--resume")
     assert "documents are already scored" in resumed.stdout
     again = json.loads((tmp_path / "score.json").read_text())
-    klora(*command)
+    klora(*command, "--overwrite")
     assert json.loads((tmp_path / "score.json").read_text())["totals"]["adapted_bpb"] == pytest.approx(
         again["totals"]["adapted_bpb"], rel=1e-6
     )
@@ -357,7 +357,7 @@ def test_a_demo_may_replace_a_demo(tmp_path):
 
 def test_text_that_the_terminal_cannot_show_is_escaped(run, monkeypatch):
     class Terminal(io.TextIOWrapper):
-        """An ASCII terminal: writing what it cannot show raises, unless a command has told it otherwise."""
+        """An ASCII terminal: writing what it cannot show raises, unless a command has changed that."""
 
     for command in (("generate", run / "model.klora", "--prompt", "caf\u00e9 \u2192", "--tokens", "3"), ("--help",)):
         shown = Terminal(io.BytesIO(), encoding="ascii")

@@ -122,13 +122,13 @@ reads n (PyTorch's, x_in), and autograd refuses it then."""
 
 
 def close(ours: list[Tensor], theirs: list[Tensor]) -> None:
-    for mine, other in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(mine, other, rtol=2e-4, atol=2e-5)
+    for got, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(got, other, rtol=2e-4, atol=2e-5)
 
 
 def same(ours: list[Tensor], theirs: list[Tensor]) -> None:
-    for mine, other in zip(ours, theirs, strict=True):
-        assert torch.equal(mine, other)
+    for got, other in zip(ours, theirs, strict=True):
+        assert torch.equal(got, other)
 
 
 def gradients(op: Op, backend: str, names: list[str] | None = None, **changed: Any) -> list[Tensor]:
@@ -326,6 +326,14 @@ def test_training_follows_evaluation_under_inference_mode(name, backend):
     (close if name.endswith("nll") else same)(trained[: len(evaluated)], evaluated)
 
 
+def test_rotary_tables_made_under_inference_mode_serve_training():
+    with torch.inference_mode():
+        tables = rotary_tables(5, 8, 1e4)
+    q, k = (torch.randn(2, 5, heads, 8, requires_grad=True) for heads in (2, 1))
+    sum(out.sum() for out in norm_rotary(q, k, *tables)).backward()
+    assert q.grad.any() and k.grad.any()
+
+
 @pytest.mark.parametrize(("name", "tensor"), [(name, tensor) for name, tensor in INPUTS if len(OPS[name].floats) > 1])
 def test_another_device_or_dtype_is_refused(name, tensor):
     op = OPS[name]
@@ -370,7 +378,7 @@ def test_gradients_are_those_of_the_tables_whatever_their_length(name, kind):
     exact = Op(op.function, {n: t.double() for n, t in op.floats.items()}, op.more, op.refused)
     wanted = gradients(exact, "reference", cos=cos.double(), sin=sin.double())
     plain, ours = (gradients(op, backend, cos=cos, sin=sin) for backend in BACKENDS)
-    assert all(relative_error(mine, true) <= 4e-6 for mine, true in zip(plain, wanted, strict=True))
+    assert all(relative_error(got, true) <= 4e-6 for got, true in zip(plain, wanted, strict=True))
     # p comes from the logsumexp, which costs up to half as much error again as a kept softmax.
     assert_as_exact(ours, wanted, plain, margin=1.6)
 
@@ -390,13 +398,13 @@ def test_an_infinite_softcap_leaves_the_logits_as_they_are(name, temperature, so
     weights = torch.linspace(0.5, 1.5, nll.numel(), device=DEVICE, dtype=torch.float64).view(nll.shape)
     exact = [nll, *torch.autograd.grad((nll * weights).sum(), list(leaves.values()))]
     for backend in BACKENDS:
-        for mine, true in zip(gradients(op, backend, **about), exact, strict=True):
-            assert (mine.double() - true).norm() <= 2e-6 * true.norm()
+        for got, true in zip(gradients(op, backend, **about), exact, strict=True):
+            assert (got.double() - true).norm() <= 2e-6 * true.norm()
     z = torch.tensor([-1e4, -0.1, 0.0, 3e-8, 77.0])
     assert torch.equal(softcap_logits_ref(z, softcap), z)
 
 
-@pytest.mark.parametrize("about", [{"softcap": s} for s in (0.0, -1.0, math.nan)]
+@pytest.mark.parametrize("about", [{"softcap": s} for s in (None, 0.0, -1.0, math.nan)]
                          + [{"softcap": 5.0, "temperature": t} for t in (0.0, -1.0, math.nan, math.inf)])  # fmt: skip
 def test_an_impossible_softcap_or_temperature_is_refused(about):
     plain = [OPS["softcap_nll"].floats[name] for name in ("h", "weight")]

@@ -1,4 +1,4 @@
-"""Norms, the boundary of a block, rotary and squared ReLU: kernels against the plain statements and float64."""
+"""Norms, the boundary of a block, rotary and squared ReLU: kernels against the references and float64."""
 
 import pytest
 import torch
@@ -70,6 +70,7 @@ def test_widths_and_lengths(B, S, D):
     check_boundary(draw(JOINED, B, S, D, dtype=torch.float16))
 
 
+@pytest.mark.slow
 @settings(max_examples=8, deadline=None)
 @given(
     names=st.sampled_from([ATTENTION, BETWEEN, JOINED]),

@@ -1,4 +1,4 @@
-"""Token plus bigram, norm and smear: the kernel against float64, and against the plain statement's error."""
+"""Token plus bigram, norm and smear: the kernel against float64, and against the reference's error."""
 
 import pytest
 import torch

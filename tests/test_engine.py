@@ -88,6 +88,7 @@ def eager_token_nll(model: GPT, doc, config: TTTConfig, dtype=torch.float64) -> 
     return passes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", [1, 3])
 @pytest.mark.parametrize("protocol", ["score_first", "multi_epoch", "min_nll"])
 def test_every_token_has_the_eager_scorers_nll_in_float64(protocol, steps):
@@ -135,6 +136,7 @@ def test_a_model_of_six_bits_gives_what_its_dense_twin_gives(tokenizer, tmp_path
     np.testing.assert_allclose(packed, dense, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_document_does_not_know_its_batch():
     """Batch mates, order, slots, batch and number of places change nothing but the order of sums inside a product."""
     config = TTT.override({"protocol": "min_nll"})

@@ -1,12 +1,15 @@
 """The fused training step against the eager one, on the reference ops: same losses, gradients and weights."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
 from conftest import SMALL, randomized
-from klora.model.config import TrainConfig
+from klora.bench.tolerance import assert_as_exact
+from klora.model.config import ModelConfig, TrainConfig
 from klora.model.fused import FusedStep
+from klora.model.gpt import GPT
 from klora.model.optimizers import FlatGradients, Optimizers
 from klora.model.parallel import Ranks
 
@@ -41,3 +44,68 @@ def test_it_takes_the_eager_step(blocks, micro_batches):
     assert found == [pytest.approx(report, rel=1e-5) for report in expected]
     for (name, a), b in zip(plain.named_parameters(), fused.parameters(), strict=True):
         torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+class TestOnTheGPU:
+    MODEL = ModelConfig(vocab_size=300, width=256, blocks=5, heads=4, kv_heads=2, mlp_hidden=512, bigram_width=16)
+    CONFIG = TrainConfig(batch_tokens=4 * 256, micro_batch_tokens=4 * 256)
+
+    def stepped(self, steps=4, micro_batches=1, capture=True, poison=None):
+        """A model after some steps, with what they reported."""
+        device = torch.device("cuda")
+        model = GPT(self.MODEL)
+        model.load_state_dict(randomized(self.MODEL).state_dict())
+        model.configure(device, torch.bfloat16)
+        rows = 4 // micro_batches
+        step = FusedStep(model, self.CONFIG, rows, micro_batches, Ranks(0, 1, device), 256, capture)
+        generator, reports = torch.Generator().manual_seed(0), []
+        for index in range(steps):
+            if index == poison:
+                with torch.no_grad():
+                    step.stored.weights.blocks[0].gain[0] = float("nan")
+            batches = [torch.randint(3, 300, (rows, 257), generator=generator) for _ in range(micro_batches)]
+            late = step.run(batches, index, 1.0)
+            reports += [late] if late else []
+        return model, reports + step.flush()
+
+    def test_a_graph_computes_what_the_calls_do_and_twice_the_same(self):
+        (one, seen), (other, again), (plain, without) = (
+            self.stepped(capture=capture) for capture in (True, True, False)
+        )
+        assert seen == again == without
+        for a, b, c in zip(one.parameters(), other.parameters(), plain.parameters(), strict=True):
+            assert torch.equal(a, b) and torch.equal(a, c)
+
+    def test_micro_batches_add_up_to_a_batch(self):
+        _, whole = self.stepped()
+        _, parts = self.stepped(micro_batches=2)
+        assert [loss for loss, _ in parts] == pytest.approx([loss for loss, _ in whole], rel=1e-3)
+
+    def test_its_gradients_are_as_near_to_float64_as_eager_bf16_s(self):
+        device, generator = torch.device("cuda"), torch.Generator().manual_seed(0)
+        rows = torch.randint(3, 300, (4, 257), generator=generator).to(device)
+        exact, plain, fused = (GPT(self.MODEL) for _ in range(3))
+        for model in (exact, plain, fused):
+            model.load_state_dict(randomized(self.MODEL).state_dict())
+        exact.double().to(device)
+        plain.configure(device, torch.bfloat16)
+        plain.backend = "reference"
+        fused.configure(device, torch.bfloat16)
+        step = FusedStep(fused, self.CONFIG, 4, 1, Ranks(0, 1, device), 256, capture=False)
+        step.tokens.copy_(rows)
+        step._gradients(first=True)
+        step.stored.finish()
+        results = [[p.grad for p in fused.parameters()]]
+        for model in (exact, plain):
+            loss = model.nll(rows[:, :-1], rows[:, 1:]).sum() / self.CONFIG.batch_tokens
+            results.append(torch.autograd.grad(loss, list(model.parameters())))
+        assert_as_exact(results[0], results[1], results[2])
+
+    def test_a_step_that_is_no_number_changes_no_weight(self):
+        healthy, _ = self.stepped(steps=2)
+        torn, reports = self.stepped(steps=3, poison=2)
+        assert not math.isfinite(reports[2][0])
+        for (name, a), b in zip(torn.named_parameters(), healthy.parameters(), strict=True):
+            assert name == "blocks.0.gain" or torch.equal(a, b), name

@@ -191,7 +191,7 @@ class TestQuantizer:
         with pytest.raises(ValueError, match=match):
             quantize_int6_ref(weight)
 
-    @pytest.mark.parametrize("shape", [(32,), (2, 3, 32), (4, 0)])
+    @pytest.mark.parametrize("shape", [(32,), (2, 3, 32), (4, 0), (0, 32)])
     def test_other_shapes_are_refused(self, shape):
         with pytest.raises(ValueError, match=r"takes \[N, K\]"):
             quantize_int6_ref(torch.zeros(shape), 0.1)

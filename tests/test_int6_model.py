@@ -11,6 +11,7 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 from conftest import SMALL, documents, randomized
+from klora import KloraError
 from klora.kernels.int6 import Int6Linear
 from klora.model.artifact import load_artifact, save_artifact
 from klora.model.config import ConfigError, ModelConfig
@@ -174,7 +175,7 @@ class TestQuantizeLinears:
         assert [tuple(layer.scale.shape) for layer in module] == [(16, 2), (16, 1)]
 
     def test_a_linear_alone_is_refused(self):
-        with pytest.raises(ValueError, match="Int6Linear.from_linear"):
+        with pytest.raises(KloraError, match="Int6Linear.from_linear"):
             quantize_linears(nn.Linear(4, 4))
 
     def test_says_what_it_swapped_and_what_it_cost(self):
@@ -236,7 +237,7 @@ class TestQuantizeLinears:
     def test_a_weight_that_is_not_finite_is_named_and_nothing_is_swapped(self):
         module = nn.Sequential(nn.Linear(64, 32), nn.Sequential(nn.Linear(64, 32)))
         module[1][0].weight.data[3, 4] = torch.nan
-        with pytest.raises(ValueError, match=r"1\.0: weight holds a NaN"):
+        with pytest.raises(KloraError, match=r"1\.0: weight holds a NaN"):
             quantize_linears(module)
         assert type(module[0]) is nn.Linear
 
@@ -251,7 +252,7 @@ class TestQuantizeLinears:
         aware = quantize_linears(module, second_moments={"0": moment})
         assert aware.swapped["0"].relative_error < 0.3 * plain.swapped["0"].relative_error
         assert aware.swapped["1"].relative_error == plain.swapped["1"].relative_error
-        with pytest.raises(ValueError, match="second_moments names 'one', which is no linear"):
+        with pytest.raises(KloraError, match="second_moments names 'one', which is no linear"):
             quantize_linears(Shared(), second_moments={"one": moment})
 
     def test_a_fixed_clip_is_what_it_was(self):
@@ -507,7 +508,7 @@ class TestFiles:
         assert torch.equal(fresh(x), model(x)) and fresh.first.weight.device == CPU
         with torch.device("meta"):
             fresh = PretrainedFake()
-        with pytest.raises(ValueError, match="angles is on 'meta' and in no file"):
+        with pytest.raises(KloraError, match="angles is on 'meta' and in no file"):
             load_quantized(fresh, tmp_path / "m.safetensors")
 
     def test_quantised_on_meta_and_then_loaded(self):
@@ -523,24 +524,24 @@ class TestFiles:
 
     def test_other_files_and_modules_are_refused_unchanged(self, tmp_path):
         model, path = Shared(), tmp_path / "m.safetensors"
-        with pytest.raises(ValueError, match="holds no Int6Linear"):
+        with pytest.raises(KloraError, match="holds no Int6Linear"):
             save_quantized(model, path)
         safetensors.torch.save_file({"a": torch.zeros(1)}, path)
-        with pytest.raises(ValueError, match="is not a file of save_quantized"):
+        with pytest.raises(KloraError, match="is no file of save_quantized"):
             load_quantized(model, path)
         path.write_bytes(b"nothing")
         for wrong in (path, tmp_path / "absent"):
-            with pytest.raises(ValueError, match="cannot be read"):
+            with pytest.raises(KloraError, match="cannot be read"):
                 load_quantized(model, wrong)
         quantize_linears(model)
         save_quantized(model, path)
         other = Shared()
         other.inner[0] = nn.Linear(32, 40, bias=False)
-        with pytest.raises(ValueError, match=r"inner\.0\.(packed|scale) is \[.*\]; this module takes"):
+        with pytest.raises(KloraError, match=r"inner\.0\.(packed|scale) is \[.*\]; this module takes"):
             load_quantized(other, path)
         assert type(other.first) is nn.Linear
         other.inner[0] = nn.Identity()
-        with pytest.raises(ValueError, match=r"inner\.0 is at six bits there and Identity here"):
+        with pytest.raises(KloraError, match=r"inner\.0 is at six bits there and Identity here"):
             load_quantized(other, path)
 
     def test_a_real_hugging_face_model(self, tmp_path):

@@ -78,6 +78,16 @@ def test_adapting_changes_the_long_documents_scores_and_not_the_model(lm):
     assert all(torch.equal(tensor, before[name]) for name, tensor in lm.model.state_dict().items())
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_caller_that_evaluates_gets_the_same_adaptation(lm, artifact, mode):
+    settings = {"min_tokens": 64, "chunk": 32, "window": 64}
+    expected = lm.adapt(TEXTS, **settings)
+    with mode():
+        loaded = klora.load(artifact, device="cpu")
+        assert loaded.adapt(TEXTS, **settings).documents == expected.documents
+    assert loaded.adapt(TEXTS, **settings).documents == expected.documents
+
+
 def test_generation_is_reproducible(lm):
     assert lm.generate("alpha", tokens=8) == lm.generate("alpha", tokens=8)
     assert lm.generate("alpha", tokens=8, temperature=0)
@@ -106,7 +116,10 @@ def test_a_device_is_a_string_or_a_device_and_an_artifact_a_path_or_itself(artif
         (lambda lm, path: lm.logits([1.5]), "allowed: integers"),
         (lambda lm, path: lm.logits([1, 400]), "allowed: 0 to 399"),
         (lambda lm, path: lm.logits([-1]), "allowed: 0 to 399"),
+        (lambda lm, path: klora.load(path, None), "device=None is not possible"),
         (lambda lm, path: lm.generate("\ud800"), "half a surrogate pair"),
+        (lambda lm, path: lm.generate(tokens=-1), "-1 tokens"),
+        (lambda lm, path: lm.generate(temperature=math.nan), "temperature=nan"),
         (lambda lm, path: lm.score([b"bytes"]), "a text is a bytes; allowed: str"),
         (lambda lm, path: lm.adapt(TEXTS, preset="best"), "there is no preset 'best'"),
         (lambda lm, path: lm.adapt(TEXTS, chnk=3), "did you mean chunk"),

@@ -1,4 +1,4 @@
-"""Adam on a pool of slots: the kernel against the plain statement and against float64, and what it must not touch."""
+"""Adam on a pool of slots: the kernel against the reference and against float64, and what it must not touch."""
 
 import pytest
 import torch

@@ -103,8 +103,8 @@ class TestOnTheGPU:
         for _ in range(20):
             assert all(torch.equal(a, b) for a, b in zip(run(call, dout), first, strict=True))
         alone = {**call, "x": call["x"][2:3], "lora_a": call["lora_a"][2:3], "lora_b": call["lora_b"][2:3]}
-        for mine, whole in zip(run(alone, dout[2:3]), first, strict=True):
-            assert torch.equal(mine, whole[2:3])
+        for got, whole in zip(run(alone, dout[2:3]), first, strict=True):
+            assert torch.equal(got, whole[2:3])
 
     def test_it_is_captured_in_a_graph_and_compiled_whole(self):
         call, dout = drawn(256, 64, torch.bfloat16, **self.SEED)

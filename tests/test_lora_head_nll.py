@@ -1,4 +1,4 @@
-"""The head's loss: kernels against the plain statement and float64, for outputs and every gradient."""
+"""The head's loss: kernels against the reference and float64, for outputs and every gradient."""
 
 import pytest
 import torch
@@ -229,6 +229,7 @@ def test_without_gradients_nothing_is_kept_for_them():
     assert [t.numel() for t in kept[2:]] == [0, 0, 0] and torch.equal(kept[0], nll)
 
 
+@pytest.mark.slow
 def test_the_ops_are_registered_as_torch_wants_them():
     h, weight, a, b, targets, dnll = draw(2, 5, 16, 20, 2, slots=3)
     slots = torch.tensor([2, 0], dtype=torch.int32)

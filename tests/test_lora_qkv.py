@@ -58,8 +58,8 @@ def truth(given, douts):
 
 def assert_as_exact_as_plain_pytorch(given, douts, function=ours):
     """q, k, v, dx, dA and dB."""
-    mine, theirs = (outputs_and_gradients(f, given, douts) for f in (function, plain))
-    assert_as_exact(mine, truth(given, douts), theirs)
+    got, theirs = (outputs_and_gradients(f, given, douts) for f in (function, plain))
+    assert_as_exact(got, truth(given, douts), theirs)
 
 
 multiples = st.integers(1, 5).map(lambda i: 16 * i)
@@ -166,8 +166,8 @@ def test_adapters_and_their_gradients_live_in_flat_pools():
     outputs = lora_qkv(x, given[1], a, b, given[4], given[5], grads=views, backend="triton")
     (dx,) = torch.autograd.grad(outputs, x, douts)
     q, k, v, *wanted = outputs_and_gradients(ours, given, douts)
-    for mine, other in zip((*outputs, dx), (q, k, v, wanted[0]), strict=True):
-        assert torch.equal(mine, other)
+    for got, other in zip((*outputs, dx), (q, k, v, wanted[0]), strict=True):
+        assert torch.equal(got, other)
     named = torch.tensor([3, 1], device=DEVICE)
     for view, gradient in zip(views, wanted[1:], strict=True):
         assert torch.equal(view[named], gradient[named])
@@ -208,9 +208,9 @@ def test_no_tokens_write_zeros_to_the_named_rows_of_a_pool(slots):
 
 def test_three_equal_projections_need_no_sizes_and_the_cpu_takes_the_reference():
     x, weight, a, b, _, _ = inputs(2, 4, sizes=(16, 16, 16))[0]
-    for mine, theirs in zip(lora_qkv(x, weight, a, b), lora_qkv_ref(x, weight, a, b, (16, 16, 16)), strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
-        assert CUDA or torch.equal(mine, theirs)
+    for got, theirs in zip(lora_qkv(x, weight, a, b), lora_qkv_ref(x, weight, a, b, (16, 16, 16)), strict=True):
+        torch.testing.assert_close(got, theirs, rtol=1e-5, atol=1e-5)
+        assert CUDA or torch.equal(got, theirs)
 
 
 X, WEIGHT, A, B, _, _ = inputs()[0]

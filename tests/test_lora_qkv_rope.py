@@ -80,7 +80,7 @@ def test_every_output_and_gradient_is_as_exact_as_plain_pytorch(
     )
 
 
-def test_the_widest_head_is_turned_as_a_whole():
+def test_the_widest_head_is_rotated_as_a_whole():
     assert_as_exact_as_plain_pytorch(1, 20, sizes=(384, 128, 32), head_dim=128, dtype=torch.float16)
     call, _ = draw(1, 3, sizes=(256, 256, 32), head_dim=256, dtype=torch.float16)
     with pytest.raises(ValueError, match="head_dim is 256; the kernel wants a power of two up to 128"):
@@ -92,8 +92,8 @@ def test_a_gain_of_zero_gives_zeros_and_lets_no_gradient_through():
     call["gain"][1] = 0.0
     ours, plain = run(call, douts), run(call, douts, "reference")
     assert not ours[0][..., 16:32].any()
-    for mine, theirs in zip(ours, plain, strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+    for got, theirs in zip(ours, plain, strict=True):
+        torch.testing.assert_close(got, theirs, rtol=1e-4, atol=1e-5)
 
 
 def test_a_documents_bits_do_not_depend_on_its_batch_mates():
@@ -147,9 +147,9 @@ def test_bad_input_is_refused(change, says):
 
 def test_the_cpu_takes_the_reference():
     call, _ = draw()
-    for mine, theirs in zip(lora_qkv_rope(**call), lora_qkv_rope_ref(**call), strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
-        assert CUDA or torch.equal(mine, theirs)
+    for got, theirs in zip(lora_qkv_rope(**call), lora_qkv_rope_ref(**call), strict=True):
+        torch.testing.assert_close(got, theirs, rtol=1e-5, atol=1e-5)
+        assert CUDA or torch.equal(got, theirs)
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """`make`: what its targets run and say, without running them."""
 
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -35,3 +36,10 @@ def test_the_tests_run_on_every_core_with_a_thread_each_and_are_counted_last(tar
     last = commands(target, tmp_path).splitlines()[-1]
     assert last.startswith("OMP_NUM_THREADS=1 TRITON_INTERPRET=1 ") and "-n auto" in last and f"-m {marks}" in last
     assert ("--cov-fail-under=80" in last) is (target == "test")
+
+
+def test_the_readme_and_the_command_say_how_long_the_tests_take(tmp_path):
+    readme = (ROOT / "README.md").read_text()
+    (minutes,) = re.findall(r"make test +#.*: about (\d+) minutes on two cores", readme)
+    assert f"about {minutes} minutes on two cores" in commands("test", tmp_path) and int(minutes) <= 8
+    assert re.search(r"make test-fast +#.*under 2 minutes", readme)

@@ -68,6 +68,7 @@ def test_the_mlp_and_its_gradients_are_as_exact_as_pytorchs(rows, D, hidden, dty
     assert_as_exact_as_pytorch(relu_squared_mlp, relu_squared_mlp_ref, mlp_inputs(rows, D, hidden, dtype))
 
 
+@pytest.mark.slow
 @settings(max_examples=8, deadline=None, derandomize=True, phases=[Phase.generate])
 @given(
     rows=st.sampled_from([1, 7, 33, 70]),
@@ -90,13 +91,13 @@ def test_every_tile_computes_the_same(tile, monkeypatch):
 
 
 def test_the_tile_follows_the_number_of_rows_and_the_dtype():
-    def picked(rows, outputs, dtype=torch.bfloat16, ending="store"):
-        return pick_tile(dtype, ending, rows, outputs, processors=132)
+    def picked(rows, outputs, dtype=torch.bfloat16, epilogue="store"):
+        return pick_tile(dtype, epilogue, rows, outputs, processors=132)
 
     assert [picked(rows, 512) for rows in (65536, 4096, 2048, 1024)] == list(TILES)
     assert picked(1024, 1536) is TILES[1] and picked(8192, 1536) is TILES[0]
     for rows in (1, 4096, 65536):
-        assert picked(rows, 512, torch.float32) is FP32_TILE and picked(rows, 512, ending="slope") is SLOPE_TILE
+        assert picked(rows, 512, torch.float32) is FP32_TILE and picked(rows, 512, epilogue="slope") is SLOPE_TILE
 
 
 def test_a_row_has_the_same_bits_wherever_it_lies():
@@ -184,6 +185,7 @@ def test_bad_arguments_are_refused():
             function(*(t.double() for t in inputs), backend="triton")
 
 
+@pytest.mark.slow
 def test_the_ops_are_registered_as_torch_wants_it():
     for dtype in (torch.float32, torch.float16):
         x, up, down = mlp_inputs(3, 16, 16, dtype)

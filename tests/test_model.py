@@ -277,6 +277,12 @@ def test_unknown_preset_and_incomplete_config_are_refused():
     assert allowed_values(TrainConfig.__dataclass_fields__["seed"]).startswith("int, at least 0")
 
 
+def test_tokens_of_other_dimensions_are_refused():
+    for tokens in (torch.zeros(5, dtype=torch.int64), torch.zeros(1, 5, 1, dtype=torch.int64)):
+        with pytest.raises(ValueError, match=r"wanted: int32 or int64 \[B, S\]"):
+            randomized()(tokens)
+
+
 def test_training_follows_an_evaluation_under_inference_mode():
     """What the evaluation left behind in the model, its rotary tables, is no inference tensor."""
     tokens = torch.randint(260, SMALL.vocab_size, (2, 80))

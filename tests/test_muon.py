@@ -98,6 +98,7 @@ def follow_torchs_muon(adjust: str, device: str, **options) -> None:
     assert ((ours - theirs) / theirs).abs().max() <= 0.02 + scatter
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adjust", ["original", "match_rms_adamw"])
 def test_a_thousand_steps_follow_torchs_muon(adjust):
     follow_torchs_muon(adjust, "cpu")
@@ -131,6 +132,7 @@ def test_momentum_of_bf16_parameters_is_fp32_also_after_a_load():
         assert torch.equal(loaded.state[p]["momentum"], optimizer.state[p]["momentum"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_tensors_as_settings_and_groups_of_their_own(backend):
     plain, tensors = parameters(), parameters()

@@ -326,6 +326,7 @@ def check_hard_inputs(backend: str, coefficients: str, device: str) -> None:
     assert not newton_schulz(torch.zeros(3, 40, 60, device=device), backend=backend).any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["reference", "triton"])
 @pytest.mark.parametrize("coefficients", SETS)
 def test_hard_inputs_give_finite_matrices(backend, coefficients):
@@ -424,7 +425,7 @@ def test_reference_and_kernel_write_the_same_momenta_to_the_bit(nesterov):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_updates_of_any_strides_are_applied_as_they_are(backend):
-    """Turned, with gaps, expanded, at an odd address; in fp16, as a GPU gives them."""
+    """Transposed, with gaps, expanded, at an odd address; in fp16, as a GPU gives them."""
     whole = torch.randn(30, 50).half()
     odd = [whole[:24].T, whole[3:27, 5:45:2], whole[:1].expand(24, 50), torch.randn(961).half()[1:].view(24, 40)]
     weights = [torch.randn(u.shape) for u in odd]
@@ -481,6 +482,7 @@ def test_three_numbers_are_coefficients_of_every_step(backend):
 # ---- as an operator
 
 
+@pytest.mark.slow
 def test_the_operators_pass_opcheck():
     wide, tall = torch.randn(2, 20, 30), torch.randn(1, 30, 20)
     op = torch.ops.klora

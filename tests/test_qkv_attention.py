@@ -1,4 +1,4 @@
-"""Projections, QK norm, rotation and attention in one op, trained: against float64 and the plain statement's error."""
+"""Projections, QK norm, rotation and attention in one op, trained: against float64 and the reference's error."""
 
 import pytest
 import torch

@@ -86,7 +86,6 @@ def test_a_run_that_was_stopped_is_neither_overwritten_nor_lost(artifact, texts,
     resumed = klora(*command(artifact, texts, out, "--resume", "--json"))
     assert json.loads(resumed.stdout)["totals"]["adapted_bpb"] == pytest.approx(whole["adapted_bpb"], rel=1e-6)
     assert sorted(path.name for path in out.iterdir()) == ["documents.csv", "report.html", "report.png", "score.json"]
-    klora(*command(artifact, texts, out))  # a finished run leaves nothing that could be lost
 
 
 def test_overwrite_starts_afresh(artifact, texts, tmp_path):
@@ -101,6 +100,17 @@ def test_overwrite_starts_afresh(artifact, texts, tmp_path):
     assert "belongs to a run with another artifact" in wrong.stderr and "--overwrite to start afresh" in wrong.stderr
     done = klora(*command(artifact, texts, tmp_path, "--overwrite"))
     assert "resuming" not in done.stdout and not list(tmp_path.glob("journal*"))
+
+
+def test_results_of_a_finished_run_are_replaced_only_when_asked(artifact, texts, tmp_path):
+    klora(*command(artifact, texts, tmp_path))
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    for more in (("--protocol", "min_nll"), ("--resume",)):
+        refused = klora(*command(artifact, texts, tmp_path, *more), check=2)
+        assert "holds the results of a finished run; give --overwrite" in refused.stderr.replace("\n", "")
+        assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    klora(*command(artifact, texts, tmp_path, "--overwrite", "--deadline", "1e-9"))
+    assert (tmp_path / "score.json").read_bytes() != before["score.json"]
 
 
 def _result() -> dict:
@@ -147,12 +157,12 @@ def test_what_cannot_be_written_is_found_before_the_work(artifact, texts, tmp_pa
         assert says in klora(*command(artifact, texts, out), check=2).stderr
     monkeypatch.setattr("klora.cli.score.SPARE_BYTES", 2**60)
     assert (
-        "free; make room or give a path on another disk" in klora(*command(artifact, texts, tmp_path), check=2).stderr
+        "free; make space or give a path on another disk" in klora(*command(artifact, texts, tmp_path), check=2).stderr
     )
     monkeypatch.undo()
     monkeypatch.setattr("klora.cli.score.TOKEN_BYTES", 2**50)
     monkeypatch.setattr("klora.cli.score.score_documents", work)
-    assert "make room" in klora(*command(artifact, texts, tmp_path), check=2).stderr
+    assert "make space" in klora(*command(artifact, texts, tmp_path), check=2).stderr
 
 
 def test_a_report_that_cannot_be_made_costs_no_results(artifact, texts, tmp_path, monkeypatch):

@@ -327,6 +327,7 @@ def test_interrupted_prepare_leaves_nothing_to_reuse(tmp_path, corpora):
     assert len(prepare(*corpora, 400, tmp_path / "cache").train) == 1
 
 
+@pytest.mark.slow
 def test_killed_prepare_leaves_nothing_to_reuse(tmp_path, corpora):
     code = (
         "import os, signal, sys; from klora.model.corpus import Corpus; from klora.model.prepare import prepare\n"

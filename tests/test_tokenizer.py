@@ -342,7 +342,7 @@ def test_models_that_miscount_the_normalised_text_are_refused_for_shards_too(opt
         Tokenizer(model_with(**options, normalization_rule_name=rule), may_normalise=True)
 
 
-def test_a_rule_of_their_own_is_told_though_no_probe_has_its_character(tmp_path):
+def test_a_rule_of_their_own_is_found_though_no_probe_has_its_character(tmp_path):
     (tmp_path / "rule.tsv").write_text("4E00\t4E8C\n")
     theirs = Tokenizer(model_with(normalization_rule_tsv=str(tmp_path / "rule.tsv")), may_normalise=True)
     assert theirs.changes.startswith("characters (it reads ") and theirs.normalise("a一") == "a二"
@@ -365,7 +365,7 @@ def test_texts_are_counted_in_their_own_bytes_whatever_the_tokenizer_makes_of_th
         list(documents_from_texts([Document("lost.txt", " alpha  ")], forgetful))
 
 
-def test_control_tokens_in_shards_are_counted_and_lost_text_is_told_apart():
+def test_control_tokens_in_shards_are_counted_and_lost_text_is_found():
     theirs = Tokenizer(model_with(**CONTEST), may_normalise=True)
     assert np.flatnonzero(theirs.is_lost).tolist() == [3]
     assert np.flatnonzero(theirs.is_control).tolist() == [0, 1, 2, 3]
@@ -375,3 +375,11 @@ def test_control_tokens_in_shards_are_counted_and_lost_text_is_told_apart():
     theirs.require_known(tokens, "a")
     with pytest.raises(TokenizerError, match="a has the unknown token 3, whose bytes of text nobody knows"):
         theirs.require_known(np.array([1, 3], np.uint16), "a")
+
+
+def test_texts_train_as_the_documents_that_hold_them_do():
+    texts = [words(seed, 100) for seed in range(40)]
+    as_documents = Tokenizer.train([Document(str(i), text) for i, text in enumerate(texts)], vocab_size=400)
+    assert Tokenizer.train(texts, vocab_size=400).to_bytes() == as_documents.to_bytes()
+    joined = "\n".join(texts)
+    assert Tokenizer.train(joined, 400).to_bytes() == Tokenizer.train([joined], 400).to_bytes()

@@ -97,6 +97,7 @@ def test_training_learns_and_leaves_a_whole_run(tmp_path, data):
     assert run["model"] == SMALL_MODEL.to_dict()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop_at", [1, 5, 9])
 def test_resume_continues_bit_for_bit(tmp_path, data, stop_at):
     whole, part = tmp_path / "whole", tmp_path / "part"
@@ -121,6 +122,7 @@ def test_resume_continues_bit_for_bit(tmp_path, data, stop_at):
         assert torch.equal(expected[name], got[name]), name
 
 
+@pytest.mark.slow
 def test_a_checkpoint_on_the_timer_is_resumed_after_a_kill(tmp_path, data):
     """Steps after the last checkpoint are done again: loss.csv has each step once, as in the run without the kill."""
     whole, part = tmp_path / "whole", tmp_path / "part"
@@ -142,6 +144,7 @@ def test_a_checkpoint_on_the_timer_is_resumed_after_a_kill(tmp_path, data):
     assert losses(part) == losses(whole)
 
 
+@pytest.mark.slow
 def test_checkpoints_are_written_on_the_timer(tmp_path, data):
     seen = []
 
@@ -162,7 +165,8 @@ def test_the_clock_stops_a_run_and_stands_still_during_validation(tmp_path, data
     assert time.perf_counter() - started > result.seconds + 0.4
     with open(tmp_path / "loss.csv") as file:
         rows = list(csv.DictReader(file))
-    assert all(float(row["seconds"]) < 0.5 for row in rows[:-1]) and float(rows[-1]["seconds"]) >= 0.5
+    # The step that the cap cuts between micro-batches is left out: the last row may lie before it.
+    assert all(float(row["seconds"]) < 0.5 for row in rows[:-1]) and result.seconds >= 0.5
     assert any(row["validation_bpb"] for row in rows)
 
 
@@ -726,7 +730,7 @@ def test_a_folder_that_cannot_be_written_is_known_before_anything_is_made(tmp_pa
     for path in (Path("/proc/nowhere/run"), Path("/dev/null/run")):
         with pytest.raises(OSError, match=f"{path} cannot be written"):
             Trainer(small_preset(), data, path, ALONE)
-    with pytest.raises(OSError, match=r"needs .* bytes and .* free; make room"):
+    with pytest.raises(OSError, match=r"needs .* bytes and .* free; make space"):
         require_writable(tmp_path / "a" / "b", 2**60)
     require_writable(tmp_path / "a" / "b", 1)
     assert not list(tmp_path.iterdir())

@@ -111,6 +111,7 @@ def test_batched_scores_equal_one_document_alone_in_float64(tmp_path, steps, tar
         assert adapted.nats[row] == pytest.approx(naive_score_first(model, doc, config)[0], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_scores_do_not_depend_on_batch_mates_order_or_batch_size(tmp_path):
     documents = [document(n, n) for n in (40, 200, 64, 31, 150, 20, 90, 129)]
     whole = adapted_nats(score(documents, tmp_path))
@@ -122,6 +123,7 @@ def test_scores_do_not_depend_on_batch_mates_order_or_batch_size(tmp_path):
     assert alone == pytest.approx(whole, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_scores_of_first_chunks_do_not_depend_on_the_text_after_them(tmp_path):
     """Chunks 0 to 3 of two documents that share their first 64 targets, whatever follows and however long it is."""
     config = TTT.override({"min_tokens": 2})
@@ -603,6 +605,7 @@ def test_what_the_deadline_leaves_out_is_the_base_models_and_is_said_by_both_sco
         assert adapted_nats(result) == [d.base_nats for d in result.documents]
 
 
+@pytest.mark.slow
 def test_an_interrupted_engine_keeps_the_documents_that_were_through(tmp_path):
     documents = [document(n, n) for n in (200, 180, 40, 35, 33, 20)]
     config = TTT.override({"batch": 2})

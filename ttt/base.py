@@ -2,8 +2,8 @@
 
 Documents of fewer than `min_tokens` tokens are windows of their own; longer ones are cut into the windows in which the
 adapted model sees them. Windows are padded to a multiple of PAD and those of one padded length share a batch, so that a
-window's arithmetic does not know its batch mates. Indices, tokens and results stay on the device: nothing waits for it
-until all results are read.
+window's arithmetic does not depend on the rest of its batch. Indices, tokens and results stay on the device: nothing
+waits for it until all results are read.
 """
 
 import time
@@ -38,9 +38,9 @@ class BaseNll:
     gets the number of targets sent to the device so far. `backend` is handed to the ops; a float64 model, which no
     kernel takes, runs on the reference.
 
-    `known` is what an interrupted pass over the same documents had found, fp32 [2, n] over their concatenation and NaN
-    where it had not come: no window is computed again whose targets are all known. `keep` gets such an array every
-    KEEP_SECONDS, before an exception of `tick` goes on, and at the end.
+    `known` is what an interrupted pass over the same documents had found: fp32 [2, n] over their concatenation, NaN for
+    targets that it had not reached. A window whose targets are all known is not computed again. `keep` gets such an
+    array every KEEP_SECONDS, before an exception of `tick` goes on, and at the end.
     """
 
     def __init__(
@@ -137,8 +137,8 @@ def _score(
         at = begin + torch.minimum(scored, end - 1) + 1
         targets = torch.where(exists, tokens[at], -100)
         place = torch.where(exists, at, record.size(1) - 1).flatten()
-        for out, heat in zip(record, (1.0, temperature), strict=True):
-            nll = softcap_nll(hidden, weights.head, targets, weights.config.logit_softcap, heat, backend=backend)
+        for out, divisor in zip(record, (1.0, temperature), strict=True):
+            nll = softcap_nll(hidden, weights.head, targets, weights.config.logit_softcap, divisor, backend=backend)
             out.index_copy_(0, place, nll.flatten().float())
         yield int((windows.length[rows] - windows.first[rows]).sum())
 

@@ -22,7 +22,10 @@ ENCODE_BATCH = 256
 
 @dataclass(frozen=True)
 class Document:
-    """One document to score: uint16 `tokens` [n + 1] of which the first is BOS, and the UTF-8 bytes of its text."""
+    """One document to score: uint16 `tokens` [n + 1] of which the first is BOS, and the UTF-8 bytes of its text.
+
+    Example: document = Document("notes", tokenizer.encode(text), len(text.encode()))
+    """
 
     name: str
     tokens: np.ndarray
@@ -30,16 +33,21 @@ class Document:
 
     @property
     def targets(self) -> int:
+        """Number of tokens that are scored: all but BOS."""
         return len(self.tokens) - 1
 
 
 def documents_from_texts(texts: Iterable[TextDocument], tokenizer: Tokenizer, threads: int = 2) -> Iterator[Document]:
-    """Tokenize texts as they come; bytes are those of the text in UTF-8.
+    """Tokenize texts as they come, on `threads` threads; bytes are those of the text in UTF-8.
+
+    `texts` are `klora.model.corpus.Document`s of a name and a text, as a Corpus yields them.
 
     Raises TokenizerError where a text's tokens stand for another number of bytes. There are two exceptions. One is the
     mark that SentencePiece has for a space: where a text has it, its tokens say a space, and a warning names the
     document. The other is a tokenizer that normalises: its tokens must stand for the normalised text, and a warning
     says what it changes.
+
+    Example: documents = list(documents_from_texts(Corpus.text(["essays"]).documents(), tokenizer))
     """
     batch: list[TextDocument] = []
     for note in tokenizer.notes_on_text():

@@ -1,10 +1,10 @@
 """The engine: documents adapted side by side at the pace of the GPU, with the results of the eager scorer.
 
-The tokens of all documents lie in one buffer on the device, adapters and their Adam state in the slots of the pool, and
-the NLL of every target in one record that is read once at the end. Schedule says which documents take which chunk in
-which round; a round is one small array of indices sent to the device and one step, captured as a CUDA graph for each
-window length and number of places, with or without training. `capture=False` runs the same steps without graphs; on a
-CPU that is the only way, and the reference ops take the kernels' place.
+The tokens of all documents lie in one buffer on the device. Adapters and their Adam state lie in the slots of the pool,
+and the NLL of every target in one record that is read once at the end. Schedule says which documents take which chunk
+in which round. A round is one small array of indices sent to the device, and one step. A step is captured as a CUDA
+graph for each window length and number of places, with or without training. `capture=False` runs the same steps without
+graphs. On a CPU that is the only way, and the reference ops take the kernels' place.
 
 Captures are made before the first document, over places that are all empty: these read token 0 alone and write nothing
 of the pool, so that a capture leaves no trace.
@@ -54,7 +54,7 @@ looked at when it should be."""
 SLOTS_A_PLACE = 4
 """Slots of the pool for each place of a batch: documents that are ready for the other window lengths wait in them."""
 
-HEADROOM = 0.85
+USABLE_SHARE = 0.85
 """Share of the free memory that an engine plans for."""
 
 Shape = tuple[int, int, bool]
@@ -97,12 +97,12 @@ def slot_bytes(model: GPT, config: TTTConfig) -> int:
 
 
 def largest_batch(batch: int, needed: Callable[[int], int], free: int) -> int:
-    """`batch` halved until its `needed` bytes are at most HEADROOM of the `free` ones."""
-    while needed(batch) > HEADROOM * free:
+    """`batch` halved until its `needed` bytes are at most USABLE_SHARE of the `free` ones."""
+    while needed(batch) > USABLE_SHARE * free:
         if batch == 1:
             raise MemoryError(
                 f"adapting one document at a time takes about {needed(1) >> 20} MiB and {free >> 20} MiB are free, of "
-                f"which {HEADROOM:.0%} may be used. Free some, or take a shorter window or fewer slots"
+                f"which {USABLE_SHARE:.0%} may be used. Free some, or take a shorter window or fewer slots"
             )
         batch //= 2
     return batch
@@ -355,7 +355,7 @@ class Engine:
 class Run:
     """The documents of one run, longest first, as arrays: where they lie, and how far they are.
 
-    `places` counts the inputs that the rounds sent off had room for, `inputs` those that were a document's.
+    `places` counts the input positions of the rounds sent off, `inputs` those that held a document's token.
     """
 
     def __init__(self, documents: Sequence[Document], config: TTTConfig):
@@ -420,7 +420,7 @@ class Run:
 
 def engine_of(model: GPT, config: TTTConfig, documents: Sequence[Document], **options: Any) -> Engine:
     """An engine of the size of `documents`, whose options these are."""
-    # Nobody waits in more slots than there are documents.
+    # More slots than documents would stay empty.
     options.setdefault("slots", max(1, min(SLOTS_A_PLACE * config.batch, len(documents))))
     return Engine(model, config, max(2, sum(document.targets + 1 for document in documents)), **options)
 

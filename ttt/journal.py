@@ -38,6 +38,12 @@ class Journal:
     Documents that a deadline left out are not finished: a run that goes on adapts them, if it is given time. With
     `resume`, `others` are journals of other ranks of the same run, whose documents are done, too. Without it the
     journal starts afresh; JournalError if that would lose finished work and `overwrite` does not say that it may.
+
+    `fingerprint` is text that names the run: :func:`fingerprint` makes it of the artifact, the documents and the
+    settings. JournalError, too, where a resumed journal is of another run, or is damaged. Call :meth:`close` at the
+    end.
+
+    Example: journal = Journal(Path("journal.jsonl"), fingerprint="run 1", resume=False)
     """
 
     def __init__(
@@ -141,6 +147,7 @@ class Journal:
         return _share(self._base["base"]) if "base" in self._base else 0.0
 
     def close(self) -> None:
+        """Close the file; nothing can be added afterwards."""
         self._file.close()
 
 

@@ -33,6 +33,11 @@ class TTTConfig(Settings):
 
     The defaults are the preset `design` without its deadline. Its steps are too large for one pass over text that a
     model knows well: :func:`ttt_preset` gives what is measured to suit it.
+
+    Every field is a keyword; its help and range stand beside it. ConfigError: a value out of range, or a chunk longer
+    than its window.
+
+    Example: config = TTTConfig(lr=0.002, temperature=1.0, min_tokens=64)
     """
 
     protocol: str = setting(
@@ -67,10 +72,12 @@ class TTTConfig(Settings):
 
     @property
     def is_leaky(self) -> bool:
+        """Whether the protocol's numbers are no valid score."""
         return self.protocol != SCORE_FIRST
 
     @property
     def passes(self) -> int:
+        """How often a document is read: once, or `epochs` times in a leaky protocol."""
         return self.epochs if self.is_leaky else 1
 
 
@@ -98,7 +105,9 @@ other."""
 def ttt_preset(name: str | None = None, protocol: str = SCORE_FIRST) -> TTTConfig:
     """The config of a preset under `protocol`. None: `quick` for score_first, `design` for the leaky protocols.
 
-    ConfigError: a name or a protocol that there is not.
+    Presets are `quick`, `thorough` and `design`. ConfigError: a name or a protocol that does not exist.
+
+    Example: config = ttt_preset("thorough").override({"min_tokens": 64})
     """
     config = TTTConfig(protocol=protocol)
     if name is None:
@@ -117,7 +126,7 @@ def learning_rate(config: TTTConfig, step: Tensor, chunks: Tensor) -> Tensor:
     """Learning rate of each document's next Adam step; `step` int [B] counts those taken, `chunks` int [B] its chunks.
 
     score_first: constant, so that it depends on nothing later than the chunk. Leaky protocols: a cosine from lr to
-    lr_floor * lr over that document's own steps, whatever its batch mates are.
+    lr_floor * lr over that document's own steps, whatever else is in its batch.
     """
     if not config.is_leaky:
         return torch.full(step.shape, config.lr, device=step.device)

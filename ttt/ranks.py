@@ -110,11 +110,11 @@ class Board:
 
     def take_over(self, index: int, owner: int | None) -> bool:
         """Whether document `index` of the lost rank `owner`, or of none that is known, is this rank's now."""
-        key, mine = f"owner/{index}", str(self.rank)
-        is_mine = self.store.compare_set(key, "" if owner is None else str(owner), mine).decode() == mine
-        if is_mine and owner is not None:
+        key, own = f"owner/{index}", str(self.rank)
+        is_taken = self.store.compare_set(key, "" if owner is None else str(owner), own).decode() == own
+        if is_taken and owner is not None:
             self.store.set(f"lost/{owner}", "")
-        return is_mine
+        return is_taken
 
     def lost(self) -> list[int]:
         """The ranks from which any rank took documents over."""
@@ -293,12 +293,12 @@ class RankRun:
         """Adapt documents with an engine, whose facts this returns: those that nobody else takes, or all of them."""
         if not indices:
             return {}
-        documents, mine, handed = [self.documents[index] for index in indices], [], set()
+        documents, claimed, handed = [self.documents[index] for index in indices], [], set()
         engine = engine_of(self.model, self.config, documents, capture=False if scorer == UNCAPTURED else None)
         self.say(memory_of(engine.facts))
 
         def taken(places: list[int]) -> None:
-            mine.extend(places)
+            claimed.extend(places)
             self.board.own(indices[place] for place in places)
             self.board.beat()
 
@@ -316,7 +316,7 @@ class RankRun:
             every=15.0,
         )
         self.tick()
-        rest = [place for place in (mine if shared else range(len(indices))) if place not in handed]
+        rest = [place for place in (claimed if shared else range(len(indices))) if place not in handed]
         self.publish([indices[place] for place in rest], adapted.of(np.array(rest, dtype=np.int64)))
         return engine.facts
 
@@ -360,17 +360,17 @@ class RankRun:
                 ownerless_since = self.board.clock()
             elif self.board.clock() - ownerless_since >= self.board.patience:
                 lost.add(None)
-            mine: list[int] = []
+            taken: list[int] = []
             for index, owner in owners.items():
-                if owner in lost and len(mine) < TAKEN_OVER and self.board.take_over(index, owner):
-                    mine.append(index)
-            if not mine:
+                if owner in lost and len(taken) < TAKEN_OVER and self.board.take_over(index, owner):
+                    taken.append(index)
+            if not taken:
                 time.sleep(0.05)
             elif deadline.passed():
-                self.publish(mine, None)
+                self.publish(taken, None)
             else:
-                self.adapt([index for index in mine if index in long], deadline, scorer, shared=False)
-                self.publish([index for index in mine if index not in long], None)
+                self.adapt([index for index in taken if index in long], deadline, scorer, shared=False)
+                self.publish([index for index in taken if index not in long], None)
 
 
 def score_on_ranks(

@@ -168,15 +168,15 @@ def _differences(result: ScoreResult, totals: dict[str, Any]) -> str:
     """List items: what quantisation costs, what adaptation gains, and the part of it that the temperature explains."""
     base, mark = totals["base_bpb"], _mark(result)
     gap = _minus(base, totals["prequant_bpb"])
-    gain, heat = _minus(base, totals["adapted_bpb"]), _minus(base, totals["base_bpb_at_temperature"])
+    gain, by_temperature = _minus(base, totals["adapted_bpb"]), _minus(base, totals["base_bpb_at_temperature"])
     share = ", part of it in documents that the deadline left out" if result.deadline_hit else ""
-    if not result.deadline_hit and gain is not None and gain > 0 and heat > 0:
-        share = f", {heat / gain:.0%} of the gain{mark}"
+    if not result.deadline_hit and gain is not None and gain > 0 and by_temperature > 0:
+        share = f", {by_temperature / gain:.0%} of the gain{mark}"
     items = [
         f"Quantisation gap (after - before): {_signed(gap)}",
         f"Gain by adaptation{mark} (after quantisation - adapted; positive is better): {_signed(gain)}",
         f"Temperature alone (logits / {result.config.temperature:g} on documents long enough to adapt, nothing "
-        f"adapted): {_signed(heat)}{share}",
+        f"adapted): {_signed(by_temperature)}{share}",
     ]
     return "\n".join(f"<li>{escape(item)}</li>" for item in items)
 
@@ -393,7 +393,7 @@ def _draw_gains(axes, result: ScoreResult) -> None:
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.minorticks_off()
     low, high = axes.get_ylim()
-    axes.set_ylim(low, high + 0.15 * (high - low))  # room for the legend above every dot
+    axes.set_ylim(low, high + 0.15 * (high - low))  # the legend stands above every dot
     axes.grid(alpha=0.3)
     axes.legend(handles=line, loc="upper right", framealpha=0.8)
 

@@ -22,6 +22,9 @@ from .protocols import LEAK_WARNING, LEAKY, TTTConfig, label
 if TYPE_CHECKING:
     from .token_gains import TokenGains
 
+SCORE = "score.json"
+"""Name of the file that holds everything."""
+
 SHORT, ADAPTED, PARTIAL, NOT_ADAPTED = "short", "adapted", "partly adapted (deadline)", "not adapted (deadline)"
 
 FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "\uff1d", "\uff0b", "\uff0d", "\uff20")
@@ -50,10 +53,12 @@ class DocumentResult:
 
     @property
     def base_bpb(self) -> float | None:
+        """Bits per byte of the model as it is; None where there is no text."""
         return bits_per_byte(self.base_nats, self.bytes)
 
     @property
     def adapted_bpb(self) -> float | None:
+        """Bits per byte of the score; None where there is no text."""
         return bits_per_byte(self.adapted_nats, self.bytes)
 
     @property
@@ -164,7 +169,7 @@ class ScoreResult:
         starts with an apostrophe itself; :func:`read_documents_csv` takes it away again. The column of the bytes says
         of which text they are, where there are two.
         """
-        write_text(folder / "score.json", json.dumps(self.to_json(), indent=1, allow_nan=False) + "\n")
+        write_text(folder / SCORE, json.dumps(self.to_json(), indent=1, allow_nan=False) + "\n")
         suffix = f"_{LEAKY}" if self.config.is_leaky else ""
         with (
             replacing(folder / "documents.csv") as temporary,
@@ -180,7 +185,12 @@ class ScoreResult:
 
 
 def read_documents_csv(path: str | Path) -> list[dict[str, Any]]:
-    """The rows of a documents.csv by column: names as they were, numbers as numbers, None where a cell is empty."""
+    """The rows of a documents.csv by column: names as they were, numbers as numbers, None where a cell is empty.
+
+    OSError: a file that cannot be read. ValueError: a cell of a column of numbers that is none.
+
+    Example: rows = read_documents_csv("scores/documents.csv")
+    """
     with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
         rows = list(csv.DictReader(file))
     kinds = {"name": lambda cell: cell.removeprefix("'"), "status": str, "tokens": int}

@@ -8,12 +8,12 @@ The rule. A document's chunks follow one another, so the longest document bounds
 rounds that it spends alone are the waste to avoid. Each queue q therefore wants as many places as make its work last
 until its longest document is through:
 
-    want_q = ceil(places left in q / most places left there for one document),    between `least` and the batch
+    want_q = ceil(places left in q / most places left in q for one document),    between `least` and the batch
 
 and each round goes to the queue whose round would be the best one relative to what it wants. A round of r captured
-places and length L costs as much as OVERHEAD + r L tokens, so that n documents in it are worth n L / (OVERHEAD + r L):
+places and length L costs as much as OVERHEAD + r L tokens. Then n documents in it are worth n L / (OVERHEAD + r L), and
 r is the captured number of places that makes this largest. Between equals the queue of the document with most left
-goes first, and within a queue the documents with most left do, so that the longest never waits behind others.
+goes first. Within a queue the documents with most left go first, so that the longest never waits behind others.
 """
 
 from collections.abc import Iterator, Sequence

@@ -63,6 +63,8 @@ def pick_scorer(scorer: str, device: torch.device, are_many: bool = False) -> st
     return scorer
 
 
+@torch.inference_mode(False)  # adapters are trained here, also for a caller that evaluates
+@torch.enable_grad()
 def score_documents(
     model: GPT,
     documents: Sequence[Document],
@@ -79,7 +81,12 @@ def score_documents(
 
     `prequant` is the model before quantisation, scored beside the base model on the same windows. `progress` gets
     (phase, targets done, targets in all). `scorer` is one of SCORERS; `say` hears what the engine chose. `facts` go
-    into the result, with those of the engine. Raises Interrupted when `should_stop` says so.
+    into the result, with those of the engine. Documents that `journal` holds are not scored again.
+
+    Interrupted: `should_stop` said so; the journal holds what was finished. NonFiniteScore: an NLL that is no number.
+    ConfigError: a scorer that does not exist or does not run on the model's device.
+
+    Example: result = score_documents(model, [document], ttt_preset(), journal)
     """
     model.requires_grad_(False)
     facts = dict(facts or {})

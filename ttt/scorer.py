@@ -5,10 +5,10 @@ One adaptation step takes every active document of a batch through one chunk:
     nll_j   = NLL of chunk j's targets inside its window, under the document's adapter            (recorded)
     adapter <- Adam(adapter, grad mean(nll_j)),   steps_per_chunk times; not for the last chunk
 
-Documents are sorted by length, so that the active ones are always the first rows of the batch, and every window of one
-step is padded to the same length, which depends on the chunk's index alone: a document's arithmetic does not know its
-batch mates. The rotary base is that of a whole window, NTK-scaled where `window` exceeds the training length. It is the
-reference that faster engines are tested against.
+Documents are sorted by length, so that the active ones are always the first rows of the batch. Every window of one step
+is padded to the same length, which depends on the chunk's index alone. So a document's arithmetic does not depend on
+the rest of its batch. The rotary base is that of a whole window, NTK-scaled where `window` exceeds the training length.
+This scorer is the reference that faster engines are tested against.
 """
 
 import time

@@ -5,10 +5,10 @@
 
 The mathematics are those of scorer.adapted_nll and AdapterPool; this is the form for a GPU. Shapes are fixed, every
 index is a tensor and nothing waits for the device, so that a step can be captured in a CUDA graph. Windows lie so that
-the chunk is among their last `chunk` inputs: the head, and all of the last block after its attention, run on those
-alone, and neither a gather nor a scatter is needed between them. Gradients exist from block 0's QKV upwards only; those
-of the adapters are written into the pool by the kernels. The reference ops, which is what a CPU runs, give them to
-autograd instead, and they are copied.
+the chunk is among their last `chunk` inputs. The head, and all of the last block after its attention, run on those
+alone, and neither a gather nor a scatter is needed between them. Gradients exist from block 0's QKV upwards only. The
+kernels write those of the adapters into the pool. The reference ops, which a CPU runs, give them to autograd instead,
+and they are copied.
 """
 
 import numpy as np
@@ -73,8 +73,8 @@ class EngineStep:
         """Record the NLL of every place's chunk.
 
         The head runs as if gradients would follow, as it does in `train`: without them it adds up its logits in another
-        order. A document's last chunk comes here if no other place trains in its round, and there if one does, with the
-        same bits.
+        order. If another place trains in the round of a document's last chunk, `train` records that chunk instead, with
+        the same bits.
         """
         slots, inputs, targets, place = self._inputs()
         *blocks, head_a, head_b = self._parts(self.pool.params)

@@ -7,19 +7,21 @@
 
 q [B, S, H, d], k and v [B, S, G, d] -> out [B, S, H, d], of one dtype: bf16, fp16 or fp32; d 16, 32, 64 or 128, tuned
 for 64 in 16 bits; H a multiple of G, any S. With `tail`, out [B, tail, H, d] belongs to the last `tail` queries, and
-dq is zero before them. The elements of a head lie side by side; documents, tokens and heads may be any multiple of 16
-bytes apart (views of the stacked output of a QKV product); anything else is copied. Sums are fp32; p and ds are rounded
-to the inputs' dtype before they are multiplied, and the row sum of p is that of the rounded ones. fp32 is there to be
-right: p comes from the logsumexp, which costs its gradients up to half as much error again as a kept softmax.
+dq is zero before them.
 
-FLOPs: forward 2 B H S^2 d; backward 7 B H S^2 d instead of 5: dk and dv come from one launch, dq from another, each of
-which makes s and dp for itself. That is the price of a sum that one program takes in a fixed order, without atomics:
-the same bits in every run, and a document's bits do not depend on its batch mates. What it saves are the launches
-around an atomic backward: the sums of dk and dv over a group's heads, delta, the conversion of an fp32 dq. Kept for the
-backward: out and the logsumexp, 4 bytes a query and head.
+The elements of a head lie side by side. Documents, tokens and heads may be any multiple of 16 bytes apart (views of the
+stacked output of a QKV product); anything else is copied. Sums are fp32. p and ds are rounded to the inputs' dtype
+before they are multiplied, and the row sum of p is that of the rounded ones. fp32 is not tuned: p comes from the
+logsumexp, which costs its gradients up to half as much error again as a kept softmax.
 
-A program's tile is 64 rows, 16 in fp32: up to four heads of a group (two of 32 queries, say), so that their keys and
-values are read once; the blocks that the diagonal crosses have a loop of their own, and no other block is masked.
+FLOPs: forward 2 B H S^2 d; backward 7 B H S^2 d instead of 5. dk and dv come from one launch and dq from another, and
+each computes s and dp. In return one program takes each sum in a fixed order, without atomics: the same bits in every
+run, and a document's bits do not depend on the rest of its batch. It also saves the launches around an atomic backward:
+the sums of dk and dv over a group's heads, delta, the conversion of an fp32 dq. Kept for the backward: out and the
+logsumexp, 4 bytes a query and head.
+
+A program's tile is 64 rows, 16 in fp32: up to four heads of a group (two of 32 queries, say), whose keys and values are
+read once. The blocks that the diagonal crosses have their own loop, and no other block is masked.
 
 Dao et al. 2022 and 2023 (FlashAttention); Milakov and Gimelshein 2018 (online softmax).
 """

@@ -40,23 +40,23 @@ class Rotary(NamedTuple):
     rstd_k: Tensor
     """[B, S, G]"""
     is_unit: bool = False
-    """Whether cos^2 + sin^2 is known to be 1: then nobody looks."""
+    """Whether cos^2 + sin^2 is known to be 1: then it is not checked."""
 
 
 @triton.jit
 def _unrotate(
-    dx, x, position, at, gain, cos_ptr, sin_ptr, rstd_ptr, S,
+    dx, x, position, offsets, gain, cos_ptr, sin_ptr, rstd_ptr, S,
     ROWS: tl.constexpr, D: tl.constexpr, IS_UNIT: tl.constexpr,
 ):  # fmt: skip
     """The gradient of a projection: dx and x [ROWS, D] are rotated and of any gain; `at` finds a row's rstd."""
-    inside = position < S
-    rstd = tl.load(rstd_ptr + at, mask=inside, other=0.0)
+    mask = position < S
+    rstd = tl.load(rstd_ptr + offsets, mask=mask, other=0.0)
     x = x.to(tl.float32)
     along = tl.sum(dx * x, 1) * rstd * (1.0 / D) * tl.where(gain == 0.0, 0.0, 1.0 / gain)
     left, right = halves(dx * (rstd * gain)[:, None] - x * along[:, None], ROWS, D)
     table = position[:, None] * (D // 2) + tl.arange(0, D // 2)[None, :]
-    cos = tl.load(cos_ptr + table, mask=inside[:, None], other=1.0)
-    sin = tl.load(sin_ptr + table, mask=inside[:, None], other=0.0)
+    cos = tl.load(cos_ptr + table, mask=mask[:, None], other=1.0)
+    sin = tl.load(sin_ptr + table, mask=mask[:, None], other=0.0)
     if not IS_UNIT:  # noqa: SIM102 (decided when it is compiled)
         if off_unit(cos, sin) > UNIT:
             x_left, x_right = halves(x, ROWS, D)
@@ -103,9 +103,9 @@ def _dq_kernel(
     dout = load(dout_d, b, h, t, HEADS, BM, D)
     delta = tl.sum(load(out_d, b, h, t, HEADS, BM, D).to(tl.float32) * dout.to(tl.float32), 1)
     lse = tl.load(lse_ptr + row_at(b, h, t, T, H, HEADS, BM), mask=query < T, other=0.0)
-    at = row_at(b, h, t, 2 * padded, H, HEADS, BM)
-    tl.store(rows_ptr + at, lse)
-    tl.store(rows_ptr + at + padded, delta)
+    offsets = row_at(b, h, t, 2 * padded, H, HEADS, BM)
+    tl.store(rows_ptr + offsets, lse)
+    tl.store(rows_ptr + offsets + padded, delta)
     q = load(q_d, b, h, OFFSET + t, HEADS, BM, D)
     dq = tl.zeros((HEADS * BM, D), tl.float32)
     seen_by_all = (OFFSET + t + 1) // BN * BN
@@ -115,12 +115,12 @@ def _dq_kernel(
     dq *= softmax_scale
     if cos_ptr is not None:
         head = h + r // BM
-        at = (b.to(tl.int64) * (OFFSET + T) + position) * rstd_stride + head
+        offsets = (b.to(tl.int64) * (OFFSET + T) + position) * rstd_stride + head
         gain = tl.load(gain_ptr + head)
         if sums_ptr is not None:
             along = tl.sum(tl.sum(dq * q.to(tl.float32), 1).reshape(HEADS, BM), 1)
             tl.store(sums_ptr + (b * H + h + tl.arange(0, HEADS)) * BLOCKS + block, along)
-        dq = _unrotate(dq, q, position, at, gain, cos_ptr, sin_ptr, rstd_ptr, OFFSET + T, HEADS * BM, D, IS_UNIT)
+        dq = _unrotate(dq, q, position, offsets, gain, cos_ptr, sin_ptr, rstd_ptr, OFFSET + T, HEADS * BM, D, IS_UNIT)
     store(dq_d, dq, b, h, OFFSET + t, HEADS, BM, D)
 
 
@@ -176,9 +176,9 @@ def _dkdv_kernel(
     store(dv_d, dv, b, g, n, 1, BN, D)
     dk *= softmax_scale
     if cos_ptr is not None:
-        at = (b.to(tl.int64) * (OFFSET + T) + key) * rstd_stride + g
+        offsets = (b.to(tl.int64) * (OFFSET + T) + key) * rstd_stride + g
         gain = tl.full((BN,), 1.0, tl.float32)
-        dk = _unrotate(dk, k, key, at, gain, cos_ptr, sin_ptr, rstd_ptr, OFFSET + T, BN, D, IS_UNIT)
+        dk = _unrotate(dk, k, key, offsets, gain, cos_ptr, sin_ptr, rstd_ptr, OFFSET + T, BN, D, IS_UNIT)
     store(dk_d, dk, b, g, n, 1, BN, D)
 
 
@@ -189,8 +189,8 @@ def _gain_kernel(sums_ptr, gain_ptr, dgain_ptr, B, BLOCKS, H: tl.constexpr, BLOC
     total = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, B * BLOCKS, BLOCK):
         i = start + tl.arange(0, BLOCK)
-        at = (i // BLOCKS * H + head) * BLOCKS + i % BLOCKS
-        total += tl.load(sums_ptr + at, mask=i < B * BLOCKS, other=0.0)
+        offsets = (i // BLOCKS * H + head) * BLOCKS + i % BLOCKS
+        total += tl.load(sums_ptr + offsets, mask=i < B * BLOCKS, other=0.0)
     gain = tl.load(gain_ptr + head)
     tl.store(dgain_ptr + head, tl.where(gain == 0.0, 0.0, tl.sum(total) / gain))
 
@@ -210,7 +210,7 @@ def launch_backward(
 
     The first three are `into`, or contiguous; the last is None unless `trains_gain`, and 0 where the gain is 0.
 
-    T is the number of queries that there is an output of; before them dq is zero. With `rotary`, dq and dk belong to
+    T is the number of queries with an output; before them dq is zero. With `rotary`, dq and dk belong to
     the projections that q and k were normed and rotated from.
     """
     (batch, length, heads, width), groups, tail = q.shape, k.size(2), dout.size(1)

@@ -63,7 +63,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, name: str) -> Tensor:
 
 
 def pick_attention(device: torch.device, dtype: torch.dtype, head_dim: int) -> tuple[str, str]:
-    """(PyTorch's backend, why) for this device, dtype and head size: the first that runs."""
+    """(name, reason) of the PyTorch backend for this `device`, `dtype` and `head_dim`: the first that runs.
+
+    Each is tried with a small forward and backward. The order on a GPU is "cudnn", "flash", "efficient", "math".
+
+    Example: name, reason = pick_attention(torch.device("cpu"), torch.float32, head_dim=64)
+    """
     if device.type == "cpu":
         return ("math", "CPU") if why_not("flash", device, dtype, head_dim) else ("flash", "the CPU's blocked kernel")
     order = ("cudnn", "flash", "efficient")
@@ -79,7 +84,7 @@ def pick_attention(device: torch.device, dtype: torch.dtype, head_dim: int) -> t
 def why_not(name: str, device: torch.device, dtype: torch.dtype, head_dim: int, heads: int = 2, groups: int = 1) -> str:
     """Why a choice that is not ours does not run for such heads: found by a small forward and backward. Empty: it runs.
 
-    A package that is missing is told with the command that installs it.
+    For a package that is missing, the answer is the command that installs it.
     """
     if name in PACKAGES and device.type != "cuda":
         return "it wants a CUDA GPU"

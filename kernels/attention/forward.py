@@ -107,11 +107,11 @@ def _attend(
             s = tl.where(position[:, None] >= n + tl.arange(0, BN)[None, :], s, float("-inf"))
         new_top = tl.maximum(top, tl.max(s, 1) * scale)
         p = tl.math.exp2(s * scale - new_top[:, None])
-        fade = tl.math.exp2(top - new_top)
+        rescale = tl.math.exp2(top - new_top)
         v = load(v_d, b, g, n, 1, BN, D)
         p = p.to(v.dtype)
-        total = multiply_add(p, tl.full((BN, 8), 1.0, p.dtype), total * fade[:, None])
-        acc = multiply_add(p, v, acc * fade[:, None])
+        total = multiply_add(p, tl.full((BN, 8), 1.0, p.dtype), total * rescale[:, None])
+        acc = multiply_add(p, v, acc * rescale[:, None])
         top = new_top
     return acc, total, top
 
@@ -144,8 +144,8 @@ def _forward_kernel(
     OFFSET + t.
 
     With `gain`, q and k are heads normed to rms 1 and q is times its gain: |q k| <= gain D where the rotation keeps
-    lengths. A bound that leaves room for 2^-top is subtracted in place of the running maximum. Where it turns out not
-    to have held (tables that stretch), the tile is done again.
+    lengths. A bound below LARGEST is subtracted in place of the running maximum. Where it did not hold (tables that
+    stretch), the tile is done again.
     """
     b, h, block = place(BLOCKS, H, HEADS)
     g = h // (H // G)

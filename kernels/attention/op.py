@@ -14,14 +14,18 @@ HEAD_DIMS = (16, 32, 64, 128)
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, tail: int | None = None, *, backend: str | None = None) -> Tensor:
-    """out [B, T, H, d], contiguous, of q [B, S, H, d] over k, v [B, S, G, d], in their dtype: bf16, fp16 or fp32.
+    """Causal attention of `q` [B, S, H, d] over `k` and `v` [B, S, G, d] -> [B, T, H, d], contiguous, in their dtype.
 
-    T is `tail`, where only the last T queries are wanted, else S. q is given whole all the same, and its gradient is
-    zero before them. out may be changed in place: the backward, which reads it, then makes it again.
+    H is a multiple of G. T is `tail`, where only the last T queries are wanted, else S. q is given whole all the same,
+    and its gradient is zero before them. q, k and v get gradients. The result may be changed in place: the backward,
+    which reads it, then makes it again.
 
-    `backend` is "reference" or "triton"; left out, CPU tensors take the reference and CUDA tensors the kernel, which
-    wants a head size d of 16, 32, 64 or 128 and copies tensors whose heads are not side by side elements, or whose rows
-    are not a multiple of 16 bytes apart. ValueError on anything else.
+    `backend` is "reference" or "triton"; None takes the reference on a CPU and the kernel on a GPU. The kernel takes
+    bfloat16, float16 or float32, and a head size d of 16, 32, 64 or 128. It copies tensors whose heads are not side by
+    side elements, or whose rows are not a multiple of 16 bytes apart.
+    ValueError: other shapes, dtypes, tails or backends, tensors of several dtypes or devices.
+
+    Example: out = causal_attention(q, k, v)
     """
     tail, backend = _validate(q, k, v, tail, backend)
     if backend == "reference":
@@ -79,14 +83,14 @@ def _validate(q, k, v, tail, backend) -> tuple[int, str]:
     if backend not in ("reference", "triton"):
         raise ValueError(f"backend is {backend!r}; allowed: 'reference', 'triton' or None")
     if q.dim() != 4 or not q.size(2):
-        raise ValueError(f"q is {_told(q)}; wanted [B, S, H, d] with at least one head")
+        raise ValueError(f"q is {_describe(q)}; wanted [B, S, H, d] with at least one head")
     if k.dim() != 4 or not k.size(2) or q.size(2) % k.size(2):
-        raise ValueError(f"k is {_told(k)}; wanted [B, S, G, d] with a G that divides q's {q.size(2)} heads")
+        raise ValueError(f"k is {_describe(k)}; wanted [B, S, G, d] with a G that divides q's {q.size(2)} heads")
     wanted = [*q.shape[:2], k.size(2), q.size(3)]
     for name, tensor in (("k", k), ("v", v)):
         if list(tensor.shape) != wanted or tensor.dtype != q.dtype or tensor.device != q.device:
             raise ValueError(
-                f"{name} is {_told(tensor)} on {tensor.device}; wanted, beside q: {q.dtype} {wanted} on {q.device}"
+                f"{name} is {_describe(tensor)} on {tensor.device}; wanted, beside q: {q.dtype} {wanted} on {q.device}"
             )
     tail = q.size(1) if tail is None else tail
     if not 0 <= tail <= q.size(1):
@@ -98,5 +102,5 @@ def _validate(q, k, v, tail, backend) -> tuple[int, str]:
     return tail, backend
 
 
-def _told(tensor: Tensor) -> str:
+def _describe(tensor: Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"

@@ -1,4 +1,4 @@
-"""The plain statement, over PyTorch's SDPA backends.
+"""The reference, over PyTorch's SDPA backends.
 
     out_h = softmax(q_h K_g^T / sqrt(d), causal) V_g           head h reads key/value group g = h // (H / G)
 
@@ -19,9 +19,14 @@ BACKENDS = {
 
 
 def causal_attention_ref(q: Tensor, k: Tensor, v: Tensor, backend: str = "math") -> Tensor:
-    """Causal attention of q [B, Sq, H, d] over k, v [B, Sk, G, d]. Sq = Sk, or Sq = 1: one new token after a cache.
+    """Causal attention of `q` [B, Sq, H, d] over `k` and `v` [B, Sk, G, d] -> [B, Sq, H, d], of one float dtype.
 
-    One token is a matrix-vector product, which cuDNN refuses and flash gains nothing at: it takes "math".
+    H is a multiple of G. Sq = Sk, or Sq = 1: one new token after a cache. `backend` is PyTorch's: "cudnn", "flash",
+    "efficient" or "math". One token is a matrix-vector product, which cuDNN refuses and flash gains nothing at: it
+    takes "math". Autograd gives the gradients of q, k and v.
+    RuntimeError: the backend does not run these tensors.
+
+    Example: out = causal_attention_ref(q, k, v)
     """
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     if q.size(2) == 1:

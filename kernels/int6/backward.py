@@ -70,15 +70,15 @@ def warp_backward(
         w0 = four(n0, THREADS)
         w1 = four(n1, THREADS)
         w2 = four(n2, THREADS)
-        at = row + WARPS
-        n0, n1, n2 = tile_words(tiles + (at * step)[:, None], (at < stop)[:, None])
+        following = row + WARPS
+        n0, n1, n2 = tile_words(tiles + (following * step)[:, None], (following < stop)[:, None])
         n = row * 16
         b = ()
         for eight in tl.static_range(EIGHTS):
-            mine = (row < stop) & (eight * 8 + g < M)
+            mask = (row < stop) & (eight * 8 + g < M)
             pair = pairs + eight * 4 * N + row * 8
-            b0 = tl.load(pair, mask=mine & (n + 2 * t < N), other=0)
-            b1 = tl.load(pair + 4, mask=mine & (n + 8 + 2 * t < N), other=0)
+            b0 = tl.load(pair, mask=mask & (n + 2 * t < N), other=0)
+            b1 = tl.load(pair + 4, mask=mask & (n + 8 + 2 * t < N), other=0)
             b = b + ((b0, b1),)
         sums = ()
         for chunk in tl.static_range(4):
@@ -130,6 +130,6 @@ def dequantize_tiles(
     words = load_triples(packed_ptr, tl.program_id(1) * R, tile_rows, column, tile_columns, R)
     scales = load_scales(scale_ptr, tl.program_id(1) * R, column, N, groups, GROUP, R)
     k = column * 128 + tl.arange(0, 128)
-    there = (n < N)[:, None] & (k < K)[None, :]
-    at = n.to(tl.int64)[:, None] * K + k[None, :]
-    tl.store(out_ptr + at, code_tile(words, scales, R, dtype, ASM, False), mask=there)
+    mask = (n < N)[:, None] & (k < K)[None, :]
+    offsets = n.to(tl.int64)[:, None] * K + k[None, :]
+    tl.store(out_ptr + offsets, code_tile(words, scales, R, dtype, ASM, False), mask=mask)

@@ -52,8 +52,8 @@ def warp_forward(
         for chunk in tl.static_range(4):
             if GROUP != 0 and chunk * 32 % GROUP == 0:
                 part = (zero, zero, zero, zero)
-            mine = (column * 128 + chunk * 32 + t[:, None] * 8 < K) & (g[:, None] < M)
-            x = four(tl.load(rows + (column * 64 + chunk * 16), mask=mine, other=0), THREADS)
+            mask = (column * 128 + chunk * 32 + t[:, None] * 8 < K) & (g[:, None] < M)
+            x = four(tl.load(rows + (column * 64 + chunk * 16), mask=mask, other=0), THREADS)
             a = code_pairs(w0[chunk], w1[chunk], w2[chunk], dtype)
             part = lane_product(a[0], a[4], a[1], a[5], x[0], x[1], part, dtype)
             part = lane_product(a[2], a[6], a[3], a[7], x[2], x[3], part, dtype)
@@ -159,24 +159,24 @@ def tile_forward(
     n = tile_row * 16 + tl.arange(0, BLOCK_N)
     if GROUP == 0:
         acc *= tl.load(scale_ptr + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
-    at = m.to(tl.int64)[:, None] * N + n[None, :]
-    there = (m < M)[:, None] & (n < N)[None, :]
+    offsets = m.to(tl.int64)[:, None] * N + n[None, :]
+    mask = (m < M)[:, None] & (n < N)[None, :]
     if SPLIT > 1:
-        tl.store(out_ptr + tl.program_id(1).to(tl.int64) * M * N + at, acc, mask=there)
+        tl.store(out_ptr + tl.program_id(1).to(tl.int64) * M * N + offsets, acc, mask=mask)
     else:
         if BIAS:
             acc += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
-        tl.store(out_ptr + at, acc.to(dtype), mask=there)
+        tl.store(out_ptr + offsets, acc.to(dtype), mask=mask)
 
 
 @triton.jit(do_not_specialize=["M"])
 def add_parts(parts_ptr, bias_ptr, out_ptr, M, N, SPLIT: tl.constexpr, BIAS: tl.constexpr, BLOCK: tl.constexpr):
     """out [M, N] = the sum of parts fp32 [SPLIT, M, N] in their order (+ bias)."""
     total = M.to(tl.int64) * N
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     acc = tl.zeros([BLOCK], tl.float32)
     for part in tl.static_range(SPLIT):
-        acc += tl.load(parts_ptr + part * total + at, mask=at < total, other=0.0)
+        acc += tl.load(parts_ptr + part * total + offsets, mask=offsets < total, other=0.0)
     if BIAS:
-        acc += tl.load(bias_ptr + at % N, mask=at < total, other=0.0).to(tl.float32)
-    tl.store(out_ptr + at, acc.to(out_ptr.dtype.element_ty), mask=at < total)
+        acc += tl.load(bias_ptr + offsets % N, mask=offsets < total, other=0.0).to(tl.float32)
+    tl.store(out_ptr + offsets, acc.to(out_ptr.dtype.element_ty), mask=offsets < total)

@@ -46,7 +46,12 @@ def packed_shape(rows: int, columns: int) -> tuple[int, ...]:
 
 
 def pack_int6(codes: Tensor) -> Tensor:
-    """codes int8 [N, K] in [-31, 31] -> int32 tiles in the layout above, on the codes' device. ValueError otherwise."""
+    """`codes` int8 [N, K] in [-31, 31] -> int32 tiles of :func:`packed_shape` in the layout above, on one device.
+
+    ValueError: any other code, shape or dtype, or N or K of 0.
+
+    Example: packed = pack_int6(codes)
+    """
     if codes.dtype != torch.int8 or codes.dim() != 2 or 0 in codes.shape:
         raise ValueError(f"codes are {codes.dtype} {list(codes.shape)}; packing takes int8 [N, K], neither of them 0")
     outside = (codes < -CODE_MAX) | (codes > CODE_MAX)
@@ -65,7 +70,12 @@ def pack_int6(codes: Tensor) -> Tensor:
 
 
 def unpack_int6(packed: Tensor, shape: tuple[int, int]) -> Tensor:
-    """int32 tiles -> codes int8 [N, K], the inverse of :func:`pack_int6`."""
+    """`packed` int32 tiles -> codes int8 [N, K] of `shape` (N, K), the inverse of :func:`pack_int6`.
+
+    ValueError: another dtype, or a shape that is not :func:`packed_shape`'s.
+
+    Example: codes = unpack_int6(pack_int6(codes), (128, 64))
+    """
     wanted = packed_shape(*shape)
     if packed.dtype != torch.int32 or tuple(packed.shape) != wanted:
         found = f"{packed.dtype} {list(packed.shape)}"
@@ -81,9 +91,12 @@ def unpack_int6(packed: Tensor, shape: tuple[int, int]) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Int6Matrix:
-    """A weight [N, K] at six bits a weight, in the layout that the kernels read. ValueError if its parts do not fit.
+    """A weight [N, K] at six bits a weight, in the layout that the kernels read.
 
     Both parts are contiguous: the kernels read them by their place.
+    ValueError: parts of other shapes, dtypes or strides, another version of the layout.
+
+    Example: matrix = Int6Matrix(pack_int6(codes), scales, (128, 64))
     """
 
     packed: Tensor
@@ -142,9 +155,12 @@ class Int6Matrix:
 def quantize_int6(
     weight: Tensor, group_size: int | None = None, clip: float | None = None, second_moment: Tensor | None = None
 ) -> Int6Matrix:
-    """weight [N, K] -> codes and scales by :func:`quantize_int6_ref`, packed, all on the weight's device.
+    """`weight` [N, K] -> codes and scales by :func:`quantize_int6_ref`, packed, all on the weight's device.
 
-    The result has no gradient, and may be trained through even where it was made in inference mode.
+    `group_size`, `clip` and `second_moment` are those of :func:`quantize_int6_ref`, and so are the errors (ValueError).
+    The result has no gradient, and may be trained through even if it was made in inference mode.
+
+    Example: matrix = quantize_int6(weight)
     """
     with torch.inference_mode(False):
         codes, scale = quantize_int6_ref(weight, clip, group_size, second_moment)

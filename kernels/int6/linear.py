@@ -55,11 +55,17 @@ _INSTEAD = (
 
 
 class Int6Linear(nn.Module):
-    """out = x W_hat^T + bias. Buffers: packed int32 tiles, scale fp16 or fp32, and `layout`, the version of the tiles.
+    """out = x W_hat^T + bias, x [..., in_features] -> [..., out_features] in x's dtype: bfloat16, float16 or float32.
 
-    `group_size` None is one scale a row, 32, 64 or 128 one for so many inputs. The bias is a parameter in `dtype`.
-    `weight` is no parameter: what is not trained has no gradient and no optimizer state. `dtype` is that of the weight
-    that this stands for; casts of the module change it. Under autocast x is cast as nn.Linear would cast it.
+    Buffers: packed int32 tiles, scale fp16 or fp32, and `layout`, the version of the tiles. `group_size` None is one
+    scale a row, 32, 64 or 128 one for so many inputs. The bias is a parameter in `dtype`. `weight` is no parameter:
+    what is not trained has no gradient and no optimizer state. x and the bias get gradients. `dtype` is that of the
+    weight that this stands for; casts of the module change it. Under autocast x is cast as nn.Linear would cast it.
+
+    ValueError: a group size that does not divide in_features, a state dict of another layout, shape or dtype, or with a
+    dense weight.
+
+    Example: out = Int6Linear.from_linear(torch.nn.Linear(64, 128))(x)
     """
 
     def __init__(

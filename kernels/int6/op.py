@@ -111,9 +111,9 @@ def pick_config_dx(
 
 
 def _wide(M: int, features: int, contraction: int, loads: int) -> Int6Config | None:
-    """The wide kernel for a result [M, features], split so that there are at most 132 blocks; None where it is no use.
+    """The wide kernel for a result [M, features], split into at most 132 blocks; None where it is no use.
 
-    TMA copies rows of a multiple of 16 bytes. Smaller weights were not measured: there little is lost by dequantising.
+    TMA copies rows of a multiple of 16 bytes. Smaller weights were not measured: dequantising those costs little.
     """
     if features % 8 or contraction % 8 or features * contraction < 1 << 24:
         return None
@@ -123,15 +123,24 @@ def _wide(M: int, features: int, contraction: int, loads: int) -> Int6Config | N
 
 
 def int6_linear_ref(x: Tensor, weight: Int6Matrix, bias: Tensor | None = None) -> Tensor:
-    """The plain statement: dequantise to x's dtype, then a linear."""
+    """`x` [..., K] by `weight` [N, K] -> [..., N]: dequantise to x's dtype, then a linear with `bias` [N] or None.
+
+    Autograd gives the gradients of x and bias.
+
+    Example: out = int6_linear_ref(x, matrix)
+    """
     return F.linear(x, weight.dequantize(x.dtype), bias)
 
 
 def int6_linear(x: Tensor, weight: Int6Matrix, bias: Tensor | None = None, backend: Backend | None = None) -> Tensor:
-    """x [..., K] -> [..., N] in x's dtype; differentiable in x and bias.
+    """`x` [..., K] by `weight` [N, K] -> x W_hat^T + bias [..., N], in x's dtype: bfloat16, float16 or float32.
 
-    `backend` "reference" or "triton" overrides the choice by device: kernels on CUDA, plain PyTorch elsewhere.
-    ValueError: another K, dtype or device, a bias that is not [N] in x's dtype.
+    `bias` is [N] in x's dtype, or None. x and bias get gradients; the weight has none.
+
+    `backend` is "reference" or "triton"; None takes the reference on a CPU and the kernel on a GPU.
+    ValueError: another K, dtype, device or backend, a bias that is not [N] in x's dtype.
+
+    Example: out = int6_linear(x, matrix)
     """
     rows, columns = weight.shape
     if x.dim() == 0 or x.size(-1) != columns or x.dtype not in DTYPES:
@@ -147,7 +156,15 @@ def int6_linear(x: Tensor, weight: Int6Matrix, bias: Tensor | None = None, backe
 
 
 def int6_linear_dx(dout: Tensor, weight: Int6Matrix, backend: Backend | None = None) -> Tensor:
-    """dout [..., N] -> dx [..., K] in dout's dtype: what the backward of `int6_linear` computes."""
+    """`dout` [..., N] by `weight` [N, K] -> dx [..., K] in dout's dtype: the backward of :func:`int6_linear`.
+
+    dout is bfloat16, float16 or float32. The kernel has no gradient of its own.
+
+    `backend` is "reference" or "triton"; None takes the reference on a CPU and the kernel on a GPU.
+    ValueError: another N, dtype, device or backend.
+
+    Example: dx = int6_linear_dx(dout, matrix)
+    """
     rows, columns = weight.shape
     if dout.dim() == 0 or dout.size(-1) != rows or dout.dtype not in DTYPES:
         raise ValueError(f"dout is {dout.dtype} {list(dout.shape)}; this weight takes bf16, fp16 or fp32 [..., {rows}]")

@@ -36,8 +36,8 @@ GROUP_SIZES = (32, 64, 128)
 """Inputs that may share a scale; without groups a row has one."""
 
 SMALLEST_FP16_SCALE = 2.0**-19
-"""The smallest scale stored in fp16. Its steps are 1/32 of this value there, finer than the search's; below it coarser,
-until rows vanish at 2^-25."""
+"""The smallest scale stored in fp16. At this value its steps are 1/32 of it, finer than the search's; below they are
+coarser, until rows vanish at 2^-25."""
 
 SMALLEST_SCALE = 2.0**-126
 """The smallest scale but 0."""
@@ -63,15 +63,18 @@ def quantize_int6_ref(
 ) -> tuple[Tensor, Tensor]:
     """weight [N, K] -> codes int8 [N, K], scale fp16 or fp32 [N] or [N, K/group_size]. Neither has a gradient.
 
-    `clip` None searches the scale of least error for each row or group; a number fixes scale = clip * rms for all.
-    `second_moment` [K] weights the errors: the mean square of each input of the linear, or any importance of it.
+    `weight` has any float dtype. `clip` None searches the scale of least error for each row or group; a number fixes
+    scale = clip * rms for all. `group_size` is 32, 64 or 128 inputs a scale; None is one scale a row. `second_moment`
+    [K] weights the errors: the mean square of each input of the linear, or any importance of it.
 
     ValueError: another shape, a clip that is not a positive number, a weight that is not finite, a scale beyond fp16, a
     group size that is not 32, 64 or 128 or does not divide K, a second moment of another shape or below 0, or beside a
     fixed clip.
+
+    Example: codes, scales = quantize_int6_ref(weight, group_size=32)
     """
-    if weight.dim() != 2 or weight.size(1) == 0:
-        raise ValueError(f"weight has shape {list(weight.shape)}; int6 takes [N, K] with K at least 1")
+    if weight.dim() != 2 or weight.numel() == 0:
+        raise ValueError(f"weight has shape {list(weight.shape)}; int6 takes [N, K] with N and K at least 1")
     if not weight.is_floating_point():
         raise ValueError(f"weight is {weight.dtype}; int6 takes a floating-point weight")
     if weight.is_meta:
@@ -163,7 +166,10 @@ def relative_error(weight: Tensor, codes: Tensor, scale: Tensor, second_moment: 
 
 
 def dequantize_int6_ref(codes: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """codes int8 [N, K], scale fp16 or fp32 [N] or [N, groups] -> w_hat [N, K] in `dtype`."""
+    """`codes` int8 [N, K] and `scale` fp16 or fp32, [N] or [N, groups] -> w_hat [N, K] in `dtype`. No gradient.
+
+    Example: w_hat = dequantize_int6_ref(codes, scales)
+    """
     groups = scale.view(codes.size(0), -1, 1).float()
     return (codes.unflatten(1, (groups.size(1), -1)).float() * groups).flatten(1).to(dtype)
 
@@ -174,7 +180,12 @@ def packed_words(columns: int) -> int:
 
 
 def pack_int6_ref(codes: Tensor) -> Tensor:
-    """codes int8 [..., K] in [-31, 31] -> int32 [..., W] in the layout above. ValueError for any other code."""
+    """`codes` int8 [..., K] in [-31, 31] -> int32 [..., W], W = 6 * ceil(K / 32), in the layout above.
+
+    ValueError: any other code, dtype, or K = 0.
+
+    Example: packed = pack_int6_ref(codes)
+    """
     if codes.dtype != torch.int8 or codes.dim() == 0 or codes.size(-1) == 0:
         raise ValueError(f"codes are {codes.dtype} {list(codes.shape)}; packing takes int8 [..., K] with K at least 1")
     outside = (codes < -CODE_MAX) | (codes > CODE_MAX)
@@ -189,7 +200,12 @@ def pack_int6_ref(codes: Tensor) -> Tensor:
 
 
 def unpack_int6_ref(packed: Tensor, columns: int) -> Tensor:
-    """int32 [..., W] -> codes int8 [..., columns], the inverse of :func:`pack_int6_ref`."""
+    """`packed` int32 [..., W] -> codes int8 [..., columns], the inverse of :func:`pack_int6_ref`.
+
+    ValueError: another dtype, or a W that `columns` does not give.
+
+    Example: codes = unpack_int6_ref(pack_int6_ref(codes), columns=64)
+    """
     if packed.dtype != torch.int32 or columns < 1 or packed.dim() == 0 or packed.size(-1) != packed_words(columns):
         wanted = f"int32 [..., {packed_words(columns)}]"
         raise ValueError(f"packed is {packed.dtype} {list(packed.shape)}; {columns} columns take {wanted}")
@@ -202,7 +218,10 @@ def unpack_int6_ref(packed: Tensor, columns: int) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Int6Weight:
-    """A matrix [N, K] at six bits a weight."""
+    """A matrix [N, K] at six bits a weight, in packed rows: what an artifact stores. Nothing is checked.
+
+    Example: rows = Int6Weight(pack_int6_ref(codes), scales, (128, 64))
+    """
 
     packed: Tensor
     """int32 [N, 6 * ceil(K/32)]"""

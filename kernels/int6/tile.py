@@ -110,11 +110,11 @@ def four(words, THREADS: tl.constexpr):
 
 
 @triton.jit
-def tile_words(at, there):
+def tile_words(pointers, mask):
     """A lane's twelve words of a tile in three loads of 16 bytes; none is read twice, so none need stay in cache."""
-    w0 = tl.load(at, mask=there, other=0, eviction_policy="evict_first")
-    w1 = tl.load(at + 128, mask=there, other=0, eviction_policy="evict_first")
-    w2 = tl.load(at + 256, mask=there, other=0, eviction_policy="evict_first")
+    w0 = tl.load(pointers, mask=mask, other=0, eviction_policy="evict_first")
+    w1 = tl.load(pointers + 128, mask=mask, other=0, eviction_policy="evict_first")
+    w2 = tl.load(pointers + 256, mask=mask, other=0, eviction_policy="evict_first")
     return w0, w1, w2
 
 
@@ -144,12 +144,12 @@ def field_pairs(w0, w1, w2):
 def load_triples(packed_ptr, first, tile_rows, column, tile_columns, R: tl.constexpr):
     """The words of R tiles, one above the other, at tile row `first` and tile column `column`: three of [R, 32, 4]."""
     row = first + tl.arange(0, R)
-    at = (row.to(tl.int64) * tile_columns + column)[:, None, None] * 384
-    at += tl.arange(0, 32)[None, :, None] * 4 + tl.arange(0, 4)[None, None, :]
-    there = (row < tile_rows)[:, None, None]
-    w0 = tl.load(packed_ptr + at, mask=there, other=0)
-    w1 = tl.load(packed_ptr + at + 128, mask=there, other=0)
-    w2 = tl.load(packed_ptr + at + 256, mask=there, other=0)
+    offsets = (row.to(tl.int64) * tile_columns + column)[:, None, None] * 384
+    offsets += tl.arange(0, 32)[None, :, None] * 4 + tl.arange(0, 4)[None, None, :]
+    mask = (row < tile_rows)[:, None, None]
+    w0 = tl.load(packed_ptr + offsets, mask=mask, other=0)
+    w1 = tl.load(packed_ptr + offsets + 128, mask=mask, other=0)
+    w2 = tl.load(packed_ptr + offsets + 256, mask=mask, other=0)
     return w0, w1, w2
 
 
@@ -165,9 +165,9 @@ def load_scales(scale_ptr, first, column, N, groups, GROUP: tl.constexpr, R: tl.
         lower = tl.load(scale_ptr + row + 8, mask=row + 8 < N, other=0.0)
     else:
         group = column * (128 // GROUP) + (tl.arange(0, 4) * 32 // GROUP)[None, None, :]
-        at = scale_ptr + row.to(tl.int64) * groups + group
-        upper = tl.load(at, mask=(row < N) & (group < groups), other=0.0)
-        lower = tl.load(at + 8 * groups, mask=(row + 8 < N) & (group < groups), other=0.0)
+        pointers = scale_ptr + row.to(tl.int64) * groups + group
+        upper = tl.load(pointers, mask=(row < N) & (group < groups), other=0.0)
+        lower = tl.load(pointers + 8 * groups, mask=(row + 8 < N) & (group < groups), other=0.0)
     return upper.to(tl.float32), lower.to(tl.float32)
 
 

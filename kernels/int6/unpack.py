@@ -52,24 +52,24 @@ def items_of_this_program(items):
 
 
 @gluon.jit
-def following(item, at, length):
-    """The place after `at` in this program's items, each of `length` places."""
-    ends = at + 1 == length
-    return gl.where(ends, item + gl.num_programs(0), item), gl.where(ends, 0, at + 1)
+def following(item, position, length):
+    """(item, position) after `position` of `item` among this program's items, each of `length` positions."""
+    ends = position + 1 == length
+    return gl.where(ends, item + gl.num_programs(0), item), gl.where(ends, 0, position + 1)
 
 
 @gluon.jit
-def fetch(words_desc, scale_desc, ready, words, scales, slot, f, load, there, BACKWARD: gl.constexpr):
+def fetch(words_desc, scale_desc, ready, words, scales, slot, f, load, pred, BACKWARD: gl.constexpr):
     """Starts the copy of a load's words (and, backward, of its rows' scales) to a slot."""
     row = load * TILES if BACKWARD else f * TILES
     column = f if BACKWARD else load
-    mbarrier.expect(ready.index(slot), LOAD_BYTES + 256 if BACKWARD else LOAD_BYTES, pred=there)
+    mbarrier.expect(ready.index(slot), LOAD_BYTES + 256 if BACKWARD else LOAD_BYTES, pred=pred)
     for word in gl.static_range(3):
         tma.async_copy_global_to_shared(
-            words_desc, [row, column * 384 + word * 128], ready.index(slot), words.index(slot * 3 + word), pred=there
+            words_desc, [row, column * 384 + word * 128], ready.index(slot), words.index(slot * 3 + word), pred=pred
         )
     if BACKWARD:
-        tma.async_copy_global_to_shared(scale_desc, [0, row * 16], ready.index(slot), scales.index(slot), pred=there)
+        tma.async_copy_global_to_shared(scale_desc, [0, row * 16], ready.index(slot), scales.index(slot), pred=pred)
 
 
 @gluon.jit
@@ -179,11 +179,13 @@ def unpack(
     odd = gl.zeros([TILES, 32, 4], gl.int32, L) + (lane // 4 % 2)[None, :, None] != 0
     total = items_of_this_program(blocks_f * blocks_m * SPLIT) * loads
     item = gl.program_id(0)
-    at = 0  # of the item: the load to fetch next
+    position = 0  # of the item: the load to fetch next
     f, _, share = block_of(item, blocks_f, blocks_m, SPLIT, GROUP_M)
     for early in gl.static_range(SLOTS):
-        fetch(words_desc, scale_desc, fetched, words, scales, early, f, share * loads + at, early < total, BACKWARD)
-        item, at = following(item, at, loads)
+        fetch(
+            words_desc, scale_desc, fetched, words, scales, early, f, share * loads + position, early < total, BACKWARD
+        )
+        item, position = following(item, position, loads)
         f, _, share = block_of(item, blocks_f, blocks_m, SPLIT, GROUP_M)
     for load in range(total):
         slot = load % SLOTS
@@ -208,6 +210,6 @@ def unpack(
             mbarrier.arrive(unpacked.index(stage))
         # The barrier of that arrival says that every lane has read the slot.
         more = load + SLOTS < total
-        fetch(words_desc, scale_desc, fetched, words, scales, slot, f, share * loads + at, more, BACKWARD)
-        item, at = following(item, at, loads)
+        fetch(words_desc, scale_desc, fetched, words, scales, slot, f, share * loads + position, more, BACKWARD)
+        item, position = following(item, position, loads)
         f, _, share = block_of(item, blocks_f, blocks_m, SPLIT, GROUP_M)

@@ -111,9 +111,9 @@ def multiply(
             if SPLIT > 1:
                 row = first + gl.arange(0, SLICE, gl.SliceLayout(0, PART))
                 column = f * BLOCK_F + gl.arange(0, BLOCK_F, gl.SliceLayout(1, PART))
-                at = ((share * M + row) * F)[None, :] + column[:, None]
+                offsets = ((share * M + row) * F)[None, :] + column[:, None]
                 part = gl.convert_layout(parts[i], PART, assert_trivial=True)
-                gl.store(parts_ptr + at, part, mask=(row < M)[None, :] & (column < F)[:, None])
+                gl.store(parts_ptr + offsets, part, mask=(row < M)[None, :] & (column < F)[:, None])
             else:
                 tma.store_wait(0)
                 output.permute((1, 0)).store(parts[i].to(output.dtype))

@@ -1,4 +1,4 @@
-"""The plain statement, the registered ops, their autograd, and the public function."""
+"""The reference, the registered ops, their autograd, and the public function."""
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -8,15 +8,23 @@ from .product import DTYPES, launch_product
 
 
 def linear_ref(x: Tensor, weight: Tensor) -> Tensor:
-    """x W^T, summed in fp32 by the GEMM."""
+    """`x` [..., K] by `weight` [N, K] -> x W^T [..., N], by PyTorch's GEMM.
+
+    Both are of one float dtype, and both get gradients.
+
+    Example: out = linear_ref(x, weight)
+    """
     return F.linear(x, weight)
 
 
 def linear(x: Tensor, weight: Tensor, *, backend: str | None = None) -> Tensor:
-    """x [..., K] by weight [N, K] -> x W^T [..., N]; gradients of what requires one.
+    """`x` [..., K] by `weight` [N, K] -> x W^T [..., N], all of one dtype. Both get gradients.
 
-    `backend` is "reference" or "triton"; left out, CPU tensors take the reference and CUDA tensors the kernel, which
-    wants one dtype of bf16, fp16 and fp32. The kernel copies operands whose rows are not at multiples of 16 bytes.
+    `backend` is "reference" or "triton"; None takes the reference on a CPU and the kernel on a GPU. The kernel takes
+    bfloat16, float16 or float32. It copies operands whose rows are not at multiples of 16 bytes.
+    ValueError: other shapes, dtypes or backends, operands of several dtypes or devices.
+
+    Example: out = linear(x, weight)
     """
     if weight.dim() != 2 or not x.dim() or x.size(-1) != weight.size(1):
         raise ValueError(f"x is {list(x.shape)} and weight {list(weight.shape)}; wanted: [..., K] and [N, K]")
@@ -67,12 +75,12 @@ def runs_kernel(backend: str | None, **operands: Tensor) -> bool:
     """Whether the kernel runs, and not the reference; raises ValueError on what neither takes, or the kernel."""
     if backend not in (None, "reference", "triton"):
         raise ValueError(f"backend is {backend!r}; allowed: None, 'reference', 'triton'")
-    told = ", ".join(f"{name} is {tensor.dtype} on {tensor.device}" for name, tensor in operands.items())
+    given = ", ".join(f"{name} is {tensor.dtype} on {tensor.device}" for name, tensor in operands.items())
     if len({(tensor.dtype, tensor.device) for tensor in operands.values()}) > 1:
-        raise ValueError(f"{told}; all must have one dtype and one device")
+        raise ValueError(f"{given}; all must have one dtype and one device")
     first = next(iter(operands.values()))
     if backend == "reference" or (backend is None and first.device.type == "cpu"):
         return False
     if first.dtype not in DTYPES:
-        raise ValueError(f"{told}; the kernel wants bfloat16, float16 or float32")
+        raise ValueError(f"{given}; the kernel wants bfloat16, float16 or float32")
     return True

@@ -14,11 +14,11 @@ from ..tile import halves, is_aligned, multiprocessors, tiled
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 STORE, SQUARE, SLOPE, HEADS = "store", "square", "slope", "heads"
-"""Endings of a tile: as it is; relu(tile)^2; the tile times the slope of relu(u)^2; heads normed and rotated."""
+"""Epilogues of a tile: as it is; relu(tile)^2; the tile times the slope of relu(u)^2; heads normed and rotated."""
 
 
 class Heads(NamedTuple):
-    """What the ending "heads" does to the first columns of a product: each head normed, rotated and times its gain.
+    """What the epilogue "heads" does to the first columns of a product: each head normed, rotated and times its gain.
 
     Columns are `queries` heads, `keys` heads, and others that stay as they are. Row r stands at position r mod S.
     """
@@ -65,11 +65,11 @@ SLOPE_TILE = Tile(128, 128, 64, 4, 8, 3, programs=2)
 FP32_TILE = Tile(64, 64, 16, 1, 8, 2)  # no tensor cores: what does not spill; alone, for its sums depend on block_k
 
 
-def pick_tile(dtype: torch.dtype, ending: str, rows: int, outputs: int, processors: int, head_dim: int = 0) -> Tile:
+def pick_tile(dtype: torch.dtype, epilogue: str, rows: int, outputs: int, processors: int, head_dim: int = 0) -> Tile:
     """The tile with which the busiest multiprocessor is done first, of those that hold a whole head."""
     if dtype == torch.float32:
         return FP32_TILE
-    if ending == SLOPE:
+    if epilogue == SLOPE:
         return SLOPE_TILE
     wide = [tile for tile in TILES if tile.block_n >= head_dim]
     return min(wide, key=lambda tile: triton.cdiv(tile_count(tile, rows, outputs), processors) * tile.cost)
@@ -129,15 +129,15 @@ def _finish_heads(
 
 
 @triton.jit
-def _finish(out_d, kept_d, tile, m, n, ENDING: tl.constexpr):
+def _finish(out_d, kept_d, tile, m, n, EPILOGUE: tl.constexpr):
     """Ends a piece of a tile and stores it, rounded."""
     tile = tile.to(tl.float32)
-    if ENDING == "square":
+    if EPILOGUE == "square":
         if kept_d is not None:
             kept_d.store([m, n], tile.to(kept_d.dtype))
         tile = _relu(tile)
         tile *= tile
-    elif ENDING == "slope":
+    elif EPILOGUE == "slope":
         kept = kept_d.load([m, n]).to(tl.float32)
         if kept_d.dtype == tl.float16:
             relu = _relu(kept)
@@ -151,22 +151,22 @@ def _finish(out_d, kept_d, tile, m, n, ENDING: tl.constexpr):
 
 @triton.jit
 def _finish_pieces(
-    out_d, kept_d, tile, m, n, M: tl.constexpr, N: tl.constexpr, PIECES: tl.constexpr, ENDING: tl.constexpr
+    out_d, kept_d, tile, m, n, M: tl.constexpr, N: tl.constexpr, PIECES: tl.constexpr, EPILOGUE: tl.constexpr
 ):
     """`tile` [M, N] leaves in `PIECES` side by side: less shared memory at a time."""
     if PIECES == 1:
-        _finish(out_d, kept_d, tile, m, n, ENDING)
+        _finish(out_d, kept_d, tile, m, n, EPILOGUE)
     else:
         left, right = halves(tile, M, N)
-        _finish_pieces(out_d, kept_d, left, m, n, M, N // 2, PIECES // 2, ENDING)
-        _finish_pieces(out_d, kept_d, right, m, n + N // 2, M, N // 2, PIECES // 2, ENDING)
+        _finish_pieces(out_d, kept_d, left, m, n, M, N // 2, PIECES // 2, EPILOGUE)
+        _finish_pieces(out_d, kept_d, right, m, n + N // 2, M, N // 2, PIECES // 2, EPILOGUE)
 
 
 @triton.jit(do_not_specialize=["TILES", "S", "ROWS"])
 def _product_kernel(
     x_d, w_d, out_d, kept_d, cos_ptr, sin_ptr, gain_ptr, rstd_ptr, TILES, S, ROWS,
     N: tl.constexpr, K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PIECES: tl.constexpr,
-    TRANSPOSED: tl.constexpr, ENDING: tl.constexpr, HEAD: tl.constexpr, Q: tl.constexpr, G: tl.constexpr,
+    TRANSPOSED: tl.constexpr, EPILOGUE: tl.constexpr, HEAD: tl.constexpr, Q: tl.constexpr, G: tl.constexpr,
     EPS: tl.constexpr,
 ):  # fmt: skip
     """A program walks tiles [BM rows, BN outputs] in one loop over all steps of all its tiles, so that the loads of a
@@ -189,12 +189,12 @@ def _product_kernel(
         else:
             acc = _add_product(acc, x, w_d.load([n, step * BK]).T)
         if step == STEPS - 1:
-            if ENDING == "heads":
-                at = ((m + tl.arange(0, BM)) % S)[:, None] * (HEAD // 2) + tl.arange(0, HEAD // 2)[None, :]
-                cos, sin = tl.load(cos_ptr + at), tl.load(sin_ptr + at)
+            if EPILOGUE == "heads":
+                offsets = ((m + tl.arange(0, BM)) % S)[:, None] * (HEAD // 2) + tl.arange(0, HEAD // 2)[None, :]
+                cos, sin = tl.load(cos_ptr + offsets), tl.load(sin_ptr + offsets)
                 _finish_heads(out_d, acc, m, n, cos, sin, gain_ptr, rstd_ptr, ROWS, BM, BN, HEAD, Q, G, EPS)
             else:
-                _finish_pieces(out_d, kept_d, acc, m, n, BM, BN, PIECES, ENDING)
+                _finish_pieces(out_d, kept_d, acc, m, n, BM, BN, PIECES, EPILOGUE)
             acc = tl.zeros((BM, BN), acc.dtype)
 
 
@@ -202,36 +202,36 @@ def launch_product(
     x: Tensor,
     weight: Tensor,
     transposed: bool = False,
-    ending: str = STORE,
+    epilogue: str = STORE,
     kept: Tensor | None = None,
     heads: Heads | None = None,
 ) -> Tensor:
     """x [..., K] by weight [N, K] (`transposed`: [K, N]) -> [..., N].
 
-    `kept` [..., N] is for the endings. "square" writes the tile itself there, if it is given; "slope" reads relu(u)^2
-    there, or u in fp16. `heads` is for the ending "heads".
+    `kept` [..., N] is for two epilogues: "square" writes the tile itself to it, if it is given; "slope" reads relu(u)^2
+    from it, or u in fp16. `heads` is for the epilogue "heads".
     """
     outputs, inputs = weight.shape[::-1] if transposed else weight.shape
     shape = *x.shape[:-1], outputs
     if not x.numel() or not weight.numel():
         return x.new_zeros(shape)
-    result = x.new_empty(shape)  # what is returned is no view: autograd lets nobody change a view of ours in place
+    result = x.new_empty(shape)  # not a view: autograd refuses an in-place change of a view that an op returned
     x = aligned_rows(x.reshape(-1, inputs))
     rows, processors = x.size(0), multiprocessors(x.device)
     cos, sin, gain, rstd, queries, keys, head_dim = heads or (None, None, None, None, 0, 0, 0)
-    tile = pick_tile(x.dtype, ending, rows, outputs, processors, head_dim)
+    tile = pick_tile(x.dtype, epilogue, rows, outputs, processors, head_dim)
     tiles = tile_count(tile, rows, outputs)
     flat = result.view(rows, outputs)
     out = flat if is_aligned(flat) else empty_rows(x, rows, outputs)
     if kept is not None:
-        kept = aligned_rows(kept.reshape(-1, outputs)) if ending == SLOPE else kept
+        kept = aligned_rows(kept.reshape(-1, outputs)) if epilogue == SLOPE else kept
     m, n, k, piece = tile.block_m, tile.block_n, tile.block_k, tile.block_n // tile.pieces
     piece = head_dim // 2 or piece
     length = 1 if cos is None else len(cos)
     _product_kernel[(min(processors * tile.programs, tiles),)](
         tiled(x, m, k), tiled(aligned_rows(weight), *((k, n) if transposed else (n, k))), tiled(out, m, piece),
         None if kept is None else tiled(kept, m, piece), cos, sin, gain, rstd, tiles, length, rows,
-        N=outputs, K=inputs, BM=m, BN=n, BK=k, PIECES=tile.pieces, TRANSPOSED=transposed, ENDING=ending,
+        N=outputs, K=inputs, BM=m, BN=n, BK=k, PIECES=tile.pieces, TRANSPOSED=transposed, EPILOGUE=epilogue,
         HEAD=head_dim, Q=queries, G=keys, EPS=EPS,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip

@@ -17,19 +17,20 @@ batch.
 
 The forward takes a block of tokens through the whole vocabulary, tile by tile, and keeps the logits on the chip. As
 |l| <= c / T, exp(l) needs no running maximum (up to c / T = 60, in 16 bits): a tile of
-E = exp(l) (1 - tanh^2) / T is final up to a row factor when the tile is, and in bf16, whose range holds it, it is
-stored as such: dz = dnll * exp(-logsumexp) * E, with the target's element replaced by that of p - 1, whose rounding,
-the largest of its row, goes into the row factor. The gradients are products with E, scaled in their epilogues, and
-nothing of [B, S, V] but E is ever in memory (2 bytes a logit, for as long as a gradient is wanted; without one nothing
-is kept). Other dtypes and caps take a second sweep that normalises E.
+E = exp(l) (1 - tanh^2) / T is final up to a row factor when the tile is. bf16, whose range holds it, stores it as such:
+dz = dnll * exp(-logsumexp) * E. The target's element is replaced by that of p - 1. Its rounding, the largest of its
+row, goes into the row factor. The gradients are products with E, scaled in their epilogues. Of [B, S, V] only E is ever
+in memory: 2 bytes a logit, for as long as a gradient is wanted; without one nothing is kept. Other dtypes and caps take
+a second sweep that normalises E.
 
 FLOPs: 2 B S V D for each of forward, dh and dW; 2 B S R (D + V) for each of forward, dh and the adapters' gradients.
 Bytes, bf16: h twice, E written once and read twice (dh, dB; dW), dh once.
 
-Slot -1 is no adapter; one past the pool is none either, and nobody's gradient. A slot named twice sums its gradients in
-the order of the rows. A target outside [0, V) is not scored: nll 0, no gradient; :func:`check_targets` finds those that
-are not -100. Refused: D that is no multiple of 16, ranks over 64, a softcap or temperature that is not above 0. Hu et
-al. 2021 (adapters); Moshier's Cephes (tanh).
+Slot -1, or one past the pool, is no adapter and gets no gradient. A slot named twice sums its gradients in the order of
+the rows. A target outside [0, V) is not scored: nll 0, no gradient. :func:`check_targets` finds those that are not
+-100. Refused: D that is not a multiple of 16, ranks over 64, a softcap or temperature that is not above 0.
+
+Hu et al. 2021 (adapters); Moshier's Cephes (tanh).
 """
 
 from typing import TYPE_CHECKING

@@ -7,11 +7,11 @@ from ..dot import multiply_add
 
 
 @triton.jit
-def _row_factor(dnll_ptr, lse_ptr, at, mask):
+def _row_factor(dnll_ptr, lse_ptr, offsets, mask):
     """What a row of E has to be multiplied by: dnll, and exp(-lse) where E is not normalised (lse_ptr given)."""
-    factor = tl.load(dnll_ptr + at, mask=mask, other=0.0)
+    factor = tl.load(dnll_ptr + offsets, mask=mask, other=0.0)
     if lse_ptr is not None:
-        factor *= tl.exp(-tl.load(lse_ptr + at, mask=mask, other=0.0))
+        factor *= tl.exp(-tl.load(lse_ptr + offsets, mask=mask, other=0.0))
     return factor
 
 
@@ -20,10 +20,10 @@ def scale_rows(h_ptr, dnll_ptr, lse_ptr, out_ptr, rows, D: tl.constexpr, N: tl.c
     """out = factor * h, BLOCK rows [D] a program."""
     row, column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, N)
     factor = _row_factor(dnll_ptr, lse_ptr, row, row < rows)
-    at = row.to(tl.int64)[:, None] * D + column[None, :]
-    inside = (row < rows)[:, None] & (column < D)[None, :]
-    h = tl.load(h_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out_ptr + at, (h * factor[:, None]).to(out_ptr.dtype.element_ty), mask=inside)
+    offsets = row.to(tl.int64)[:, None] * D + column[None, :]
+    mask = (row < rows)[:, None] & (column < D)[None, :]
+    h = tl.load(h_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out_ptr + offsets, (h * factor[:, None]).to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["S", "slots"])
@@ -52,8 +52,8 @@ def hidden_gradient(
     row = tl.program_id(2)
     first = tl.program_id(1) * BLOCK_S
     token = first + tl.arange(0, BLOCK_S)
-    inside_s = token < S
-    at = row.to(tl.int64) * S + token
+    mask_s = token < S
+    offsets = row.to(tl.int64) * S + token
     d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     dh = tl.zeros((BLOCK_S, BLOCK_D), tl.float32)
     for n in range(0, V, BLOCK_V):
@@ -62,13 +62,13 @@ def hidden_gradient(
     if RANK:
         r = tl.arange(0, RANK_PADDED)
         slot = row.to(tl.int64) if slots_ptr is None else tl.load(slots_ptr + row).to(tl.int64)
-        inside_r = (r < RANK) & (slot >= 0) & (slot < slots)
-        a_at = lora_a_ptr + slot * stride_a + r[:, None] * D + d[None, :]
-        a = tl.load(a_at, mask=inside_r[:, None] & (d < D)[None, :], other=0.0)
-        du = tl.load(du_ptr + at[:, None] * RANK_PADDED + r[None, :], mask=inside_s[:, None], other=0.0)
+        mask_r = (r < RANK) & (slot >= 0) & (slot < slots)
+        a_ptrs = lora_a_ptr + slot * stride_a + r[:, None] * D + d[None, :]
+        a = tl.load(a_ptrs, mask=mask_r[:, None] & (d < D)[None, :], other=0.0)
+        du = tl.load(du_ptr + offsets[:, None] * RANK_PADDED + r[None, :], mask=mask_s[:, None], other=0.0)
         dh = multiply_add(du.to(DTYPE), a.to(DTYPE), dh)
-    dh *= _row_factor(dnll_ptr, lse_ptr, at, inside_s)[:, None]
-    tl.store(dh_ptr + at[:, None] * D + d[None, :], dh.to(DTYPE), mask=inside_s[:, None] & (d < D)[None, :])
+    dh *= _row_factor(dnll_ptr, lse_ptr, offsets, mask_s)[:, None]
+    tl.store(dh_ptr + offsets[:, None] * D + d[None, :], dh.to(DTYPE), mask=mask_s[:, None] & (d < D)[None, :])
 
 
 @triton.jit(do_not_specialize=["B", "S"])
@@ -136,17 +136,17 @@ def adapter_gradient(
         first = row.to(tl.int64) * S
         for start in range(0, S, BLOCK_S):
             token = start + tl.arange(0, BLOCK_S)
-            inside_s = token < S
-            at = first + token
-            x_at = x_row + token.to(tl.int64)[:, None] * stride_s + column[None, :]
-            x = tl.load(x_at, mask=inside_s[:, None] & (column < columns)[None, :], other=0.0)
-            y = tl.load(y_ptr + at[:, None] * RANK_PADDED + r[None, :], mask=inside_s[:, None], other=0.0)
-            y *= _row_factor(dnll_ptr, lse_ptr, at, inside_s)[:, None]
+            mask_s = token < S
+            offsets = first + token
+            x_ptrs = x_row + token.to(tl.int64)[:, None] * stride_s + column[None, :]
+            x = tl.load(x_ptrs, mask=mask_s[:, None] & (column < columns)[None, :], other=0.0)
+            y = tl.load(y_ptr + offsets[:, None] * RANK_PADDED + r[None, :], mask=mask_s[:, None], other=0.0)
+            y *= _row_factor(dnll_ptr, lse_ptr, offsets, mask_s)[:, None]
             acc = multiply_add(x.T, y.to(DTYPE), acc)
         row = B if slots_ptr is None else tl.min(tl.where(names_it & (rows > row), rows, B))
     if FILL or is_named:
-        inside = (column < columns)[:, None] & (r < RANK)[None, :]
+        mask = (column < columns)[:, None] & (r < RANK)[None, :]
         if is_b:
-            tl.store(db_ptr + slot.to(tl.int64) * stride_db + column[:, None] * RANK + r[None, :], acc, mask=inside)
+            tl.store(db_ptr + slot.to(tl.int64) * stride_db + column[:, None] * RANK + r[None, :], acc, mask=mask)
         else:
-            tl.store(da_ptr + slot.to(tl.int64) * stride_da + r[None, :] * D + column[:, None], acc, mask=inside)
+            tl.store(da_ptr + slot.to(tl.int64) * stride_da + r[None, :] * D + column[:, None], acc, mask=mask)

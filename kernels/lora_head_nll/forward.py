@@ -89,13 +89,13 @@ def sweep(
     first = tl.program_id(0) * BLOCK_S
     row = tl.program_id(1)
     token = first + tl.arange(0, BLOCK_S)
-    inside_s = token < S
-    at = row.to(tl.int64) * S + token
+    mask_s = token < S
+    offsets = row.to(tl.int64) * S + token
     v = tl.arange(0, BLOCK_V)
     r = tl.arange(0, RANK_PADDED)
     if RANK:
         slot = row.to(tl.int64) if slots_ptr is None else tl.load(slots_ptr + row).to(tl.int64)
-        inside_r = (r < RANK) & (slot >= 0) & (slot < slots)
+        mask_r = (r < RANK) & (slot >= 0) & (slot < slots)
         lora_a_ptr += slot * stride_a
         lora_b_ptr += slot * stride_b
         u = tl.zeros((BLOCK_S, RANK_PADDED), tl.float32)
@@ -104,21 +104,21 @@ def sweep(
         for k in range(0, D if D > 256 else width, BLOCK_D):
             d = k + tl.arange(0, BLOCK_D)
             h = tl.reshape(h_desc.load([row, first, k]), (BLOCK_S, BLOCK_D))
-            a = tl.load(lora_a_ptr + r[:, None] * D + d[None, :], mask=inside_r[:, None] & (d < D)[None, :], other=0.0)
+            a = tl.load(lora_a_ptr + r[:, None] * D + d[None, :], mask=mask_r[:, None] & (d < D)[None, :], other=0.0)
             u = multiply_add(h, a.to(DTYPE).T, u)
         if KEEP:
-            tl.store(u_ptr + at[:, None] * RANK_PADDED + r[None, :], u, mask=inside_s[:, None])
+            tl.store(u_ptr + offsets[:, None] * RANK_PADDED + r[None, :], u, mask=mask_s[:, None])
         low = u.to(DTYPE)
         du = tl.zeros((BLOCK_S, RANK_PADDED), tl.float32)
-    target = tl.load(targets_ptr + at, mask=inside_s, other=-1)
+    target = tl.load(targets_ptr + offsets, mask=mask_s, other=-1)
     if target.dtype == tl.int64:
         target = tl.where((target >= 0) & (target < V), target, -1).to(tl.int32)
     scored = (target >= 0) & (target < V)
     total = tl.zeros((BLOCK_S,), tl.float32)
     z_target = tl.zeros((BLOCK_S,), tl.float32)
     if HAS_LSE:
-        lse = tl.load(lse_ptr + at, mask=inside_s, other=float("inf"))
-        top = tl.load(top_ptr + at, mask=inside_s, other=0.0)
+        lse = tl.load(lse_ptr + offsets, mask=mask_s, other=float("inf"))
+        top = tl.load(top_ptr + offsets, mask=mask_s, other=0.0)
     else:
         top = tl.full((BLOCK_S,), 0.0 if BOUNDED else float("-inf"), tl.float32)
     for n in range(0, V, BLOCK_V):
@@ -126,10 +126,10 @@ def sweep(
         for k in range(0, D, BLOCK_D):
             h = tl.reshape(h_desc.load([row, first, k]), (BLOCK_S, BLOCK_D))
             z = multiply_add(h, weight_desc.load([n, k]).T, z)
-        inside_v = n + v < V
+        mask_v = n + v < V
         if RANK:
-            b_at = lora_b_ptr + (n + v)[:, None] * RANK + r[None, :]
-            b = tl.load(b_at, mask=inside_v[:, None] & inside_r[None, :], other=0.0).to(DTYPE)
+            b_ptrs = lora_b_ptr + (n + v)[:, None] * RANK + r[None, :]
+            b = tl.load(b_ptrs, mask=mask_v[:, None] & mask_r[None, :], other=0.0).to(DTYPE)
             z = multiply_add(low, b.T, z)
         is_target = (n + v)[None, :] == target[:, None]
         if HAS_LSE:
@@ -141,17 +141,17 @@ def sweep(
             if BOUNDED:
                 p, quarter, _ = _weighted(z, softcap, gain, scale)
                 if V % BLOCK_V:
-                    p = tl.where(inside_v[None, :], p, 0.0)
+                    p = tl.where(mask_v[None, :], p, 0.0)
                 total += tl.sum(p, 1)
                 e = p * quarter
             else:
-                logits = tl.where(inside_v[None, :], _softcap(z, softcap, CAPPED)[0] * gain, float("-inf"))
+                logits = tl.where(mask_v[None, :], _softcap(z, softcap, CAPPED)[0] * gain, float("-inf"))
                 higher = tl.maximum(top, tl.max(logits, 1))
                 total = total * tl.exp(top - higher) + tl.sum(tl.exp(logits - higher[:, None]), 1)
                 top = higher
         if KEEP:
             e = e.to(DTYPE)
-            tl.store(e_ptr + at[:, None] * stride_e + (n + v)[None, :], e, mask=inside_s[:, None] & inside_v[None, :])
+            tl.store(e_ptr + offsets[:, None] * stride_e + (n + v)[None, :], e, mask=mask_s[:, None] & mask_v[None, :])
             if RANK:
                 du = multiply_add(e, b, du)
     if not HAS_LSE:
@@ -161,8 +161,8 @@ def sweep(
         else:
             t, _ = _softcap(z_target, softcap, CAPPED)
             lse = tl.log(total)
-        tl.store(nll_ptr + at, tl.where(scored, lse - (t * gain - top), 0.0), mask=inside_s)
-        tl.store(top_ptr + at, top, mask=inside_s)
+        tl.store(nll_ptr + offsets, tl.where(scored, lse - (t * gain - top), 0.0), mask=mask_s)
+        tl.store(top_ptr + offsets, top, mask=mask_s)
         if KEEP:
             # The target's element gets p - 1 instead of p. It is the largest of its row: the row factor takes what
             # rounding did to it. The barrier keeps its store behind that of its tile.
@@ -172,11 +172,11 @@ def sweep(
             rounding = after.to(tl.float32) / exact
             lse += tl.where(tl.abs(rounding - 1.0) < 0.01, tl.log(rounding), 0.0)
             tl.debug_barrier()
-            tl.store(e_ptr + at * stride_e + target, after, mask=inside_s & scored)
+            tl.store(e_ptr + offsets * stride_e + target, after, mask=mask_s & scored)
             if RANK:
-                b_at = lora_b_ptr + target[:, None] * RANK + r[None, :]
-                b = tl.load(b_at, mask=(inside_s & scored)[:, None] & inside_r[None, :], other=0.0).to(DTYPE)
+                b_ptrs = lora_b_ptr + target[:, None] * RANK + r[None, :]
+                b = tl.load(b_ptrs, mask=(mask_s & scored)[:, None] & mask_r[None, :], other=0.0).to(DTYPE)
                 du += (after.to(tl.float32) - before.to(tl.float32))[:, None] * b.to(tl.float32)
-        tl.store(lse_ptr + at, tl.where(scored, lse, float("inf")), mask=inside_s)
+        tl.store(lse_ptr + offsets, tl.where(scored, lse, float("inf")), mask=mask_s)
     if KEEP and RANK:
-        tl.store(du_ptr + at[:, None] * RANK_PADDED + r[None, :], du, mask=inside_s[:, None])
+        tl.store(du_ptr + offsets[:, None] * RANK_PADDED + r[None, :], du, mask=mask_s[:, None])

@@ -13,7 +13,7 @@ from .forward import sweep
 from .reference import NO_SOFTCAP
 
 LARGEST_LOGIT = 60.0
-"""Up to this softcap / temperature, V * exp(logit) fits fp32 with room to spare, and no maximum has to be tracked."""
+"""Up to this softcap / temperature, V * exp(logit) is far from the limits of fp32, and no maximum has to be tracked."""
 
 
 @dataclass(frozen=True)

@@ -119,7 +119,12 @@ def _(h, weight, lora_a, lora_b, slots, targets, dnll, dlora_a, dlora_b, softcap
 
 
 def check_targets(targets: Tensor, vocabulary: int) -> None:
-    """Raise ValueError unless every target is -100 (not scored) or below `vocabulary`. Reads the device: to debug."""
+    """Raise ValueError unless every one of `targets` is -100 (not scored) or in [0, `vocabulary`).
+
+    It reads the device: for debugging.
+
+    Example: check_targets(targets, vocabulary=50)
+    """
     scored = targets[targets != -100]
     if scored.numel() and not 0 <= int(scored.min()) <= int(scored.max()) < vocabulary:
         raise ValueError(
@@ -130,7 +135,18 @@ def check_targets(targets: Tensor, vocabulary: int) -> None:
 def softcap_nll(
     h: Tensor, weight: Tensor, targets: Tensor, softcap: float, temperature: float = 1.0, *, backend: str | None = None
 ) -> Tensor:
-    """nll fp32 [...] of `targets` [...] for h [..., D] under the head `weight` [V, D]; gradients of h and weight."""
+    """nll fp32 [...] of `targets` int32 or int64 [...] for `h` [..., D] under the head `weight` [V, D] of h's dtype.
+
+    Logits are softcap * tanh(z / softcap) / temperature; `softcap` math.inf is none. A target outside [0, V) gives 0
+    and no gradient. h and weight get gradients.
+
+    `backend` is "reference" or "triton"; None takes the reference on a CPU and the kernel on a GPU. The kernel takes
+    bfloat16, float16 or float32, and a D that is a multiple of 16.
+    ValueError: other shapes, dtypes or backends, a softcap or `temperature` that is not above 0, tensors on several
+    devices.
+
+    Example: nll = softcap_nll(h, head, targets, softcap=30.0)
+    """
     if targets.shape != h.shape[:-1]:
         raise ValueError(f"targets are {list(targets.shape)}; wanted for h {list(h.shape)}: {list(h.shape[:-1])}")
     rows = h.reshape(1, -1, h.size(-1))
@@ -153,8 +169,17 @@ def lora_head_nll(
     *,
     backend: str | None = None,
 ) -> Tensor:
-    """nll fp32 [B, S] of `targets` [B, S] for h [B, S, D], row b adapted by slot slots[b]; gradients of h, weight,
-    lora_a and lora_b.
+    """nll fp32 [B, S] of `targets` int32 or int64 [B, S] for `h` [B, S, D], row b adapted by slot slots[b].
+
+    `weight` is [V, D] in h's dtype; `lora_a` [slots, R, D] and `lora_b` [slots, V, R] have one float dtype, R up to 64.
+    `slots` is int32 or int64 [B]; None takes slot b for row b. A slot outside the pool is no adapter. h, weight, lora_a
+    and lora_b get gradients.
+
+    `softcap`, `temperature` and targets are those of :func:`softcap_nll`. `backend` is "reference" or "triton"; None
+    takes the reference on a CPU and the kernel on a GPU.
+    ValueError: what :func:`softcap_nll` refuses, adapters or slots of another shape or dtype.
+
+    Example: nll = lora_head_nll(h, head, head_a, head_b, targets, softcap=30.0, slots=slots)
     """
     if _takes_reference(h, weight, targets, softcap, temperature, backend, lora_a, lora_b, slots):
         return lora_head_nll_ref(h, weight, lora_a, lora_b, targets, softcap, temperature, slots)
@@ -178,11 +203,16 @@ def lora_head_nll_grads_(
     *,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """nll and dh in one call, for a loss whose gradient dnll fp32 [B, S] to nll is known before; no autograd, and no
-    gradient of `weight`.
+    """(nll fp32 [B, S], dh [B, S, D]) in one call, for a loss whose gradient `dnll` fp32 [B, S] to nll is known before.
 
-    dA and dB are written into `dlora_a` and `dlora_b`, which may be views of a flat pool like the adapters themselves.
-    Slots that no row names keep what they have there.
+    `h`, `weight`, `lora_a`, `lora_b`, `targets`, `softcap`, `temperature` and `slots` are those of
+    :func:`lora_head_nll`. No autograd, and no gradient of weight. dA and dB are written into `dlora_a` and `dlora_b`,
+    which are shaped like the adapters and may be views of a flat pool. Slots that no row names keep their values.
+
+    `backend` is "reference" or "triton"; None takes the reference on a CPU and the kernel on a GPU.
+    ValueError: what :func:`lora_head_nll` refuses, a `dnll` or gradients of another shape, dtype or device.
+
+    Example: nll, dh = lora_head_nll_grads_(h, head, head_a, head_b, targets, dnll, dhead_a, dhead_b, 30.0, slots=slots)
     """
     reference = _takes_reference(h, weight, targets, softcap, temperature, backend, lora_a, lora_b, slots)
     if dnll.shape != targets.shape:
@@ -220,7 +250,7 @@ def _takes_reference(
     lora_b: Tensor | None = None,
     slots: Tensor | None = None,
 ) -> bool:
-    """Whether `backend` means the reference here; raises ValueError where an argument is none that it takes."""
+    """Whether `backend` means the reference; ValueError for arguments that it does not take."""
     if backend not in (None, "reference", "triton"):
         raise ValueError(f"backend is {backend!r}; allowed: None, 'reference', 'triton'")
     reference = backend == "reference" or (backend is None and h.device.type == "cpu")

@@ -1,4 +1,4 @@
-"""The plain PyTorch statement of the head's loss, with and without adapters."""
+"""The reference of the head's loss in PyTorch, with and without adapters."""
 
 import math
 
@@ -13,8 +13,8 @@ NO_SOFTCAP = 2.0**64
 
 
 def check_softcap(softcap: float, temperature: float) -> None:
-    """Raise ValueError where one of them is none that the ops take."""
-    if not (softcap > 0 and 0 < temperature < math.inf):
+    """Raise ValueError for values that the ops do not take."""
+    if softcap is None or not (softcap > 0 and 0 < temperature < math.inf):
         raise ValueError(
             f"softcap is {softcap} and temperature {temperature}; both must be above 0, and temperature finite; "
             "softcap=math.inf is no softcap"
@@ -22,14 +22,26 @@ def check_softcap(softcap: float, temperature: float) -> None:
 
 
 def softcap_logits_ref(z: Tensor, softcap: float, temperature: float = 1.0) -> Tensor:
-    """softcap * tanh(z / softcap) / temperature in fp32 (fp64 stays fp64); z / temperature if softcap is infinite."""
+    """softcap * tanh(z / softcap) / temperature for `z` of any shape; z / temperature if `softcap` is infinite.
+
+    fp64 stays fp64, anything else becomes fp32. Autograd gives the gradient of z.
+    ValueError: a softcap or `temperature` that is not above 0, or an infinite temperature.
+
+    Example: logits = softcap_logits_ref(x, softcap=30.0)
+    """
     check_softcap(softcap, temperature)
     z = z if z.dtype == torch.float64 else z.float()
     return (softcap * torch.tanh(z / softcap) if softcap < NO_SOFTCAP else z) / temperature
 
 
 def softcap_nll_ref(h: Tensor, weight: Tensor, targets: Tensor, softcap: float, temperature: float = 1.0) -> Tensor:
-    """nll of `targets` [...] for h [..., D] under the head `weight` [V, D]."""
+    """nll fp32 [...] of `targets` int [...] for `h` [..., D] under the head `weight` [V, D] of h's dtype.
+
+    fp64 stays fp64. `softcap` and `temperature` are those of :func:`softcap_logits_ref`, and so are the errors
+    (ValueError). A target outside [0, V) gives 0 and no gradient. Autograd gives the gradients of h and weight.
+
+    Example: nll = softcap_nll_ref(h, head, targets, softcap=30.0)
+    """
     return _nll(F.linear(h, weight), targets, softcap, temperature)
 
 
@@ -43,9 +55,14 @@ def lora_head_nll_ref(
     temperature: float = 1.0,
     slots: Tensor | None = None,
 ) -> Tensor:
-    """nll [B, S] of `targets` [B, S] for h [B, S, D], batch row b adapted by slot slots[b] (b itself without slots).
+    """nll fp32 [B, S] of `targets` int [B, S] for `h` [B, S, D], row b adapted by slot slots[b]; fp64 stays fp64.
 
-    A slot named twice sums its gradients; -1, or any slot outside the pool, is no adapter.
+    `weight` [V, D] in h's dtype; `lora_a` [slots, R, D] and `lora_b` [slots, V, R] are cast to it; `slots` int [B],
+    None for slot b itself. A slot named twice sums its gradients; -1, or any slot outside the pool, is no adapter.
+    `softcap`, `temperature` and targets as of :func:`softcap_nll_ref`. Autograd gives the gradients of h, weight,
+    lora_a and lora_b.
+
+    Example: nll = lora_head_nll_ref(h, head, head_a, head_b, targets, softcap=30.0, slots=slots)
     """
     if slots is not None:
         lora_a, lora_b = rows_of_slots(lora_a, slots), rows_of_slots(lora_b, slots)

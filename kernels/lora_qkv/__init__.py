@@ -8,7 +8,7 @@
 `lora_qkv_rope` goes on from the fp32 sums, head by head of q and k (z the rotation of n by the tables):
 
     n = y / rms(y)                 z = rotated n             q = gain[h] z                       k = z
-    dy = rstd gain[h] (dz - z' / l mean(dz z') / gain[h]^2) rotated back,  z' = gain[h] z what left, dz its gradient,
+    dy = rstd gain[h] (dz - z' / l mean(dz z') / gain[h]^2) unrotated,  z' = gain[h] z the output, dz its gradient,
                                                                    l = cos^2 + sin^2 of the tables, in general 1
 
 x [B, S, D]; weight [Nq+Nk+Nv, D], the three projections stacked; lora_a [slots, 3, R, D]; lora_b [slots, Nq+Nk+Nv, R];
@@ -19,11 +19,11 @@ the end; dA and dB leave in the adapters' dtype. Kept for the backward: x A^T, a
 FLOPs, N = Nq+Nk+Nv: forward 2 B S (D N + R (3D + N)); backward 2 B S (D N + 2 R (3D + N)). Bytes of the forward: x, W
 and the outputs once, 3% more for x A^T; of the backward: dY twice (for dx and for dB), x, dx and t once, t once more.
 
-Launches, one file each way. Forward: one; adapters of another dtype than x's are gathered, rounded and padded before
-it, those whose rows do not lie on 16 bytes before the backward, too. Backward: dx and t; beside them, on a second
-stream, dB; then dA; `lora_qkv_rope` has one before them for the heads of q and k. Every sum is made by one program in a
-fixed order, without atomics: the same bits in every run, and a document's bits do not depend on its batch mates. Ranks
-up to 64, D and sizes multiples of 16, any S; tuned for ranks up to 16 in 16 bits.
+Launches, one file each way. Forward: one. Adapters of another dtype than x's are gathered, rounded and padded before
+it; those whose rows do not lie on 16 bytes before the backward, too. Backward: dx and t; dB at the same time, on a
+second stream; then dA. `lora_qkv_rope` has one more before them, for the heads of q and k. Every sum is made by one
+program in a fixed order, without atomics: the same bits in every run, and a document's bits do not depend on the rest
+of its batch. Ranks up to 64, D and sizes multiples of 16, any S; tuned for ranks up to 16 in 16 bits.
 """
 
 from typing import TYPE_CHECKING

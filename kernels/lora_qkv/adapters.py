@@ -44,7 +44,7 @@ def packed_adapters(packed_a: Tensor, packed_b: Tensor, rank: int) -> Adapters:
 
 
 def _is_readable(lora: Tensor) -> bool:
-    """Whether there is a slot, each is contiguous, and every row and slot starts on 16 bytes."""
+    """Whether it has a slot, each is contiguous, and every row and slot starts on 16 bytes."""
     starts = [lora.data_ptr(), lora.stride(0) * lora.itemsize, lora.size(-1) * lora.itemsize]
     return lora.size(0) > 0 and lora[0].is_contiguous() and lora.stride(0) > 0 and not any(s % 16 for s in starts)
 

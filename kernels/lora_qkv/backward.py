@@ -56,7 +56,8 @@ def _dx_kernel(
 ):  # fmt: skip
     """A program walks tiles [BM tokens, BD of D] like the forward's; a step takes BN outputs of q, k or v where they
     lie, without joining them. The tile of the first BD stores t [.., RT], projections side by side, rounded to x's
-    dtype: a row of B, if not packed so, is read from as far left of it as its projection's place is, zeros there.
+    dtype: a row of B, if not packed so, is read from as far left of it as its projection's place is. What lies left of
+    it reads as zeros.
     """
     CQ: tl.constexpr = (NQ + BN - 1) // BN
     CK: tl.constexpr = (NK + BN - 1) // BN

@@ -13,7 +13,7 @@ from ..dot import multiply_add
 from ..rms_norm import EPS
 from ..tile import tiled
 from .adapters import Adapters
-from .heads import Rotary, gains, heads_at_once, turned_by_quarters, turned_whole
+from .heads import Rotary, gains, heads_at_once, norm_rotate_by_quarters, norm_rotate_whole
 from .tiles import PIECES, cleared, eighths, padded_rank, programs, slot_in_pool
 
 
@@ -33,7 +33,7 @@ def pick_forward_config(dtype: torch.dtype, rank: int) -> ForwardConfig:
     if dtype == torch.float32:
         return ForwardConfig(64, 64, 16, 8, 2, 64)  # no tensor cores: what does not spill
     if padded_rank(rank) > 16:
-        return ForwardConfig(128, 128, 64, 8, 3, 64)  # room in registers and shared memory for R up to 64
+        return ForwardConfig(128, 128, 64, 8, 3, 64)  # R up to 64 fits registers and shared memory
     # NVIDIA H100, 65536 x 512 x 1024: 0.128 ms; 4 stages 0.132; cuBLAS without adapters 0.110. A form of it with norm
     # and rotation 0.170; those in a launch after it 0.210. Heads of 64 spill nothing, of 32 1.0 KB, of 128 1.2 KB.
     return ForwardConfig(128, 256, 64, 8, 3, 128)
@@ -115,7 +115,7 @@ def _forward_kernel(
             left -= 1
         if step == STEPS - 1:
             row_n, row_s = first + n + tl.arange(0, BN), s + tl.arange(0, BM)
-            inside, token = row_s < S, b.to(tl.int64) * S + row_s
+            mask, token = row_s < S, b.to(tl.int64) * S + row_s
             named = (slot >= 0) & (slot < COUNT)
             b_rows = b_ptr + slot.to(tl.int64) * b_stride + row_n[:, None] * (RT if RT else R) + r
             if RT:
@@ -123,9 +123,9 @@ def _forward_kernel(
             lora_b = tl.load(b_rows, (row_n < N)[:, None] & (r < R)[None, :] & named, other=0.0)
             if cos_ptr is not None:
                 # What comes from memory is asked for before the product below: it arrives meanwhile.
-                at = row_s[:, None] * (HEAD // 2) + tl.arange(0, HEAD // 2)
-                cos = tl.load(cos_ptr + at, inside[:, None] & (p < 2), other=0.0)
-                sin = tl.load(sin_ptr + at, inside[:, None] & (p < 2), other=0.0)
+                offsets = row_s[:, None] * (HEAD // 2) + tl.arange(0, HEAD // 2)
+                cos = tl.load(cos_ptr + offsets, mask[:, None] & (p < 2), other=0.0)
+                sin = tl.load(sin_ptr + offsets, mask[:, None] & (p < 2), other=0.0)
                 head, queries = n // HEAD, tl.where(p == 0, NQ // HEAD, 0)
                 gain_0 = gains(gain_ptr, head, queries, HEADS)
                 if HEADS * HEAD < BN:
@@ -147,13 +147,13 @@ def _forward_kernel(
                         rstd_ptr, heads = rstd_k_ptr, NK // HEAD
                     rstd_rows = rstd_ptr + token * heads
                     if HEADS * HEAD < BN:
-                        y0, y1, y2, y3, y4, y5, y6, y7 = turned_by_quarters(
-                            acc, cos, sin, gain_0, gain_1, gain_2, gain_3, rstd_rows, inside, head, heads,
+                        y0, y1, y2, y3, y4, y5, y6, y7 = norm_rotate_by_quarters(
+                            acc, cos, sin, gain_0, gain_1, gain_2, gain_3, rstd_rows, mask, head, heads,
                             BM, BN, HEAD, EPS, DTYPE,
                         )  # fmt: skip
                     else:
-                        y0, y1, y2, y3, y4, y5, y6, y7 = turned_whole(
-                            acc, cos, sin, gain_0, rstd_rows, inside, head, heads, BM, BN, HEAD, EPS, DTYPE
+                        y0, y1, y2, y3, y4, y5, y6, y7 = norm_rotate_whole(
+                            acc, cos, sin, gain_0, rstd_rows, mask, head, heads, BM, BN, HEAD, EPS, DTYPE
                         )
                 else:
                     y0, y1, y2, y3, y4, y5, y6, y7 = eighths(acc.to(DTYPE), BM, BN)
@@ -161,7 +161,7 @@ def _forward_kernel(
                 y0, y1, y2, y3, y4, y5, y6, y7 = eighths(acc.to(DTYPE), BM, BN)
             left, done_b, done_s, done_p, done_n = 8, b, s, p, n
             if n == 0:
-                tl.store(xa_ptr + (token[:, None] * 3 + p) * RP + r, inner, inside[:, None])
+                tl.store(xa_ptr + (token[:, None] * 3 + p) * RP + r, inner, mask[:, None])
             acc = cleared(BM, BN, DTYPE)
             xa = cleared(BM, RP, DTYPE)
     for _ in range(left):

@@ -19,7 +19,7 @@ class Rotary(NamedTuple):
 
 
 def heads_at_once(width: int, head_dim: int) -> int:
-    """Heads that are turned at a time in a tile of this width: those of a quarter, or all where a head is wider."""
+    """Heads normed and rotated at a time in a tile of this width: those of a quarter, or all where a head is wider."""
     if not head_dim:
         return 0
     return width // 4 // head_dim if head_dim <= width // 4 else width // head_dim
@@ -33,7 +33,7 @@ def gains(gain_ptr, head, count, HEADS: tl.constexpr):
 
 
 @triton.jit
-def _turned(
+def _norm_rotate(
     tile, cos, sin, gain, M: tl.constexpr, N: tl.constexpr, HEAD: tl.constexpr, EPS: tl.constexpr, dtype: tl.constexpr
 ):
     """The heads in `tile` [M, N] normed, rotated, times `gain` and rounded, as two halves; and 1 / rms of each.
@@ -47,24 +47,24 @@ def _turned(
     rstd = tl.div_rn(1.0, tl.sqrt_rn(square)) if dtype == tl.float32 else tl.rsqrt(square)
     scale = (rstd * gain[None, :])[:, :, None]
     cos, sin = cos[:, None, :], sin[:, None, :]
-    turned_left = ((left * cos - right * sin) * scale).to(dtype)
-    turned_right = ((right * cos + left * sin) * scale).to(dtype)
+    rotated_left = ((left * cos - right * sin) * scale).to(dtype)
+    rotated_right = ((right * cos + left * sin) * scale).to(dtype)
     if HEADS == 1:
-        first, second = turned_left.reshape(M, N // 2), turned_right.reshape(M, N // 2)
+        first, second = rotated_left.reshape(M, N // 2), rotated_right.reshape(M, N // 2)
     else:
-        turned = tl.join(turned_left, turned_right).permute(0, 1, 3, 2).reshape(M, N)
-        first, second = halves(turned, M, N)
+        rotated = tl.join(rotated_left, rotated_right).permute(0, 1, 3, 2).reshape(M, N)
+        first, second = halves(rotated, M, N)
     return first, second, rstd
 
 
 @triton.jit
-def turned_whole(
-    tile, cos, sin, gain, rstd_ptr, inside, head, count, M: tl.constexpr, N: tl.constexpr, HEAD: tl.constexpr,
+def norm_rotate_whole(
+    tile, cos, sin, gain, rstd_ptr, mask, head, count, M: tl.constexpr, N: tl.constexpr, HEAD: tl.constexpr,
     EPS: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
-    """The PIECES of the turned tile, whose heads are those from `head` on. Stores 1 / rms of them."""
-    left, right, rstd = _turned(tile, cos, sin, gain, M, N, HEAD, EPS, dtype)
-    _store_rstd(rstd_ptr, rstd, inside, head, count, N // HEAD)
+    """The PIECES of the rotated tile, whose heads are those from `head` on. Stores 1 / rms of them."""
+    left, right, rstd = _norm_rotate(tile, cos, sin, gain, M, N, HEAD, EPS, dtype)
+    _store_rstd(rstd_ptr, rstd, mask, head, count, N // HEAD)
     a, b = halves(left, M, N // 2)
     c, d = halves(right, M, N // 2)
     y0, y1 = halves(a, M, N // 4)
@@ -75,29 +75,29 @@ def turned_whole(
 
 
 @triton.jit
-def turned_by_quarters(
-    tile, cos, sin, gain_0, gain_1, gain_2, gain_3, rstd_ptr, inside, head, count, M: tl.constexpr, N: tl.constexpr,
+def norm_rotate_by_quarters(
+    tile, cos, sin, gain_0, gain_1, gain_2, gain_3, rstd_ptr, mask, head, count, M: tl.constexpr, N: tl.constexpr,
     HEAD: tl.constexpr, EPS: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
-    """As :func:`turned_whole`, a quarter of the tile after the other: registers for one of them are enough."""
+    """As :func:`norm_rotate_whole`, a quarter of the tile after the other: registers for one of them are enough."""
     Q: tl.constexpr = N // 4
     HEADS: tl.constexpr = Q // HEAD
     left, right = halves(tile, M, N)
     z0, z1 = halves(left, M, N // 2)
     z2, z3 = halves(right, M, N // 2)
-    y0, y1, rstd = _turned(z0, cos, sin, gain_0, M, Q, HEAD, EPS, dtype)
-    _store_rstd(rstd_ptr, rstd, inside, head, count, HEADS)
-    y2, y3, rstd = _turned(z1, cos, sin, gain_1, M, Q, HEAD, EPS, dtype)
-    _store_rstd(rstd_ptr, rstd, inside, head + HEADS, count, HEADS)
-    y4, y5, rstd = _turned(z2, cos, sin, gain_2, M, Q, HEAD, EPS, dtype)
-    _store_rstd(rstd_ptr, rstd, inside, head + 2 * HEADS, count, HEADS)
-    y6, y7, rstd = _turned(z3, cos, sin, gain_3, M, Q, HEAD, EPS, dtype)
-    _store_rstd(rstd_ptr, rstd, inside, head + 3 * HEADS, count, HEADS)
+    y0, y1, rstd = _norm_rotate(z0, cos, sin, gain_0, M, Q, HEAD, EPS, dtype)
+    _store_rstd(rstd_ptr, rstd, mask, head, count, HEADS)
+    y2, y3, rstd = _norm_rotate(z1, cos, sin, gain_1, M, Q, HEAD, EPS, dtype)
+    _store_rstd(rstd_ptr, rstd, mask, head + HEADS, count, HEADS)
+    y4, y5, rstd = _norm_rotate(z2, cos, sin, gain_2, M, Q, HEAD, EPS, dtype)
+    _store_rstd(rstd_ptr, rstd, mask, head + 2 * HEADS, count, HEADS)
+    y6, y7, rstd = _norm_rotate(z3, cos, sin, gain_3, M, Q, HEAD, EPS, dtype)
+    _store_rstd(rstd_ptr, rstd, mask, head + 3 * HEADS, count, HEADS)
     return y0, y1, y2, y3, y4, y5, y6, y7
 
 
 @triton.jit
-def _store_rstd(rstd_ptr, rstd, inside, head, count, HEADS: tl.constexpr):
+def _store_rstd(rstd_ptr, rstd, mask, head, count, HEADS: tl.constexpr):
     """To rows of `count` heads each, at `head`."""
     heads = head + tl.arange(0, HEADS)
-    tl.store(rstd_ptr[:, None] + heads, rstd, inside[:, None] & (heads < count)[None, :])
+    tl.store(rstd_ptr[:, None] + heads, rstd, mask[:, None] & (heads < count)[None, :])

@@ -27,23 +27,28 @@ def lora_qkv(
     grads: tuple[Tensor, Tensor] | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """q [B, S, Nq], k [B, S, Nk] and v [B, S, Nv], in x's dtype, of x [B, S, D] by weight and each document's adapter.
+    """q [B, S, Nq], k [B, S, Nk] and v [B, S, Nv] of `x` [B, S, D], by `weight` and each document's adapter.
 
-    `sizes` is (Nq, Nk, Nv); three equal ones where it is left out. `slots` int32 or int64 [B] names the adapter of each
-    document, -1 none; left out, document b has adapter b. Slots are not looked at on the host, and one past the pool
-    counts as -1: :func:`check_slots` finds it.
-    A slot named twice gets the sum of the gradients, added in the order of the batch. Gradients flow to x, weight,
-    lora_a and lora_b; that of weight is made by cuBLAS.
+    `weight` is [Nq+Nk+Nv, D] in x's dtype, `lora_a` [slots, 3, R, D] and `lora_b` [slots, Nq+Nk+Nv, R]. `sizes` is (Nq,
+    Nk, Nv); None is three equal ones. `slots` int32 or int64 [B] names the adapter of each document, -1 none; None
+    gives document b adapter b. Slots are not looked at on the host, and one past the pool counts as -1:
+    :func:`check_slots` finds it.
 
-    The adapters may be views into a pool [slots, P], of x's dtype or fp32. Those of x's dtype whose rows lie on 16
-    bytes are read in place; others take a launch more. With `grads`, two tensors shaped like lora_a and lora_b, of
-    their dtype or fp32 (views into a pool of gradients), the backward writes the rows of the slots named there, leaves
-    the other rows alone, and autograd gets no gradient of lora_a and lora_b; x or lora_a has to require one all the
-    same.
+    x, weight, lora_a and lora_b get gradients; that of weight is made by cuBLAS. A slot named twice gets the sum of the
+    gradients, added in the order of the batch.
 
-    `backend` is "reference" or "triton"; left out, CPU tensors take the reference and CUDA tensors the kernel. The
-    kernel copies x, weight and incoming gradients that are not aligned rows (16 bytes), and adapters whose rows have
-    gaps inside.
+    The adapters may be views into a pool [slots, P], of x's dtype or float32. Those of x's dtype whose rows lie on 16
+    bytes are read in place; others take a launch more. `grads` is two tensors shaped like lora_a and lora_b, of their
+    dtype or float32 (views into a pool of gradients). With it the backward writes the rows of the slots that are named,
+    leaves the other rows alone, and autograd gets no gradient of lora_a and lora_b; x or lora_a has to require one all
+    the same. Only the kernel takes it.
+
+    `backend` is "reference" or "triton"; None takes the reference on a CPU and the kernel on a GPU. The kernel takes
+    bfloat16, float16 or float32, R up to 64, and D and sizes that are multiples of 16. It copies x, weight and incoming
+    gradients that are not aligned rows (16 bytes), and adapters whose rows have gaps.
+    ValueError: other shapes, dtypes, ranks, sizes or backends, tensors on several devices, `grads` with the reference.
+
+    Example: q, k, v = lora_qkv(x, weight, lora_a, lora_b, slots, sizes)
     """
     backend, sizes, slots = validate(x, weight, lora_a, lora_b, slots, sizes, grads, backend)
     if backend == "reference":
@@ -53,7 +58,12 @@ def lora_qkv(
 
 
 def check_slots(slots: Tensor, count: int) -> None:
-    """Raise ValueError unless every slot is -1 or below `count`. Waits for the device: for debugging."""
+    """Raise ValueError unless every one of `slots` int [B] is -1 or in [0, `count`).
+
+    It reads the device: for debugging.
+
+    Example: check_slots(slots, count=3)
+    """
     wrong = [slot for slot in slots.tolist() if not -1 <= slot < count]
     if wrong:
         raise ValueError(f"slots {wrong} are not possible; allowed: -1 and 0 to {count - 1}")

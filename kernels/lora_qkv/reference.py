@@ -1,4 +1,4 @@
-"""The plain statements of the ops."""
+"""The references of the ops."""
 
 import torch
 import torch.nn.functional as F
@@ -16,8 +16,14 @@ def lora_qkv_ref(
     sizes: tuple[int, int, int],
     slots: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k, v of width `sizes`. Adapters of another dtype are cast to x's. A slot named twice sums its gradients; -1,
-    or any slot outside the pool, is no adapter.
+    """q [B, S, Nq], k [B, S, Nk] and v [B, S, Nv] of `x` [B, S, D], in its float dtype; `sizes` is (Nq, Nk, Nv).
+
+    `weight` is [Nq+Nk+Nv, D] in x's dtype. `lora_a` [slots, 3, R, D] and `lora_b` [slots, Nq+Nk+Nv, R] are cast to x's
+    dtype. `slots` int [B] names the adapter of each document, None document b's own. A slot named twice sums its
+    gradients; -1, or any slot outside the pool, is no adapter. Autograd gives the gradients of x, weight, lora_a and
+    lora_b.
+
+    Example: q, k, v = lora_qkv_ref(x, weight, lora_a, lora_b, sizes, slots)
     """
     if slots is not None:
         lora_a, lora_b = rows_of_slots(lora_a, slots), rows_of_slots(lora_b, slots)
@@ -39,7 +45,13 @@ def lora_qkv_rope_ref(
     head_dim: int,
     slots: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """:func:`lora_qkv_ref`, then norm, rotation and, for q, gain of each head."""
+    """(q, k, v) of :func:`lora_qkv_ref`, then norm, rotation and, for q, gain of each head.
+
+    `x`, `weight`, `lora_a`, `lora_b`, `sizes` and `slots` are those of :func:`lora_qkv_ref`. Heads are `head_dim` wide;
+    `cos` and `sin` are [S, head_dim/2], `gain` is [Nq/head_dim]. Autograd gives all gradients.
+
+    Example: q, k, v = lora_qkv_rope_ref(x, weight, lora_a, lora_b, cos, sin, gain, sizes, head_dim=16, slots=slots)
+    """
     q, k, v = lora_qkv_ref(x, weight, lora_a, lora_b, sizes, slots)
     q = norm_rotary_ref(q.unflatten(-1, (-1, head_dim)), cos, sin, gain).flatten(-2)
     return q, norm_rotary_ref(k.unflatten(-1, (-1, head_dim)), cos, sin).flatten(-2), v

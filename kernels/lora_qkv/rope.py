@@ -1,4 +1,4 @@
-"""The projections with QK norm, rotation and gain in the same launch, and the way back through them."""
+"""The projections with QK norm, rotation and gain in the same launch, forward and backward."""
 
 from collections.abc import Sequence
 
@@ -17,32 +17,32 @@ from .reference import lora_qkv_rope_ref
 from .validate import validate
 
 TOKENS = 64
-"""Tokens of one head that a program takes back."""
+"""Tokens of one head in a program of the backward."""
 
 
 @triton.jit
-def _turned_back(
-    dout_ptr, out_ptr, rstd_ptr, dx_ptr, gain, cos, sin, at, inside, rstd_at, stride_b, stride_s, b, token, head,
-    D: tl.constexpr, HALF: tl.constexpr,
+def _unrotate(
+    dout_ptr, out_ptr, rstd_ptr, dx_ptr, gain, cos, sin, offsets, mask, rstd_offsets, stride_b, stride_s, b, token,
+    head, D: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
     column = tl.arange(0, HALF)
-    dout_at = b.to(tl.int64) * stride_b + token.to(tl.int64) * stride_s + head * D
-    dout_ptr += dout_at[:, None] + column
-    dleft = tl.load(dout_ptr, inside[:, None], other=0.0).to(tl.float32)
-    dright = tl.load(dout_ptr + HALF, inside[:, None], other=0.0).to(tl.float32)
-    left = tl.load(out_ptr + at, inside[:, None], other=0.0).to(tl.float32)
-    right = tl.load(out_ptr + HALF + at, inside[:, None], other=0.0).to(tl.float32)
-    # What the norm takes away along a head is a sum that tables of any length keep: it is taken before the way back. A
-    # gain of 0 lets no gradient through.
+    dout_offsets = b.to(tl.int64) * stride_b + token.to(tl.int64) * stride_s + head * D
+    dout_ptr += dout_offsets[:, None] + column
+    dleft = tl.load(dout_ptr, mask[:, None], other=0.0).to(tl.float32)
+    dright = tl.load(dout_ptr + HALF, mask[:, None], other=0.0).to(tl.float32)
+    left = tl.load(out_ptr + offsets, mask[:, None], other=0.0).to(tl.float32)
+    right = tl.load(out_ptr + HALF + offsets, mask[:, None], other=0.0).to(tl.float32)
+    # The norm's sum along a head is the same before and after unrotating, whatever the tables' length. A gain of 0 lets
+    # no gradient through.
     share = tl.sum(dleft * left + dright * right, 1) * (1.0 / D) * tl.where(gain == 0.0, 0.0, 1.0 / (gain * gain))
     if off_unit(cos, sin) > UNIT:
         inverse = 1.0 / (cos * cos + sin * sin)
         left, right = left * inverse, right * inverse
     dleft, dright = dleft - left * share[:, None], dright - right * share[:, None]
-    factor = (tl.load(rstd_ptr + rstd_at, inside, other=0.0) * gain)[:, None]
+    factor = (tl.load(rstd_ptr + rstd_offsets, mask, other=0.0) * gain)[:, None]
     dtype = dx_ptr.dtype.element_ty
-    tl.store(dx_ptr + at, ((dleft * cos + dright * sin) * factor).to(dtype), inside[:, None])
-    tl.store(dx_ptr + HALF + at, ((dright * cos - dleft * sin) * factor).to(dtype), inside[:, None])
+    tl.store(dx_ptr + offsets, ((dleft * cos + dright * sin) * factor).to(dtype), mask[:, None])
+    tl.store(dx_ptr + HALF + offsets, ((dright * cos - dleft * sin) * factor).to(dtype), mask[:, None])
 
 
 @triton.jit(do_not_specialize=["S"])
@@ -59,24 +59,24 @@ def _heads_backward_kernel(
     HALF: tl.constexpr = D // 2
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     head, b = tl.program_id(1), tl.program_id(2)
-    inside = token < S
+    mask = token < S
     table = token[:, None] * HALF + tl.arange(0, HALF)
-    cos = tl.load(cos_ptr + table, inside[:, None], other=1.0)
-    sin = tl.load(sin_ptr + table, inside[:, None], other=0.0)
+    cos = tl.load(cos_ptr + table, mask[:, None], other=1.0)
+    sin = tl.load(sin_ptr + table, mask[:, None], other=0.0)
     row = b.to(tl.int64) * S + token
     if head < H:
         gain = tl.load(gain_ptr + head)
-        at = row[:, None] * (H * D) + head * D + tl.arange(0, HALF)
-        _turned_back(
-            dq_out_ptr, q_ptr, rstd_q_ptr, dq_ptr, gain, cos, sin, at, inside, row * H + head, q_stride_b, q_stride_s,
-            b, token, head, D, HALF,
+        offsets = row[:, None] * (H * D) + head * D + tl.arange(0, HALF)
+        _unrotate(
+            dq_out_ptr, q_ptr, rstd_q_ptr, dq_ptr, gain, cos, sin, offsets, mask, row * H + head, q_stride_b,
+            q_stride_s, b, token, head, D, HALF,
         )  # fmt: skip
     else:
         head -= H
-        at = row[:, None] * (G * D) + head * D + tl.arange(0, HALF)
-        _turned_back(
-            dk_out_ptr, k_ptr, rstd_k_ptr, dk_ptr, 1.0, cos, sin, at, inside, row * G + head, k_stride_b, k_stride_s,
-            b, token, head, D, HALF,
+        offsets = row[:, None] * (G * D) + head * D + tl.arange(0, HALF)
+        _unrotate(
+            dk_out_ptr, k_ptr, rstd_k_ptr, dk_ptr, 1.0, cos, sin, offsets, mask, row * G + head, k_stride_b,
+            k_stride_s, b, token, head, D, HALF,
         )  # fmt: skip
 
 
@@ -97,12 +97,20 @@ def lora_qkv_rope(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """q, k and v as of :func:`lora_qkv`; each head of q and k is normed to rms 1, rotated, and q's times its gain.
 
-    cos and sin [S, head_dim/2] and gain [Nq/head_dim] are fp32; ValueError where one requires a gradient (that of gain
+    `x`, `weight`, `lora_a`, `lora_b`, `slots`, `sizes` and `grads` are those of :func:`lora_qkv`, and so are the
+    gradients. `cos` and `sin` [S, head_dim/2] and `gain` [Nq/head_dim] are float32 and get no gradient (that of gain
     comes from `norm_rotary`). The tables may be scaled: cos^2 + sin^2 is whatever it is, but 0, whose gradient is NaN.
-    The head is a row's head_dim neighbours, whose halves rotate into each other (as in `norm_rotary`). Sums are fp32
-    until the one rounding at the end. In the kernel head_dim is a power of two up to 128; up to 64 in fp32 and for
-    ranks above 16. q and k may be changed in place: the backward, which reads them, then makes them again. All else is
-    as of :func:`lora_qkv`.
+
+    The head is a row's `head_dim` neighbours, whose halves rotate into each other (as in `norm_rotary`). Sums are fp32
+    until the one rounding at the end. q and k may be changed in place: the backward, which reads them, then makes them
+    again.
+
+    `backend` is "reference" or "triton"; None takes the reference on a CPU and the kernel on a GPU. In the kernel
+    head_dim is a power of two up to 128; up to 64 in float32 and for ranks above 16.
+    ValueError: what :func:`lora_qkv` refuses, another head_dim, tables or gain of another shape, or one that requires a
+    gradient.
+
+    Example: q, k, v = lora_qkv_rope(x, weight, lora_a, lora_b, cos, sin, gain, slots, sizes, head_dim=16)
     """
     backend, sizes, slots = validate(x, weight, lora_a, lora_b, slots, sizes, grads, backend)
     validate_heads(x, lora_a, cos, sin, gain, sizes, head_dim, backend)

@@ -27,7 +27,7 @@ def stacked_rank(rank: int) -> int:
 
 @triton.jit
 def slot_in_pool(slot, count):
-    """`slot` as the copy engine takes it; -1, of which it reads zeros, where there is no such row."""
+    """`slot` as the copy engine takes it; -1, of which it reads zeros, for a slot outside the pool."""
     return tl.where((slot >= 0) & (slot < count), slot, -1).to(tl.int32)
 
 

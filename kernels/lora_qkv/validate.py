@@ -13,7 +13,7 @@ def validate(x, weight, lora_a, lora_b, slots, sizes, grads, backend) -> tuple[s
     if backend not in ("reference", "triton"):
         raise ValueError(f"backend is {backend!r}; allowed: 'reference', 'triton' or None")
     if x.dim() != 3 or weight.dim() != 2 or weight.size(1) != x.size(-1):
-        raise ValueError(f"x is {_told(x)} and weight {_told(weight)}; wanted [B, S, D] and [Nq+Nk+Nv, D]")
+        raise ValueError(f"x is {_describe(x)} and weight {_describe(weight)}; wanted [B, S, D] and [Nq+Nk+Nv, D]")
     width, rows = x.size(2), weight.size(0)
     if sizes is None and (rows < 3 or rows % 3):
         raise ValueError(f"sizes is missing, and weight's {rows} rows are not three equal projections")
@@ -23,7 +23,7 @@ def validate(x, weight, lora_a, lora_b, slots, sizes, grads, backend) -> tuple[s
     wanted = (3, rank, width), (rows, rank)
     if rank < 1 or lora_a.shape[1:] != wanted[0] or lora_b.shape[1:] != wanted[1] or lora_a.size(0) != lora_b.size(0):
         raise ValueError(
-            f"lora_a is {_told(lora_a)} and lora_b {_told(lora_b)}; "
+            f"lora_a is {_describe(lora_a)} and lora_b {_describe(lora_b)}; "
             f"wanted [slots, 3, R, {width}] and [slots, {rows}, R], R at least 1"
         )
     if slots is None and lora_a.size(0) != x.size(0):
@@ -31,19 +31,21 @@ def validate(x, weight, lora_a, lora_b, slots, sizes, grads, backend) -> tuple[s
             f"slots is missing, and {lora_a.size(0)} adapters are not one for each of {x.size(0)} documents"
         )
     if slots is not None and (slots.shape != x.shape[:1] or slots.dtype not in (torch.int32, torch.int64)):
-        raise ValueError(f"slots is {_told(slots)}; wanted int32 or int64 [{x.size(0)}]")
+        raise ValueError(f"slots is {_describe(slots)}; wanted int32 or int64 [{x.size(0)}]")
     if grads is not None and any(
         g.shape != p.shape or g.dtype not in (p.dtype, torch.float32) or (g.size(0) and not g[0].is_contiguous())
         for g, p in zip(grads, (lora_a, lora_b), strict=True)
     ):
-        raise ValueError(f"grads are {', '.join(map(_told, grads))}; wanted rows like {_told(lora_a)}, {_told(lora_b)}")
+        raise ValueError(
+            f"grads are {', '.join(map(_describe, grads))}; wanted rows like {_describe(lora_a)}, {_describe(lora_b)}"
+        )
     given = [x, weight, lora_a, lora_b, *(grads or ()), *(() if slots is None else (slots,))]
     if len({tensor.device for tensor in given}) != 1:
         raise ValueError(f"tensors lie on {', '.join(sorted({str(t.device) for t in given}))}; wanted one device")
     if weight.dtype != x.dtype or not lora_a.is_floating_point() or lora_b.dtype != lora_a.dtype:
         raise ValueError(
-            f"x is {_told(x)}, weight {_told(weight)}, lora_a {_told(lora_a)} and lora_b {_told(lora_b)}; "
-            "wanted one dtype of x and weight, and one of lora_a and lora_b"
+            f"x is {_describe(x)}, weight {_describe(weight)}, lora_a {_describe(lora_a)} and lora_b "
+            f"{_describe(lora_b)}; wanted one dtype of x and weight, and one of lora_a and lora_b"
         )
     sizes = [rows // 3] * 3 if sizes is None else [int(size) for size in sizes]
     if backend == "triton":
@@ -55,10 +57,10 @@ def validate(x, weight, lora_a, lora_b, slots, sizes, grads, backend) -> tuple[s
 
 def _validate_kernel(x, lora_a, lora_b, sizes, rank) -> None:
     if x.dtype not in DTYPES:
-        raise ValueError(f"x is {_told(x)}; the kernel wants bfloat16, float16 or float32")
+        raise ValueError(f"x is {_describe(x)}; the kernel wants bfloat16, float16 or float32")
     if lora_a.dtype not in (x.dtype, torch.float32):
         raise ValueError(
-            f"lora_a is {_told(lora_a)} and lora_b {_told(lora_b)}; wanted both {x.dtype} or torch.float32"
+            f"lora_a is {_describe(lora_a)} and lora_b {_describe(lora_b)}; wanted both {x.dtype} or torch.float32"
         )
     if rank > MOST_RANK:
         raise ValueError(f"R is {rank}; allowed: up to {MOST_RANK}")
@@ -66,5 +68,5 @@ def _validate_kernel(x, lora_a, lora_b, sizes, rank) -> None:
         raise ValueError(f"D is {x.size(2)} and sizes {tuple(sizes)}; wanted positive multiples of 16")
 
 
-def _told(tensor: Tensor) -> str:
+def _describe(tensor: Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"

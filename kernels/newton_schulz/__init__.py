@@ -9,8 +9,8 @@ fp32. For m <= n and five steps: m*m*(15 n + 5 m) operations in the standard for
 matrices in, matrices out; on the way the arena holds two copies of each matrix and two to five of its m x m square,
 all in fp16. No gradient. Needs Hopper.
 
-reference.py states it, plan.py puts the products of all matrices in order, products.py computes them set by set and
-chained.py in one launch, edges.py does what comes before and after, op.py decides what runs where.
+reference.py is the reference. plan.py puts the products of all matrices in order. products.py computes them set by set,
+chained.py in one launch. edges.py does what comes before and after. op.py decides what runs where.
 """
 
 from typing import TYPE_CHECKING

@@ -5,8 +5,8 @@ needs are counted as stored, then keeps a ring of stages full, each BK deep. Two
 multiply: while one puts its tile into shared memory, the other keeps the tensor cores busy. Two more warps store the
 tiles and count them, so that no group waits for memory to have them.
 
-Of a symmetric matrix only tiles on and under the diagonal are stored; what is above is read turned, which costs tensor
-cores nothing. A tile on the diagonal takes its upper half from its lower.
+Of a symmetric matrix only tiles on and under the diagonal are stored; what is above is read transposed, which costs
+tensor cores nothing. A tile on the diagonal takes its upper half from its lower.
 
 Blocks wait for tiles of other blocks, so all must run at once: the launch is cooperative, which CUDA starts whole or
 not at all, and two of them one after the other. Nothing is summed through the counters: results are the same bits as
@@ -122,16 +122,16 @@ def _fetch(descriptors, table, done, total, shared, STAGES: gl.constexpr, FIELDS
         _await(done + matrix, needed)
         for k in range(0, first, BK):
             below = k // PANEL * m
-            at = (left + below, k % PANEL, right + below, k % PANEL)
-            _fetch_stage(rows, columns, ring, full, empty, step, *at, True, True, STAGES)
+            coordinates = (left + below, k % PANEL, right + below, k % PANEL)
+            _fetch_stage(rows, columns, ring, full, empty, step, *coordinates, True, True, STAGES)
             step += 1
         for k in range(first, second, BK):
-            at = (left + k // PANEL * m, k % PANEL, right_columns + k, 0)
-            _fetch_stage(rows, columns, ring, full, empty, step, *at, True, False, STAGES)
+            coordinates = (left + k // PANEL * m, k % PANEL, right_columns + k, 0)
+            _fetch_stage(rows, columns, ring, full, empty, step, *coordinates, True, False, STAGES)
             step += 1
         for k in range(second, depth, BK):
-            at = (left_columns + k, 0, right_columns + k, 0)
-            _fetch_stage(rows, columns, ring, full, empty, step, *at, False, False, STAGES)
+            coordinates = (left_columns + k, 0, right_columns + k, 0)
+            _fetch_stage(rows, columns, ring, full, empty, step, *coordinates, False, False, STAGES)
             step += 1
         if addend >= 0:
             group = turn % 2
@@ -152,7 +152,7 @@ def _multiply(
     BK: gl.constexpr = columns.block_shape[0]
     PANEL: gl.constexpr = columns.block_shape[1]
     layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, PANEL, 16])
-    mine = tiles.index(GROUP)
+    buffer = tiles.index(GROUP)
     step = 0
     number = gl.program_id(0)
     if GROUP == 1:
@@ -179,7 +179,7 @@ def _multiply(
         number += gl.num_programs(0)
 
         acc = gl.zeros((PANEL, PANEL), gl.float32, layout)
-        # A stage's barrier tells two fillings apart, not three: the other group must have seen those before mine.
+        # A stage's barrier tells two fillings apart, not three: the other group must have seen those before its own.
         mbarrier.wait(turns.index(GROUP), (count & 1) ^ (1 - GROUP))
         count += 1
         # A product is started before the one ahead of it is done, whose stage is given back then.
@@ -218,7 +218,7 @@ def _multiply(
         if addend >= 0:
             mbarrier.wait(added.index(GROUP), addends & 1)
             addends += 1
-            acc = alpha * acc + beta * mine.load(layout).to(gl.float32)
+            acc = alpha * acc + beta * buffer.load(layout).to(gl.float32)
             if is_diagonal > 0:
                 i = gl.arange(0, PANEL, gl.SliceLayout(1, layout))
                 j = gl.arange(0, PANEL, gl.SliceLayout(0, layout))
@@ -226,7 +226,7 @@ def _multiply(
         else:
             mbarrier.wait(free.index(GROUP), count & 1)
         if kind >= 2:
-            last = mine._reinterpret(result.dtype, [PANEL, PANEL], result.layout)
+            last = buffer._reinterpret(result.dtype, [PANEL, PANEL], result.layout)
             if kind == 2:
                 last.store(acc.to(result.dtype))
             else:
@@ -234,11 +234,11 @@ def _multiply(
         else:
             block = acc.to(squares.dtype)
             if kind == 1:
-                mine.store(block)
+                buffer.store(block)
                 i = gl.arange(0, PANEL, gl.SliceLayout(1, layout))
                 j = gl.arange(0, PANEL, gl.SliceLayout(0, layout))
-                block = gl.where(i[:, None] >= j[None, :], block, mine.permute((1, 0)).load(layout))
-            mine.store(block)
+                block = gl.where(i[:, None] >= j[None, :], block, buffer.permute((1, 0)).load(layout))
+            buffer.store(block)
         fence_async_shared()
         _barrier()
         mbarrier.arrive(ready.index(GROUP))
@@ -249,7 +249,7 @@ def _store(descriptors, table, done, total, shared, GROUP: gl.constexpr, FIELDS:
     """The warp that stores the tiles of a group, and counts each after all of it has arrived in memory."""
     _, _, squares, result = descriptors
     _, tiles, _, _, _, free, _, ready = shared
-    mine = tiles.index(GROUP)
+    buffer = tiles.index(GROUP)
     number = gl.program_id(0) + GROUP * gl.num_programs(0)
     count = 0
     while number < total:
@@ -260,11 +260,11 @@ def _store(descriptors, table, done, total, shared, GROUP: gl.constexpr, FIELDS:
         matrix = gl.load(tile + 12)
         mbarrier.wait(ready.index(GROUP), count & 1)
         if kind >= 2:
-            last = mine._reinterpret(result.dtype, result.block_shape, result.layout)
+            last = buffer._reinterpret(result.dtype, result.block_shape, result.layout)
             tma.async_copy_shared_to_global(result, [row, column], last)
             tma.store_wait(0)
         else:
-            tma.async_copy_shared_to_global(squares, [row, 0], mine)
+            tma.async_copy_shared_to_global(squares, [row, 0], buffer)
             # tma.store_wait returns once shared memory is read; a counted tile must be in memory.
             gl.inline_asm_elementwise(
                 "cp.async.bulk.wait_group 0; mov.u32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1
@@ -297,7 +297,7 @@ def _chained(
     tiles = gl.allocate_shared_memory(squares.dtype, [2, PANEL, PANEL], squares.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    added = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())  # the addend of a tile is there
+    added = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())  # the addend of a tile has arrived
     free = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())  # a tile is stored
     for slot in gl.static_range(STAGES):
         mbarrier.init(full.index(slot), count=1)

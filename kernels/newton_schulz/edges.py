@@ -244,7 +244,7 @@ def _fill(
     COUNTS: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
-    """Write a normalised piece into the arena, short side first; zeros where there is no element.
+    """Write a normalised piece into the arena, short side first; zeros where it has no element.
 
     With MOMENTUM, m <- mu m + g if `finite` is 1; else m stays, the arena gets NaN, and with COUNTS one is added to
     `skipped`. The last pieces first: they were measured last, and are still in L2.
@@ -276,11 +276,11 @@ def _fill(
     square = index[:, None] * PANEL + index[None, :]
     first_row = tl.load(about + 5)
     if tl.load(about + 6) == 0:
-        here = (first_row + column // PANEL * tl.load(about + 7) + row) * PANEL + column % PANEL
-        tl.store(arena + tl.multiple_of(here, PIECE) + square, x)
+        target = (first_row + column // PANEL * tl.load(about + 7) + row) * PANEL + column % PANEL
+        tl.store(arena + tl.multiple_of(target, PIECE) + square, x)
     else:
-        here = (first_row + row // PANEL * tl.load(about + 8) + column) * PANEL + row % PANEL
-        tl.store(arena + tl.multiple_of(here, PIECE) + square, x.T)
+        target = (first_row + row // PANEL * tl.load(about + 8) + column) * PANEL + row % PANEL
+        tl.store(arena + tl.multiple_of(target, PIECE) + square, x.T)
     if DEPENDENT:
         tl.extra.cuda.gdc_launch_dependents()
 

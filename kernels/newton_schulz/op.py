@@ -63,8 +63,8 @@ def pick_config(shapes: Sequence[Shapes], dtype: torch.dtype, on_gpu: bool) -> N
 
 
 _READ_BY_GRAPHS: dict[int, tuple] = {}
-"""Tables that a captured graph reads. The caches below may drop theirs; these stay, since nobody says when a graph is
-gone."""
+"""Tables that a captured graph reads. The caches below may drop theirs; these stay, since nothing reports that a graph
+was freed."""
 
 
 def _is_captured(device: torch.device) -> bool:
@@ -264,14 +264,17 @@ def newton_schulz(
 ) -> Tensor | list[Tensor]:
     """Orthogonalise one tensor [..., m, n], or each of a list of tensors of any such shapes -> the same shapes.
 
-    `coefficients`: 'jordan', 'polar_express', or three numbers for every step. `dtype` of the result: bf16 on a GPU,
-    as given on a CPU. Results of a list are parts of one tensor. `form`: 'standard' or 'gram' in place of the one
-    picked for each shape. `backend`: 'triton' or 'reference'; None takes the kernel on a GPU, but for float64. A matrix
-    of zeros, or with an entry that is no finite number, gives zeros. A batch of no matrices gives one. Strides and
-    alignment are free, and entries may share memory. There is no gradient.
+    `matrices` are of one float dtype on one device; `steps` is the number of iterations. `coefficients`: 'jordan',
+    'polar_express', or three numbers for every step. `dtype` of the result: None is bfloat16 on a GPU, as given on a
+    CPU. Results of a list are parts of one tensor. `form`: 'standard' or 'gram' in place of the one picked for each
+    shape. A matrix of zeros, or with an entry that is no finite number, gives zeros. A batch of no matrices gives one.
+    Strides and alignment are free, and entries may share memory. No gradient.
 
-    Raises ValueError for a tensor that is not [..., m, n] with m and n above 0 or not of floating point, for a list of
-    several dtypes or devices, and for settings out of range.
+    `backend` is "reference" or "triton"; None takes the kernel on a GPU (Hopper), but for float64.
+    ValueError: a tensor that is not [..., m, n] with m and n above 0 or not of floating point, a list of several dtypes
+    or devices, settings out of range, a GPU that the kernels do not run on.
+
+    Example: orthogonal = newton_schulz(weight)
     """
     is_one = isinstance(matrices, Tensor)
     tensors = [matrices] if is_one else list(matrices)
@@ -372,12 +375,18 @@ def muon_updates(
 ) -> list[Tensor]:
     """m <- mu m + g in place, then NS(g + mu m), or NS(m) -> the updates, fp16 on a GPU, in the gradients' shapes.
 
-    Matrices are [m, n]. If any mu m + g has an entry that is no finite number (its gradient has one, or the sum
-    overflows), the whole step is skipped: every m stays as it is, and every update is NaN, which :func:`muon_apply_`
-    leaves out. Nothing waits for the GPU. There is no gradient.
+    `gradients` and `momenta` are lists of matrices [m, n], of one float dtype each. `momentum` is mu, a number or a
+    scalar tensor. `nesterov` False takes NS(m). `steps` and `coefficients` are those of :func:`newton_schulz`. No
+    gradient, and nothing waits for the GPU.
 
-    Raises ValueError for what is no matrix of floating point, for lists of several dtypes or devices or of different
-    shapes, and for momenta that share memory with each other or with a gradient.
+    If any mu m + g has an entry that is no finite number (its gradient has one, or the sum overflows), the whole step
+    is skipped: every m stays as it is, and every update is NaN, which :func:`muon_apply_` leaves out.
+
+    `backend` is "reference" or "triton"; None takes the kernel on a GPU (Hopper), but for float64.
+    ValueError: what is no matrix of floating point, lists of several dtypes or devices or of different shapes, momenta
+    that share memory with each other or with a gradient.
+
+    Example: updates = muon_updates(gradients, momenta, momentum=0.95)
     """
     if not gradients and not momenta:
         _check_backend(backend)
@@ -395,10 +404,15 @@ def muon_apply_(
 ) -> None:
     """W <- (1 - lr * decay) W - lr * update_scale * u, in place; an entry stays as it is where u is NaN.
 
-    So a skipped step of :func:`muon_updates` changes nothing. Parameters may require gradients; none is recorded.
+    So a skipped step of :func:`muon_updates` changes nothing. `parameters` and `updates` are lists of matrices [m, n],
+    of one float dtype each. `lr` and `weight_decay` are numbers or scalar tensors. `scale` is 'original', sqrt(max(1, m
+    / n)), or 'match_rms_adamw', 0.2 sqrt(max(m, n)). Parameters may require gradients; none is recorded.
 
-    Raises ValueError for what is no matrix [m, n] of floating point, for lists of several dtypes or devices or of
-    different shapes, and for parameters that share memory.
+    `backend` is "reference" or "triton"; None takes the kernel on a GPU (Hopper), but for float64.
+    ValueError: what is no matrix [m, n] of floating point, lists of several dtypes or devices or of different shapes,
+    parameters that share memory, another scale.
+
+    Example: muon_apply_(parameters, updates, lr=0.02, weight_decay=0.01)
     """
     update_scale(1, 1, scale)
     if not parameters and not updates:

@@ -10,8 +10,8 @@ gram, on m x m alone:     P = a I + b R + c R R;  Q <- Q P;  R <- P (R P);      
                           after every third iteration (else rounding makes R indefinite) and, without R, at the end
 
 Every product but P X is symmetric, since all factors are polynomials in R: its lower triangle is computed, and mirrored
-or, in one chained launch, read turned. Multiplications of an iteration of m x n: standard m*m*(n/2 + m/2 + n); gram 4 *
-m^3/2 and little else.
+or, in one chained launch, read transposed. Multiplications of an iteration of m x n: standard m*m*(n/2 + m/2 + n);
+gram 4 * m^3/2 and little else.
 """
 
 from collections.abc import Sequence
@@ -67,17 +67,17 @@ def gram_program(steps: int, coefficients: str) -> list[list[Product]]:
                 program.append([Product(APPLY, total, x, 1 - x)])
                 x = 1 - x
             program.append([Product(GRAM, x, x, r)])
-        here = total if is_first else product
-        program.append([Product(SYMMETRIC, r, r, here, c, b, a)])
+        target = total if is_first else product
+        program.append([Product(SYMMETRIC, r, r, target, c, b, a)])
         together = []
         if not is_first:
             together.append(Product(SYMMETRIC, total, product, other))
         if goes_on:
-            together.append(Product(SYMMETRIC, r, here, spare))
+            together.append(Product(SYMMETRIC, r, target, spare))
         if together:
             program.append(together)
         if goes_on:
-            program.append([Product(SYMMETRIC, here, spare, r)])
+            program.append([Product(SYMMETRIC, target, spare, r)])
         if not is_first:
             total, other = other, total
     program.append([Product(APPLY, total, x, 1 - x)])
@@ -215,8 +215,8 @@ class _Grid:
         """int32 [tiles, FIELDS], in bands of eight tile rows, which keep their operands in L2.
 
         0 left, 1 rows to the next panel of both operands, 2 right, 3 depth, 4 addend or -1, 5 result, 6 mirrored
-        result, 7 row and 8 column of the tile, 9 kind (0 apply, 1 symmetric, 2 last and as it is, 3 last and turned);
-        rows are rows of the arena.
+        result, 7 row and 8 column of the tile, 9 kind (0 apply, 1 symmetric, 2 last and as it is, 3 last and
+        transposed); rows are rows of the arena.
         """
         panel, m = self.panel, self.m
         matrix, i, j = self._places(product)
@@ -225,22 +225,22 @@ class _Grid:
         is_apply = product.kind == APPLY
         kind = (3 if self.is_tall else 2) if is_last else int(not is_apply)
         addend = right + across if product.beta else -1
-        here, there = to + across, to + i // panel * m + j
+        target, mirror = to + across, to + i // panel * m + j
         if is_last:
-            here = self._last(matrix, i, j)
+            target = self._last(matrix, i, j)
         right = right + (j // panel * m if is_apply else j)
-        return _table((left + i, m, right, self.depth(product), addend, here, there, i, j, kind), i, FIELDS)
+        return _table((left + i, m, right, self.depth(product), addend, target, mirror, i, j, kind), i, FIELDS)
 
     def chain(self, product: Product, is_last: bool, waits_for: int) -> Tensor:
         """int32 [tiles, CHAIN_FIELDS], in the order of :meth:`tiles`.
 
-        An S is stored on and under its diagonal alone; what is above is read turned. So operands are read in up to
-        three ranges of depth: as rows and rows turned, as rows and columns, as columns turned and columns.
+        An S is stored on and under its diagonal alone; what is above is read transposed. So operands are read in up
+        to three ranges of depth: as rows and rows transposed, as rows and columns, as columns transposed and columns.
 
         0 left as rows, 1 rows to the next panel of both operands, 2 right as rows, 3 left and 4 right as columns,
         5 depth, 6 and 7 ends of the first two ranges, 8 addend or -1, 9 row and 10 column of the result, 11 kind (0 as
-        it is, 1 to be made symmetric, 2 last and as it is, 3 last and turned), 12 matrix, 13 tiles of that matrix to be
-        done before, 14 whether it is on the diagonal of an S; rows are rows of the arena.
+        it is, 1 to be made symmetric, 2 last and as it is, 3 last and transposed), 12 matrix, 13 tiles of that matrix
+        to be done before, 14 whether it is on the diagonal of an S; rows are rows of the arena.
         """
         panel, m = self.panel, self.m
         matrix, i, j = self._places(product)

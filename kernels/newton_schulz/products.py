@@ -1,8 +1,8 @@
 """The grouped matrix products: one launch runs the tiles of a table, whatever matrices and kinds they belong to.
 
 A tile reads its operands through descriptors (the copy engine of Hopper), accumulates in fp32 and stores through
-descriptors too. Of a symmetric product only tiles on and under the diagonal are in the table; each is stored twice, the
-second time turned, and a tile on the diagonal takes its upper half from its lower: the result equals its transpose bit
+descriptors too. Of a symmetric product only tiles on and under the diagonal are in the table. Each is stored twice, the
+second time transposed. A tile on the diagonal takes its upper half from its lower: the result equals its transpose bit
 for bit. A tile of X X^T on the diagonal reads its operand once.
 
 Two ways to run a plan. In steps, here: a launch for each set of tiles, each a programmatic dependent of the one before,
@@ -35,13 +35,13 @@ class NewtonSchulzConfig:
 
 
 @triton.jit
-def _store(block, kind, add, here, there, i, j, alpha, beta, gamma, squares, result, PANEL: tl.constexpr):
+def _store(block, kind, add, target, mirror, i, j, alpha, beta, gamma, squares, result, PANEL: tl.constexpr):
     """Store tile (i, j) of a product where it belongs, and of a symmetric one its mirror image."""
     if kind >= 2:
         if kind == 2:
-            result.store([here, j], block.to(result.dtype))
+            result.store([target, j], block.to(result.dtype))
         else:
-            result.store([here, i], block.to(result.dtype).T)
+            result.store([target, i], block.to(result.dtype).T)
     else:
         index = tl.arange(0, PANEL)
         if add >= 0:
@@ -49,14 +49,14 @@ def _store(block, kind, add, here, there, i, j, alpha, beta, gamma, squares, res
             block += tl.where(index[:, None] + i == index[None, :] + j, gamma, 0.0)
         out = block.to(squares.dtype)
         if kind == 0:
-            squares.store([here, 0], out)
+            squares.store([target, 0], out)
         else:
-            turned = out.T
+            transposed = out.T
             if i == j:
-                squares.store([here, 0], tl.where(index[:, None] >= index[None, :], out, turned))
+                squares.store([target, 0], tl.where(index[:, None] >= index[None, :], out, transposed))
             else:
-                squares.store([here, 0], out)
-                squares.store([there, 0], turned)
+                squares.store([target, 0], out)
+                squares.store([mirror, 0], transposed)
 
 
 @triton.jit
@@ -110,8 +110,8 @@ def _products(
     right = tl.load(tile + 2)
     depth = tl.load(tile + 3)
     add = tl.load(tile + 4)
-    here = tl.load(tile + 5)
-    there = tl.load(tile + 6)
+    target = tl.load(tile + 5)
+    mirror = tl.load(tile + 6)
     i = tl.load(tile + 7)
     j = tl.load(tile + 8)
     kind = tl.load(tile + 9)
@@ -124,7 +124,7 @@ def _products(
     acc = _multiply(rows, columns, left, right, panel_step, depth, kind, BK, PANEL, PRECISION)
     if DEPENDENT:
         tl.extra.cuda.gdc_launch_dependents()
-    _store(acc, kind, add, here, there, i, j, alpha, beta, gamma, squares, result, PANEL)
+    _store(acc, kind, add, target, mirror, i, j, alpha, beta, gamma, squares, result, PANEL)
 
 
 def run_products(plan: Plan, arena: Tensor, result: Tensor, config: NewtonSchulzConfig) -> None:

@@ -1,4 +1,4 @@
-"""Newton-Schulz and Muon in plain PyTorch: the coefficient sets, and the statements that the kernels are held to."""
+"""Newton-Schulz and Muon in plain PyTorch: the coefficient sets, and the references that the kernels are held to."""
 
 import math
 from collections.abc import Sequence
@@ -74,10 +74,14 @@ def newton_schulz_ref(
     coefficients: str | Sequence[float] = "jordan",
     eps: float = EPS,
 ) -> Tensor:
-    """Orthogonalise matrices [..., m, n] -> the same shape, in `dtype`; None is :func:`result_dtype`. No gradient.
+    """Orthogonalise `matrices` [..., m, n] -> the same shape, in `dtype`; None is :func:`result_dtype`. No gradient.
 
-    The norm is taken in fp64, where no fp32 entry overflows. A matrix with an entry that is no finite number gives
-    zeros.
+    `steps` iterations with `coefficients` 'jordan', 'polar_express' or three numbers; `eps` is added to the Frobenius
+    norm. The norm is taken in fp64, where no fp32 entry overflows. A matrix with an entry that is no finite number
+    gives zeros.
+    ValueError: steps below 1, other coefficients.
+
+    Example: orthogonal = newton_schulz_ref(weight)
     """
     dtype = dtype or result_dtype(matrices)
     norm = torch.linalg.vector_norm(matrices, dim=(-2, -1), keepdim=True, dtype=torch.float64)

@@ -81,53 +81,53 @@ def backward(
     for step in range(STEPS):
         rows = step * ROWS + tl.arange(0, ROWS)
         row = rows[:, None, None]
-        inside = (first + row < tokens) & wide
-        at = row * D + column
+        mask = (first + row < tokens) & wide
+        offsets = row * D + column
         grad = tl.zeros((ROWS, CHUNKS, CHUNK), tl.float32)
         if dn_ptr is not None or MIX:
-            n = tl.load(n_ptr + base + at, mask=inside, other=0.0).to(tl.float32)
+            n = tl.load(n_ptr + base + offsets, mask=mask, other=0.0).to(tl.float32)
             rstd = tl.load(rstd_ptr + row_of_batch + rows, mask=first + rows < tokens, other=1.0)
         if dn_ptr is not None:
-            dn = tl.load(dn_ptr + base + at, mask=inside, other=0.0).to(tl.float32)
+            dn = tl.load(dn_ptr + base + offsets, mask=mask, other=0.0).to(tl.float32)
             mean = mean_of_rows(dn * n, D)
             grad = rstd[:, None, None] * (dn - n * mean[:, None, None])
         if dx_in_ptr is not None:
-            grad += tl.load(dx_in_ptr + base + at, mask=inside, other=0.0).to(tl.float32)
+            grad += tl.load(dx_in_ptr + base + offsets, mask=mask, other=0.0).to(tl.float32)
         if SCALE:
-            branch = tl.load(branch_ptr + base + at, mask=inside, other=0.0).to(tl.float32)
+            branch = tl.load(branch_ptr + base + offsets, mask=mask, other=0.0).to(tl.float32)
         if SKIP:
-            pushed = tl.load(pushed_ptr + base + at, mask=inside, other=0.0).to(tl.float32)
+            pushed = tl.load(pushed_ptr + base + offsets, mask=mask, other=0.0).to(tl.float32)
         if MIX:
             if divides:
                 value = n * (1.0 / rstd)[:, None, None]
             else:
-                value = tl.load(x_ptr + base + at, mask=inside, other=0.0).to(tl.float32)
+                value = tl.load(x_ptr + base + offsets, mask=mask, other=0.0).to(tl.float32)
                 if branch_ptr is not None:
-                    joined = tl.load(branch_ptr + base + at, mask=inside, other=0.0).to(tl.float32)
+                    joined = tl.load(branch_ptr + base + offsets, mask=mask, other=0.0).to(tl.float32)
                     value += joined if scale_ptr is None else scale * joined
                 if bias_ptr is not None:
                     value += bias
                 if pushed_ptr is not None:
-                    value += skip * tl.load(pushed_ptr + base + at, mask=inside, other=0.0).to(tl.float32)
+                    value += skip * tl.load(pushed_ptr + base + offsets, mask=mask, other=0.0).to(tl.float32)
             dkeep += grad * value
-            drestore += grad * tl.load(x0_ptr + base + at, mask=inside, other=0.0).to(tl.float32)
+            drestore += grad * tl.load(x0_ptr + base + offsets, mask=mask, other=0.0).to(tl.float32)
         if dx0_ptr is not None:
             dx0 = restore * grad
             if ADDS:
-                dx0 += tl.load(dx0_ptr + base + at, mask=inside, other=0.0).to(tl.float32)
-            tl.store(dx0_ptr + base + at, dx0.to(dx0_ptr.dtype.element_ty), mask=inside)
+                dx0 += tl.load(dx0_ptr + base + offsets, mask=mask, other=0.0).to(tl.float32)
+            tl.store(dx0_ptr + base + offsets, dx0.to(dx0_ptr.dtype.element_ty), mask=mask)
         if mix_ptr is not None:
             grad *= keep
         if SKIP:
             dskip += grad * pushed
         if dpushed_ptr is not None:
-            tl.store(dpushed_ptr + base + at, (skip * grad).to(dpushed_ptr.dtype.element_ty), mask=inside)
+            tl.store(dpushed_ptr + base + offsets, (skip * grad).to(dpushed_ptr.dtype.element_ty), mask=mask)
         if dx_out_ptr is not None:
-            grad += tl.load(dx_out_ptr + base + at, mask=inside, other=0.0).to(tl.float32)
+            grad += tl.load(dx_out_ptr + base + offsets, mask=mask, other=0.0).to(tl.float32)
         if dx_ptr is not None:
-            tl.store(dx_ptr + base + at, grad.to(dx_ptr.dtype.element_ty), mask=inside)
+            tl.store(dx_ptr + base + offsets, grad.to(dx_ptr.dtype.element_ty), mask=mask)
         if dbranch_ptr is not None:
-            tl.store(dbranch_ptr + base + at, (scale * grad).to(dbranch_ptr.dtype.element_ty), mask=inside)
+            tl.store(dbranch_ptr + base + offsets, (scale * grad).to(dbranch_ptr.dtype.element_ty), mask=mask)
         if BIAS:
             dbias += grad
         if SCALE:
@@ -198,6 +198,6 @@ def _document_sum(sums_ptr, document, splits, column, D: tl.constexpr, SPLITS: t
     base = sums_ptr + tl.cast(document, tl.int64) * splits * D
     for start in range(0, splits, SPLITS):
         split = start + tl.arange(0, SPLITS)
-        inside = (split < splits)[:, None] & (column < D)[None, :]
-        total += tl.sum(tl.load(base + split[:, None] * D + column[None, :], mask=inside, other=0.0), axis=0)
+        mask = (split < splits)[:, None] & (column < D)[None, :]
+        total += tl.sum(tl.load(base + split[:, None] * D + column[None, :], mask=mask, other=0.0), axis=0)
     return total

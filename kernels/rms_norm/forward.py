@@ -103,24 +103,24 @@ def forward(
     for step in range(STEPS):
         rows = step * ROWS + tl.arange(0, ROWS)
         row = rows[:, None, None]
-        inside = (first + row < tokens) & wide
-        at = row * D + column
-        value = tl.load(x_ptr + base + at, mask=inside, other=0.0).to(tl.float32)
+        mask = (first + row < tokens) & wide
+        offsets = row * D + column
+        value = tl.load(x_ptr + base + offsets, mask=mask, other=0.0).to(tl.float32)
         if branch_ptr is not None:
-            branch = tl.load(branch_ptr + base + at, mask=inside, other=0.0).to(tl.float32)
+            branch = tl.load(branch_ptr + base + offsets, mask=mask, other=0.0).to(tl.float32)
             value += branch if scale_ptr is None else scale * branch
         if bias_ptr is not None:
             value += bias
         if x_out_ptr is not None:
-            tl.store(x_out_ptr + base + at, value.to(x_out_ptr.dtype.element_ty), mask=inside)
+            tl.store(x_out_ptr + base + offsets, value.to(x_out_ptr.dtype.element_ty), mask=mask)
         if pushed_ptr is not None:
-            value += skip * tl.load(pushed_ptr + base + at, mask=inside, other=0.0).to(tl.float32)
+            value += skip * tl.load(pushed_ptr + base + offsets, mask=mask, other=0.0).to(tl.float32)
         if mix_ptr is not None:
-            value = keep * value + restore * tl.load(x0_ptr + base + at, mask=inside, other=0.0).to(tl.float32)
+            value = keep * value + restore * tl.load(x0_ptr + base + offsets, mask=mask, other=0.0).to(tl.float32)
         if x_in_ptr is not None:
-            tl.store(x_in_ptr + base + at, value.to(x_in_ptr.dtype.element_ty), mask=inside)
+            tl.store(x_in_ptr + base + offsets, value.to(x_in_ptr.dtype.element_ty), mask=mask)
         square = mean_of_rows(value * value, D)
         # The approximate rsqrt would be the largest error of the fp32 norm.
         rstd = tl.div_rn(1.0, tl.sqrt_rn(square + EPS))
-        tl.store(n_ptr + base + at, (value * rstd[:, None, None]).to(n_ptr.dtype.element_ty), mask=inside)
+        tl.store(n_ptr + base + offsets, (value * rstd[:, None, None]).to(n_ptr.dtype.element_ty), mask=mask)
         tl.store(rstd_ptr + row_of_batch + row, rstd[:, None, None], mask=first + row < tokens)

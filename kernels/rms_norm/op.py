@@ -255,7 +255,16 @@ _residual_norm.register_autograd(_backward, setup_context=_setup_context)
 
 
 def rms_norm(x: Tensor, *, backend: str | None = None) -> Tensor:
-    """x [..., D] / rms(x) over the last dimension. The backward reads what is returned: change none of it before."""
+    """`x` [..., D] / rms(x) over the last dimension, in its dtype, with a gradient.
+
+    The backward reads what is returned: change none of it before.
+
+    `backend` is "reference" or "triton"; None takes the reference on a CPU and the kernel on a GPU. The kernel takes
+    bfloat16, float16 or float32, and a D that is a multiple of 16 up to 4096.
+    ValueError: other shapes, dtypes or backends.
+
+    Example: n = rms_norm(x)
+    """
     _check(x.unsqueeze(0) if x.dim() < 3 else x)
     if _takes_reference(x, backend):
         return rms_norm_ref(x)
@@ -281,14 +290,27 @@ def residual_norm(
     adds_x0: bool = False,
     backend: str | None = None,
 ) -> ResidualNorm:
-    """(x_out, x_in, n) of the boundary; shapes, dtypes and equations: see the package.
+    """(x_out, x_in, n) of a block's boundary, all [B, S, D] in x's dtype; the equations are those of the package.
 
-    x_out is None without `push`, and x_in with `last`: what nobody reads is not stored. Tensors that are not contiguous
-    are copied, all but `bias`, whose rows may lie any distance apart. With `bias_grad`, a tensor like `bias` (a view of
-    a pool of gradients), the backward writes the rows of the slots named there, leaves the others alone, and autograd
-    gets no gradient of `bias`, which has to require one all the same. `x0_grad`, like x0, does the same for x0: it is
-    written, or with `adds_x0` added to, so that the boundaries that share an x0 share one sum.
-    The backward reads n: autograd refuses it once n was changed in place.
+    `x`, `branch`, `pushed` and `x0` are [B, S, D] of one dtype. `scale` and `skip` [D], `mix` [2, D] and `bias` [slots,
+    D] are float32 for the kernel. `slots` int32 or int64 [B] is the row of bias that each document adds; None takes row
+    b for document b. `skip` comes with pushed, mix with x0, scale with branch. All but slots get gradients.
+
+    x_out is None without `push`, and x_in with `last`: what is not read is not stored. Tensors that are not contiguous
+    are copied, all but bias, whose rows may lie any distance apart. The backward reads n: autograd refuses it once n
+    was changed in place.
+
+    With `bias_grad`, a float32 tensor like bias (a view of a pool of gradients), the backward writes the rows of the
+    slots that are named, leaves the others alone, and autograd gets no gradient of bias, which has to require one all
+    the same. `x0_grad`, like x0, does the same for x0: it is written, or with `adds_x0` added to, so that the
+    boundaries that share an x0 share one sum. Only the kernel takes the two.
+
+    `backend` is "reference" or "triton"; None takes the reference on a CPU and the kernel on a GPU. The kernel takes
+    bfloat16, float16 or float32, and a D that is a multiple of 16 up to 4096.
+    ValueError: other shapes, dtypes or backends, tensors on several devices, one of a pair without the other, a pooled
+    gradient with the reference.
+
+    Example: x_out, x_in, n = residual_norm(x, branch, scale, push=True)
     """
     given = {"branch": branch, "pushed": pushed, "x0": x0}
     vectors = {"scale": scale, "skip": skip, "mix": mix, "bias": bias}
@@ -327,7 +349,7 @@ def residual_norm(
 
 
 def _takes_reference(x: Tensor, backend: str | None) -> bool:
-    """Whether `backend` means the reference here; raises ValueError where the kernel takes no such x."""
+    """Whether `backend` means the reference; ValueError for an x that the kernel does not take."""
     if backend not in (None, "reference", "triton"):
         raise ValueError(f"backend is {backend!r}; allowed: None, 'reference', 'triton'")
     if backend == "reference" or (backend is None and x.device.type == "cpu"):

@@ -1,4 +1,4 @@
-"""The plain statement of the norm and of the boundary of a block."""
+"""The reference of the norm and of the boundary of a block."""
 
 from typing import NamedTuple
 
@@ -11,7 +11,10 @@ EPS = 2.0**-23
 
 
 class ResidualNorm(NamedTuple):
-    """What comes out of a boundary."""
+    """What comes out of a boundary: three tensors [B, S, D] of one dtype, or None.
+
+    Example: ResidualNorm(x_out=None, x_in=x, n=rms_norm(x))
+    """
 
     x_out: Tensor | None
     """the block's output, where it was asked for"""
@@ -22,7 +25,10 @@ class ResidualNorm(NamedTuple):
 
 
 def rms_norm_ref(x: Tensor) -> Tensor:
-    """x / rms(x) over the last dimension."""
+    """`x` [..., D] / rms(x) over the last dimension, in its float dtype, with a gradient.
+
+    Example: n = rms_norm_ref(x)
+    """
     return F.rms_norm(x, (x.size(-1),), eps=EPS)
 
 
@@ -40,7 +46,14 @@ def residual_norm_ref(
     push: bool = False,
     last: bool = False,
 ) -> ResidualNorm:
-    """The boundary term by term in x's dtype. x_out is None without `push`, x_in with `last`."""
+    """The boundary term by term in x's dtype: (x_out, x_in, n), all [B, S, D]. Arguments as of :func:`residual_norm`.
+
+    `x`, `branch`, `pushed` and `x0` are [B, S, D] of one float dtype; `scale` and `skip` [D], `mix` [2, D] and `bias`
+    [slots, D] any float dtype; `slots` int [B]. x_out is None without `push`, x_in with `last`. Autograd gives all
+    gradients.
+
+    Example: x_out, x_in, n = residual_norm_ref(x, branch, scale, push=True)
+    """
     x_out = x
     if branch is not None:
         x_out = x_out + (branch if scale is None else scale.to(x.dtype) * branch)

@@ -13,9 +13,9 @@ tokens and heads any distance apart (views of the stacked output of a QKV produc
 The outputs and gradients are contiguous, in the dtype of q. fp64 everywhere for the reference. All arithmetic is fp32
 and rounded once, on the way out.
 
-Bytes, in items of the dtype: forward 2 (H + G) d a token, backward 3 (H + G) d: q and k are kept and their norm taken
-again, which costs no bytes; keeping r would. cos and sin are read once a token for all heads, from cache. q and k take
-one launch. dgain is summed over a program's tokens, then over programs, in fixed order.
+Bytes, in items of the dtype: forward 2 (H + G) d a token, backward 3 (H + G) d. q and k are kept and their norm is
+computed again, which costs no bytes; keeping r would. cos and sin are read once a token for all heads, from cache. q
+and k take one launch. dgain is summed over a program's tokens, then over programs, in fixed order.
 
 Rotation by RoFormer (Su et al. 2021), NTK-scaled base past the training length: base * (S / S_train)^(d / (d - 2)).
 """

@@ -38,9 +38,9 @@ def _rotate_backward(
     column = tl.arange(0, HALF)[None, None, :]
     for start in range(0, H, HEADS):
         head = start + tl.arange(0, HEADS)[:, None, None]
-        inside = (first + token < tokens) & (column < D // 2) & (head < H)
-        dleft, dright = halves(dout_ptr, token * dout_stride_s + head * dout_stride_h + column, inside, D)
-        left, right = halves(x_ptr, token * stride_s + head * stride_h + column, inside, D)
+        mask = (first + token < tokens) & (column < D // 2) & (head < H)
+        dleft, dright = halves(dout_ptr, token * dout_stride_s + head * dout_stride_h + column, mask, D)
+        left, right = halves(x_ptr, token * stride_s + head * stride_h + column, mask, D)
         rstd = rstd_of(left, right, EPS, D)
         dleft, dright = dleft * cos + dright * sin, dright * cos - dleft * sin
         left, right = left * rstd, right * rstd
@@ -53,10 +53,10 @@ def _rotate_backward(
             heads = start + tl.arange(0, HEADS)
             factor *= tl.load(gain_ptr + heads, mask=heads < H, other=0.0)[:, None, None]
         mean = dot * (1.0 / D)
-        at = token * (H * D) + head * D + column
+        offsets = token * (H * D) + head * D + column
         dtype = dx_ptr.dtype.element_ty
-        tl.store(dx_ptr + at, (factor * (dleft - left * mean)).to(dtype), mask=inside)
-        tl.store(dx_ptr + D // 2 + at, (factor * (dright - right * mean)).to(dtype), mask=inside)
+        tl.store(dx_ptr + offsets, (factor * (dleft - left * mean)).to(dtype), mask=mask)
+        tl.store(dx_ptr + D // 2 + offsets, (factor * (dright - right * mean)).to(dtype), mask=mask)
 
 
 @triton.jit

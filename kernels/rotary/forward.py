@@ -32,16 +32,16 @@ def tables(cos_ptr, sin_ptr, first, tokens, D: tl.constexpr, TOKENS: tl.constexp
     """cos and sin [1, TOKENS, HALF] of the tokens from `first` on."""
     token = first + tl.arange(0, TOKENS)[None, :, None]
     column = tl.arange(0, HALF)[None, None, :]
-    at = token * (D // 2) + column
-    inside = (token < tokens) & (column < D // 2)
-    return tl.load(cos_ptr + at, mask=inside, other=0.0), tl.load(sin_ptr + at, mask=inside, other=0.0)
+    offsets = token * (D // 2) + column
+    mask = (token < tokens) & (column < D // 2)
+    return tl.load(cos_ptr + offsets, mask=mask, other=0.0), tl.load(sin_ptr + offsets, mask=mask, other=0.0)
 
 
 @triton.jit
-def halves(ptr, at, inside, D: tl.constexpr):
+def halves(ptr, offsets, mask, D: tl.constexpr):
     """Both halves of each head, in fp32."""
-    left = tl.load(ptr + at, mask=inside, other=0.0).to(tl.float32)
-    right = tl.load(ptr + D // 2 + at, mask=inside, other=0.0).to(tl.float32)
+    left = tl.load(ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    right = tl.load(ptr + D // 2 + offsets, mask=mask, other=0.0).to(tl.float32)
     return left, right
 
 
@@ -78,16 +78,16 @@ def _rotate(
     column = tl.arange(0, HALF)[None, None, :]
     for start in range(0, H, HEADS):
         head = start + tl.arange(0, HEADS)[:, None, None]
-        inside = (first + token < tokens) & (column < D // 2) & (head < H)
-        left, right = halves(x_ptr, token * stride_s + head * stride_h + column, inside, D)
+        mask = (first + token < tokens) & (column < D // 2) & (head < H)
+        left, right = halves(x_ptr, token * stride_s + head * stride_h + column, mask, D)
         factor = rstd_of(left, right, EPS, D)
         if gain_ptr is not None:
             heads = start + tl.arange(0, HEADS)
             factor *= tl.load(gain_ptr + heads, mask=heads < H, other=0.0)[:, None, None]
-        at = token * (H * D) + head * D + column
+        offsets = token * (H * D) + head * D + column
         dtype = out_ptr.dtype.element_ty
-        tl.store(out_ptr + at, ((left * cos - right * sin) * factor).to(dtype), mask=inside)
-        tl.store(out_ptr + D // 2 + at, ((right * cos + left * sin) * factor).to(dtype), mask=inside)
+        tl.store(out_ptr + offsets, ((left * cos - right * sin) * factor).to(dtype), mask=mask)
+        tl.store(out_ptr + D // 2 + offsets, ((right * cos + left * sin) * factor).to(dtype), mask=mask)
 
 
 @triton.jit

@@ -100,9 +100,17 @@ _norm_rotary.register_autograd(_autograd, setup_context=_setup_context)
 def norm_rotary(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, gain: Tensor | None = None, *, backend: str | None = None
 ) -> tuple[Tensor, Tensor]:
-    """q [B, S, H, d] and k [B, S, G, d], normed and rotated, q times `gain` [H]; gradients of q, k and gain.
+    """`q` [B, S, H, d] and `k` [B, S, G, d], each head normed to rms 1 and rotated, q's times `gain` [H].
 
-    cos, sin [S, d/2] may be of any length, not of unit length alone; ValueError where one requires a gradient.
+    q and k are of one dtype, which is that of the results. `cos` and `sin` are [S, d/2]; they may be of any length, not
+    of unit length alone. The three tables are float32 for the kernel; gain may be None. q, k and gain get gradients.
+
+    `backend` is "reference" or "triton"; None takes the reference on a CPU and the kernel on a GPU. The kernel takes
+    bfloat16, float16 or float32.
+    ValueError: other shapes, an odd d, other dtypes or backends, tensors on several devices, a cos or sin that requires
+    a gradient.
+
+    Example: q, k = norm_rotary(q, k, cos, sin, gain)
     """
     refuse_gradients("detach it", cos=cos, sin=sin)
     if backend not in (None, "reference", "triton"):

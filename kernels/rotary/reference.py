@@ -1,4 +1,4 @@
-"""The tables, and the plain statement of norm, rotation and gain."""
+"""The tables, and the reference of norm, rotation and gain."""
 
 import torch
 from torch import Tensor
@@ -7,19 +7,35 @@ from ..rms_norm import rms_norm_ref
 
 
 def ntk_base(base: float, length: int, train_length: int, head_dim: int) -> float:
-    """The rotary base for sequences of `length` tokens: `base` up to `train_length`, NTK-scaled past it."""
+    """The rotary base for sequences of `length` tokens: `base` up to `train_length`, NTK-scaled past it.
+
+    `head_dim` is above 2. All are numbers, and so is the result.
+
+    Example: base = ntk_base(10000.0, length=2048, train_length=1024, head_dim=64)
+    """
     return base * max(1.0, length / train_length) ** (head_dim / (head_dim - 2))
 
 
 def rotary_tables(length: int, head_dim: int, base: float, device=None, dtype=torch.float32) -> tuple[Tensor, Tensor]:
-    """cos and sin [length, head_dim/2] for positions 0..length-1. Computed in float64, then rounded once to `dtype`."""
-    frequency = base ** (-torch.arange(0, head_dim, 2, dtype=torch.float64, device=device) / head_dim)
-    angle = torch.outer(torch.arange(length, dtype=torch.float64, device=device), frequency)
-    return angle.cos().to(dtype), angle.sin().to(dtype)
+    """cos and sin [length, head_dim/2] for positions 0..length-1, without gradients.
+
+    Angles are `base`^(-2i / head_dim) times the position, computed in float64 on `device` and rounded once to `dtype`.
+
+    Example: cos, sin = rotary_tables(length=8, head_dim=16, base=10000.0)
+    """
+    with torch.inference_mode(False):  # who keeps them may train with them later
+        frequency = base ** (-torch.arange(0, head_dim, 2, dtype=torch.float64, device=device) / head_dim)
+        angle = torch.outer(torch.arange(length, dtype=torch.float64, device=device), frequency)
+        return angle.cos().to(dtype), angle.sin().to(dtype)
 
 
 def norm_rotary_ref(x: Tensor, cos: Tensor, sin: Tensor, gain: Tensor | None = None) -> Tensor:
-    """x [B, S, H, d] -> the same shape and dtype; the rotation is computed in the dtype of the tables."""
+    """`x` [B, S, H, d], each head normed, rotated and, if `gain` [H] is given, times it; in x's float dtype.
+
+    `cos` and `sin` are [S, d/2]; the rotation is computed in their dtype. Autograd gives all gradients.
+
+    Example: z = norm_rotary_ref(q, cos, sin, gain)
+    """
     first, second = rms_norm_ref(x).to(cos.dtype).chunk(2, dim=-1)
     cos, sin = cos[:, None], sin[:, None]
     rotated = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)

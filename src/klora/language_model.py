@@ -23,11 +23,17 @@ from .ttt.results import ScoreResult
 from .ttt.score import Journal, score_documents, unadapted
 
 
+@torch.inference_mode(False)  # what is loaded may be adapted later
 def load(path: str | Path, device: torch.device | str = "auto", weights: str = "dense") -> "LanguageModel":
     """The model and the tokenizer of an artifact, or of a finished run's folder (its weights before quantisation).
 
-    `device`: "auto" (the GPU if there is one), "cpu", "cuda", "cuda:N" or a torch.device. `weights`: "dense", or "int6"
-    to keep an artifact's matrices at six bits. KloraError: no such file, no artifact, no such device.
+    path: the artifact's file, or the folder.
+    device: "auto" (the GPU if there is one), "cpu", "cuda", "cuda:N" or a torch.device.
+    weights: "dense", or "int6" to keep an artifact's matrices at six bits.
+
+    KloraError: no such file, no artifact, no finished run, no such device, other weights.
+
+    Example: lm = klora.load("tiny.klora")
     """
     path = Path(path)
     if not path.is_dir():
@@ -41,7 +47,9 @@ def load(path: str | Path, device: torch.device | str = "auto", weights: str = "
 class LanguageModel:
     """A :class:`~klora.model.GPT` and its tokenizer, both to be used on their own as well.
 
-    Documents are given as one text, several, or a dictionary of names and texts.
+    Documents are given as one text, several, or a dictionary of names and texts. `device` is the model's.
+
+    Example: lm = LanguageModel(model, tokenizer)
     """
 
     def __init__(self, model: GPT, tokenizer: Tokenizer):
@@ -53,6 +61,7 @@ class LanguageModel:
 
     @property
     def device(self) -> torch.device:
+        """The model's device."""
         return self.model.embed.device
 
     @torch.no_grad()
@@ -60,7 +69,11 @@ class LanguageModel:
         """Logits fp32 [S, V] of what follows each token of a text, or of its tokens int [S] or [B, S] -> [B, S, V].
 
         A text's first token is BOS, as of `tokenizer.encode(text)`: row i is about token i + 1. Past the model's
-        training length the rotary base is that of S tokens.
+        training length the rotary base is that of S tokens. They lie on the model's device and need no gradient.
+
+        TokenizerError: no token, one outside the vocabulary, tokens that are no integers, half a surrogate pair.
+
+        Example: logits = lm.logits("import os")
         """
         tokens = torch.as_tensor(self._encode(text).astype(np.int64) if isinstance(text, str) else text)
         vocab = self.tokenizer.vocab_size
@@ -77,7 +90,11 @@ class LanguageModel:
         """Text that goes on from `prompt`: up to `tokens` tokens, until a new document would begin.
 
         temperature 0 takes the likeliest token; otherwise one of the `top_k` likeliest (0: all) is drawn. The same seed
-        gives the same text on the same machine.
+        gives the same text on the same machine. The prompt is no part of what is returned.
+
+        TokenizerError: a prompt that is no text. ValueError: a negative setting.
+
+        Example: text = lm.generate("import os", tokens=20, temperature=0)
         """
         self._encode(prompt)  # for its errors
         settings = {"most": tokens, "temperature": temperature, "top_k": top_k, "seed": seed}
@@ -86,7 +103,11 @@ class LanguageModel:
     def score(self, documents: str | Iterable[str] | Mapping[str, str]) -> ScoreResult:
         """Bits per byte of the model as it is: `.totals()["base_bpb"]`, and `base_bpb` of each of `.documents`.
 
-        Bytes are the text's own; `.notes` says where the tokenizer normalises it.
+        Bytes are the text's own in UTF-8; `.notes` says where the tokenizer normalises it.
+
+        TokenizerError: a document that is no text. NonFiniteScore: an NLL that is no number.
+
+        Example: bpb = lm.score("one text").totals()["base_bpb"]
         """
         config, read = ttt_preset(), self._documents(documents)
         base = BaseNll(self.model, read, config)
@@ -104,7 +125,13 @@ class LanguageModel:
 
         `.totals()` has "base_bpb" and "adapted_bpb", `.documents` those of each. Documents under `min_tokens` tokens
         are left to the base model. `preset`: "quick" (the default), "thorough" or "design"; `settings` are fields of
-        :class:`~klora.ttt.TTTConfig`, such as `min_tokens=64`. The model itself does not change.
+        :class:`~klora.ttt.TTTConfig`, such as `min_tokens=64`. The weights do not change; they require no
+        gradient afterwards.
+
+        ConfigError: no such preset, protocol or setting. TokenizerError: a document that is no text. NonFiniteScore: an
+        NLL that is no number, as of an adapter that diverged.
+
+        Example: totals = lm.adapt({"notes": "one text"}, min_tokens=64).totals()
         """
         config: TTTConfig = ttt_preset(preset, protocol).override(settings)
         with TemporaryDirectory() as folder:
