@@ -120,12 +120,12 @@ def run_group(
     toy: bool,
     rounds: tuple[int, int] = (20, 200),
     commit: str = "",
-    progress: Callable[[str], None] = lambda text: None,
+    progress: Callable[[str, int, int], None] = lambda text, done, total: None,
     so_far: Callable[[dict[str, Any]], None] = lambda record: None,
 ) -> dict[str, Any]:
     """Gate and time all `entries` of one group; the record as JSON values. RedGate passes through: no speed then.
 
-    `so_far` gets the record after each shape.
+    `progress` gets (what is next, shapes done, shapes in all); `so_far` gets the record after each shape.
     """
     results: list[dict[str, Any]] = []
     missing: list[dict[str, str]] = []
@@ -139,23 +139,25 @@ def run_group(
         "bounds": bounds,
         "results": results,
     }
+    done, total = 0, sum(1 if toy else len(entry.shapes) for entry in entries)
     for entry in entries:
         missing += [{"op": entry.op, "variant": name, "why": why} for name, why in entry.missing(device).items()]
         bounds += [
             {"op": entry.op, "variant": v.name, "instead": v.instead} for v in entry.present(device) if v.instead
         ]
         shapes = {"toy": entry.toy} if toy else entry.shapes
-        progress(f"{entry.op}: correctness")
+        progress(f"{entry.op}: correctness", done, total)
         broken: dict[str, str] = {}
         gate = entry.toy if toy else entry.gate or next(iter(shapes.values()))
         verdicts = check(entry, gate, device, dtype, broken=broken)
         for name, shape in shapes.items():
-            progress(f"{entry.op} {name}: timing")
+            progress(f"{entry.op} {name}: timing", done, total)
             entry = dataclasses.replace(entry, variants=tuple(v for v in entry.variants if v.name not in broken))
             results += _time_entry(entry, name, shape, verdicts, ceilings, device, dtype, rounds, broken)
             raised = [{"op": entry.op, "variant": name, "why": why} for name, why in broken.items()]
             record["missing"] = missing + raised
             so_far(record)
+            done += 1
         missing = record["missing"]
     return record
 

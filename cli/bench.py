@@ -82,7 +82,7 @@ def bench(
                     toy,
                     limits,
                     commit,
-                    progress=lambda text: show(text, 0),
+                    progress=lambda text, done, total: show(text, done, total, "shapes"),
                     so_far=lambda record, part=part: write_text(part, json.dumps(record, indent=1) + "\n"),
                 )
             except RedGate as red:

@@ -9,8 +9,9 @@ from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TextColumn
 from rich.table import Table
+from rich.text import Text
 
 
 class PatientConsole(Console):
@@ -18,6 +19,30 @@ class PatientConsole(Console):
 
     def on_broken_pipe(self) -> None:
         self.quiet = True
+
+
+class Amount(ProgressColumn):
+    """How far a task is, with its unit, and the time it has taken and has left: `3/40 tokens  0:02, 0:25 left`.
+
+    Without a total, what is done alone; without a unit, the time alone.
+    """
+
+    def render(self, task: Task) -> Text:
+        unit = task.fields.get("unit", "")
+        total = "" if task.total is None else f"/{task.total:,.0f}"
+        amount = f"{task.completed:,.0f}{total} {unit}  " if unit else ""
+        left = task.time_remaining
+        if unit == "s" and task.total is not None:
+            left = max(task.total - task.completed, 0.0)
+        rest = "" if task.total is None else f", {_clock(left)} left" if left is not None else ", -:-- left"
+        return Text(f"{amount}{_clock(task.elapsed or 0.0)}{rest}")
+
+
+def _clock(seconds: float) -> str:
+    """1:02:03 or 2:03."""
+    minutes, seconds = divmod(math.ceil(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
 class Output:
@@ -63,23 +88,28 @@ class Output:
             sys.stdout.write(json.dumps(_finite(values), indent=1, default=str) + "\n")
 
     @contextmanager
-    def progress(self) -> Iterator[Callable[[str, float, float | None], None]]:
-        """A live display; call what it yields with (text, done, total), total None where it is not known."""
-        if self.is_silent:
-            yield lambda text, done, total=None: None
-            return
-        columns = (
-            SpinnerColumn(),
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-        )
-        display = Progress(*columns, console=PatientConsole(stderr=True), transient=True, refresh_per_second=4)
-        task = display.add_task("", total=None)
+    def progress(self) -> Iterator[Callable[..., None]]:
+        """A live display; call what it yields with (text, done, total=None, unit="").
 
-        def show(text: str, done: float, total: float | None = None) -> None:
-            display.update(task, description=text, completed=int(done), total=None if total is None else int(total))
+        `unit` names what `done` and `total` count, "s" for seconds; `total` is None where it is not known. Another unit
+        or total is another task, whose time starts anew.
+        """
+        if self.is_silent:
+            yield lambda text, done, total=None, unit="": None
+            return
+        columns = SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(bar_width=12), Amount()
+        display = Progress(*columns, console=PatientConsole(stderr=True), transient=True, refresh_per_second=4)
+        task = display.add_task("", total=None, unit="")
+        shown: tuple[float | None, str] = None, ""
+
+        def show(text: str, done: float, total: float | None = None, unit: str = "") -> None:
+            nonlocal task, shown
+            if (total, unit) != shown or done < display.tasks[0].completed:
+                shown = total, unit
+                display.remove_task(task)
+                task = display.add_task(text, total=total, completed=done, unit=unit)
+            else:
+                display.update(task, description=text, completed=done)
 
         with suppress(OSError):
             display.start()

@@ -225,7 +225,7 @@ def score_artifact(
     result.seconds.update(seconds)
     started = time.perf_counter()
     result.write(folder)
-    page = attempt("the report", lambda: write_report(result, folder, output.warn), output.warn)
+    page = attempt("the report", lambda: write_report(result, folder, output.warn, tokenizer.token_bytes), output.warn)
     result.seconds["report"] = time.perf_counter() - started
     remove_journals(folder)
     say_totals(result, output)
@@ -321,8 +321,13 @@ def _held_out_stdlib(provenance: dict) -> Corpus:
 
 
 def _shown(show):
-    names = {"adapt": "adapting, tokens"}
-    return lambda phase, done, total: show(names.get(phase, phase), done, total)
+    names = {
+        "base": "base model",
+        "prequant": "before quantisation",
+        "adapt": "adapting",
+        "score": "scoring, all ranks",
+    }
+    return lambda phase, done, total: show(names[phase], done, total, "tokens")
 
 
 def _facts(path: Path, artifact: Artifact, device: torch.device) -> dict[str, Any]:

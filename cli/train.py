@@ -159,9 +159,9 @@ def run_training(
             by_clock, by_steps = row["seconds"] / config.seconds, row["step"] / (config.max_steps or float("inf"))
             text = f"step {row['step']}  loss {row['loss']:.4f}  lr x{row['lr_scale']:.2f}"
             if by_steps > by_clock:
-                show(text, row["step"], config.max_steps)
+                show(text, row["step"], config.max_steps, "steps")
             else:
-                show(text, row["seconds"], config.seconds)
+                show(text, row["seconds"], config.seconds, "s")
 
         result = trainer.run(progress)
     if result.status == "interrupted":
@@ -187,7 +187,10 @@ def prepare_first(
     if ranks.is_first:
         with output.progress() as show:
             prepare(
-                *corpora, chosen.model.vocab_size, cache, lambda phase, done: show(f"{names[phase]}, documents", done)
+                *corpora,
+                chosen.model.vocab_size,
+                cache,
+                lambda phase, done: show(names[phase], done, None, "documents"),
             )
     ranks.wait()
     data = prepare(*corpora, chosen.model.vocab_size, cache)

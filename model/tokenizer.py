@@ -248,13 +248,15 @@ class Tokenizer:
 
         Bytes that are not UTF-8 become U+FFFD. TokenizerError for an id outside the vocabulary.
         """
+        return b"".join(self.token_bytes(ids)).decode(errors="replace")
+
+    def token_bytes(self, ids: Sequence[int] | np.ndarray) -> list[bytes]:
+        """The bytes of text of each of `ids` [n], which :meth:`decode` joins; of a control token none."""
         ids = np.asarray(ids, dtype=np.int64)
         self._require_ids(ids)
         starts_text = np.concatenate([[True], self.is_control[ids[:-1]]])[: ids.size] & self.adds_space
         cut = self.leading_space[ids] & starts_text
-        return b"".join(self._text[i][c:] for i, c in zip(ids.tolist(), cut.tolist(), strict=True)).decode(
-            errors="replace"
-        )
+        return [self._text[i][c:] for i, c in zip(ids.tolist(), cut.tolist(), strict=True)]
 
     def target_bytes(self, tokens: np.ndarray) -> np.ndarray:
         """Bytes of text of each target `tokens[1:]` given the token before it: [n] -> int64 [n - 1].

@@ -324,3 +324,18 @@ def test_another_commit_is_timed_beside_this_one(monkeypatch):
     assert worktrees() == before
     wrong = klora("bench", "attention", "--against", "no-such-commit", check=2)
     assert "git cannot check out 'no-such-commit'" in wrong.stderr
+
+
+def test_progress_counts_the_shapes_of_all_entries():
+    one, two = (dataclasses.replace(FORWARD, shapes=dict.fromkeys(names, FORWARD.toy)) for names in ("ab", "c"))
+    ceilings, calls = measure_ceilings(CEILINGS, CPU, torch.float32, toy=True, rounds=FEW), []
+    for toy, total in ((True, 2), (False, 3)):
+        calls.clear()
+        run_group(
+            *("attention", [one, two], ceilings, CPU, torch.float32),
+            toy=toy,
+            rounds=FEW,
+            progress=lambda *call: calls.append(call),
+        )
+        assert {call[2] for call in calls} == {total}
+        assert [done for text, done, _ in calls if text.endswith("timing")] == list(range(total))

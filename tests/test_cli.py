@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from contextlib import redirect_stderr, redirect_stdout, suppress
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import NamedTuple
@@ -20,7 +20,7 @@ from klora import __version__
 from klora.bench.record import RecordError
 from klora.cli import main
 from klora.cli.bench import require_replaceable
-from klora.cli.console import Output
+from klora.cli.console import Amount, Output
 from klora.cli.demo import is_demo
 from klora.cli.score import _held_out_stdlib
 from klora.install import pip_install
@@ -28,6 +28,8 @@ from klora.model import load_artifact
 from klora.model.generate import generate_tokens
 from klora.model.loading import model_from_artifact
 from klora.ttt.protocols import PRESETS
+from rich.console import Console
+from rich.progress import Progress
 
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
 SMALL = {
@@ -440,3 +442,86 @@ def test_the_demo_gains_by_adaptation(tmp_path):
     result = json.loads(done.stdout)
     assert result["adapted_bpb"] < result["base_bpb"]
     assert Path(result["report"]).is_file() and Path(result["artifact"]).stat().st_size == result["artifact_bytes"]
+
+
+def test_a_progress_bar_has_a_unit_and_the_time_left():
+    amount = Amount()
+
+    def shown(completed, total, unit):
+        """What stands behind a bar that came to `completed` in 40 seconds."""
+        now = [0.0]
+        bar = Progress(amount, get_time=lambda: now[0], auto_refresh=False)
+        task = bar.add_task("", total=total, unit=unit)
+        for step in (0.25, 0.5, 0.75, 1.0):
+            now[0] += 10
+            bar.update(task, completed=completed * step)
+        return amount.render(bar.tasks[0]).plain
+
+    assert shown(1000, 4000, "tokens") == "1,000/4,000 tokens  0:40, 2:00 left"
+    assert shown(0, 4000, "tokens") == "0/4,000 tokens  0:40, -:-- left"
+    assert shown(30, 90, "s") == "30/90 s  0:40, 1:00 left"
+    assert shown(100, 100, "s") == "100/100 s  0:40, 0:00 left"
+    assert shown(100, None, "documents") == "100 documents  0:40"
+    assert shown(0, None, "") == "0:40"
+    assert shown(40, 40 * 400, "steps").endswith("4:26:00 left")
+
+
+@pytest.fixture
+def bars(monkeypatch):
+    """The progress displays that are made."""
+    made = []
+
+    class Kept(Progress):
+        def __init__(self, *columns, **options):
+            super().__init__(*columns, **options)
+            made.append(self)
+
+    monkeypatch.setattr("klora.cli.console.Progress", Kept)
+    return made
+
+
+def test_another_total_or_unit_is_another_task_whose_time_starts_anew(bars):
+    with Output().progress() as show:
+        show("base model", 5, 10, "tokens")
+        first = bars[0].tasks[0]
+        show("base model, on", 9, 10, "tokens")
+        assert bars[0].tasks == [first] and (first.description, first.completed) == ("base model, on", 9)
+        show("adapting [x]", 1, 10, "tokens")
+        assert bars[0].tasks[0] is not first
+        show("looking", 0)
+    (last,) = bars[0].tasks
+    assert (last.description, last.total, last.fields) == ("looking", None, {"unit": ""})
+
+
+def test_a_bar_fits_on_a_line_of_eighty_columns(bars):
+    with Output().progress() as show:
+        for done in (0, 80_000):
+            show("before quantisation", done, 1_234_567, "tokens")
+        console = Console(width=80, file=io.StringIO())
+        console.print(bars[0].get_renderable())
+    (line,) = console.file.getvalue().splitlines()
+    assert "80,000/1,234,567 tokens" in line
+
+
+def test_every_bar_of_the_commands_names_a_unit(corpus, tmp_path, monkeypatch):
+    calls = []
+
+    @contextmanager
+    def progress(output):
+        yield lambda text, done, total=None, unit="": calls.append((text, total, unit))
+
+    monkeypatch.setattr(Output, "progress", progress)
+    out, text = tmp_path / "run", tmp_path / "long.txt"
+    text.write_text("".join(path.read_text() for path in sorted(corpus.iterdir())))
+    train = ("train", "--text", corpus, "--val-share", "0.2", "--out", out, "--cache", tmp_path, *SETS)
+    klora(*train)
+    assert {unit for _, _, unit in calls} == {"documents", "steps"}
+    klora(*train, "--overwrite", "--set", "max_steps=0", "--set", "seconds=0.5")
+    assert {unit for _, _, unit in calls} == {"documents", "steps", "s"}
+    calls.clear()
+    klora("export", out)
+    assert calls == [("choosing clips and compressing", None, "")], "nobody knows how long"
+    calls.clear()
+    klora("score", out / "model.klora", "--text", text, "--out", tmp_path / "score")
+    assert {(text, unit) for text, _, unit in calls} == {("base model", "tokens"), ("adapting", "tokens")}
+    assert all(total for _, total, _ in calls)

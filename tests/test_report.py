@@ -7,13 +7,21 @@ import re
 import subprocess
 import sys
 import time
+from contextlib import closing
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from conftest import SMALL, randomized
+from klora.kernels import BOS
+from klora.ttt import token_gains
+from klora.ttt.documents import Document
+from klora.ttt.journal import Journal
 from klora.ttt.protocols import LEAK_WARNING, MIN_NLL, MULTI_EPOCH, SCORE_FIRST, TTTConfig
 from klora.ttt.report import write_report
 from klora.ttt.results import ADAPTED, NOT_ADAPTED, PARTIAL, SHORT, DocumentResult, ScoreResult
+from klora.ttt.score import Interrupted, score_documents
+from klora.ttt.token_gains import TokenGains, bin_edges
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -316,3 +324,204 @@ def test_a_notebooks_backend_ends_no_report(tmp_path):
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "report.html").is_file() and (tmp_path / "report.png").is_file()
+
+
+TTT = TTTConfig(chunk=16, window=64, min_tokens=32, lora_rank=2, head_rank=3, epochs=2, deadline=0.0, batch=4)
+
+
+def scored_document(targets, seed=0, name=None, text_bytes=None):
+    tokens = np.random.default_rng(seed).integers(3, SMALL.vocab_size, targets + 1).astype(np.uint16)
+    tokens[0] = BOS
+    return Document(name or f"{seed}-{targets}", tokens, 2 * targets if text_bytes is None else text_bytes)
+
+
+def gained(gains, config=TTT, **settings):
+    """A result whose documents gained `gains` bits at each of their targets, and its documents."""
+    documents = [scored_document(len(gain), i, f"d{i}") for i, gain in enumerate(gains)]
+    kept = TokenGains(documents, config)
+    results = []
+    for i, gain in enumerate(gains):
+        nats = np.asarray(gain) * math.log(2)
+        kept.add(i, nats + 1.0, np.ones(len(nats)))
+        base, adapted = float(nats.sum() + len(nats)), float(len(nats))
+        size = documents[i].bytes
+        results.append(DocumentResult(f"d{i}", len(nats), size, ADAPTED, base, base, adapted, base))
+    kept.choose(documents, results)
+    return ScoreResult(results, config, {"adapt": 1.0}, {}, kept), documents
+
+
+def letters(ids):
+    return [b"" if i == BOS else bytes([97 + int(i) % 26]) for i in ids]
+
+
+def with_gains(folder, scored, token_bytes=letters):
+    page = write_report(scored, folder, token_bytes=token_bytes)
+    html = page.read_text(encoding="utf-8")
+    return Reader(html), html
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures that were saved."""
+    from matplotlib.figure import Figure
+
+    figures, save = [], Figure.savefig
+
+    def keep(figure, *args, **kwargs):
+        save(figure, *args, **kwargs)
+        figures.append(figure)
+
+    monkeypatch.setattr(Figure, "savefig", keep)
+    return figures
+
+
+def axes_titled(figure, start):
+    return next(axes for axes in figure.axes if axes.get_title().startswith(start))
+
+
+def test_bins_are_of_whole_chunks_two_a_doubling_and_cover_the_longest_document():
+    assert bin_edges(16, 100).tolist() == [0, 16, 32, 48, 64, 96, 128]
+    assert bin_edges(16, 0).tolist() == bin_edges(16, 16).tolist() == [0, 16]
+    for longest in range(1, 300):
+        edges = bin_edges(4, longest)
+        assert edges[-2] < longest <= edges[-1] and (np.diff(edges) > 0).all() and not (edges % 4).any()
+    assert len(bin_edges(1, 2**30)) < 64
+
+
+def test_the_gain_along_documents_is_the_mean_over_those_that_reach_a_position():
+    config = TTTConfig(chunk=2, window=8, min_tokens=2)
+    scored, _ = gained([[1.0, 1.0, 2.0], [3.0, 3.0, 5.0, 7.0, -4.0]], config)
+    kept = scored.token_gains
+    assert kept.edges.tolist() == [0, 2, 4, 6]
+    assert kept.mean == pytest.approx([2.0, 14 / 3, -4.0])
+    assert kept.targets.tolist() == [4, 3, 1] and kept.reached.tolist() == [2, 2, 1] and kept.documents == 2
+    kept.add(0, np.zeros(0), np.zeros(0))
+    assert kept.documents == 2, "a document of which nothing was reached"
+
+
+@pytest.mark.parametrize("protocol", [SCORE_FIRST, MULTI_EPOCH, MIN_NLL])
+def test_both_scorers_keep_the_gain_of_every_target(tmp_path, protocol):
+    documents = [scored_document(n, n) for n in (200, 20, 90, 130, 33, 48)]
+    config, kept = TTT.override({"protocol": protocol}), []
+    for scorer in ("eager", "uncaptured"):
+        with closing(Journal(tmp_path / f"{scorer}.jsonl", "f", False)) as journal:
+            scored = score_documents(randomized(), documents, config, journal, scorer=scorer)
+        gains, long = scored.token_gains, [d for d in scored.documents if d.status == ADAPTED]
+        bits = sum(d.base_nats - d.adapted_nats for d in long) / math.log(2)
+        assert gains.documents == len(long) == 5 and gains.targets.sum() == sum(d.tokens for d in long)
+        assert gains.gain.sum() == pytest.approx(bits, rel=1e-4, abs=1e-3)
+        example = gains.example
+        assert example.begin == config.chunk and len(example.gain) == documents[example.index].targets - config.chunk
+        assert example.tokens.tolist() == documents[example.index].tokens[config.chunk :].tolist()
+        assert "token_gains" not in scored.to_json()
+        kept.append(gains)
+    eager, engine = kept
+    assert engine.gain == pytest.approx(eager.gain, rel=1e-3, abs=1e-3) and engine.example.index == eager.example.index
+    assert engine.example.gain == pytest.approx(eager.example.gain, abs=1e-3)
+
+
+def test_the_document_is_the_median_gainer_of_a_sample_that_no_score_chooses(monkeypatch):
+    gains = [[g] * 40 for g in (0.5, -1.0, 0.25, 2.0, 0.125)]
+    assert gained(gains)[0].token_gains.example.index == 2
+    assert gained(gains[:4])[0].token_gains.example.index == 2, "the lower of two in the middle"
+    assert gained([gains[0]] * 5)[0].token_gains.example.index == 2, "of equal gains by index"
+    monkeypatch.setattr(token_gains, "CANDIDATES", 3)
+    sampled = [gained([[sign * (i + 1.0)] * 40 for i in range(20)])[0].token_gains for sign in (1, -1)]
+    assert sampled[0].example.sampled and sampled[0].example.candidates == 3
+    assert sampled[0].example.index == sampled[1].example.index
+
+
+def test_what_is_kept_is_bounded(monkeypatch):
+    monkeypatch.setattr(token_gains, "CANDIDATES", 8)
+    monkeypatch.setattr(token_gains, "SHOWN", 50)
+    documents = [scored_document(1000, i) for i in range(100)]
+    kept = TokenGains(documents, TTT)
+    for i in range(100):
+        kept.add(i, np.ones(1000, np.float32), np.zeros(1000, np.float32))
+    arrays = [gain for _, gain in kept._kept.values()]
+    assert len(arrays) == 8 and all(a.nbytes == 200 and (a.base is None or a.base.nbytes == 200) for a in arrays)
+    assert len(kept.edges) < 20
+    results = [DocumentResult(d.name, 1000, 2000, ADAPTED, 1000.0, 1000.0, 0.0) for d in documents]
+    kept.choose(documents, results)
+    assert not kept._kept and (kept.example.begin, len(kept.example.tokens)) == (950, 51)
+
+
+def test_a_token_is_coloured_by_its_gain_and_its_text_is_escaped(tmp_path):
+    gain = [0.0] * 16 + [5.0, -5.0, 0.2, -0.2, 0.02, 0.3, 0.4] + [0.0] * 17
+    scored, _ = gained([gain])
+    texts = iter([b"<b>", b"&amp;", b"'\"", b"\x00\x1b", b"\n\t", b"\xc3", b"\xa9", *[b"z"] * 17])
+    reader, html = with_gains(tmp_path, scored, lambda ids: [b"before", *(next(texts) for _ in ids[1:])])
+    body = html.partition('<div class="text"')[2].partition("</div>")[0]
+    assert '<span class="g4" title="+5.00">&lt;b&gt;</span><span class="l4" title="-5.00">&amp;amp;</span>' in body
+    assert '<span class="g1" title="+0.20">&#x27;&quot;</span><span class="l1" title="-0.20">  </span>\n\t' in body
+    assert '<span class="g2" title="+0.70">\u00e9</span>zzz' in body, "a character's bytes are one piece"
+    assert "before" not in body and "<b>" not in body
+    assert "d0: tokens 17 to 40 of 40. Of 1 adapted documents it has the median gain" in reader.text
+    style = html.partition("<style>")[2].partition("</style>")[0]
+    assert all(f".{sign}{level} {{" in style for sign in "gl" for level in range(1, 5))
+
+
+def test_signs_agree_between_picture_page_and_lists(tmp_path, drawn):
+    """Blue, upward and plus for a gain; orange, downward and minus for a loss."""
+    for folder, sign in (("won", 2.0), ("lost", -2.0)):
+        (tmp_path / folder).mkdir()
+        reader, html = with_gains(tmp_path / folder, gained([[sign] * 40] * 3)[0])
+        figure = drawn.pop()
+        along, extremes = axes_titled(figure, "gain along"), axes_titled(figure, "documents that gained")
+        heights = [bar.get_height() for bar in along.patches]
+        assert heights == pytest.approx([sign] * 3) and along.get_ylabel() == "bits per token gained"
+        assert [bar.get_width() * sign > 0 for bar in extremes.patches] == [True] * 3
+        assert extremes.get_xlabel() == axes_titled(figure, "gain by").get_ylabel() == "bits per byte gained"
+        colours = {bar.get_facecolor() for axes in (along, extremes) for bar in axes.patches}
+        assert len(colours) == 1 and (next(iter(colours))[2] > next(iter(colours))[0]) == (sign > 0)
+        text = f"{sign / 2:+.4f}"
+        assert any(f"gain {text}" in t.get_text() for t in axes_titled(figure, "bits per byte").texts)
+        assert f"positive is better): {text}" in reader.text and ["d0", "40", *reader.rows[1][2:4], text] in reader.rows
+        body = html.partition('<div class="text"')[2].partition("</div>")[0]
+        assert set(re.findall('class="(..)"', body)) == {"g3" if sign > 0 else "l3"}
+
+
+@pytest.mark.parametrize("protocol", [MULTI_EPOCH, MIN_NLL])
+def test_the_gains_of_a_leaky_protocol_are_labelled(tmp_path, drawn, protocol):
+    reader, html = with_gains(tmp_path, gained([[1.0] * 40] * 3, TTT.override({"protocol": protocol}))[0])
+    assert "gain along the documents (LEAKY): mean" in axes_titled(drawn[0], "gain along").get_title()
+    assert "The picture of the gain along the documents (LEAKY) is over 3" in reader.text
+    heads = re.findall("<h2>(.*?)</h2>", html)
+    assert [head.endswith("(LEAKY)") for head in heads if "gain" in head or "lost" in head] == [True] * 3
+    assert "median gain (LEAKY)" in reader.text and "before anything was learned" not in reader.text
+
+
+def test_what_a_resumed_run_did_not_keep_is_left_out_and_said(tmp_path):
+    documents = [scored_document(n, n) for n in (200, 90, 130, 33, 48, 60)]
+    seen = []
+
+    def stop():
+        return any(done >= 400 for phase, done in seen if phase == "adapt")
+
+    def progress(phase, done, total):
+        seen.append((phase, done))
+
+    with closing(Journal(tmp_path / "journal.jsonl", "f", False)) as journal, pytest.raises(Interrupted):
+        score_documents(randomized(), documents, TTT, journal, None, stop, progress, scorer="eager")
+    before = len(journal.done)
+    with closing(Journal(tmp_path / "journal.jsonl", "f", True)) as journal:
+        scored = score_documents(randomized(), documents, TTT, journal, scorer="eager")
+    (tmp_path / "page").mkdir()
+    reader, _ = with_gains(tmp_path / "page", scored)
+    assert 0 < before < 6 and scored.token_gains.documents == 6 - before
+    assert f"{before} more are left out: what a target gained is kept within one run of one process" in reader.text
+    reader, _ = with_gains(tmp_path / "page", result([document()]))
+    assert "The gain along the documents is left out: what a target gained is kept" in reader.text
+
+
+def test_keeping_gains_ends_no_run(tmp_path, monkeypatch):
+    def broken(*_):
+        raise RuntimeError("no memory")
+
+    for name in ("add", "choose"):
+        monkeypatch.setattr(TokenGains, name, broken)
+    said = []
+    with closing(Journal(tmp_path / "journal.jsonl", "f", False)) as journal:
+        scored = score_documents(randomized(), [scored_document(60)], TTT, journal, say=said.append, scorer="eager")
+    assert scored.documents[0].status == ADAPTED and len(said) == 2
+    assert said[0].startswith("the gain along the documents could not be made")

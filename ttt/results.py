@@ -14,10 +14,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..model.storage import replacing, write_text
 from .protocols import LEAK_WARNING, LEAKY, TTTConfig, label
+
+if TYPE_CHECKING:
+    from .token_gains import TokenGains
 
 SCORE = "score.json"
 """Name of the file that holds everything."""
@@ -59,6 +62,14 @@ class DocumentResult:
         return bits_per_byte(self.adapted_nats, self.bytes)
 
     @property
+    def gain_bpb(self) -> float | None:
+        """base - adapted, positive is better; None where nothing was adapted, there is no text, or it is not finite."""
+        if self.status not in (ADAPTED, PARTIAL) or not self.bytes:
+            return None
+        gain = self.base_bpb - self.adapted_bpb
+        return gain if math.isfinite(gain) else None
+
+    @property
     def adapted_share(self) -> float | None:
         """The share of its targets that the adapted model scored; None where the document is too short to adapt."""
         if self.status == SHORT:
@@ -76,12 +87,14 @@ class ScoreResult:
     """Every document's result, the config they were scored with, seconds by phase and facts of the run.
 
     Of the facts, `notes` are sentences that belong beside every number; `bytes_of` says of which text the bytes are.
+    `token_gains` is for the report alone, where the run could keep it.
     """
 
     documents: Sequence[DocumentResult]
     config: TTTConfig
     seconds: dict[str, float]
     facts: dict[str, Any] = field(default_factory=dict)
+    token_gains: "TokenGains | None" = field(default=None, compare=False, repr=False)
 
     @property
     def deadline_hit(self) -> bool:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -25,9 +26,10 @@ from .base import BaseNll
 from .documents import Document
 from .engine import engine_of, memory_of
 from .journal import Journal
-from .protocols import TTTConfig
+from .protocols import MIN_NLL, TTTConfig
 from .results import ADAPTED, NOT_ADAPTED, PARTIAL, SHORT, DocumentResult, ScoreResult
 from .scorer import Adapted, Batch, Deadline, adapt_batch
+from .token_gains import TokenGains
 
 ENGINE, UNCAPTURED, EAGER = "engine", "uncaptured", "eager"
 SCORERS = ("auto", ENGINE, UNCAPTURED, EAGER)
@@ -93,6 +95,7 @@ def score_documents(
     deadline = Deadline(config.deadline, spent=sum(seconds.values()))
     left = sorted(set(range(len(documents))) - journal.done.keys(), key=lambda index: -documents[index].targets)
     remaining = [documents[index] for index in left]
+    gains = TokenGains(documents, config)
     sizes = np.array([document.targets + 1 for document in documents], dtype=np.int64)
     begins = np.cumsum(sizes) - sizes
     cells = np.concatenate([np.arange(begins[i], begins[i] + sizes[i]) for i in left] or [np.zeros(0, dtype=np.int64)])
@@ -122,22 +125,28 @@ def score_documents(
             def found(results: dict[int, DocumentResult]) -> None:
                 journal.add({left[position]: result for position, result in results.items()})
 
-            job = _Job(model, remaining, drafts, base, deadline, should_stop, progress, found)
+            def scored(position: int, adapted: np.ndarray) -> None:
+                begin = base.offsets[position] + 1
+                gains.add(left[position], base.nll[begin : begin + len(adapted)], adapted)
+
+            job = _Job(model, remaining, drafts, base, deadline, should_stop, progress, found, scored, say)
             with _timed(seconds, "adapt"):
-                job.eagerly() if scorer == EAGER else facts.update(engine=job.by_engine(scorer, say))
+                job.eagerly() if scorer == EAGER else facts.update(engine=job.by_engine(scorer))
             if any(index not in journal.done for index in left):
                 raise Interrupted(len(journal.done), len(documents))
     except Interrupted:
         journal.add_seconds(seconds)
         raise
     results = [journal.done[index] for index in range(len(documents))]
-    return ScoreResult(results, config, seconds, facts | {"scorer": scorer})
+    attempt("the choice of a document for the report", lambda: gains.choose(documents, results), say)
+    return ScoreResult(results, config, seconds, facts | {"scorer": scorer}, gains)
 
 
 @dataclass(frozen=True)
 class _Job:
     """Adapt the documents that are long enough, which come longest first; `found` gets their results by position.
 
+    `scored` gets the adapted NLL [targets reached] of each, for the report: where that fails, `say` tells it.
     A document that `should_stop` broke off is not among them; one that the deadline left out is.
     """
 
@@ -149,6 +158,8 @@ class _Job:
     should_stop: Callable[[], bool]
     progress: Callable[[str, int, int], None]
     found: Callable[[dict[int, DocumentResult]], None]
+    scored: Callable[[int, np.ndarray], None]
+    say: Callable[[str], None]
 
     def eagerly(self) -> None:
         """Batch by batch, by the eager scorer."""
@@ -163,8 +174,10 @@ class _Job:
                 def progress(at: int, done: int = done) -> None:
                     self.progress("adapt", done + at, total)
 
-                adapted = adapt_batch(self.model, pool, batch, self.deadline, self.should_stop, progress)
+                record = _Record(config)
+                adapted = adapt_batch(self.model, pool, batch, self.deadline, self.should_stop, progress, record.add)
                 results = self._results(positions, adapted)
+                self._hand_on(positions, adapted, partial(record.token_nll, adapted))
                 if self.should_stop():
                     # Those that are through are kept; the others' adapters are gone.
                     self.found({at: result for at, result in results.items() if result.status == ADAPTED})
@@ -174,14 +187,14 @@ class _Job:
             if self.should_stop():
                 return
 
-    def by_engine(self, scorer: str, say: Callable[[str], None]) -> dict[str, Any]:
+    def by_engine(self, scorer: str) -> dict[str, Any]:
         """All side by side, by the engine, whose facts this returns."""
         long, total = self._long()
         if not long:
             return {}
         documents, handed = [self.documents[position] for position in long], set()
         engine = engine_of(self.model, self.base.config, documents, capture=False if scorer == UNCAPTURED else None)
-        say(memory_of(engine.facts))
+        self.say(memory_of(engine.facts))
 
         def finished(places: np.ndarray, adapted: Adapted) -> None:
             handed.update(places.tolist())
@@ -194,7 +207,17 @@ class _Job:
         if not self.should_stop():  # the deadline's
             rest = np.array([place for place in range(len(long)) if place not in handed], dtype=np.int64)
             self.found(self._results([long[place] for place in rest], adapted.of(rest)))
+            self._hand_on(long, adapted, lambda: engine.token_nll(documents, adapted.kept_pass))
         return engine.facts
+
+    def _hand_on(self, positions: Sequence[int], adapted: Adapted, read: Callable[[], list[np.ndarray]]) -> None:
+        """Give what `read` finds of each document's targets, as far as they were reached, to `scored`."""
+
+        def hand_on() -> None:
+            for position, reached, nll in zip(positions, adapted.targets, read(), strict=True):
+                self.scored(position, nll[:reached])
+
+        attempt("the gain along the documents", hand_on, self.say)
 
     def _long(self) -> tuple[list[int], int]:
         """Positions of the documents to adapt, and their targets."""
@@ -206,6 +229,31 @@ class _Job:
             position: with_adaptation(self.drafts[position], adapted, row, self.base, position)
             for row, position in enumerate(positions)
         }
+
+
+class _Record:
+    """The NLL of a batch's targets as the eager scorer records it: of all passes that may count, on their device."""
+
+    def __init__(self, config: TTTConfig):
+        self._keeps_all = config.protocol == MIN_NLL
+        self._passes: dict[int, list[torch.Tensor]] = {}
+
+    def add(self, number: int, nll: torch.Tensor) -> None:
+        """Note the NLL [active, chunk] of the next chunk of pass `number`."""
+        if number not in self._passes:
+            if not self._keeps_all:
+                self._passes.clear()
+            self._passes[number] = []
+        self._passes[number].append(nll)
+
+    def token_nll(self, adapted: Adapted) -> list[np.ndarray]:
+        """NLL [targets reached] of each document in the pass that counts."""
+        passes = {number: [nll.cpu().numpy() for nll in chunks] for number, chunks in self._passes.items()}
+        found = []
+        for row, (reached, kept) in enumerate(zip(adapted.targets, adapted.kept_pass, strict=True)):
+            chunks = [nll[row] for nll in passes[int(kept)] if row < len(nll)] if reached else []
+            found.append(np.concatenate([np.zeros(0, np.float32), *chunks])[:reached])
+        return found
 
 
 @contextmanager
