@@ -41,7 +41,7 @@ demo: setup
 test: setup
 	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
 		$(BIN)/python -m pytest -m gpu; else echo "no CUDA GPU here: the tests marked gpu are left out"; fi
-	@echo "the tests without a GPU: about 7 minutes on two cores"
+	@echo "the tests without a GPU: about 10 minutes on two cores"
 	$(WORKERS) -m "not gpu" --cov=klora.model --cov=klora.ttt --cov-report=term --cov-fail-under=80
 
 test-fast: setup
