@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..rms_norm import EPS
 from ..tile import halves, is_aligned, multiprocessors, tiled
+from . import pingpong
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -235,17 +236,21 @@ def launch_product(
     tiles = tile_count(tile, rows, outputs)
     flat = result.view(rows, outputs)
     out = flat if is_aligned(flat) else empty_rows(x, rows, outputs)
-    if kept is not None:
-        kept = aligned_rows(kept.reshape(-1, outputs)) if epilogue == SLOPE else kept
-    m, n, k, piece = tile.block_m, tile.block_n, tile.block_k, tile.block_n // tile.pieces
-    length = 1 if cos is None else len(cos)
-    _product_kernel[(min(processors * tile.programs, tiles),)](
-        tiled(x, m, k), tiled(aligned_rows(weight), *((k, n) if transposed else (n, k))), tiled(out, m, piece),
-        None if kept is None else tiled(kept, m, piece), cos, sin, gain, rstd, tiles, length, rows,
-        N=outputs, K=inputs, BM=m, BN=n, BK=k, PIECES=tile.pieces, TRANSPOSED=transposed, EPILOGUE=epilogue,
-        HEAD=head_dim, Q=queries, G=keys, EPS=EPS,
-        num_warps=tile.warps, num_stages=tile.stages,
-    )  # fmt: skip
+    weight = aligned_rows(weight)
+    if epilogue == SLOPE:
+        kept = aligned_rows(kept.reshape(-1, outputs))
+    if epilogue == SLOPE and transposed and pingpong.takes(x, outputs):
+        pingpong.launch_slope(x, weight, kept, out)
+    else:
+        m, n, k, piece = tile.block_m, tile.block_n, tile.block_k, tile.block_n // tile.pieces
+        length = 1 if cos is None else len(cos)
+        _product_kernel[(min(processors * tile.programs, tiles),)](
+            tiled(x, m, k), tiled(weight, *((k, n) if transposed else (n, k))), tiled(out, m, piece),
+            None if kept is None else tiled(kept, m, piece), cos, sin, gain, rstd, tiles, length, rows,
+            N=outputs, K=inputs, BM=m, BN=n, BK=k, PIECES=tile.pieces, TRANSPOSED=transposed, EPILOGUE=epilogue,
+            HEAD=head_dim, Q=queries, G=keys, EPS=EPS,
+            num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
     if out is not flat:
         flat.copy_(out)
     return result
