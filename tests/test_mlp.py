@@ -5,7 +5,7 @@ import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from klora.bench.tolerance import assert_as_exact
-from klora.kernels.linear import linear, linear_ref, pingpong, product
+from klora.kernels.linear import linear, linear_ref, product, slope
 from klora.kernels.linear.product import FP32_TILE, SLOPE_TILE, TILES, pick_tile
 from klora.kernels.mlp import relu_squared_mlp, relu_squared_mlp_ref
 from torch import Tensor
@@ -106,13 +106,13 @@ def test_the_tile_follows_the_number_of_rows_and_the_dtype():
 def test_warps_that_take_turns_compute_the_same_bits(rows, D, hidden, dtype, monkeypatch):
     x, up, down = mlp_inputs(rows, D, hidden, dtype)
     leaf = x.requires_grad_()
-    takes_turns = pingpong.takes(x, hidden)
+    takes_turns = slope.takes(x, hidden)
 
     def gradient():
         return torch.autograd.grad(relu_squared_mlp(leaf, up, down), leaf, torch.ones_like(x))[0]
 
     found = [gradient(), gradient()]
-    monkeypatch.setattr(pingpong, "takes", lambda x, outputs: False)
+    monkeypatch.setattr(product, "takes", lambda x, outputs: False)
     assert takes_turns and same(found, [gradient()] * 2)
 
 

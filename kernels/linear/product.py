@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..rms_norm import EPS
 from ..tile import halves, is_aligned, multiprocessors, tiled
-from . import pingpong
+from .slope import launch_slope, takes
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -239,8 +239,8 @@ def launch_product(
     weight = aligned_rows(weight)
     if epilogue == SLOPE:
         kept = aligned_rows(kept.reshape(-1, outputs))
-    if epilogue == SLOPE and transposed and pingpong.takes(x, outputs):
-        pingpong.launch_slope(x, weight, kept, out)
+    if epilogue == SLOPE and transposed and takes(x, outputs):
+        launch_slope(x, weight, kept, out)
     else:
         m, n, k, piece = tile.block_m, tile.block_n, tile.block_k, tile.block_n // tile.pieces
         length = 1 if cos is None else len(cos)
