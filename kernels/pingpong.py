@@ -24,9 +24,9 @@ DEPTH = gl.constexpr(64)
 STAGES = gl.constexpr(4)
 """Of the ring: 128 KiB, beside a tile of 16 bits for each group."""
 
-GROUP_REGISTERS = gl.constexpr(232)
+GROUP_REGISTERS = gl.constexpr(240)
 """A thread's, of the second group; the first gets as many as are left of 168 for each of 384 threads."""
-LOAD_REGISTERS = gl.constexpr(40)
+LOAD_REGISTERS = gl.constexpr(24)
 
 SWIZZLED = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
 ACC = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK.value, 16]))

@@ -8,6 +8,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..tile import aligned
+from . import turns
 from .backward import adapter_gradient, hidden_gradient, scale_rows
 from .forward import sweep
 from .reference import NO_SOFTCAP
@@ -132,6 +133,9 @@ class Head:
         nll, lse, e, u, du = outputs(self.h, self.weight, self.lora_a, keep)
         if nll.numel():
             normalise = keep and self.is_normalised
+            if keep and not normalise and not self.rank and self.is_capped and turns.takes(self.h):
+                turns.launch_sweep(self.h, self.weight, self.targets, nll, lse, e, self.softcap, self.temperature)
+                return nll, lse, e, u, du
             self._sweep(nll, lse, e, u, du, keep=keep and not normalise, has_lse=False)
             if normalise:
                 self._sweep(nll, lse, e, u, du, keep=True, has_lse=True)
