@@ -281,7 +281,7 @@ def refused(function, good, change, says):
         ({"q": torch.zeros(3, 20, 64)}, r"q is float32 \[3, 20, 64\]; wanted \[B, T, H, d\]"),
         ({"k": torch.zeros(3, 20, 3, 16)}, "with a G that divides q's 4 heads"),
         ({"v": torch.zeros(3, 19, 2, 16)}, r"v is float32 \[3, 19, 2, 16\] on cpu; wanted: torch.float32"),
-        ({"cache_k": torch.zeros(4, 30, 1, 16)}, r"cache_k is .*; wanted, beside k: .*\[slots, capacity, 2, 16\]"),
+        ({"cache_k": torch.zeros(4, 30, 1, 16)}, r"cache_k is .*; wanted torch.float32 \[slots, capacity, 2, 16\]"),
         ({"cache_v": torch.zeros(4, 31, 2, 16)}, "cache_v is .* of one shape"),
         ({"cache_v": torch.zeros(4, 30, 2, 16, dtype=torch.float16)}, "cache_v is float16"),
         ({"cache_v": torch.zeros(4, 2, 30, 16).transpose(1, 2)}, "cache_k has strides .* allocate both alike"),
