@@ -206,7 +206,7 @@ def cached_attention(
     `k` and `v` [B, T, G, d] are the chunk's own, `cache_k` and `cache_v` [slots, capacity, G, d] rings of those before
     it, in the same dtype. `slots` int32 or int64 [B] names each document's ring; any that names none, -1, reads nothing
     of the cache. `filled` int32 or int64 [B] is how many tokens of the document came before the chunk. `window` is how
-    many tokens are seen at most, those of the chunk among them: T to T + capacity.
+    many tokens are seen at most, the T of the chunk among them, padding or not: T to T + capacity.
 
     q, k and v get gradients. The backward reads the cache again: write to it afterwards (:func:`cache_write_`), or
     autograd raises RuntimeError. The result may be changed in place: the backward then makes it again.
