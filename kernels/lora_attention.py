@@ -187,7 +187,7 @@ def lora_cached_attention(
     validate_heads(x, lora_a, cos, sin, gain, sizes, head_dim, backend, own_tables=True)
     _validate_attention(sizes, head_dim, backend)
     shape = [*x.shape[:2], sizes[1] // head_dim, head_dim]
-    validate_cache(cache_k, cache_v, cache_slots, filled, window, shape, x)
+    validate_cache(cache_k, cache_v, cache_slots, filled, window, shape, x, "cache_slots")
     cache = cache_k, cache_v, cache_slots, filled, window
     if backend == "reference":
         return lora_cached_attention_ref(

@@ -276,7 +276,7 @@ def pick_backend(backend: str | None, tensor: Tensor) -> str:
     return backend
 
 
-def validate_cache(cache_k, cache_v, slots, filled, window, shape, like) -> None:
+def validate_cache(cache_k, cache_v, slots, filled, window, shape, like, slots_name="slots") -> None:
     """Raises ValueError on a cache that no backend takes beside keys of `shape` [B, T, G, d], of the dtype and device
     of `like`, whose first dimension is B too.
     """
@@ -295,7 +295,7 @@ def validate_cache(cache_k, cache_v, slots, filled, window, shape, like) -> None
         )
     if sum((size - 1) * stride for size, stride in zip(cache_k.shape[1:], cache_k.stride()[1:], strict=True)) >= 2**31:
         raise ValueError(f"cache_k is {_describe(cache_k)}; allowed: slots of fewer than 2^31 numbers")
-    _validate_index("slots", slots, like)
+    _validate_index(slots_name, slots, like)
     _validate_index("filled", filled, like)
     capacity = cache_k.size(1)
     if not length <= window <= length + capacity:
