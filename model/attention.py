@@ -17,6 +17,7 @@ from ..kernels.attention.choices import PACKAGES, first_sentence
 from . import network
 from .config import ConfigError, ModelConfig
 from .gpt import GPT
+from .graphs import captured
 from .parallel import Ranks
 from .weights import weights_of
 
@@ -139,8 +140,8 @@ def milliseconds(model: GPT, name: str, rows: int, length: int, capture: bool) -
     """The median time of :func:`block_piece`, after WARM_UP seconds of it."""
     device = model.embed.device
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda device: None
-    piece = block_piece(model, rows, length, name)  # it owns what a graph of it reads
-    call = _captured(piece, device) if capture else piece
+    piece = block_piece(model, rows, length, name)
+    call = captured(piece, device) if capture else piece
     call()
     wait(device)
     began, samples = time.perf_counter(), []
@@ -176,17 +177,3 @@ def block_piece(model: GPT, rows: int, length: int, name: str) -> Callable[[], N
             torch.autograd.grad(out, (n, weight.qkv, weight.gain), dout)
 
     return call
-
-
-def _captured(call: Callable[[], None], device: torch.device) -> Callable[[], None]:
-    """`call` as the replay of a CUDA graph."""
-    stream = torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(stream):
-        for _ in range(2):
-            call()
-    torch.cuda.current_stream(device).wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        call()
-    return graph.replay

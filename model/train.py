@@ -129,6 +129,7 @@ class EagerStep:
         self.model, self.config, self.ranks = model, config, ranks
         self.gradients = FlatGradients(model)
         self.optimizers = Optimizers(model, config)
+        self.averages = WeightAverages(model, config)
         self._last: tuple[float, float] | None = None
 
     def run(self, batches: Iterable[Tensor], step: int, scale: float) -> None:
@@ -155,6 +156,7 @@ class EagerStep:
         if math.isfinite(loss) and math.isfinite(norm):
             with phase("optimizer"):
                 self.optimizers.step(step, scale)
+                self.averages.update(step + 1, scale)
 
     def refresh(self) -> None:
         """Nothing of the step is kept beside the parameters."""
@@ -255,8 +257,7 @@ class Trainer:
             self.stepper = FusedStep(self.model, self.config, rows // micro_batches, micro_batches, ranks)
         else:
             self.stepper = EagerStep(self.model, self.config, ranks)
-        self.optimizers = self.stepper.optimizers
-        self.averages = WeightAverages(self.model, self.config)
+        self.optimizers, self.averages = self.stepper.optimizers, self.stepper.averages
         self.sampler = RowSampler(TokenStream(data.train), preset.model.train_length, self.config.seed)
         self.validation = TokenStream(data.validation)
         if len(self.validation) < 2:
@@ -356,7 +357,6 @@ class Trainer:
         self.tokens += read
         row = {"step": self.step, "seconds": 0.0, "tokens": self.tokens, "lr_scale": scale}
         self._pending.append(row | {"momentum": self.optimizers.momentum(self.step - 1)})
-        self.averages.update(self.step, scale)
         return True
 
     def _report(self, reports: Sequence[tuple[float, float]], progress: Callable[[dict[str, Any]], None]) -> None:

@@ -7,6 +7,9 @@ import pytest
 import torch
 from conftest import SMALL, randomized
 from klora.bench.tolerance import assert_as_exact
+from klora.kernels.average import update_averages_
+from klora.model import fused
+from klora.model.average import WeightAverages
 from klora.model.config import ModelConfig, TrainConfig
 from klora.model.fused import FusedStep
 from klora.model.gpt import GPT
@@ -18,6 +21,7 @@ CPU = torch.device("cpu")
 
 def eager_steps(model, config, steps):
     gradients, optimizers, reports = FlatGradients(model), Optimizers(model, config), []
+    averages = WeightAverages(model, config)
     for index, batches in enumerate(steps):
         gradients.buffer.zero_()
         total = 0.0
@@ -27,23 +31,79 @@ def eager_steps(model, config, steps):
             total += loss.item()
         reports.append((total, gradients.clip_(config.grad_clip).item()))
         optimizers.step(index, 0.5)
-    return reports
+        averages.update(index + 1, 0.5)
+    return reports, averages
 
 
 @pytest.mark.parametrize("blocks", [1, 2, 5])
 @pytest.mark.parametrize("micro_batches", [1, 2])
 def test_it_takes_the_eager_step(blocks, micro_batches):
     model = dataclasses.replace(SMALL, blocks=blocks)
-    config = TrainConfig(batch_tokens=micro_batches * 128, micro_batch_tokens=128)
+    averaging = {"ema_every": 2, "ema_decay": 0.9, "swa_every": 3, "swa_below": 0.6}
+    config = TrainConfig(batch_tokens=micro_batches * 128, micro_batch_tokens=128, **averaging)
     generator = torch.Generator().manual_seed(0)
     steps = [[torch.randint(3, 300, (2, 65), generator=generator) for _ in range(micro_batches)] for _ in range(4)]
-    plain, fused = randomized(model), randomized(model)
-    expected = eager_steps(plain, config, steps)
-    step = FusedStep(fused, config, 2, micro_batches, Ranks(0, 1, CPU))
+    plain, ours = randomized(model), randomized(model)
+    expected, averages = eager_steps(plain, config, steps)
+    step = FusedStep(ours, config, 2, micro_batches, Ranks(0, 1, CPU))
     found = [late for index, batches in enumerate(steps) if (late := step.run(batches, index, 0.5))] + step.flush()
     assert found == [pytest.approx(report, rel=1e-5) for report in expected]
-    for (name, a), b in zip(plain.named_parameters(), fused.parameters(), strict=True):
+    for (name, a), b in zip(plain.named_parameters(), ours.parameters(), strict=True):
         torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+    wanted, got = averages.candidates(), step.averages.candidates()
+    assert wanted.keys() == got.keys() == {"ema", "swa"}
+    for kind, tensors in wanted.items():
+        for name, a in tensors.items():
+            torch.testing.assert_close(
+                got[kind][name], a, rtol=1e-4, atol=1e-5, msg=lambda text, n=name: f"{n}: {text}"
+            )
+
+
+def test_a_step_that_is_left_out_counts_in_no_average():
+    config = TrainConfig(batch_tokens=256, micro_batch_tokens=128, ema_every=1, swa_every=1, swa_below=1.0)
+    step = FusedStep(randomized(dataclasses.replace(SMALL, blocks=1)), config, 2, 2, Ranks(0, 1, CPU))
+
+    def cut():
+        yield torch.ones(2, 65, dtype=torch.int32)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        step.run(cut(), 0, 0.5)
+    assert step.averages.candidates() == {} and step.flush() == []
+
+
+def test_a_loss_that_is_no_number_is_known_late_and_leaves_its_step_out(monkeypatch):
+    """Steps go on before the host knows: they are those of a run that never had the bad one, bit for bit."""
+    config = TrainConfig(batch_tokens=128, micro_batch_tokens=128)
+    generator, real = torch.Generator().manual_seed(0), fused.softcap_nll
+    batches = [torch.randint(3, 300, (2, 65), generator=generator) for _ in range(5)]
+    results = []
+    for bad in (2, None):
+        step, reports = FusedStep(randomized(), config, 2, 1, Ranks(0, 1, CPU)), []
+        for index, rows in enumerate(batches):
+            if index == 2 and bad is None:
+                continue
+            factor = math.nan if index == bad else 1.0
+            monkeypatch.setattr(fused, "softcap_nll", lambda *a, factor=factor, **k: real(*a, **k) * factor)
+            late = step.run([rows], index, 0.5)
+            reports += [late] if late else []
+        reports += step.flush()
+        results.append((step, reports))
+    (torn, seen), (healthy, expected) = results
+    assert math.isnan(seen[2][0]) and seen[:2] + seen[3:] == expected
+    assert torch.equal(torn.stored.values, healthy.stored.values)
+
+
+@pytest.mark.parametrize("weights", [(0.0, 0.0), (0.25, 0.0), (0.0, 1.0), (0.75, 1.0)])
+def test_the_averages_kernel_updates_what_its_weights_say(weights):
+    generator = torch.Generator().manual_seed(0)
+    ema, total, values = (torch.randn(5001, generator=generator) for _ in range(3))
+    ours, plain = [ema.clone(), total.clone()], [ema.clone(), total.clone()]
+    update_averages_(*ours, values, torch.tensor(weights), "triton")
+    update_averages_(*plain, values, torch.tensor(weights), "reference")
+    for a, b, before, weight in zip(ours, plain, (ema, total), weights, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+        assert torch.equal(a, before) == (weight == 0)
 
 
 @pytest.mark.gpu

@@ -778,3 +778,6 @@ class TestFused:
             trainer.run(poison)
         changed = [n for n, p in trainer.model.named_parameters() if not torch.equal(p, before[n])]
         assert changed == [] or changed == ["blocks.0.gain"]
+        kept = {**trainer.optimizers.state_tensors(), **trainer.averages.ema, **trainer.averages.swa}
+        torn = [name for name, tensor in kept.items() if not torch.isfinite(tensor).all()]
+        assert torn == [] or torn == ["blocks.0.gain"]
