@@ -1,4 +1,4 @@
-"""Averages of weights, updated inside a training step: an exponential one and a sum, each only where its weight says so.
+"""Averages of weights, updated inside a training step: an exponential one and a sum, each where its weight says so.
 
     ema <- ema + a (w - ema) where a > 0;   total <- total + b w where b > 0
 

@@ -17,7 +17,8 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from ..kernels import softcap_nll
+from ..kernels import BOS, softcap_nll
+from ..kernels.attention import document_starts
 from . import network
 from .average import WeightAverages
 from .config import TrainConfig
@@ -53,7 +54,7 @@ class FusedStep:
         device, length = model.embed.device, length or model.config.train_length
         self.model, self.config, self.ranks, self.device = model, config, ranks, device
         self.rows, self.micro_batches = rows, micro_batches
-        self.stored = StoredWeights(model)
+        self.stored = StoredWeights(model, config.qat_clip if config.qat_share else 0.0)
         self.rates = torch.zeros(RATES, device=device)
         self.optimizers = Optimizers(model, config, rates=self.rates[:4])
         self.averages = WeightAverages(model, config, self.stored.values)
@@ -70,14 +71,18 @@ class FusedStep:
         self._whole = micro_batches == 1 and ranks.world == 1
         self._first, self._other, self._update = self._made(capture and pinned)
 
-    def run(self, batches: Iterable[Tensor], step: int, lr_scale: float) -> tuple[float, float] | None:
+    def run(
+        self, batches: Iterable[Tensor], step: int, lr_scale: float, quantized: bool = False
+    ) -> tuple[float, float] | None:
         """Start a step over token rows int [rows, length + 1] on the CPU, one for each micro-batch.
 
+        `quantized`: with the matrices at their int6 values. The switch lies on the device: the same graph runs on.
         Returns (loss, gradient norm before clipping) of the step AHEAD before it, or None where there is none. What
         `batches` raises leaves the step out: no weight has changed.
         """
         slot = self._steps % AHEAD
         late = self._read(slot)
+        self.stored.quantize(quantized)
         weights = self.averages.weights_at(step + 1, lr_scale)
         self._rates_ring[slot] = torch.tensor([*self.optimizers.rates_at(step, lr_scale), *weights])
         self.rates.copy_(self._rates_ring[slot], non_blocking=True)
@@ -123,9 +128,10 @@ class FusedStep:
     def _gradients(self, first: bool) -> None:
         inputs, targets = self.tokens[:, :-1].contiguous(), self.tokens[:, 1:].contiguous()
         weights, stored = self.stored.weights, self.stored
+        start = document_starts(inputs, BOS) if self.config.document_mask else None
         with torch.enable_grad():
             with phase("forward"):
-                hidden = network.hidden(weights, inputs, self.rotary, backend=self.model.backend)
+                hidden = network.hidden(weights, inputs, self.rotary, backend=self.model.backend, start=start)
                 softcap = self.model.config.logit_softcap
                 nll = softcap_nll(hidden, weights.head, targets, softcap, backend=self.model.backend)
                 loss = nll.sum() / self.config.batch_tokens

@@ -7,14 +7,18 @@ import pytest
 import torch
 from conftest import SMALL, randomized
 from klora.bench.tolerance import assert_as_exact
+from klora.kernels import BOS, dequantize_int6_ref, quantize_int6_ref
+from klora.kernels.attention import document_starts
 from klora.kernels.average import update_averages_
+from klora.kernels.fold import Int6Grid, fold_rows_, unfold_rows_
 from klora.model import fused
 from klora.model.average import WeightAverages
 from klora.model.config import ModelConfig, TrainConfig
 from klora.model.fused import FusedStep
-from klora.model.gpt import GPT
+from klora.model.gpt import GPT, is_block_matrix
 from klora.model.optimizers import FlatGradients, Optimizers
 from klora.model.parallel import Ranks
+from klora.model.train import is_quantized
 
 CPU = torch.device("cpu")
 
@@ -25,8 +29,11 @@ def eager_steps(model, config, steps):
     for index, batches in enumerate(steps):
         gradients.buffer.zero_()
         total = 0.0
+        given = {"int6_clip": config.qat_clip if is_quantized(config, index, 0.0) else 0.0}
         for rows in batches:
-            loss = model.nll(rows[:, :-1], rows[:, 1:]).sum() / config.batch_tokens
+            if config.document_mask:
+                given["start"] = document_starts(rows[:, :-1], BOS)
+            loss = model.nll(rows[:, :-1], rows[:, 1:], **given).sum() / config.batch_tokens
             loss.backward()
             total += loss.item()
         reports.append((total, gradients.clip_(config.grad_clip).item()))
@@ -35,18 +42,35 @@ def eager_steps(model, config, steps):
     return reports, averages
 
 
-@pytest.mark.parametrize("blocks", [1, 2, 5])
-@pytest.mark.parametrize("micro_batches", [1, 2])
-def test_it_takes_the_eager_step(blocks, micro_batches):
+def drawn(steps: int, micro_batches: int, rows: int = 2, length: int = 64) -> list[list[torch.Tensor]]:
+    """Token rows of each micro-batch of each step, in documents of some ten tokens."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(3, 300, (steps, micro_batches, rows, length + 1), generator=generator)
+    return [list(step) for step in tokens.masked_fill(tokens < 30, BOS)]
+
+
+OPTIONS = ({}, {"document_mask": True}, {"qat_share": 0.5}, {"document_mask": True, "qat_share": 1.0})
+"""Of the config, for runs of `max_steps`."""
+
+
+@pytest.mark.parametrize(
+    ("blocks", "micro_batches", "options"),
+    [(1, 1, {}), (2, 2, {}), (5, 1, {}), *((5, 2, options) for options in OPTIONS)],
+)
+def test_it_takes_the_eager_step(blocks, micro_batches, options):
     model = dataclasses.replace(SMALL, blocks=blocks)
     averaging = {"ema_every": 2, "ema_decay": 0.9, "swa_every": 3, "swa_below": 0.6}
-    config = TrainConfig(batch_tokens=micro_batches * 128, micro_batch_tokens=128, **averaging)
-    generator = torch.Generator().manual_seed(0)
-    steps = [[torch.randint(3, 300, (2, 65), generator=generator) for _ in range(micro_batches)] for _ in range(4)]
+    tokens = {"batch_tokens": micro_batches * 128, "micro_batch_tokens": 128}
+    config = TrainConfig(max_steps=4, **tokens, **averaging, **options)
+    steps = drawn(4, micro_batches)
     plain, ours = randomized(model), randomized(model)
     expected, averages = eager_steps(plain, config, steps)
     step = FusedStep(ours, config, 2, micro_batches, Ranks(0, 1, CPU))
-    found = [late for index, batches in enumerate(steps) if (late := step.run(batches, index, 0.5))] + step.flush()
+    found = []
+    for index, batches in enumerate(steps):
+        late = step.run(batches, index, 0.5, is_quantized(config, index, 0.0))
+        found += [late] if late else []
+    found += step.flush()
     assert found == [pytest.approx(report, rel=1e-5) for report in expected]
     for (name, a), b in zip(plain.named_parameters(), ours.parameters(), strict=True):
         torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
@@ -92,6 +116,91 @@ def test_a_loss_that_is_no_number_is_known_late_and_leaves_its_step_out(monkeypa
     (torn, seen), (healthy, expected) = results
     assert math.isnan(seen[2][0]) and seen[:2] + seen[3:] == expected
     assert torch.equal(torn.stored.values, healthy.stored.values)
+
+
+def test_the_matrices_of_a_quantised_step_are_those_that_export_would_store():
+    config = TrainConfig(batch_tokens=128, micro_batch_tokens=128, qat_share=0.5)
+    step = FusedStep(randomized(), config, 2, 1, Ranks(0, 1, CPU))
+    copies = dict(step.stored._copied)
+    for is_on in (True, False):
+        step.run(drawn(1, 1)[0], 0, 0.5, is_on)
+        model = step.model
+        for index, block in enumerate(model.blocks):
+            rows = {"qkv": torch.cat([block.q, block.k, block.v]), "up": block.up}
+            for name, scale in (("o", block.attn_scale), ("down", block.mlp_scale)):
+                rows[name] = getattr(block, name)
+                copies[name] = step.stored._copied[name] / (block.depth_scale * scale)[:, None]
+            for name, matrix in rows.items():
+                stored = dequantize_int6_ref(*quantize_int6_ref(matrix, config.qat_clip)) if is_on else matrix.detach()
+                torch.testing.assert_close(copies[name][index].detach(), stored, rtol=1e-5, atol=1e-7)
+
+
+def test_gradients_pass_straight_through_int6_values():
+    """They are those of a model whose matrices are the values, also of what is multiplied with them."""
+    model, rounded = randomized(), randomized()
+    with torch.no_grad():
+        for name, parameter in rounded.named_parameters():
+            if is_block_matrix(name):
+                parameter.copy_(dequantize_int6_ref(*quantize_int6_ref(parameter, 0.11)))
+    (rows,) = drawn(1, 1)[0]
+    losses = [m.nll(rows[:, :-1], rows[:, 1:], **g).sum() for m, g in ((model, {"int6_clip": 0.11}), (rounded, {}))]
+    assert torch.equal(*losses) and not torch.equal(losses[0], model.nll(rows[:, :-1], rows[:, 1:]).sum())
+    gradients = (
+        torch.autograd.grad(loss, list(m.parameters())) for loss, m in zip(losses, (model, rounded), strict=True)
+    )
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def folded(backend, is_on, weight, scale, depth, grad):
+    grid = Int6Grid(torch.tensor(is_on, dtype=torch.int32), torch.full(weight.shape[:2], -1.0), 0.11)
+    copy, plain, grad, dscale = (
+        torch.empty_like(weight),
+        torch.empty_like(weight),
+        grad.clone(),
+        torch.empty_like(scale),
+    )
+    fold_rows_(copy, weight, scale, depth, backend, grid)
+    fold_rows_(plain, weight, None, None, backend, grid)
+    unfold_rows_(grad, dscale, weight, scale, depth, backend, grid)
+    return copy, plain, grad, dscale, grid.scales
+
+
+@pytest.mark.parametrize("is_on", [0, 1])
+def test_the_kernels_fold_int6_values_as_the_reference_does(is_on):
+    generator = torch.Generator().manual_seed(0)
+    weight, grad = (torch.randn(2, 3, 700, generator=generator) for _ in range(2))
+    weight[0, 1] = 0.0
+    scale, depth = torch.rand(2, 3, generator=generator), torch.tensor([1.0, 0.5])
+    ours, plain = (folded(backend, is_on, weight, scale, depth, grad) for backend in ("triton", "reference"))
+    for a, b in zip(ours, plain, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    values = dequantize_int6_ref(*quantize_int6_ref(weight.view(6, 700), 0.11)).view_as(weight)
+    torch.testing.assert_close(ours[1], values if is_on else weight, rtol=1e-6, atol=0.0)
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_nothing_of_one_document_reaches_the_next(backend):
+    model = randomized(dataclasses.replace(SMALL, blocks=2, heads=2, kv_heads=1))
+    model.backend = backend
+    (rows,) = drawn(1, 1)[0]
+    rows = rows[:1]
+    rows[0, :40] = rows[0, :40].masked_fill(rows[0, :40] == BOS, 5)
+    rows[0, 21] = BOS
+    other = rows.clone()
+    other[0, 3:21] = 7
+    with torch.no_grad():
+        for mask, is_same in ((True, True), (False, False)):
+            starts = (document_starts(t, BOS) if mask else None for t in (rows, other))
+            one, two = (model.hidden(t, start=start) for t, start in zip((rows, other), starts, strict=True))
+            assert torch.equal(one[:, 21:], two[:, 21:]) == is_same
+            assert not torch.equal(one[:, :21], two[:, :21])
+
+
+def test_adapters_and_caches_take_no_document_mask():
+    model, tokens = randomized(), torch.ones(1, 4, dtype=torch.int64)
+    with pytest.raises(ValueError, match="start was given with adapters or a cache"):
+        model.hidden(tokens, cache=model.cache(1, 8), start=torch.zeros(1, 4, dtype=torch.int32))
 
 
 @pytest.mark.parametrize("weights", [(0.0, 0.0), (0.25, 0.0), (0.0, 1.0), (0.75, 1.0)])
