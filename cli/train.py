@@ -153,7 +153,13 @@ def run_training(
     chosen: Preset, data: Prepared, out: Path, ranks: Ranks, output: Output, sources: dict, resume: bool = False
 ) -> TrainResult:
     """Train with a progress display and say what came out."""
-    trainer = Trainer(chosen, data, out, ranks, resume, sources, output.warn)
+    try:
+        trainer = Trainer(chosen, data, out, ranks, resume, sources, output.warn)
+    except KeyboardInterrupt:
+        output.warn(
+            "stopped before the first step: the data is kept, no weights were made. The same command starts again"
+        )
+        raise typer.Exit(128 + signal.SIGINT) from None
     config = chosen.train
     output.say(f"training {chosen.name} on {ranks.device} x {ranks.world}; attention {trainer.attention}")
     output.say(str(trainer.estimate))

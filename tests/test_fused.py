@@ -2,6 +2,9 @@
 
 import dataclasses
 import math
+import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -13,14 +16,21 @@ from klora.kernels.average import update_averages_
 from klora.kernels.fold import Int6Grid, fold_rows_, unfold_rows_
 from klora.model import fused
 from klora.model.average import WeightAverages
-from klora.model.config import ModelConfig, TrainConfig
+from klora.model.config import ModelConfig, Preset, TrainConfig
 from klora.model.fused import FusedStep
 from klora.model.gpt import GPT, is_block_matrix
+from klora.model.loading import load_run
 from klora.model.optimizers import FlatGradients, Optimizers
 from klora.model.parallel import Ranks
-from klora.model.train import is_quantized
+from klora.model.train import Trainer, is_quantized
+from test_train import CONFIG, data, losses  # noqa: F401
 
 CPU = torch.device("cpu")
+DEVICES = (
+    "cpu",
+    pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]),
+)
+"""Where kernels are compared with the reference: in the interpreter, and on a GPU where there is one."""
 
 
 def eager_steps(model, config, steps):
@@ -153,7 +163,7 @@ def test_gradients_pass_straight_through_int6_values():
 
 
 def folded(backend, is_on, weight, scale, depth, grad):
-    grid = Int6Grid(torch.tensor(is_on, dtype=torch.int32), torch.full(weight.shape[:2], -1.0), 0.11)
+    grid = Int6Grid(torch.full_like(depth[0], is_on, dtype=torch.int32), torch.full_like(scale, -1.0), 0.11)
     copy, plain, grad, dscale = (
         torch.empty_like(weight),
         torch.empty_like(weight),
@@ -166,12 +176,14 @@ def folded(backend, is_on, weight, scale, depth, grad):
     return copy, plain, grad, dscale, grid.scales
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("is_on", [0, 1])
-def test_the_kernels_fold_int6_values_as_the_reference_does(is_on):
+def test_the_kernels_fold_int6_values_as_the_reference_does(is_on, device):
     generator = torch.Generator().manual_seed(0)
     weight, grad = (torch.randn(2, 3, 700, generator=generator) for _ in range(2))
     weight[0, 1] = 0.0
-    scale, depth = torch.rand(2, 3, generator=generator), torch.tensor([1.0, 0.5])
+    given = (t.to(device) for t in (weight, torch.rand(2, 3, generator=generator), torch.tensor([1.0, 0.5]), grad))
+    weight, scale, depth, grad = given
     ours, plain = (folded(backend, is_on, weight, scale, depth, grad) for backend in ("triton", "reference"))
     for a, b in zip(ours, plain, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
@@ -203,13 +215,14 @@ def test_adapters_and_caches_take_no_document_mask():
         model.hidden(tokens, cache=model.cache(1, 8), start=torch.zeros(1, 4, dtype=torch.int32))
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("weights", [(0.0, 0.0), (0.25, 0.0), (0.0, 1.0), (0.75, 1.0)])
-def test_the_averages_kernel_updates_what_its_weights_say(weights):
+def test_the_averages_kernel_updates_what_its_weights_say(weights, device):
     generator = torch.Generator().manual_seed(0)
-    ema, total, values = (torch.randn(5001, generator=generator) for _ in range(3))
+    ema, total, values = (torch.randn(5001, generator=generator).to(device) for _ in range(3))
     ours, plain = [ema.clone(), total.clone()], [ema.clone(), total.clone()]
-    update_averages_(*ours, values, torch.tensor(weights), "triton")
-    update_averages_(*plain, values, torch.tensor(weights), "reference")
+    update_averages_(*ours, values, torch.tensor(weights, device=device), "triton")
+    update_averages_(*plain, values, torch.tensor(weights, device=device), "reference")
     for a, b, before, weight in zip(ours, plain, (ema, total), weights, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
         assert torch.equal(a, before) == (weight == 0)
@@ -219,37 +232,57 @@ def test_the_averages_kernel_updates_what_its_weights_say(weights):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
 class TestOnTheGPU:
     MODEL = ModelConfig(vocab_size=300, width=256, blocks=5, heads=4, kv_heads=2, mlp_hidden=512, bigram_width=16)
-    CONFIG = TrainConfig(batch_tokens=4 * 256, micro_batch_tokens=4 * 256)
+    CONFIG = TrainConfig(
+        batch_tokens=4 * 256, micro_batch_tokens=4 * 256, max_steps=4, ema_every=2, swa_every=3, swa_below=1.0
+    )
 
-    def stepped(self, steps=4, micro_batches=1, capture=True, poison=None):
-        """A model after some steps, with what they reported."""
+    def stepped(self, steps=4, micro_batches=1, capture=True, poison=None, options=None):
+        """A fused step and its model after some steps, with what they reported."""
+        config = self.CONFIG.override(options or {})
         device = torch.device("cuda")
         model = GPT(self.MODEL)
         model.load_state_dict(randomized(self.MODEL).state_dict())
         model.configure(device, torch.bfloat16)
         rows = 4 // micro_batches
-        step = FusedStep(model, self.CONFIG, rows, micro_batches, Ranks(0, 1, device), 256, capture)
-        generator, reports = torch.Generator().manual_seed(0), []
-        for index in range(steps):
+        step = FusedStep(model, config, rows, micro_batches, Ranks(0, 1, device), 256, capture)
+        reports = []
+        for index, batches in enumerate(drawn(steps, micro_batches, rows, 256)):
             if index == poison:
                 with torch.no_grad():
                     step.stored.weights.blocks[0].gain[0] = float("nan")
-            batches = [torch.randint(3, 300, (rows, 257), generator=generator) for _ in range(micro_batches)]
-            late = step.run(batches, index, 1.0)
+            late = step.run(batches, index, 0.5, is_quantized(config, index, 0.0))
             reports += [late] if late else []
-        return model, reports + step.flush()
+        return step, model, reports + step.flush()
 
-    def test_a_graph_computes_what_the_calls_do_and_twice_the_same(self):
-        (one, seen), (other, again), (plain, without) = (
-            self.stepped(capture=capture) for capture in (True, True, False)
+    @pytest.mark.parametrize("options", OPTIONS)
+    @pytest.mark.parametrize("micro_batches", [1, 2])
+    def test_a_graph_computes_what_the_calls_do_and_twice_the_same(self, micro_batches, options):
+        (one, _, seen), (other, _, again), (plain, _, without) = (
+            self.stepped(4, micro_batches, capture, options=options) for capture in (True, True, False)
         )
-        assert seen == again == without
-        for a, b, c in zip(one.parameters(), other.parameters(), plain.parameters(), strict=True):
-            assert torch.equal(a, b) and torch.equal(a, c)
+        assert seen == again == without and all(math.isfinite(loss) for loss, _ in seen)
+        assert torch.equal(one.stored.values, other.stored.values)
+        assert torch.equal(one.stored.values, plain.stored.values)
+        for each in (other, plain):
+            for kind, tensors in one.averages.candidates().items():
+                for name, tensor in tensors.items():
+                    assert torch.equal(tensor, each.averages.candidates()[kind][name]), (kind, name)
+
+    @pytest.mark.parametrize("options", OPTIONS[1:])
+    def test_an_option_of_the_step_takes_the_eager_one_s_losses(self, options):
+        """In bf16 they agree to its rounding; without the option they do not."""
+        config = self.CONFIG.override(options)
+        model = GPT(self.MODEL)
+        model.load_state_dict(randomized(self.MODEL).state_dict())
+        model.configure(torch.device("cuda"), torch.bfloat16)
+        steps = [[rows.cuda() for rows in batches] for batches in drawn(4, 1, 4, 256)]
+        eager, _ = eager_steps(model, config, steps)
+        *_, fused_ones = self.stepped(options=options)
+        assert [loss for loss, _ in fused_ones] == pytest.approx([loss for loss, _ in eager], rel=2e-3)
 
     def test_micro_batches_add_up_to_a_batch(self):
-        _, whole = self.stepped()
-        _, parts = self.stepped(micro_batches=2)
+        *_, whole = self.stepped()
+        *_, parts = self.stepped(micro_batches=2)
         assert [loss for loss, _ in parts] == pytest.approx([loss for loss, _ in whole], rel=1e-3)
 
     def test_its_gradients_are_as_near_to_float64_as_eager_bf16_s(self):
@@ -273,8 +306,48 @@ class TestOnTheGPU:
         assert_as_exact(results[0], results[1], results[2])
 
     def test_a_step_that_is_no_number_changes_no_weight(self):
-        healthy, _ = self.stepped(steps=2)
-        torn, reports = self.stepped(steps=3, poison=2)
+        _, healthy, _ = self.stepped(steps=2)
+        step, torn, reports = self.stepped(steps=3, poison=2)
         assert not math.isfinite(reports[2][0])
         for (name, a), b in zip(torn.named_parameters(), healthy.parameters(), strict=True):
             assert name == "blocks.0.gain" or torch.equal(a, b), name
+        kept = step.optimizers.state_tensors()
+        assert all(torch.isfinite(tensor).all() for name, tensor in kept.items())
+
+    def trainer(self, folder, prepared, resume=False, **options) -> Trainer:
+        settings = {"fused": "true", "attention": "klora", "max_steps": 6, "batch_tokens": 512, "train_length": 128}
+        model = dataclasses.replace(self.MODEL, vocab_size=320)
+        preset = Preset("small", model, CONFIG, "for tests").override(settings | {"micro_batch_tokens": 512} | options)
+        return Trainer(preset, prepared, folder, Ranks(0, 1, torch.device("cuda")), resume)
+
+    @pytest.mark.parametrize("options", OPTIONS)
+    def test_it_resumes_with_the_same_bits(self, tmp_path, data, options):  # noqa: F811
+        whole = self.trainer(tmp_path / "whole", data, **options)
+        whole.run()
+
+        def interrupt(row):
+            if row["step"] == 2:
+                signal.raise_signal(signal.SIGTERM)
+
+        assert self.trainer(tmp_path / "parts", data, **options).run(interrupt).status == "interrupted"
+        parts = self.trainer(tmp_path / "parts", data, resume=True, **options)
+        assert 2 <= parts.step < 6
+        parts.run()
+        assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+        assert torch.equal(whole.stepper.stored.values, parts.stepper.stored.values)
+
+    def test_torchrun_with_one_process_trains_the_same_weights(self, tmp_path, data):  # noqa: F811
+        sets = {"width": 256, "blocks": 2, "heads": 4, "kv_heads": 2, "mlp_hidden": 512, "bigram_width": 16}
+        sets |= {"vocab_size": 320, "train_length": 128, "max_steps": 4, "batch_tokens": 512, "micro_batch_tokens": 512}
+        sets |= {"attention": "klora", "document_mask": "true", "qat_share": 0.5}
+        command = ["-m", "klora.cli", "train", "--shards", str(data.folder)]
+        command += [part for name, value in sets.items() for part in ("--set", f"{name}={value}")]
+        alone, launched = tmp_path / "alone", tmp_path / "launched"
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
+        for launcher, out in (([], alone), (torchrun, launched)):
+            done = subprocess.run(
+                [sys.executable, *launcher, *command, "--out", str(out)], capture_output=True, text=True, timeout=300
+            )
+            assert done.returncode == 0, done.stderr
+        weights = [load_run(out)[0] for out in (alone, launched)]
+        assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
