@@ -3,7 +3,7 @@
     out_h = softmax(q_h K_g^T / sqrt(d), causal) V_g           head h reads key/value group g = h // (H / G)
 
 q [B, S, H, d], k and v [B, S, G, d] -> [B, S, H, d]. 2*B*H*S^2*d FLOPs forward (half of the square is masked).
-Documents side by side in a row are told apart by `start` int32 [B, S], where each token's document starts: token i sees
+Documents side by side in a row are kept apart by `start` int32 [B, S], where each token's document starts: token i sees
 start_i to i. The reference writes a mask [B, 1, S, S] for it.
 
 A backend that was asked for by name and cannot run raises: nothing falls back in silence.
