@@ -268,6 +268,28 @@ class TestOnTheGPU:
                 for name, tensor in tensors.items():
                     assert torch.equal(tensor, each.averages.candidates()[kind][name]), (kind, name)
 
+    def test_a_step_waits_for_nothing_on_the_device(self):
+        """Whatever would make the host wait raises; the loss of a step is read when two further ones have begun."""
+        model = GPT(self.MODEL)
+        model.configure(torch.device("cuda"), torch.bfloat16)
+        config = self.CONFIG.override({"qat_share": 0.5, "document_mask": True})
+        step = FusedStep(model, config, 4, 1, Ranks(0, 1, torch.device("cuda")), 256)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            late = [step.run(batches, i, 0.5, i > 1) for i, batches in enumerate(drawn(4, 1, 4, 256))]
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert late[:2] == [None, None] and None not in late[2:] and len(step.flush()) == 2
+
+    def test_tokens_arrive_in_order_however_busy_the_device_is(self):
+        feed = fused.TokenFeed(torch.zeros(4, 257, dtype=torch.int32, device="cuda"))
+        rows, seen = [step[0] for step in drawn(20, 1, 4, 256)], []
+        for batch in rows:
+            feed.send(batch)
+            torch.cuda._sleep(1_000_000)
+            seen.append(feed.tokens.clone())
+        assert all(torch.equal(found.cpu(), batch.int()) for found, batch in zip(seen, rows, strict=True))
+
     @pytest.mark.parametrize("options", OPTIONS[1:])
     def test_an_option_of_the_step_takes_the_eager_one_s_losses(self, options):
         """In bf16 they agree to its rounding; without the option they do not."""

@@ -785,6 +785,8 @@ class TestFused:
         parts.run()
         for a, b in zip(whole.model.parameters(), parts.model.parameters(), strict=True):
             assert torch.equal(a, b)
+        for name, tensors in whole.averages.candidates().items():
+            assert all(torch.equal(t, parts.averages.candidates()[name][key]) for key, t in tensors.items()), name
 
     def test_a_loss_that_is_no_number_harms_no_weight(self, tmp_path, data):
         trainer = Trainer(small_preset(fused="true", max_steps=9), data, tmp_path, ALONE)
