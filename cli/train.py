@@ -157,7 +157,7 @@ def run_training(
         trainer = Trainer(chosen, data, out, ranks, resume, sources, output.warn)
     except KeyboardInterrupt:
         output.warn(
-            "stopped before the first step: the data is kept, no weights were made. The same command starts again"
+            "stopped before the first step; the data and what was saved before are kept. The same command starts again"
         )
         raise typer.Exit(128 + signal.SIGINT) from None
     config = chosen.train

@@ -219,7 +219,7 @@ def test_ctrl_c_while_data_is_prepared_says_what_is_kept(tmp_path, monkeypatch, 
     monkeypatch.setattr(command, "Trainer", stopped)
     with pytest.raises(typer.Exit) as ended:
         command.run_training(preset("tiny"), None, tmp_path, ranks, Output(as_json=True), {})
-    assert ended.value.exit_code == 130 and "stopped before the first step: the data is kept" in capsys.readouterr().err
+    assert ended.value.exit_code == 130 and "stopped before the first step; the data" in capsys.readouterr().err
     assert "stopped while tokenizing train, after 1,234 documents" in said and "nothing is kept" in said
 
 
