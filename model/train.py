@@ -29,6 +29,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from ..errors import KloraError
+from ..kernels import BOS
+from ..kernels.attention import document_starts
 from .attention import choose_attention
 from .average import WeightAverages
 from .checkpoint import CheckpointError, load_tensors, save_tensors, with_prefix, without_prefix
@@ -102,6 +104,12 @@ def lr_scale(config: TrainConfig, step: int, elapsed: float) -> float:
     return min(1.0, left / warmdown) if warmdown else 1.0
 
 
+def is_quantized(config: TrainConfig, step: int, elapsed: float) -> bool:
+    """Whether step `step`, after `elapsed` seconds, is of the share at the end of the run with int6 matrices."""
+    done, whole = (step, config.max_steps) if config.max_steps else (elapsed, config.seconds)
+    return config.qat_share > 0 and done >= (1 - config.qat_share) * whole
+
+
 def is_fused(config: TrainConfig, model: GPT) -> bool:
     """Whether training takes the fused step; ConfigError where it was asked for and cannot be had."""
     on_gpu = model.embed.device.type == "cuda"
@@ -129,17 +137,21 @@ class EagerStep:
         self.model, self.config, self.ranks = model, config, ranks
         self.gradients = FlatGradients(model)
         self.optimizers = Optimizers(model, config)
+        self.averages = WeightAverages(model, config)
         self._last: tuple[float, float] | None = None
 
-    def run(self, batches: Iterable[Tensor], step: int, scale: float) -> None:
+    def run(self, batches: Iterable[Tensor], step: int, scale: float, quantized: bool = False) -> None:
         """One step over token rows int [rows, length + 1]; :meth:`flush` tells what it gave."""
         config, device = self.config, self.ranks.device
+        int6_clip = config.qat_clip if quantized else 0.0
         self.gradients.buffer.zero_()
         total, tokens = torch.zeros((), device=device), 0
         for rows in batches:
             rows = rows.to(device, non_blocking=True)
+            start = document_starts(rows[:, :-1], BOS) if config.document_mask else None
             with phase("forward"):
-                loss = self.model.nll(rows[:, :-1], rows[:, 1:]).sum() / config.batch_tokens
+                nll = self.model.nll(rows[:, :-1], rows[:, 1:], start=start, int6_clip=int6_clip)
+                loss = nll.sum() / config.batch_tokens
             with phase("backward"):
                 loss.backward()
             total += loss.detach()
@@ -155,6 +167,7 @@ class EagerStep:
         if math.isfinite(loss) and math.isfinite(norm):
             with phase("optimizer"):
                 self.optimizers.step(step, scale)
+                self.averages.update(step + 1, scale)
 
     def refresh(self) -> None:
         """Nothing of the step is kept beside the parameters."""
@@ -248,6 +261,7 @@ class Trainer:
             length,
             ranks,
             capture=self.is_fused,
+            documents=self.config.document_mask,
             configured=configured,
             began=_began_with(self.folder / RUN) if resume else "",
         )
@@ -255,8 +269,7 @@ class Trainer:
             self.stepper = FusedStep(self.model, self.config, rows // micro_batches, micro_batches, ranks)
         else:
             self.stepper = EagerStep(self.model, self.config, ranks)
-        self.optimizers = self.stepper.optimizers
-        self.averages = WeightAverages(self.model, self.config)
+        self.optimizers, self.averages = self.stepper.optimizers, self.stepper.averages
         self.sampler = RowSampler(TokenStream(data.train), preset.model.train_length, self.config.seed)
         self.validation = TokenStream(data.validation)
         if len(self.validation) < 2:
@@ -289,7 +302,8 @@ class Trainer:
             while not self._is_over(elapsed):
                 before, scale = elapsed, lr_scale(config, self.step, elapsed)
                 watched = self.ranks.world == 1 or step_seconds > SLOW_STEP
-                if not self._train_step(scale, stop, watched, progress):
+                quantized = is_quantized(config, self.step, elapsed)
+                if not self._train_step(scale, quantized, stop, watched, progress):
                     self._report(self.stepper.flush(), progress)
                     (signalled,) = self.ranks.most(stop.received)
                     return self._interrupted(int(signalled)) if signalled else self._finish()
@@ -321,7 +335,12 @@ class Trainer:
         return self.step > 0 and (elapsed >= config.seconds or bool(by_steps))
 
     def _train_step(
-        self, scale: float, stop: StopSignals, watched: bool, progress: Callable[[dict[str, Any]], None]
+        self,
+        scale: float,
+        quantized: bool,
+        stop: StopSignals,
+        watched: bool,
+        progress: Callable[[dict[str, Any]], None],
     ) -> bool:
         """Start one optimizer step over batch_tokens tokens; False where it was cut short and left out.
 
@@ -347,7 +366,7 @@ class Trainer:
                 read += len(part) * length * self.ranks.world
 
         try:
-            late = self.stepper.run(batches(), self.step, scale)
+            late = self.stepper.run(batches(), self.step, scale, quantized)
         except _StepCut:
             self.sampler.load_state(position)
             return False
@@ -356,7 +375,6 @@ class Trainer:
         self.tokens += read
         row = {"step": self.step, "seconds": 0.0, "tokens": self.tokens, "lr_scale": scale}
         self._pending.append(row | {"momentum": self.optimizers.momentum(self.step - 1)})
-        self.averages.update(self.step, scale)
         return True
 
     def _report(self, reports: Sequence[tuple[float, float]], progress: Callable[[dict[str, Any]], None]) -> None:
@@ -391,6 +409,7 @@ class Trainer:
             config.micro_batch_tokens,
             self.ranks,
             should_stop,
+            config.document_mask,
         )
 
     def _finish(self) -> TrainResult:

@@ -90,7 +90,7 @@ def quantize_int6_ref(
     weight = weight.detach().float()
     grouped = weight.reshape(rows, groups, -1)
     wanted = _search_scales(grouped, importance) if clip is None else clip * grouped.square().mean(dim=-1).sqrt()
-    scale = torch.where(wanted == 0, 0.0, _rounded(wanted))  # a NaN or an infinity of the weight is one here
+    scale = torch.where(wanted == 0, 0.0, rounded_scale(wanted))  # a NaN or an infinity of the weight is one here
     half = scale.half()
     too_small = (scale > 0) & (scale < SMALLEST_FP16_SCALE)
     is_good, needs_fp32 = torch.stack([torch.isfinite(half).all(), too_small.any()]).tolist()
@@ -132,7 +132,7 @@ def _search_block(weight: Tensor, importance: Tensor | None) -> Tensor:
 
     def attempt(scale: Tensor) -> None:
         nonlocal best, least
-        step = _rounded(scale)
+        step = rounded_scale(scale)
         torch.div(weight, step, out=off)
         off.round_().clamp_(-CODE_MAX, CODE_MAX).mul_(step).sub_(weight).square_()
         error = (off if importance is None else off.mul_(importance)).sum(dim=-1, keepdim=True)
@@ -148,7 +148,7 @@ def _search_block(weight: Tensor, importance: Tensor | None) -> Tensor:
     return best.squeeze(-1)
 
 
-def _rounded(scale: Tensor) -> Tensor:
+def rounded_scale(scale: Tensor) -> Tensor:
     """fp32 scales at 11 significant bits, ties to even, none below the smallest."""
     bits = scale.clamp_min(SMALLEST_SCALE).view(torch.int32)
     return (bits + 0xFFF + (bits >> 13 & 1) & ~0x1FFF).view(torch.float32)
