@@ -1,9 +1,7 @@
 """`klora score`: an artifact, documents and a protocol to bits per byte and a report."""
 
-import hashlib
 import os
 import time
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,13 +13,14 @@ from ..model.artifact import Artifact, load_artifact
 from ..model.config import ConfigError
 from ..model.corpus import Corpus
 from ..model.loading import WEIGHTS_HELP, model_from_artifact, model_from_run, tokenizer_of
-from ..model.parallel import is_one_of_many, own_device, processes_here
+from ..model.parallel import own_device, processes_here
 from ..model.prepare import tokenizer_beside
 from ..model.shards import TokenStream, find_shards
 from ..model.signals import StopSignals
 from ..model.storage import attempt, require_writable
 from ..model.tokenizer import Tokenizer
 from ..model.train import device_name
+from ..ttt import pipeline
 from ..ttt.documents import (
     Document,
     documents_from_texts,
@@ -29,12 +28,13 @@ from ..ttt.documents import (
     facts_of_texts,
     facts_of_tokens,
 )
-from ..ttt.journal import Journal, fingerprint, remove_journals
+from ..ttt.journal import fingerprint, has_journals, open_journal, remove_journals
+from ..ttt.pipeline import SCORERS, Interrupted, ScoreRequest, pick_scorer
 from ..ttt.protocols import LEAK_WARNING, SCORE_FIRST, TTTConfig, label, ttt_preset
-from ..ttt.ranks import PATIENCE, Board, board_of_torchrun, score_on_ranks
+from ..ttt.queue import PATIENCE, queue_of_processes
 from ..ttt.report import write_report
 from ..ttt.results import SCORE, ScoreResult
-from ..ttt.score import SCORERS, Interrupted, pick_scorer, score_documents
+from ..ttt.sampling import sample
 from . import options
 from .console import Output
 
@@ -95,8 +95,8 @@ def score(
         str,
         typer.Option(
             "--scorer",
-            help=f"{', '.join(SCORERS)}. engine: CUDA graphs of fused kernels; uncaptured: its steps without graphs, "
-            "to debug; eager: plain PyTorch. auto: the engine on a GPU; elsewhere eager, on several ranks uncaptured.",
+            help=f"{', '.join(SCORERS)}. engine: CUDA graphs of fused kernels; uncaptured: the same steps and bits "
+            "without graphs, to debug and for a CPU. auto: the engine on a GPU, elsewhere uncaptured.",
         ),
     ] = "auto",
     patience: Annotated[
@@ -176,7 +176,7 @@ def score_artifact(
     started = time.perf_counter()
     require_writable(folder, SPARE_BYTES)
     loaded, chosen = load_artifact(path), own_device(device)
-    scorer = pick_scorer(scorer, chosen, are_many=is_one_of_many())
+    scorer = pick_scorer(scorer, chosen)
     model = model_from_artifact(loaded, chosen, weights)
     before = model_from_run(prequant, chosen, of=loaded) if prequant else None
     seconds["load"], started = time.perf_counter() - started, time.perf_counter()
@@ -185,16 +185,15 @@ def score_artifact(
     of_bytes = facts_of_tokens(documents, tokenizer) if source[-1] else facts_of_texts(tokenizer)
     seconds["tokenize"] = time.perf_counter() - started
     require_writable(folder, SPARE_BYTES + TOKEN_BYTES * sum(document.targets for document in documents))
-    board = board_of_torchrun(patience) if is_one_of_many() else None
-    is_first = board is None or board.is_first
-    output.is_silent, output.as_json = output.is_silent or not is_first, output.as_json and is_first
-    many = f" x {board.world}" if board else ""
+    queue = queue_of_processes(patience)
+    output.is_silent, output.as_json = output.is_silent or not queue.is_first, output.as_json and queue.is_first
+    many = f" x {queue.world}" if queue.is_shared else ""
     output.say(f"scoring {len(documents):,} documents, {label(config.protocol)}, on {chosen}{many}")
     source_of_weights = f"{loaded.header['payload_sha256']} {weights}"
     key = fingerprint(source_of_weights, documents, config, prequant is not None)
     with StopSignals(output.say) as stop:
-        resume |= board is not None and board.is_restarted
-        journal = _journal(folder, key, resume, overwrite, board)
+        resume |= queue.is_restarted
+        journal = open_journal(folder, key, resume, overwrite, queue.rank, queue.world)
         if resume and not (journal.done or journal.base_share):
             output.say("nothing to resume from; starting afresh")
         if journal.done or journal.base_share:
@@ -202,25 +201,26 @@ def score_artifact(
             output.say(f"resuming: {len(journal.done):,} documents are already scored{kept}")
         try:
             with output.progress() as show:
-                run = score_documents if board is None else partial(score_on_ranks, board=board)
-                result = run(
+                request = ScoreRequest(
                     model,
                     documents,
                     config,
                     journal,
-                    prequant=before,
+                    before,
+                    queue,
+                    scorer,
                     should_stop=lambda: bool(stop.received),
                     progress=_shown(show),
-                    facts=_facts(path, loaded, chosen) | {"weights": weights} | of_bytes,
-                    scorer=scorer,
                     say=output.say,
+                    facts=_facts(path, loaded, chosen) | {"weights": weights} | of_bytes,
                 )
+                result = pipeline.score(request)
         except Interrupted as interrupted:
             output.say(f"stopped: {interrupted}; the same command with --resume goes on from there")
             raise typer.Exit(128 + stop.received) from None
         finally:
             journal.close()
-    if not is_first:
+    if not queue.is_first:
         return result
     result.seconds.update(seconds)
     started = time.perf_counter()
@@ -236,23 +236,10 @@ def score_artifact(
 
 def _require_no_results(folder: Path) -> None:
     """ConfigError where `folder` holds the results of a run, and no journal of a later one that was interrupted."""
-    if (folder / SCORE).exists() and not any(folder.glob("journal*")):
+    if (folder / SCORE).exists() and not has_journals(folder):
         raise ConfigError(
             f"{folder} holds the results of a finished run; give --overwrite to replace them, or another --out"
         )
-
-
-def _journal(folder: Path, key: str, resume: bool, overwrite: bool, board: Board | None) -> Journal:
-    """This rank's journal; the first rank's holds what all ranks of an interrupted run had finished."""
-    if board is not None and not board.is_first:
-        return Journal(folder / f"journal-{board.rank}.jsonl", key, resume, overwrite=overwrite)
-    others = sorted(folder.glob("journal-*.jsonl"))
-    journal = Journal(folder / "journal.jsonl", key, resume, others, overwrite)
-    if not resume:
-        running = {f"journal-{rank}.jsonl" for rank in range(board.world if board else 1)}
-        for left_behind in (path for path in others if path.name not in running):
-            left_behind.unlink()
-    return journal
 
 
 def say_totals(result: ScoreResult, output: Output) -> None:
@@ -303,14 +290,10 @@ def _documents(source, tokenizer: Tokenizer, most_tokens: int, provenance: dict)
         )
     if not most_tokens:
         return found
-    kept, total = set(), 0
-    for index in sorted(range(len(found)), key=lambda i: hashlib.sha256(os.fsencode(found[i].name)).digest()):
-        if total + found[index].targets <= most_tokens:
-            kept.add(index)
-            total += found[index].targets
+    kept = sample(found, most_tokens)
     if not kept:
         raise ConfigError(f"--most-tokens {most_tokens} is less than any document has; allowed: more, or 0 for all")
-    return [found[index] for index in sorted(kept)]
+    return kept
 
 
 def _held_out_stdlib(provenance: dict) -> Corpus:
