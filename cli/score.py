@@ -2,6 +2,8 @@
 
 import os
 import time
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,7 +15,7 @@ from ..model.artifact import Artifact, load_artifact
 from ..model.config import ConfigError
 from ..model.corpus import Corpus
 from ..model.loading import WEIGHTS_HELP, model_from_artifact, model_from_run, tokenizer_of
-from ..model.parallel import own_device, processes_here
+from ..model.parallel import is_one_of_many, own_device, processes_here
 from ..model.prepare import tokenizer_beside
 from ..model.shards import TokenStream, find_shards
 from ..model.signals import StopSignals
@@ -28,13 +30,14 @@ from ..ttt.documents import (
     facts_of_texts,
     facts_of_tokens,
 )
-from ..ttt.journal import fingerprint, has_journals, open_journal, remove_journals
+from ..ttt.journal import Journal, fingerprint, has_journals, open_journal, remove_journals
 from ..ttt.pipeline import SCORERS, Interrupted, ScoreRequest, pick_scorer
 from ..ttt.protocols import LEAK_WARNING, SCORE_FIRST, TTTConfig, label, ttt_preset
 from ..ttt.queue import PATIENCE, queue_of_processes
 from ..ttt.report import write_report
 from ..ttt.results import SCORE, ScoreResult
 from ..ttt.sampling import sample
+from ..ttt.sweep import sweep
 from . import options
 from .console import Output
 
@@ -90,6 +93,14 @@ def score(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Start afresh where --out holds a finished or an interrupted run.")
     ] = False,
+    tunes: Annotated[
+        bool,
+        typer.Option(
+            "--sweep",
+            help="Choose lr, chunk and beta1 on half of the documents, by the hash of their text, and score the other "
+            "half alone. It takes twelve passes over the first half.",
+        ),
+    ] = False,
     weights: Annotated[str, typer.Option("--weights", help=WEIGHTS_HELP)] = "dense",
     scorer: Annotated[
         str,
@@ -134,10 +145,16 @@ def score(
         raise ConfigError("--resume and --overwrite were both given; give one of them")
     if shards and (text or jsonl):
         raise ConfigError("--shards was given together with --text or --jsonl; give one of them")
+    if tunes and config.is_leaky:
+        raise ConfigError(f"--sweep was given with the protocol {label(config.protocol)}; allowed: {SCORE_FIRST}")
+    if tunes and is_one_of_many():
+        raise ConfigError("--sweep was given to several ranks; give it to one process, and its constants to the ranks")
     folder = out or artifact.with_name(f"{artifact.stem}-score")
     options.require_folder(folder)
     if not overwrite:
         _require_no_results(folder)
+    if tunes and not (resume or overwrite) and has_journals(folder):  # found out before the sweep, not after it
+        raise ConfigError(f"{folder} holds the journal of an interrupted run; give --resume or --overwrite")
     result = score_artifact(
         artifact,
         (text, jsonl, field, shards),
@@ -152,6 +169,7 @@ def score(
         scorer,
         patience,
         overwrite,
+        tunes,
     )
     output.result({"out": str(folder), **{k: v for k, v in result.to_json().items() if k != "documents"}})
 
@@ -170,6 +188,7 @@ def score_artifact(
     scorer: str = "auto",
     patience: float = PATIENCE,
     overwrite: bool = False,
+    tunes: bool = False,
 ) -> ScoreResult:
     """Score the documents of `source` (text, jsonl, field, shards), write the results to `folder`, say the totals."""
     seconds: dict[str, float] = {}
@@ -190,36 +209,33 @@ def score_artifact(
     many = f" x {queue.world}" if queue.is_shared else ""
     output.say(f"scoring {len(documents):,} documents, {label(config.protocol)}, on {chosen}{many}")
     source_of_weights = f"{loaded.header['payload_sha256']} {weights}"
-    key = fingerprint(source_of_weights, documents, config, prequant is not None)
     with StopSignals(output.say) as stop:
-        resume |= queue.is_restarted
-        journal = open_journal(folder, key, resume, overwrite, queue.rank, queue.world)
-        if resume and not (journal.done or journal.base_share):
-            output.say("nothing to resume from; starting afresh")
-        if journal.done or journal.base_share:
-            kept = f", the base pass is done for {journal.base_share:.0%} of the text" if journal.base_share else ""
-            output.say(f"resuming: {len(journal.done):,} documents are already scored{kept}")
+        request = ScoreRequest(
+            model,
+            documents,
+            config,
+            prequant=before,
+            queue=queue,
+            scorer=scorer,
+            should_stop=lambda: bool(stop.received),
+            say=output.say,
+            facts=_facts(path, loaded, chosen) | {"weights": weights} | of_bytes,
+        )
         try:
-            with output.progress() as show:
-                request = ScoreRequest(
-                    model,
-                    documents,
-                    config,
-                    journal,
-                    before,
-                    queue,
-                    scorer,
-                    should_stop=lambda: bool(stop.received),
-                    progress=_shown(show),
-                    say=output.say,
-                    facts=_facts(path, loaded, chosen) | {"weights": weights} | of_bytes,
-                )
-                result = pipeline.score(request)
+            if tunes:
+                started = time.perf_counter()
+                with output.progress() as show:
+                    request = sweep(replace(request, progress=_shown(show)))
+                seconds["sweep"] = time.perf_counter() - started
+            key = fingerprint(source_of_weights, request.documents, request.config, prequant is not None)
+            resume |= queue.is_restarted
+            with closing(open_journal(folder, key, resume, overwrite, queue.rank, queue.world)) as journal:
+                _say_what_is_kept(journal, resume, output)
+                with output.progress() as show:
+                    result = pipeline.score(replace(request, journal=journal, progress=_shown(show)))
         except Interrupted as interrupted:
             output.say(f"stopped: {interrupted}; the same command with --resume goes on from there")
             raise typer.Exit(128 + stop.received) from None
-        finally:
-            journal.close()
     if not queue.is_first:
         return result
     result.seconds.update(seconds)
@@ -240,6 +256,14 @@ def _require_no_results(folder: Path) -> None:
         raise ConfigError(
             f"{folder} holds the results of a finished run; give --overwrite to replace them, or another --out"
         )
+
+
+def _say_what_is_kept(journal: Journal, resume: bool, output: Output) -> None:
+    if journal.done or journal.base_share:
+        kept = f", the base pass is done for {journal.base_share:.0%} of the text" if journal.base_share else ""
+        output.say(f"resuming: {len(journal.done):,} documents are already scored{kept}")
+    elif resume:
+        output.say("nothing to resume from; starting afresh")
 
 
 def say_totals(result: ScoreResult, output: Output) -> None:
@@ -309,6 +333,7 @@ def _shown(show):
         "prequant": "before quantisation",
         "adapt": "adapting",
         "score": "scoring, all ranks",
+        "sweep": "sweep",
     }
     return lambda phase, done, total: show(names[phase], done, total, "tokens")
 

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from .pipeline import ScoreRequest, score
     from .protocols import TTTConfig, ttt_preset
     from .results import read_documents_csv
+    from .sweep import sweep
 
 __all__ = [
     "Document",
@@ -19,6 +20,7 @@ __all__ = [
     "documents_from_texts",
     "read_documents_csv",
     "score",
+    "sweep",
     "ttt_preset",
 ]
 

@@ -152,10 +152,14 @@ class Journal:
 
 
 class NoJournal(Journal):
-    """A journal that keeps nothing on disk: of a run that is not to be resumed."""
+    """A journal that keeps nothing on disk: of a run that is not to be resumed.
 
-    def __init__(self):
-        self.done, self.seconds, self._base = {}, {}, {}
+    `base` are the passes of the unadapted models, which another run over the same windows may go on with.
+    """
+
+    def __init__(self, base: dict[str, np.ndarray] | None = None):
+        self.done, self.seconds = {}, {}
+        self._base = {} if base is None else base
 
     def _append(self, *records: dict[str, Any]) -> None:
         pass

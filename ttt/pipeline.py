@@ -35,9 +35,6 @@ SCORERS = ("auto", ENGINE, UNCAPTURED)
 """engine: fused kernels in CUDA graphs; uncaptured: the same steps without graphs, for debugging and for a CPU, with
 the same bits. auto: the engine on a GPU, elsewhere uncaptured."""
 
-HAND_OVER = 15.0
-"""Seconds after which documents that are through are journaled and published: what a kill can cost."""
-
 BLOCK = 512
 """Documents that a rank takes at a time where nothing is adapted."""
 
@@ -312,7 +309,7 @@ class _Run:
                 lambda done: self.progress("adapt", done, total),
                 waiting=hands_out,
                 finished=finished,
-                every=HAND_OVER,
+                every=self.queue.every,
             )
             rest = np.array([place for place in claimed if place not in handed], dtype=np.int64)
             if len(rest):

@@ -80,6 +80,8 @@ class DocumentQueue:
 
     rank, world = 0, 1
     is_shared = is_restarted = False
+    every = 30.0
+    """Seconds after which documents that are through are handed over: what a kill can cost."""
 
     def __init__(self):
         self.results: dict[int, DocumentResult] = {}
@@ -138,7 +140,7 @@ class StoreQueue(DocumentQueue):
     LostStore: the store does not answer.
     """
 
-    is_shared = True
+    is_shared, every = True, 15.0
 
     def __init__(
         self,

@@ -12,6 +12,14 @@ def name_digest(name: str) -> bytes:
     return hashlib.sha256(os.fsencode(name)).digest()
 
 
+def is_for_tuning(document: Document) -> bool:
+    """Whether the document is in the half that constants are chosen on: by the hash of its tokens, which are its text.
+
+    Neither its name nor its place counts, so that texts that are the same are in the same half.
+    """
+    return hashlib.sha256(document.tokens.tobytes()).digest()[0] % 2 == 0
+
+
 def sample(documents: Sequence[Document], tokens: int) -> list[Document]:
     """Whole documents of up to `tokens` targets in all, in the order that they are given.
 
