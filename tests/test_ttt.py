@@ -524,6 +524,12 @@ def test_a_run_gives_the_results_of_the_oracle(tmp_path, protocol):
     assert found.facts["scorer"] == "uncaptured" and 0 < found.facts["engine"]["useful_places"] <= 1
 
 
+def test_one_document_alone_takes_one_place_on_a_cpu(tmp_path):
+    """A step over four places would take four times as long there."""
+    assert score([document(112)], tmp_path).facts["engine"]["useful_places"] == 1.0
+    assert score([document(112, n) for n in range(3)], tmp_path).facts["engine"]["useful_places"] == 1.0
+
+
 def test_what_the_deadline_leaves_out_is_the_base_models(tmp_path):
     documents = [document(n, n) for n in (200, 20, 120)]
     result = score(documents, tmp_path, TTT.override({"deadline": "1e-9"}))

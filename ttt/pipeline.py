@@ -23,7 +23,7 @@ from ..model.storage import attempt
 from ..model.weights import Weights, frozen_weights
 from .base import BaseNll
 from .documents import Document
-from .engine import Engine, engine_of, memory_of
+from .engine import ROWS, Engine, engine_of, memory_of
 from .journal import Journal, NoJournal
 from .protocols import TTTConfig
 from .queue import DocumentQueue, HandsOut, LostStore, Taken
@@ -34,6 +34,13 @@ ENGINE, UNCAPTURED = "engine", "uncaptured"
 SCORERS = ("auto", ENGINE, UNCAPTURED)
 """engine: fused kernels in CUDA graphs; uncaptured: the same steps without graphs, for debugging and for a CPU, with
 the same bits. auto: the engine on a GPU, elsewhere uncaptured."""
+
+CPU_ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48)
+"""Numbers of places that steps are made for on a CPU, where an empty place costs as much as a full one and a step that
+is not captured costs nothing to make."""
+
+CPU_EVERY = 1.0
+"""Seconds after which documents that are through are handed over on a CPU, where there is no device to wait for."""
 
 BLOCK = 512
 """Documents that a rank takes at a time where nothing is adapted."""
@@ -299,8 +306,10 @@ class _Run:
         hands_out, total = waiting(taken), sum(document.targets for document in documents)
         claimed: list[int] = [] if hands_out else list(range(len(indices)))
         with self.timed("adapt"):
+            is_cpu = self.weights.embed.device.type == "cpu"
+            rows, every = (CPU_ROWS, CPU_EVERY) if is_cpu else (ROWS, self.queue.every)
             capture = False if self.scorer == UNCAPTURED else None
-            engine = engine_of(self.weights, self.config, documents, capture=capture)
+            engine = engine_of(self.weights, self.config, documents, rows=rows, capture=capture)
             self.say(memory_of(engine.facts))
             adapted = engine.adapt(
                 documents,
@@ -309,7 +318,7 @@ class _Run:
                 lambda done: self.progress("adapt", done, total),
                 waiting=hands_out,
                 finished=finished,
-                every=self.queue.every,
+                every=every,
             )
             rest = np.array([place for place in claimed if place not in handed], dtype=np.int64)
             if len(rest):
