@@ -96,8 +96,13 @@ def weights_of(model: "GPT", dense: bool = False, int6_clip: float = 0.0) -> Wei
 
 
 @torch.no_grad()
-def frozen_weights(model: "GPT") -> Weights:
-    """The model's weights as they are now, dense and without a gradient; attention is our kernel."""
+def frozen_weights(model: "GPT | Weights") -> Weights:
+    """The model's weights as they are now, dense and without a gradient; attention is our kernel.
+
+    Weights are taken to be frozen and come back as they are, so that they can be made once and handed on.
+    """
+    if isinstance(model, Weights):
+        return model
     return dataclasses.replace(weights_of(model, dense=True), chosen="klora")
 
 
