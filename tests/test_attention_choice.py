@@ -260,7 +260,9 @@ def test_records_of_a_step_name_what_ran_attention():
 
 def test_the_bench_has_every_package_and_heads_of_128():
     assert {shape["d"] for shape in SHAPES.values()} == {64, 128}
-    for entry in ENTRIES:
+    whole = [entry for entry in ENTRIES if not entry.op.startswith("cached")]
+    assert len(whole) == 2
+    for entry in whole:
         missing = entry.missing(CPU)
         assert all(package.distribution in missing for package in PACKAGES.values())
 
