@@ -629,7 +629,7 @@ class TestGPU:
         weight = torch.randn(256, 1024, generator=torch.Generator().manual_seed(0))
         weight[:, 5] *= 30
         moment = torch.rand(1024) + 0.1
-        for group_size in (None, 64):
+        for group_size in (None, 64, "auto"):
             for second_moment in (None, moment):
                 found = quantize_int6(weight.cuda(), group_size, second_moment=second_moment)
                 wanted = quantize_int6(weight, group_size, second_moment=second_moment)
