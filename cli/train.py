@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from ..model.attention import require_attention
-from ..model.checkpoint import CheckpointError, load_meta
+from ..model.checkpoint import CheckpointError, load_meta, unusable
 from ..model.config import ConfigError, ModelConfig, Preset, TrainConfig, preset
 from ..model.corpus import Corpus
 from ..model.parallel import Ranks, join_ranks
@@ -241,9 +241,12 @@ def _stored_run(out: Path, overrides: dict[str, str]) -> tuple[Preset, Prepared,
         raise ConfigError(f"{wrong[0]} cannot change when a run is resumed; allowed: {', '.join(CHANGEABLE)}")
     try:
         run = json.loads(path.read_text(encoding="utf-8"))
-        model, train = ModelConfig.from_dict(run["model"]), TrainConfig.from_dict(run["train"])
-        stored = Preset(run["preset"], model, train, about="resumed")
-        data, sources = Path(run["data"]), dict(run["sources"])
+        model, train = dict(run["model"]), dict(run["train"])
+        data, sources, name = Path(run["data"]), dict(run["sources"]), str(run["preset"])
     except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} is damaged ({error}); start the run afresh with --overwrite") from None
+        raise CheckpointError(f"{path} is damaged ({error!r}); start the run afresh with --overwrite") from None
+    try:
+        stored = Preset(name, ModelConfig.from_dict(model), TrainConfig.from_dict(train), about="resumed")
+    except (ConfigError, TypeError) as error:
+        raise unusable(path, error, run.get("klora")) from None
     return stored.override(overrides), prepared_from_shards(data), sources

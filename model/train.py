@@ -28,10 +28,19 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from .. import __version__
 from ..errors import KloraError
 from .attention import choose_attention
 from .average import WeightAverages
-from .checkpoint import CheckpointError, load_tensors, save_tensors, with_prefix, without_prefix
+from .checkpoint import (
+    CheckpointError,
+    load_tensors,
+    save_tensors,
+    unusable,
+    version_of,
+    with_prefix,
+    without_prefix,
+)
 from .config import ConfigError, Preset, TrainConfig
 from .curve import LossCurve
 from .estimate import Estimate, available_memory, estimate, fused_memory, least_memory, require_memory, state_bytes
@@ -477,6 +486,7 @@ class Trainer:
         """Write what the run is, so that --resume and export need no other argument."""
         write_bytes(self.folder / TOKENIZER, self.data.tokenizer.to_bytes())
         run = {
+            "klora": __version__,
             "preset": self.preset.name,
             "model": self.preset.model.to_dict(),
             "train": self.config.to_dict(),
@@ -536,7 +546,7 @@ class Trainer:
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             if isinstance(error, ShardError):
                 raise
-            raise CheckpointError(f"{path} is damaged ({error}); start the run afresh with --overwrite") from None
+            raise unusable(path, error, version_of(path)) from None
         self.step = self.last_checkpoint = meta["step"]
         self.tokens = meta.get("tokens", self.step * self.config.batch_tokens)
         self.loss = meta["loss"]
