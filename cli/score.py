@@ -34,7 +34,7 @@ from ..ttt.protocols import LEAK_WARNING, SCORE_FIRST, TTTConfig, label, ttt_pre
 from ..ttt.ranks import PATIENCE, Board, board_of_torchrun, score_on_ranks
 from ..ttt.report import write_report
 from ..ttt.results import SCORE, ScoreResult
-from ..ttt.score import SCORERS, Interrupted, pick_scorer, score_documents
+from ..ttt.score import EAGER, SCORERS, Interrupted, pick_scorer, score_documents
 from . import options
 from .console import Output
 
@@ -107,6 +107,7 @@ def score(
             help="Of several ranks: seconds without a sign of life after which others take over a rank's documents.",
         ),
     ] = PATIENCE,
+    warm: options.Warm = True,
     device: options.Device = "auto",
     fields: options.Fields = False,
     as_json: options.Json = False,
@@ -152,6 +153,7 @@ def score(
         scorer,
         patience,
         overwrite,
+        warm,
     )
     output.result({"out": str(folder), **{k: v for k, v in result.to_json().items() if k != "documents"}})
 
@@ -170,6 +172,7 @@ def score_artifact(
     scorer: str = "auto",
     patience: float = PATIENCE,
     overwrite: bool = False,
+    warm: bool = False,
 ) -> ScoreResult:
     """Score the documents of `source` (text, jsonl, field, shards), write the results to `folder`, say the totals."""
     seconds: dict[str, float] = {}
@@ -190,6 +193,13 @@ def score_artifact(
     output.is_silent, output.as_json = output.is_silent or not is_first, output.as_json and is_first
     many = f" x {board.world}" if board else ""
     output.say(f"scoring {len(documents):,} documents, {label(config.protocol)}, on {chosen}{many}")
+    if warm and scorer != EAGER and board is None and chosen.type == "cuda":
+        from .warm import scoring, warmed
+
+        started = time.perf_counter()
+        long = sum(document.targets + 1 >= config.min_tokens for document in documents)
+        warmed(lambda: scoring(model, config, long, weights), chosen, output)
+        seconds["warm"] = time.perf_counter() - started
     source_of_weights = f"{loaded.header['payload_sha256']} {weights}"
     key = fingerprint(source_of_weights, documents, config, prequant is not None)
     with StopSignals(output.say) as stop:

@@ -53,6 +53,7 @@ def train(
     ] = False,
     device: options.Device = "auto",
     cache: options.Cache = options.DEFAULT_CACHE,
+    warm: options.Warm = True,
     fields: options.Fields = False,
     as_json: options.Json = False,
 ) -> None:
@@ -112,6 +113,12 @@ def train(
             require_attention(chosen.train.attention, chosen.model, ranks.device, dtype)
             corpora = _corpora(text, jsonl, field, validation_text, validation_jsonl, validation_share)
             data, sources = prepare_first(corpora, chosen, cache, ranks, output), describe(*corpora)
+        if warm and ranks.device.type == "cuda":
+            if ranks.is_first:
+                from .warm import training, warmed
+
+                warmed(lambda: training(chosen, ranks.device, ranks.world), ranks.device, output)
+            ranks.wait()
         result = run_training(chosen, data, out, ranks, output, sources, resume)
         if ranks.is_first:
             output.result({"run": str(out), **vars(result), "notes": list(data.notes)})

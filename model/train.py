@@ -119,6 +119,17 @@ def is_fused(config: TrainConfig, model: GPT) -> bool:
     return config.fused == "true" or (config.fused == "auto" and on_gpu and model.backend == "triton")
 
 
+def rows_per_rank(preset: Preset, world: int) -> int:
+    """Rows of a step that each of `world` ranks takes; ConfigError where the batch cannot be shared out."""
+    rows, left = divmod(preset.train.batch_tokens, preset.model.train_length * world)
+    if left or not rows:
+        raise ConfigError(
+            f"batch_tokens={preset.train.batch_tokens} is not possible; allowed: multiples of train_length x ranks, "
+            f"{preset.model.train_length} x {world}"
+        )
+    return rows
+
+
 def micro_batches_of(rows: int, most: int) -> int:
     """The least number of equal micro-batches of at most `most` rows that make up `rows`."""
     count = -(-rows // max(1, most))
@@ -224,12 +235,7 @@ class Trainer:
         self.folder = Path(folder)
         self.sources = sources or {}
         self.say = say if ranks.is_first else lambda text: None
-        rows, left = divmod(self.config.batch_tokens, preset.model.train_length * ranks.world)
-        if left or not rows:
-            raise ConfigError(
-                f"batch_tokens={self.config.batch_tokens} is not possible; allowed: multiples of train_length x ranks, "
-                f"{preset.model.train_length} x {ranks.world}"
-            )
+        rows = rows_per_rank(preset, ranks.world)
         if data.tokenizer.vocab_size != preset.model.vocab_size:
             raise ConfigError(
                 f"vocab_size={preset.model.vocab_size} is not possible; the tokenizer has {data.tokenizer.vocab_size}"
