@@ -14,8 +14,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .. import __version__
 from ..errors import KloraError
+from ..version import __version__
 from .storage import replacing
 
 

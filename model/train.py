@@ -28,8 +28,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from .. import __version__
 from ..errors import KloraError
+from ..version import __version__
 from .attention import choose_attention
 from .average import WeightAverages
 from .checkpoint import (
