@@ -118,6 +118,7 @@ def score(
             help="Of several ranks: seconds without a sign of life after which others take over a rank's documents.",
         ),
     ] = PATIENCE,
+    warm: options.Warm = True,
     device: options.Device = "auto",
     fields: options.Fields = False,
     as_json: options.Json = False,
@@ -170,6 +171,7 @@ def score(
         patience,
         overwrite,
         tunes,
+        warm,
     )
     output.result({"out": str(folder), **{k: v for k, v in result.to_json().items() if k != "documents"}})
 
@@ -189,6 +191,7 @@ def score_artifact(
     patience: float = PATIENCE,
     overwrite: bool = False,
     tunes: bool = False,
+    warm: bool = False,
 ) -> ScoreResult:
     """Score the documents of `source` (text, jsonl, field, shards), write the results to `folder`, say the totals."""
     seconds: dict[str, float] = {}
@@ -208,6 +211,13 @@ def score_artifact(
     output.is_silent, output.as_json = output.is_silent or not queue.is_first, output.as_json and queue.is_first
     many = f" x {queue.world}" if queue.is_shared else ""
     output.say(f"scoring {len(documents):,} documents, {label(config.protocol)}, on {chosen}{many}")
+    if warm and not queue.is_shared and chosen.type == "cuda":
+        from .warm import scoring, warmed
+
+        started = time.perf_counter()
+        long = sum(document.targets + 1 >= config.min_tokens for document in documents)
+        warmed(lambda: scoring(model, config, long, weights), chosen, output)
+        seconds["warm"] = time.perf_counter() - started
     source_of_weights = f"{loaded.header['payload_sha256']} {weights}"
     with StopSignals(output.say) as stop:
         request = ScoreRequest(

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from ..model.attention import require_attention
-from ..model.checkpoint import CheckpointError, load_meta
+from ..model.checkpoint import CheckpointError, load_meta, unusable
 from ..model.config import PRESETS, ConfigError, ModelConfig, Preset, TrainConfig, preset
 from ..model.corpus import Corpus
 from ..model.parallel import Ranks, join_ranks
@@ -56,6 +56,7 @@ def train(
     ] = False,
     device: options.Device = "auto",
     cache: options.Cache = options.DEFAULT_CACHE,
+    warm: options.Warm = True,
     fields: options.Fields = False,
     as_json: options.Json = False,
 ) -> None:
@@ -119,6 +120,12 @@ def train(
             require_attention(chosen.train.attention, chosen.model, ranks.device, dtype, chosen.train.document_mask)
             corpora = _corpora(text, jsonl, field, validation_text, validation_jsonl, validation_share)
             data, sources = prepare_first(corpora, chosen, cache, ranks, output), describe(*corpora)
+        if warm and ranks.device.type == "cuda":
+            if ranks.is_first:
+                from .warm import training, warmed
+
+                warmed(lambda: training(chosen, ranks.device, ranks.world), ranks.device, output)
+            ranks.wait()
         result = run_training(chosen, data, out, ranks, output, sources, resume)
         if ranks.is_first:
             output.result({"run": str(out), **vars(result), "notes": list(data.notes)})
@@ -266,9 +273,12 @@ def _stored_run(out: Path, overrides: dict[str, str]) -> tuple[Preset, Prepared,
         raise ConfigError(f"{wrong[0]} cannot change when a run is resumed; allowed: {', '.join(CHANGEABLE)}")
     try:
         run = json.loads(path.read_text(encoding="utf-8"))
-        model, train = ModelConfig.from_dict(run["model"]), TrainConfig.from_dict(run["train"])
-        stored = Preset(run["preset"], model, train, about="resumed")
-        data, sources = Path(run["data"]), dict(run["sources"])
+        model, train = dict(run["model"]), dict(run["train"])
+        data, sources, name = Path(run["data"]), dict(run["sources"]), str(run["preset"])
     except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} is damaged ({error}); start the run afresh with --overwrite") from None
+        raise CheckpointError(f"{path} is damaged ({error!r}); start the run afresh with --overwrite") from None
+    try:
+        stored = Preset(name, ModelConfig.from_dict(model), TrainConfig.from_dict(train), about="resumed")
+    except (ConfigError, TypeError) as error:
+        raise unusable(path, error, run.get("klora")) from None
     return stored.override(overrides), prepared_from_shards(data), sources

@@ -31,9 +31,18 @@ from torch import Tensor
 from ..errors import KloraError
 from ..kernels import BOS
 from ..kernels.attention import document_starts
+from ..version import __version__
 from .attention import choose_attention
 from .average import WeightAverages
-from .checkpoint import CheckpointError, load_tensors, save_tensors, with_prefix, without_prefix
+from .checkpoint import (
+    CheckpointError,
+    load_tensors,
+    save_tensors,
+    unusable,
+    version_of,
+    with_prefix,
+    without_prefix,
+)
 from .config import ConfigError, Preset, TrainConfig
 from .curve import LossCurve
 from .estimate import Estimate, available_memory, estimate, fused_memory, least_memory, require_memory, state_bytes
@@ -116,6 +125,17 @@ def is_fused(config: TrainConfig, model: GPT) -> bool:
     if config.fused == "true" and on_gpu and model.backend != "triton":
         raise ConfigError("fused=true is not possible for this model; allowed: a width that is a multiple of 16")
     return config.fused == "true" or (config.fused == "auto" and on_gpu and model.backend == "triton")
+
+
+def rows_per_rank(preset: Preset, world: int) -> int:
+    """Rows of a step that each of `world` ranks takes; ConfigError where the batch cannot be shared out."""
+    rows, left = divmod(preset.train.batch_tokens, preset.model.train_length * world)
+    if left or not rows:
+        raise ConfigError(
+            f"batch_tokens={preset.train.batch_tokens} is not possible; allowed: multiples of train_length x ranks, "
+            f"{preset.model.train_length} x {world}"
+        )
+    return rows
 
 
 def micro_batches_of(rows: int, most: int) -> int:
@@ -228,12 +248,7 @@ class Trainer:
         self.folder = Path(folder)
         self.sources = sources or {}
         self.say = say if ranks.is_first else lambda text: None
-        rows, left = divmod(self.config.batch_tokens, preset.model.train_length * ranks.world)
-        if left or not rows:
-            raise ConfigError(
-                f"batch_tokens={self.config.batch_tokens} is not possible; allowed: multiples of train_length x ranks, "
-                f"{preset.model.train_length} x {ranks.world}"
-            )
+        rows = rows_per_rank(preset, ranks.world)
         if data.tokenizer.vocab_size != preset.model.vocab_size:
             raise ConfigError(
                 f"vocab_size={preset.model.vocab_size} is not possible; the tokenizer has {data.tokenizer.vocab_size}"
@@ -496,6 +511,7 @@ class Trainer:
         """Write what the run is, so that --resume and export need no other argument."""
         write_bytes(self.folder / TOKENIZER, self.data.tokenizer.to_bytes())
         run = {
+            "klora": __version__,
             "preset": self.preset.name,
             "model": self.preset.model.to_dict(),
             "train": self.config.to_dict(),
@@ -555,7 +571,7 @@ class Trainer:
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             if isinstance(error, ShardError):
                 raise
-            raise CheckpointError(f"{path} is damaged ({error}); start the run afresh with --overwrite") from None
+            raise unusable(path, error, version_of(path)) from None
         self.step = self.last_checkpoint = meta["step"]
         self.tokens = meta.get("tokens", self.step * self.config.batch_tokens)
         self.loss = meta["loss"]

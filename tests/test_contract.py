@@ -3,10 +3,16 @@
 One table holds a small call of each op. The reference is the other side of each promise: it and the kernel agree.
 """
 
+import inspect
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
+import klora.kernels
 import pytest
 import torch
 from klora.bench.tolerance import assert_as_exact, relative_error
@@ -14,6 +20,8 @@ from klora.kernels import (
     bigram_embedding,
     cached_attention,
     causal_attention,
+    int6_linear,
+    int6_linear_dx,
     linear,
     lora_adam_,
     lora_attention,
@@ -23,8 +31,13 @@ from klora.kernels import (
     lora_head_nll_ref,
     lora_qkv,
     lora_qkv_rope,
+    muon_apply_,
+    muon_updates,
+    newton_schulz,
     norm_rotary,
     qkv_attention,
+    quantize_int6,
+    registration,
     relu_squared,
     relu_squared_mlp,
     residual_norm,
@@ -431,6 +444,62 @@ def test_an_infinite_softcap_leaves_the_logits_as_they_are(name, temperature, so
             assert (got.double() - true).norm() <= 2e-6 * true.norm()
     z = torch.tensor([-1e4, -0.1, 0.0, 3e-8, 77.0])
     assert torch.equal(softcap_logits_ref(z, softcap), z)
+
+
+def on_cpu(value: Any) -> Any:
+    return value.cpu() if isinstance(value, Tensor) else value
+
+
+def every_op() -> dict[str, Callable]:
+    """A call of every op on CPU tensors, by the backend; those that write their results too."""
+    calls = {}
+    for name, op in ops().items():
+        moved = Op(op.function, *({key: on_cpu(value) for key, value in part.items()} for part in op[1:3]))
+        calls[name] = moved
+    head = calls["lora_head_nll"]
+    into = {"dnll": torch.ones(2, 5), **{f"d{name}": head.floats[name].clone() for name in ("lora_a", "lora_b")}}
+    pools, step, lr = [torch.rand(3, 10) for _ in range(4)], torch.zeros(3, dtype=torch.int64), torch.ones(3)
+    x, matrix, pair = torch.rand(2, 64), quantize_int6(torch.rand(64, 64)), ([torch.rand(8, 8)], [torch.rand(8, 8)])
+    return calls | {
+        "lora_head_nll_grads_": partial(lora_head_nll_grads_, **head.floats, **head.more, **into),
+        "lora_adam_": partial(lora_adam_, *pools, step, lr),
+        "int6_linear": partial(int6_linear, x, matrix),
+        "int6_linear_dx": partial(int6_linear_dx, x, matrix),
+        "newton_schulz": partial(newton_schulz, torch.rand(8, 8)),
+        "muon_updates": partial(muon_updates, *pair, 0.9),
+        "muon_apply_": partial(muon_apply_, *pair, 0.1, 0.0),
+    }
+
+
+EVERY_OP = every_op()
+
+
+def test_no_op_with_a_backend_is_missing_here():
+    public = (getattr(klora.kernels, name) for name in klora.kernels.__all__)
+    with_backend = {
+        f.__name__ for f in public if inspect.isfunction(f) and "backend" in inspect.signature(f).parameters
+    }
+    assert with_backend - {"causal_attention_ref"} == EVERY_OP.keys(), "whose backend is PyTorch's"
+
+
+@pytest.mark.parametrize("name", EVERY_OP)
+def test_the_kernel_on_cpu_tensors_is_refused_by_name(name, monkeypatch):
+    """Outside of the interpreter; Triton's own error would speak of drivers."""
+    monkeypatch.setattr(registration, "INTERPRETED", False)
+    wanted = (
+        r"backend is 'triton' and the tensors are on cpu; the kernels run on a CUDA GPU: .* give backend='reference'"
+    )
+    with pytest.raises(ValueError, match=wanted):
+        EVERY_OP[name](backend="triton")
+    with pytest.raises(ValueError, match="backend is 'cuda'; allowed: None, 'reference', 'triton'"):
+        EVERY_OP[name](backend="cuda")
+
+
+def test_without_the_interpreter_the_refusal_is_not_triton_s():
+    code = "import torch; from klora.kernels import rms_norm; rms_norm(torch.ones(2, 16), backend='triton')"
+    environment = os.environ | {"TRITON_INTERPRET": "0"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.stderr.splitlines()[-1].startswith("ValueError: backend is 'triton' and the tensors are on cpu; ")
 
 
 @pytest.mark.parametrize("about", [{"softcap": s} for s in (None, 0.0, -1.0, math.nan)]

@@ -16,9 +16,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import SMALL, randomized
+from klora import __version__
 from klora.kernels import newton_schulz_ref
 from klora.model.average import WeightAverages
-from klora.model.checkpoint import CheckpointError, load_tensors, save_tensors
+from klora.model.checkpoint import CheckpointError, load_tensors, save_tensors, version_of
 from klora.model.config import ConfigError, Preset, TrainConfig
 from klora.model.corpus import Document
 from klora.model.curve import LossCurve
@@ -535,11 +536,43 @@ def test_metadata_that_is_damaged_is_a_checkpoint_error(tmp_path, data):
             Trainer(small_preset(), data, tmp_path, ALONE, resume=True)
     for text in ("}", "null", '{"model": {}}', '{"model": 1, "provenance": {}}'):
         rewrite(model, text)
-        with pytest.raises(CheckpointError, match="is damaged: its metadata"):
+        with pytest.raises(CheckpointError, match="its metadata"):
             load_run(tmp_path)
-    save_file({"model/embed": torch.ones(2)}, checkpoint, metadata={"klora": json.dumps(whole)})
+    save_tensors(checkpoint, {"model/embed": torch.ones(2)}, whole)
     with pytest.raises(CheckpointError, match="is damaged"):
         Trainer(small_preset(), data, tmp_path, ALONE, resume=True)
+
+
+@pytest.mark.parametrize(("version", "writer"), [("0.0.9", "klora 0.0.9"), (None, "an older klora, from before")])
+def test_a_run_of_another_version_is_refused_with_its_name_and_what_to_do(tmp_path, data, version, writer):
+    """Whichever part has changed: the settings, the checkpoint's metadata or its tensors, the finished weights."""
+    from klora.cli.train import _stored_run
+    from safetensors.torch import save_file
+
+    Trainer(small_preset(max_steps=2), data, tmp_path, ALONE).run()
+    checkpoint, model, run = (tmp_path / name for name in ("checkpoint.safetensors", "model.safetensors", "run.json"))
+    says = f"was written by {writer}.*this is klora {__version__}, which.*{{}}.*go on with the version that wrote it"
+    stamp = {} if version is None else {"version": version}
+    (tensors, meta), (weights, finished) = load_tensors(checkpoint), load_tensors(model)
+    fewer = {name: tensor for name, tensor in tensors.items() if not name.startswith("ema/")}
+    for parts, about in ((tensors, {k: v for k, v in meta.items() if k != "sampler"}), (fewer, meta)):
+        save_file(parts, checkpoint, metadata={"klora": json.dumps(about)} | stamp)
+        with pytest.raises(CheckpointError, match=says.format("")):
+            Trainer(small_preset(), data, tmp_path, ALONE, resume=True)
+    del finished["model"]["bigram_rows"]
+    save_file(weights, model, metadata={"klora": json.dumps(finished)} | stamp)
+    with pytest.raises(CheckpointError, match=says.format("no value for bigram_rows")):
+        load_run(tmp_path)
+    stored = json.loads(run.read_text())
+    assert stored.pop("klora") == __version__ and version_of(checkpoint) == version
+    for part, name in (("train", "attention"), ("model", "bigram_rows")):
+        older = {**stored, part: {k: v for k, v in stored[part].items() if k != name}}
+        run.write_text(json.dumps(older if version is None else {**older, "klora": version}))
+        with pytest.raises(CheckpointError, match=says.format(f"no value for {name}")):
+            _stored_run(tmp_path, {})
+    run.write_text(json.dumps({**older, "klora": __version__}))
+    with pytest.raises(CheckpointError, match="is damaged .*has no value for"):
+        _stored_run(tmp_path, {})
 
 
 def test_a_damaged_curve_does_not_stop_a_resumed_run(tmp_path, data):

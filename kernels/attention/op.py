@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..registration import custom_op, keep_output
+from ..registration import custom_op, keep_output, resolve_backend
 from ..tile import aligned
 from .backward import launch_backward
 from .forward import launch_forward
@@ -104,9 +104,7 @@ causal_op.register_autograd(_backward, setup_context=_setup)
 
 def _validate(q, k, v, tail, backend) -> tuple[int, str]:
     """(queries wanted, the backend that runs); raises ValueError on what no backend takes."""
-    backend = backend or ("triton" if q.is_cuda else "reference")
-    if backend not in ("reference", "triton"):
-        raise ValueError(f"backend is {backend!r}; allowed: 'reference', 'triton' or None")
+    backend = resolve_backend(backend, q)
     if q.dim() != 4 or not q.size(2):
         raise ValueError(f"q is {_describe(q)}; wanted [B, S, H, d] with at least one head")
     if k.dim() != 4 or not k.size(2) or q.size(2) % k.size(2):

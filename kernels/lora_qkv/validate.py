@@ -3,15 +3,15 @@
 import torch
 from torch import Tensor
 
+from ..registration import resolve_backend
+
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MOST_RANK = 64
 
 
 def validate(x, weight, lora_a, lora_b, slots, sizes, grads, backend) -> tuple[str, list[int], Tensor | None]:
     """The backend that runs, the sizes and contiguous slots; raises ValueError on what the backend does not take."""
-    backend = backend or ("triton" if x.is_cuda else "reference")
-    if backend not in ("reference", "triton"):
-        raise ValueError(f"backend is {backend!r}; allowed: 'reference', 'triton' or None")
+    backend = resolve_backend(backend, x)
     if x.dim() != 3 or weight.dim() != 2 or weight.size(1) != x.size(-1):
         raise ValueError(f"x is {_describe(x)} and weight {_describe(weight)}; wanted [B, S, D] and [Nq+Nk+Nv, D]")
     width, rows = x.size(2), weight.size(0)
