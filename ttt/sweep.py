@@ -85,14 +85,14 @@ def sweep(request: ScoreRequest) -> ScoreRequest:
         except NonFiniteScore:  # it diverged
             totals = {"base_bpb": None, "adapted_bpb": None}
         rows.append({"changes": changes, "base_bpb": totals["base_bpb"], "adapted_bpb": totals["adapted_bpb"]})
-        request.say(f"sweep: {_told(changes)}: {_bpb(totals['adapted_bpb'])} bits per byte of the tuning half")
+        request.say(f"sweep: {_described(changes)}: {_number(totals['adapted_bpb'])} bits per byte of the tuning half")
     fair = [row for row in rows if row["adapted_bpb"] is not None]
     if not fair:
         raise ConfigError("no config of the sweep gave the tuning half a finite score; give a smaller lr")
     best = min(fair, key=lambda row: row["adapted_bpb"])["changes"]  # of equal ones the first
     note = (
         f"{len(tuning):,} of the {len(request.documents):,} documents were used to choose the constants "
-        f"({_told(best)}) and are left out of the score, which is of the other {len(scored):,}"
+        f"({_described(best)}) and are left out of the score, which is of the other {len(scored):,}"
     )
     facts = {
         "documents_tuning": len(tuning),
@@ -111,9 +111,9 @@ def sweep(request: ScoreRequest) -> ScoreRequest:
     )
 
 
-def _told(changes: dict[str, Any]) -> str:
+def _described(changes: dict[str, Any]) -> str:
     return ", ".join(f"{name}={value:g}" for name, value in changes.items()) or "unchanged"
 
 
-def _bpb(value: float | None) -> str:
+def _number(value: float | None) -> str:
     return "diverged, no" if value is None else f"{value:.4f}"
