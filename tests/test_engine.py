@@ -1,6 +1,7 @@
 """The engine: the eager scorer's numbers, whatever the batch; a schedule without gaps; no wait inside a step."""
 
 import dataclasses
+import math
 from collections import Counter
 
 import numpy as np
@@ -27,7 +28,7 @@ from klora.ttt.engine import (
     slot_bytes,
 )
 from klora.ttt.protocols import TTTConfig
-from klora.ttt.schedule import Schedule, queue_lengths
+from klora.ttt.schedule import Queue, Schedule, queues_of
 from klora.ttt.scorer import Adapted, Batch, Deadline, adapt_batch
 from klora.ttt.step import EngineStep, clear_plan
 from test_ttt import document
@@ -305,7 +306,7 @@ def test_a_round_brings_nothing_to_the_host(protocol):
     docs = documents()
     engine = engine_for(model64(), docs, config, slots=5)
     run = Run(sorted(docs, key=lambda d: -d.targets), config)
-    rounds = list(Schedule(run.chunks, config.passes, 5, engine.lengths, engine.rows))
+    rounds = list(Schedule(run.chunks, config.passes, 5, engine.queues, engine.rows))
     engine.prepare()
     engine._load(run, sorted(docs, key=lambda d: -d.targets))
     with NoWait():
@@ -381,6 +382,8 @@ def test_steps_over_empty_places_leave_no_trace():
 
 # ---- the schedule ----
 
+QUEUES = [Queue(0, 256, 1.0), Queue(1, 512, 1.0)]
+
 
 @st.composite
 def laws(draw):
@@ -390,22 +393,25 @@ def laws(draw):
 
 
 @settings(max_examples=60, deadline=None)
-@given(laws(), st.integers(1, 5))
-def test_a_schedule_takes_every_chunk_once_in_order_and_frees_every_slot(law, queues):
+@given(laws(), st.sets(st.integers(1, 45), max_size=4), st.integers(0, 41))
+def test_a_schedule_takes_every_chunk_once_in_order_and_frees_every_slot(law, later, trained_from):
     chunks, passes, slots, rows = law
-    schedule = Schedule(chunks, passes, slots, [256 * (q + 1) for q in range(queues)], rows)
+    firsts = sorted({0, *later})
+    queues = [Queue(first, 256 * (q + 1), 1.0) for q, first in enumerate(firsts)]
+    schedule = Schedule(chunks, passes, slots, queues, rows, trained_from)
     seen = {document: [] for document in range(len(chunks))}
     holder, first_seen = {}, []
     for taken in schedule:
         assert len(set(taken.document)) == len(taken.document) == len(set(taken.slot)) <= taken.rows in rows
-        assert (np.minimum(taken.chunk, queues - 1) == taken.queue).all() and len(taken.document)
+        assert (taken.chunk >= firsts[taken.queue]).all() and len(taken.document)
+        assert (taken.chunk < [*firsts, math.inf][taken.queue + 1]).all()
         for d, s, j, p, trains in zip(taken.document, taken.slot, taken.chunk, taken.number, taken.trains, strict=True):
             if not seen[d]:
                 holder[d] = s
                 first_seen.append(d)
             assert holder[d] == s
             seen[d].append((p, j))
-            assert trains == (j + 1 < chunks[d])
+            assert trains == (trained_from <= j < chunks[d] - 1)
         active = [d for d in first_seen if len(seen[d]) < passes * chunks[d]]
         assert len({holder[d] for d in active}) == len(active) <= slots
     for d, count in enumerate(chunks):
@@ -414,13 +420,13 @@ def test_a_schedule_takes_every_chunk_once_in_order_and_frees_every_slot(law, qu
 
 
 def test_documents_get_slots_longest_first():
-    taken = list(Schedule([9, 7, 5, 3, 2, 1], 1, 2, [256, 512], [2]))
+    taken = list(Schedule([9, 7, 5, 3, 2, 1], 1, 2, QUEUES, [2]))
     starts = [d for r in taken for d in r.document[r.starts]]
     assert starts == sorted(starts)
     with pytest.raises(ValueError, match="longest first"):
-        Schedule([3, 5], 1, 2, [256], [2])
+        Schedule([3, 5], 1, 2, QUEUES, [2])
     with pytest.raises(ValueError, match="without targets"):
-        Schedule([3, 0], 1, 2, [256], [2])
+        Schedule([3, 0], 1, 2, QUEUES, [2])
 
 
 @pytest.mark.parametrize("every, passes, most", [(16, 6, 1.25), (16, 1, 1.5), (1, 1, 1.03)])
@@ -428,19 +434,24 @@ def test_a_real_law_keeps_the_places_full_and_its_longest_document_bounds_the_ru
     """lognormal(6.555, 1.066) tokens, clipped to [8, 60000]; 6,250 documents or every 16th of them."""
     drawn = np.random.default_rng(0).lognormal(6.555, 1.066, 6250).astype(np.int64).clip(8, 60000)[::every]
     config = TTTConfig()
-    lengths = queue_lengths(config)
+    queues = queues_of(config)
     run = Run([Document("", np.empty(n, np.uint16), 0) for n in sorted(drawn[drawn >= 512])[::-1]], config)
-    rounds = list(Schedule(run.chunks, passes, 256, lengths, [64, 16, 4]))
+    rounds = list(Schedule(run.chunks, passes, 256, queues, [64, 16, 4]))
     for taken in rounds:
-        run.count(taken, lengths[taken.queue])
+        run.count(taken, queues[taken.queue].length)
     assert len(rounds) <= most * max(passes * run.chunks[0], -(-passes * run.chunks.sum() // 64))
     assert run.inputs >= 0.985 * run.places
 
 
 def test_queues_are_the_window_lengths():
-    assert queue_lengths(TTTConfig()) == [256, 512, 768, 1024]
-    assert queue_lengths(TTT.override({"window": 50})) == [16, 32, 48, 50]
-    assert queue_lengths(TTT.override({"window": 16})) == [16]
+    def lengths(config: TTTConfig) -> list[int]:
+        queues = queues_of(config)
+        assert [queue.first for queue in queues] == list(range(len(queues)))
+        return [queue.length for queue in queues]
+
+    assert lengths(TTTConfig()) == [256, 512, 768, 1024]
+    assert lengths(TTT.override({"window": 50})) == [16, 32, 48, 50]
+    assert lengths(TTT.override({"window": 16})) == [16]
 
 
 # ---- the kernels ----

@@ -166,7 +166,7 @@ def test_the_first_rank_stays_until_the_others_have_left_or_are_lost():
 def test_ranks_get_every_document_once_longest_first_and_none_holds_more_than_its_share():
     store = dist.HashStore()
     chunks = np.sort(np.random.default_rng(0).integers(1, 60, 300))[::-1]
-    visits = visits_of(chunks, 2, 4)
+    visits = visits_of(chunks, 2, range(4))
     taken: list[list[int]] = [[] for _ in range(4)]
     waiting = [SharedWaiting(visits, Board(store, rank, 4), taken[rank].extend) for rank in range(4)]
     busy_until = [0.0] * 4

@@ -28,7 +28,7 @@ from ..model.weights import frozen_weights
 from .adapters import AdapterLayout, AdapterPool
 from .documents import Document
 from .protocols import MIN_NLL, TTTConfig
-from .schedule import Round, Schedule, Waiting, queue_lengths, visits_of
+from .schedule import Round, Schedule, Waiting, queues_of, visits_of
 from .scorer import Adapted, Deadline
 from .step import (
     CHUNKS,
@@ -159,7 +159,7 @@ class Engine:
             raise ValueError(f"slots is {slots}; allowed: at least 1")
         if not 2 <= tokens < 2**31:
             raise ValueError(f"tokens is {tokens}; allowed: 2 to {2**31 - 1}")
-        self.lengths = queue_lengths(config)
+        self.queues = queues_of(config)
         dtype = torch.float64 if model.dtype == torch.float64 else torch.float32
         batch, slots, self.facts = self._fit(model, tokens, slots)
         self.rows = sorted({row for row in rows if 0 < row < batch} | {batch})
@@ -215,10 +215,10 @@ class Engine:
         `should_stop` is asked before each.
         """
         if shapes is None:
-            shapes = [(q, rows, t) for q in range(len(self.lengths)) for rows in self.rows for t in (True, False)]
+            shapes = [(q, rows, t) for q in range(len(self.queues)) for rows in self.rows for t in (True, False)]
         began = time.perf_counter()
         # The largest first, so that the others find their memory in the graphs' pool.
-        for shape in sorted(set(shapes) - self._steps.keys(), key=lambda s: (-self.lengths[s[0]] * s[1], not s[2])):
+        for shape in sorted(set(shapes) - self._steps.keys(), key=lambda s: (-self.queues[s[0]].length * s[1], not s[2])):
             if should_stop():
                 break
             self._steps[shape] = self._made(shape)
@@ -228,7 +228,7 @@ class Engine:
     def _made(self, shape: Shape) -> Callable[[], None]:
         queue, rows, trains = shape
         weights, state = self.weights, (self.pool, self.tokens, self.record, self.plan, self.chunks)
-        step = EngineStep(weights, *state, self.lengths[queue], rows, self.backend)
+        step = EngineStep(weights, *state, self.queues[queue], rows, self.backend)
         run = step.train if trains else step.score
         if not self.captures:
             return run
@@ -268,12 +268,13 @@ class Engine:
         run = Run([documents[index] for index in order], self.config)
         if run.tokens > len(self.tokens):
             raise ValueError(f"the documents have {run.tokens} tokens; this engine holds {len(self.tokens)}")
-        shape = run.chunks, self.config.passes, len(self.chunks), self.lengths, self.rows
+        shape = run.chunks, self.config.passes, len(self.chunks), self.queues, self.rows
         if waiting is None:
             rounds: Iterable[Round] = list(Schedule(*shape))
             shapes = [(taken.queue, taken.rows, bool(taken.trains.any())) for taken in rounds]
         else:
-            rounds = Schedule(*shape, waiting(visits_of(run.chunks, self.config.passes, len(self.lengths))))
+            firsts = [queue.first for queue in self.queues]
+            rounds = Schedule(*shape, waiting=waiting(visits_of(run.chunks, self.config.passes, firsts)))
             shapes = None
         self.prepare(shapes, deadline.passed)
         self._load(run, [documents[index] for index in order])
@@ -291,7 +292,7 @@ class Engine:
                 break
             self._launch(number, taken, run)
             launched += 1
-            run.count(taken, self.lengths[taken.queue])
+            run.count(taken, self.queues[taken.queue].length)
             progress(run.passed)
             if time.perf_counter() - handed > every:
                 hand_over(self._read(run))

@@ -22,6 +22,7 @@ from ..model.ranges import phase
 from ..model.weights import Weights
 from .adapters import AdapterPool
 from .protocols import learning_rate
+from .schedule import Queue
 
 SLOT, TRAINED, START, LENGTH, FIRST, RECORD, FRESH, CHUNKS = range(8)
 """The fields of a plan, int32 [8, batch]. A place: its slot; its slot again if it trains, else -1; where its window
@@ -39,7 +40,7 @@ def clear_plan(plan: Tensor | np.ndarray) -> None:
 
 
 class EngineStep:
-    """The step for windows of `length` inputs and `rows` places.
+    """The step for `rows` places of the windows of `queue`.
 
     It reads the first `rows` places of `plan`, the documents' `tokens` int32 [any], and the `chunks` int64 [slots] of
     the document in each slot; it writes `record` (fp32, fp64 for a float64 model) and the pool. `record` holds rows of
@@ -54,13 +55,14 @@ class EngineStep:
         record: Tensor,
         plan: Tensor,
         chunks: Tensor,
-        length: int,
+        queue: Queue,
         rows: int,
         backend: str | None = None,
     ):
         self.weights, self.pool, self.ttt, self.backend = weights, pool, pool.ttt, backend
         self.tokens, self.record, self.plan, self.chunks = tokens, record, plan, chunks
-        self.length, self.rows = length, rows
+        self.rows, length = rows, queue.length
+        self.loss = weights.config.logit_softcap, queue.temperature
         self.writes_pool = backend == "triton" or (backend is None and tokens.is_cuda)
         cos, sin = weights.rotary(length, self.ttt.window)
         self.rotary = cos[:length].contiguous(), sin[:length].contiguous()
@@ -81,7 +83,7 @@ class EngineStep:
         hidden = self._hidden(inputs, Adapters(slots, blocks)).requires_grad_()
         with torch.enable_grad():
             nll = lora_head_nll(
-                hidden, self.weights.head, head_a, head_b, targets, *self._loss, slots=slots, backend=self.backend
+                hidden, self.weights.head, head_a, head_b, targets, *self.loss, slots=slots, backend=self.backend
             ).detach()
         self._write(nll, place)
 
@@ -97,10 +99,6 @@ class EngineStep:
                 self._write(nll, place)
             with phase("optimizer"), torch.no_grad():
                 self._update(trained)
-
-    @property
-    def _loss(self) -> tuple[float, float]:
-        return self.weights.config.logit_softcap, self.ttt.temperature
 
     @torch.no_grad()
     def _inputs(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -134,7 +132,7 @@ class EngineStep:
                 share,
                 head_a_grad,
                 head_b_grad,
-                *self._loss,
+                *self.loss,
                 slots=slots,
                 backend=self.backend,
             )
