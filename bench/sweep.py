@@ -78,10 +78,10 @@ class Sample:
     def __init__(self, model: GPT, documents: Sequence[Document]):
         self.model, self.documents = model, documents
         self.bytes = sum(document.bytes for document in documents)
-        self._base: dict[tuple[int, int, int], BaseNll] = {}
+        self._base: dict[tuple, BaseNll] = {}
 
     def base(self, config: TTTConfig) -> BaseNll:
-        key = config.chunk, config.window, config.min_tokens
+        key = config.layout, config.chunk, config.window, config.min_tokens, config.adapt_from
         if key not in self._base:
             self._base[key] = BaseNll(self.model, self.documents, config)
         return self._base[key]

@@ -34,6 +34,7 @@ from klora.ttt.step import EngineStep, clear_plan
 from test_ttt import document
 from torch.utils._python_dispatch import TorchDispatchMode
 
+STRICT = TTTConfig(layout="start", chunk=16, window=64, lora_rank=2, head_rank=3, temperature=0.9, batch=4)
 TTT = TTTConfig(chunk=16, window=64, min_tokens=2, lora_rank=2, head_rank=3, epochs=2, deadline=0.0, batch=4)
 RAGGED = (113, 1, 16, 17, 64, 65, 7, 96)
 """One target, exactly one chunk and one more, exactly one window and one more, and long ones, in no order."""
@@ -44,6 +45,9 @@ SHALLOW = dataclasses.replace(SMALL, blocks=4)
 
 def model64(config: ModelConfig = SHALLOW) -> GPT:
     return randomized(config, torch.float64).requires_grad_(False)
+
+
+SHALLOW64 = model64(dataclasses.replace(SMALL, blocks=2))
 
 
 def documents(targets=RAGGED):
@@ -117,6 +121,75 @@ def test_any_depth_and_any_window_agree_with_the_eager_scorer(blocks, chunk, win
     model, docs = model64(dataclasses.replace(SMALL, blocks=blocks)), documents((130, 101, 33, 100))
     adapted = adapt_documents(model, docs, config, Deadline(0))
     np.testing.assert_allclose(adapted.nats, eager(model, docs, config).nats, rtol=1e-9)
+
+
+@pytest.mark.parametrize("adapt_from", [0, 17, 97])
+@pytest.mark.parametrize("chunk, window", [(16, 64), (20, 50), (32, 32)])
+def test_windows_from_the_start_agree_with_the_eager_scorer(adapt_from, chunk, window):
+    """The temperature changes in a queue of its own, before and after windows have their full length."""
+    config = STRICT.override({"chunk": chunk, "window": window, "adapt_from": adapt_from, "steps_per_chunk": 2})
+    model, docs = model64(), documents((130, 101, 33, 100, 5))
+    adapted = adapt_documents(model, docs, config, Deadline(0), slots=3)
+    np.testing.assert_allclose(adapted.nats, eager(model, docs, config).nats, rtol=1e-9)
+
+
+@st.composite
+def strict_configs(draw):
+    """One pass that scores first, its windows from the start, in small numbers."""
+    chunk = draw(st.integers(3, 20))
+    return STRICT.override(
+        {
+            "chunk": chunk,
+            "window": chunk + draw(st.integers(0, 50)),
+            "adapt_from": draw(st.integers(0, 60)),
+            "steps_per_chunk": draw(st.integers(1, 2)),
+            "lr": 0.05,
+            "batch": 2,
+        }
+    )
+
+
+@settings(max_examples=25, deadline=None)
+@given(strict_configs(), st.integers(1, 79), st.randoms())
+def test_no_score_depends_on_later_text(config, reached, random):
+    """Other text after any target, and no text after it: the same bits before, wherever that is in a chunk."""
+    model, doc = SHALLOW64, document(80)
+    other = doc.tokens.copy()
+    other[reached + 1 :] = [random.randrange(1, SMALL.vocab_size) for _ in other[reached + 1 :]]
+    scores = []
+    for tokens in (doc.tokens, other, doc.tokens[: reached + 1]):
+        some = Document("", tokens, 1)
+        engine = engine_for(model, [some], config)
+        engine.adapt([some], Deadline(0))
+        scores.append(token_nll(engine, [some])[0][:reached])
+    np.testing.assert_array_equal(scores[1], scores[0])
+    np.testing.assert_array_equal(scores[2], scores[0])
+
+
+@pytest.mark.parametrize("adapt_from", [0, 40])
+def test_what_is_too_short_to_learn_from_has_the_same_numbers_from_the_base_pass(adapt_from):
+    """Base pass and engine differ by rounding alone where no step was taken; and there is no jump at any length."""
+    config = STRICT.override({"adapt_from": adapt_from, "lr": 0.05})
+    assert config.first_adapted == (16 if adapt_from == 0 else 48)
+    model, whole = model64(), document(100, 7)
+    for targets in (1, 15, 16, 17, 47, 48, 49):
+        doc = Document("", whole.tokens[: targets + 1], 1)
+        base = BaseNll(model, [doc], config)
+        assert base.is_short[0] == (targets <= config.first_adapted)
+        engine = engine_for(model, [doc], config)
+        engine.adapt([doc], Deadline(0))
+        early = min(targets, config.first_adapted)
+        nll = token_nll(engine, [doc])[0]
+        np.testing.assert_allclose(base.tempered[1:][:early], nll[:early], rtol=2e-6)
+        assert (base.tempered == base.nll)[1:].tolist() == [n < config.first_adapted for n in range(targets)]
+
+
+def test_base_and_adapted_model_read_the_same_windows():
+    config = STRICT.override({"lr": 0.0, "window": 50, "adapt_from": 20})
+    model, docs = model64(), documents((130, 101, 33, 100, 5, 0))
+    base = BaseNll(model, docs, config)
+    adapted = adapt_documents(model, docs[:-1], config, Deadline(0))
+    np.testing.assert_allclose(adapted.nats, [base.of(index)[1] for index in range(5)], rtol=1e-6)
 
 
 def test_fp32_agrees_with_the_eager_scorer():

@@ -381,7 +381,7 @@ def command(tmp_path, tokenizer) -> list[str]:
     (tmp_path / "texts").mkdir()
     for number in range(24):
         (tmp_path / "texts" / f"{number}.txt").write_text(words(number, 40 + 80 * (number % 8)))
-    sets = [part for pair in ("chunk=16", "window=64", "min_tokens=64", "deadline=0") for part in ("--set", pair)]
+    sets = [part for pair in ("chunk=16", "window=64", "adapt_from=64", "deadline=0") for part in ("--set", pair)]
     return [
         *(sys.executable, "-m", "klora.cli", "score", str(tmp_path / "model.klora"), *sets, "--json"),
         *(

@@ -218,7 +218,8 @@ class Engine:
             shapes = [(q, rows, t) for q in range(len(self.queues)) for rows in self.rows for t in (True, False)]
         began = time.perf_counter()
         # The largest first, so that the others find their memory in the graphs' pool.
-        for shape in sorted(set(shapes) - self._steps.keys(), key=lambda s: (-self.queues[s[0]].length * s[1], not s[2])):
+        missing = set(shapes) - self._steps.keys()
+        for shape in sorted(missing, key=lambda s: (-self.queues[s[0]].length * s[1], not s[2])):
             if should_stop():
                 break
             self._steps[shape] = self._made(shape)
@@ -270,11 +271,12 @@ class Engine:
             raise ValueError(f"the documents have {run.tokens} tokens; this engine holds {len(self.tokens)}")
         shape = run.chunks, self.config.passes, len(self.chunks), self.queues, self.rows
         if waiting is None:
-            rounds: Iterable[Round] = list(Schedule(*shape))
+            rounds: Iterable[Round] = list(Schedule(*shape, self.config.trained_from))
             shapes = [(taken.queue, taken.rows, bool(taken.trains.any())) for taken in rounds]
         else:
             firsts = [queue.first for queue in self.queues]
-            rounds = Schedule(*shape, waiting=waiting(visits_of(run.chunks, self.config.passes, firsts)))
+            visits = visits_of(run.chunks, self.config.passes, firsts)
+            rounds = Schedule(*shape, self.config.trained_from, waiting(visits))
             shapes = None
         self.prepare(shapes, deadline.passed)
         self._load(run, [documents[index] for index in order])
@@ -390,7 +392,7 @@ class Run:
         """Where the chunks of a round begin, and where their windows begin and end, in targets of the document."""
         size = self.config.chunk
         end = np.minimum((taken.chunk + 1) * size, self.targets[taken.document])
-        return taken.chunk * size, np.maximum(end - self.config.window, 0), end
+        return taken.chunk * size, self.config.window_start(taken.chunk, end), end
 
     def count(self, taken: Round, length: int) -> None:
         """Note that a round with windows of `length` inputs was sent off."""

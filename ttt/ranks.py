@@ -255,8 +255,8 @@ class RankRun:
         self.model, self.weights, self.documents, self.config = model, frozen_weights(model), documents, config
         self.prequant = frozen_weights(prequant) if prequant is not None else None
         self.journal, self.board, self.should_stop, self.progress, self.say = journal, board, should_stop, progress, say
-        self.long = [index for index in order if len(documents[index].tokens) >= config.min_tokens]
-        self.short = [index for index in order if len(documents[index].tokens) < config.min_tokens]
+        self.long = [index for index in order if config.adapts(documents[index].targets)]
+        self.short = [index for index in order if not config.adapts(documents[index].targets)]
         self.total = sum(document.targets for document in documents)
 
     def _beat(self, targets: int) -> None:

@@ -77,7 +77,7 @@ class Batch:
         """
         size, length = self.config.chunk, min((j + 1) * self.config.chunk, self.config.window)
         end = self.targets[:rows].clamp(max=(j + 1) * size)
-        start = (end - self.config.window).clamp(min=0)
+        start = self.config.window_start(torch.full_like(end, j), end)
         last = self.tokens.size(1) - 1
         at = start[:, None] + torch.arange(length, device=self.device)
         inputs = self.tokens[:rows].gather(1, at.clamp(max=last))
@@ -87,13 +87,15 @@ class Batch:
         return inputs, (position - start[:, None]).clamp(max=length - 1), targets, exists
 
 
-def adapted_nll(model: GPT, pool: AdapterPool, rows: int, inputs: Tensor, at: Tensor, targets: Tensor) -> Tensor:
+def adapted_nll(
+    model: GPT, pool: AdapterPool, rows: int, temperature: float, inputs: Tensor, at: Tensor, targets: Tensor
+) -> Tensor:
     """NLL [rows, chunk] of `targets` under the adapters of the first `rows` slots."""
     adapters, (head_a, head_b) = pool.adapters(rows)
     hidden = model.hidden(inputs, adapters, rotary_length=pool.ttt.window, backend="reference")
     hidden = hidden.gather(1, at[..., None].expand(-1, -1, hidden.size(-1)))
     weight = model.embed.to(hidden.dtype)
-    return lora_head_nll_ref(hidden, weight, head_a, head_b, targets, model.config.logit_softcap, pool.ttt.temperature)
+    return lora_head_nll_ref(hidden, weight, head_a, head_b, targets, model.config.logit_softcap, temperature)
 
 
 def adapt_batch(
@@ -143,15 +145,16 @@ def adapt_batch(
 
 def _score_then_train(model: GPT, pool: AdapterPool, batch: Batch, j: int) -> tuple[Tensor, Tensor]:
     """Chunk j: its NLL [active, chunk] under the adapters as they are, then the Adam steps on it."""
-    active, trained = batch.active[j], batch.active[j + 1]
+    active, trained = batch.active[j], batch.active[j + 1] if j >= pool.ttt.trained_from else 0
+    temperature = pool.ttt.temperature_of(j)
     inputs, at, targets, exists = batch.chunk(j, active)
     with phase("scoring"), torch.set_grad_enabled(trained > 0):
-        nll = adapted_nll(model, pool, active, inputs, at, targets)
+        nll = adapted_nll(model, pool, active, temperature, inputs, at, targets)
     recorded = nll.detach()
     for step in range(pool.ttt.steps_per_chunk if trained else 0):
         if step:
             with phase("forward"):
-                nll = adapted_nll(model, pool, trained, inputs[:trained], at[:trained], targets[:trained])
+                nll = adapted_nll(model, pool, trained, temperature, inputs[:trained], at[:trained], targets[:trained])
         # A chunk that is trained on is whole: only a document's last chunk, which is not, can be shorter.
         with phase("backward"):
             pool.backward(nll[:trained].mean(dim=1).sum(), trained)
