@@ -138,7 +138,10 @@ class GPT(nn.Module):
         start, total = (cache.filled, cache.length) if cache is not None else (0, tokens.size(-1))
         cos, sin = (table[start : start + tokens.size(-1)] for table in self.rotary(total, rotary_length or total))
         weights = weights_of(self) if cache is None else cache.weights
-        return network.hidden(weights, tokens, (cos, sin), adapters, None, cache, backend or self.backend)
+        hidden = network.hidden(weights, tokens, (cos, sin), adapters, None, cache, backend or self.backend)
+        if cache is not None:
+            cache.filled += tokens.size(-1)
+        return hidden
 
     def forward(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
         """As :meth:`logits`."""
