@@ -5,7 +5,15 @@ from typing import TYPE_CHECKING
 from ..lazy import lazy_exports
 
 if TYPE_CHECKING:
-    from .attention import causal_attention, causal_attention_ref, pick_attention
+    from .attention import (
+        cache_write_,
+        cache_write_ref_,
+        cached_attention,
+        cached_attention_ref,
+        causal_attention,
+        causal_attention_ref,
+        pick_attention,
+    )
     from .bigram import BOS, bigram_hash_ref
     from .embedding import bigram_embedding, bigram_embedding_ref
     from .int6 import (
@@ -51,6 +59,10 @@ __all__ = [
     "bigram_embedding",
     "bigram_embedding_ref",
     "bigram_hash_ref",
+    "cache_write_",
+    "cache_write_ref_",
+    "cached_attention",
+    "cached_attention_ref",
     "causal_attention",
     "causal_attention_ref",
     "check_distinct_slots",

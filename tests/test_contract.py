@@ -12,6 +12,7 @@ import torch
 from klora.bench.tolerance import assert_as_exact, relative_error
 from klora.kernels import (
     bigram_embedding,
+    cached_attention,
     causal_attention,
     linear,
     lora_adam_,
@@ -77,6 +78,7 @@ def ops(B: int = 2, S: int = 5, dtype: torch.dtype = torch.float32) -> dict[str,
     tables = {"cos": cos, "sin": sin, "gain": gain}
     about = {"slots": slots, "sizes": SIZES}
     heads = {"q": randn(B, S, H, HEAD), "k": randn(B, S, G, HEAD)}
+    cache = {name: randn(POOL, 5, G, HEAD) for name in ("cache_k", "cache_v")}
     h = {"h": x, "weight": randn(V, D)}
     loss = {"targets": targets, "softcap": 5.0, "temperature": 0.9}
     stream = {name: randn(B, S, D) for name in ("x", "branch", "pushed", "x0")}
@@ -94,6 +96,13 @@ def ops(B: int = 2, S: int = 5, dtype: torch.dtype = torch.float32) -> dict[str,
         ),
         "norm_rotary": Op(norm_rotary, {**heads, **tables}, {}, ("cos", "sin"), ("q", "k")),
         "causal_attention": Op(causal_attention, {**heads, "v": randn(B, S, G, HEAD)}, {}, (), ("q", "k", "v")),
+        "cached_attention": Op(
+            cached_attention,
+            {**heads, "v": randn(B, S, G, HEAD), **cache},
+            {"slots": slots, "filled": 3 * torch.arange(1, B + 1, device=DEVICE), "window": S + 4},
+            tuple(cache),
+            ("q", "k", "v"),
+        ),
         "lora_qkv": Op(lora_qkv, qkv, about),
         "lora_qkv_rope": Op(lora_qkv_rope, {**qkv, **tables}, {**about, "head_dim": HEAD}, tuple(tables)),
         "lora_attention": Op(lora_attention, {**qkv, **tables}, {**about, "head_dim": HEAD}, tuple(tables)),
@@ -113,6 +122,8 @@ def ops(B: int = 2, S: int = 5, dtype: torch.dtype = torch.float32) -> dict[str,
 
 OPS = ops()
 WITH_SLOTS = [name for name, op in OPS.items() if "slots" in op.more]
+POOLS = ("lora_a", "lora_b", "bias", "cache_k", "cache_v")
+"""Tensors whose first dimension is that of the slots."""
 WITH_ROTARY = [name for name, op in OPS.items() if "cos" in op.floats]
 WITH_TARGETS = [name for name, op in OPS.items() if "targets" in op.more]
 INPUTS = [(name, tensor) for name, op in OPS.items() for tensor in op.floats]
@@ -183,7 +194,7 @@ def test_no_documents_and_no_tokens_have_empty_outputs_and_zero_gradients(name, 
 @pytest.mark.parametrize("name", WITH_SLOTS)
 def test_a_pool_of_no_adapters_serves_documents_that_have_none(name, backend):
     op = OPS[name]
-    pools = {tensor: op.floats[tensor][:0] for tensor in ("lora_a", "lora_b", "bias") if tensor in op.floats}
+    pools = {tensor: op.floats[tensor][:0] for tensor in POOLS if tensor in op.floats}
     none = torch.full_like(op.more["slots"], -1)
     empty = gradients(op, backend, slots=none, **pools)
     outputs = len(op(backend))
@@ -237,7 +248,7 @@ def test_a_document_without_a_slot_does_not_read_slot_0(name, backend):
     op = OPS[name]
     slots = torch.tensor([-1, 1], device=DEVICE)
     others = torch.tensor([0, 2, 3], device=DEVICE)
-    pools = [tensor for tensor in ("lora_a", "lora_b", "bias") if tensor in op.floats]
+    pools = [tensor for tensor in POOLS if tensor in op.floats]
     torn = {tensor: op.floats[tensor].index_fill(0, others, math.nan) for tensor in pools}
     same(gradients(op, backend, slots=slots, **torn), gradients(op, backend, slots=slots))
 

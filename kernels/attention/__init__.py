@@ -33,6 +33,7 @@ from .choices import CHOICES, PACKAGES, attend, pick_attention, why_not
 from .reference import BACKENDS, causal_attention_ref
 
 if TYPE_CHECKING:
+    from .cached import cache_write_, cache_write_ref_, cached_attention, cached_attention_ref
     from .op import HEAD_DIMS, causal_attention
 
 __all__ = [
@@ -41,6 +42,10 @@ __all__ = [
     "HEAD_DIMS",
     "PACKAGES",
     "attend",
+    "cache_write_",
+    "cache_write_ref_",
+    "cached_attention",
+    "cached_attention_ref",
     "causal_attention",
     "causal_attention_ref",
     "pick_attention",

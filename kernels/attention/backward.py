@@ -18,9 +18,10 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..dot import multiply_add
+from ..dot import multiply, multiply_add
 from ..tile import UNIT, halves, off_unit
-from .forward import LOG2_E, by_heads, load, multiply, packed_heads, pick_config, place, row_at, store
+from .cached_keys import NO_CACHE, Cache, add_dq_of_cache
+from .forward import LOG2_E, by_heads, load, packed_heads, pick_config, place, row_at, store
 
 MOST_QUERIES = 64
 """In a tile: `rows` is written in whole blocks. It makes 16 bytes at least of each of its rows."""
@@ -83,9 +84,11 @@ def _dq_loop(
     return dq
 
 
-@triton.jit(do_not_specialize=["T", "OFFSET", "BLOCKS"])
+@triton.jit(do_not_specialize=["SLOTS", "CAPACITY", "WINDOW", "T", "OFFSET", "BLOCKS"])
 def _dq_kernel(
     q_d, k_d, v_d, out_d, dout_d, dq_d, lse_ptr, rows_ptr, cos_ptr, sin_ptr, gain_ptr, rstd_ptr, sums_ptr,
+    cache_k_ptr, cache_v_ptr, slots_ptr, filled_ptr, SLOTS, CAPACITY, WINDOW,
+    slot_stride, cell_stride, group_stride, cell_stride_d,
     scale, softmax_scale, T, OFFSET, BLOCKS, padded, rstd_stride,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     IS_UNIT: tl.constexpr,
@@ -108,6 +111,11 @@ def _dq_kernel(
     tl.store(rows_ptr + offsets + padded, delta)
     q = load(q_d, b, h, OFFSET + t, HEADS, BM, D)
     dq = tl.zeros((HEADS * BM, D), tl.float32)
+    if cache_k_ptr is not None:
+        dq = add_dq_of_cache(
+            dq, q, dout, lse, delta, cache_k_ptr, cache_v_ptr, slots_ptr, filled_ptr, SLOTS, CAPACITY, WINDOW,
+            slot_stride, cell_stride, group_stride, cell_stride_d, b, g, T, scale, BN, D,
+        )  # fmt: skip
     seen_by_all = (OFFSET + t + 1) // BN * BN
     dq = _dq_loop(dq, q, dout, lse, delta, k_d, v_d, b, g, position, 0, seen_by_all, scale, False, BN, D)
     last = OFFSET + tl.minimum(t + BM, T)
@@ -205,13 +213,15 @@ def launch_backward(
     rotary: Rotary | None = None,
     into: tuple[Tensor, Tensor, Tensor] | None = None,
     trains_gain: bool = False,
+    cache: Cache | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """(dq [B, S, H, d], dk, dv [B, S, G, d], dgain [H]) from dout [B, T, H, d] and what the forward kept.
 
     The first three are `into`, or contiguous; the last is None unless `trains_gain`, and 0 where the gain is 0.
 
     T is the number of queries with an output; before them dq is zero. With `rotary`, dq and dk belong to
-    the projections that q and k were normed and rotated from.
+    the projections that q and k were normed and rotated from. `cache` is the forward's, as it was then; it gets no
+    gradient.
     """
     (batch, length, heads, width), groups, tail = q.shape, k.size(2), dout.size(1)
     dq, dk, dv = into or (q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape))
@@ -230,7 +240,8 @@ def launch_backward(
     _dq_kernel[(blocks * batch * heads // packed,)](
         by_heads(q, packed, queries), by_heads(k, 1, keys), by_heads(v, 1, keys), by_heads(out, packed, queries),
         by_heads(dout, packed, queries), by_heads(dq, packed, queries), lse, rows, cos, sin, gain, rstd_q,
-        sums, scale, softmax_scale, tail, length - tail, blocks, rows.size(3), strides[0],
+        sums, *(cache.arguments() if cache else NO_CACHE), scale, softmax_scale, tail, length - tail, blocks,
+        rows.size(3), strides[0],
         H=heads, G=groups, D=width, HEADS=packed, BM=queries, BN=keys, IS_UNIT=is_unit,
         num_warps=config.warps, num_stages=config.stages, maxnreg=config.registers,
     )  # fmt: skip

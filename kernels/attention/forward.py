@@ -12,7 +12,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..dot import multiply_add
+from ..dot import multiply, multiply_add
+from .cached_keys import NO_CACHE, Cache, attend_cache
 
 LOG2_E = math.log2(math.e)
 LARGEST = tl.constexpr(60.0)
@@ -57,11 +58,6 @@ def by_heads(tensor: Tensor, heads: int, tokens: int) -> TensorDescriptor:
     batch, length, count, width = tensor.shape
     strides = [tensor.stride(0), tensor.stride(2), tensor.stride(1), 1]
     return TensorDescriptor(tensor, [batch, count, length, width], strides, [1, heads, tokens, width])
-
-
-@triton.jit
-def multiply(a, b):
-    return multiply_add(a, b, tl.zeros((a.shape[0], b.shape[1]), tl.float32))
 
 
 @triton.jit
@@ -135,13 +131,14 @@ def _attend_bounded(
     return acc, total
 
 
-@triton.jit(do_not_specialize=["T", "OFFSET", "BLOCKS"])
+@triton.jit(do_not_specialize=["SLOTS", "CAPACITY", "WINDOW", "T", "OFFSET", "BLOCKS"])
 def _forward_kernel(
-    q_d, k_d, v_d, out_d, lse_ptr, gain_ptr, scale, T, OFFSET, BLOCKS,
+    q_d, k_d, v_d, out_d, lse_ptr, gain_ptr, cache_k_ptr, cache_v_ptr, slots_ptr, filled_ptr, SLOTS, CAPACITY, WINDOW,
+    slot_stride, cell_stride, group_stride, cell_stride_d, scale, T, OFFSET, BLOCKS,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """A program takes a tile of HEADS heads and BM queries through all keys up to its own. Query t stands at position
-    OFFSET + t.
+    OFFSET + t. With a cache, its keys come first.
 
     With `gain`, q and k are heads normed to rms 1 and q is times its gain: |q k| <= gain D where the rotation keeps
     lengths. A bound below LARGEST is subtracted in place of the running maximum. Where it did not hold (tables that
@@ -176,6 +173,11 @@ def _forward_kernel(
             acc = tl.zeros((HEADS * BM, D), tl.float32)
             total = tl.zeros((HEADS * BM, 8), tl.float32)
             top = tl.full((HEADS * BM,), float("-inf"), tl.float32)
+        if cache_k_ptr is not None:
+            acc, total, top = attend_cache(
+                acc, total, top, q, cache_k_ptr, cache_v_ptr, slots_ptr, filled_ptr, SLOTS, CAPACITY, WINDOW,
+                slot_stride, cell_stride, group_stride, cell_stride_d, b, g, T, scale, BN, D,
+            )  # fmt: skip
         acc, total, top = _attend(acc, total, top, q, k_d, v_d, b, g, position, 0, seen_by_all, scale, False, BN, D)
         acc, total, top = _attend(acc, total, top, q, k_d, v_d, b, g, position, seen_by_all, last, scale, True, BN, D)
     total = tl.max(total, 1)
@@ -184,12 +186,19 @@ def _forward_kernel(
 
 
 def launch_forward(
-    q: Tensor, k: Tensor, v: Tensor, tail: int, out: Tensor | None = None, gain: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tail: int,
+    out: Tensor | None = None,
+    gain: Tensor | None = None,
+    cache: Cache | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(out [B, tail, H, d], logsumexp fp32 [B, H, tail]) of q [B, S, H, d], k and v [B, S, G, d].
 
     `gain` fp32 [H] says that the heads of q and k were normed to rms 1 and those of q are times their gain. In fp16,
-    whose range is too small for what a bound leaves of a score, it goes unused.
+    whose range is too small for what a bound leaves of a score, it goes unused. The keys of `cache` come before those
+    of k; tail is S then, and no gain is given.
     """
     gain = None if q.dtype == torch.float16 else gain
     (batch, length, heads, width), groups = q.shape, k.size(2)
@@ -202,7 +211,8 @@ def launch_forward(
         blocks = triton.cdiv(tail, queries)
         _forward_kernel[(blocks * batch * heads // packed,)](
             by_heads(q, packed, queries), by_heads(k, 1, keys), by_heads(v, 1, keys), by_heads(out, packed, queries),
-            lse, gain, LOG2_E / math.sqrt(width), tail, length - tail, blocks,
+            lse, gain, *(cache.arguments() if cache else NO_CACHE), LOG2_E / math.sqrt(width), tail, length - tail,
+            blocks,
             H=heads, G=groups, D=width, HEADS=packed, BM=queries, BN=keys,
             num_warps=config.warps, num_stages=config.stages, maxnreg=config.registers,
         )  # fmt: skip
