@@ -30,7 +30,7 @@ from ..ttt.documents import (
     facts_of_tokens,
 )
 from ..ttt.journal import Journal, fingerprint, remove_journals
-from ..ttt.protocols import LEAK_WARNING, SCORE_FIRST, TTTConfig, label, ttt_preset
+from ..ttt.protocols import CACHED, LEAK_WARNING, SCORE_FIRST, TTTConfig, label, ttt_preset
 from ..ttt.ranks import PATIENCE, Board, board_of_torchrun, score_on_ranks
 from ..ttt.report import write_report
 from ..ttt.results import SCORE, ScoreResult
@@ -176,7 +176,7 @@ def score_artifact(
     started = time.perf_counter()
     require_writable(folder, SPARE_BYTES)
     loaded, chosen = load_artifact(path), own_device(device)
-    scorer = pick_scorer(scorer, chosen, are_many=is_one_of_many())
+    scorer = pick_scorer(scorer, chosen, are_many=is_one_of_many() or config.context == CACHED)
     model = model_from_artifact(loaded, chosen, weights)
     before = model_from_run(prequant, chosen, of=loaded) if prequant else None
     seconds["load"], started = time.perf_counter() - started, time.perf_counter()

@@ -75,6 +75,12 @@ class TTTConfig(Settings):
     adapt_from: int = setting(
         0, "layout start: targets of a document that are scored before its first Adam step", at_least=0
     )
+    context: str = setting(
+        RECOMPUTED,
+        "recomputed: a chunk's whole window is computed anew; cached: keys and values of earlier chunks stay as they "
+        "were when their chunk was scored (layout start)",
+        choices=(RECOMPUTED, CACHED),
+    )
     min_tokens: int = setting(
         MIN_TOKENS,
         "layout original: documents of fewer tokens (BOS counts) are left to the base model",
@@ -103,6 +109,7 @@ class TTTConfig(Settings):
         self.require(self.chunk <= self.window, "chunk", f"at most window={self.window}")
         from_start = self.layout == START
         self.require(not (from_start and self.is_leaky), "layout", f"original, with protocol={self.protocol}")
+        self.require(from_start or self.context == RECOMPUTED, "context", "recomputed, with layout=original")
         self.require(from_start or not self.adapt_from, "adapt_from", "0; layout=original goes by min_tokens")
         self.require(
             not from_start or self.min_tokens == MIN_TOKENS,
@@ -138,6 +145,11 @@ class TTTConfig(Settings):
     def temperature_of(self, chunk: int) -> float:
         """What divides the logits of a chunk's targets in a document that is adapted."""
         return 1.0 if self.layout == START and chunk <= self.trained_from else self.temperature
+
+    @property
+    def inputs(self) -> int:
+        """Most inputs of a document that a step computes."""
+        return self.chunk if self.context == CACHED else self.window
 
     def window_start(self, chunk: Any, end: Any) -> Any:
         """The input at which the windows of chunks begin that end before target `end`: of arrays or tensors."""

@@ -62,11 +62,14 @@ class Round:
 
 
 def queues_of(config: TTTConfig) -> list[Queue]:
-    """The queues of a config: windows of chunk, 2 * chunk, ..., window inputs, apart where the temperature changes."""
-    firsts = set(range(-(-config.window // config.chunk)))
+    """The queues of a config: windows of chunk, 2 * chunk, ..., window inputs, apart where the temperature changes.
+
+    With the context `cached` all are of `chunk` inputs.
+    """
+    firsts = set(range(-(-config.inputs // config.chunk)))
     if config.temperature_of(0) != config.temperature:
         firsts.add(config.trained_from + 1)
-    return [Queue(j, min((j + 1) * config.chunk, config.window), config.temperature_of(j)) for j in sorted(firsts)]
+    return [Queue(j, min((j + 1) * config.chunk, config.inputs), config.temperature_of(j)) for j in sorted(firsts)]
 
 
 class Waiting:

@@ -26,7 +26,7 @@ from .base import BaseNll
 from .documents import Document
 from .engine import engine_of, memory_of
 from .journal import Journal
-from .protocols import MIN_NLL, TTTConfig
+from .protocols import CACHED, MIN_NLL, TTTConfig
 from .results import ADAPTED, NOT_ADAPTED, PARTIAL, SHORT, DocumentResult, ScoreResult
 from .scorer import Adapted, Batch, Deadline, adapt_batch
 from .token_gains import TokenGains
@@ -51,11 +51,14 @@ class NonFiniteScore(KloraError, RuntimeError):
 
 
 def pick_scorer(scorer: str, device: torch.device, are_many: bool = False) -> str:
-    """The scorer that `scorer` means on `device`, where `are_many` on one of many; ConfigError where there is none."""
+    """The scorer that `scorer` means on `device`, not the eager one where `are_many`; ConfigError if there is none."""
     if scorer not in SCORERS:
         raise ConfigError(f"scorer={scorer!r} is not possible; allowed: {', '.join(SCORERS)}")
     if scorer == EAGER and are_many:
-        raise ConfigError("scorer='eager' is not possible on several ranks; allowed: auto, engine, uncaptured")
+        raise ConfigError(
+            "scorer='eager' is not possible on several ranks or with context='cached'; allowed: auto, engine, "
+            "uncaptured"
+        )
     if scorer == "auto":
         return ENGINE if device.type == "cuda" else UNCAPTURED if are_many else EAGER
     if scorer == ENGINE and device.type != "cuda":
@@ -90,7 +93,7 @@ def score_documents(
     """
     model.requires_grad_(False)
     facts = dict(facts or {})
-    scorer = pick_scorer(scorer, model.embed.device)
+    scorer = pick_scorer(scorer, model.embed.device, config.context == CACHED)
     seconds = dict(journal.seconds)
     deadline = Deadline(config.deadline, spent=sum(seconds.values()))
     left = sorted(set(range(len(documents))) - journal.done.keys(), key=lambda index: -documents[index].targets)
