@@ -127,7 +127,8 @@ def test_any_depth_and_any_window_agree_with_the_eager_scorer(blocks, chunk, win
 @pytest.mark.parametrize("chunk, window", [(16, 64), (20, 50), (32, 32)])
 def test_windows_from_the_start_agree_with_the_eager_scorer(adapt_from, chunk, window):
     """The temperature changes in a queue of its own, before and after windows have their full length."""
-    config = STRICT.override({"chunk": chunk, "window": window, "adapt_from": adapt_from, "steps_per_chunk": 2})
+    changes = {"steps_per_chunk": 2, "lr_warmup": 70, "lr_half": 60, "beta1": 0.0}
+    config = STRICT.override({"chunk": chunk, "window": window, "adapt_from": adapt_from} | changes)
     model, docs = model64(), documents((130, 101, 33, 100, 5))
     adapted = adapt_documents(model, docs, config, Deadline(0), slots=3)
     np.testing.assert_allclose(adapted.nats, eager(model, docs, config).nats, rtol=1e-9)
@@ -143,6 +144,7 @@ def strict_configs(draw):
             "window": chunk + draw(st.integers(0, 50)),
             "adapt_from": draw(st.integers(0, 60)),
             "steps_per_chunk": draw(st.integers(1, 2)),
+            "lr_half": draw(st.sampled_from([0, 30])),
             "lr": 0.05,
             "batch": 2,
         }

@@ -530,6 +530,21 @@ def test_learning_rate_depends_on_the_documents_own_steps_alone():
     assert alone[0] == learning_rate(leaky, torch.tensor([7, 2]), chunks)[1]
 
 
+def test_a_rate_that_rises_and_falls_goes_by_the_targets_scored():
+    """After chunks of 16 from target 40 on, two steps each: the steps are taken after 48, 48, 64, 64, ... targets."""
+    config = TTTConfig(layout="start", chunk=16, adapt_from=40, steps_per_chunk=2, lr=0.01, lr_warmup=100, lr_half=50)
+    steps, chunks = torch.arange(8), torch.full((8,), 9)
+    scored = [48, 48, 64, 64, 80, 80, 96, 96]
+    expected = [0.01 * min(1, p / 100) / (1 + p / 50) for p in scored]
+    assert learning_rate(config, steps, chunks).tolist() == pytest.approx(expected)
+    assert torch.equal(learning_rate(config, steps, chunks), learning_rate(config, steps, chunks + 50))
+    falls = config.override({"lr_warmup": 0})
+    assert learning_rate(falls, steps[:1], chunks[:1]).item() == pytest.approx(0.01 / (1 + 48 / 50))
+    for name in ("lr_warmup", "lr_half"):
+        with pytest.raises(ConfigError, match=f"{name}=5 is not possible; allowed: 0, with protocol=min_nll"):
+            TTTConfig(**{"protocol": "min_nll", name: 5})
+
+
 def test_deadline_leaves_the_rest_to_the_base_model_and_says_which(tmp_path):
     documents = [document(n, n) for n in (200, 180, 160, 140, 120, 20)]
     steps = [0]

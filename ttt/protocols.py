@@ -94,6 +94,15 @@ class TTTConfig(Settings):
     k_lr: float = setting(0.3, "multiplies lr for the LoRA on K", at_least=0.0)
     v_lr: float = setting(1.5, "multiplies lr for the LoRA on V", at_least=0.0)
     bias_lr: float = setting(3.0, "multiplies lr for the biases", at_least=0.0)
+    lr_warmup: int = setting(
+        0,
+        "the rate of a step after p targets of its document is lr * min(1, p / lr_warmup) / (1 + p / lr_half)",
+        at_least=0,
+        zero="no warmup",
+    )
+    lr_half: int = setting(
+        0, "targets after which the rate has fallen to lr / 2; see lr_warmup", at_least=0, zero="it does not fall"
+    )
     lr_floor: float = setting(0.1, "the leaky protocols' cosine ends at this share of lr", at_least=0.0, at_most=1.0)
     beta1: float = setting(0.9, "Adam beta 1", at_least=0.0, below=1.0)
     beta2: float = setting(0.95, "Adam beta 2", at_least=0.0, below=1.0)
@@ -110,6 +119,9 @@ class TTTConfig(Settings):
         from_start = self.layout == START
         self.require(not (from_start and self.is_leaky), "layout", f"original, with protocol={self.protocol}")
         self.require(from_start or self.context == RECOMPUTED, "context", "recomputed, with layout=original")
+        for name in ("lr_warmup", "lr_half"):
+            leaky = f"0, with protocol={self.protocol}, whose rate is a cosine"
+            self.require(not self.is_leaky or not getattr(self, name), name, leaky)
         self.require(from_start or not self.adapt_from, "adapt_from", "0; layout=original goes by min_tokens")
         self.require(
             not from_start or self.min_tokens == MIN_TOKENS,
@@ -205,11 +217,19 @@ def label(protocol: str) -> str:
 def learning_rate(config: TTTConfig, step: Tensor, chunks: Tensor) -> Tensor:
     """Learning rate of each document's next Adam step; `step` int [B] counts those taken, `chunks` int [B] its chunks.
 
-    score_first: constant, so that it depends on nothing later than the chunk. Leaky protocols: a cosine from lr to
-    lr_floor * lr over that document's own steps, whatever else is in its batch.
+    score_first: lr, which lr_warmup and lr_half change by the targets that are scored when the step is taken: by
+    nothing later than the chunk. Leaky protocols: a cosine from lr to lr_floor * lr over that document's own steps,
+    whatever else is in its batch.
     """
     if not config.is_leaky:
-        return torch.full(step.shape, config.lr, device=step.device)
+        # In float64, which the pool rounds once.
+        rate = torch.full(step.shape, config.lr, dtype=torch.float64, device=step.device)
+        if not (config.lr_warmup or config.lr_half):
+            return rate
+        scored = (config.trained_from + 1 + step // config.steps_per_chunk).double() * config.chunk
+        if config.lr_warmup:
+            rate = rate * (scored / config.lr_warmup).clamp(max=1.0)
+        return rate / (1 + scored / config.lr_half) if config.lr_half else rate
     last = (config.epochs * config.steps_per_chunk * (chunks - 1) - 1).clamp(min=1)
     share = (step / last).clamp(max=1.0)
     cosine = 0.5 * (1 + torch.cos(math.pi * share))
