@@ -241,6 +241,9 @@ def test_a_document_beyond_the_longest_is_refused():
 def test_the_context_wants_the_layout_from_the_start_and_the_engine(tmp_path):
     with pytest.raises(ConfigError, match="context='cached' is not possible; allowed: recomputed, with layout=origin"):
         TTTConfig(context="cached")
+    weights = frozen_weights(model64(dataclasses.replace(SMALL, width=96, heads=2, kv_heads=1)))
+    with pytest.raises(ConfigError, match="not possible in CUDA graphs with heads of 48; allowed: heads of 16, 32, 64"):
+        Ring(weights, CACHED, 1, 10, captures=True)
     with pytest.raises(ConfigError, match="or with context='cached'; allowed: auto, engine, uncaptured"):
         score([document(40)], tmp_path, CACHED, scorer="eager")
     result = score([document(40), document(10)], tmp_path, CACHED)
@@ -355,8 +358,9 @@ class TestOnGPU:
         for other in found[1:]:
             np.testing.assert_array_equal(other, found[0])
 
-    def test_no_bit_depends_on_later_text(self):
-        config, doc = CACHED.override({"chunk": 64, "window": 512, "lr": 0.002}), document(1300)
+    @pytest.mark.parametrize("context", ["cached", "recomputed"])
+    def test_no_bit_depends_on_later_text(self, context):
+        config, doc = CACHED.override({"chunk": 64, "window": 512, "lr": 0.002, "context": context}), document(1300)
         whole = cached_nll(on_gpu(), [doc], config)[0]
         for targets in (1, 64, 65, 700, 1299):
             cut = Document("", doc.tokens[: targets + 1], 1)

@@ -146,9 +146,10 @@ def _score(
         at = begin + torch.minimum(scored, end - 1) + 1
         targets = torch.where(exists, tokens[at], -100)
         place = torch.where(exists, at, record.size(1) - 1).flatten()
-        for out, divisor in zip(record, (1.0, temperature), strict=True):
+        for divisor in dict.fromkeys((1.0, temperature)):
             nll = softcap_nll(hidden, weights.head, targets, weights.config.logit_softcap, divisor, backend=backend)
-            out.index_copy_(0, place, nll.flatten().float())
+            into = record[0 if divisor == 1.0 else 1 :]
+            into.index_copy_(1, place, nll.flatten().float().expand(len(into), -1))
         yield int((windows.length[rows] - windows.first[rows]).sum())
 
 

@@ -180,7 +180,7 @@ class Engine:
         self.facts |= {"rows": self.rows, "captured": self.captures, "context": config.context}
         self.pool = AdapterPool(model.config, config, slots, device, dtype)
         self.weights, self.backend = frozen_weights(model), backend
-        self.ring = Ring(self.weights, config, slots, self.longest) if config.context == CACHED else None
+        self.ring = Ring(self.weights, config, slots, self.longest, self.captures) if config.context == CACHED else None
         self.tokens = torch.zeros(tokens, dtype=torch.int32, device=device)
         self.record = torch.zeros(self._records * tokens + batch * config.chunk, dtype=dtype, device=device)
         self.chunks = torch.ones(slots, dtype=torch.int64, device=device)

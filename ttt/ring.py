@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..kernels import bigram_embedding, cache_write_, cached_attention, norm_rotary
 from ..kernels.attention import HEAD_DIMS
-from ..model.config import ModelConfig
+from ..model.config import ConfigError, ModelConfig
 from ..model.network import About
 from ..model.weights import Weights
 from .protocols import TTTConfig
@@ -37,10 +37,18 @@ def ring_numbers(shape: ModelConfig, config: TTTConfig) -> int:
 
 
 class Ring:
-    """Keys and values [blocks, slots, capacity, G, d] in the compute dtype, for documents of up to `longest` tokens."""
+    """Keys and values [blocks, slots, capacity, G, d] in the compute dtype, for documents of up to `longest` tokens.
 
-    def __init__(self, weights: Weights, config: TTTConfig, slots: int, longest: int):
+    ConfigError: a head size that no kernel takes, where steps are captured in graphs: the reference waits for the GPU.
+    """
+
+    def __init__(self, weights: Weights, config: TTTConfig, slots: int, longest: int, captures: bool = False):
         shape, device = weights.config, weights.embed.device
+        if captures and shape.head_dim not in HEAD_DIMS:
+            raise ConfigError(
+                f"context='cached' is not possible in CUDA graphs with heads of {shape.head_dim}; allowed: heads of "
+                f"{', '.join(map(str, HEAD_DIMS))}, or scorer='uncaptured'"
+            )
         size = shape.blocks, slots, capacity_of(config), shape.kv_heads, shape.head_dim
         self.window = config.window
         self.keys = torch.zeros(size, dtype=weights.dtype, device=device)
