@@ -143,11 +143,12 @@ class Replay:
 
 
 class Engine:
-    """Adapts sets of documents of up to `tokens` tokens (BOS among them) in all, `longest` each, under one config.
+    """Adapts sets of documents of up to `tokens` tokens (BOS among them) in all under one config.
 
     `batch` is `config.batch` or the largest that fits; `rows` are the numbers of places below it that steps are made
-    for, and `slots` the documents that may be under way. `facts` says what was chosen, and after :meth:`adapt` what the
-    run was like. `backend` is handed to the ops.
+    for, and `slots` the documents that may be under way. No document has more than `longest` tokens (`tokens`, if left
+    out): the context `cached` wants tables of that length. `facts` says what was chosen, and after :meth:`adapt` what
+    the run was like. `backend` is handed to the ops.
     """
 
     def __init__(

@@ -187,9 +187,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 """Named sets of constants, as changes to the defaults. `design` is the original's, made for six passes over the same
 text in 550 seconds. The others have no deadline and the layout `start`, so that no score depends on a machine's speed
 or on later text. They are from a sweep of one pass of score_first (bench/sweep.py), in the layout `original`:
-`thorough` is its end, but for adapting to documents of 66 to 511 tokens,
-which was worth nothing; `quick` is the best row with the design's one step for 256 targets, at the temperature of the
-other."""
+`thorough` is its end, but for adapting to documents of 66 to 511 tokens, which was worth nothing; `quick` is the best
+row with the design's one step for 256 targets, at the temperature of the other."""
 
 
 def ttt_preset(name: str | None = None, protocol: str = SCORE_FIRST) -> TTTConfig:
