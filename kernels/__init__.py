@@ -33,7 +33,12 @@ if TYPE_CHECKING:
     )
     from .linear import linear, linear_ref
     from .lora_adam import check_distinct_slots, lora_adam_, lora_adam_ref_
-    from .lora_attention import lora_attention, lora_attention_ref
+    from .lora_attention import (
+        lora_attention,
+        lora_attention_ref,
+        lora_cached_attention,
+        lora_cached_attention_ref,
+    )
     from .lora_head_nll import (
         check_targets,
         lora_head_nll,
@@ -78,6 +83,8 @@ __all__ = [
     "lora_adam_ref_",
     "lora_attention",
     "lora_attention_ref",
+    "lora_cached_attention",
+    "lora_cached_attention_ref",
     "lora_head_nll",
     "lora_head_nll_grads_",
     "lora_head_nll_ref",

@@ -7,6 +7,8 @@ import sys
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from klora.bench.tolerance import assert_as_exact
 from klora.kernels import cache_write_, cached_attention, causal_attention
 from test_attention import KERNEL, ON_GPU, in_another_layout
@@ -151,8 +153,43 @@ def test_a_document_in_chunks_is_the_document_as_a_whole(backend):
     torch.testing.assert_close(torch.cat(outs, 1), causal_attention(q, k, v, backend="reference"))
 
 
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_the_smallest_ring_holds_what_a_sliding_window_wants(backend):
+    """A capacity of window - T, written after the chunk: each chunk sees the last `window` tokens, and they alone."""
+    generator = torch.Generator().manual_seed(2)
+    q, k, v = (torch.randn(1, 100, heads, 16, generator=generator) for heads in (2, 1, 1))
+    cache_k, cache_v = (torch.full((1, 27, 1, 16), math.nan) for _ in range(2))
+    slot, count = torch.zeros(1, dtype=torch.int32), torch.tensor([20])
+    for start in range(0, 100, 20):
+        filled = torch.tensor([start])
+        chunk = [t[:, start : start + 20] for t in (q, k, v)]
+        out = cached_attention(*chunk, cache_k, cache_v, slot, filled, 47, backend=backend)
+        cache_write_(cache_k, cache_v, *chunk[1:], slot, filled, count, backend=backend)
+        window = [t[:, max(0, start - 27) : start + 20] for t in (q, k, v)]
+        torch.testing.assert_close(out, causal_attention(*window, 20, backend="reference"))
+
+
+@pytest.mark.slow
+@settings(max_examples=6)
+@given(
+    T=st.integers(1, 40),
+    before=st.integers(0, 60),
+    spare=st.integers(0, 20),
+    filled=st.lists(st.integers(0, 200), min_size=1, max_size=2),
+    G=st.integers(1, 2),
+    ratio=st.sampled_from([1, 2, 3, 4]),
+    data=st.data(),
+)
+def test_any_shape_any_ring(T, before, spare, filled, G, ratio, data):
+    slots = data.draw(st.permutations([-1, 0, 1, 2, 3]))[: len(filled)]
+    call, dout = draw(T, G * ratio, G, 16, T + before, before + spare, filled, slots)
+    exact = run(doubled(call), dout.double(), plain)
+    for got, wanted in zip(run(call, dout, **KERNEL), exact, strict=True):
+        torch.testing.assert_close(got.double(), wanted, rtol=1e-4, atol=1e-5)
+
+
 def test_a_document_has_the_same_bits_in_every_batch_and_every_run():
-    call, dout = draw(filled=(30, 7, 100, 61), count=9)
+    call, dout = draw(filled=(30, 7, 100, 61), count=9, dtype=torch.float16)
     whole = run(call, dout, **KERNEL)
     alone = {**call, **{name: call[name][2:3] for name in (*NAMES, "slots", "filled")}}
     for got, wanted in zip(run(alone, dout[2:3], **KERNEL), whole, strict=True):
@@ -162,8 +199,8 @@ def test_a_document_has_the_same_bits_in_every_batch_and_every_run():
 
 
 def test_the_bits_do_not_depend_on_where_in_the_ring_the_keys_lie():
-    call, dout = draw(window=50, capacity=40, filled=(80, 121))
-    moved, _ = draw(window=50, capacity=64, filled=(80, 121))
+    call, dout = draw(window=50, capacity=40, filled=(80, 121), dtype=torch.float16)
+    moved, _ = draw(window=50, capacity=64, filled=(80, 121), dtype=torch.float16)
     for b in range(2):
         for name, held in zip(("cache_k", "cache_v"), read_by(call, b), strict=True):
             filled = int(call["filled"][b])
@@ -175,7 +212,7 @@ def test_the_bits_do_not_depend_on_where_in_the_ring_the_keys_lie():
 
 @pytest.mark.parametrize("kind", [torch.int32, torch.int64])
 def test_int32_and_int64_say_the_same(kind):
-    call, dout = draw()
+    call, dout = draw(dtype=torch.float16)
     expected = run(call, dout, **KERNEL)
     given = {name: call[name].to(kind) for name in ("slots", "filled")}
     for got, wanted in zip(run({**call, **given}, dout, **KERNEL), expected, strict=True):
@@ -190,7 +227,7 @@ def test_fewer_tokens_than_none_are_none():
 
 @pytest.mark.parametrize("layout", ["view of a projection", "heads before tokens", "elements of a head apart"])
 def test_any_layout_gives_the_same_bits(layout):
-    call, dout = draw(filled=(30, 100))
+    call, dout = draw(filled=(30, 100), dtype=torch.float16)
     strided = {name: in_another_layout(call[name], layout) for name in (*NAMES, "cache_k", "cache_v")}
     assert not any(t.is_contiguous() for t in strided.values())
     results = run({**call, **strided}, in_another_layout(dout, layout), **KERNEL)
@@ -281,7 +318,7 @@ def refused(function, good, change, says):
         ({"q": torch.zeros(3, 20, 64)}, r"q is float32 \[3, 20, 64\]; wanted \[B, T, H, d\]"),
         ({"k": torch.zeros(3, 20, 3, 16)}, "with a G that divides q's 4 heads"),
         ({"v": torch.zeros(3, 19, 2, 16)}, r"v is float32 \[3, 19, 2, 16\] on cpu; wanted: torch.float32"),
-        ({"cache_k": torch.zeros(4, 30, 1, 16)}, r"cache_k is .*; wanted, beside k: .*\[slots, capacity, 2, 16\]"),
+        ({"cache_k": torch.zeros(4, 30, 1, 16)}, r"cache_k is .*; wanted torch.float32 \[slots, capacity, 2, 16\]"),
         ({"cache_v": torch.zeros(4, 31, 2, 16)}, "cache_v is .* of one shape"),
         ({"cache_v": torch.zeros(4, 30, 2, 16, dtype=torch.float16)}, "cache_v is float16"),
         ({"cache_v": torch.zeros(4, 2, 30, 16).transpose(1, 2)}, "cache_k has strides .* allocate both alike"),

@@ -17,6 +17,7 @@ from klora.kernels import (
     linear,
     lora_adam_,
     lora_attention,
+    lora_cached_attention,
     lora_head_nll,
     lora_head_nll_grads_,
     lora_head_nll_ref,
@@ -59,6 +60,11 @@ class Op(NamedTuple):
         return [output for output in outputs if output is not None]
 
 
+def _with_one_slot(slots: Tensor, **given: Any) -> tuple[Tensor, ...]:
+    """A document's adapter and its cache have one slot."""
+    return lora_cached_attention(**given, slots=slots, cache_slots=slots)
+
+
 def ops(B: int = 2, S: int = 5, dtype: torch.dtype = torch.float32) -> dict[str, Op]:
     """A call of every op that has outputs, for B documents of S tokens."""
     draw = torch.Generator().manual_seed(0)
@@ -78,6 +84,7 @@ def ops(B: int = 2, S: int = 5, dtype: torch.dtype = torch.float32) -> dict[str,
     tables = {"cos": cos, "sin": sin, "gain": gain}
     about = {"slots": slots, "sizes": SIZES}
     heads = {"q": randn(B, S, H, HEAD), "k": randn(B, S, G, HEAD)}
+    filled = 3 * torch.arange(1, B + 1, device=DEVICE)
     cache = {name: randn(POOL, 5, G, HEAD) for name in ("cache_k", "cache_v")}
     h = {"h": x, "weight": randn(V, D)}
     loss = {"targets": targets, "softcap": 5.0, "temperature": 0.9}
@@ -99,13 +106,19 @@ def ops(B: int = 2, S: int = 5, dtype: torch.dtype = torch.float32) -> dict[str,
         "cached_attention": Op(
             cached_attention,
             {**heads, "v": randn(B, S, G, HEAD), **cache},
-            {"slots": slots, "filled": 3 * torch.arange(1, B + 1, device=DEVICE), "window": S + 4},
+            {"slots": slots, "filled": filled, "window": S + 4},
             tuple(cache),
             ("q", "k", "v"),
         ),
         "lora_qkv": Op(lora_qkv, qkv, about),
         "lora_qkv_rope": Op(lora_qkv_rope, {**qkv, **tables}, {**about, "head_dim": HEAD}, tuple(tables)),
         "lora_attention": Op(lora_attention, {**qkv, **tables}, {**about, "head_dim": HEAD}, tuple(tables)),
+        "lora_cached_attention": Op(
+            _with_one_slot,
+            {**qkv, "cos": cos.expand(B, S, 8), "sin": sin.expand(B, S, 8), "gain": gain, **cache},
+            {**about, "filled": filled, "window": S + 4, "head_dim": HEAD},
+            (*tables, *cache),
+        ),
         "qkv_attention": Op(
             qkv_attention, {"x": x, "weight": weight, **tables}, {"sizes": SIZES, "head_dim": HEAD}, ("cos", "sin")
         ),
@@ -127,9 +140,14 @@ POOLS = ("lora_a", "lora_b", "bias", "cache_k", "cache_v")
 WITH_ROTARY = [name for name, op in OPS.items() if "cos" in op.floats]
 WITH_TARGETS = [name for name, op in OPS.items() if "targets" in op.more]
 INPUTS = [(name, tensor) for name, op in OPS.items() for tensor in op.floats]
-FREE = {("rms_norm", "triton"): 0, ("residual_norm", "triton"): 2, ("residual_norm", "reference"): 1}
+FREE = {
+    ("rms_norm", "triton"): 0,
+    ("residual_norm", "triton"): 2,
+    ("residual_norm", "reference"): 1,
+    ("lora_cached_attention", "triton"): 1,
+}
 """How many of the outputs may be changed in place before a backward, where not all of them: the backward of a norm
-reads n (PyTorch's, x_in), and autograd refuses it then."""
+reads n (PyTorch's, x_in), that of a chunk its k and v, and autograd refuses it then."""
 
 
 def close(ours: list[Tensor], theirs: list[Tensor]) -> None:

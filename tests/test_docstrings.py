@@ -63,6 +63,8 @@ def tensors() -> dict:
         "cache_v": normal(3, 6, 2, 16),
         "filled": torch.tensor([3, 40]),
         "count": torch.tensor([8, 5]),
+        "own_cos": cos.expand(2, 8, 8),
+        "own_sin": sin.expand(2, 8, 8),
         "cos": cos,
         "sin": sin,
         "gain": normal(4),

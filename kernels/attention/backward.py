@@ -31,9 +31,9 @@ class Rotary(NamedTuple):
     """How q and k came from their projections; all fp32, the tables contiguous."""
 
     cos: Tensor
-    """[S, d/2]"""
+    """[S, d/2], or [B, S, d/2] for a document's own"""
     sin: Tensor
-    """[S, d/2]"""
+    """as cos"""
     gain: Tensor
     """[H], of queries"""
     rstd_q: Tensor
@@ -43,10 +43,15 @@ class Rotary(NamedTuple):
     is_unit: bool = False
     """Whether cos^2 + sin^2 is known to be 1: then it is not checked."""
 
+    @property
+    def table_stride(self) -> int | None:
+        """From the tables of a document to those of the next; None where all share them."""
+        return self.cos.stride(0) if self.cos is not None and self.cos.dim() == 3 else None
+
 
 @triton.jit
 def _unrotate(
-    dx, x, position, offsets, gain, cos_ptr, sin_ptr, rstd_ptr, S,
+    dx, x, b, position, offsets, gain, cos_ptr, sin_ptr, table_stride, rstd_ptr, S,
     ROWS: tl.constexpr, D: tl.constexpr, IS_UNIT: tl.constexpr,
 ):  # fmt: skip
     """The gradient of a projection: dx and x [ROWS, D] are rotated and of any gain; `at` finds a row's rstd."""
@@ -55,6 +60,9 @@ def _unrotate(
     x = x.to(tl.float32)
     along = tl.sum(dx * x, 1) * rstd * (1.0 / D) * tl.where(gain == 0.0, 0.0, 1.0 / gain)
     left, right = halves(dx * (rstd * gain)[:, None] - x * along[:, None], ROWS, D)
+    if table_stride is not None:
+        cos_ptr += b.to(tl.int64) * table_stride
+        sin_ptr += b.to(tl.int64) * table_stride
     table = position[:, None] * (D // 2) + tl.arange(0, D // 2)[None, :]
     cos = tl.load(cos_ptr + table, mask=mask[:, None], other=1.0)
     sin = tl.load(sin_ptr + table, mask=mask[:, None], other=0.0)
@@ -89,7 +97,7 @@ def _dq_kernel(
     q_d, k_d, v_d, out_d, dout_d, dq_d, lse_ptr, rows_ptr, cos_ptr, sin_ptr, gain_ptr, rstd_ptr, sums_ptr,
     cache_k_ptr, cache_v_ptr, slots_ptr, filled_ptr, SLOTS, CAPACITY, WINDOW,
     slot_stride, cell_stride, group_stride, cell_stride_d,
-    scale, softmax_scale, T, OFFSET, BLOCKS, padded, rstd_stride,
+    scale, softmax_scale, T, OFFSET, BLOCKS, padded, rstd_stride, table_stride,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     IS_UNIT: tl.constexpr,
 ):  # fmt: skip
@@ -128,7 +136,10 @@ def _dq_kernel(
         if sums_ptr is not None:
             along = tl.sum(tl.sum(dq * q.to(tl.float32), 1).reshape(HEADS, BM), 1)
             tl.store(sums_ptr + (b * H + h + tl.arange(0, HEADS)) * BLOCKS + block, along)
-        dq = _unrotate(dq, q, position, offsets, gain, cos_ptr, sin_ptr, rstd_ptr, OFFSET + T, HEADS * BM, D, IS_UNIT)
+        dq = _unrotate(
+            dq, q, b, position, offsets, gain, cos_ptr, sin_ptr, table_stride, rstd_ptr, OFFSET + T,
+            HEADS * BM, D, IS_UNIT,
+        )  # fmt: skip
     store(dq_d, dq, b, h, OFFSET + t, HEADS, BM, D)
 
 
@@ -157,7 +168,7 @@ def _dkdv_loop(
 @triton.jit(do_not_specialize=["T", "OFFSET", "BLOCKS"])
 def _dkdv_kernel(
     q_d, k_d, v_d, dout_d, rows_d, dk_d, dv_d, cos_ptr, sin_ptr, rstd_ptr,
-    scale, softmax_scale, T, OFFSET, BLOCKS, rstd_stride,
+    scale, softmax_scale, T, OFFSET, BLOCKS, rstd_stride, table_stride,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     IS_UNIT: tl.constexpr,
 ):  # fmt: skip
@@ -186,7 +197,9 @@ def _dkdv_kernel(
     if cos_ptr is not None:
         offsets = (b.to(tl.int64) * (OFFSET + T) + key) * rstd_stride + g
         gain = tl.full((BN,), 1.0, tl.float32)
-        dk = _unrotate(dk, k, key, offsets, gain, cos_ptr, sin_ptr, rstd_ptr, OFFSET + T, BN, D, IS_UNIT)
+        dk = _unrotate(
+            dk, k, b, key, offsets, gain, cos_ptr, sin_ptr, table_stride, rstd_ptr, OFFSET + T, BN, D, IS_UNIT
+        )
     store(dk_d, dk, b, g, n, 1, BN, D)
 
 
@@ -229,7 +242,8 @@ def launch_backward(
     if not dout.numel():
         return dq, dk.zero_(), dv.zero_(), torch.zeros_like(rotary.gain) if trains_gain else None
     rows = lse.new_empty(batch, heads, 2, triton.cdiv(tail, MOST_QUERIES) * MOST_QUERIES)
-    cos, sin, gain, rstd_q, rstd_k, is_unit = rotary or Rotary(None, None, None, None, None)
+    rotary = rotary or Rotary(None, None, None, None, None)
+    cos, sin, gain, rstd_q, rstd_k, is_unit = rotary
     strides = [0 if rstd is None else rstd.stride(1) for rstd in (rstd_q, rstd_k)]
     packed, scale, softmax_scale = packed_heads(heads, groups), LOG2_E / math.sqrt(width), 1 / math.sqrt(width)
 
@@ -241,7 +255,7 @@ def launch_backward(
         by_heads(q, packed, queries), by_heads(k, 1, keys), by_heads(v, 1, keys), by_heads(out, packed, queries),
         by_heads(dout, packed, queries), by_heads(dq, packed, queries), lse, rows, cos, sin, gain, rstd_q,
         sums, *(cache.arguments() if cache else NO_CACHE), scale, softmax_scale, tail, length - tail, blocks,
-        rows.size(3), strides[0],
+        rows.size(3), strides[0], rotary.table_stride,
         H=heads, G=groups, D=width, HEADS=packed, BM=queries, BN=keys, IS_UNIT=is_unit,
         num_warps=config.warps, num_stages=config.stages, maxnreg=config.registers,
     )  # fmt: skip
@@ -254,7 +268,7 @@ def launch_backward(
     _dkdv_kernel[(blocks * batch * groups,)](
         by_heads(q, packed, queries), by_heads(k, 1, keys), by_heads(v, 1, keys), by_heads(dout, packed, queries),
         rows_d, by_heads(dk, 1, keys), by_heads(dv, 1, keys), cos, sin, rstd_k,
-        scale, softmax_scale, tail, length - tail, blocks, strides[1],
+        scale, softmax_scale, tail, length - tail, blocks, strides[1], rotary.table_stride,
         H=heads, G=groups, D=width, HEADS=packed, BM=queries, BN=keys, IS_UNIT=is_unit,
         num_warps=config.warps, num_stages=config.stages, maxnreg=config.registers,
     )  # fmt: skip

@@ -206,7 +206,7 @@ def cached_attention(
     `k` and `v` [B, T, G, d] are the chunk's own, `cache_k` and `cache_v` [slots, capacity, G, d] rings of those before
     it, in the same dtype. `slots` int32 or int64 [B] names each document's ring; any that names none, -1, reads nothing
     of the cache. `filled` int32 or int64 [B] is how many tokens of the document came before the chunk. `window` is how
-    many tokens are seen at most, those of the chunk among them: T to T + capacity.
+    many tokens are seen at most, the T of the chunk among them, padding or not: T to T + capacity.
 
     q, k and v get gradients. The backward reads the cache again: write to it afterwards (:func:`cache_write_`), or
     autograd raises RuntimeError. The result may be changed in place: the backward then makes it again.
@@ -223,7 +223,7 @@ def cached_attention(
     if q.dim() != 4 or not q.size(2):
         raise ValueError(f"q is {_describe(q)}; wanted [B, T, H, d] with at least one head")
     _validate_chunk(k, v, q.size(2), list(q.shape), q.dtype, q.device)
-    validate_cache(cache_k, cache_v, slots, filled, window, k)
+    validate_cache(cache_k, cache_v, slots, filled, window, k.shape, k)
     if backend == "reference":
         return cached_attention_ref(q, k, v, cache_k, cache_v, slots, filled, window).contiguous()
     _validate_kernel(q)
@@ -260,7 +260,7 @@ def cache_write_(
         raise ValueError(f"k is {_describe(k)}; wanted [B, T, G, d] with at least one head")
     _validate_chunk(k, v, k.size(2), list(k.shape), k.dtype, k.device)
     tensors = [t.detach() for t in (cache_k, cache_v, k, v, slots, filled, count)]
-    validate_cache(*tensors[:2], slots, filled, k.size(1), k)
+    validate_cache(*tensors[:2], slots, filled, k.size(1), k.shape, k)
     _validate_index("count", count, k)
     if backend == "reference":
         cache_write_ref_(*tensors)
@@ -276,16 +276,18 @@ def pick_backend(backend: str | None, tensor: Tensor) -> str:
     return backend
 
 
-def validate_cache(cache_k, cache_v, slots, filled, window, k) -> None:
-    """Raises ValueError on a cache that no backend takes beside the chunk's keys `k` [B, T, G, d]."""
+def validate_cache(cache_k, cache_v, slots, filled, window, shape, like, slots_name="slots") -> None:
+    """Raises ValueError on a cache that no backend takes beside keys of `shape` [B, T, G, d], of the dtype and device
+    of `like`, whose first dimension is B too.
+    """
     refuse_gradients("detach it", cache_k=cache_k, cache_v=cache_v)
-    heads = list(k.shape[2:])
+    length, *heads = shape[1:]
     for name, cache in (("cache_k", cache_k), ("cache_v", cache_v)):
-        fits = cache.dim() == 4 and cache.shape[2:] == k.shape[2:] and cache.shape == cache_k.shape
-        if not fits or cache.dtype != k.dtype or cache.device != k.device:
+        fits = cache.dim() == 4 and list(cache.shape[2:]) == heads and cache.shape == cache_k.shape
+        if not fits or cache.dtype != like.dtype or cache.device != like.device:
             raise ValueError(
-                f"{name} is {_describe(cache)} on {cache.device}; wanted, beside k: {k.dtype} [slots, capacity, "
-                f"{', '.join(map(str, heads))}] on {k.device}, of one shape for keys and values"
+                f"{name} is {_describe(cache)} on {cache.device}; wanted {like.dtype} [slots, capacity, "
+                f"{', '.join(map(str, heads))}] on {like.device}, of one shape for keys and values"
             )
     if cache_k.stride() != cache_v.stride():
         raise ValueError(
@@ -293,9 +295,9 @@ def validate_cache(cache_k, cache_v, slots, filled, window, k) -> None:
         )
     if sum((size - 1) * stride for size, stride in zip(cache_k.shape[1:], cache_k.stride()[1:], strict=True)) >= 2**31:
         raise ValueError(f"cache_k is {_describe(cache_k)}; allowed: slots of fewer than 2^31 numbers")
-    _validate_index("slots", slots, k)
-    _validate_index("filled", filled, k)
-    length, capacity = k.size(1), cache_k.size(1)
+    _validate_index(slots_name, slots, like)
+    _validate_index("filled", filled, like)
+    capacity = cache_k.size(1)
     if not length <= window <= length + capacity:
         raise ValueError(
             f"window is {window}; allowed, beside chunks of {length} tokens and a capacity of {capacity}: "
@@ -312,10 +314,10 @@ def _validate_chunk(k, v, heads, shape, dtype, device) -> None:
             raise ValueError(f"{name} is {_describe(tensor)} on {tensor.device}; wanted: {dtype} {wanted} on {device}")
 
 
-def _validate_index(name, tensor, k) -> None:
-    if tensor.shape != k.shape[:1] or tensor.dtype not in (torch.int32, torch.int64) or tensor.device != k.device:
+def _validate_index(name, tensor, like) -> None:
+    if tensor.shape != like.shape[:1] or tensor.dtype not in (torch.int32, torch.int64) or tensor.device != like.device:
         raise ValueError(
-            f"{name} is {_describe(tensor)} on {tensor.device}; wanted int32 or int64 [{k.size(0)}] on {k.device}"
+            f"{name} is {_describe(tensor)} on {tensor.device}; wanted int32 or int64 [{like.size(0)}] on {like.device}"
         )
 
 
