@@ -71,8 +71,8 @@ class Context(Protocol):
     def embedded(self, weights: Weights, tokens: Tensor, backend: str | None) -> Tensor:
         """tokens int [B, S or more] -> x0 [B, S, D] of the last S, in the compute dtype."""
 
-    def attend(self, about: "About", index: int, q: Tensor, k: Tensor, v: Tensor, gain: Tensor) -> Tensor:
-        """Attention [B, S, H, d] of block `index` by the projections q [B, S, H, d], k and v [B, S, G, d]."""
+    def attend(self, about: "About", index: int, weight: BlockWeights, n: Tensor, lora: tuple) -> Tensor:
+        """What block `index`'s attention gives its input n [B, S, D]: [B, S, Nq]."""
 
 
 class KVCache:
@@ -108,12 +108,12 @@ class KVCache:
         self.last_token, self.last_x = tokens[:, -1], x[:, -1]
         return torch.lerp(x, before, torch.sigmoid(weights.gate).to(x.dtype))
 
-    def attend(self, about: "About", index: int, q: Tensor, k: Tensor, v: Tensor, gain: Tensor) -> Tensor:
+    def attend(self, about: "About", index: int, weight: BlockWeights, n: Tensor, lora: tuple) -> Tensor:
         """Attention over all keys and values that there are, after those of the new tokens are taken in."""
-        q, k = norm_rotary(q, k, *about.rotary, gain, backend=about.backend)
+        q, k, v = _projected(about, weight, n, lora)
         stop = self.filled + k.size(1)
         self.keys[index, :, self.filled : stop], self.values[index, :, self.filled : stop] = k, v
-        return attend(q, self.keys[index, :, :stop], self.values[index, :, :stop], about.attention)
+        return attend(q, self.keys[index, :, :stop], self.values[index, :, :stop], about.attention).flatten(2)
 
 
 def pick_backend(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> str:
@@ -227,6 +227,23 @@ def _mlp(n: Tensor, weight: BlockWeights, backend: str | None) -> Tensor:
     return relu_squared_mlp(n, weight.up, weight.down, backend=backend)
 
 
+def _projected(about: About, weight: BlockWeights, n: Tensor, lora: tuple) -> tuple[Tensor, Tensor, Tensor]:
+    """q [B, S, H, d], k and v [B, S, G, d] of n [B, S, D]; heads of q and k normed and rotated."""
+    if lora:
+        *adapter, grads = lora
+        options = {"slots": about.slots, "sizes": about.config.qkv_sizes, "grads": grads, "backend": about.backend}
+        parts = lora_qkv(n, _dense_qkv(weight, n), *adapter, **options)
+    else:
+        parts = _linear(n, weight.qkv, about.backend).split(about.config.qkv_sizes, dim=-1)
+    q, k, v = (part.unflatten(-1, (-1, about.config.head_dim)) for part in parts)
+    return *norm_rotary(q, k, *about.rotary, weight.gain, backend=about.backend), v
+
+
+def _dense_qkv(weight: BlockWeights, n: Tensor) -> Tensor:
+    """Adapters come with many tokens, where a dequantised copy of this one matrix costs nothing beside them."""
+    return weight.qkv.dequantize(n.dtype) if isinstance(weight.qkv, Int6Matrix) else weight.qkv
+
+
 def attention(
     about: About,
     weight: BlockWeights,
@@ -240,29 +257,20 @@ def attention(
     A head size that our kernels do not take goes through PyTorch's attention, whose backward promises no bits. What was
     chosen for training replaces both, but beside adapters. `held`, in a context, is its own.
     """
+    if held is not None:
+        return held(weight, n, lora)[:, n.size(1) - tail :]
     backend, sizes, head_dim = about.backend, about.config.qkv_sizes, about.config.head_dim
     runs_kernel = backend == "triton" or (backend is None and n.is_cuda)
-    chosen = about.chosen if held is None and not lora else "klora"
-    by_kernel = chosen == "klora" and runs_kernel and head_dim in HEAD_DIMS and held is None
-    if not lora:
-        if by_kernel and takes(n.dtype, head_dim) and isinstance(weight.qkv, Tensor):
-            tables = (*about.rotary, weight.gain)
-            options = {"head_dim": head_dim, "tail": tail, "unit_tables": True, "backend": backend}
-            return qkv_attention(n, weight.qkv, *tables, sizes, **options)
-        parts = _linear(n, weight.qkv, backend).split(sizes, dim=-1)
-    else:
+    chosen = "klora" if lora else about.chosen
+    by_kernel = chosen == "klora" and runs_kernel and head_dim in HEAD_DIMS
+    tables, options = (*about.rotary, weight.gain), {"head_dim": head_dim, "tail": tail, "unit_tables": True}
+    if by_kernel and lora:
         *adapter, grads = lora
-        # Adapters come with many tokens, where a dequantised copy of this one matrix costs nothing beside them.
-        qkv = weight.qkv.dequantize(n.dtype) if isinstance(weight.qkv, Int6Matrix) else weight.qkv
-        options = {"slots": about.slots, "sizes": sizes, "grads": grads, "backend": backend}
-        if by_kernel:
-            tables = (*about.rotary, weight.gain)
-            return lora_attention(n, qkv, *adapter, *tables, head_dim=head_dim, tail=tail, unit_tables=True, **options)
-        parts = lora_qkv(n, qkv, *adapter, **options)
-    q, k, v = (part.unflatten(-1, (-1, head_dim)) for part in parts)
-    if held is not None:
-        return held(q, k, v, weight.gain)[:, q.size(1) - tail :].flatten(2)
-    q, k = norm_rotary(q, k, *about.rotary, weight.gain, backend=backend)
+        options |= {"slots": about.slots, "sizes": sizes, "grads": grads}
+        return lora_attention(n, _dense_qkv(weight, n), *adapter, *tables, **options, backend=backend)
+    if by_kernel and takes(n.dtype, head_dim) and isinstance(weight.qkv, Tensor):
+        return qkv_attention(n, weight.qkv, *tables, sizes, **options, backend=backend)
+    q, k, v = _projected(about, weight, n, lora)
     if by_kernel:
         return causal_attention(q, k, v, tail, backend=backend).flatten(2)
     return attend(q, k, v, about.attention if chosen == "klora" else chosen)[:, q.size(1) - tail :].flatten(2)

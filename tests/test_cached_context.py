@@ -242,8 +242,10 @@ def test_the_context_wants_the_layout_from_the_start_and_the_engine(tmp_path):
     with pytest.raises(ConfigError, match="context='cached' is not possible; allowed: recomputed, with layout=origin"):
         TTTConfig(context="cached")
     weights = frozen_weights(model64(dataclasses.replace(SMALL, width=96, heads=2, kv_heads=1)))
-    with pytest.raises(ConfigError, match="not possible in CUDA graphs with heads of 48; allowed: heads of 16, 32, 64"):
-        Ring(weights, CACHED, 1, 10, captures=True)
+    with pytest.raises(
+        ConfigError, match="not possible on a GPU with heads of 48; allowed: recomputed, or heads of 16,"
+    ):
+        Ring(weights, CACHED, 1, 10, by_kernel=True)
     with pytest.raises(ConfigError, match="or with context='cached'; allowed: auto, engine, uncaptured"):
         score([document(40)], tmp_path, CACHED, scorer="eager")
     result = score([document(40), document(10)], tmp_path, CACHED)
@@ -283,7 +285,7 @@ def test_a_step_runs_the_kernels_once_over_the_chunk():
     engine.prepare()
     with Ops() as ops:
         engine._steps[0, 4, True]()
-    blocks = {"lora_qkv", "norm_rotary", "cached_attention", "cache_write_", "cached_attention_backward"}
+    blocks = {"lora_attention", "lora_attention_backward", "lora_qkv_backward_into", "cache_write_"}
     assert {name: ops.seen[name] for name in blocks} == dict.fromkeys(blocks, 10)
     assert ops.seen["bigram_embedding"] == ops.seen["lora_adam_"] == ops.seen["lora_head_nll_grads_"] == 1
 
@@ -335,7 +337,10 @@ def test_the_backward_keeps_what_the_memory_estimate_says(monkeypatch):
     cached_nll(randomized(shape).requires_grad_(False), docs, config, backend="triton")
     k_and_v = shape.blocks * sum(shape.qkv_sizes[1:])
     planned = 4 * config.batch * config.chunk * (kept_by_autograd(shape, config.lora_rank, True) - k_and_v)
-    assert 0.8 * planned < max(steps) < 1.02 * planned
+    # Tables, and the statistics of heads and queries, in fp32: the quarter that is added covers them.
+    statistics = 2 * shape.blocks * (shape.heads + shape.kv_heads)
+    beside = 4 * config.batch * config.chunk * (shape.head_dim + statistics)
+    assert 0.8 * planned < max(steps) < planned + beside
 
 
 class TestOnGPU:

@@ -72,15 +72,13 @@ def kept_by_autograd(shape: ModelConfig, lora_rank: int, is_cached: bool = False
     """Numbers that a training step keeps for its backward, for each input of the window, in the compute dtype.
 
     In each block: the normed input and MLP input, q, k and v, attention's output, the MLP's hidden values and what the
-    LoRA kept; q and k before their rotation where attention is another op, and another output, whose layout is not the
-    product's, where it is PyTorch's; the first forward's k and v for a cache. And the outputs pushed for later blocks.
+    LoRA kept; q and k before their rotation and another output, whose layout is not the product's, where attention is
+    PyTorch's; the first forward's k and v for a cache. And the outputs pushed for later blocks.
     """
     q, k, v = shape.qkv_sizes
     block = 2 * shape.width + (q + k + v) + q + shape.mlp_hidden + 6 * lora_rank
     if shape.head_dim not in HEAD_DIMS:
         block += (q + k) + q
-    elif is_cached:
-        block += q + k
     if is_cached:
         block += k + v
     return shape.blocks * block + shape.blocks // 2 * shape.width
@@ -181,7 +179,7 @@ class Engine:
         self.facts |= {"rows": self.rows, "captured": self.captures, "context": config.context}
         self.pool = AdapterPool(model.config, config, slots, device, dtype)
         self.weights, self.backend = frozen_weights(model), backend
-        self.ring = Ring(self.weights, config, slots, self.longest, self.captures) if config.context == CACHED else None
+        self.ring = Ring(self.weights, config, slots, self.longest, can_capture) if config.context == CACHED else None
         self.tokens = torch.zeros(tokens, dtype=torch.int32, device=device)
         self.record = torch.zeros(self._records * tokens + batch * config.chunk, dtype=dtype, device=device)
         self.chunks = torch.ones(slots, dtype=torch.int64, device=device)

@@ -15,11 +15,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..kernels import bigram_embedding, cache_write_, cached_attention, norm_rotary
+from ..kernels import bigram_embedding, cache_write_, lora_cached_attention
 from ..kernels.attention import HEAD_DIMS
 from ..model.config import ConfigError, ModelConfig
 from ..model.network import About
-from ..model.weights import Weights
+from ..model.weights import BlockWeights, Weights
 from .protocols import TTTConfig
 
 LEAD = 2
@@ -39,15 +39,15 @@ def ring_numbers(shape: ModelConfig, config: TTTConfig) -> int:
 class Ring:
     """Keys and values [blocks, slots, capacity, G, d] in the compute dtype, for documents of up to `longest` tokens.
 
-    ConfigError: a head size that no kernel takes, where steps are captured in graphs: the reference waits for the GPU.
+    ConfigError: a head size that no kernel takes, where kernels are to run (`by_kernel`).
     """
 
-    def __init__(self, weights: Weights, config: TTTConfig, slots: int, longest: int, captures: bool = False):
+    def __init__(self, weights: Weights, config: TTTConfig, slots: int, longest: int, by_kernel: bool = False):
         shape, device = weights.config, weights.embed.device
-        if captures and shape.head_dim not in HEAD_DIMS:
+        if by_kernel and shape.head_dim not in HEAD_DIMS:
             raise ConfigError(
-                f"context='cached' is not possible in CUDA graphs with heads of {shape.head_dim}; allowed: heads of "
-                f"{', '.join(map(str, HEAD_DIMS))}, or scorer='uncaptured'"
+                f"context='cached' is not possible on a GPU with heads of {shape.head_dim}; allowed: recomputed, or "
+                f"heads of {', '.join(map(str, HEAD_DIMS))}"
             )
         size = shape.blocks, slots, capacity_of(config), shape.kv_heads, shape.head_dim
         self.window = config.window
@@ -63,7 +63,7 @@ class RingContext:
     """The context of one chunk of each of B documents, whose `slots` int32 [B] say where they lie; -1 is no document.
 
     `filled` int32 [B] tokens of each come before the chunk, of which `count` int32 [B] tokens exist. `cos` and `sin`
-    are of the positions of all its tokens, one document after the other. `kept` takes keys and values.
+    [B, chunk, d/2] are of their positions. `kept` takes each block's keys and values [B, chunk, G, d].
     """
 
     ring: Ring
@@ -77,7 +77,7 @@ class RingContext:
     @classmethod
     def of(cls, ring: Ring, slots: Tensor, filled: Tensor, count: Tensor, column: Tensor) -> "RingContext":
         """The context of chunks whose tokens are `column` int64 [chunk] places from their first one."""
-        at = (filled[:, None] + column).flatten()
+        at = filled[:, None] + column
         return cls(ring, slots, filled, count, ring.cos[at], ring.sin[at])
 
     def embedded(self, weights: Weights, tokens: Tensor, backend: str | None) -> Tensor:
@@ -85,22 +85,31 @@ class RingContext:
         tables = weights.embed, weights.bigram, weights.gate
         return bigram_embedding(tokens, *tables, weights.dtype, backend=backend)[:, LEAD:].contiguous()
 
-    def attend(self, about: About, index: int, q: Tensor, k: Tensor, v: Tensor, gain: Tensor) -> Tensor:
-        """Attention over the chunk and what its window holds of the tokens before it."""
-        ring, shape = self.ring, q.shape[:2]
-        # All documents as one sequence: their positions differ.
-        q, k = norm_rotary(
-            q.flatten(0, 1)[None], k.flatten(0, 1)[None], self.cos, self.sin, gain, backend=about.backend
+    def attend(self, about: About, index: int, weight: BlockWeights, n: Tensor, lora: tuple) -> Tensor:
+        """Attention over the chunk and what its window holds of the tokens before it, under the documents' adapters."""
+        *adapter, grads = lora
+        ring = self.ring
+        held = ring.keys[index], ring.values[index], self.slots, self.filled, ring.window
+        out, k, v = lora_cached_attention(
+            n,
+            weight.qkv,
+            *adapter,
+            self.cos,
+            self.sin,
+            weight.gain,
+            *held,
+            about.slots,
+            about.config.qkv_sizes,
+            head_dim=about.config.head_dim,
+            grads=grads,
+            unit_tables=True,
+            backend=about.backend,
         )
-        q, k = q[0].unflatten(0, shape), k[0].unflatten(0, shape)
         if len(self.kept) == index:  # the first forward's are those that are written
             self.kept.append((k.detach(), v.detach()))
-        backend = about.backend if q.size(3) in HEAD_DIMS else "reference"
-        where = self.slots, self.filled, ring.window
-        return cached_attention(q, k, v, ring.keys[index], ring.values[index], *where, backend=backend)
+        return out
 
     def write(self, backend: str | None) -> None:
         """Move the chunk's keys and values into the ring, once no backward reads it any more."""
         for keys, values, (k, v) in zip(self.ring.keys, self.ring.values, self.kept, strict=True):
-            own = backend if k.size(3) in HEAD_DIMS else "reference"
-            cache_write_(keys, values, k, v, self.slots, self.filled, self.count, backend=own)
+            cache_write_(keys, values, k, v, self.slots, self.filled, self.count, backend=backend)
