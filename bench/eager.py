@@ -90,7 +90,7 @@ class Batch:
         """
         size, length = self.config.chunk, min((j + 1) * self.config.chunk, self.config.window)
         end = self.targets[:rows].clamp(max=(j + 1) * size)
-        start = (end - self.config.window).clamp(min=0)
+        start = self.config.window_start(torch.full_like(end, j), end)
         last = self.tokens.size(1) - 1
         at = start[:, None] + torch.arange(length, device=self.device)
         inputs = self.tokens[:rows].gather(1, at.clamp(max=last))
@@ -101,14 +101,15 @@ class Batch:
 
 
 def adapted_nll(
-    model: GPT, config: TTTConfig, leaves: list[Tensor], inputs: Tensor, at: Tensor, targets: Tensor
+    model: GPT, config: TTTConfig, leaves: list[Tensor], j: int, inputs: Tensor, at: Tensor, targets: Tensor
 ) -> Tensor:
-    """NLL [rows, chunk] of `targets` under adapters that :meth:`Adam.leaves` gave."""
+    """NLL [rows, chunk] of `targets`, those of chunk j, under adapters that :meth:`Adam.leaves` gave."""
     *blocks, head_a, head_b = leaves
     hidden = model.hidden(inputs, Adapters(None, blocks), rotary_length=config.window, backend="reference")
     hidden = hidden.gather(1, at[..., None].expand(-1, -1, hidden.size(-1)))
     weight = model.embed.to(hidden.dtype)
-    return lora_head_nll_ref(hidden, weight, head_a, head_b, targets, model.config.logit_softcap, config.temperature)
+    loss = model.config.logit_softcap, config.temperature_of(j)
+    return lora_head_nll_ref(hidden, weight, head_a, head_b, targets, *loss)
 
 
 def adapt_batch(model: GPT, adam: Adam, documents: Sequence[Document]) -> list[Tensor]:
@@ -134,17 +135,18 @@ def adapt_batch(model: GPT, adam: Adam, documents: Sequence[Document]) -> list[T
 
 def _score_then_train(model: GPT, adam: Adam, batch: Batch, j: int) -> tuple[Tensor, Tensor]:
     """Chunk j: its NLL [active, chunk] under the adapters as they are, then the Adam steps on it."""
-    config, active, trained = batch.config, batch.active[j], batch.active[j + 1]
+    config, active = batch.config, batch.active[j]
+    trained = batch.active[j + 1] if j >= config.trained_from else 0
     inputs, at, targets, exists = batch.chunk(j, active)
     with phase("scoring"), torch.set_grad_enabled(trained > 0):
         leaves = adam.leaves(active)
-        nll = adapted_nll(model, config, leaves, inputs, at, targets)
+        nll = adapted_nll(model, config, leaves, j, inputs, at, targets)
     recorded = nll.detach()
     for step in range(config.steps_per_chunk if trained else 0):
         if step:
             with phase("forward"):
                 leaves = adam.leaves(trained)
-                nll = adapted_nll(model, config, leaves, inputs[:trained], at[:trained], targets[:trained])
+                nll = adapted_nll(model, config, leaves, j, inputs[:trained], at[:trained], targets[:trained])
         # A chunk that is trained on is whole: only a document's last chunk, which is not, can be shorter.
         with phase("backward"):
             adam.backward(nll[:trained].mean(dim=1).sum(), leaves, trained)

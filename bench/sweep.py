@@ -69,10 +69,10 @@ class Sample:
     def __init__(self, model: GPT, documents: Sequence[Document]):
         self.weights, self.documents = frozen_weights(model), documents
         self.bytes = sum(document.bytes for document in documents)
-        self._base: dict[tuple[int, int, int], BaseNll] = {}
+        self._base: dict[tuple, BaseNll] = {}
 
     def base(self, config: TTTConfig) -> BaseNll:
-        key = config.chunk, config.window, config.min_tokens
+        key = config.layout, config.chunk, config.window, config.min_tokens, config.adapt_from
         if key not in self._base:
             self._base[key] = BaseNll(self.weights, self.documents, config)
         return self._base[key]

@@ -151,7 +151,10 @@ class GPT(nn.Module):
         begin, total = (cache.filled, cache.length) if cache is not None else (0, tokens.size(-1))
         cos, sin = (table[begin : begin + tokens.size(-1)] for table in self.rotary(total, rotary_length or total))
         weights = weights_of(self, int6_clip=int6_clip) if cache is None else cache.weights
-        return network.hidden(weights, tokens, (cos, sin), adapters, None, cache, backend or self.backend, start)
+        hidden = network.hidden(weights, tokens, (cos, sin), adapters, None, cache, backend or self.backend, start)
+        if cache is not None:
+            cache.filled += tokens.size(-1)
+        return hidden
 
     def forward(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
         """As :meth:`logits`."""

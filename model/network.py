@@ -13,7 +13,7 @@ once, by the caller. An architecture is changed here, in the oracle of tests/tes
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -65,8 +65,21 @@ class Adapters(NamedTuple):
         return (lora_a, lora_b, tuple(lora_grads)), {"bias": bias, "slots": self.slots, "bias_grad": bias_grad}
 
 
+class Context(Protocol):
+    """Tokens before those of a forward, which reads what is kept of them: it does what depends on that."""
+
+    def embedded(self, weights: Weights, tokens: Tensor, backend: str | None) -> Tensor:
+        """tokens int [B, S or more] -> x0 [B, S, D] of the last S, in the compute dtype."""
+
+    def attend(self, about: "About", index: int, weight: BlockWeights, n: Tensor, lora: tuple) -> Tensor:
+        """What block `index`'s attention gives its input n [B, S, D]: [B, S, Nq]."""
+
+
 class KVCache:
-    """Keys, values and the smear's last state of a batch that is read token by token, up to `length` tokens."""
+    """Keys, values and the smear's last state of a batch that is read token by token, up to `length` tokens.
+
+    A context of the tokens that it holds; the caller adds those of a forward to `filled`.
+    """
 
     def __init__(self, weights: Weights, batch: int, length: int):
         config, device = weights.config, weights.embed.device
@@ -86,11 +99,21 @@ class KVCache:
         if self.filled + tokens > self.length:
             raise ValueError(f"the cache holds {self.length} tokens; {self.filled} + {tokens} were given")
 
-    def extend(self, index: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Take in the keys and values [B, S, G, d] of block `index`; returns all that there are."""
+    def embedded(self, weights: Weights, tokens: Tensor, backend: str | None) -> Tensor:
+        """x0 [B, S, D] of the tokens [B, S] that follow. The first token of all has no previous one."""
+        rows = bigram_hash_ref(tokens, weights.config.bigram_rows, self.last_token)
+        x = rms_norm_ref(F.embedding(tokens, weights.embed) + F.embedding(rows, weights.bigram)).to(weights.dtype)
+        first = torch.zeros_like(x[:, :1]) if self.last_x is None else self.last_x[:, None]
+        before = torch.cat([first, x[:, :-1]], dim=1).masked_fill((tokens == BOS)[..., None], 0.0)
+        self.last_token, self.last_x = tokens[:, -1], x[:, -1]
+        return torch.lerp(x, before, torch.sigmoid(weights.gate).to(x.dtype))
+
+    def attend(self, about: "About", index: int, weight: BlockWeights, n: Tensor, lora: tuple) -> Tensor:
+        """Attention over all keys and values that there are, after those of the new tokens are taken in."""
+        q, k, v = _projected(about, weight, n, lora)
         stop = self.filled + k.size(1)
         self.keys[index, :, self.filled : stop], self.values[index, :, self.filled : stop] = k, v
-        return self.keys[index, :, :stop], self.values[index, :, :stop]
+        return attend(q, self.keys[index, :, :stop], self.values[index, :, :stop], about.attention).flatten(2)
 
 
 def pick_backend(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> str:
@@ -105,18 +128,18 @@ def hidden(
     rotary: Rotary,
     adapters: Adapters | None = None,
     tail: int | None = None,
-    cache: KVCache | None = None,
+    context: Context | None = None,
     backend: str | None = None,
     start: Tensor | None = None,
 ) -> Tensor:
     """tokens int [B, S] -> rmsnorm(x) [B, tail or S, D] in the compute dtype, what the tied head reads.
 
-    With `tail`, only the last so many positions are computed where the last block allows it. With a cache, `tokens`
+    With `tail`, only the last so many positions are computed where the last block allows it. With a context, `tokens`
     continue what it holds. `backend` is "reference" or "triton"; left out, CPU tensors take the reference. `start`
-    int32 [B, S] keeps the documents of a row apart in training: ValueError beside adapters or a cache.
+    int32 [B, S] keeps the documents of a row apart in training: ValueError beside adapters or a context.
     """
-    if start is not None and (adapters is not None or cache is not None):
-        raise ValueError("start was given with adapters or a cache; their rows hold one document each: leave it out")
+    if start is not None and (adapters is not None or context is not None):
+        raise ValueError("start was given with adapters or a context; their rows hold one document each: leave it out")
     blocks, x0_grad = weights.blocks, None
     if (
         torch.is_grad_enabled()
@@ -124,7 +147,11 @@ def hidden(
         and (backend or tokens.device.type) in ("triton", "cuda")
     ):
         x0_grad = weights.head.new_empty(*tokens.shape, weights.config.width)  # one sum of what all boundaries give
-    x0 = embedded(weights, tokens, cache, x0_grad, backend)
+    if context is not None:
+        x0 = context.embedded(weights, tokens, backend)
+    else:
+        tables = weights.embed, weights.bigram, weights.gate
+        x0 = bigram_embedding(tokens, *tables, weights.dtype, x0_grad=x0_grad, backend=backend)
     pushes, pushed = len(blocks) // 2, []
     slots = None if adapters is None else adapters.slots
     about = About(weights.config, rotary, weights.attention, weights.chosen, slots, backend, start)
@@ -134,7 +161,7 @@ def hidden(
         after = blocks[index + 1] if index + 1 < len(blocks) else None
         joins = after is not None and after.skip is not None
         lora, bias = ((), {}) if adapters is None else adapters.of(index)
-        held = None if cache is None else partial(cache.extend, index)
+        held = None if context is None else partial(context.attend, about, index)
         if after is None and tail is not None:
             x = x[:, x.size(1) - tail :]
         with phase("block"):
@@ -144,8 +171,6 @@ def hidden(
             x_out, x, n = block(about, weight, after, x, n, given | bias, lora, held, push, popped)
         if push:
             pushed.append(x_out)
-    if cache is not None:
-        cache.filled += tokens.size(1)
     return n
 
 
@@ -170,14 +195,14 @@ def block(
     n: Tensor,
     given: dict[str, Tensor | None],
     lora: tuple,
-    held: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None,
+    held: Callable[..., Tensor] | None,
     push: bool,
     popped: Tensor | None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor]:
     """One block, from the stream x [B, T, D] and what it reads of it, n [B, S, D], to the next block's x and n.
 
     The first of the results is the block's output, where it is pushed. `after` is the next block, whose join and mix
-    belong to the boundary, as does what is `given` to it. `held` takes keys and values into a cache and gives back all.
+    belong to the boundary, as does what is `given` to it. `held` is attention in a context.
     """
     backend = about.backend
     mixed = attention(about, weight, n, lora, x.size(1), held)
@@ -196,21 +221,6 @@ def block(
     )
 
 
-def embedded(
-    weights: Weights, tokens: Tensor, cache: KVCache | None, x0_grad: Tensor | None, backend: str | None
-) -> Tensor:
-    """tokens [B, S] -> x0 [B, S, D] in the compute dtype. The first token without a cache has no previous one."""
-    if cache is None:
-        tables = weights.embed, weights.bigram, weights.gate
-        return bigram_embedding(tokens, *tables, weights.dtype, x0_grad=x0_grad, backend=backend)
-    rows = bigram_hash_ref(tokens, weights.config.bigram_rows, cache.last_token)
-    x = rms_norm_ref(F.embedding(tokens, weights.embed) + F.embedding(rows, weights.bigram)).to(weights.dtype)
-    first = torch.zeros_like(x[:, :1]) if cache.last_x is None else cache.last_x[:, None]
-    before = torch.cat([first, x[:, :-1]], dim=1).masked_fill((tokens == BOS)[..., None], 0.0)
-    cache.last_token, cache.last_x = tokens[:, -1], x[:, -1]
-    return torch.lerp(x, before, torch.sigmoid(weights.gate).to(x.dtype))
-
-
 def _linear(x: Tensor, weight: Matrix, backend: str | None) -> Tensor:
     if isinstance(weight, Int6Matrix):
         return int6_linear(x, weight, None, backend)
@@ -223,42 +233,50 @@ def _mlp(n: Tensor, weight: BlockWeights, backend: str | None) -> Tensor:
     return relu_squared_mlp(n, weight.up, weight.down, backend=backend)
 
 
+def _projected(about: About, weight: BlockWeights, n: Tensor, lora: tuple) -> tuple[Tensor, Tensor, Tensor]:
+    """q [B, S, H, d], k and v [B, S, G, d] of n [B, S, D]; heads of q and k normed and rotated."""
+    if lora:
+        *adapter, grads = lora
+        options = {"slots": about.slots, "sizes": about.config.qkv_sizes, "grads": grads, "backend": about.backend}
+        parts = lora_qkv(n, _dense_qkv(weight, n), *adapter, **options)
+    else:
+        parts = _linear(n, weight.qkv, about.backend).split(about.config.qkv_sizes, dim=-1)
+    q, k, v = (part.unflatten(-1, (-1, about.config.head_dim)) for part in parts)
+    return *norm_rotary(q, k, *about.rotary, weight.gain, backend=about.backend), v
+
+
+def _dense_qkv(weight: BlockWeights, n: Tensor) -> Tensor:
+    """Adapters come with many tokens, where a dequantised copy of this one matrix costs nothing beside them."""
+    return weight.qkv.dequantize(n.dtype) if isinstance(weight.qkv, Int6Matrix) else weight.qkv
+
+
 def attention(
     about: About,
     weight: BlockWeights,
     n: Tensor,
     lora: tuple,
     tail: int,
-    held: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None,
+    held: Callable[..., Tensor] | None,
 ) -> Tensor:
     """n [B, S, D] -> what the block's attention gives the last `tail` inputs, [B, tail, Nq].
 
-    A head size that our kernels do not take goes through PyTorch's attention, whose backward promises no bits, and so
-    does a token that continues a cache. What was chosen for training replaces both, but beside adapters and caches.
+    A head size that our kernels do not take goes through PyTorch's attention, whose backward promises no bits. What was
+    chosen for training replaces both, but beside adapters. `held`, in a context, is its own.
     """
+    if held is not None:
+        return held(weight, n, lora)[:, n.size(1) - tail :]
     backend, sizes, head_dim = about.backend, about.config.qkv_sizes, about.config.head_dim
     runs_kernel = backend == "triton" or (backend is None and n.is_cuda)
-    chosen = about.chosen if held is None and not lora else "klora"
-    by_kernel = chosen == "klora" and runs_kernel and head_dim in HEAD_DIMS and held is None
-    if not lora:
-        if by_kernel and takes(n.dtype, head_dim) and isinstance(weight.qkv, Tensor):
-            tables = (*about.rotary, weight.gain)
-            options = {"head_dim": head_dim, "tail": tail, "unit_tables": True, "backend": backend}
-            return qkv_attention(n, weight.qkv, *tables, sizes, start=about.start, **options)
-        parts = _linear(n, weight.qkv, backend).split(sizes, dim=-1)
-    else:
+    chosen = "klora" if lora else about.chosen
+    by_kernel = chosen == "klora" and runs_kernel and head_dim in HEAD_DIMS
+    tables, options = (*about.rotary, weight.gain), {"head_dim": head_dim, "tail": tail, "unit_tables": True}
+    if by_kernel and lora:
         *adapter, grads = lora
-        # Adapters come with many tokens, where a dequantised copy of this one matrix costs nothing beside them.
-        qkv = weight.qkv.dequantize(n.dtype) if isinstance(weight.qkv, Int6Matrix) else weight.qkv
-        options = {"slots": about.slots, "sizes": sizes, "grads": grads, "backend": backend}
-        if by_kernel:
-            tables = (*about.rotary, weight.gain)
-            return lora_attention(n, qkv, *adapter, *tables, head_dim=head_dim, tail=tail, unit_tables=True, **options)
-        parts = lora_qkv(n, qkv, *adapter, **options)
-    q, k, v = (part.unflatten(-1, (-1, head_dim)) for part in parts)
-    q, k = norm_rotary(q, k, *about.rotary, weight.gain, backend=backend)
-    if held is not None:
-        k, v = held(k, v)
+        options |= {"slots": about.slots, "sizes": sizes, "grads": grads}
+        return lora_attention(n, _dense_qkv(weight, n), *adapter, *tables, **options, backend=backend)
+    if by_kernel and takes(n.dtype, head_dim) and isinstance(weight.qkv, Tensor):
+        return qkv_attention(n, weight.qkv, *tables, sizes, **options, start=about.start, backend=backend)
+    q, k, v = _projected(about, weight, n, lora)
     if by_kernel:
         return causal_attention(q, k, v, tail, start=about.start, backend=backend).flatten(2)
     name = about.attention if chosen == "klora" else chosen

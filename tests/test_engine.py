@@ -1,6 +1,7 @@
 """The engine: the eager oracle's numbers, whatever the batch; a schedule without gaps; no wait inside a step."""
 
 import dataclasses
+import math
 from collections import Counter
 
 import numpy as np
@@ -29,13 +30,14 @@ from klora.ttt.engine import (
 from klora.ttt.protocols import TTTConfig
 from klora.ttt.queue import Deadline
 from klora.ttt.results import Adapted
-from klora.ttt.schedule import Schedule, queue_lengths
+from klora.ttt.schedule import Queue, Schedule, queues_of
 from klora.ttt.step import EngineStep, clear_plan
 from oracles.eager import adapt as eager
 from oracles.eager import token_nll as eager_token_nll
 from test_ttt import document
 from torch.utils._python_dispatch import TorchDispatchMode
 
+STRICT = TTTConfig(layout="start", chunk=16, window=64, lora_rank=2, head_rank=3, temperature=0.9, batch=4)
 TTT = TTTConfig(chunk=16, window=64, min_tokens=2, lora_rank=2, head_rank=3, epochs=2, deadline=0.0, batch=4)
 RAGGED = (113, 1, 16, 17, 64, 65, 7, 96)
 """One target, exactly one chunk and one more, exactly one window and one more, and long ones, in no order."""
@@ -46,6 +48,9 @@ SHALLOW = dataclasses.replace(SMALL, blocks=4)
 
 def model64(config: ModelConfig = SHALLOW) -> GPT:
     return randomized(config, torch.float64).requires_grad_(False)
+
+
+SHALLOW64 = model64(dataclasses.replace(SMALL, blocks=2))
 
 
 def documents(targets=RAGGED):
@@ -97,6 +102,77 @@ def test_any_depth_and_any_window_agree_with_the_eager_oracle(blocks, chunk, win
     model, docs = model64(dataclasses.replace(SMALL, blocks=blocks)), documents((130, 101, 33, 100))
     adapted = adapt_documents(model, docs, config, Deadline(0))
     np.testing.assert_allclose(adapted.nats, eager(model, docs, config).nats, rtol=1e-9)
+
+
+@pytest.mark.parametrize("adapt_from", [0, 17, 97])
+@pytest.mark.parametrize("chunk, window", [(16, 64), (20, 50), (32, 32)])
+def test_windows_from_the_start_agree_with_the_eager_oracle(adapt_from, chunk, window):
+    """The temperature changes in a queue of its own, before and after windows have their full length."""
+    changes = {"steps_per_chunk": 2, "lr_warmup": 70, "lr_half": 60, "beta1": 0.0}
+    config = STRICT.override({"chunk": chunk, "window": window, "adapt_from": adapt_from} | changes)
+    model, docs = model64(), documents((130, 101, 33, 100, 5))
+    adapted = adapt_documents(model, docs, config, Deadline(0), slots=3)
+    np.testing.assert_allclose(adapted.nats, eager(model, docs, config).nats, rtol=1e-9)
+
+
+@st.composite
+def strict_configs(draw):
+    """One pass that scores first, its windows from the start, in small numbers."""
+    chunk = draw(st.integers(3, 20))
+    return STRICT.override(
+        {
+            "chunk": chunk,
+            "window": chunk + draw(st.integers(0, 50)),
+            "adapt_from": draw(st.integers(0, 60)),
+            "steps_per_chunk": draw(st.integers(1, 2)),
+            "lr_half": draw(st.sampled_from([0, 30])),
+            "lr": 0.05,
+            "batch": 2,
+        }
+    )
+
+
+@settings(max_examples=25, deadline=None)
+@given(strict_configs(), st.integers(1, 79), st.randoms())
+def test_no_score_depends_on_later_text(config, reached, random):
+    """Other text after any target, and no text after it: the same bits before, wherever that is in a chunk."""
+    model, doc = SHALLOW64, document(80)
+    other = doc.tokens.copy()
+    other[reached + 1 :] = [random.randrange(1, SMALL.vocab_size) for _ in other[reached + 1 :]]
+    scores = []
+    for tokens in (doc.tokens, other, doc.tokens[: reached + 1]):
+        some = Document("", tokens, 1)
+        engine = engine_for(model, [some], config)
+        engine.adapt([some], Deadline(0))
+        scores.append(token_nll(engine, [some])[0][:reached])
+    np.testing.assert_array_equal(scores[1], scores[0])
+    np.testing.assert_array_equal(scores[2], scores[0])
+
+
+@pytest.mark.parametrize("adapt_from", [0, 40])
+def test_what_is_too_short_to_learn_from_has_the_same_numbers_from_the_base_pass(adapt_from):
+    """Base pass and engine differ by rounding alone where no step was taken; and there is no jump at any length."""
+    config = STRICT.override({"adapt_from": adapt_from, "lr": 0.05})
+    assert config.first_adapted == (16 if adapt_from == 0 else 48)
+    model, whole = model64(), document(100, 7)
+    for targets in (1, 15, 16, 17, 47, 48, 49):
+        doc = Document("", whole.tokens[: targets + 1], 1)
+        base = BaseNll(model, [doc], config)
+        assert base.is_short[0] == (targets <= config.first_adapted)
+        engine = engine_for(model, [doc], config)
+        engine.adapt([doc], Deadline(0))
+        early = min(targets, config.first_adapted)
+        nll = token_nll(engine, [doc])[0]
+        np.testing.assert_allclose(base.tempered[1:][:early], nll[:early], rtol=2e-6)
+        assert (base.tempered == base.nll)[1:].tolist() == [n < config.first_adapted for n in range(targets)]
+
+
+def test_base_and_adapted_model_read_the_same_windows():
+    config = STRICT.override({"lr": 0.0, "window": 50, "adapt_from": 20})
+    model, docs = model64(), documents((130, 101, 33, 100, 5, 0))
+    base = BaseNll(model, docs, config)
+    adapted = adapt_documents(model, docs[:-1], config, Deadline(0))
+    np.testing.assert_allclose(adapted.nats, [base.of(index)[1] for index in range(5)], rtol=1e-6)
 
 
 def test_fp32_agrees_with_the_eager_oracle():
@@ -286,7 +362,7 @@ def test_a_round_brings_nothing_to_the_host(protocol):
     docs = documents()
     engine = engine_for(model64(), docs, config, slots=5)
     run = Run(sorted(docs, key=lambda d: -d.targets), config)
-    rounds = list(Schedule(run.chunks, config.passes, 5, engine.lengths, engine.rows))
+    rounds = list(Schedule(run.chunks, config.passes, 5, engine.queues, engine.rows))
     engine.prepare()
     engine._load(run, sorted(docs, key=lambda d: -d.targets))
     with NoWait():
@@ -362,6 +438,8 @@ def test_steps_over_empty_places_leave_no_trace():
 
 # ---- the schedule ----
 
+QUEUES = [Queue(0, 256, 1.0), Queue(1, 512, 1.0)]
+
 
 @st.composite
 def laws(draw):
@@ -371,22 +449,25 @@ def laws(draw):
 
 
 @settings(max_examples=60, deadline=None)
-@given(laws(), st.integers(1, 5))
-def test_a_schedule_takes_every_chunk_once_in_order_and_frees_every_slot(law, queues):
+@given(laws(), st.sets(st.integers(1, 45), max_size=4), st.integers(0, 41))
+def test_a_schedule_takes_every_chunk_once_in_order_and_frees_every_slot(law, later, trained_from):
     chunks, passes, slots, rows = law
-    schedule = Schedule(chunks, passes, slots, [256 * (q + 1) for q in range(queues)], rows)
+    firsts = sorted({0, *later})
+    queues = [Queue(first, 256 * (q + 1), 1.0) for q, first in enumerate(firsts)]
+    schedule = Schedule(chunks, passes, slots, queues, rows, trained_from)
     seen = {document: [] for document in range(len(chunks))}
     holder, first_seen = {}, []
     for taken in schedule:
         assert len(set(taken.document)) == len(taken.document) == len(set(taken.slot)) <= taken.rows in rows
-        assert (np.minimum(taken.chunk, queues - 1) == taken.queue).all() and len(taken.document)
+        assert (taken.chunk >= firsts[taken.queue]).all() and len(taken.document)
+        assert (taken.chunk < [*firsts, math.inf][taken.queue + 1]).all()
         for d, s, j, p, trains in zip(taken.document, taken.slot, taken.chunk, taken.number, taken.trains, strict=True):
             if not seen[d]:
                 holder[d] = s
                 first_seen.append(d)
             assert holder[d] == s
             seen[d].append((p, j))
-            assert trains == (j + 1 < chunks[d])
+            assert trains == (trained_from <= j < chunks[d] - 1)
         active = [d for d in first_seen if len(seen[d]) < passes * chunks[d]]
         assert len({holder[d] for d in active}) == len(active) <= slots
     for d, count in enumerate(chunks):
@@ -395,13 +476,13 @@ def test_a_schedule_takes_every_chunk_once_in_order_and_frees_every_slot(law, qu
 
 
 def test_documents_get_slots_longest_first():
-    taken = list(Schedule([9, 7, 5, 3, 2, 1], 1, 2, [256, 512], [2]))
+    taken = list(Schedule([9, 7, 5, 3, 2, 1], 1, 2, QUEUES, [2]))
     starts = [d for r in taken for d in r.document[r.starts]]
     assert starts == sorted(starts)
     with pytest.raises(ValueError, match="longest first"):
-        Schedule([3, 5], 1, 2, [256], [2])
+        Schedule([3, 5], 1, 2, QUEUES, [2])
     with pytest.raises(ValueError, match="without targets"):
-        Schedule([3, 0], 1, 2, [256], [2])
+        Schedule([3, 0], 1, 2, QUEUES, [2])
 
 
 @pytest.mark.parametrize("every, passes, most", [(16, 6, 1.25), (16, 1, 1.5), (1, 1, 1.03)])
@@ -409,19 +490,24 @@ def test_a_real_law_keeps_the_places_full_and_its_longest_document_bounds_the_ru
     """lognormal(6.555, 1.066) tokens, clipped to [8, 60000]; 6,250 documents or every 16th of them."""
     drawn = np.random.default_rng(0).lognormal(6.555, 1.066, 6250).astype(np.int64).clip(8, 60000)[::every]
     config = TTTConfig()
-    lengths = queue_lengths(config)
+    queues = queues_of(config)
     run = Run([Document("", np.empty(n, np.uint16), 0) for n in sorted(drawn[drawn >= 512])[::-1]], config)
-    rounds = list(Schedule(run.chunks, passes, 256, lengths, [64, 16, 4]))
+    rounds = list(Schedule(run.chunks, passes, 256, queues, [64, 16, 4]))
     for taken in rounds:
-        run.count(taken, lengths[taken.queue])
+        run.count(taken, queues[taken.queue].length)
     assert len(rounds) <= most * max(passes * run.chunks[0], -(-passes * run.chunks.sum() // 64))
     assert run.inputs >= 0.985 * run.places
 
 
 def test_queues_are_the_window_lengths():
-    assert queue_lengths(TTTConfig()) == [256, 512, 768, 1024]
-    assert queue_lengths(TTT.override({"window": 50})) == [16, 32, 48, 50]
-    assert queue_lengths(TTT.override({"window": 16})) == [16]
+    def lengths(config: TTTConfig) -> list[int]:
+        queues = queues_of(config)
+        assert [queue.first for queue in queues] == list(range(len(queues)))
+        return [queue.length for queue in queues]
+
+    assert lengths(TTTConfig()) == [256, 512, 768, 1024]
+    assert lengths(TTT.override({"window": 50})) == [16, 32, 48, 50]
+    assert lengths(TTT.override({"window": 16})) == [16]
 
 
 # ---- the kernels ----

@@ -71,7 +71,7 @@ def test_a_score_is_the_logits_own(lm):
 
 def test_adapting_changes_the_long_documents_scores_and_not_the_model(lm):
     before = {name: tensor.clone() for name, tensor in lm.model.state_dict().items()}
-    result = lm.adapt([*TEXTS, "short"], preset="quick", min_tokens=64, chunk=32, window=64)
+    result = lm.adapt([*TEXTS, "short"], preset="quick", adapt_from=64, chunk=32, window=64)
     assert [document.status for document in result.documents] == ["adapted", "adapted", "short"]
     assert all(document.adapted_nats != document.base_nats for document in result.documents[:2])
     assert result.config.lr == klora.ttt.ttt_preset("quick").lr and not result.config.is_leaky
@@ -80,7 +80,7 @@ def test_adapting_changes_the_long_documents_scores_and_not_the_model(lm):
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_a_caller_that_evaluates_gets_the_same_adaptation(lm, artifact, mode):
-    settings = {"min_tokens": 64, "chunk": 32, "window": 64}
+    settings = {"adapt_from": 64, "chunk": 32, "window": 64}
     expected = lm.adapt(TEXTS, **settings)
     with mode():
         loaded = klora.load(artifact, device="cpu")

@@ -179,7 +179,7 @@ def test_the_first_rank_stays_until_the_others_have_left_or_are_lost():
 def test_ranks_get_every_document_once_longest_first_and_none_holds_more_than_its_share():
     store = dist.HashStore()
     chunks = np.sort(np.random.default_rng(0).integers(1, 60, 300))[::-1]
-    visits = visits_of(chunks, 2, 4)
+    visits = visits_of(chunks, 2, range(4))
     taken: list[list[int]] = [[] for _ in range(4)]
     waiting = [SharedWaiting(visits, StoreQueue(store, rank, 4), taken[rank].extend) for rank in range(4)]
     busy_until = [0.0] * 4
@@ -375,7 +375,7 @@ def command(tmp_path, tokenizer) -> list[str]:
     (tmp_path / "texts").mkdir()
     for number in range(24):
         (tmp_path / "texts" / f"{number}.txt").write_text(words(number, 40 + 80 * (number % 8)))
-    sets = [part for pair in ("chunk=16", "window=64", "min_tokens=64", "deadline=0") for part in ("--set", pair)]
+    sets = [part for pair in ("chunk=16", "window=64", "adapt_from=64", "deadline=0") for part in ("--set", pair)]
     return [
         *(sys.executable, "-m", "klora.cli", "score", str(tmp_path / "model.klora"), *sets, "--json"),
         *(

@@ -26,7 +26,7 @@ from test_cli import SMALL as CLI_SMALL
 from test_cli import klora
 from test_tokenizer import CONTEST, model_with
 
-SETS = [part for pair in ("chunk=16", "window=64", "min_tokens=64", "batch=2") for part in ("--set", pair)]
+SETS = [part for pair in ("chunk=16", "window=64", "adapt_from=64", "batch=2") for part in ("--set", pair)]
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +105,7 @@ def test_overwrite_starts_afresh(artifact, texts, tmp_path):
 def test_results_of_a_finished_run_are_replaced_only_when_asked(artifact, texts, tmp_path):
     klora(*command(artifact, texts, tmp_path))
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    for more in (("--protocol", "min_nll"), ("--resume",)):
+    for more in (("--preset", "thorough"), ("--resume",)):
         refused = klora(*command(artifact, texts, tmp_path, *more), check=2)
         assert "holds the results of a finished run; give --overwrite" in refused.stderr.replace("\n", "")
         assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

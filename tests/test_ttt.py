@@ -127,7 +127,7 @@ def test_short_documents_are_left_to_the_base_model(tmp_path):
 
 def test_every_target_is_scored_once_in_a_window_that_ends_with_its_chunk():
     targets, offsets = np.array([150, 16, 33, 1]), np.array([0, 151, 168, 202])
-    windows = chunk_windows(targets, offsets, chunk=16, window=64)
+    windows = chunk_windows(targets, offsets, TTT)
     scored = np.concatenate(
         [np.arange(s + f, s + n) + 1 for s, n, f in zip(windows.start, windows.length, windows.first, strict=True)]
     )
@@ -135,6 +135,21 @@ def test_every_target_is_scored_once_in_a_window_that_ends_with_its_chunk():
     assert sorted(scored) == sorted(expected)
     assert windows.length.max() == 64
     assert (windows.length[:4] == [16, 32, 48, 64]).all()
+
+
+@pytest.mark.parametrize("window", [16, 50, 64])
+def test_windows_from_the_start_score_every_target_once_with_its_context(window):
+    """Chunk is the stride: past the first window every target has at least window - chunk tokens before it."""
+    config = TTTConfig(layout="start", chunk=16, window=window)
+    targets, offsets = np.array([150, 0, 16, 33, 1]), np.array([0, 151, 152, 169, 203])
+    windows = chunk_windows(targets, offsets, config)
+    scored, context = [], []
+    for start, length, first in zip(windows.start, windows.length, windows.first, strict=True):
+        scored += range(start + first + 1, start + length + 1)
+        context += range(first + 1, length + 1)
+    assert scored == [o + 1 + n for o, count in zip(offsets, targets, strict=True) for n in range(count)]
+    places = np.concatenate([np.arange(count) + 1 for count in targets])
+    assert (np.array(context) >= np.minimum(places, window - 16 + 1)).all() and windows.length.max() <= window
 
 
 def test_a_bound_that_no_document_comes_near_costs_nothing():
@@ -450,6 +465,21 @@ def test_learning_rate_depends_on_the_documents_own_steps_alone():
     assert alone[0] == learning_rate(leaky, torch.tensor([7, 2]), chunks)[1]
 
 
+def test_a_rate_that_rises_and_falls_goes_by_the_targets_scored():
+    """After chunks of 16 from target 40 on, two steps each: the steps are taken after 48, 48, 64, 64, ... targets."""
+    config = TTTConfig(layout="start", chunk=16, adapt_from=40, steps_per_chunk=2, lr=0.01, lr_warmup=100, lr_half=50)
+    steps, chunks = torch.arange(8), torch.full((8,), 9)
+    scored = [48, 48, 64, 64, 80, 80, 96, 96]
+    expected = [0.01 * min(1, p / 100) / (1 + p / 50) for p in scored]
+    assert learning_rate(config, steps, chunks).tolist() == pytest.approx(expected)
+    assert torch.equal(learning_rate(config, steps, chunks), learning_rate(config, steps, chunks + 50))
+    falls = config.override({"lr_warmup": 0})
+    assert learning_rate(falls, steps[:1], chunks[:1]).item() == pytest.approx(0.01 / (1 + 48 / 50))
+    for name in ("lr_warmup", "lr_half"):
+        with pytest.raises(ConfigError, match=f"{name}=5 is not possible; allowed: 0, with protocol=min_nll"):
+            TTTConfig(**{"protocol": "min_nll", name: 5})
+
+
 def test_deadline_leaves_the_rest_to_the_base_model_and_says_which(tmp_path, monkeypatch):
     documents = [document(n, n) for n in (200, 180, 160, 140, 120, 20)]
     rounds = []
@@ -636,6 +666,16 @@ def test_totals_are_float64_sums_over_bytes():
 def test_config_refuses_what_cannot_be():
     with pytest.raises(ConfigError, match="chunk=2048 is not possible; allowed: at most window=1024"):
         TTTConfig().override({"chunk": "2048"})
+    strict = TTTConfig(layout="start")
+    for changes, says in (
+        ({"protocol": "min_nll"}, "layout='start' is not possible; allowed: original, with protocol=min_nll"),
+        ({"min_tokens": 64}, "min_tokens=64 is not possible; allowed: 512, which is not used: layout=start goes by"),
+        ({"layout": "original", "adapt_from": 1}, "adapt_from=1 is not possible; allowed: 0; layout=original goes"),
+    ):
+        with pytest.raises(ConfigError, match=re.escape(says)):
+            strict.override(changes)
+    assert ttt_preset("quick").layout == ttt_preset("thorough").layout == "start"
+    assert ttt_preset("design").layout == ttt_preset("quick", "min_nll").layout == "original"
     with pytest.raises(ConfigError, match="protocol='best' is not possible; allowed: one of score_first"):
         TTTConfig(protocol="best")
     assert TTTConfig().protocol == "score_first" and label("score_first") == "score_first"

@@ -1,7 +1,9 @@
 """The base pass: what the unadapted model says of every target, thousands of documents in a few large batches.
 
-Documents of fewer than `min_tokens` tokens are windows of their own; longer ones are cut into the windows in which the
-adapted model sees them. Windows are padded to a multiple of PAD and those of one padded length share a batch, so that a
+Documents are cut into the windows in which the adapted model sees them; in the layout `original` those of fewer than
+`min_tokens` tokens are windows of their own. In the layout `start` these are windows that advance by `chunk` and score
+their last `chunk` targets; the first scores all that it holds. `context` changes nothing here: the base model reads
+every window anew. Windows are padded to a multiple of PAD and those of one padded length share a batch, so that a
 window's arithmetic does not depend on the rest of its batch. Indices, tokens and results stay on the device: nothing
 waits for it until all results are read.
 """
@@ -18,7 +20,7 @@ from ..model import network
 from ..model.gpt import GPT
 from ..model.weights import Weights, frozen_weights
 from .documents import Document, Windows, chunk_windows
-from .protocols import TTTConfig
+from .protocols import START, TTTConfig
 
 MICRO_TOKENS = {"cpu": 8192, "cuda": 65536}
 """Tokens in one forward, by device type: what fits in cache, and what fills a GPU."""
@@ -34,9 +36,9 @@ class BaseNll:
     """Per-target NLL of the unadapted model over a set of documents, at temperature 1 and at the adapted one.
 
     `nll` and `tempered` are fp32 arrays over the concatenation of all documents; `of` sums a document's part from its
-    target `start` on, in float64. `is_short` says which documents have fewer than `min_tokens` tokens. `tick`
-    gets the number of targets sent to the device so far. `backend` is handed to the ops; a float64 model, which no
-    kernel takes, runs on the reference.
+    target `start` on, in float64. The adapted temperature is that of each target: 1 before the first that a step could
+    change. `is_short` says which documents are not adapted. `tick` gets the number of targets sent to the device so
+    far. `backend` is handed to the ops; a float64 model, which no kernel takes, runs on the reference.
 
     `known` is what an interrupted pass over the same documents had found: fp32 [2, n] over their concatenation, NaN for
     targets that it had not reached. A window whose targets are all known is not computed again. `keep` gets such an
@@ -57,17 +59,8 @@ class BaseNll:
         targets = np.array([document.targets for document in documents], dtype=np.int64)
         self.offsets = np.cumsum(targets + 1) - (targets + 1)
         self.targets = targets
-        self.is_short = targets + 1 < config.min_tokens
-        long = ~self.is_short
-        whole = Windows(self.offsets, targets, np.zeros_like(targets))
-        plans = [
-            (_select(whole, self.is_short & (targets > 0)), config.min_tokens, 1.0),
-            (
-                chunk_windows(targets[long], self.offsets[long], config.chunk, config.window),
-                config.window,
-                config.temperature,
-            ),
-        ]
+        self.is_short = ~config.adapts(targets)
+        plans = self._plans()
         weights = model if isinstance(model, Weights) else frozen_weights(model)
         device = weights.embed.device
         backend = backend or ("reference" if weights.dtype == torch.float64 else None)
@@ -99,6 +92,22 @@ class BaseNll:
         self.nll, self.tempered = nll = found()
         if is_new:
             keep(nll)
+        if config.temperature_of(0) != config.temperature:
+            early = _positions(targets) <= config.first_adapted
+            self.tempered[early] = self.nll[early]
+
+    def _plans(self) -> list[tuple[Windows, int, float]]:
+        """Windows, the length whose rotary base is theirs, and the temperature."""
+        config, targets, offsets = self.config, self.targets, self.offsets
+        if config.layout == START:
+            windows = chunk_windows(targets, offsets, config)
+            whole = windows.first == 0  # apart, so that no batch computes the head for all because of one
+            return [(_select(windows, part), config.window, config.temperature) for part in (whole, ~whole)]
+        whole, long = Windows(offsets, targets, np.zeros_like(targets)), ~self.is_short
+        return [
+            (_select(whole, self.is_short & (targets > 0)), config.min_tokens, 1.0),
+            (chunk_windows(targets[long], offsets[long], config), config.window, config.temperature),
+        ]
 
     def of(self, index: int, start: int = 0) -> tuple[float, float]:
         """(nats, nats at the adapted temperature) of document `index` from its target `start` on."""
@@ -137,10 +146,17 @@ def _score(
         at = begin + torch.minimum(scored, end - 1) + 1
         targets = torch.where(exists, tokens[at], -100)
         place = torch.where(exists, at, record.size(1) - 1).flatten()
-        for out, divisor in zip(record, (1.0, temperature), strict=True):
+        for divisor in dict.fromkeys((1.0, temperature)):
             nll = softcap_nll(hidden, weights.head, targets, weights.config.logit_softcap, divisor, backend=backend)
-            out.index_copy_(0, place, nll.flatten().float())
+            into = record[0 if divisor == 1.0 else 1 :]
+            into.index_copy_(1, place, nll.flatten().float().expand(len(into), -1))
         yield int((windows.length[rows] - windows.first[rows]).sum())
+
+
+def _positions(targets: np.ndarray) -> np.ndarray:
+    """The place of every token in its document, BOS at 0, of documents one after the other."""
+    sizes = targets + 1
+    return np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
 
 
 def _select(windows: Windows, keep: np.ndarray) -> Windows:

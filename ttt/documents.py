@@ -1,7 +1,8 @@
 """Documents as the scorer takes them, and the windows in which their targets are scored.
 
 A document is BOS followed by its tokens; its targets are the tokens after BOS, each counted once. Targets are cut into
-chunks of `chunk`; chunk j is scored inside a window of up to `window` tokens that ends where the chunk ends.
+chunks of `chunk`; chunk j is scored inside a window of up to `window` tokens that ends where the chunk ends. The layout
+says where it begins: TTTConfig.window_start.
 """
 
 import logging
@@ -13,6 +14,7 @@ import numpy as np
 
 from ..model.corpus import Document as TextDocument
 from ..model.tokenizer import SPACE, Tokenizer, TokenizerError
+from .protocols import START, TTTConfig
 
 log = logging.getLogger(__name__)
 
@@ -122,11 +124,18 @@ class Windows:
     first: np.ndarray
 
 
-def chunk_windows(targets: np.ndarray, offsets: np.ndarray, chunk: int, window: int) -> Windows:
-    """Windows of every chunk of documents with `targets` targets whose BOS lies at `offsets` in the concatenation."""
-    counts = -(-targets // chunk)
+def chunk_windows(targets: np.ndarray, offsets: np.ndarray, config: TTTConfig) -> Windows:
+    """Windows of every chunk of documents with `targets` targets whose BOS lies at `offsets` in the concatenation.
+
+    In the layout `start` the chunks whose windows begin with the document share one.
+    """
+    size = config.chunk
+    shared = config.window // size if config.layout == START else 1
+    counts = -(-(targets - shared * size).clip(min=0) // size) + (targets > 0)
     document = np.repeat(np.arange(len(targets)), counts)
     index = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-    end = np.minimum((index + 1) * chunk, targets[document])
-    start = np.maximum(end - window, 0)
-    return Windows(offsets[document] + start, end - start, index * chunk - start)
+    chunk = index + shared - 1
+    end = np.minimum((chunk + 1) * size, targets[document])
+    start = config.window_start(chunk, end)
+    first = np.where(index > 0, chunk * size, 0)
+    return Windows(offsets[document] + start, end - start, first - start)

@@ -1,4 +1,4 @@
-"""The engine: documents adapted side by side at the pace of the GPU, with the results of the eager scorer.
+"""The engine: documents adapted side by side at the pace of the GPU, with the results of one document adapted alone.
 
 The tokens of all documents lie in one buffer on the device. Adapters and their Adam state lie in the slots of the pool,
 and the NLL of every target in one record that is read once at the end. Schedule says which documents take which chunk
@@ -27,13 +27,15 @@ from ..model.ranges import phase
 from ..model.weights import frozen_weights
 from .adapters import AdapterLayout, AdapterPool
 from .documents import Document
-from .protocols import MIN_NLL, TTTConfig
+from .protocols import CACHED, MIN_NLL, TTTConfig
 from .queue import Deadline
 from .results import Adapted
-from .schedule import Round, Schedule, Waiting, queue_lengths, visits_of
+from .ring import Ring, ring_numbers
+from .schedule import Round, Schedule, Waiting, queues_of, visits_of
 from .step import (
     CHUNKS,
     FIELDS,
+    FILLED,
     FIRST,
     FRESH,
     LENGTH,
@@ -62,17 +64,24 @@ Shape = tuple[int, int, bool]
 """What one step is made for: queue, places, and whether it trains."""
 
 
-def kept_by_autograd(shape: ModelConfig, lora_rank: int) -> int:
+def slots_a_place(config: TTTConfig) -> int:
+    """Slots for each place of a batch: nobody waits for the rounds of another queue where there is one."""
+    return min(SLOTS_A_PLACE, len(queues_of(config)))
+
+
+def kept_by_autograd(shape: ModelConfig, lora_rank: int, is_cached: bool = False) -> int:
     """Numbers that a training step keeps for its backward, for each input of the window, in the compute dtype.
 
     In each block: the normed input and MLP input, q, k and v, attention's output, the MLP's hidden values and what the
     LoRA kept; q and k before their rotation and another output, whose layout is not the product's, where attention is
-    PyTorch's. And the outputs pushed for later blocks.
+    PyTorch's; the first forward's k and v for a cache. And the outputs pushed for later blocks.
     """
     q, k, v = shape.qkv_sizes
     block = 2 * shape.width + (q + k + v) + q + shape.mlp_hidden + 6 * lora_rank
     if shape.head_dim not in HEAD_DIMS:
         block += (q + k) + q
+    if is_cached:
+        block += k + v
     return shape.blocks * block + shape.blocks // 2 * shape.width
 
 
@@ -87,14 +96,15 @@ def activation_bytes(model: GPT, config: TTTConfig, rows: int) -> int:
     width, hidden = shape.width, shape.mlp_hidden
     in_flight = max(3 * hidden + 2 * sum(shape.qkv_sizes) + 8 * width, 5 * width * 4 // item)
     head = config.chunk * (shape.vocab_size + 4 * width + 8 * config.head_rank)
-    kept = kept_by_autograd(shape, config.lora_rank)
-    return int(1.25 * rows * item * (config.window * (kept + in_flight) + head))
+    kept = kept_by_autograd(shape, config.lora_rank, config.context == CACHED)
+    return int(1.25 * rows * item * (config.inputs * (kept + in_flight) + head))
 
 
 def slot_bytes(model: GPT, config: TTTConfig) -> int:
-    """Bytes of one slot: parameters, gradient and two moments."""
+    """Bytes of one slot: parameters, gradient and two moments; with the context `cached`, keys and values."""
     item = 8 if model.dtype == torch.float64 else 4
-    return 4 * item * AdapterLayout(model.config, config).size
+    kept = ring_numbers(model.config, config) if config.context == CACHED else 0
+    return 4 * item * AdapterLayout(model.config, config).size + kept * torch.finfo(model.dtype).bits // 8
 
 
 def largest_batch(batch: int, needed: Callable[[int], int], free: int) -> int:
@@ -132,11 +142,12 @@ class Replay:
 
 
 class Engine:
-    """Adapts sets of documents of up to `tokens` tokens (BOS among them) in all, under one config.
+    """Adapts sets of documents of up to `tokens` tokens (BOS among them) in all under one config.
 
     `batch` is `config.batch` or the largest that fits; `rows` are the numbers of places below it that steps are made
-    for, and `slots` the documents that may be under way. `facts` says what was chosen, and after :meth:`adapt` what the
-    run was like. `backend` is handed to the ops.
+    for, and `slots` the documents that may be under way. No document has more than `longest` tokens (`tokens`, if left
+    out): the context `cached` wants tables of that length. `facts` says what was chosen, and after :meth:`adapt` what
+    the run was like. `backend` is handed to the ops.
     """
 
     def __init__(
@@ -147,6 +158,7 @@ class Engine:
         *,
         rows: Sequence[int] = ROWS,
         slots: int | None = None,
+        longest: int | None = None,
         capture: bool | None = None,
         backend: str | None = None,
     ):
@@ -160,13 +172,15 @@ class Engine:
             raise ValueError(f"slots is {slots}; allowed: at least 1")
         if not 2 <= tokens < 2**31:
             raise ValueError(f"tokens is {tokens}; allowed: 2 to {2**31 - 1}")
-        self.lengths = queue_lengths(config)
+        self.longest = tokens if longest is None else longest
+        self.queues = queues_of(config)
         dtype = torch.float64 if model.dtype == torch.float64 else torch.float32
         batch, slots, self.facts = self._fit(model, tokens, slots)
         self.rows = sorted({row for row in rows if 0 < row < batch} | {batch})
-        self.facts |= {"rows": self.rows, "captured": self.captures}
+        self.facts |= {"rows": self.rows, "captured": self.captures, "context": config.context}
         self.pool = AdapterPool(model.config, config, slots, device, dtype)
         self.weights, self.backend = frozen_weights(model), backend
+        self.ring = Ring(self.weights, config, slots, self.longest, can_capture) if config.context == CACHED else None
         self.tokens = torch.zeros(tokens, dtype=torch.int32, device=device)
         self.record = torch.zeros(self._records * tokens + batch * config.chunk, dtype=dtype, device=device)
         self.chunks = torch.ones(slots, dtype=torch.int64, device=device)
@@ -191,13 +205,15 @@ class Engine:
         hardly smaller, runs once before its capture.
         """
         config, each = self.config, slot_bytes(model, self.config)
+        # cos and sin in fp32, of up to twice the positions.
+        tables = 8 * self.longest * model.config.head_dim if config.context == CACHED else 0
 
         def chosen(batch: int) -> int:
-            return SLOTS_A_PLACE * batch if slots is None else slots
+            return slots_a_place(config) * batch if slots is None else slots
 
         def needed(batch: int) -> int:
             steps = (1 + self.captures) * activation_bytes(model, config, batch)
-            return 4 * tokens * (1 + self._records) + chosen(batch) * each + steps
+            return 4 * tokens * (1 + self._records) + tables + chosen(batch) * each + steps
 
         facts: dict[str, Any] = {}
         batch = config.batch
@@ -216,10 +232,11 @@ class Engine:
         `should_stop` is asked before each.
         """
         if shapes is None:
-            shapes = [(q, rows, t) for q in range(len(self.lengths)) for rows in self.rows for t in (True, False)]
+            shapes = [(q, rows, t) for q in range(len(self.queues)) for rows in self.rows for t in (True, False)]
         began = time.perf_counter()
         # The largest first, so that the others find their memory in the graphs' pool.
-        for shape in sorted(set(shapes) - self._steps.keys(), key=lambda s: (-self.lengths[s[0]] * s[1], not s[2])):
+        missing = set(shapes) - self._steps.keys()
+        for shape in sorted(missing, key=lambda s: (-self.queues[s[0]].length * s[1], not s[2])):
             if should_stop():
                 break
             self._steps[shape] = self._made(shape)
@@ -229,7 +246,7 @@ class Engine:
     def _made(self, shape: Shape) -> Callable[[], None]:
         queue, rows, trains = shape
         weights, state = self.weights, (self.pool, self.tokens, self.record, self.plan, self.chunks)
-        step = EngineStep(weights, *state, self.lengths[queue], rows, self.backend)
+        step = EngineStep(weights, *state, self.queues[queue], rows, self.backend, self.ring)
         run = step.train if trains else step.score
         if not self.captures:
             return run
@@ -269,12 +286,16 @@ class Engine:
         run = Run([documents[index] for index in order], self.config)
         if run.tokens > len(self.tokens):
             raise ValueError(f"the documents have {run.tokens} tokens; this engine holds {len(self.tokens)}")
-        shape = run.chunks, self.config.passes, len(self.chunks), self.lengths, self.rows
+        if len(run.targets) and run.targets[0] >= self.longest:
+            raise ValueError(f"a document has {run.targets[0] + 1} tokens; this engine takes up to {self.longest}")
+        shape = run.chunks, self.config.passes, len(self.chunks), self.queues, self.rows
         if waiting is None:
-            rounds: Iterable[Round] = list(Schedule(*shape))
+            rounds: Iterable[Round] = list(Schedule(*shape, self.config.trained_from))
             shapes = [(taken.queue, taken.rows, bool(taken.trains.any())) for taken in rounds]
         else:
-            rounds = Schedule(*shape, waiting(visits_of(run.chunks, self.config.passes, len(self.lengths))))
+            firsts = [queue.first for queue in self.queues]
+            visits = visits_of(run.chunks, self.config.passes, firsts)
+            rounds = Schedule(*shape, self.config.trained_from, waiting(visits))
             shapes = None
         self.prepare(shapes, deadline.passed)
         self._load(run, [documents[index] for index in order])
@@ -292,7 +313,7 @@ class Engine:
                 break
             self._launch(number, taken, run)
             launched += 1
-            run.count(taken, self.lengths[taken.queue])
+            run.count(taken, self.queues[taken.queue].length)
             progress(run.passed)
             if time.perf_counter() - handed > every:
                 hand_over(self._read(run))
@@ -381,16 +402,21 @@ class Run:
         plan[LENGTH, :count] = end - start
         plan[FIRST, :count] = first - start
         plan[RECORD, :count] = np.minimum(taken.number, records - 1)
+        plan[FILLED, :count] = start
         fresh = int(taken.starts.sum())
         plan[FRESH, :fresh] = taken.slot[taken.starts]
         plan[CHUNKS, :fresh] = self.chunks[taken.document[taken.starts]]
         return fresh
 
     def window(self, taken: Round) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Where the chunks of a round begin, and where their windows begin and end, in targets of the document."""
+        """Where the chunks of a round begin, and where their windows begin and end, in targets of the document.
+
+        With the context `cached` a window is the chunk: what a step computes.
+        """
         size = self.config.chunk
         end = np.minimum((taken.chunk + 1) * size, self.targets[taken.document])
-        return taken.chunk * size, np.maximum(end - self.config.window, 0), end
+        first = taken.chunk * size
+        return first, first if self.config.context == CACHED else self.config.window_start(taken.chunk, end), end
 
     def count(self, taken: Round, length: int) -> None:
         """Note that a round with windows of `length` inputs was sent off."""
@@ -422,8 +448,9 @@ class Run:
 def engine_of(model: GPT, config: TTTConfig, documents: Sequence[Document], **options: Any) -> Engine:
     """An engine of the size of `documents`, whose options these are."""
     # More slots than documents would stay empty.
-    options.setdefault("slots", max(1, min(SLOTS_A_PLACE * config.batch, len(documents))))
-    return Engine(model, config, max(2, sum(document.targets + 1 for document in documents)), **options)
+    options.setdefault("slots", max(1, min(slots_a_place(config) * config.batch, len(documents))))
+    sizes = [2, *(document.targets + 1 for document in documents)]
+    return Engine(model, config, max(2, sum(sizes[1:])), longest=max(sizes), **options)
 
 
 def memory_of(facts: dict[str, Any]) -> str:

@@ -20,11 +20,16 @@ from torch import Tensor
 from ..model.config import ConfigError, Settings, setting
 
 SCORE_FIRST, MULTI_EPOCH, MIN_NLL = "score_first", "multi_epoch", "min_nll"
+START, ORIGINAL = "start", "original"
+RECOMPUTED, CACHED = "recomputed", "cached"
 LEAKY = "LEAKY"
 LEAK_WARNING = (
     "LEAKY: these bits per byte come from weights that were trained on the very targets they score. "
     "They are not a valid score and must not be reported as one; use score_first."
 )
+
+
+MIN_TOKENS = 512
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,12 @@ class TTTConfig(Settings):
 
     The defaults are the preset `design` without its deadline. Its steps are too large for one pass over text that a
     model knows well: :func:`ttt_preset` gives what is measured to suit it.
+
+    In layout `start` no score depends on what comes later in its document. Chunk j covers the targets [j chunk, (j + 1)
+    chunk), and its window begins at max(0, (j + 1) chunk - window), whether the document goes on or not. An Adam step
+    is taken after a chunk if `adapt_from` targets are scored by then. `temperature` divides the logits from the first
+    target on that a step could have changed: `first_adapted`. A document that has none is left to the base model, which
+    gives it the same numbers to rounding.
 
     Every field is a keyword; its help and range stand beside it. ConfigError: a value out of range, or a chunk longer
     than its window.
@@ -45,9 +56,36 @@ class TTTConfig(Settings):
     )
     epochs: int = setting(6, "passes over a document in the leaky protocols", at_least=1)
     steps_per_chunk: int = setting(1, "Adam steps on a chunk once it is scored", at_least=1, at_most=64)
-    chunk: int = setting(256, "targets a chunk", at_least=1, at_most=2**20)
-    window: int = setting(1024, "most tokens a chunk is scored in, itself included", at_least=1, at_most=2**20)
-    min_tokens: int = setting(512, "documents of fewer tokens (BOS counts) are left to the base model", at_least=2)
+    layout: str = setting(
+        ORIGINAL,
+        "start: windows lie as if the document went on, so that no score depends on later text; original: the last "
+        "window ends with the document, and documents under min_tokens are not adapted",
+        choices=(START, ORIGINAL),
+    )
+    chunk: int = setting(
+        256, "targets a chunk; also the stride of the windows, adapted or not", at_least=1, at_most=2**20
+    )
+    window: int = setting(
+        1024,
+        "most tokens a chunk is scored in, itself included: every target past them has at least window - chunk "
+        "tokens of context",
+        at_least=1,
+        at_most=2**20,
+    )
+    adapt_from: int = setting(
+        0, "layout start: targets of a document that are scored before its first Adam step", at_least=0
+    )
+    context: str = setting(
+        RECOMPUTED,
+        "recomputed: a chunk's whole window is computed anew; cached: keys and values of earlier chunks stay as they "
+        "were when their chunk was scored (layout start)",
+        choices=(RECOMPUTED, CACHED),
+    )
+    min_tokens: int = setting(
+        MIN_TOKENS,
+        "layout original: documents of fewer tokens (BOS counts) are left to the base model",
+        at_least=2,
+    )
     lora_rank: int = setting(8, "rank of the LoRA on Q, K and V", at_least=1, at_most=64)
     head_rank: int = setting(16, "rank of the LoRA on the head", at_least=1, at_most=64)
     lr: float = setting(0.01, "Adam learning rate", at_least=0.0)
@@ -56,6 +94,15 @@ class TTTConfig(Settings):
     k_lr: float = setting(0.3, "multiplies lr for the LoRA on K", at_least=0.0)
     v_lr: float = setting(1.5, "multiplies lr for the LoRA on V", at_least=0.0)
     bias_lr: float = setting(3.0, "multiplies lr for the biases", at_least=0.0)
+    lr_warmup: int = setting(
+        0,
+        "the rate of a step after p targets of its document is lr * min(1, p / lr_warmup) / (1 + p / lr_half)",
+        at_least=0,
+        zero="no warmup",
+    )
+    lr_half: int = setting(
+        0, "targets after which the rate has fallen to lr / 2; see lr_warmup", at_least=0, zero="it does not fall"
+    )
     lr_floor: float = setting(0.1, "the leaky protocols' cosine ends at this share of lr", at_least=0.0, at_most=1.0)
     beta1: float = setting(0.9, "Adam beta 1", at_least=0.0, below=1.0)
     beta2: float = setting(0.95, "Adam beta 2", at_least=0.0, below=1.0)
@@ -69,6 +116,19 @@ class TTTConfig(Settings):
 
     def check(self):
         self.require(self.chunk <= self.window, "chunk", f"at most window={self.window}")
+        from_start = self.layout == START
+        self.require(not (from_start and self.is_leaky), "layout", f"original, with protocol={self.protocol}")
+        self.require(from_start or self.context == RECOMPUTED, "context", "recomputed, with layout=original")
+        for name in ("lr_warmup", "lr_half"):
+            leaky = f"0, with protocol={self.protocol}, whose rate is a cosine"
+            self.require(not self.is_leaky or not getattr(self, name), name, leaky)
+        self.require(from_start or not self.adapt_from, "adapt_from", "0; layout=original goes by min_tokens")
+        self.require(
+            not from_start or self.min_tokens == MIN_TOKENS,
+            "min_tokens",
+            f"{MIN_TOKENS}, which is not used: layout=start goes by adapt_from, and adapts every document longer than "
+            "that and than a chunk",
+        )
 
     @property
     def is_leaky(self) -> bool:
@@ -80,13 +140,42 @@ class TTTConfig(Settings):
         """How often a document is read: once, or `epochs` times in a leaky protocol."""
         return self.epochs if self.is_leaky else 1
 
+    @property
+    def trained_from(self) -> int:
+        """The first chunk after which an Adam step may be taken."""
+        return max(-(-self.adapt_from // self.chunk) - 1, 0)
+
+    @property
+    def first_adapted(self) -> int:
+        """The first target that is scored after an Adam step could have been taken."""
+        return (self.trained_from + 1) * self.chunk
+
+    def adapts(self, targets: Any) -> Any:
+        """Whether a document of `targets` targets is adapted, not left to the base model: of an int or of an array."""
+        return targets > self.first_adapted if self.layout == START else targets + 1 >= self.min_tokens
+
+    def temperature_of(self, chunk: int) -> float:
+        """What divides the logits of a chunk's targets in a document that is adapted."""
+        return 1.0 if self.layout == START and chunk <= self.trained_from else self.temperature
+
+    @property
+    def inputs(self) -> int:
+        """Most inputs of a document that a step computes."""
+        return self.chunk if self.context == CACHED else self.window
+
+    def window_start(self, chunk: Any, end: Any) -> Any:
+        """The input at which the windows of chunks begin that end before target `end`: of arrays or tensors."""
+        last = (chunk + 1) * self.chunk if self.layout == START else end
+        return (last - self.window).clip(min=0)
+
 
 DESIGN, QUICK, THOROUGH = "design", "quick", "thorough"
 
 PRESETS: dict[str, dict[str, Any]] = {
     DESIGN: {"deadline": 550.0},
-    QUICK: {"lr": 0.002, "temperature": 1.0},
+    QUICK: {"layout": START, "lr": 0.002, "temperature": 1.0},
     THOROUGH: {
+        "layout": START,
         "lr": 0.0005,
         "temperature": 1.0,
         "chunk": 64,
@@ -96,25 +185,27 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 """Named sets of constants, as changes to the defaults. `design` is the original's, made for six passes over the same
-text in 550 seconds; the others have no deadline, so that no score depends on a machine's speed. They are from a sweep
-of one pass of score_first (bench/sweep.py): `thorough` is its end, but for adapting to documents of 66 to 511 tokens,
-which was worth nothing; `quick` is the best row with the design's one step for 256 targets, at the temperature of the
-other."""
+text in 550 seconds. The others have no deadline and the layout `start`, so that no score depends on a machine's speed
+or on later text. They are from a sweep of one pass of score_first (bench/sweep.py), in the layout `original`:
+`thorough` is its end, but for adapting to documents of 66 to 511 tokens, which was worth nothing; `quick` is the best
+row with the design's one step for 256 targets, at the temperature of the other."""
 
 
 def ttt_preset(name: str | None = None, protocol: str = SCORE_FIRST) -> TTTConfig:
     """The config of a preset under `protocol`. None: `quick` for score_first, `design` for the leaky protocols.
 
-    Presets are `quick`, `thorough` and `design`. ConfigError: a name or a protocol that does not exist.
+    Presets are `quick`, `thorough` and `design`. The leaky protocols keep the layout `original`. ConfigError: a name or
+    a protocol that does not exist.
 
-    Example: config = ttt_preset("thorough").override({"min_tokens": 64})
+    Example: config = ttt_preset("thorough").override({"adapt_from": 512})
     """
     config = TTTConfig(protocol=protocol)
     if name is None:
         name = DESIGN if config.is_leaky else QUICK
     if name not in PRESETS:
         raise ConfigError(f"there is no preset {name!r}; allowed: {', '.join(PRESETS)}")
-    return config.override(PRESETS[name])
+    changes = PRESETS[name] | ({"layout": ORIGINAL} if config.is_leaky else {})
+    return config.override(changes)
 
 
 def label(protocol: str) -> str:
@@ -125,11 +216,19 @@ def label(protocol: str) -> str:
 def learning_rate(config: TTTConfig, step: Tensor, chunks: Tensor) -> Tensor:
     """Learning rate of each document's next Adam step; `step` int [B] counts those taken, `chunks` int [B] its chunks.
 
-    score_first: constant, so that it depends on nothing later than the chunk. Leaky protocols: a cosine from lr to
-    lr_floor * lr over that document's own steps, whatever else is in its batch.
+    score_first: lr, which lr_warmup and lr_half change by the targets that are scored when the step is taken: by
+    nothing later than the chunk. Leaky protocols: a cosine from lr to lr_floor * lr over that document's own steps,
+    whatever else is in its batch.
     """
     if not config.is_leaky:
-        return torch.full(step.shape, config.lr, device=step.device)
+        # In float64, which the pool rounds once.
+        rate = torch.full(step.shape, config.lr, dtype=torch.float64, device=step.device)
+        if not (config.lr_warmup or config.lr_half):
+            return rate
+        scored = (config.trained_from + 1 + step // config.steps_per_chunk).double() * config.chunk
+        if config.lr_warmup:
+            rate = rate * (scored / config.lr_warmup).clamp(max=1.0)
+        return rate / (1 + scored / config.lr_half) if config.lr_half else rate
     last = (config.epochs * config.steps_per_chunk * (chunks - 1) - 1).clamp(min=1)
     share = (step / last).clamp(max=1.0)
     cosine = 0.5 * (1 + torch.cos(math.pi * share))

@@ -203,7 +203,7 @@ def _along(result: ScoreResult) -> str:
         if result.config.temperature != 1:
             text += " What the temperature alone gains is in it."
         if not result.config.is_leaky:
-            text += f" The first {result.config.chunk:,} tokens are scored before anything was learned."
+            text += f" The first {result.config.first_adapted:,} tokens are scored before anything was learned."
         if counted < adapted:
             text += f" {adapted - counted:,} more are left out: {why}."
     return f'<p class="note">{escape(text)}</p>'

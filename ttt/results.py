@@ -100,7 +100,7 @@ class DocumentResult:
 
 def is_short(document: Document, config: TTTConfig) -> bool:
     """Whether the document is left to the base model."""
-    return len(document.tokens) < config.min_tokens
+    return not config.adapts(document.targets)
 
 
 def unadapted(

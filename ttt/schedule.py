@@ -1,8 +1,8 @@
 """Which documents go through which chunk in which round.
 
-A round takes up to a batch of documents, one chunk of each, all with windows of one length: chunk j has its window in
-queue min(j, queues - 1). A document that has a slot is ready in exactly one queue. Documents get slots longest first,
-and give them back the moment they end.
+A round takes up to a batch of documents, one chunk of each, all from one queue: the chunks whose windows have one
+length. Queues follow one another along a document. A document that has a slot is ready in exactly one queue. Documents
+get slots longest first, and give them back the moment they end.
 
 The rule. A document's chunks follow one another, so the longest document bounds the number of rounds from below, and
 rounds that it spends alone are the waste to avoid. Each queue q therefore wants as many places as make its work last
@@ -18,6 +18,7 @@ goes first. Within a queue the documents with most left go first, so that the lo
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -25,6 +26,17 @@ from .protocols import TTTConfig
 
 OVERHEAD = 4096
 """Tokens that take as long as the fixed cost of a round: an assumption of the order of rounds, never of a result."""
+
+
+class Queue(NamedTuple):
+    """The chunks from number `first` on, up to those of the next queue, whose windows are of `length` inputs.
+
+    The logits of their targets are divided by `temperature`.
+    """
+
+    first: int
+    length: int
+    temperature: float
 
 
 @dataclass(frozen=True)
@@ -39,22 +51,25 @@ class Round:
     number: np.ndarray
     """which pass"""
     trains: np.ndarray
-    """whether an Adam step follows: not after a document's last chunk"""
+    """whether an Adam step follows"""
+    ends: np.ndarray
+    """whether it is the last chunk of a pass, after which no step follows"""
 
     @property
     def starts(self) -> np.ndarray:
         """Which entries are a document's very first chunk, for which its slot is reset."""
         return (self.chunk == 0) & (self.number == 0)
 
-    @property
-    def ends(self) -> np.ndarray:
-        """Which entries are the last chunk of a pass."""
-        return ~self.trains
 
+def queues_of(config: TTTConfig) -> list[Queue]:
+    """The queues of a config: windows of chunk, 2 * chunk, ..., window inputs, apart where the temperature changes.
 
-def queue_lengths(config: TTTConfig) -> list[int]:
-    """Window length of each queue: chunk, 2 * chunk, ..., window."""
-    return [min(end, config.window) for end in range(config.chunk, config.window + config.chunk, config.chunk)]
+    With the context `cached` all are of `chunk` inputs.
+    """
+    firsts = set(range(-(-config.inputs // config.chunk)))
+    if config.temperature_of(0) != config.temperature:
+        firsts.add(config.trained_from + 1)
+    return [Queue(j, min((j + 1) * config.chunk, config.inputs), config.temperature_of(j)) for j in sorted(firsts)]
 
 
 class Waiting:
@@ -81,19 +96,17 @@ class Waiting:
         return self.visits[self.next] if self.next < len(self.visits) else np.zeros_like(self._rest[0])
 
 
-def visits_of(chunks: Sequence[int], passes: int, queues: int) -> np.ndarray:
-    """Visits int64 [documents, queues] in all passes: one of a pass to each queue but the last, which has the rest."""
-    chunks = np.asarray(chunks, dtype=np.int64)
-    visits = (chunks[:, None] > np.arange(queues)).astype(np.int64)
-    visits[:, -1] = (chunks - (queues - 1)).clip(min=0)
-    return passes * visits
+def visits_of(chunks: Sequence[int], passes: int, firsts: Sequence[int]) -> np.ndarray:
+    """Visits int64 [documents, queues] in all passes, of queues whose first chunks are `firsts`."""
+    bounds = np.array([*firsts, np.iinfo(np.int64).max])
+    return passes * np.diff(np.minimum(np.asarray(chunks, dtype=np.int64)[:, None], bounds), axis=1)
 
 
 class Schedule:
     """The rounds of documents of `chunks` chunks each, longest first, through `passes` passes and `slots` slots.
 
-    `rows` are the numbers of places that a round may have. `waiting` hands out the documents; all of them, where it is
-    left out. Iterating gives the rounds; it is done once.
+    `rows` are the numbers of places that a round may have. No chunk before number `trained_from` is trained on.
+    `waiting` hands out the documents; all of them, where it is left out. Iterating gives the rounds; it is done once.
     """
 
     def __init__(
@@ -101,8 +114,9 @@ class Schedule:
         chunks: Sequence[int],
         passes: int,
         slots: int,
-        lengths: Sequence[int],
+        queues: Sequence[Queue],
         rows: Sequence[int],
+        trained_from: int = 0,
         waiting: Waiting | None = None,
     ):
         self.chunks = np.asarray(chunks, dtype=np.int64)
@@ -110,9 +124,10 @@ class Schedule:
             raise ValueError("documents come longest first")
         if (self.chunks < 1).any():
             raise ValueError("a document without targets has nothing to adapt")
-        self.passes, self.lengths = passes, np.asarray(lengths, dtype=np.int64)
+        self.passes, self.trained_from = passes, trained_from
+        self.firsts, self.lengths = (np.array([queue[i] for queue in queues], dtype=np.int64) for i in range(2))
         self.rows = np.unique(np.asarray(rows, dtype=np.int64))
-        self._visits = visits_of(self.chunks, passes, len(self.lengths))
+        self._visits = visits_of(self.chunks, passes, self.firsts)
         self._waiting = waiting or Waiting(self._visits.copy())
         self._held = np.zeros(len(self.lengths), dtype=np.int64)
         self._document = np.full(slots, -1, dtype=np.int64)
@@ -142,7 +157,7 @@ class Schedule:
         taken = np.flatnonzero(self._document >= 0)
         # Most left first; a tie goes to the document that was given first.
         order = taken[np.lexsort((self._document[taken], -self._steps[taken]))]
-        queue_of = np.minimum(self._chunk[order], len(self.lengths) - 1)
+        queue_of = np.searchsorted(self.firsts, self._chunk[order], side="right") - 1
         best = None
         for queue in range(len(self.lengths)):
             ready = order[queue_of == queue]
@@ -171,12 +186,13 @@ class Schedule:
 
     def _take(self, queue: int, rows: int, slots: np.ndarray) -> Round:
         document, chunk, number = self._document[slots], self._chunk[slots].copy(), self._pass[slots].copy()
-        trains = chunk + 1 < self.chunks[document]
-        taken = Round(queue, rows, document, slots, chunk, number, trains)
+        ends = chunk + 1 == self.chunks[document]
+        trains = ~ends & (chunk >= self.trained_from)
+        taken = Round(queue, rows, document, slots, chunk, number, trains, ends)
         self._held[queue] -= len(slots)
         self._visits[document, queue] -= 1
         self._steps[slots] -= 1
-        self._chunk[slots] = np.where(trains, chunk + 1, 0)
-        self._pass[slots] = number + ~trains
+        self._chunk[slots] = np.where(ends, 0, chunk + 1)
+        self._pass[slots] = number + ends
         self._document[slots[self._steps[slots] == 0]] = -1
         return taken

@@ -3,7 +3,7 @@
     nll_j   = NLL of the chunk's targets inside its window, under the document's adapter         (recorded)
     adapter <- Adam(adapter, grad mean(nll_j)),   steps_per_chunk times, where a place trains
 
-The mathematics are those of scorer.adapted_nll and AdapterPool; this is the form for a GPU. Shapes are fixed, every
+The mathematics are those of the eager oracle in the tests; this is the form for a GPU. Shapes are fixed, every
 index is a tensor and nothing waits for the device, so that a step can be captured in a CUDA graph. Windows lie so that
 the chunk is among their last `chunk` inputs. The head, and all of the last block after its attention, run on those
 alone, and neither a gather nor a scatter is needed between them. Gradients exist from block 0's QKV upwards only. The
@@ -22,13 +22,16 @@ from ..model.ranges import phase
 from ..model.weights import Weights
 from .adapters import AdapterPool
 from .protocols import learning_rate
+from .ring import LEAD, Ring, RingContext
+from .schedule import Queue
 
-SLOT, TRAINED, START, LENGTH, FIRST, RECORD, FRESH, CHUNKS = range(8)
-"""The fields of a plan, int32 [8, batch]. A place: its slot; its slot again if it trains, else -1; where its window
-starts in the tokens; the window's inputs; the first of them that is scored; the row of the record. FRESH and CHUNKS
-list the slots that a document enters in this round, and its chunks, from the first entry on."""
+SLOT, TRAINED, START, LENGTH, FIRST, RECORD, FILLED, FRESH, CHUNKS = range(9)
+"""The fields of a plan, int32 [9, batch]. A place: its slot; its slot again if it trains, else -1; where its window
+starts in the tokens; the window's inputs; the first of them that is scored; the row of the record; the document's
+tokens before the window. FRESH and CHUNKS list the slots that a document enters in this round, and its chunks, from the
+first entry on."""
 
-FIELDS = 8
+FIELDS = 9
 
 
 def clear_plan(plan: Tensor | np.ndarray) -> None:
@@ -39,7 +42,7 @@ def clear_plan(plan: Tensor | np.ndarray) -> None:
 
 
 class EngineStep:
-    """The step for windows of `length` inputs and `rows` places.
+    """The step for `rows` places of the windows of `queue`; with a `ring`, in the context that it keeps.
 
     It reads the first `rows` places of `plan`, the documents' `tokens` int32 [any], and the `chunks` int64 [slots] of
     the document in each slot; it writes `record` (fp32, fp64 for a float64 model) and the pool. `record` holds rows of
@@ -54,18 +57,21 @@ class EngineStep:
         record: Tensor,
         plan: Tensor,
         chunks: Tensor,
-        length: int,
+        queue: Queue,
         rows: int,
         backend: str | None = None,
+        ring: Ring | None = None,
     ):
         self.weights, self.pool, self.ttt, self.backend = weights, pool, pool.ttt, backend
         self.tokens, self.record, self.plan, self.chunks = tokens, record, plan, chunks
-        self.length, self.rows = length, rows
+        self.rows, length = rows, queue.length
+        self.loss = weights.config.logit_softcap, queue.temperature
         self.writes_pool = backend == "triton" or (backend is None and tokens.is_cuda)
+        self.ring = ring
         cos, sin = weights.rotary(length, self.ttt.window)
         self.rotary = cos[:length].contiguous(), sin[:length].contiguous()
-        column = torch.arange(length, device=tokens.device)
-        self.column, self.scored = column, column[-self.ttt.chunk :]
+        self.column = torch.arange(0 if ring is None else -LEAD, length, device=tokens.device)
+        self.scored = self.column[-self.ttt.chunk :]
         self.nowhere = len(record) - torch.arange(rows * self.ttt.chunk, device=tokens.device).view(rows, -1) - 1
 
     @torch.no_grad()
@@ -78,12 +84,15 @@ class EngineStep:
         """
         slots, inputs, targets, place = self._inputs()
         *blocks, head_a, head_b = self._parts(self.pool.params)
-        hidden = self._hidden(inputs, Adapters(slots, blocks)).requires_grad_()
+        context = self._context()
+        hidden = self._hidden(inputs, Adapters(slots, blocks), context).requires_grad_()
         with torch.enable_grad():
             nll = lora_head_nll(
-                hidden, self.weights.head, head_a, head_b, targets, *self._loss, slots=slots, backend=self.backend
+                hidden, self.weights.head, head_a, head_b, targets, *self.loss, slots=slots, backend=self.backend
             ).detach()
         self._write(nll, place)
+        if context is not None:
+            context.write(self.backend)
 
     def train(self) -> None:
         """Record the NLL of every place's chunk, then take the Adam steps of the places that train."""
@@ -91,16 +100,15 @@ class EngineStep:
         trained = self.plan[TRAINED, : self.rows]
         # A chunk that is trained on is whole: its mean is over `chunk` targets.
         share = ((trained >= 0).to(self.record.dtype) / self.ttt.chunk)[:, None].expand_as(targets).contiguous()
+        context = self._context()
         for step in range(self.ttt.steps_per_chunk):
-            nll = self._gradients(slots, inputs, targets, share)
+            nll = self._gradients(slots, inputs, targets, share, context)
             if step == 0:
                 self._write(nll, place)
             with phase("optimizer"), torch.no_grad():
                 self._update(trained)
-
-    @property
-    def _loss(self) -> tuple[float, float]:
-        return self.weights.config.logit_softcap, self.ttt.temperature
+        if context is not None:
+            context.write(self.backend)
 
     @torch.no_grad()
     def _inputs(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -111,19 +119,23 @@ class EngineStep:
         """
         slots = self.plan[SLOT, : self.rows]
         start, length, first, row = (self.plan[field, : self.rows, None].long() for field in range(START, RECORD + 1))
-        inputs = self.tokens[start + torch.minimum(self.column, length - 1)]
+        at = start + torch.minimum(self.column, length - 1)
+        inputs = self.tokens[at if self.ring is None else at.clamp(min=0)]
         exists = (self.scored >= first) & (self.scored < length)
         at = start + torch.minimum(self.scored, length - 1) + 1
         targets = torch.where(exists, self.tokens[at], -100)
         return slots, inputs, targets, torch.where(exists, row * len(self.tokens) + at, self.nowhere)
 
-    def _gradients(self, slots: Tensor, inputs: Tensor, targets: Tensor, share: Tensor) -> Tensor:
+    def _gradients(
+        self, slots: Tensor, inputs: Tensor, targets: Tensor, share: Tensor, context: RingContext | None
+    ) -> Tensor:
         """The NLL [rows, chunk]; the gradient of sum(share * NLL) goes to the pool's rows of `slots`."""
         *blocks, head_a, head_b = self._parts(self.pool.params)
         *block_grads, head_a_grad, head_b_grad = self._parts(self.pool.grads)
         leaves = [part.detach().requires_grad_() for part in blocks]
         with phase("forward"), torch.enable_grad():
-            hidden = self._hidden(inputs, Adapters(slots, leaves, block_grads if self.writes_pool else None))
+            adapters = Adapters(slots, leaves, block_grads if self.writes_pool else None)
+            hidden = self._hidden(inputs, adapters, context)
         with phase("backward"):
             nll, dhidden = lora_head_nll_grads_(
                 hidden.detach(),
@@ -134,7 +146,7 @@ class EngineStep:
                 share,
                 head_a_grad,
                 head_b_grad,
-                *self._loss,
+                *self.loss,
                 slots=slots,
                 backend=self.backend,
             )
@@ -165,8 +177,15 @@ class EngineStep:
         with torch.no_grad():
             self.record.index_copy_(0, place.flatten(), nll.flatten().to(self.record.dtype))
 
-    def _hidden(self, inputs: Tensor, adapters: Adapters) -> Tensor:
-        return network.hidden(self.weights, inputs, self.rotary, adapters, self.ttt.chunk, backend=self.backend)
+    @torch.no_grad()
+    def _context(self) -> RingContext | None:
+        if self.ring is None:
+            return None
+        slots, filled, count = (self.plan[field, : self.rows] for field in (SLOT, FILLED, LENGTH))
+        return RingContext.of(self.ring, slots, filled, count, self.scored)
+
+    def _hidden(self, inputs: Tensor, adapters: Adapters, context: RingContext | None) -> Tensor:
+        return network.hidden(self.weights, inputs, self.rotary, adapters, self.ttt.chunk, context, self.backend)
 
     def _parts(self, rows: Tensor) -> list[Tensor]:
         return self.pool.views(rows, len(rows))

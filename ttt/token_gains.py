@@ -57,13 +57,13 @@ class TokenGains:
         self.targets, self.reached = np.zeros(bins, np.int64), np.zeros(bins, np.int64)
         self.documents = 0
         self.example: Example | None = None
-        long = [i for i, document in enumerate(documents) if len(document.tokens) >= config.min_tokens]
+        long = [i for i, document in enumerate(documents) if config.adapts(document.targets)]
         # By the hash of the name, so that no score can influence which documents are candidates.
         digest = {i: hashlib.sha256(os.fsencode(documents[i].name)).digest() for i in long}
         self._candidates = set(heapq.nsmallest(CANDIDATES, long, key=lambda i: (digest[i], i)))
         self._sampled = len(long) > CANDIDATES
         self._kept: dict[int, tuple[int, np.ndarray]] = {}
-        self._chunk = config.chunk
+        self._adapted = config.first_adapted
 
     def add(self, index: int, base: np.ndarray, adapted: np.ndarray) -> None:
         """Take in document `index`: the NLL, in nats [n], that both models give its first n targets."""
@@ -77,8 +77,8 @@ class TokenGains:
         self.reached[:bins] += 1
         self.documents += 1
         if index in self._candidates:
-            # From the second chunk on, where there is one: before the first nothing was learned.
-            begin = max(len(gain) - SHOWN, self._chunk if len(gain) > self._chunk else 0)
+            # From the first target on that a step could change, where there is one.
+            begin = max(len(gain) - SHOWN, self._adapted if len(gain) > self._adapted else 0)
             self._kept[index] = begin, gain[begin:].astype(np.float32)
 
     def choose(self, documents: Sequence[Document], results: Sequence[DocumentResult]) -> None:

@@ -122,15 +122,15 @@ class LanguageModel:
     ) -> ScoreResult:
         """Bits per byte of the model while it adapts to each document: every one gets an adapter of its own.
 
-        `.totals()` has "base_bpb" and "adapted_bpb", `.documents` those of each. Documents under `min_tokens` tokens
-        are left to the base model. `preset`: "quick" (the default), "thorough" or "design"; `settings` are fields of
-        :class:`~klora.ttt.TTTConfig`, such as `min_tokens=64`. The weights do not change; they require no
-        gradient afterwards.
+        `.totals()` has "base_bpb" and "adapted_bpb", `.documents` those of each. Documents that end before an adapter
+        could have learned are left to the base model. `preset`: "quick" (the default), "thorough" or "design";
+        `settings` are fields of :class:`~klora.ttt.TTTConfig`, such as `chunk=64`. The weights do not change; they
+        require no gradient afterwards.
 
         ConfigError: no such preset, protocol or setting. TokenizerError: a document that is no text. NonFiniteScore: an
         NLL that is no number, as of an adapter that diverged.
 
-        Example: totals = lm.adapt({"notes": "one text"}, min_tokens=64).totals()
+        Example: totals = lm.adapt({"notes": "one text"}, chunk=64).totals()
         """
         config: TTTConfig = ttt_preset(preset, protocol).override(settings)
         facts = facts_of_texts(self.tokenizer)

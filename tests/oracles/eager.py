@@ -27,13 +27,13 @@ def token_nll(model, document, config) -> list[np.ndarray]:
     for _ in range(config.passes):
         found = []
         for j in range(chunks):
-            is_last = j + 1 == chunks
-            for step in range(1 if is_last else config.steps_per_chunk):
-                with torch.set_grad_enabled(not is_last):
+            trains = j + 1 < chunks and j >= config.trained_from
+            for step in range(config.steps_per_chunk if trains else 1):
+                with torch.set_grad_enabled(trains):
                     nll = _chunk_nll(model, params, tokens, j, config)
                 if step == 0:
                     found.append(nll.detach())
-                if not is_last:
+                if trains:
                     gradients = torch.autograd.grad(nll.mean(), params)
                     lr = learning_rate(config, torch.tensor([taken]), torch.tensor([chunks])).item()
                     taken += 1
@@ -55,14 +55,16 @@ def adapt(model, documents, config) -> Adapted:
 
 
 def _chunk_nll(model, params, tokens, j: int, config):
-    """NLL of chunk j's targets, inside a window that ends with it."""
-    first, end = j * config.chunk, min((j + 1) * config.chunk, len(tokens) - 1)
-    start = max(0, end - config.window)
+    """NLL of chunk j's targets, inside a window that ends with it, or where it would end were it whole."""
+    first, whole = j * config.chunk, (j + 1) * config.chunk
+    end, from_start = min(whole, len(tokens) - 1), config.layout == "start"
+    start = max(0, (whole if from_start else end) - config.window)
+    temperature = 1.0 if from_start and j <= config.trained_from else config.temperature
     *blocks, head_a, head_b = params
     window = tokens[None, start:end]
     hidden = model.hidden(window, Adapters(None, blocks), rotary_length=config.window, backend="reference")
     hidden = hidden[0, first - start :]
     z = hidden @ model.embed.to(hidden.dtype).T + hidden @ head_a[0].T @ head_b[0].T
     cap = model.config.softcap
-    logits = (cap * torch.tanh(z / cap) if cap else z) / config.temperature
+    logits = (cap * torch.tanh(z / cap) if cap else z) / temperature
     return -logits.log_softmax(-1).gather(1, tokens[first + 1 : end + 1, None])[:, 0]
