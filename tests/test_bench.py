@@ -224,7 +224,7 @@ def test_the_command_ends_with_status_1_when_a_baseline_is_beaten(tmp_path):
     wrong = klora("bench", "attention", "--check", Path(__file__), check=2)
     assert "is no benchmark record: it is not JSON" in wrong.stderr
     unknown = klora("bench", "atention", check=2)
-    assert "there is no group 'atention'; allowed: ceilings, attention, step, ttt, corpus" in unknown.stderr
+    assert "there is no group 'atention'; allowed: ceilings, attention, step, training, ttt, corpus" in unknown.stderr
     with pytest.raises(UnknownGroup):
         entries_of(["atention"])
 

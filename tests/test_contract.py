@@ -18,6 +18,7 @@ import torch
 from klora.bench.tolerance import assert_as_exact, relative_error
 from klora.kernels import (
     bigram_embedding,
+    cache_write_,
     cached_attention,
     causal_attention,
     int6_linear,
@@ -460,7 +461,9 @@ def every_op() -> dict[str, Callable]:
     into = {"dnll": torch.ones(2, 5), **{f"d{name}": head.floats[name].clone() for name in ("lora_a", "lora_b")}}
     pools, step, lr = [torch.rand(3, 10) for _ in range(4)], torch.zeros(3, dtype=torch.int64), torch.ones(3)
     x, matrix, pair = torch.rand(2, 64), quantize_int6(torch.rand(64, 64)), ([torch.rand(8, 8)], [torch.rand(8, 8)])
+    rings, chunk, counts = [torch.rand(2, 8, 1, 16) for _ in range(2)], torch.rand(2, 3, 1, 16), torch.tensor([0, 1])
     return calls | {
+        "cache_write_": partial(cache_write_, *rings, chunk, chunk.clone(), counts, counts, counts),
         "lora_head_nll_grads_": partial(lora_head_nll_grads_, **head.floats, **head.more, **into),
         "lora_adam_": partial(lora_adam_, *pools, step, lr),
         "int6_linear": partial(int6_linear, x, matrix),

@@ -86,7 +86,7 @@ def test_every_output_says_how_many_documents_were_left_out(tmp_path, tokenizer,
     for number in range(8):
         (tmp_path / "texts" / f"{number}.txt").write_text(words(number, 60))
     monkeypatch.setattr(MODULE, "grid", lambda config: [{}, {"lr": 0.001}])
-    sets = [part for pair in ("chunk=16", "window=64", "min_tokens=64") for part in ("--set", pair)]
+    sets = [part for pair in ("chunk=16", "window=64") for part in ("--set", pair)]
     command = ["score", tmp_path / "m.klora", "--text", tmp_path / "texts", "--out", tmp_path / "out", *sets, "--sweep"]
     shown = klora(*command).stdout.replace("\n", "")
     stored = json.loads((tmp_path / "out" / "score.json").read_text())

@@ -36,7 +36,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..registration import custom_op, keep_output, refuse_gradients
+from ..registration import custom_op, keep_output, refuse_gradients, resolve_backend
 from ..slots import is_in_pool, rows_of_slots
 from ..tile import aligned
 from .backward import launch_backward
@@ -219,7 +219,7 @@ def cached_attention(
 
     Example: out = cached_attention(q, k, v, cache_k, cache_v, slots, filled, window=12)
     """
-    backend = pick_backend(backend, q)
+    backend = resolve_backend(backend, q)
     if q.dim() != 4 or not q.size(2):
         raise ValueError(f"q is {_describe(q)}; wanted [B, T, H, d] with at least one head")
     _validate_chunk(k, v, q.size(2), list(q.shape), q.dtype, q.device)
@@ -255,7 +255,7 @@ def cache_write_(
 
     Example: cache_write_(cache_k, cache_v, k, v, slots, filled, count)
     """
-    backend = pick_backend(backend, k)
+    backend = resolve_backend(backend, k)
     if k.dim() != 4 or not k.size(2):
         raise ValueError(f"k is {_describe(k)}; wanted [B, T, G, d] with at least one head")
     _validate_chunk(k, v, k.size(2), list(k.shape), k.dtype, k.device)
@@ -267,13 +267,6 @@ def cache_write_(
     else:
         _validate_kernel(k)
         _write_op(*tensors)
-
-
-def pick_backend(backend: str | None, tensor: Tensor) -> str:
-    backend = backend or ("triton" if tensor.is_cuda else "reference")
-    if backend not in ("reference", "triton"):
-        raise ValueError(f"backend is {backend!r}; allowed: 'reference', 'triton' or None")
-    return backend
 
 
 def validate_cache(cache_k, cache_v, slots, filled, window, shape, like, slots_name="slots") -> None:
