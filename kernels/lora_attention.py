@@ -130,8 +130,8 @@ def _op(
     adapters, packed = adapters_and_packed(x, lora_a, lora_b, slots, sizes)
     made = launch_forward(aligned(x), aligned(weight), adapters, sizes, Rotary(cos, sin, gain, head_dim))
     out = x.new_empty(x.size(0), tail, sizes[0])
-    _, lse = attention_forward(*_heads(made[:3], head_dim), tail, *_heads([out], head_dim))
-    return [out, lse, *made[:4], *packed, made.rstd_q, made.rstd_k]
+    _, lse = attention_forward(*_heads(made.outs, head_dim), tail, *_heads([out], head_dim))
+    return [out, lse, *made.outs, made.xa, *packed, made.rstd_q, made.rstd_k]
 
 
 @_op.register_fake

@@ -19,6 +19,8 @@ from klora.kernels import (
     lora_head_nll,
     lora_head_nll_grads_,
     lora_head_nll_ref,
+    lora_linear,
+    lora_mlp,
     lora_qkv,
     lora_qkv_rope,
     norm_rotary,
@@ -74,6 +76,8 @@ def ops(B: int = 2, S: int = 5, dtype: torch.dtype = torch.float32) -> dict[str,
     adapters = {"lora_a": randn(POOL, 3, R, D, **fp32), "lora_b": randn(POOL, sum(SIZES), R, **fp32)}
     head = {"lora_a": randn(POOL, R, D, **fp32), "lora_b": randn(POOL, V, R, **fp32)}
     qkv = {"x": x, "weight": weight, **adapters}
+    mlp = {"up_a": randn(POOL, R, D, **fp32), "up_b": randn(POOL, 48, R, **fp32)}
+    mlp |= {"down_a": randn(POOL, 2, 48, **fp32), "down_b": randn(POOL, D, 2, **fp32)}
     tables = {"cos": cos, "sin": sin, "gain": gain}
     about = {"slots": slots, "sizes": SIZES}
     heads = {"q": randn(B, S, H, HEAD), "k": randn(B, S, G, HEAD)}
@@ -95,6 +99,12 @@ def ops(B: int = 2, S: int = 5, dtype: torch.dtype = torch.float32) -> dict[str,
         "norm_rotary": Op(norm_rotary, {**heads, **tables}, {}, ("cos", "sin"), ("q", "k")),
         "causal_attention": Op(causal_attention, {**heads, "v": randn(B, S, G, HEAD)}, {}, (), ("q", "k", "v")),
         "lora_qkv": Op(lora_qkv, qkv, about),
+        "lora_linear": Op(
+            lora_linear,
+            {"x": x, "weight": weight, "lora_a": adapters["lora_a"][:, 0], "lora_b": adapters["lora_b"]},
+            {"slots": slots},
+        ),
+        "lora_mlp": Op(lora_mlp, {"x": x, "up": randn(48, D), "down": randn(D, 48), **mlp}, {"slots": slots}),
         "lora_qkv_rope": Op(lora_qkv_rope, {**qkv, **tables}, {**about, "head_dim": HEAD}, tuple(tables)),
         "lora_attention": Op(lora_attention, {**qkv, **tables}, {**about, "head_dim": HEAD}, tuple(tables)),
         "qkv_attention": Op(
@@ -116,6 +126,8 @@ WITH_SLOTS = [name for name, op in OPS.items() if "slots" in op.more]
 WITH_ROTARY = [name for name, op in OPS.items() if "cos" in op.floats]
 WITH_TARGETS = [name for name, op in OPS.items() if "targets" in op.more]
 INPUTS = [(name, tensor) for name, op in OPS.items() for tensor in op.floats]
+POOLS = ("lora_a", "lora_b", "bias", "up_a", "up_b", "down_a", "down_b")
+"""The inputs that hold a row for each slot."""
 FREE = {("rms_norm", "triton"): 0, ("residual_norm", "triton"): 2, ("residual_norm", "reference"): 1}
 """How many of the outputs may be changed in place before a backward, where not all of them: the backward of a norm
 reads n (PyTorch's, x_in), and autograd refuses it then."""
@@ -183,7 +195,7 @@ def test_no_documents_and_no_tokens_have_empty_outputs_and_zero_gradients(name, 
 @pytest.mark.parametrize("name", WITH_SLOTS)
 def test_a_pool_of_no_adapters_serves_documents_that_have_none(name, backend):
     op = OPS[name]
-    pools = {tensor: op.floats[tensor][:0] for tensor in ("lora_a", "lora_b", "bias") if tensor in op.floats}
+    pools = {tensor: op.floats[tensor][:0] for tensor in POOLS if tensor in op.floats}
     none = torch.full_like(op.more["slots"], -1)
     empty = gradients(op, backend, slots=none, **pools)
     outputs = len(op(backend))
@@ -237,7 +249,7 @@ def test_a_document_without_a_slot_does_not_read_slot_0(name, backend):
     op = OPS[name]
     slots = torch.tensor([-1, 1], device=DEVICE)
     others = torch.tensor([0, 2, 3], device=DEVICE)
-    pools = [tensor for tensor in ("lora_a", "lora_b", "bias") if tensor in op.floats]
+    pools = [tensor for tensor in POOLS if tensor in op.floats]
     torn = {tensor: op.floats[tensor].index_fill(0, others, math.nan) for tensor in pools}
     same(gradients(op, backend, slots=slots, **torn), gradients(op, backend, slots=slots))
 
