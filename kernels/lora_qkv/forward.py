@@ -17,7 +17,7 @@ from ..rms_norm import EPS
 from ..tile import tiled
 from .adapters import Adapters
 from .heads import Rotary, gains, heads_at_once, norm_rotate_by_quarters, norm_rotate_whole
-from .tiles import PIECES, cleared, eighths, of_three, padded_rank, programs, slot_in_pool
+from .tiles import PIECES, cleared, eighths, is_stacked, of_three, padded_rank, programs, slot_in_pool
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def _forward_kernel(
     x_d, w_d, a_d, b_ptr, slots_ptr, q_d, k_d, v_d, xa_ptr, u_ptr, cos_ptr, sin_ptr, gain_ptr, rstd_q_ptr, rstd_k_ptr,
     b_stride, S, TILES, COUNT,
     NQ: tl.constexpr, NK: tl.constexpr, NV: tl.constexpr, D: tl.constexpr, R: tl.constexpr, RT: tl.constexpr,
-    RP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, HEAD: tl.constexpr,
+    STACKED: tl.constexpr, RP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, HEAD: tl.constexpr,
     HEADS: tl.constexpr, EPS: tl.constexpr, SQUARED: tl.constexpr,
 ):  # fmt: skip
     """A program walks tiles [BM tokens, BN outputs of one projection] in one loop over all steps of all its tiles, so
@@ -125,8 +125,8 @@ def _forward_kernel(
             row_n, row_s = first + n + tl.arange(0, BN), s + tl.arange(0, BM)
             mask, token = row_s < S, b.to(tl.int64) * S + row_s
             named = (slot >= 0) & (slot < COUNT)
-            b_rows = b_ptr + slot.to(tl.int64) * b_stride + row_n[:, None] * (RT if RT else R) + r
-            if RT:
+            b_rows = b_ptr + slot.to(tl.int64) * b_stride + row_n[:, None] * RT + r
+            if STACKED:
                 b_rows += p * R
             lora_b = tl.load(b_rows, (row_n < N)[:, None] & (r < R)[None, :] & named, other=0.0)
             if cos_ptr is not None:
@@ -212,7 +212,8 @@ def launch_forward(
             *of_three([tiled(out, 1, m, n // PIECES) for out in outs], None), xa, u,
             *(rotary[:3] if rotary else (None, None, None)), *rstds,
             adapters.b.stride(0), length, tiles, adapters.b.size(0), *of_three(sizes, 0),
-            D=width, R=rank, RT=adapters.b.size(2) if adapters.is_packed else 0, RP=padded, BM=m, BN=n, BK=k,
+            D=width, R=rank, RT=adapters.b.size(2), STACKED=adapters.is_packed and is_stacked(rank, groups),
+            RP=padded, BM=m, BN=n, BK=k,
             HEAD=head, HEADS=heads_at_once(n, head), EPS=EPS, SQUARED=squared,
             num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip

@@ -29,9 +29,14 @@ def padded_rank(rank: int) -> int:
     return max(16, triton.next_power_of_2(rank))
 
 
-def stacked_rank(rank: int, groups: int = 3) -> int:
-    """Rows of A, those of the three projections stacked, as a power of two."""
-    return padded_rank(rank) if groups == 1 else max(32, triton.next_power_of_2(groups * rank))
+def is_stacked(rank: int, groups: int) -> bool:
+    """Whether the backward takes the rows of A of all projections at once: where they are few."""
+    return groups == 3 and 3 * rank <= 64
+
+
+def stacked_rank(rank: int, groups: int) -> int:
+    """Rows of A that the backward takes at once, as a power of two."""
+    return max(32, triton.next_power_of_2(3 * rank)) if is_stacked(rank, groups) else padded_rank(rank)
 
 
 @triton.jit
