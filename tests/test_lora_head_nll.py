@@ -61,7 +61,7 @@ def joined(results):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize(("B", "S", "D", "V", "R"), [(2, 7, 32, 70, 3), (1, 1, 16, 5, 1), (3, 40, 48, 129, 17)])
+@pytest.mark.parametrize(("B", "S", "D", "V", "R"), [(2, 7, 32, 70, 3), (1, 1, 16, 5, 1), (3, 40, 48, 129, 17), (2, 5, 32, 70, 80), (1, 9, 16, 40, 128)])
 def test_outputs_and_gradients_are_as_exact_as_pytorchs(B, S, D, V, R, dtype):
     # A handful of sums is exact to a rounding or two on both sides, and chance decides which is better: eight draws.
     draws = [draw(B, S, D, V, R, dtype=dtype, seed=seed) for seed in range(1 if S > 7 else 8)]
@@ -262,7 +262,7 @@ def test_it_is_compiled_whole():
         ({"h": torch.zeros(2, 5, 32).half()}, "h is torch.float16 and weight torch.float32"),
         ({"h": torch.zeros(2, 5, 24), "weight": torch.zeros(70, 24)}, "D is 24; the kernel wants a multiple of 16"),
         ({"lora_a": torch.zeros(2, 3, 16)}, r"lora_a is \[2, 3, 16\]; wanted: \[slots, R, 32\]"),
-        ({"lora_a": torch.zeros(2, 65, 32), "lora_b": torch.zeros(2, 70, 65)}, "R from 1 to 64"),
+        ({"lora_a": torch.zeros(2, 129, 32), "lora_b": torch.zeros(2, 70, 129)}, "R from 1 to 128"),
         ({"lora_b": torch.zeros(2, 71, 3)}, r"lora_b is .* \[2, 71, 3\]; wanted: torch.float32 \[2, 70, 3\]"),
         ({"lora_b": torch.zeros(2, 70, 3).half()}, "lora_b is torch.float16"),
         ({"lora_a": torch.zeros(3, 3, 32), "lora_b": torch.zeros(3, 70, 3)}, "3 adapters for 2 batch rows"),
@@ -303,6 +303,9 @@ class TestOnTheGpu:
             (3, 255, 512, 1000, 16, torch.bfloat16),
             (5, 50, 80, 77, 40, torch.bfloat16),
             (2, 1, 16, 3, 64, torch.bfloat16),
+            (3, 255, 512, 1000, 80, torch.bfloat16),
+            (5, 50, 80, 77, 128, torch.bfloat16),
+            (5, 50, 80, 77, 128, torch.float32),
             (5, 50, 80, 77, 16, torch.bfloat16),  # widths to 128 at ranks to 16: see the loop over them in `sweep`
             (3, 100, 128, 300, 8, torch.bfloat16),
             (5, 50, 80, 77, 16, torch.float16),

@@ -8,7 +8,7 @@ from ..slots import is_in_pool
 from .launch import is_packed, launchable, outputs
 from .reference import check_softcap, lora_head_nll_ref, softcap_nll_ref
 
-MAX_RANK = 64
+MAX_RANK = 128
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 INTEGERS = (torch.int32, torch.int64)
 
@@ -171,7 +171,7 @@ def lora_head_nll(
 ) -> Tensor:
     """nll fp32 [B, S] of `targets` int32 or int64 [B, S] for `h` [B, S, D], row b adapted by slot slots[b].
 
-    `weight` is [V, D] in h's dtype; `lora_a` [slots, R, D] and `lora_b` [slots, V, R] have one float dtype, R up to 64.
+    `weight` is [V, D] in h's dtype; `lora_a` [slots, R, D] and `lora_b` [slots, V, R] have one float dtype, R up to 128.
     `slots` is int32 or int64 [B]; None takes slot b for row b. A slot outside the pool is no adapter. h, weight, lora_a
     and lora_b get gradients.
 

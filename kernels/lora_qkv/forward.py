@@ -12,12 +12,11 @@ import triton.language as tl
 from torch import Tensor
 
 from ..dot import multiply_add
-from ..linear.product import relu
 from ..rms_norm import EPS
 from ..tile import tiled
 from .adapters import Adapters
 from .heads import Rotary, gains, heads_at_once, norm_rotate_by_quarters, norm_rotate_whole
-from .tiles import PIECES, cleared, eighths, is_stacked, of_three, padded_rank, programs, slot_in_pool
+from .tiles import PIECES, cleared, eighths, is_stacked, of_three, padded_rank, programs, slot_in_pool, store_squares
 
 
 @dataclass(frozen=True)
@@ -75,7 +74,7 @@ def _forward_kernel(
     """A program walks tiles [BM tokens, BN outputs of one projection] in one loop over all steps of all its tiles, so
     that the loads of a tile start while the one before it is finished, whose rounded pieces are stored one a step.
     Neighbours work on the same tokens: x comes from the L2 cache. One product is q alone, without k_d and v_d; SQUARED,
-    relu(u)^2 of it leaves, and u, where u_ptr is given.
+    relu(u)^2 of it leaves, at once, for want of registers; and u, where u_ptr is given.
     """
     GROUPS: tl.constexpr = 1 if v_d is None else 3
     TQ: tl.constexpr = (NQ + BN - 1) // BN
@@ -143,11 +142,8 @@ def _forward_kernel(
             # R rows of A were wanted and RP loaded: those past R belong to the next projection
             inner = tl.where((r < R)[None, :], xa, 0.0).to(DTYPE)
             acc = multiply_add(inner, lora_b.T, acc)
-            if SQUARED:
-                if u_ptr is not None:
-                    tl.store(u_ptr + token[:, None] * N + row_n, acc.to(DTYPE), mask[:, None] & (row_n < N)[None, :])
-                acc = relu(acc)
-                acc *= acc
+            if u_ptr is not None:
+                tl.store(u_ptr + token[:, None] * N + row_n, acc.to(DTYPE), mask[:, None] & (row_n < N)[None, :])
             if STEPS < 8:
                 for _ in range(left):
                     _store_piece(q_d, k_d, v_d, done_p, done_b, done_s, done_n, y0, BM, W)
@@ -170,9 +166,12 @@ def _forward_kernel(
                         )
                 else:
                     y0, y1, y2, y3, y4, y5, y6, y7 = eighths(acc.to(DTYPE), BM, BN)
-            else:
+            elif not SQUARED:
                 y0, y1, y2, y3, y4, y5, y6, y7 = eighths(acc.to(DTYPE), BM, BN)
-            left, done_b, done_s, done_p, done_n = 8, b, s, p, n
+            if SQUARED:
+                store_squares(q_d, acc, b, s, n, BM, BN)
+            else:
+                left, done_b, done_s, done_p, done_n = 8, b, s, p, n
             if n == 0:
                 tl.store(xa_ptr + (token[:, None] * GROUPS + p) * RP + r, inner, mask[:, None])
             acc = cleared(BM, BN, DTYPE)

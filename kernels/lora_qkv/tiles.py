@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..linear.product import times_slope
+from ..linear.product import relu, times_slope
 from ..tile import halves, multiprocessors
 
 PIECES = 8
@@ -69,6 +69,27 @@ def eighths(tile, M: tl.constexpr, N: tl.constexpr):
     c0, c1 = halves(c, M, N // 4)
     d0, d1 = halves(d, M, N // 4)
     return a0, a1, b0, b1, c0, c1, d0, d1
+
+
+@triton.jit
+def _store_square(out_d, piece, b, s, n, M: tl.constexpr, N: tl.constexpr):
+    piece = relu(piece)
+    out_d.store([b, s, n], (piece * piece).to(out_d.dtype).reshape(1, M, N))
+
+
+@triton.jit
+def store_squares(out_d, tile, b, s, n, M: tl.constexpr, N: tl.constexpr):
+    """As :func:`store_tile`, relu(tile)^2."""
+    W: tl.constexpr = N // 8
+    p0, p1, p2, p3, p4, p5, p6, p7 = eighths(tile, M, N)
+    _store_square(out_d, p0, b, s, n, M, W)
+    _store_square(out_d, p1, b, s, n + W, M, W)
+    _store_square(out_d, p2, b, s, n + 2 * W, M, W)
+    _store_square(out_d, p3, b, s, n + 3 * W, M, W)
+    _store_square(out_d, p4, b, s, n + 4 * W, M, W)
+    _store_square(out_d, p5, b, s, n + 5 * W, M, W)
+    _store_square(out_d, p6, b, s, n + 6 * W, M, W)
+    _store_square(out_d, p7, b, s, n + 7 * W, M, W)
 
 
 @triton.jit
