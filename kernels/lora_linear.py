@@ -25,9 +25,7 @@ from .slots import rows_of_slots
 from .tile import aligned
 
 
-def lora_linear_ref(
-    x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, slots: Tensor | None = None
-) -> Tensor:
+def lora_linear_ref(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, slots: Tensor | None = None) -> Tensor:
     """y [B, S, N] of `x` [B, S, K], in its float dtype: x W^T + (x A^T) B^T with each document's A and B.
 
     `weight` is [N, K] in x's dtype. `lora_a` [slots, R, K] and `lora_b` [slots, N, R] are cast to x's dtype. `slots`

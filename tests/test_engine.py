@@ -483,7 +483,7 @@ def test_the_backward_keeps_what_the_memory_estimate_says(monkeypatch):
     monkeypatch.setattr(EngineStep, "_hidden", watched)
     docs = documents((96, 96))
     adapt_documents(randomized(shape).requires_grad_(False), docs, config, Deadline(0), backend="triton")
-    planned = 4 * config.batch * config.window * kept_by_autograd(shape, config.lora_rank)
+    planned = 4 * config.batch * config.window * kept_by_autograd(shape, config)
     assert 0.8 * planned < max(steps) < planned
 
 

@@ -70,9 +70,9 @@ def naive_score_first(model, doc: Document, config: TTTConfig) -> tuple[float, l
         for step in range(config.steps_per_chunk):
             for part, view in zip(params, pool.views(pool.params, 1), strict=True):
                 view.copy_(part.detach())
-            adapters, (head_a, head_b) = pool.adapters(1)
+            adapters, head = pool.adapters(1)
             hidden = model.hidden(tokens[None, start:end], adapters)[0, first - start :]
-            z = hidden @ model.embed.T + hidden @ head_a[0].T @ head_b[0].T
+            z = hidden @ model.embed.T + (0.0 if head is None else hidden @ head.a[0].T @ head.b[0].T)
             logits = model.config.softcap * torch.tanh(z / model.config.softcap) / config.temperature
             nll = -logits.log_softmax(-1).gather(1, tokens[first + 1 : end + 1, None])[:, 0]
             if step == 0:

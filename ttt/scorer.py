@@ -19,11 +19,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..kernels import lora_head_nll_ref
 from ..model.gpt import GPT
 from ..model.ranges import phase
 from .adapters import AdapterPool
 from .documents import Document
+from .head import head_nll_ref
 from .protocols import MIN_NLL, TTTConfig, learning_rate
 
 
@@ -89,11 +89,11 @@ class Batch:
 
 def adapted_nll(model: GPT, pool: AdapterPool, rows: int, inputs: Tensor, at: Tensor, targets: Tensor) -> Tensor:
     """NLL [rows, chunk] of `targets` under the adapters of the first `rows` slots."""
-    adapters, (head_a, head_b) = pool.adapters(rows)
+    adapters, head = pool.adapters(rows)
     hidden = model.hidden(inputs, adapters, rotary_length=pool.ttt.window, backend="reference")
     hidden = hidden.gather(1, at[..., None].expand(-1, -1, hidden.size(-1)))
     weight = model.embed.to(hidden.dtype)
-    return lora_head_nll_ref(hidden, weight, head_a, head_b, targets, model.config.logit_softcap, pool.ttt.temperature)
+    return head_nll_ref(hidden, weight, head, targets, model.config.logit_softcap, pool.ttt.temperature)
 
 
 def adapt_batch(

@@ -171,9 +171,9 @@ def lora_head_nll(
 ) -> Tensor:
     """nll fp32 [B, S] of `targets` int32 or int64 [B, S] for `h` [B, S, D], row b adapted by slot slots[b].
 
-    `weight` is [V, D] in h's dtype; `lora_a` [slots, R, D] and `lora_b` [slots, V, R] have one float dtype, R up to 128.
-    `slots` is int32 or int64 [B]; None takes slot b for row b. A slot outside the pool is no adapter. h, weight, lora_a
-    and lora_b get gradients.
+    `weight` is [V, D] in h's dtype; `lora_a` [slots, R, D] and `lora_b` [slots, V, R] have one float dtype, R up to
+    128. `slots` is int32 or int64 [B]; None takes slot b for row b. A slot outside the pool is no adapter. h, weight,
+    lora_a and lora_b get gradients.
 
     `softcap`, `temperature` and targets are those of :func:`softcap_nll`. `backend` is "reference" or "triton"; None
     takes the reference on a CPU and the kernel on a GPU.

@@ -135,13 +135,9 @@ def _dx_kernel(
             if d == 0:
                 t_rows = t_ptr + (b.to(tl.int64) * S + row_s)[:, None] * (PARTS * RT) + part * RT + j
                 tl.store(t_rows, rounded, (row_s < S)[:, None])
-            if WITH_DX:
-                if PARTS == 1:
-                    _store_dx(dx_d, kept_d, dx, b, s, d, BM, BD)
-                    dx = cleared(BM, BD, DTYPE)
-                elif step == STEPS - 1:
-                    _store_dx(dx_d, kept_d, dx, b, s, d, BM, BD)
-                    dx = cleared(BM, BD, DTYPE)
+            if WITH_DX and (PARTS == 1 or step == STEPS - 1):
+                _store_dx(dx_d, kept_d, dx, b, s, d, BM, BD)
+                dx = cleared(BM, BD, DTYPE)
             t = cleared(BM, RT, DTYPE)
 
 

@@ -44,8 +44,8 @@ def lora_qkv(
     the same. Only the kernel takes it.
 
     `backend` is "reference" or "triton"; None takes the reference on a CPU and the kernel on a GPU. The kernel takes
-    bfloat16, float16 or float32, R up to 128, and D and sizes that are multiples of 16. It copies x, weight and incoming
-    gradients that are not aligned rows (16 bytes), and adapters whose rows have gaps.
+    bfloat16, float16 or float32, R up to 128, and D and sizes that are multiples of 16. It copies x, weight and
+    incoming gradients that are not aligned rows (16 bytes), and adapters whose rows have gaps.
     ValueError: other shapes, dtypes, ranks, sizes or backends, tensors on several devices, `grads` with the reference.
 
     Example: q, k, v = lora_qkv(x, weight, lora_a, lora_b, slots, sizes)
