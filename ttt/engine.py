@@ -27,7 +27,7 @@ from ..model.ranges import phase
 from ..model.weights import frozen_weights
 from .adapters import AdapterLayout, AdapterPool
 from .documents import Document
-from .protocols import MIN_NLL, TTTConfig
+from .protocols import MIN_NLL, TARGETS, TTTConfig
 from .schedule import Round, Schedule, Waiting, queue_lengths, visits_of
 from .scorer import Adapted, Deadline
 from .step import (
@@ -61,16 +61,23 @@ Shape = tuple[int, int, bool]
 """What one step is made for: queue, places, and whether it trains."""
 
 
+def padded_rank(rank: int) -> int:
+    """Numbers that a LoRA keeps of an input: a power of two, at least 16; none without one."""
+    return max(16, 1 << (rank - 1).bit_length()) if rank else 0
+
+
 def kept_by_autograd(shape: ModelConfig, config: TTTConfig) -> int:
     """Numbers that a training step keeps for its backward, for each input of the window, in the compute dtype.
 
     In each block: the normed input and MLP input, q, k and v, attention's output, the MLP's hidden values and what each
-    LoRA kept, its input times A and then its output's gradient times B; q and k before their rotation and another
-    output, whose layout is not the product's, where attention is PyTorch's. And the outputs pushed for later blocks.
+    LoRA kept, its input times A; q and k before their rotation and another output, whose layout is not the product's,
+    where attention is PyTorch's. And the outputs pushed for later blocks.
     """
     q, k, v = shape.qkv_sizes
-    ranks = 3 * max(map(config.rank, "qkv")) + sum(map(config.rank, ("o", "up", "down")))
-    block = 2 * shape.width + (q + k + v) + q + shape.mlp_hidden + 2 * ranks
+    ranks = 3 * padded_rank(max(map(config.rank, "qkv"))) + sum(
+        padded_rank(config.rank(n)) for n in ("o", "up", "down")
+    )
+    block = 2 * shape.width + (q + k + v) + q + shape.mlp_hidden + ranks
     if shape.head_dim not in HEAD_DIMS:
         block += (q + k) + q
     return shape.blocks * block + shape.blocks // 2 * shape.width
@@ -79,13 +86,15 @@ def kept_by_autograd(shape: ModelConfig, config: TTTConfig) -> int:
 def activation_bytes(model: GPT, config: TTTConfig, rows: int) -> int:
     """Bytes that a training step of `rows` places takes at most: what autograd keeps and what is in flight.
 
-    In flight: three hidden tensors of the MLP, the gradients of q, k and v, and eight tensors of the residual stream;
-    before the first block, five of the stream in fp32. The head's logits are of the chunk alone. Of each place, the
-    adapters in the compute dtype. A quarter is added for the allocator's blocks and the products' workspaces.
+    In flight: three hidden tensors of the MLP, the gradients of q, k and v, the gradient of a LoRA's output times its
+    B, and eight tensors of the residual stream; before the first block, five of the stream in fp32. The head's logits
+    are of the chunk alone. Of each place, its adapters in the compute dtype. A quarter is added for the allocator's
+    blocks and the products' workspaces.
     """
     shape, item = model.config, torch.finfo(model.dtype).bits // 8
     width, hidden = shape.width, shape.mlp_hidden
-    in_flight = max(3 * hidden + 2 * sum(shape.qkv_sizes) + 8 * width, 5 * width * 4 // item)
+    times_b = 3 * padded_rank(max(map(config.rank, TARGETS)))
+    in_flight = max(3 * hidden + 2 * sum(shape.qkv_sizes) + times_b + 8 * width, 5 * width * 4 // item)
     head = config.chunk * (shape.vocab_size + 4 * width + 8 * config.rank("head"))
     kept, packed = kept_by_autograd(shape, config), AdapterLayout(shape, config).size
     return int(1.25 * rows * item * (config.window * (kept + in_flight) + head + packed))
