@@ -32,6 +32,12 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
+@cache
+def is_hopper(device: torch.device) -> bool:
+    """Whether this GPU has Hopper's tensor cores and copy engine."""
+    return torch.cuda.get_device_capability(device)[0] == 9
+
+
 UNIT = tl.constexpr(2.0**-21)
 """Up to here a tile's :func:`off_unit` is rounding: that of unit tables is below 2^-22."""
 

@@ -5,7 +5,7 @@ import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from klora.bench.tolerance import assert_as_exact
-from klora.kernels.linear import linear, linear_ref, product
+from klora.kernels.linear import linear, linear_ref, pingpong, product
 from klora.kernels.linear.product import FP32_TILE, SLOPE_TILE, TILES, pick_tile
 from klora.kernels.mlp import relu_squared_mlp, relu_squared_mlp_ref
 from torch import Tensor
@@ -98,6 +98,22 @@ def test_the_tile_follows_the_number_of_rows_and_the_dtype():
     assert picked(1024, 1536) is TILES[1] and picked(8192, 1536) is TILES[0]
     for rows in (1, 4096, 65536):
         assert picked(rows, 512, torch.float32) is FP32_TILE and picked(rows, 512, epilogue="slope") is SLOPE_TILE
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("rows", "D", "hidden"), [(98304, 512, 1536), (70001, 328, 1000), (131073, 8, 136)])
+def test_warps_that_take_turns_compute_the_same_bits(rows, D, hidden, dtype, monkeypatch):
+    x, up, down = mlp_inputs(rows, D, hidden, dtype)
+    leaf = x.requires_grad_()
+    takes_turns = pingpong.takes(x, hidden)
+
+    def gradient():
+        return torch.autograd.grad(relu_squared_mlp(leaf, up, down), leaf, torch.ones_like(x))[0]
+
+    found = [gradient(), gradient()]
+    monkeypatch.setattr(pingpong, "takes", lambda x, outputs: False)
+    assert takes_turns and same(found, [gradient()] * 2)
 
 
 def test_a_row_has_the_same_bits_wherever_it_lies():

@@ -30,10 +30,11 @@ import triton.language as tl
 from torch import Tensor
 
 from ..registration import custom_op
+from ..tile import is_hopper
 from .backward import dequantize_tiles, warp_backward
 from .forward import add_parts, permute_inputs, tile_forward, warp_forward
 from .layout import COLUMNS, Int6Matrix, packed_shape
-from .wide import is_hopper, wide
+from .wide import wide
 
 Backend = Literal["reference", "triton"]
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
