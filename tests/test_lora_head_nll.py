@@ -12,8 +12,10 @@ from klora.kernels.lora_head_nll import (
     lora_head_nll_ref,
     softcap_nll,
     softcap_nll_ref,
+    turns,
 )
 from klora.kernels.lora_head_nll.launch import Head
+from klora.kernels.lora_head_nll.turns import pick_shares
 from torch import Tensor
 
 CAP, TEMPERATURE = 30.0, 0.98
@@ -296,6 +298,12 @@ def test_bad_outputs_and_leading_dimensions_are_refused():
         softcap_nll(h, weight, targets[:, 0], CAP)
 
 
+def test_the_vocabulary_is_cut_where_rows_are_few():
+    assert pick_shares(pairs=384, tiles=8, processors=132) == 1
+    assert pick_shares(pairs=64, tiles=250, processors=132) == 2
+    assert pick_shares(pairs=32, tiles=8, processors=132) == 4
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
 class TestOnTheGpu:
@@ -324,6 +332,17 @@ class TestOnTheGpu:
         plain = [h, weight, targets, dnll]
         ours = run_plain(softcap_nll, *plain)
         assert_as_exact(ours, run_plain(softcap_nll_ref, *doubled(plain)), run_plain(softcap_nll_ref, *plain))
+
+    @pytest.mark.parametrize(("rows", "D", "V"), [(9001, 80, 300), (20000, 512, 1000), (8192, 144, 5000)])
+    def test_warps_that_take_turns_are_as_exact_as_pytorch(self, rows, D, V):
+        h, weight, _, _, targets, dnll = draw(1, rows, D, V, 1, dtype=torch.bfloat16, device="cuda", spread=0.2)
+        targets[0, 3], targets[0, 4], targets[0, 5] = -100, V, 2**32 + 1
+        torch.empty(1 << 26, device="cuda").fill_(float("nan"))
+        plain = [h, weight, targets, dnll]
+        assert turns.takes(h) or torch.cuda.get_device_capability()[0] != 9
+        ours = run_plain(softcap_nll, *plain)
+        assert_as_exact(ours, run_plain(softcap_nll_ref, *doubled(plain)), run_plain(softcap_nll_ref, *plain))
+        assert all(torch.equal(x, y) for x, y in zip(ours, run_plain(softcap_nll, *plain), strict=True))
 
     @pytest.mark.parametrize("cap", [3.0, 200.0])
     def test_saturated_and_unbounded_logits_in_bf16(self, cap):

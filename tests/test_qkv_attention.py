@@ -4,6 +4,8 @@ import pytest
 import torch
 from klora.bench.tolerance import MARGIN, assert_as_exact, relative_error
 from klora.kernels import rotary_tables
+from klora.kernels.linear import product, turns
+from klora.kernels.linear.product import HEADS, Heads, launch_product
 from klora.kernels.qkv_attention import qkv_attention, qkv_attention_ref
 
 
@@ -110,3 +112,26 @@ def test_the_op_is_registered_as_torch_wants_it():
     leaves = [t.requires_grad_() for t in (x, weight)]
     given = (*leaves, cos, sin, gain.requires_grad_(), list(sizes), head_dim, 9, True)
     torch.library.opcheck(torch.ops.klora.qkv_attention.default, given)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+@pytest.mark.parametrize(
+    ("rows", "queries", "keys", "head_dim"), [(24 * 1000, 8, 4, 64), (40001, 12, 6, 32), (140001, 6, 3, 16)]
+)
+def test_warps_that_take_turns_finish_heads_with_the_same_bits(rows, queries, keys, head_dim, monkeypatch):
+    generator = torch.Generator("cuda").manual_seed(0)
+    x = torch.randn(rows, 328, device="cuda", generator=generator, dtype=torch.bfloat16)
+    weight = torch.randn((queries + 2 * keys) * head_dim, 328, device="cuda", generator=generator, dtype=torch.bfloat16)
+    cos, sin = rotary_tables(1000, head_dim, 50000.0, x.device, torch.float32)
+    gain = torch.rand(queries, device="cuda", generator=generator) + 0.5
+
+    def finished():
+        rstd = torch.zeros(rows, queries + keys, device="cuda")
+        heads = Heads(cos, sin, gain, rstd, queries, keys, head_dim)
+        return launch_product(x, weight, epilogue=HEADS, heads=heads), rstd
+
+    assert turns.takes(x, len(weight), head_dim) or torch.cuda.get_device_capability()[0] != 9
+    found = finished()
+    monkeypatch.setattr(product, "takes", lambda x, outputs, head_dim: False)
+    assert all(torch.equal(one, other) for one, other in zip(found, finished(), strict=True))

@@ -10,12 +10,13 @@ from torch import Tensor
 
 from ..rms_norm import EPS
 from ..tile import halves, is_aligned, multiprocessors, tiled
-from . import pingpong
+from .turns import launch_heads, launch_slope, takes
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
-STORE, SQUARE, SLOPE, HEADS = "store", "square", "slope", "heads"
-"""Epilogues of a tile: as it is; relu(tile)^2; the tile times the slope of relu(u)^2; heads normed and rotated."""
+STORE, SQUARE, SLOPE, HEADS, FACTORS = "store", "square", "slope", "heads", "factors"
+"""Epilogues of a tile: as it is; relu(tile)^2; the tile times the slope of relu(u)^2; heads normed and rotated; each
+row times its factor."""
 
 
 class Heads(NamedTuple):
@@ -182,7 +183,7 @@ def _finish_pieces(
 
 @triton.jit(do_not_specialize=["TILES", "S", "ROWS"])
 def _product_kernel(
-    x_d, w_d, out_d, kept_d, cos_ptr, sin_ptr, gain_ptr, rstd_ptr, TILES, S, ROWS,
+    x_d, w_d, out_d, kept_d, cos_ptr, sin_ptr, gain_ptr, rstd_ptr, factors_ptr, TILES, S, ROWS,
     N: tl.constexpr, K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PIECES: tl.constexpr,
     TRANSPOSED: tl.constexpr, EPILOGUE: tl.constexpr, HEAD: tl.constexpr, Q: tl.constexpr, G: tl.constexpr,
     EPS: tl.constexpr,
@@ -212,6 +213,9 @@ def _product_kernel(
                     out_d, acc, m, n, cos_ptr, sin_ptr, gain_ptr, rstd_ptr, S, ROWS, BM, BN, PIECES, HEAD, Q, G, EPS
                 )
             else:
+                if EPILOGUE == "factors":
+                    row = m + tl.arange(0, BM)
+                    acc *= tl.load(factors_ptr + row, mask=row < ROWS, other=0.0)[:, None]
                 _finish_pieces(out_d, kept_d, acc, m, n, BM, BN, PIECES, EPILOGUE)
             acc = tl.zeros((BM, BN), acc.dtype)
 
@@ -223,11 +227,12 @@ def launch_product(
     epilogue: str = STORE,
     kept: Tensor | None = None,
     heads: Heads | None = None,
+    factors: Tensor | None = None,
 ) -> Tensor:
     """x [..., K] by weight [N, K] (`transposed`: [K, N]) -> [..., N].
 
     `kept` [..., N] is for two epilogues: "square" writes the tile itself to it, if it is given; "slope" reads relu(u)^2
-    from it, or u in fp16. `heads` is for the epilogue "heads".
+    from it, or u in fp16. `heads` is for the epilogue "heads", `factors` fp32, one a row of x, for "factors".
     """
     outputs, inputs = weight.shape[::-1] if transposed else weight.shape
     shape = *x.shape[:-1], outputs
@@ -244,14 +249,17 @@ def launch_product(
     weight = aligned_rows(weight)
     if epilogue == SLOPE:
         kept = aligned_rows(kept.reshape(-1, outputs))
-    if epilogue == SLOPE and transposed and pingpong.takes(x, outputs):
-        pingpong.launch_slope(x, weight, kept, out)
+    in_turns = takes(x, outputs, head_dim)
+    if epilogue == SLOPE and transposed and in_turns:
+        launch_slope(x, weight, kept, out)
+    elif epilogue == HEADS and not transposed and in_turns:
+        launch_heads(x, weight, out, (cos, sin, gain, rstd), queries, keys, head_dim)
     else:
         m, n, k, piece = tile.block_m, tile.block_n, tile.block_k, tile.block_n // tile.pieces
         length = 1 if cos is None else len(cos)
         _product_kernel[(min(processors * tile.programs, tiles),)](
             tiled(x, m, k), tiled(weight, *((k, n) if transposed else (n, k))), tiled(out, m, piece),
-            None if kept is None else tiled(kept, m, piece), cos, sin, gain, rstd, tiles, length, rows,
+            None if kept is None else tiled(kept, m, piece), cos, sin, gain, rstd, factors, tiles, length, rows,
             N=outputs, K=inputs, BM=m, BN=n, BK=k, PIECES=tile.pieces, TRANSPOSED=transposed, EPILOGUE=epilogue,
             HEAD=head_dim, Q=queries, G=keys, EPS=EPS,
             num_warps=tile.warps, num_stages=tile.stages,

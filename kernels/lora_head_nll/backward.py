@@ -16,10 +16,13 @@ def _row_factor(dnll_ptr, lse_ptr, offsets, mask):
 
 
 @triton.jit(do_not_specialize=["rows"])
-def scale_rows(h_ptr, dnll_ptr, lse_ptr, out_ptr, rows, D: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr):
-    """out = factor * h, BLOCK rows [D] a program."""
+def scale_rows(
+    h_ptr, dnll_ptr, lse_ptr, out_ptr, factors_ptr, rows, D: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr
+):
+    """out = factor * h, BLOCK rows [D] a program; and the factors."""
     row, column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, N)
     factor = _row_factor(dnll_ptr, lse_ptr, row, row < rows)
+    tl.store(factors_ptr + row, factor, mask=row < rows)
     offsets = row.to(tl.int64)[:, None] * D + column[None, :]
     mask = (row < rows)[:, None] & (column < D)[None, :]
     h = tl.load(h_ptr + offsets, mask=mask, other=0.0).to(tl.float32)

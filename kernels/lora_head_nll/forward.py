@@ -42,6 +42,23 @@ def _weighted(z, softcap, gain, scale):
     return tl.exp2(r * (-2.0 * bits) + (bits + tl.log2(4.0 * scale))), r - r * r, 1.0 - 2.0 * r
 
 
+@triton.jit
+def end_of_row(total, z_target, softcap, gain, scale, DTYPE: tl.constexpr):
+    """Of a row whose logits are bounded, from its sum of 4 scale exp(l) and its target's z: nll, the target's element
+    of E as its tile had it and as it shall be, the logsumexp, and what E's row factor wants added to it.
+
+    The target's element gets p - 1 instead of p. It is the largest of its row: the row factor takes what rounding did
+    to it.
+    """
+    p, quarter, t = _weighted(z_target, softcap, gain, scale)
+    lse = tl.log(total) - tl.log(4.0 * scale)
+    exact = (p - total) * quarter
+    after = exact.to(DTYPE)
+    rounding = after.to(tl.float32) / exact
+    more = tl.where(tl.abs(rounding - 1.0) < 0.01, tl.log(rounding), 0.0)
+    return lse - t * gain, (p * quarter).to(DTYPE), after, lse, more
+
+
 @triton.jit(do_not_specialize=["S", "width", "slots"])
 def sweep(
     h_desc,
@@ -156,21 +173,16 @@ def sweep(
                 du = multiply_add(e, b, du)
     if not HAS_LSE:
         if BOUNDED:
-            p, quarter, t = _weighted(z_target, softcap, gain, scale)
-            lse = tl.log(total) - tl.log(4.0 * scale)
+            nll, before, after, lse, more = end_of_row(total, z_target, softcap, gain, scale, DTYPE)
         else:
             t, _ = _softcap(z_target, softcap, CAPPED)
             lse = tl.log(total)
-        tl.store(nll_ptr + offsets, tl.where(scored, lse - (t * gain - top), 0.0), mask=mask_s)
+            nll = lse - (t * gain - top)
+        tl.store(nll_ptr + offsets, tl.where(scored, nll, 0.0), mask=mask_s)
         tl.store(top_ptr + offsets, top, mask=mask_s)
         if KEEP:
-            # The target's element gets p - 1 instead of p. It is the largest of its row: the row factor takes what
-            # rounding did to it. The barrier keeps its store behind that of its tile.
-            exact = (p - total) * quarter
-            before = (p * quarter).to(DTYPE)
-            after = exact.to(DTYPE)
-            rounding = after.to(tl.float32) / exact
-            lse += tl.where(tl.abs(rounding - 1.0) < 0.01, tl.log(rounding), 0.0)
+            lse += more
+            # The barrier keeps this store behind that of its tile.
             tl.debug_barrier()
             tl.store(e_ptr + offsets * stride_e + target, after, mask=mask_s & scored)
             if RANK:

@@ -7,7 +7,9 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ..linear.product import FACTORS, launch_product
 from ..tile import aligned
+from . import turns
 from .backward import adapter_gradient, hidden_gradient, scale_rows
 from .forward import sweep
 from .reference import NO_SOFTCAP
@@ -133,6 +135,9 @@ class Head:
         nll, lse, e, u, du = outputs(self.h, self.weight, self.lora_a, keep)
         if nll.numel():
             normalise = keep and self.is_normalised
+            if keep and not normalise and not self.rank and self.is_capped and turns.takes(self.h):
+                turns.launch_sweep(self.h, self.weight, self.targets, nll, lse, e, self.softcap, self.temperature)
+                return nll, lse, e, u, du
             self._sweep(nll, lse, e, u, du, keep=keep and not normalise, has_lse=False)
             if normalise:
                 self._sweep(nll, lse, e, u, du, keep=True, has_lse=True)
@@ -230,21 +235,26 @@ class Head:
             num_stages=tile.num_stages,
         )
 
-    def weight_gradient(self, dnll: Tensor, lse: Tensor, e: Tensor) -> Tensor:
+    def plain_gradients(self, dnll: Tensor, lse: Tensor, e: Tensor) -> tuple[Tensor, Tensor]:
+        """dh [B, S, D] and dweight [V, D] of a head without adapters."""
         rows, width = self.h.shape[:2].numel(), self.h.size(2)
         scaled, block = self.h.new_empty(rows, width), max(1, 2048 // triton.next_power_of_2(width))
+        factors = self.h.new_empty(rows, dtype=torch.float32)
         scale_rows[(triton.cdiv(rows, block),)](
             self.h.contiguous(),
             dnll,
             None if self.is_normalised else lse[0],
             scaled,
+            factors,
             rows,
             D=width,
             N=triton.next_power_of_2(width),
             BLOCK=block,
             num_warps=4,
         )
-        return e.flatten(0, 1).T @ scaled
+        e = e.flatten(0, 1)
+        dh = launch_product(e, self.weight, transposed=True, epilogue=FACTORS, factors=factors)
+        return dh.view(self.h.shape), e.T @ scaled
 
 
 def launchable(h, weight, lora_a, lora_b, slots, targets, softcap: float, temperature: float) -> Head:

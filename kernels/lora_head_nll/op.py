@@ -56,12 +56,13 @@ def _head_nll_backward(
     if not h.numel():
         return tuple(h.new_empty(0) if t is None else t.new_zeros(t.shape) for t in wanted)
     dweight, da, db = (h.new_empty(0) if t is None else t.new_empty(t.shape) for t in wanted[1:])
-    dh = head.hidden_gradient(dnll, lse, e, du)
+    if lora_a is None and wants_dweight:
+        return *head.plain_gradients(dnll, lse, e), da, db
     if lora_a is not None:
         head.adapter_gradient(dnll, lse, e, u, du, da, db, fill=True)
     if wants_dweight:
-        dweight = head.weight_gradient(dnll, lse, e)
-    return dh, dweight, da, db
+        dweight = head.plain_gradients(dnll, lse, e)[1]
+    return head.hidden_gradient(dnll, lse, e, du), dweight, da, db
 
 
 @_head_nll_backward.register_fake

@@ -1,0 +1,93 @@
+"""Products on Hopper whose tiles need finishing: two groups of warps take turns, a third loads.
+
+A program is nine warps. One loads steps of both operands into a ring in shared memory. Two groups of four multiply a
+whole tile [BLOCK, BLOCK] each, by turns: while one multiplies, the other finishes its tile. The ring holds the steps of
+tile 0, 1, 2, ... of the program, of which the even ones are the first group's. `turn` keeps the order: a group looks at
+the ring only once the other has seen all steps of its own tile, for a barrier tells one round of the ring from the
+next, not from the one after that.
+
+Gluon, for Triton has no way to say which warps do what; it has no interpreter. Operands of 16 bits, sums in fp32 over
+steps of DEPTH.
+"""
+
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from .tile import is_hopper
+
+BLOCK = gl.constexpr(128)
+DEPTH = gl.constexpr(64)
+STAGES = gl.constexpr(5)
+"""Of the ring: 160 KiB, beside a tile of 16 bits for each group. They hide latency: with 4, products take 8% longer."""
+
+GROUP_REGISTERS = gl.constexpr(240)
+"""A thread's, of the second group; the first gets as many as are left of 168 for each of 384 threads."""
+LOAD_REGISTERS = gl.constexpr(24)
+
+SWIZZLED = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+ACC = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK.value, 16]))
+
+
+@gluon.jit
+def make_ring(dtype: gl.constexpr, weight_shape: gl.constexpr):
+    """The operands of STAGES steps, barriers that say a stage is loaded or empty, and the groups' turns."""
+    inputs = gl.allocate_shared_memory(dtype, [STAGES, BLOCK, DEPTH], SWIZZLED)
+    weights = gl.allocate_shared_memory(dtype, [STAGES] + weight_shape, SWIZZLED)
+    loaded = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    turn = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(loaded.index(stage), count=1)
+        mbarrier.init(empty.index(stage), count=1)
+    for group in gl.static_range(2):
+        mbarrier.init(turn.index(group), count=1)
+    return inputs, weights, loaded, empty, turn
+
+
+@gluon.jit
+def load_step(x_desc, w_desc, x_place, w_place, inputs, weights, loaded, empty, step):
+    """Step `step` of the program into the ring, once its stage is empty."""
+    stage = step % STAGES
+    mbarrier.wait(empty.index(stage), (step // STAGES + 1) % 2)
+    mbarrier.expect(loaded.index(stage), x_desc.block_type.nbytes + w_desc.block_type.nbytes)
+    tma.async_copy_global_to_shared(x_desc, x_place, loaded.index(stage), inputs.index(stage))
+    tma.async_copy_global_to_shared(w_desc, w_place, loaded.index(stage), weights.index(stage))
+
+
+@gluon.jit
+def multiply_tile(
+    inputs, weights, loaded, empty, turn, count,
+    GROUP: gl.constexpr, STEPS: gl.constexpr, TRANSPOSED: gl.constexpr,
+):  # fmt: skip
+    """The program's tile `count`, of group `GROUP`: x W^T of W [N, K], or x W of W [K, N] where it is TRANSPOSED."""
+    mbarrier.wait(turn.index(GROUP), (count // 2 + 1 - GROUP) % 2)
+    acc = gl.zeros([BLOCK, BLOCK], gl.float32, ACC)
+    step = count * STEPS
+    for k in range(STEPS):
+        stage = step % STAGES
+        mbarrier.wait(loaded.index(stage), step // STAGES % 2)
+        weight = weights.index(stage)
+        if not TRANSPOSED:
+            weight = weight.permute((1, 0))
+        acc = warpgroup_mma(inputs.index(stage), weight, acc, is_async=True)
+        acc = warpgroup_mma_wait(1, deps=(acc,))
+        mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), pred=k > 0)
+        step += 1
+    mbarrier.arrive(turn.index(1 - GROUP))
+    acc = warpgroup_mma_wait(0, deps=(acc,))
+    mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES))
+    return acc
+
+
+def runs_on(x: Tensor) -> bool:
+    """Whether x is of 16 bits and on Hopper."""
+    return x.is_cuda and x.dtype != torch.float32 and is_hopper(x.device)
+
+
+def tiled(tensor: Tensor, *block: int) -> TensorDescriptor:
+    """How the copy engine moves blocks of `tensor` to and from shared memory."""
+    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), list(block), SWIZZLED)
