@@ -164,6 +164,23 @@ def test_gradients_go_straight_into_a_flat_pool(backend):
     assert (grads[:, :start] == 99).all() and (grads[:, start + size :] == 99).all()
 
 
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_without_adapters_it_is_the_plain_head_and_its_gradient(backend):
+    h, weight, a, b, targets, dnll = draw(3, 9)
+    slots = torch.tensor([2, -1, 0])
+    expected = run_plain(softcap_nll_ref, h, weight, targets, dnll)[:2]
+    none = (None, None)
+    nll, dh = lora_head_nll_grads_(h, weight, *none, targets, dnll, *none, CAP, TEMPERATURE, slots, backend=backend)
+    torch.testing.assert_close((nll, dh), expected, rtol=1e-4, atol=1e-5)
+    leaf = h.clone().requires_grad_()
+    again = lora_head_nll(leaf, weight, *none, targets, CAP, TEMPERATURE, slots, backend=backend)
+    assert torch.equal(again, nll) and torch.equal(torch.autograd.grad(again, leaf, dnll)[0], dh)
+    with pytest.raises(ValueError, match="dlora_a is given; wanted: one for each adapter matrix"):
+        lora_head_nll_grads_(h, weight, *none, targets, dnll, a, b, CAP, TEMPERATURE, slots, backend=backend)
+    with pytest.raises(ValueError, match="lora_a and lora_b: wanted both or neither"):
+        lora_head_nll(h, weight, a, None, targets, CAP, TEMPERATURE, slots, backend=backend)
+
+
 def test_a_target_of_minus_100_is_not_scored():
     inputs = draw(S=6)
     inputs[4][0, 2] = inputs[4][1, 5] = -100
@@ -359,6 +376,15 @@ class TestOnTheGpu:
         h, weight, a, b, targets, dnll = inputs
         alone = run(lora_head_nll, h[3:4], weight, a, b, targets[3:4], dnll[3:4], slots=slots[3:4])
         assert torch.equal(alone[1], first[1][3:4]) and torch.equal(alone[2][3], first[2][3])
+
+    def test_without_adapters_a_row_has_the_same_bits_in_every_batch(self):
+        h, weight, _, _, targets, dnll = draw(64, 256, 512, 1024, dtype=torch.bfloat16, device="cuda")
+        none, slots = (None, None), torch.arange(64, device="cuda")
+        whole = lora_head_nll_grads_(h, weight, *none, targets, dnll, *none, CAP, TEMPERATURE, slots)
+        few = (t[3:5].contiguous() for t in (targets, dnll))
+        targets, dnll = few
+        part = lora_head_nll_grads_(h[3:5], weight, *none, targets, dnll, *none, CAP, TEMPERATURE, slots[3:5])
+        assert all(torch.equal(x[3:5], y) for x, y in zip(whole, part, strict=True))
 
     def test_no_fp32_logits_in_memory(self):
         inputs = draw(64, 256, 512, 1024, 16, dtype=torch.bfloat16, device="cuda")

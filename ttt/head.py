@@ -3,17 +3,16 @@
 import torch
 from torch import Tensor
 
-from ..kernels import lora_head_nll, lora_head_nll_grads_, lora_head_nll_ref, softcap_nll, softcap_nll_ref
-from ..model.network import Lora
+from ..kernels import lora_head_nll, lora_head_nll_grads_, lora_head_nll_ref
+from ..model.network import NO_LORA, Lora
 
 
 def head_nll_ref(hidden: Tensor, weight: Tensor, lora: Lora | None, targets: Tensor, *loss: float) -> Tensor:
     """NLL [B, S] of `targets` int [B, S] for `hidden` [B, S, D], document b adapted by adapter b; `loss` is softcap and
     temperature.
     """
-    if lora is None:
-        return softcap_nll_ref(hidden, weight, targets, *loss)
-    return lora_head_nll_ref(hidden, weight, lora.a, lora.b, targets, *loss)
+    a, b, _ = lora or NO_LORA
+    return lora_head_nll_ref(hidden, weight, a, b, targets, *loss)
 
 
 def head_nll(
@@ -29,11 +28,10 @@ def head_nll(
 
     The head runs as if gradients would follow: without them it adds up its logits in another order.
     """
+    a, b, _ = lora or NO_LORA
     hidden = hidden.detach().requires_grad_()
     with torch.enable_grad():
-        if lora is None:
-            return softcap_nll(hidden, weight, targets, *loss, backend=backend).detach()
-        return lora_head_nll(hidden, weight, lora.a, lora.b, targets, *loss, slots=slots, backend=backend).detach()
+        return lora_head_nll(hidden, weight, a, b, targets, *loss, slots=slots, backend=backend).detach()
 
 
 def head_nll_grads_(
@@ -47,11 +45,6 @@ def head_nll_grads_(
     backend: str | None,
 ) -> tuple[Tensor, Tensor]:
     """NLL [B, S], and the gradient of sum(share * NLL) to `hidden`; that of the adapter goes to `lora.grads`."""
-    hidden = hidden.detach()
-    if lora is not None:
-        about = (targets, share, *lora.grads, *loss)
-        return lora_head_nll_grads_(hidden, weight, lora.a, lora.b, *about, slots=slots, backend=backend)
-    hidden.requires_grad_()
-    with torch.enable_grad():
-        nll = softcap_nll(hidden, weight, targets, *loss, backend=backend)
-    return nll.detach(), torch.autograd.grad(nll, hidden, share.to(nll.dtype))[0]
+    a, b, grads = lora or NO_LORA
+    about = targets, share, *(grads or (None, None)), *loss
+    return lora_head_nll_grads_(hidden.detach(), weight, a, b, *about, slots=slots, backend=backend)

@@ -135,7 +135,9 @@ class Head:
         nll, lse, e, u, du = outputs(self.h, self.weight, self.lora_a, keep)
         if nll.numel():
             normalise = keep and self.is_normalised
-            if keep and not normalise and not self.rank and self.is_capped and turns.takes(self.h):
+            # Slots ask for bits that do not depend on the rest of the batch, with adapters or without.
+            is_plain = not self.rank and self.slots is None and self.is_capped
+            if keep and not normalise and is_plain and turns.takes(self.h):
                 turns.launch_sweep(self.h, self.weight, self.targets, nll, lse, e, self.softcap, self.temperature)
                 return nll, lse, e, u, du
             self._sweep(nll, lse, e, u, du, keep=keep and not normalise, has_lse=False)
