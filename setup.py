@@ -26,7 +26,7 @@ class Editable(editable_wheel):
 
 setup(
     name="klora-kernels",
-    version=re.search(r'__version__ = "(.+)"', (HERE / "src/klora/__init__.py").read_text(encoding="utf-8"))[1],
+    version=re.search(r'__version__ = "(.+)"', (HERE / "src/klora/version.py").read_text(encoding="utf-8"))[1],
     license="MIT",
     description="Kernels for adapting a language model to each document while it reads it",
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),

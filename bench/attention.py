@@ -1,10 +1,14 @@
-"""Group `attention`: ours, the formula in eager PyTorch, PyTorch's SDPA backends, and competing packages."""
+"""Group `attention`: ours, the formula in eager PyTorch, PyTorch's SDPA backends, and competing packages.
+
+`cached_attention` is that of a chunk of T tokens whose cache holds the whole window before it, in rings that begin
+anywhere. Its peers attend over the window put together, cache and chunk in one tensor, which is part of their time.
+"""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..kernels.attention import PACKAGES, attend, causal_attention
+from ..kernels.attention import PACKAGES, attend, cached_attention, causal_attention
 from .entry import Call, Entry, Shape, Tensors, Variant
 
 SHAPES = {
@@ -18,6 +22,20 @@ SHAPES = {
 }
 TOY = {"B": 2, "S": 48, "H": 4, "G": 2, "d": 16}
 GATE = {"B": 2, "S": 1000, "H": 8, "G": 4, "d": 64}
+
+CHUNKS = {
+    f"B{B}-T{T}-W{window}" + ("" if d == 64 else f"-d{d}"): {"B": B, "T": T, "window": window, "H": 8, "G": 4, "d": d}
+    for B, T, window, d in (
+        (64, 32, 1024, 64),
+        (64, 256, 1024, 64),
+        (64, 256, 4096, 64),
+        (64, 64, 1024, 128),
+        (16, 32, 1024, 64),
+        (4, 32, 4096, 64),
+    )
+}
+TOY_CHUNK = {"B": 2, "T": 17, "window": 48, "H": 4, "G": 2, "d": 16}
+GATE_CHUNK = {"B": 2, "T": 100, "window": 1000, "H": 8, "G": 4, "d": 64}
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -87,6 +105,107 @@ def _flops(products: int):
     return lambda shape: products * shape["B"] * shape["H"] * shape["S"] ** 2 * shape["d"]
 
 
+def _draw_chunk(shape: Shape, device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Tensors:
+    """q, k, v, cache_k, cache_v, slots, filled and dout; slot 0 and half of the others are not named."""
+    B, held = shape["B"], shape["window"] - shape["T"]
+    *chunk, dout = _draw({**shape, "S": shape["T"]}, device, dtype, generator)
+    size = 2 * B + 1, held, shape["G"], shape["d"]
+    caches = (torch.randn(size, device=device, generator=generator).to(dtype) for _ in range(2))
+    slots = 1 + torch.randperm(2 * B, device=device, generator=generator)[:B]
+    filled = held + torch.randint(4 * held, (B,), device=device, generator=generator)
+    return *chunk, *caches, slots, filled, dout
+
+
+def _cached(shape: Shape, q, k, v, cache_k, cache_v, slots, filled) -> Tensor:
+    return cached_attention(q, k, v, cache_k, cache_v, slots, filled, shape["window"])
+
+
+def _over_window(attention: Call) -> Call:
+    """`attention`(q [B, T, H, d], k, v [B, window, G, d]) where the cached ones come first, in any order: all of them
+    are seen.
+    """
+
+    def run(shape: Shape, q, k, v, cache_k, cache_v, slots, filled) -> Tensor:
+        return attention(q, *(torch.cat([c[slots], own], 1) for c, own in ((cache_k, k), (cache_v, v))))
+
+    return run
+
+
+def _own_mask(q: Tensor, k: Tensor) -> Tensor:
+    """[T, window]: which keys a query sees."""
+    return torch.ones(q.size(1), k.size(1), dtype=torch.bool, device=q.device).tril(k.size(1) - q.size(1))
+
+
+@_over_window
+def _plain_chunk(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    k, v = (t.repeat_interleave(q.size(2) // k.size(2), 2) for t in (k, v))
+    scores = torch.einsum("bihd,bjhd->bhij", q, k) / q.size(-1) ** 0.5
+    return torch.einsum("bhij,bjhd->bihd", scores.masked_fill(~_own_mask(q, k), float("-inf")).softmax(-1), v)
+
+
+@_over_window
+def _sdpa_chunk(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Heads repeated: the kernel that takes a mask knows no groups."""
+    mask = _own_mask(q, k)
+    k, v = (t.repeat_interleave(q.size(2) // k.size(2), 2).transpose(1, 2) for t in (k, v))
+    return F.scaled_dot_product_attention(q.transpose(1, 2), k, v, mask).transpose(1, 2)
+
+
+@_over_window
+def _causal_chunk(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    whole = torch.cat([q.new_zeros(q.size(0), k.size(1) - q.size(1), *q.shape[2:]), q], 1)
+    return causal_attention(whole, k, v, q.size(1))
+
+
+def _chunk_forward(attention: Call) -> Call:
+    return lambda shape, *inputs: attention(shape, *inputs[:-1])
+
+
+def _chunk_forward_backward(attention: Call) -> Call:
+    def run(shape: Shape, q, k, v, *more) -> Tensors:
+        leaves = [t.detach().requires_grad_() for t in (q, k, v)]
+        out = attention(shape, *leaves, *more[:-1])
+        return out, *torch.autograd.grad(out, leaves, more[-1])
+
+    return run
+
+
+def _chunk_variants(wrap) -> tuple[Variant, ...]:
+    def variant(name: str, attention: Call, is_ours: bool = False) -> Variant:
+        def build(shape: Shape, device: torch.device, dtype: torch.dtype) -> Call:
+            return lambda *inputs: wrap(attention)(shape, *inputs)
+
+        return Variant(name, build, is_ours=is_ours)
+
+    return (
+        variant("eager", _plain_chunk),
+        variant("klora", _cached, is_ours=True),
+        variant("klora-window", _causal_chunk, is_ours=True),
+        variant("sdpa-mask", _sdpa_chunk),
+    )
+
+
+def _chunk_bytes(of_chunk: int, of_cache: int):
+    """`of_chunk` tensors of H heads and as many of G; `of_cache` passes over the cached keys and values."""
+
+    def count(shape: Shape, itemsize: int) -> int:
+        own = of_chunk * shape["T"] * (shape["H"] + shape["G"])
+        cached = of_cache * 2 * (shape["window"] - shape["T"]) * shape["G"]
+        return itemsize * shape["B"] * shape["d"] * (own + cached)
+
+    return count
+
+
+def _chunk_flops(over_cache: int, over_chunk: int):
+    """Products over the cached keys, and over the causal half of the chunk's own."""
+
+    def count(shape: Shape) -> int:
+        keys = 2 * over_cache * (shape["window"] - shape["T"]) + over_chunk * shape["T"]
+        return shape["B"] * shape["H"] * shape["T"] * shape["d"] * keys
+
+    return count
+
+
 ENTRIES = (
     Entry(
         group="attention",
@@ -111,5 +230,29 @@ ENTRIES = (
         variants=_variants(_forward_backward),
         bytes=_bytes(4, 4),
         flops=_flops(7),
+    ),
+    Entry(
+        group="attention",
+        op="cached_attention_forward",
+        shapes=CHUNKS,
+        toy=TOY_CHUNK,
+        gate=GATE_CHUNK,
+        draw=_draw_chunk,
+        truth=_chunk_forward(_plain_chunk),
+        variants=_chunk_variants(_chunk_forward),
+        bytes=_chunk_bytes(2, 1),
+        flops=_chunk_flops(2, 2),
+    ),
+    Entry(
+        group="attention",
+        op="cached_attention_forward_backward",
+        shapes=CHUNKS,
+        toy=TOY_CHUNK,
+        gate=GATE_CHUNK,
+        draw=_draw_chunk,
+        truth=_chunk_forward_backward(_plain_chunk),
+        variants=_chunk_variants(_chunk_forward_backward),
+        bytes=_chunk_bytes(4, 2),
+        flops=_chunk_flops(5, 7),
     ),
 )

@@ -3,7 +3,7 @@
     python -m klora.bench.engine --record engine.json
 
     errors   |x - exact| / |exact| of the NLL of the chunks after 1, 8 and 48 Adam steps of one document. x is the
-             engine's or the eager scorer's in bf16, exact the eager scorer's in fp32.
+             engine's or eager PyTorch's in bf16, exact eager PyTorch's in fp32.
     bits     whether every target's NLL is the same to the bit: graphs against no graphs, one run against another, one
              document in batches of 1, 4, 16, 41 and 64
     busy     share of the time from the first kernel to the last in which one runs, for workloads of bench/ttt.py, and
@@ -27,11 +27,11 @@ from torch.profiler import ProfilerActivity, profile
 from ..kernels import BOS
 from ..model.gpt import GPT
 from ..model.storage import write_text
-from ..ttt.adapters import AdapterPool
 from ..ttt.documents import Document
 from ..ttt.engine import Engine, engine_of
 from ..ttt.protocols import MIN_NLL, TTTConfig
-from ..ttt.scorer import Batch, Deadline, adapt_batch
+from ..ttt.queue import Deadline
+from .eager import Adam, adapt_batch
 from .environment import environment
 from .step import seeded_model
 from .ttt import LAW, corpus_lengths
@@ -51,17 +51,9 @@ def drawn(lengths: Sequence[int], vocabulary: int = 1024) -> list[Document]:
 
 
 def eager_nll(model: GPT, document: Document, config: TTTConfig) -> np.ndarray:
-    """NLL of every target of one document, by the eager scorer."""
-    chunks: list[torch.Tensor] = []
-    pool = AdapterPool(model.config, config, 1, model.embed.device)
-    adapt_batch(
-        model,
-        pool,
-        Batch([document], config, model.embed.device),
-        Deadline(0),
-        recorded=lambda number, nll: chunks.append(nll.detach()[0]),
-    )
-    return torch.cat(chunks)[: document.targets].double().cpu().numpy()
+    """NLL of every target of one document, in eager PyTorch."""
+    (nll,) = adapt_batch(model, Adam(model, config, 1), [document])
+    return nll.double().cpu().numpy()
 
 
 def engine_nll(engine: Engine, documents: list[Document]) -> list[np.ndarray]:
@@ -69,7 +61,7 @@ def engine_nll(engine: Engine, documents: list[Document]) -> list[np.ndarray]:
 
 
 def errors(model: GPT, exact_model: GPT, config: TTTConfig) -> dict[str, dict[str, float]]:
-    """Relative errors of the chunks after STEPS, of the engine and of the eager scorer in bf16."""
+    """Relative errors of the chunks after STEPS, of the engine and of eager PyTorch in bf16."""
     (document,) = drawn([config.chunk * (max(STEPS) + 1) + 101])
     exact = eager_nll(exact_model, document, config)
     found = {

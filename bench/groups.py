@@ -1,13 +1,14 @@
 """Every group of entries, by name. A new op is one line here."""
 
 from ..errors import KloraError
-from . import attention, ceilings, elementwise, head, int6, lora, lora_adam, mlp, muon, step, ttt
+from . import attention, ceilings, elementwise, head, int6, lora, lora_adam, mlp, muon, step, training, ttt
 from .entry import Entry
 
 GROUPS: dict[str, tuple[Entry, ...]] = {
     "ceilings": ceilings.ENTRIES,
     "attention": attention.ENTRIES,
     "step": step.ENTRIES,
+    "training": training.ENTRIES,
     "ttt": tuple(entry for entry in ttt.ENTRIES if entry.group == "ttt"),
     "corpus": tuple(entry for entry in ttt.ENTRIES if entry.group == "corpus"),
     "lora": (*lora.ENTRIES, *lora_adam.ENTRIES),

@@ -1,7 +1,7 @@
 """`original`: a baseline that does the work of the system klora rebuilds, the slow way that system did it.
 
 It exists so that anyone can measure the original's times again: the same work in the same order with the same kinds of
-launches, and none of its code. It is no reference for results (that is ttt/scorer.py), and nothing is built on it.
+launches, and none of its code. It is no reference for results (that is bench/eager.py), and nothing is built on it.
 
 Modelled, because it costs time:
 - Adaptation runs eagerly under bf16 autocast: fp32 residual stream, fp32 weights cast to bf16 at every use; Q, K and V

@@ -12,7 +12,6 @@ because twice the steps are not worth their time for a gain that cannot be seen.
 led to: --presets scores the presets of ttt/protocols.py and the model as it is on all of it.
 """
 
-import hashlib
 import json
 import math
 import os
@@ -30,11 +29,13 @@ from ..model.gpt import GPT
 from ..model.loading import model_from_artifact, tokenizer_of
 from ..model.parallel import pick_device
 from ..model.storage import write_text
+from ..model.weights import frozen_weights
 from ..ttt.base import BaseNll
 from ..ttt.documents import Document, documents_from_texts
 from ..ttt.engine import engine_of
 from ..ttt.protocols import PRESETS, TTTConfig, ttt_preset
-from ..ttt.scorer import Deadline
+from ..ttt.queue import Deadline
+from ..ttt.sampling import name_digest, sample
 from .environment import environment
 
 TOLERANCE = 0.0005
@@ -48,17 +49,7 @@ NO_DEADLINE = {"deadline": 0.0}
 
 def is_held_out(name: str) -> bool:
     """Whether the document of this name is in the half that the sweep never sees."""
-    return hashlib.sha256(os.fsencode(name)).digest()[0] % 2 == 1
-
-
-def sample(documents: Sequence[Document], tokens: int) -> list[Document]:
-    """Documents of up to `tokens` targets in all, in the order of their names' hashes, longer ones passed over."""
-    chosen, total = [], 0
-    for document in sorted(documents, key=lambda d: hashlib.sha256(os.fsencode(d.name)).digest()):
-        if total + document.targets <= tokens:
-            chosen.append(document)
-            total += document.targets
-    return chosen
+    return name_digest(name)[0] % 2 == 1
 
 
 @dataclass(frozen=True)
@@ -76,14 +67,14 @@ class Sample:
     """Documents that configs are tried on; the base model's scores are computed once for each way to cut them."""
 
     def __init__(self, model: GPT, documents: Sequence[Document]):
-        self.model, self.documents = model, documents
+        self.weights, self.documents = frozen_weights(model), documents
         self.bytes = sum(document.bytes for document in documents)
         self._base: dict[tuple[int, int, int], BaseNll] = {}
 
     def base(self, config: TTTConfig) -> BaseNll:
         key = config.chunk, config.window, config.min_tokens
         if key not in self._base:
-            self._base[key] = BaseNll(self.model, self.documents, config)
+            self._base[key] = BaseNll(self.weights, self.documents, config)
         return self._base[key]
 
     def run(self, config: TTTConfig) -> Found:
@@ -91,7 +82,7 @@ class Sample:
         nats = [base.of(index)[0] for index in range(len(self.documents))]
         long = [index for index in range(len(nats)) if not base.is_short[index]]
         documents = [self.documents[index] for index in long]
-        engine = engine_of(self.model, config, documents)
+        engine = engine_of(self.weights, config, documents)
         adapted = engine.adapt(documents, Deadline(0)).nats
         before = [nats[index] for index in long]
         rest = math.fsum(nats) - math.fsum(before)

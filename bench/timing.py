@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
+from ..model import graphs
+
 SPREAD = 0.02
 LEAST_OF_SLOW = 3
 """Rounds of calls so slow that the seconds run out first."""
@@ -101,17 +103,8 @@ def input_sets(bytes_of_one: int, device: torch.device) -> int:
 
 
 def captured(thunk: Thunk, device: torch.device) -> Thunk:
-    """`thunk` as the replay of one CUDA graph, after warm-up on a side stream."""
-    stream = torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            thunk()
-    torch.cuda.current_stream(device).wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        thunk()
-    return graph.replay
+    """`thunk` as the bare replay of one CUDA graph: nothing of Python's stands between two events but its launch."""
+    return graphs.captured(thunk, device, warm_up=3).graph.replay
 
 
 def peak_bytes(thunk: Thunk, device: torch.device) -> int | None:

@@ -22,12 +22,13 @@ from ..model import network
 from ..model.config import ModelConfig
 from ..model.gpt import GPT
 from ..model.weights import Weights, frozen_weights
-from ..ttt.adapters import AdapterLayout, AdapterPool
+from ..ttt.adapters import AdapterLayout
 from ..ttt.base import BaseNll
 from ..ttt.documents import Document
 from ..ttt.engine import SLOTS_A_PLACE, Engine
 from ..ttt.protocols import MIN_NLL, SCORE_FIRST, TTTConfig
-from ..ttt.scorer import Batch, Deadline, adapt_batch
+from ..ttt.queue import Deadline
+from .eager import Adam, adapt_batch
 from .entry import Call, Entry, Shape, Tensors, Variant
 from .original import build_original_ttt, original_ttt
 from .step import model_config, seeded_model
@@ -46,23 +47,6 @@ def _draw(shape: Shape, device: torch.device, dtype: torch.dtype, generator: tor
 
 def _documents(tokens: Tensor) -> list[Document]:
     return [Document(str(at), row, bytes=1) for at, row in enumerate(tokens.cpu().numpy().astype("uint16"))]
-
-
-def _adapt(shape: Shape, tokens: Tensor, model, pool: AdapterPool) -> Tensor:
-    return torch.cat(_adapted_batch(model, pool, _documents(tokens), _config(shape)))
-
-
-def _adapted_batch(model: GPT, pool: AdapterPool, documents: list[Document], config: TTTConfig) -> list[Tensor]:
-    """NLL [targets] of each document, longest first, by the eager scorer."""
-    passes: list[list[Tensor]] = [[] for _ in range(config.passes)]
-    batch = Batch(documents, config, model.embed.device)
-    adapted = adapt_batch(
-        model, pool, batch, Deadline(0), recorded=lambda number, nll: passes[number].append(nll.detach())
-    )
-    return [
-        torch.cat([nll[row] for nll in passes[kept] if row < len(nll)])[: document.targets]
-        for row, (document, kept) in enumerate(zip(documents, adapted.kept_pass, strict=True))
-    ]
 
 
 @contextmanager
@@ -97,8 +81,8 @@ def _exact_model(shape: Shape, device: torch.device) -> GPT:
 
 def _eager_pass(shape: Shape, device: torch.device, dtype: torch.dtype) -> Call:
     model = _frozen_model(shape, device, dtype)
-    pool = AdapterPool(model.config, _config(shape), shape["B"], device)
-    return lambda tokens: _adapt(shape, tokens, model, pool)
+    adam = Adam(model, _config(shape), shape["B"])
+    return lambda tokens: torch.cat(adapt_batch(model, adam, _documents(tokens)))
 
 
 def _compiled_pass(shape: Shape, device: torch.device, dtype: torch.dtype) -> Call:
@@ -124,8 +108,7 @@ def _adapted(engine: Engine, documents: list[Document]) -> list[np.ndarray]:
 
 def _truth(shape: Shape, tokens: Tensor) -> Tensor:
     model = _exact_model(shape, tokens.device)
-    pool = AdapterPool(model.config, _config(shape), shape["B"], tokens.device, torch.float64)
-    return _adapt(shape, tokens, model, pool)
+    return torch.cat(adapt_batch(model, Adam(model, _config(shape), shape["B"], torch.float64), _documents(tokens)))
 
 
 def corpus_lengths(shape: Shape) -> np.ndarray:
@@ -176,15 +159,14 @@ def _base(model: GPT | Weights, documents: list[Document], config: TTTConfig) ->
     return {document.name: values[1:] for document, values in zip(documents, nll, strict=True)}
 
 
-def _score_corpus(shape: Shape, tokens: Tensor, model: GPT, pool_dtype: torch.dtype = torch.float32) -> Tensor:
+def _score_corpus(shape: Shape, tokens: Tensor, model: GPT, dtype: torch.dtype = torch.float32) -> Tensor:
     """NLL of every target: of the short documents by the base model, of the others in batches, longest first."""
     documents, config = _corpus(shape, tokens), _corpus_config(shape)
     short, long = _split(documents, config.min_tokens)
-    pool = AdapterPool(model.config, config, config.batch, tokens.device, pool_dtype)
-    nll: dict[str, Tensor] = {}
+    adam, nll = Adam(model, config, config.batch, dtype), {}
     for begin in range(0, len(long), config.batch):
         mates = long[begin : begin + config.batch]
-        found = _adapted_batch(model, pool, mates, config)
+        found = adapt_batch(model, adam, mates)
         nll |= {document.name: values.cpu() for document, values in zip(mates, found, strict=True)}
     return _in_order(documents, _base(model, short, config), nll)
 

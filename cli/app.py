@@ -17,6 +17,7 @@ COMMANDS = {
     "train": "Train a model on text, on CPU or GPU, alone or under torchrun.",
     "export": "Quantise a run's weights to int6 and write one artifact that fits the budget.",
     "score": "Score documents in bits per byte, adapting the model to each while it reads it.",
+    "warm": "Compile the kernels of training and scoring side by side, before the first run needs them.",
     "generate": "Sample text that goes on from a prompt, token by token over a KV cache, "
     "until a new document would begin.",
     "bench": "Check every variant against float64, time those that pass, and write one record a group.",

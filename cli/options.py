@@ -42,6 +42,14 @@ Set = Annotated[
 Fields = Annotated[
     bool, typer.Option("--fields", help="List every field with its value and what is allowed, and stop.")
 ]
+Warm = Annotated[
+    bool,
+    typer.Option(
+        "--warm/--no-warm",
+        help="On a GPU, first compile the kernels that Triton's cache lacks, side by side; --no-warm: each at its "
+        "first launch.",
+    ),
+]
 Commit = Annotated[str, typer.Option("--commit", help="Commit that is measured, where there is no git to ask.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, for machines.")]
 

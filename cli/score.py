@@ -1,9 +1,9 @@
 """`klora score`: an artifact, documents and a protocol to bits per byte and a report."""
 
-import hashlib
 import os
 import time
-from functools import partial
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,6 +22,7 @@ from ..model.signals import StopSignals
 from ..model.storage import attempt, require_writable
 from ..model.tokenizer import Tokenizer
 from ..model.train import device_name
+from ..ttt import pipeline
 from ..ttt.documents import (
     Document,
     documents_from_texts,
@@ -29,12 +30,14 @@ from ..ttt.documents import (
     facts_of_texts,
     facts_of_tokens,
 )
-from ..ttt.journal import Journal, fingerprint, remove_journals
+from ..ttt.journal import Journal, fingerprint, has_journals, open_journal, remove_journals
+from ..ttt.pipeline import SCORERS, Interrupted, ScoreRequest, pick_scorer
 from ..ttt.protocols import LEAK_WARNING, SCORE_FIRST, TTTConfig, label, ttt_preset
-from ..ttt.ranks import PATIENCE, Board, board_of_torchrun, score_on_ranks
+from ..ttt.queue import PATIENCE, queue_of_processes
 from ..ttt.report import write_report
 from ..ttt.results import SCORE, ScoreResult
-from ..ttt.score import SCORERS, Interrupted, pick_scorer, score_documents
+from ..ttt.sampling import sample
+from ..ttt.sweep import sweep
 from . import options
 from .console import Output
 
@@ -90,13 +93,21 @@ def score(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Start afresh where --out holds a finished or an interrupted run.")
     ] = False,
+    tunes: Annotated[
+        bool,
+        typer.Option(
+            "--sweep",
+            help="Choose lr, chunk and beta1 on half of the documents, by the hash of their text, and score the other "
+            "half alone. It takes twelve passes over the first half.",
+        ),
+    ] = False,
     weights: Annotated[str, typer.Option("--weights", help=WEIGHTS_HELP)] = "dense",
     scorer: Annotated[
         str,
         typer.Option(
             "--scorer",
-            help=f"{', '.join(SCORERS)}. engine: CUDA graphs of fused kernels; uncaptured: its steps without graphs, "
-            "to debug; eager: plain PyTorch. auto: the engine on a GPU; elsewhere eager, on several ranks uncaptured.",
+            help=f"{', '.join(SCORERS)}. engine: CUDA graphs of fused kernels; uncaptured: the same steps and bits "
+            "without graphs, to debug and for a CPU. auto: the engine on a GPU, elsewhere uncaptured.",
         ),
     ] = "auto",
     patience: Annotated[
@@ -107,6 +118,7 @@ def score(
             help="Of several ranks: seconds without a sign of life after which others take over a rank's documents.",
         ),
     ] = PATIENCE,
+    warm: options.Warm = True,
     device: options.Device = "auto",
     fields: options.Fields = False,
     as_json: options.Json = False,
@@ -134,10 +146,16 @@ def score(
         raise ConfigError("--resume and --overwrite were both given; give one of them")
     if shards and (text or jsonl):
         raise ConfigError("--shards was given together with --text or --jsonl; give one of them")
+    if tunes and config.is_leaky:
+        raise ConfigError(f"--sweep was given with the protocol {label(config.protocol)}; allowed: {SCORE_FIRST}")
+    if tunes and is_one_of_many():
+        raise ConfigError("--sweep was given to several ranks; give it to one process, and its constants to the ranks")
     folder = out or artifact.with_name(f"{artifact.stem}-score")
     options.require_folder(folder)
     if not overwrite:
         _require_no_results(folder)
+    if tunes and not (resume or overwrite) and has_journals(folder):  # found out before the sweep, not after it
+        raise ConfigError(f"{folder} holds the journal of an interrupted run; give --resume or --overwrite")
     result = score_artifact(
         artifact,
         (text, jsonl, field, shards),
@@ -152,6 +170,8 @@ def score(
         scorer,
         patience,
         overwrite,
+        tunes,
+        warm,
     )
     output.result({"out": str(folder), **{k: v for k, v in result.to_json().items() if k != "documents"}})
 
@@ -170,13 +190,15 @@ def score_artifact(
     scorer: str = "auto",
     patience: float = PATIENCE,
     overwrite: bool = False,
+    tunes: bool = False,
+    warm: bool = False,
 ) -> ScoreResult:
     """Score the documents of `source` (text, jsonl, field, shards), write the results to `folder`, say the totals."""
     seconds: dict[str, float] = {}
     started = time.perf_counter()
     require_writable(folder, SPARE_BYTES)
     loaded, chosen = load_artifact(path), own_device(device)
-    scorer = pick_scorer(scorer, chosen, are_many=is_one_of_many())
+    scorer = pick_scorer(scorer, chosen)
     model = model_from_artifact(loaded, chosen, weights)
     before = model_from_run(prequant, chosen, of=loaded) if prequant else None
     seconds["load"], started = time.perf_counter() - started, time.perf_counter()
@@ -185,42 +207,46 @@ def score_artifact(
     of_bytes = facts_of_tokens(documents, tokenizer) if source[-1] else facts_of_texts(tokenizer)
     seconds["tokenize"] = time.perf_counter() - started
     require_writable(folder, SPARE_BYTES + TOKEN_BYTES * sum(document.targets for document in documents))
-    board = board_of_torchrun(patience) if is_one_of_many() else None
-    is_first = board is None or board.is_first
-    output.is_silent, output.as_json = output.is_silent or not is_first, output.as_json and is_first
-    many = f" x {board.world}" if board else ""
+    queue = queue_of_processes(patience)
+    output.is_silent, output.as_json = output.is_silent or not queue.is_first, output.as_json and queue.is_first
+    many = f" x {queue.world}" if queue.is_shared else ""
     output.say(f"scoring {len(documents):,} documents, {label(config.protocol)}, on {chosen}{many}")
+    if warm and not queue.is_shared and chosen.type == "cuda":
+        from .warm import scoring, warmed
+
+        started = time.perf_counter()
+        long = sum(document.targets + 1 >= config.min_tokens for document in documents)
+        warmed(lambda: scoring(model, config, long, weights), chosen, output)
+        seconds["warm"] = time.perf_counter() - started
     source_of_weights = f"{loaded.header['payload_sha256']} {weights}"
-    key = fingerprint(source_of_weights, documents, config, prequant is not None)
     with StopSignals(output.say) as stop:
-        resume |= board is not None and board.is_restarted
-        journal = _journal(folder, key, resume, overwrite, board)
-        if resume and not (journal.done or journal.base_share):
-            output.say("nothing to resume from; starting afresh")
-        if journal.done or journal.base_share:
-            kept = f", the base pass is done for {journal.base_share:.0%} of the text" if journal.base_share else ""
-            output.say(f"resuming: {len(journal.done):,} documents are already scored{kept}")
+        request = ScoreRequest(
+            model,
+            documents,
+            config,
+            prequant=before,
+            queue=queue,
+            scorer=scorer,
+            should_stop=lambda: bool(stop.received),
+            say=output.say,
+            facts=_facts(path, loaded, chosen) | {"weights": weights} | of_bytes,
+        )
         try:
-            with output.progress() as show:
-                run = score_documents if board is None else partial(score_on_ranks, board=board)
-                result = run(
-                    model,
-                    documents,
-                    config,
-                    journal,
-                    prequant=before,
-                    should_stop=lambda: bool(stop.received),
-                    progress=_shown(show),
-                    facts=_facts(path, loaded, chosen) | {"weights": weights} | of_bytes,
-                    scorer=scorer,
-                    say=output.say,
-                )
+            if tunes:
+                started = time.perf_counter()
+                with output.progress() as show:
+                    request = sweep(replace(request, progress=_shown(show)))
+                seconds["sweep"] = time.perf_counter() - started
+            key = fingerprint(source_of_weights, request.documents, request.config, prequant is not None)
+            resume |= queue.is_restarted
+            with closing(open_journal(folder, key, resume, overwrite, queue.rank, queue.world)) as journal:
+                _say_what_is_kept(journal, resume, output)
+                with output.progress() as show:
+                    result = pipeline.score(replace(request, journal=journal, progress=_shown(show)))
         except Interrupted as interrupted:
             output.say(f"stopped: {interrupted}; the same command with --resume goes on from there")
             raise typer.Exit(128 + stop.received) from None
-        finally:
-            journal.close()
-    if not is_first:
+    if not queue.is_first:
         return result
     result.seconds.update(seconds)
     started = time.perf_counter()
@@ -236,23 +262,18 @@ def score_artifact(
 
 def _require_no_results(folder: Path) -> None:
     """ConfigError where `folder` holds the results of a run, and no journal of a later one that was interrupted."""
-    if (folder / SCORE).exists() and not any(folder.glob("journal*")):
+    if (folder / SCORE).exists() and not has_journals(folder):
         raise ConfigError(
             f"{folder} holds the results of a finished run; give --overwrite to replace them, or another --out"
         )
 
 
-def _journal(folder: Path, key: str, resume: bool, overwrite: bool, board: Board | None) -> Journal:
-    """This rank's journal; the first rank's holds what all ranks of an interrupted run had finished."""
-    if board is not None and not board.is_first:
-        return Journal(folder / f"journal-{board.rank}.jsonl", key, resume, overwrite=overwrite)
-    others = sorted(folder.glob("journal-*.jsonl"))
-    journal = Journal(folder / "journal.jsonl", key, resume, others, overwrite)
-    if not resume:
-        running = {f"journal-{rank}.jsonl" for rank in range(board.world if board else 1)}
-        for left_behind in (path for path in others if path.name not in running):
-            left_behind.unlink()
-    return journal
+def _say_what_is_kept(journal: Journal, resume: bool, output: Output) -> None:
+    if journal.done or journal.base_share:
+        kept = f", the base pass is done for {journal.base_share:.0%} of the text" if journal.base_share else ""
+        output.say(f"resuming: {len(journal.done):,} documents are already scored{kept}")
+    elif resume:
+        output.say("nothing to resume from; starting afresh")
 
 
 def say_totals(result: ScoreResult, output: Output) -> None:
@@ -303,14 +324,10 @@ def _documents(source, tokenizer: Tokenizer, most_tokens: int, provenance: dict)
         )
     if not most_tokens:
         return found
-    kept, total = set(), 0
-    for index in sorted(range(len(found)), key=lambda i: hashlib.sha256(os.fsencode(found[i].name)).digest()):
-        if total + found[index].targets <= most_tokens:
-            kept.add(index)
-            total += found[index].targets
+    kept = sample(found, most_tokens)
     if not kept:
         raise ConfigError(f"--most-tokens {most_tokens} is less than any document has; allowed: more, or 0 for all")
-    return [found[index] for index in sorted(kept)]
+    return kept
 
 
 def _held_out_stdlib(provenance: dict) -> Corpus:
@@ -326,6 +343,7 @@ def _shown(show):
         "prequant": "before quantisation",
         "adapt": "adapting",
         "score": "scoring, all ranks",
+        "sweep": "sweep",
     }
     return lambda phase, done, total: show(names[phase], done, total, "tokens")
 

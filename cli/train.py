@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import signal
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,8 +10,8 @@ from typing import Annotated, Any
 import typer
 
 from ..model.attention import require_attention
-from ..model.checkpoint import CheckpointError, load_meta
-from ..model.config import ConfigError, ModelConfig, Preset, TrainConfig, preset
+from ..model.checkpoint import CheckpointError, load_meta, unusable
+from ..model.config import PRESETS, ConfigError, ModelConfig, Preset, TrainConfig, preset
 from ..model.corpus import Corpus
 from ..model.parallel import Ranks, join_ranks
 from ..model.prepare import Prepared, prepare, prepared_from_shards
@@ -28,7 +29,9 @@ CHANGEABLE = (
 
 def train(
     out: Annotated[Path, typer.Option("--out", help="Folder of the run.")] = Path("runs/latest"),
-    preset_name: Annotated[str | None, typer.Option("--preset", help="tiny (the default), seed or seed-11l.")] = None,
+    preset_name: Annotated[
+        str | None, typer.Option("--preset", help=f"{', '.join(PRESETS)}; tiny if left out.")
+    ] = None,
     seconds: Annotated[float | None, typer.Option(help="Wall-clock cap; short for --set seconds=...")] = None,
     text: options.Text = None,
     jsonl: options.Jsonl = None,
@@ -53,6 +56,7 @@ def train(
     ] = False,
     device: options.Device = "auto",
     cache: options.Cache = options.DEFAULT_CACHE,
+    warm: options.Warm = True,
     fields: options.Fields = False,
     as_json: options.Json = False,
 ) -> None:
@@ -62,6 +66,10 @@ def train(
     machine has. The run folder gets run.json, loss.csv, loss.png, checkpoint.safetensors and, at the end,
     model.safetensors, which `klora export` turns into an artifact: the best of the last weights and their averages.
     Ctrl-C writes a checkpoint; --resume goes on. A second Ctrl-C ends at once.
+
+    Presets: tiny for a CPU and two minutes; seed, 10 blocks for 600 s on 8 GPUs; seed-11l with 11 blocks; seed-2k on
+    rows of 2,048 tokens, for windows of that length. --set document_mask=true keeps the documents of a row apart, --set
+    qat_share=0.1 trains the last tenth at int6 values; --fields lists every field.
 
     Examples:
 
@@ -109,9 +117,15 @@ def train(
         else:
             chosen = preset(preset_name or "tiny").override(overrides)
             dtype = compute_dtype(chosen.train, ranks.device)
-            require_attention(chosen.train.attention, chosen.model, ranks.device, dtype)
+            require_attention(chosen.train.attention, chosen.model, ranks.device, dtype, chosen.train.document_mask)
             corpora = _corpora(text, jsonl, field, validation_text, validation_jsonl, validation_share)
             data, sources = prepare_first(corpora, chosen, cache, ranks, output), describe(*corpora)
+        if warm and ranks.device.type == "cuda":
+            if ranks.is_first:
+                from .warm import training, warmed
+
+                warmed(lambda: training(chosen, ranks.device, ranks.world), ranks.device, output)
+            ranks.wait()
         result = run_training(chosen, data, out, ranks, output, sources, resume)
         if ranks.is_first:
             output.result({"run": str(out), **vars(result), "notes": list(data.notes)})
@@ -146,7 +160,13 @@ def run_training(
     chosen: Preset, data: Prepared, out: Path, ranks: Ranks, output: Output, sources: dict, resume: bool = False
 ) -> TrainResult:
     """Train with a progress display and say what came out."""
-    trainer = Trainer(chosen, data, out, ranks, resume, sources, output.warn)
+    try:
+        trainer = Trainer(chosen, data, out, ranks, resume, sources, output.warn)
+    except KeyboardInterrupt:
+        output.warn(
+            "stopped before the first step; the data and what was saved before are kept. The same command starts again"
+        )
+        raise typer.Exit(128 + signal.SIGINT) from None
     config = chosen.train
     output.say(f"training {chosen.name} on {ranks.device} x {ranks.world}; attention {trainer.attention}")
     output.say(str(trainer.estimate))
@@ -182,17 +202,29 @@ def run_training(
 def prepare_first(
     corpora: tuple[Corpus, Corpus], chosen: Preset, cache: Path, ranks: Ranks, output: Output
 ) -> Prepared:
-    """Tokenizer and shards of both corpora: rank 0 makes them, the others find them."""
+    """Tokenizer and shards of both corpora: rank 0 makes them, the others find them.
+
+    Ctrl-C ends the command with status 130 and says what is kept.
+    """
     names = {"tokenizer": "learning the tokenizer", "train": "tokenizing train", "validation": "tokenizing validation"}
-    if ranks.is_first:
-        with output.progress() as show:
-            prepare(
-                *corpora,
-                chosen.model.vocab_size,
-                cache,
-                lambda phase, done: show(names[phase], done, None, "documents"),
-            )
-    ranks.wait()
+    reached = "looking for the data"
+    try:
+        if ranks.is_first:
+            with output.progress() as show:
+
+                def progress(phase: str, done: int) -> None:
+                    nonlocal reached
+                    reached = f"{names[phase]}, after {done:,} documents"
+                    show(names[phase], done, None, "documents")
+
+                prepare(*corpora, chosen.model.vocab_size, cache, progress)
+        ranks.wait()
+    except KeyboardInterrupt:
+        output.warn(
+            f"stopped while {reached}. Of the data nothing is kept: {cache} holds only what was whole before, and no "
+            "run was begun. The same command starts again"
+        )
+        raise typer.Exit(128 + signal.SIGINT) from None
     data = prepare(*corpora, chosen.model.vocab_size, cache)
     if ranks.is_first:
         attempt("the counts of the data", lambda: output.say(_counts(data.folder / "prepared.json")), output.warn)
@@ -241,9 +273,12 @@ def _stored_run(out: Path, overrides: dict[str, str]) -> tuple[Preset, Prepared,
         raise ConfigError(f"{wrong[0]} cannot change when a run is resumed; allowed: {', '.join(CHANGEABLE)}")
     try:
         run = json.loads(path.read_text(encoding="utf-8"))
-        model, train = ModelConfig.from_dict(run["model"]), TrainConfig.from_dict(run["train"])
-        stored = Preset(run["preset"], model, train, about="resumed")
-        data, sources = Path(run["data"]), dict(run["sources"])
+        model, train = dict(run["model"]), dict(run["train"])
+        data, sources, name = Path(run["data"]), dict(run["sources"]), str(run["preset"])
     except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} is damaged ({error}); start the run afresh with --overwrite") from None
+        raise CheckpointError(f"{path} is damaged ({error!r}); start the run afresh with --overwrite") from None
+    try:
+        stored = Preset(name, ModelConfig.from_dict(model), TrainConfig.from_dict(train), about="resumed")
+    except (ConfigError, TypeError) as error:
+        raise unusable(path, error, run.get("klora")) from None
     return stored.override(overrides), prepared_from_shards(data), sources

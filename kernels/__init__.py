@@ -5,7 +5,15 @@ from typing import TYPE_CHECKING
 from ..lazy import lazy_exports
 
 if TYPE_CHECKING:
-    from .attention import causal_attention, causal_attention_ref, pick_attention
+    from .attention import (
+        cache_write_,
+        cache_write_ref_,
+        cached_attention,
+        cached_attention_ref,
+        causal_attention,
+        causal_attention_ref,
+        pick_attention,
+    )
     from .bigram import BOS, bigram_hash_ref
     from .embedding import bigram_embedding, bigram_embedding_ref
     from .int6 import (
@@ -25,7 +33,12 @@ if TYPE_CHECKING:
     )
     from .linear import linear, linear_ref
     from .lora_adam import check_distinct_slots, lora_adam_, lora_adam_ref_
-    from .lora_attention import lora_attention, lora_attention_ref
+    from .lora_attention import (
+        lora_attention,
+        lora_attention_ref,
+        lora_cached_attention,
+        lora_cached_attention_ref,
+    )
     from .lora_head_nll import (
         check_targets,
         lora_head_nll,
@@ -53,6 +66,10 @@ __all__ = [
     "bigram_embedding",
     "bigram_embedding_ref",
     "bigram_hash_ref",
+    "cache_write_",
+    "cache_write_ref_",
+    "cached_attention",
+    "cached_attention_ref",
     "causal_attention",
     "causal_attention_ref",
     "check_distinct_slots",
@@ -68,6 +85,8 @@ __all__ = [
     "lora_adam_ref_",
     "lora_attention",
     "lora_attention_ref",
+    "lora_cached_attention",
+    "lora_cached_attention_ref",
     "lora_head_nll",
     "lora_head_nll_grads_",
     "lora_head_nll_ref",

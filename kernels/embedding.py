@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .bigram import BOS, bigram_hash_ref
-from .registration import custom_op
+from .registration import custom_op, resolve_backend
 from .rms_norm import EPS, rms_norm_ref
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -253,8 +253,7 @@ def bigram_embedding(
 
     Example: x0 = bigram_embedding(tokens, embed, bigram, gate, torch.float32)
     """
-    if backend not in (None, "reference", "triton"):
-        raise ValueError(f"backend is {backend!r}; allowed: None, 'reference', 'triton'")
+    backend = resolve_backend(backend, tokens)
     if tokens.dim() != 2 or tokens.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"tokens are {tokens.dtype} {list(tokens.shape)}; wanted: int32 or int64 [B, S]")
     if embed.dim() != 2 or bigram.dim() != 2 or bigram.size(1) != embed.size(1) or bigram.size(0) < 2:
@@ -264,7 +263,7 @@ def bigram_embedding(
     for name, tensor in (("embed", embed), ("bigram", bigram), ("gate", gate)):
         if tensor.device != tokens.device:
             raise ValueError(f"{name} is on {tensor.device} and tokens on {tokens.device}; all must be on one device")
-    if backend == "reference" or (backend is None and tokens.device.type == "cpu"):
+    if backend == "reference":
         if x0_grad is not None:
             raise ValueError("x0_grad: the reference has no backward of its own to read it; use backend='triton'")
         return bigram_embedding_ref(tokens, embed, bigram, gate, dtype)

@@ -1,35 +1,90 @@
-"""Row scales folded into weights, forward and backward: for the copies of Wo and W2 that a step multiplies with.
+"""Row scales folded into weights, forward and backward: for the copies of matrices that a step multiplies with.
 
-    copy_r = (d s_r) w_r;      dw_r = (d s_r) dcopy_r,   ds_r = d sum_k dcopy_rk w_rk
+    copy_r = (d s_r) v_r;   dw_r = (d s_r) dcopy_r,   ds_r = d sum_k dcopy_rk v_rk;      v = w, or w at its int6 values
 
 w and dcopy fp32 [L, D, K], contiguous, s fp32 [L, D], d fp32 [L]: one factor a layer. `fold_rows_` writes copies
 [L, D, K] of any float dtype; `unfold_rows_` turns dcopy into dw in place and writes ds. Each number is read once: 6
 bytes an element for a 16-bit copy, 12 backward. A row belongs to one program, so the sum over it has one order.
+
+int6 values, for the late steps of a run whose weights will be stored so:
+
+    v = t clamp(round(w / t), -31, 31),   t = clip rms(row), at 11 significant bits
+
+That is what the exporter stores at this clip, without its search for one: quantize_int6_ref(w, clip), but for matrices
+with scales below 2^-14, which a file may hold in fp16 with fewer bits. The gradient passes straight through to w
+(Bengio et al. 2013), and that of s is exact. A row is read twice then, the second time from cache.
 """
+
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .int6.reference import CODE_MAX, SMALLEST_SCALE, rounded_scale
 from .registration import device_of
 
 BLOCK = 512
+MOST_CODE, LEAST_SCALE = tl.constexpr(float(CODE_MAX)), tl.constexpr(SMALLEST_SCALE)
+TO_INTEGER = tl.constexpr(1.5 * 2.0**23)
+"""Added to a small fp32 number and subtracted again, it leaves the nearest integer, ties to even."""
+
+
+class Int6Grid(NamedTuple):
+    """Whether rows are at their int6 values, and which."""
+
+    is_on: Tensor
+    """int32 [], on the device: a step that was captured once serves before and after"""
+    scales: Tensor
+    """fp32 [L, D]: the t of each row, written by the fold and read by the unfold; 0: the row is as it is"""
+    clip: float
 
 
 @triton.jit
-def _fold(w_ptr, s_ptr, d_ptr, out_ptr, D, K, BLOCK: tl.constexpr):
-    row = tl.program_id(0)
-    scale = tl.load(d_ptr + row // D) * tl.load(s_ptr + row)
-    base = row.to(tl.int64) * K
+def _int6(w, scale):
+    """w at the nearest of the 63 multiples of `scale`; as it is where that is 0."""
+    code = tl.minimum(tl.maximum(tl.div_rn(w, tl.where(scale > 0.0, scale, 1.0)), -MOST_CODE), MOST_CODE)
+    return tl.where(scale > 0.0, ((code + TO_INTEGER) - TO_INTEGER) * scale, w)
+
+
+@triton.jit
+def _row_scale(w_ptr, base, clip, K, BLOCK: tl.constexpr):
+    """clip * rms of a row, at 11 significant bits."""
+    total = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, K, BLOCK):
         k = start + tl.arange(0, BLOCK)
         w = tl.load(w_ptr + base + k, mask=k < K, other=0.0)
-        tl.store(out_ptr + base + k, (w * scale).to(out_ptr.dtype.element_ty), mask=k < K)
+        total += w * w
+    wanted = clip * tl.sqrt_rn(tl.div_rn(tl.sum(total), tl.full((), K, tl.float32)))
+    bits = tl.maximum(wanted, LEAST_SCALE).to(tl.int32, bitcast=True)
+    bits = (bits + 0xFFF + ((bits >> 13) & 1)) & -0x2000
+    return tl.where(wanted == 0.0, 0.0, bits.to(tl.float32, bitcast=True))
 
 
 @triton.jit
-def _unfold(grad_ptr, w_ptr, s_ptr, d_ptr, ds_ptr, D, K, BLOCK: tl.constexpr):
+def _fold(w_ptr, s_ptr, d_ptr, out_ptr, is_on_ptr, scales_ptr, clip, D, K, BLOCK: tl.constexpr):
+    row = tl.program_id(0)
+    base = row.to(tl.int64) * K
+    if s_ptr is not None:
+        scale = tl.load(d_ptr + row // D) * tl.load(s_ptr + row)
+    if is_on_ptr is not None:
+        int6_scale = 0.0
+        if tl.load(is_on_ptr) != 0:
+            int6_scale = _row_scale(w_ptr, base, clip, K, BLOCK)
+        tl.store(scales_ptr + row, int6_scale)
+    for start in range(0, K, BLOCK):
+        k = start + tl.arange(0, BLOCK)
+        w = tl.load(w_ptr + base + k, mask=k < K, other=0.0)
+        if is_on_ptr is not None:
+            w = _int6(w, int6_scale)
+        if s_ptr is not None:
+            w *= scale
+        tl.store(out_ptr + base + k, w.to(out_ptr.dtype.element_ty), mask=k < K)
+
+
+@triton.jit
+def _unfold(grad_ptr, w_ptr, s_ptr, d_ptr, ds_ptr, scales_ptr, D, K, BLOCK: tl.constexpr):
     row = tl.program_id(0)
     depth = tl.load(d_ptr + row // D)
     scale = depth * tl.load(s_ptr + row)
@@ -38,25 +93,78 @@ def _unfold(grad_ptr, w_ptr, s_ptr, d_ptr, ds_ptr, D, K, BLOCK: tl.constexpr):
     for start in range(0, K, BLOCK):
         k = start + tl.arange(0, BLOCK)
         grad = tl.load(grad_ptr + base + k, mask=k < K, other=0.0)
-        total += grad * tl.load(w_ptr + base + k, mask=k < K, other=0.0)
+        w = tl.load(w_ptr + base + k, mask=k < K, other=0.0)
+        if scales_ptr is not None:
+            w = _int6(w, tl.load(scales_ptr + row))
+        total += grad * w
         tl.store(grad_ptr + base + k, grad * scale, mask=k < K)
     tl.store(ds_ptr + row, depth * tl.sum(total))
 
 
-def fold_rows_(copy: Tensor, weight: Tensor, scale: Tensor, depth: Tensor, backend: str) -> None:
-    """Write `copy` [L, D, K]."""
+def int6_values_ref(weight: Tensor, clip: float) -> tuple[Tensor, Tensor]:
+    """`weight` [..., K] at its int6 values, and the scale of each row [...]. Waits for nothing; has no gradient.
+
+    Example: values, scales = int6_values_ref(weight, clip=0.11)
+    """
+    weight = weight.detach()
+    wanted = clip * weight.float().square().mean(-1).sqrt()
+    scale = torch.where(wanted == 0, 0.0, rounded_scale(wanted))
+    return _at(weight, scale), scale
+
+
+def _at(weight: Tensor, scale: Tensor) -> Tensor:
+    """`weight` [..., K] at the multiples of `scale` [...]; a row as it is where that is 0."""
+    step = torch.where(scale > 0, scale, 1.0)[..., None]
+    codes = (weight.float() / step).round_().clamp_(-CODE_MAX, CODE_MAX)
+    return torch.where(scale[..., None] > 0, codes * step, weight).to(weight.dtype)
+
+
+def fold_rows_(
+    copy: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    depth: Tensor | None,
+    backend: str,
+    grid: Int6Grid | None = None,
+) -> None:
+    """Write `copy` [L, D, K]. Without `scale` and `depth` they are 1; with `grid`, weights are at their int6 values
+    where it is on.
+    """
     if backend == "reference":
-        torch.mul(weight, (depth[:, None] * scale)[..., None], out=copy)
+        if grid is not None:
+            grid.scales.zero_()
+            if grid.is_on:
+                weight, grid.scales[:] = int6_values_ref(weight, grid.clip)
+        if scale is None:
+            copy.copy_(weight)
+        else:
+            torch.mul(weight, (depth[:, None] * scale)[..., None], out=copy)
         return
+    is_on, scales, clip = grid or (None, None, None)
     with device_of(weight):
-        _fold[(scale.numel(),)](weight, scale, depth, copy, *weight.shape[1:], BLOCK=BLOCK, num_warps=4)
+        rows = weight.size(0) * weight.size(1)
+        _fold[(rows,)](
+            weight, scale, depth, copy, is_on, scales, clip, *weight.shape[1:], BLOCK=BLOCK, num_warps=4
+        )  # fmt: skip
 
 
-def unfold_rows_(grad: Tensor, dscale: Tensor, weight: Tensor, scale: Tensor, depth: Tensor, backend: str) -> None:
-    """Turn `grad` [L, D, K], the copies', into the weights' and write `dscale` [L, D]."""
+def unfold_rows_(
+    grad: Tensor,
+    dscale: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    depth: Tensor,
+    backend: str,
+    grid: Int6Grid | None = None,
+) -> None:
+    """Turn `grad` [L, D, K], the copies', into the weights' and write `dscale` [L, D]. `grid` is the fold's."""
     if backend == "reference":
-        torch.mul(depth[:, None], (grad * weight).sum(-1), out=dscale)
+        values = weight if grid is None else _at(weight, grid.scales)
+        torch.mul(depth[:, None], (grad * values).sum(-1), out=dscale)
         grad.mul_((depth[:, None] * scale)[..., None])
         return
+    scales = None if grid is None else grid.scales
     with device_of(weight):
-        _unfold[(scale.numel(),)](grad, weight, scale, depth, dscale, *weight.shape[1:], BLOCK=BLOCK, num_warps=4)
+        _unfold[(scale.numel(),)](
+            grad, weight, scale, depth, dscale, scales, *weight.shape[1:], BLOCK=BLOCK, num_warps=4
+        )  # fmt: skip

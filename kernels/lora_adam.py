@@ -29,7 +29,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .registration import custom_op
+from .registration import custom_op, resolve_backend
 from .slots import is_in_pool
 
 
@@ -253,9 +253,7 @@ def lora_adam_(
     """
     if params.dim() != 2:
         raise ValueError(f"params is {_describe(params)}; wanted: [slots, P]")
-    if backend not in (None, "reference", "triton"):
-        raise ValueError(f"backend is {backend!r}; allowed: None, 'reference', 'triton'")
-    reference = backend == "reference" or (backend is None and params.device.type == "cpu")
+    reference = resolve_backend(backend, params) == "reference"
     floats = (params.dtype,) if reference else (torch.float32,)
     pool, row = tuple(params.shape), (params.size(1),)
     for name, tensor, shape, dtypes in (

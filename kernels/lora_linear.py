@@ -19,8 +19,8 @@ from .lora_qkv.adapters import Adapters
 from .lora_qkv.forward import launch_forward
 from .lora_qkv.op import adapters_and_packed, fake_packed, launch
 from .lora_qkv.tiles import padded_rank
-from .lora_qkv.validate import pick_backend, validate_product
-from .registration import custom_op
+from .lora_qkv.validate import validate_product
+from .registration import custom_op, resolve_backend
 from .slots import rows_of_slots
 from .tile import aligned
 
@@ -61,7 +61,7 @@ def lora_linear(
 
     Example: y = lora_linear(x, up, up_a, up_b, slots)
     """
-    backend = pick_backend(x, backend)
+    backend = resolve_backend(backend, x)
     given = {"x": x, "weight": weight, "lora_a": lora_a, "lora_b": lora_b}
     validate_product(given, x.size(-1) if x.dim() else 0, slots, grads, backend)
     if backend == "reference":

@@ -23,9 +23,9 @@ from .linear.product import SLOPE, SQUARE, launch_product
 from .lora_linear import backward_op, fake_xa, fresh_gradients, lora_linear_ref
 from .lora_qkv.forward import launch_forward
 from .lora_qkv.op import adapters_and_packed, fake_packed, launch
-from .lora_qkv.validate import describe, pick_backend, validate_product
+from .lora_qkv.validate import describe, validate_product
 from .mlp import relu_squared_ref
-from .registration import custom_op
+from .registration import custom_op, resolve_backend
 from .tile import aligned
 
 
@@ -78,7 +78,7 @@ def lora_mlp(
 
     Example: out = lora_mlp(x, up, down, up_a, up_b, down_a, down_b, slots)
     """
-    backend = pick_backend(x, backend)
+    backend = resolve_backend(backend, x)
     width, hidden = x.size(-1) if x.dim() else 0, up.size(0) if up.dim() else 0
     if x.dim() != 3 or up.dim() != 2 or up.size(1) != width or list(down.shape) != [width, hidden]:
         raise ValueError(

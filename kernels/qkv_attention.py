@@ -22,7 +22,7 @@ from torch import Tensor
 from .attention import HEAD_DIMS, causal_attention_ref
 from .attention.backward import Rotary, launch_backward
 from .attention.forward import launch_forward
-from .attention.op import causal_op
+from .attention.op import causal_op, checked_start
 from .linear.op import linear_dweight, linear_dx, runs_kernel
 from .linear.product import HEADS, Heads, launch_product
 from .registration import custom_op, keep_output, refuse_gradients
@@ -40,19 +40,20 @@ def qkv_attention_ref(
     head_dim: int,
     tail: int | None = None,
     attention: str = "math",
+    start: Tensor | None = None,
 ) -> Tensor:
     """out [B, T, Nq]: the parts one after the other. Arguments as of :func:`qkv_attention`.
 
     `x` [B, S, D] and `weight` [Nq+Nk+Nv, D] of one float dtype; `cos`, `sin` [S, head_dim/2], `gain` [Nq/head_dim];
-    `sizes` (Nq, Nk, Nv). T is `tail`, None is S. `attention` is PyTorch's backend of the last part. Autograd gives all
-    gradients.
+    `sizes` (Nq, Nk, Nv). T is `tail`, None is S. `attention` is PyTorch's backend of the last part. `start`
+    int32 [B, S] keeps documents apart. Autograd gives all gradients.
 
     Example: out = qkv_attention_ref(x, weight, cos, sin, gain, sizes, head_dim=16)
     """
     parts = torch.nn.functional.linear(x, weight).split(list(sizes), dim=-1)
     q, k, v = (part.unflatten(-1, (-1, head_dim)) for part in parts)
     q, k = norm_rotary_ref(q, cos, sin, gain), norm_rotary_ref(k, cos, sin)
-    out = causal_attention_ref(q, k, v, attention).flatten(2)
+    out = causal_attention_ref(q, k, v, attention, start).flatten(2)
     return out[:, x.size(1) - (x.size(1) if tail is None else tail) :]
 
 
@@ -67,6 +68,7 @@ def _op(
     head_dim: int,
     tail: int,
     is_unit: bool,
+    start: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """out, and what the backward wants: the stacked q, k and v, 1 / rms of the heads of q and k, the logsumexp.
     `is_unit` is only passed on to it.
@@ -76,12 +78,12 @@ def _op(
     about = Heads(cos, sin, gain, rstd, heads, groups, head_dim)
     qkv = launch_product(x, weight, epilogue=HEADS, heads=about)
     out = x.new_empty(x.size(0), tail, sizes[0])
-    _, lse = launch_forward(*_split(qkv, sizes, head_dim), tail, out.unflatten(-1, (-1, head_dim)), gain)
+    _, lse = launch_forward(*_split(qkv, sizes, head_dim), tail, out.unflatten(-1, (-1, head_dim)), gain, start=start)
     return out, qkv, rstd, lse
 
 
 @_op.register_fake
-def _(x, weight, cos, sin, gain, sizes, head_dim, tail, is_unit):
+def _(x, weight, cos, sin, gain, sizes, head_dim, tail, is_unit, start):
     heads, groups = sizes[0] // head_dim, sizes[1] // head_dim
     return (
         x.new_empty(x.size(0), tail, sizes[0]),
@@ -104,6 +106,7 @@ def _backward_op(
     sizes: list[int],
     head_dim: int,
     is_unit: bool,
+    start: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """The gradients of the stacked projections [B, S, N] and of the gain."""
     dqkv, heads = torch.empty_like(qkv), sizes[0] // head_dim
@@ -111,12 +114,12 @@ def _backward_op(
     split = _split(qkv, sizes, head_dim)
     dout, out = (t.unflatten(-1, (-1, head_dim)) for t in (aligned(dout), out))
     into = tuple(_split(dqkv, sizes, head_dim))
-    *_, dgain = launch_backward(dout, *split, out, lse, rotary, into=into, trains_gain=True)
+    *_, dgain = launch_backward(dout, *split, out, lse, rotary, into=into, trains_gain=True, start=start)
     return dqkv, dgain
 
 
 @_backward_op.register_fake
-def _(dout, out, qkv, rstd, lse, cos, sin, gain, sizes, head_dim, is_unit):
+def _(dout, out, qkv, rstd, lse, cos, sin, gain, sizes, head_dim, is_unit, start):
     return torch.empty_like(qkv), torch.empty_like(gain)
 
 
@@ -131,25 +134,25 @@ def _split(qkv: Tensor, sizes: Sequence[int], head_dim: int) -> list[Tensor]:
 
 
 def _setup(ctx, inputs, output):
-    x, weight, cos, sin, gain, ctx.sizes, ctx.head_dim, ctx.tail, ctx.is_unit = inputs
+    x, weight, cos, sin, gain, ctx.sizes, ctx.head_dim, ctx.tail, ctx.is_unit, start = inputs
     out, qkv, rstd, lse = output
     out, ctx.is_changed = keep_output(out)
-    ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight, cos, sin, gain, out, qkv, rstd, lse)
+    ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight, cos, sin, gain, out, qkv, rstd, lse, start)
     ctx.mark_non_differentiable(qkv, rstd, lse)
     ctx.set_materialize_grads(False)
 
 
 def _autograd(ctx, dout, *_):
-    x, weight, cos, sin, gain, out, qkv, rstd, lse = ctx.saved_tensors
+    x, weight, cos, sin, gain, out, qkv, rstd, lse, start = ctx.saved_tensors
     needs_x, needs_weight, _, _, needs_gain, *_ = ctx.needs_input_grad
     if dout is None:
-        return (None,) * 9
+        return (None,) * 10
     if ctx.is_changed():
-        out = causal_op(*_split(qkv, ctx.sizes, ctx.head_dim), ctx.tail)[0].flatten(2)
-    dqkv, dgain = _backward_op(dout, out, qkv, rstd, lse, cos, sin, gain, ctx.sizes, ctx.head_dim, ctx.is_unit)
+        out = causal_op(*_split(qkv, ctx.sizes, ctx.head_dim), ctx.tail, start)[0].flatten(2)
+    dqkv, dgain = _backward_op(dout, out, qkv, rstd, lse, cos, sin, gain, ctx.sizes, ctx.head_dim, ctx.is_unit, start)
     dx = linear_dx(dqkv, weight) if needs_x else None
     dweight = linear_dweight(dqkv, x) if needs_weight else None
-    return dx, dweight, None, None, dgain if needs_gain else None, *(None,) * 4
+    return dx, dweight, None, None, dgain if needs_gain else None, *(None,) * 5
 
 
 _op.register_autograd(_autograd, setup_context=_setup)
@@ -166,6 +169,7 @@ def qkv_attention(
     head_dim: int,
     tail: int | None = None,
     unit_tables: bool = False,
+    start: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """out [B, T, Nq] of `x` [B, S, D] by `weight` [Nq+Nk+Nv, D], all of one dtype.
@@ -173,11 +177,12 @@ def qkv_attention(
     `sizes` is (Nq, Nk, Nv): as many heads of v as of k, and a multiple of them of q, each `head_dim` wide. `cos` and
     `sin` are [S, head_dim/2] and `gain` is [Nq/head_dim], float32 for the kernels. T is `tail`, where only the last T
     tokens are wanted; None is S. x, weight and gain get gradients. `unit_tables` is the caller's word that cos^2 +
-    sin^2 is 1, as it is of rotary_tables: the backward then does not look.
+    sin^2 is 1, as it is of rotary_tables: the backward then does not look. `start` int32 [B, S] keeps documents apart,
+    as in causal_attention.
 
     `backend` is "reference" or "triton"; None takes the reference on a CPU and the kernel on a GPU. The kernels take
     bfloat16, float16 or float32 and a head_dim of 16, 32, 64 or, in 16 bits, 128.
-    ValueError: other shapes, sizes, dtypes, tails or backends, tensors on several devices, tables that require
+    ValueError: other shapes, sizes, dtypes, tails, starts or backends, tensors on several devices, tables that require
     gradients.
 
     Example: out = qkv_attention(x, weight, cos, sin, gain, sizes, head_dim=16)
@@ -202,12 +207,13 @@ def qkv_attention(
     tail = length if tail is None else tail
     if not 0 <= tail <= length:
         raise ValueError(f"tail is {tail}; allowed: 0 to S, {length}")
+    start = checked_start(start, x)
     if not runs_kernel(backend, x=x, weight=weight):
-        return qkv_attention_ref(x, weight, cos, sin, gain, sizes, head_dim, tail)
+        return qkv_attention_ref(x, weight, cos, sin, gain, sizes, head_dim, tail, start=start)
     if not takes(x.dtype, head_dim):
         raise ValueError(f"head_dim is {head_dim} in {x.dtype}; the kernel wants 16, 32, 64 or, in 16 bits, 128")
     for name, table in (("cos", cos), ("sin", sin), ("gain", gain)):
         if table.dtype != torch.float32:
             raise ValueError(f"{name} is {table.dtype}; the kernel wants float32")
     tables = (table.contiguous() for table in (cos, sin, gain))
-    return _op(x, weight, *tables, sizes, head_dim, tail, unit_tables)[0]
+    return _op(x, weight, *tables, sizes, head_dim, tail, unit_tables, start)[0]

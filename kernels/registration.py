@@ -1,12 +1,38 @@
-"""Registration of an operator that launches kernels: `torch.library.custom_op`, on the device of its tensors."""
+"""What operators that launch kernels share: registration on the device of their tensors, and which backend runs."""
 
 import functools
+import os
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any
 
 import torch
 from torch import Tensor
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "y", "yes", "on", "true")
+"""Whether Triton's interpreter runs the kernels. Triton decides it where a kernel is defined, so later changes of the
+variable count for nothing."""
+
+
+def check_backend(backend: str | None) -> None:
+    """ValueError where there is no such backend."""
+    if backend not in (None, "reference", "triton"):
+        raise ValueError(f"backend is {backend!r}; allowed: None, 'reference', 'triton'")
+
+
+def resolve_backend(backend: str | None, tensor: Tensor) -> str:
+    """The backend that runs on `tensor`: "triton" or "reference"; None is the kernel on a GPU, else the reference.
+
+    ValueError: any other, or the kernel for a tensor that it cannot reach.
+    """
+    check_backend(backend)
+    if backend == "triton" and not (tensor.is_cuda or tensor.is_meta or INTERPRETED):
+        raise ValueError(
+            f"backend is 'triton' and the tensors are on {tensor.device}; the kernels run on a CUDA GPU: move the "
+            "tensors there, or give backend='reference' or None. To debug the kernels without a GPU, set "
+            "TRITON_INTERPRET=1 before klora is imported"
+        )
+    return backend or ("triton" if tensor.is_cuda else "reference")
 
 
 def custom_op(name: str, *, mutates_args: str | Iterable[str]) -> Callable[[Callable], Any]:

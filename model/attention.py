@@ -17,6 +17,7 @@ from ..kernels.attention.choices import PACKAGES, first_sentence
 from . import network
 from .config import ConfigError, ModelConfig
 from .gpt import GPT
+from .graphs import captured
 from .parallel import Ranks
 from .weights import weights_of
 
@@ -38,20 +39,28 @@ class Attention(NamedTuple):
         return f"{self.name}: {self.why}"
 
 
-def require_attention(asked: str, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> None:
-    """ConfigError where a choice asked for by name is missing or cannot run here: why, and what to do."""
+def require_attention(
+    asked: str, config: ModelConfig, device: torch.device, dtype: torch.dtype, documents: bool = False
+) -> None:
+    """ConfigError where a choice asked for by name is missing or cannot run here: why, and what to do.
+
+    `documents`: it has to keep the documents of a row apart.
+    """
     if asked == "auto":
         return
-    reason = why_not_here(asked, config, device, dtype)
+    about = config, device, dtype, documents
+    reason = why_not_here(asked, *about)
     if reason:
-        others = [name for name in CHOICES if name != asked and not why_not_here(name, config, device, dtype)]
+        others = [name for name in CHOICES if name != asked and not why_not_here(name, *about)]
         raise ConfigError(f"attention={asked} is not possible: {reason}; allowed here: auto, {', '.join(others)}")
 
 
-def why_not_here(name: str, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> str:
-    """Why a choice does not run in this model; empty if it does."""
+def why_not_here(
+    name: str, config: ModelConfig, device: torch.device, dtype: torch.dtype, documents: bool = False
+) -> str:
+    """Why a choice does not run in this model, with documents kept apart or not; empty if it does."""
     if name != "klora":
-        return why_not(name, device, dtype, config.head_dim, config.heads, config.kv_heads)
+        return why_not(name, device, dtype, config.head_dim, config.heads, config.kv_heads, documents)
     if network.pick_backend(config, device, dtype) == "triton" and config.head_dim in HEAD_DIMS:
         return ""
     sizes = " or ".join(map(str, HEAD_DIMS))
@@ -65,26 +74,30 @@ def choose_attention(
     length: int,
     ranks: Ranks,
     capture: bool,
+    documents: bool = False,
     configured: str = "",
     began: str = "",
 ) -> Attention:
     """Set what `model` trains with, for micro-batches of [rows, length] tokens.
 
-    `asked` is one of CHOICES or "auto". With `capture` it has to run in a CUDA graph, and is timed in one. `configured`
-    says why the model has the backend that auto keeps where nothing is timed. `began` is what the run began with: auto
-    keeps to it where it still runs. All ranks choose the same. ConfigError where what was asked for does not run.
+    `asked` is one of CHOICES or "auto". With `capture` it has to run in a CUDA graph, and is timed in one; with
+    `documents` it has to keep the documents of a row apart, and is timed with rows of one. `configured` says why the
+    model has the backend that auto keeps where nothing is timed. `began` is what the run began with: auto keeps to it
+    where it still runs. All ranks choose the same. ConfigError where what was asked for does not run.
     """
     config, device, dtype = model.config, model.embed.device, model.dtype
-    require_attention(asked, config, device, dtype)
+    require_attention(asked, config, device, dtype, documents)
     names = TIMED if asked == "auto" else (asked,)
+    if documents and why_not_here(model.attention, config, device, dtype, documents):
+        model.attention, configured = "math", f"{model.attention} takes no document mask"
     if device.type not in TIMED_ON:
         if asked == "auto":
             return Attention(model.attention, configured)
         chosen = Attention(asked, BY_NAME)
-    elif asked == "auto" and began and not why_not_here(began, config, device, dtype):
+    elif asked == "auto" and began and not why_not_here(began, config, device, dtype, documents):
         chosen = Attention(began, "as the run began")
     else:
-        times, refused = measure(model, names, rows, length, capture)
+        times, refused = measure(model, names, rows, length, capture, documents)
         slowest = ranks.most(*(times.get(name, math.inf) for name in names))
         times = {name: ms for name, ms in zip(names, slowest, strict=True) if ms < math.inf}
         if asked != "auto" and not times:
@@ -115,7 +128,7 @@ def _describe_refused(refused: Mapping[str, str]) -> str:
 
 
 def measure(
-    model: GPT, names: Sequence[str], rows: int, length: int, capture: bool
+    model: GPT, names: Sequence[str], rows: int, length: int, capture: bool, documents: bool = False
 ) -> tuple[dict[str, float], dict[str, str]]:
     """Milliseconds of each of `names` that runs, and why the others do not."""
     times, refused = {}, {}
@@ -123,11 +136,11 @@ def measure(
     for name in names:
         if name in PACKAGES and not PACKAGES[name].is_installed:
             refused[name] = "not installed"
-        elif reason := why_not_here(name, model.config, device, model.dtype):
+        elif reason := why_not_here(name, model.config, device, model.dtype, documents):
             refused[name] = reason
         else:
             try:
-                times[name] = milliseconds(model, name, rows, length, capture)
+                times[name] = milliseconds(model, name, rows, length, capture, documents)
             except Exception as error:  # a package may raise anything, and memory may be short
                 refused[name] = first_sentence(error)
         if device.type == "cuda":
@@ -135,12 +148,12 @@ def measure(
     return times, refused
 
 
-def milliseconds(model: GPT, name: str, rows: int, length: int, capture: bool) -> float:
+def milliseconds(model: GPT, name: str, rows: int, length: int, capture: bool, documents: bool = False) -> float:
     """The median time of :func:`block_piece`, after WARM_UP seconds of it."""
     device = model.embed.device
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda device: None
-    piece = block_piece(model, rows, length, name)  # it owns what a graph of it reads
-    call = _captured(piece, device) if capture else piece
+    piece = block_piece(model, rows, length, name, documents)
+    call = captured(piece, device) if capture else piece
     call()
     wait(device)
     began, samples = time.perf_counter(), []
@@ -155,7 +168,7 @@ def milliseconds(model: GPT, name: str, rows: int, length: int, capture: bool) -
     return statistics.median(samples)
 
 
-def block_piece(model: GPT, rows: int, length: int, name: str) -> Callable[[], None]:
+def block_piece(model: GPT, rows: int, length: int, name: str, documents: bool = False) -> Callable[[], None]:
     """Forward and backward of one block's projections, norm, rotation and attention, as a training step runs them."""
     config, device = model.config, model.embed.device
     with torch.no_grad():
@@ -168,7 +181,8 @@ def block_piece(model: GPT, rows: int, length: int, name: str) -> Callable[[], N
         for width in (config.width, config.qkv_sizes[0])
     )
     n.requires_grad_()
-    about = network.About(config, rotary, model.attention, name, None, model.backend)
+    start = torch.zeros(rows, length, dtype=torch.int32, device=device) if documents else None
+    about = network.About(config, rotary, model.attention, name, None, model.backend, start)
 
     def call() -> None:
         with torch.enable_grad():
@@ -176,17 +190,3 @@ def block_piece(model: GPT, rows: int, length: int, name: str) -> Callable[[], N
             torch.autograd.grad(out, (n, weight.qkv, weight.gain), dout)
 
     return call
-
-
-def _captured(call: Callable[[], None], device: torch.device) -> Callable[[], None]:
-    """`call` as the replay of a CUDA graph."""
-    stream = torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(stream):
-        for _ in range(2):
-            call()
-    torch.cuda.current_stream(device).wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        call()
-    return graph.replay

@@ -9,40 +9,71 @@ The division removes what the zero start holds back, so that a short run is an a
 import torch
 from torch import Tensor, nn
 
+from ..kernels.average import update_averages_
 from .config import TrainConfig
 
 
 class WeightAverages:
-    """EMA and SWA of a module's parameters, each in fp32."""
+    """EMA and SWA of a module's parameters, each in fp32.
 
-    def __init__(self, module: nn.Module, config: TrainConfig):
-        self.config = config
+    With `values`, the one buffer that all parameters are views of, the averages lie in buffers alike, and
+    :meth:`update_on_device` is part of a step that may be captured.
+    """
+
+    def __init__(self, module: nn.Module, config: TrainConfig, values: Tensor | None = None):
+        self.config, self._values = config, values
         self.parameters = dict(module.named_parameters())
-        self.ema = {name: torch.zeros_like(p, requires_grad=False) for name, p in self.parameters.items()}
-        self.swa: dict[str, Tensor] = {}
+        self._flat = None if values is None else torch.zeros(2, len(values), device=values.device)
+        self.ema, self._total = (
+            {name: self._zeros_like(p.detach(), index) for name, p in self.parameters.items()} for index in range(2)
+        )
         self.ema_updates = 0
         self.swa_snapshots = 0
+
+    def _zeros_like(self, parameter: Tensor, index: int) -> Tensor:
+        """A tensor of its own, or where the parameter lies in its buffer."""
+        if self._flat is None:
+            return torch.zeros_like(parameter)
+        start = parameter.storage_offset() - self._values.storage_offset()
+        return self._flat[index, start : start + parameter.numel()].view_as(parameter)
+
+    @property
+    def swa(self) -> dict[str, Tensor]:
+        """The sum of the snapshots; empty before the first."""
+        return self._total if self.swa_snapshots else {}
+
+    def weights_at(self, step: int, lr_scale: float) -> tuple[float, float]:
+        """What the weights after `step` steps count in the EMA and in the SWA's sum; 0: they are left out."""
+        config = self.config
+        ema = 1 - config.ema_decay**config.ema_every if step % config.ema_every == 0 else 0.0
+        return ema, float(step % config.swa_every == 0 and lr_scale < config.swa_below)
+
+    def count(self, ema: float, swa: float) -> None:
+        """Count an update at these weights."""
+        self.ema_updates += ema > 0
+        self.swa_snapshots += swa > 0
 
     @torch.no_grad()
     def update(self, step: int, lr_scale: float) -> None:
         """Take in the weights after `step` steps where the config says so."""
-        config = self.config
+        ema, swa = self.weights_at(step, lr_scale)
         weights = [p.detach() for p in self.parameters.values()]
-        if step % config.ema_every == 0:
-            torch._foreach_lerp_(list(self.ema.values()), weights, 1 - config.ema_decay**config.ema_every)
-            self.ema_updates += 1
-        if step % config.swa_every == 0 and lr_scale < config.swa_below:
-            if not self.swa:
-                self.swa = {name: torch.zeros_like(tensor) for name, tensor in self.ema.items()}
-            torch._foreach_add_(list(self.swa.values()), weights)
-            self.swa_snapshots += 1
+        if ema:
+            torch._foreach_lerp_(list(self.ema.values()), weights, ema)
+        if swa:
+            torch._foreach_add_(list(self._total.values()), weights)
+        self.count(ema, swa)
+
+    def update_on_device(self, weights: Tensor, backend: str) -> None:
+        """Take in the buffer at `weights` fp32 [2] on the device: what :meth:`weights_at` says. The caller counts."""
+        update_averages_(*self._flat, self._values, weights, backend)
 
     def load(self, ema: dict[str, Tensor], swa: dict[str, Tensor], counts: dict[str, int]) -> None:
         """Go on from saved averages and their counts `ema_updates` and `swa_snapshots`."""
-        for name, parameter in self.parameters.items():
+        for name in self.parameters:
             self.ema[name].copy_(ema[name])
             if swa:
-                self.swa[name] = swa[name].to(parameter.device)
+                self._total[name].copy_(swa[name])
         self.ema_updates, self.swa_snapshots = counts["ema_updates"], counts["swa_snapshots"]
 
     def candidates(self) -> dict[str, dict[str, Tensor]]:
@@ -52,5 +83,5 @@ class WeightAverages:
             weight = 1 - self.config.ema_decay ** (self.config.ema_every * self.ema_updates)
             found["ema"] = {name: tensor / weight for name, tensor in self.ema.items()}
         if self.swa_snapshots:
-            found["swa"] = {name: tensor / self.swa_snapshots for name, tensor in self.swa.items()}
+            found["swa"] = {name: tensor / self.swa_snapshots for name, tensor in self._total.items()}
         return found

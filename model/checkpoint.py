@@ -1,4 +1,7 @@
-"""Weights and training state on disk: safetensors with JSON metadata, written atomically, read without pickle."""
+"""Weights and training state on disk: safetensors with JSON metadata, written atomically, read without pickle.
+
+A file also names the version of klora that wrote it, so that a later one can say why it does not take the file.
+"""
 
 import json
 from collections.abc import Mapping
@@ -12,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import KloraError
+from ..version import __version__
 from .storage import replacing
 
 
@@ -19,11 +23,22 @@ class CheckpointError(KloraError, ValueError):
     """A file of weights or of training state that cannot be used, and why."""
 
 
+def unusable(path: Path, why: object, version: str | None) -> CheckpointError:
+    """Why a run's file, written by `version`, cannot be used: another version wrote it, or it is damaged."""
+    if version == __version__:
+        return CheckpointError(f"{path} is damaged ({why}); copy it again, or start the run afresh with --overwrite")
+    writer = f"klora {version}" if version else "an older klora, from before files named their version"
+    return CheckpointError(
+        f"{path} was written by {writer}, and this is klora {__version__}, which does not take it ({why}); go on with "
+        "the version that wrote it, or start the run afresh with --overwrite"
+    )
+
+
 def save_tensors(path: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
     """Write `tensors` and the JSON-serialisable `meta` to `path`, atomically."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with replacing(path) as temporary:
-        save_file(tensors, temporary, metadata={"klora": json.dumps(meta)})
+        save_file(tensors, temporary, metadata={"klora": json.dumps(meta), "version": __version__})
 
 
 def load_tensors(
@@ -37,24 +52,33 @@ def load_tensors(
         raise CheckpointError(f"there is no file {path}")
     try:
         with safe_open(path, framework="pt", device=str(device)) as file:
-            meta = (file.metadata() or {}).get("klora")
+            metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no iteration protocol)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from None
-    return tensors, _metadata(path, meta, fields)
+    return tensors, _metadata(path, metadata, fields)
 
 
 def load_meta(path: Path, fields: Mapping[str, type]) -> dict[str, Any]:
     """The metadata alone, without reading a tensor. Raises CheckpointError as :func:`load_tensors`."""
+    return _metadata(path, _header(path), fields)
+
+
+def version_of(path: Path) -> str | None:
+    """The version of klora that wrote the file; None where it names none. Raises CheckpointError as `load_meta`."""
+    return _header(path).get("version")
+
+
+def _header(path: Path) -> dict[str, str]:
     try:
         with safe_open(path, framework="pt") as file:
-            meta = (file.metadata() or {}).get("klora")
+            return file.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from None
-    return _metadata(path, meta, fields)
 
 
-def _metadata(path: Path, text: str | None, fields: Mapping[str, type]) -> dict[str, Any]:
+def _metadata(path: Path, header: Mapping[str, str], fields: Mapping[str, type]) -> dict[str, Any]:
+    text = header.get("klora")
     if text is None:
         raise CheckpointError(f"{path} was not written by klora: it has no klora metadata")
     try:
@@ -63,9 +87,7 @@ def _metadata(path: Path, text: str | None, fields: Mapping[str, type]) -> dict[
         raise CheckpointError(f"{path} is damaged: its metadata is no JSON ({error}); copy or make it again") from None
     wrong = [name for name, kind in fields.items() if not isinstance(meta, dict) or type(meta.get(name)) is not kind]
     if wrong or not isinstance(meta, dict):
-        raise CheckpointError(
-            f"{path} is damaged: its metadata has no {' and no '.join(wrong) or 'names'}; copy or make it again"
-        )
+        raise unusable(path, f"its metadata has no {' and no '.join(wrong) or 'names'}", header.get("version"))
     return meta
 
 

@@ -44,6 +44,8 @@ def setting(default, help, *, at_least=None, above=None, at_most=None, below=Non
 def allowed_values(field: dataclasses.Field) -> str:
     """The values a field takes, in words: ``'int, at least 1'``."""
     rules = field.metadata
+    if isinstance(field.default, bool):
+        return "true or false"
     if "choices" in rules:
         return "one of " + ", ".join(str(choice) for choice in rules["choices"])
     words = {"at_least": "at least", "above": "above", "at_most": "at most", "below": "below"}
@@ -118,6 +120,8 @@ def _parse(field: dataclasses.Field, value: Any) -> Any:
     """Bring `value` to the field's type where that loses nothing; anything else is refused by name."""
     kind = type(field.default)
     try:
+        if isinstance(value, str) and kind is bool:
+            return {"true": True, "false": False}.get(value.strip().lower(), value)
         if isinstance(value, str) and kind is not str:
             text = value.strip().replace("_", "")
             return int(text) if kind is int else float(text)
@@ -205,6 +209,17 @@ class TrainConfig(Settings):
         "what runs attention; auto: on a GPU the fastest at this shape. klora promises the same bits in every run",
         choices=("auto", "klora", "cudnn", "flash", "efficient", "math", "fa2", "fa3", "fa4"),
     )
+    document_mask: bool = setting(False, "attention keeps the documents of a row apart, in training and validation")
+    qat_share: float = setting(
+        0.0,
+        "share of the run, at its end, in whose steps the matrices of blocks are at int6 values, as export rounds them",
+        at_least=0.0,
+        at_most=1.0,
+        zero="never",
+    )
+    qat_clip: float = setting(
+        0.11, "and their scale in units of a row's rms; export searches one a matrix", above=0.0, at_most=2.0
+    )
     dtype: str = setting("auto", "compute dtype; auto: bfloat16 on a GPU", choices=("auto", "float32", "bfloat16"))
     muon_lr: float = setting(0.02, "learning rate of Muon (block matrices)", at_least=0.0)
     muon_momentum_start: float = setting(0.92, "Nesterov momentum at step 0", at_least=0.0, below=1.0)
@@ -290,6 +305,7 @@ PRESETS = {
         ),
         Preset("seed", ModelConfig(), TrainConfig(), "10 blocks, for 600 s on 8 GPUs"),
         Preset("seed-11l", ModelConfig(blocks=11), TrainConfig(), "what the published figures ran: 11 blocks"),
+        Preset("seed-2k", ModelConfig(train_length=2048), TrainConfig(), "seed on half as many rows of 2,048 tokens"),
     )
 }
 

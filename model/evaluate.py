@@ -11,6 +11,8 @@ from collections.abc import Callable
 
 import torch
 
+from ..kernels import BOS
+from ..kernels.attention import document_starts
 from .gpt import GPT
 from .parallel import Ranks
 from .shards import TokenStream
@@ -26,11 +28,13 @@ def validation_bpb(
     micro_batch_tokens: int,
     ranks: Ranks,
     should_stop: Callable[[], bool] = lambda: False,
+    document_mask: bool = False,
 ) -> float:
     """BPB over the first `most_tokens` tokens of `stream` (0: all), shared between the ranks.
 
-    Where `should_stop` says so between two micro-batches, the rest is left out and the number is of no use.
-    TokenizerError for tokens whose bytes of text are unknown.
+    With `document_mask`, no token sees another document than its own. Where `should_stop` says so between two
+    micro-batches, the rest is left out and the number is of no use. TokenizerError for tokens whose bytes of text are
+    unknown.
     """
     length = min(model.config.train_length, len(stream) - 1)
     rows = (len(stream) - 1) // length
@@ -47,7 +51,9 @@ def validation_bpb(
         bytes_of = torch.from_numpy(tokenizer.target_bytes(tokens)).view(count, length)
         tokens = torch.from_numpy(tokens.astype("int64"))
         targets = tokens[1:].view(count, length)
-        nll = model.nll(tokens[:-1].view(count, length).to(ranks.device), targets.to(ranks.device)).cpu().double()
+        inputs = tokens[:-1].view(count, length).to(ranks.device)
+        start = document_starts(inputs, BOS) if document_mask else None
+        nll = model.nll(inputs, targets.to(ranks.device), start=start).cpu().double()
         sums += torch.stack([nll[targets != tokenizer.bos_id].sum(), bytes_of.sum().double()])
     nats, text_bytes = ranks.sum_(sums.to(ranks.device)).tolist()
     return nats / math.log(2) / max(text_bytes, 1)

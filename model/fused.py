@@ -1,12 +1,14 @@
-"""The training step on a GPU: forward, backward, clip and both optimizers, captured in CUDA graphs.
+"""The training step on a GPU: forward, backward, clip, both optimizers and the averages, captured in CUDA graphs.
 
-Shapes and addresses are fixed; what changes from step to step (learning rates, momentum, tokens) is written into device
-tensors before a replay. Nothing waits for the device: a step's loss and gradient norm are copied out behind it and read
-when they are there. With one micro-batch and one rank a step is one graph; else it is one of the first micro-batch, one
-of the others, and one of the update, with the sum over ranks before it.
+Shapes and addresses are fixed; what changes from step to step (learning rates, momentum, the averages' weights, tokens)
+is written into device tensors before a replay. Nothing waits for the device: tokens come from pinned memory on a stream
+beside the computing one, and a step's loss and gradient norm are copied out behind it and read when they are there.
+With one micro-batch and one rank a step is one graph; else it is one of the first micro-batch, one of the others, and
+one of the update, with the sum over ranks before it.
 
-A step whose loss or gradient norm is no number changes nothing: the clip makes every gradient a NaN then, on the
-device, and both optimizers leave everything as it is.
+A step whose loss or gradient norm is no number changes no weight, on the device, before the host knows: the clip makes
+every gradient a NaN then, and both optimizers leave everything as it is. The host learns of it AHEAD steps later. Those
+in between are steps from the same unharmed weights.
 """
 
 import math
@@ -15,10 +17,13 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from ..kernels import softcap_nll
+from ..kernels import BOS, softcap_nll
+from ..kernels.attention import document_starts
 from . import network
+from .average import WeightAverages
 from .config import TrainConfig
 from .gpt import GPT
+from .graphs import captured, run_on
 from .optimizers import Optimizers
 from .parallel import Ranks
 from .ranges import phase
@@ -26,6 +31,8 @@ from .stored import StoredWeights
 
 AHEAD = 2
 """Steps that the host may be ahead of the device, so that the device never waits for it."""
+RATES = 6
+"""Numbers of a step that the device reads: three learning rates, Muon's momentum, the weights of EMA and SWA."""
 
 
 class FusedStep:
@@ -47,35 +54,40 @@ class FusedStep:
         device, length = model.embed.device, length or model.config.train_length
         self.model, self.config, self.ranks, self.device = model, config, ranks, device
         self.rows, self.micro_batches = rows, micro_batches
-        self.stored = StoredWeights(model)
-        self.rates = torch.zeros(4, device=device)
-        self.optimizers = Optimizers(model, config, rates=self.rates)
+        self.stored = StoredWeights(model, config.qat_clip if config.qat_share else 0.0)
+        self.rates = torch.zeros(RATES, device=device)
+        self.optimizers = Optimizers(model, config, rates=self.rates[:4])
+        self.averages = WeightAverages(model, config, self.stored.values)
         self.rotary = tuple(table[:length].contiguous() for table in model.rotary(length, length))
         self.tokens = torch.ones(rows, length + 1, dtype=torch.int32, device=device)
         self.total = torch.zeros((), device=device)
         self.report = torch.zeros(2, device=device)
         pinned = device.type == "cuda"
         self._ring = torch.zeros(AHEAD, 2, pin_memory=pinned)
-        self._rates_ring = torch.zeros(AHEAD, 4, pin_memory=pinned)
-        self._staged = torch.zeros(AHEAD, rows, length + 1, dtype=torch.int32, pin_memory=pinned)
+        self._rates_ring = torch.zeros(AHEAD, RATES, pin_memory=pinned)
+        self._feed = TokenFeed(self.tokens)
         self._events: list[torch.cuda.Event | None] = [None] * AHEAD
-        self._steps = self._sent = 0
-        self._copied: list[torch.cuda.Event | None] = [None] * AHEAD
+        self._steps = 0
         self._whole = micro_batches == 1 and ranks.world == 1
         self._first, self._other, self._update = self._made(capture and pinned)
 
-    def run(self, batches: Iterable[Tensor], step: int, lr_scale: float) -> tuple[float, float] | None:
+    def run(
+        self, batches: Iterable[Tensor], step: int, lr_scale: float, quantized: bool = False
+    ) -> tuple[float, float] | None:
         """Start a step over token rows int [rows, length + 1] on the CPU, one for each micro-batch.
 
+        `quantized`: with the matrices at their int6 values. The switch lies on the device: the same graph runs on.
         Returns (loss, gradient norm before clipping) of the step AHEAD before it, or None where there is none. What
         `batches` raises leaves the step out: no weight has changed.
         """
         slot = self._steps % AHEAD
         late = self._read(slot)
-        self._rates_ring[slot] = torch.tensor(self.optimizers.rates_at(step, lr_scale))
+        self.stored.quantize(quantized)
+        weights = self.averages.weights_at(step + 1, lr_scale)
+        self._rates_ring[slot] = torch.tensor([*self.optimizers.rates_at(step, lr_scale), *weights])
         self.rates.copy_(self._rates_ring[slot], non_blocking=True)
         for index, rows in enumerate(batches):
-            self._send(rows)
+            self._feed.send(rows)
             (self._other if index else self._first)()
         if not self._whole:
             self.ranks.sum_(self.stored.sums)
@@ -84,6 +96,7 @@ class FusedStep:
         self._ring[slot].copy_(self.report, non_blocking=True)
         self._events[slot] = self._recorded()
         self._steps += 1
+        self.averages.count(*weights)
         return late
 
     def replay(self) -> None:
@@ -112,21 +125,13 @@ class FusedStep:
         event.record()
         return event
 
-    def _send(self, rows: Tensor) -> None:
-        slot = self._sent % AHEAD
-        if self._copied[slot] is not None:
-            self._copied[slot].synchronize()
-        self._staged[slot].copy_(rows)
-        self.tokens.copy_(self._staged[slot], non_blocking=True)
-        self._copied[slot] = self._recorded()
-        self._sent += 1
-
     def _gradients(self, first: bool) -> None:
         inputs, targets = self.tokens[:, :-1].contiguous(), self.tokens[:, 1:].contiguous()
         weights, stored = self.stored.weights, self.stored
+        start = document_starts(inputs, BOS) if self.config.document_mask else None
         with torch.enable_grad():
             with phase("forward"):
-                hidden = network.hidden(weights, inputs, self.rotary, backend=self.model.backend)
+                hidden = network.hidden(weights, inputs, self.rotary, backend=self.model.backend, start=start)
                 softcap = self.model.config.logit_softcap
                 nll = softcap_nll(hidden, weights.head, targets, softcap, backend=self.model.backend)
                 loss = nll.sum() / self.config.batch_tokens
@@ -148,6 +153,7 @@ class FusedStep:
             clip = (self.config.grad_clip / (norm + 1e-6)).clamp(max=1.0)
             gradients.mul_(torch.where(finite, clip, math.nan))
             self.optimizers.step_on_device(finite)
+            self.averages.update_on_device(self.rates[4:], self.model.backend)
             self.stored.refresh()
             torch.stack([self.total, norm], out=self.report)
 
@@ -162,36 +168,54 @@ class FusedStep:
         parts = first, lambda: self._gradients(first=False), self._updates
         if not capture:
             return parts
-        self._warm_up(parts)
         stream, pool = torch.cuda.Stream(self.device), torch.cuda.graph_pool_handle()
+        run_on(stream, self._warm_up)
+        self.optimizers.forget_skipped()
         wanted = (True, self.micro_batches > 1, not self._whole)
         return tuple(
-            self._captured(part, stream, pool) if is_wanted else part
+            captured(part, self.device, warm_up=0, stream=stream, pool=pool) if is_wanted else part
             for part, is_wanted in zip(parts, wanted, strict=True)
         )
 
-    def _warm_up(self, parts: tuple[Callable[[], None], ...]) -> None:
+    def _warm_up(self) -> None:
         """Compile every kernel and make every state, without changing a parameter: the gradients are NaN."""
-        side = torch.cuda.Stream(self.device)
-        side.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(side):
-            self._gradients(first=True)
-            self._gradients(first=False)
-            self.total.fill_(math.nan)
-            self._updates()
-        torch.cuda.current_stream(self.device).wait_stream(side)
-        self.optimizers.forget_skipped()
+        self._gradients(first=True)
+        self._gradients(first=False)
+        self.total.fill_(math.nan)
+        self._updates()
 
-    def _captured(self, part: Callable[[], None], stream, pool) -> Callable[[], None]:
-        graph = torch.cuda.CUDAGraph()
-        with phase("capture"), torch.cuda.graph(graph, pool=pool, stream=stream):
-            part()
 
-        def replay() -> None:
-            with phase("replay"):
-                graph.replay()
+class TokenFeed:
+    """Brings token rows to `tokens`, int32 on the device: through pinned memory, on a stream beside the computing one.
 
-        return replay
+    A copy over the bus waits for no step and no step waits for it, unless it is late.
+    """
+
+    def __init__(self, tokens: Tensor):
+        self.tokens = tokens
+        self._sent = 0
+        if tokens.is_cuda:
+            self._stream = torch.cuda.Stream(tokens.device)
+            self._pinned = torch.zeros(AHEAD, *tokens.shape, dtype=tokens.dtype, pin_memory=True)
+            self._arrived = torch.zeros_like(self._pinned, device=tokens.device)
+            self._copied, self._taken = ([torch.cuda.Event() for _ in range(AHEAD)] for _ in range(2))
+
+    def send(self, rows: Tensor) -> None:
+        """Let `tokens` be `rows`, int [rows, length + 1] on the CPU, for what the current stream gets next."""
+        if not self.tokens.is_cuda:
+            self.tokens.copy_(rows)
+            return
+        slot, computing = self._sent % AHEAD, torch.cuda.current_stream(self.tokens.device)
+        self._sent += 1
+        self._copied[slot].synchronize()  # the pinned rows may be written again
+        self._pinned[slot].copy_(rows)
+        with torch.cuda.stream(self._stream):
+            self._stream.wait_event(self._taken[slot])
+            self._arrived[slot].copy_(self._pinned[slot], non_blocking=True)
+            self._copied[slot].record(self._stream)
+        computing.wait_event(self._copied[slot])
+        self.tokens.copy_(self._arrived[slot])
+        self._taken[slot].record(computing)
 
 
 class _Done:

@@ -69,7 +69,8 @@ class GPT(nn.Module):
     """The model: called with tokens int [B, S] it returns logits fp32 [B, S, V]; see :meth:`logits`.
 
     `GPT(config)` is initialised from torch's global generator, in fp32 on the CPU. See :func:`parameter_shapes` for the
-    parameters' names. A new model runs the reference in the parameters' dtype; :meth:`configure` picks the kernels.
+    parameters' names. It computes in the parameters' dtype until :meth:`configure` names another. `backend` follows the
+    device: the kernels on a GPU, else the reference; what it is set to stays.
 
     Example: logits = GPT(ModelConfig(width=64, blocks=2))(torch.randint(1024, (2, 16)))
     """
@@ -80,7 +81,7 @@ class GPT(nn.Module):
         self.compute_dtype: torch.dtype | None = None
         self.attention = "math"
         self.chosen_attention = "klora"
-        self.backend = "reference"
+        self._backend: str | None = None
         self.embed = nn.Parameter(torch.empty(config.vocab_size, config.width))
         self.bigram = Bigram(config)
         self.smear = SmearGate(config)
@@ -106,11 +107,20 @@ class GPT(nn.Module):
         """What the network computes in: `compute_dtype`, or the dtype of the parameters."""
         return self.compute_dtype or self.embed.dtype
 
+    @property
+    def backend(self) -> str:
+        """'reference' or 'triton': what it was set to, else what the device and dtype of now take."""
+        return self._backend or pick_backend(self.config, self.embed.device, self.dtype)
+
+    @backend.setter
+    def backend(self, name: str | None) -> None:
+        self._backend = name
+
     def configure(self, device: torch.device, dtype: torch.dtype | None = None) -> str:
         """Move to `device`, compute in `dtype`, pick the backends for both; returns the reason for attention's."""
         self.to(device)
         self.compute_dtype = dtype
-        self.backend = pick_backend(self.config, self.embed.device, self.dtype)
+        self._backend = None
         self.attention, why = pick_attention(self.embed.device, self.dtype, self.config.head_dim)
         return why
 
@@ -126,19 +136,22 @@ class GPT(nn.Module):
         cache: KVCache | None = None,
         rotary_length: int | None = None,
         backend: str | None = None,
+        start: Tensor | None = None,
+        int6_clip: float = 0.0,
     ) -> Tensor:
         """tokens int [B, S] -> rmsnorm(x) [B, S, D] in the compute dtype, what the tied head reads.
 
         With a cache, `tokens` continue what it holds (any number into an empty one, one at a time after). The rotary
         base is that of `rotary_length` tokens: of the cache's length or of S where it is left out. Whoever pads S gives
-        it, so that the padding does not change the function. `backend` in place of the model's own.
+        it, so that the padding does not change the function. `backend` in place of the model's own. `start` and
+        `int6_clip` are those of :meth:`nll`.
         """
         if cache is not None:
             cache.check(tokens.size(-1))
-        start, total = (cache.filled, cache.length) if cache is not None else (0, tokens.size(-1))
-        cos, sin = (table[start : start + tokens.size(-1)] for table in self.rotary(total, rotary_length or total))
-        weights = weights_of(self) if cache is None else cache.weights
-        return network.hidden(weights, tokens, (cos, sin), adapters, None, cache, backend or self.backend)
+        begin, total = (cache.filled, cache.length) if cache is not None else (0, tokens.size(-1))
+        cos, sin = (table[begin : begin + tokens.size(-1)] for table in self.rotary(total, rotary_length or total))
+        weights = weights_of(self, int6_clip=int6_clip) if cache is None else cache.weights
+        return network.hidden(weights, tokens, (cos, sin), adapters, None, cache, backend or self.backend, start)
 
     def forward(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
         """As :meth:`logits`."""
@@ -154,12 +167,15 @@ class GPT(nn.Module):
         hidden = self.hidden(tokens, cache=cache)
         return softcap_logits_ref(F.linear(hidden, self.embed.to(hidden.dtype)), self.config.logit_softcap)
 
-    def nll(self, tokens: Tensor, targets: Tensor) -> Tensor:
+    def nll(self, tokens: Tensor, targets: Tensor, *, start: Tensor | None = None, int6_clip: float = 0.0) -> Tensor:
         """Negative log-likelihood in nats of `targets` int [B, S] after `tokens` int [B, S] -> [B, S] fp32.
+
+        `start` int32 [B, S], from document_starts, keeps the documents of a row apart. With `int6_clip`, the matrices
+        of the blocks are at the int6 values of that clip, and their gradients pass as if they were not.
 
         Example: loss = model.nll(tokens[:, :-1], tokens[:, 1:]).mean()
         """
-        hidden = self.hidden(tokens)
+        hidden = self.hidden(tokens, start=start, int6_clip=int6_clip)
         head = self.embed.to(hidden.dtype)
         return softcap_nll(hidden, head, targets, self.config.logit_softcap, backend=self.backend)
 

@@ -1,6 +1,7 @@
 """Models whose matrices stay at six bits: this project's, straight from an artifact, and any other's nn.Linears."""
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -9,11 +10,13 @@ from torch import Tensor, nn
 
 from ..kernels.int6 import (
     GROUP_SIZES,
+    GroupSize,
     Int6Linear,
     Int6Matrix,
     Int6Weight,
     pack_int6,
     packed_shape,
+    pick_group_size,
     quantize_int6_ref,
     relative_error,
 )
@@ -61,8 +64,11 @@ class SwappedLinear:
     output for independent inputs."""
     dense_bytes: int
     bytes: int
+    """of the codes and the scales"""
     also: tuple[str, ...] = ()
     """Other places of the same linear."""
+    group_size: int | None = None
+    """Inputs that share a scale; None: one scale a row."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,18 +104,22 @@ class QuantizedLinears:
     def __str__(self) -> str:
         count = f"{len(self.swapped)} linear{'s' * (len(self.swapped) != 1)} at six bits"
         lines = [f"{count}: {self.dense_bytes:,} bytes -> {self.bytes:,}, output error {self.relative_error**0.5:.1%}"]
+        sizes = Counter(linear.group_size for linear in self.swapped.values() if linear.group_size)
+        lines += [f"{number} with a scale for every {size} inputs" for size, number in sorted(sizes.items())]
         return "\n".join(lines + [f"skipped {name}: {why}" for name, why in self.skipped.items()])
 
 
 def quantize_linears(
     module: nn.Module,
-    group_size: int | None = None,
+    group_size: GroupSize = "auto",
     clip: float | None = None,
     keep: Callable[[str, nn.Linear], bool] = lambda name, linear: False,
     second_moments: Mapping[str, Tensor] | None = None,
 ) -> QuantizedLinears:
     """Swap the nn.Linears below `module` for :class:`Int6Linear` in place, each on its device; says what it did.
 
+    `group_size` "auto" takes for each linear one scale a row, or one for every 128 or 64 inputs where the error falls
+    enough for it (:func:`pick_group_size`); None, 32, 64 or 128 is for all. The result says what each linear got.
     `clip` None searches the scale of least error for every row or group; a number fixes it (`quantize_int6`).
     `second_moments` weights that search: for a linear's name, the mean square of each of its inputs, [in_features].
     `keep(name, linear)` says which stay as they are. A linear that is used in several places stays shared.
@@ -121,23 +131,24 @@ def quantize_linears(
     raises and names :func:`save_quantized`; call this on the whole model, for a part does not know its model.
 
     ConfigError, and nothing swapped: `module` is itself a linear, which has no place to be swapped in; a weight that is
-    not finite; a group size that is not 32, 64 or 128; a second moment of no linear.
+    not finite; another group size; a second moment of no linear.
 
     Example: report = quantize_linears(torch.nn.Sequential(torch.nn.Linear(256, 256)), group_size=64)
     """
     if isinstance(module, nn.Linear):
         raise ConfigError("the module is itself an nn.Linear; use Int6Linear.from_linear on it")
-    if group_size is not None and group_size not in GROUP_SIZES:
-        raise ConfigError(f"group_size={group_size}; allowed: {', '.join(map(str, GROUP_SIZES))} or None")
+    if group_size not in (None, "auto", *GROUP_SIZES):
+        raise ConfigError(f"group_size={group_size!r}; allowed: {', '.join(map(str, GROUP_SIZES))}, None or 'auto'")
     names = _names_of_linears(module)
     moments = dict(second_moments or {})
     if unknown := sorted(moments.keys() - {name for places in names.values() for name in places}):
         raise ConfigError(f"second_moments names {unknown[0]!r}, which is no linear of this module")
     owners = _owners(module)
+    forced = None if group_size == "auto" else group_size
     some_frozen = any(type(linear) is nn.Linear and not linear.weight.requires_grad for linear in names)
     made, swapped, skipped = {}, {}, {}
     for linear, (name, *also) in names.items():
-        why = _why_not(linear, (name, *also), owners, group_size, keep)
+        why = _why_not(linear, (name, *also), owners, forced, keep)
         if why is None and some_frozen and linear.weight.requires_grad:
             why = "its weight is trained while others are frozen; at six bits it would be frozen too"
         if why:
@@ -149,7 +160,7 @@ def quantize_linears(
         except ValueError as refused:
             raise ConfigError(f"{name}: {refused}") from refused
         size = made[linear].packed.nbytes + made[linear].scale.nbytes
-        swapped[name] = SwappedLinear(error, linear.weight.nbytes, size, tuple(also))
+        swapped[name] = SwappedLinear(error, linear.weight.nbytes, size, tuple(also), made[linear].weight.group_size)
     return QuantizedLinears(swapped, skipped, replace_linears(module, made))
 
 
@@ -237,13 +248,15 @@ def _why_not(
 
 
 def _quantized(
-    linear: nn.Linear, group_size: int | None, clip: float | None, second_moment: Tensor | None
+    linear: nn.Linear, group_size: GroupSize, clip: float | None, second_moment: Tensor | None
 ) -> tuple[Int6Linear, float | None]:
     """The linear at six bits and its relative squared error."""
     weight = linear.weight
     if weight.is_meta:
         return Int6Linear.from_linear(linear, group_size), None
     with torch.inference_mode(False):  # as quantize_int6, whose codes the error needs before they are packed
+        if group_size == "auto":
+            group_size = pick_group_size(weight, clip, second_moment)
         codes, scale = quantize_int6_ref(weight, clip, group_size, second_moment)
         matrix = Int6Matrix(pack_int6(codes), scale, tuple(weight.shape))
         int6 = Int6Linear.from_matrix(matrix, linear.bias, weight.dtype)

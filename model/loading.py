@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from .artifact import Artifact, ArtifactError, load_artifact
-from .checkpoint import CheckpointError, load_tensors
+from .checkpoint import CheckpointError, load_tensors, unusable, version_of
 from .config import ConfigError, ModelConfig, TrainConfig
 from .gpt import GPT
 from .parallel import pick_device
@@ -73,7 +73,12 @@ def load_run(run: Path) -> tuple[dict[str, torch.Tensor], dict]:
     """Weights and metadata of a finished run; CheckpointError says what is missing and what to do."""
     path = Path(run) / MODEL
     if path.is_file():
-        return load_tensors(path, fields={"model": dict, "provenance": dict})
+        tensors, meta = load_tensors(path, fields={"model": dict, "provenance": dict})
+        try:
+            ModelConfig.from_dict(meta["model"])
+        except ConfigError as error:
+            raise unusable(path, error, version_of(path)) from None
+        return tensors, meta
     if (Path(run) / CHECKPOINT).is_file():
         raise CheckpointError(f"{run} has no {MODEL}: its training did not finish; `klora train --resume --out {run}`")
     raise CheckpointError(f"{run} has no {MODEL}; give the folder of a finished `klora train --out {run}`")

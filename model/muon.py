@@ -12,7 +12,7 @@ that has gone wrong, and layers would differ in how many steps they have seen.
 """
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -97,6 +97,8 @@ class Muon(torch.optim.Optimizer):
             "capturable": capturable,
         }
         _check_eps(eps)
+        torchs = {"ns_steps": ns_steps, "ns_coefficients": ns_coefficients, "adjust_lr_fn": adjust_lr_fn}
+        _check_iteration(defaults, {TORCH_NAMES[name]: name for name, value in torchs.items() if value is not None})
         super().__init__(params, defaults)
         self.param_groups[0]["skipped_steps"] = torch.zeros((), dtype=torch.int64)
 
@@ -107,11 +109,11 @@ class Muon(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, after a look at its parameters and settings."""
-        _rename(param_group)
+        given = _rename(param_group)
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
-            _check_settings(group)
+            _check_settings(group, given)
             _check_parameters(group["params"])
             check_apart([p for one in self.param_groups for p in one["params"]])
         except ValueError:
@@ -196,9 +198,9 @@ class Muon(torch.optim.Optimizer):
         groups, state = [], dict(state_dict["state"])
         for saved, own in zip(state_dict["param_groups"], self.param_groups, strict=False):
             group = dict(saved)
-            _rename(group)
+            given = _rename(group)
             group = {**{name: own[name] for name in self.defaults}, **group, "capturable": own["capturable"]}
-            _check_settings(group)
+            _check_settings(group, given)
             groups.append(group)
             for number in group["params"]:
                 if "momentum_buffer" in state.get(number, {}):
@@ -326,13 +328,16 @@ def _joined(directions: list[MuonDirections]) -> Tensor:
     return first if len(directions) == 1 else torch.stack([one.finite.to(first.device) for one in directions]).amin()
 
 
-def _rename(group: dict[str, Any]) -> None:
-    """Give torch's settings in a group the names they have here."""
+def _rename(group: dict[str, Any]) -> dict[str, str]:
+    """Give torch's settings in a group the names they have here; returns which of torch's names stood for ours."""
+    given = {}
     for theirs, ours in TORCH_NAMES.items():
         if theirs in group:
             value = group.pop(theirs)
             group[ours] = "original" if ours == "scale" and value is None else value
+            given[ours] = theirs
     _check_eps(group.pop("eps", EPS))
+    return given
 
 
 def _put_rates(group: dict[str, Any]) -> None:
@@ -362,8 +367,8 @@ def _check_parameters(parameters: list[Tensor]) -> None:
             raise ValueError(f"Muon takes dense matrices; one of layout {p.layout} was given. Give a dense parameter")
 
 
-def _check_settings(group: dict[str, Any]) -> None:
-    """ValueError for settings out of range."""
+def _check_settings(group: dict[str, Any], given: Mapping[str, str]) -> None:
+    """ValueError for settings out of range, under the name that was `given` for ours."""
     for name, top in (("lr", None), ("momentum", 1.0), ("weight_decay", None)):
         if isinstance(group[name], Tensor) and group[name].numel() != 1:
             raise ValueError(f"{name} has shape {tuple(group[name].shape)}; allowed: a number or a tensor of one")
@@ -371,5 +376,13 @@ def _check_settings(group: dict[str, Any]) -> None:
         if not (0.0 <= value < (float("inf") if top is None else top)):
             below = f", below {top}" if top else ""
             raise ValueError(f"{name}={value} is not possible; allowed: at least 0.0{below}")
-    coefficients_of(group["coefficients"], group["steps"])
-    update_scale(1, 1, group["scale"])
+    _check_iteration(group, given)
+
+
+def _check_iteration(group: dict[str, Any], given: Mapping[str, str]) -> None:
+    try:
+        coefficients_of(group["coefficients"], group["steps"])
+        update_scale(1, 1, group["scale"])
+    except ValueError as error:
+        name, rest = str(error).split("=", 1)
+        raise ValueError(f"{given.get(name, name)}={rest}") from None

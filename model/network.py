@@ -129,12 +129,16 @@ def hidden(
     tail: int | None = None,
     cache: KVCache | None = None,
     backend: str | None = None,
+    start: Tensor | None = None,
 ) -> Tensor:
     """tokens int [B, S] -> rmsnorm(x) [B, tail or S, D] in the compute dtype, what the tied head reads.
 
     With `tail`, only the last so many positions are computed where the last block allows it. With a cache, `tokens`
-    continue what it holds. `backend` is "reference" or "triton"; left out, CPU tensors take the reference.
+    continue what it holds. `backend` is "reference" or "triton"; left out, CPU tensors take the reference. `start`
+    int32 [B, S] keeps the documents of a row apart in training: ValueError beside adapters or a cache.
     """
+    if start is not None and (adapters is not None or cache is not None):
+        raise ValueError("start was given with adapters or a cache; their rows hold one document each: leave it out")
     blocks, x0_grad = weights.blocks, None
     if (
         torch.is_grad_enabled()
@@ -145,7 +149,7 @@ def hidden(
     x0 = embedded(weights, tokens, cache, x0_grad, backend)
     pushes, pushed = len(blocks) // 2, []
     slots = None if adapters is None else adapters.slots
-    about = About(weights.config, rotary, weights.attention, weights.chosen, slots, backend)
+    about = About(weights.config, rotary, weights.attention, weights.chosen, slots, backend, start)
     grads = {"x0_grad": x0_grad, "adds_x0": len(blocks) > 1}
     _, x, n = residual_norm(x0, mix=blocks[0].mix, x0=x0, **grads, backend=backend)
     for index, weight in enumerate(blocks):
@@ -176,6 +180,8 @@ class About(NamedTuple):
     chosen: str
     slots: Tensor | None
     backend: str | None
+    start: Tensor | None = None
+    """int32 [B, S], the first token of each token's document, where attention keeps documents apart"""
 
 
 def block(
@@ -285,7 +291,7 @@ def attention(
         if by_kernel and takes(n.dtype, head_dim) and isinstance(weight.qkv, Tensor):
             tables = (*about.rotary, weight.gain)
             options = {"head_dim": head_dim, "tail": tail, "unit_tables": True, "backend": backend}
-            return qkv_attention(n, weight.qkv, *tables, sizes, **options)
+            return qkv_attention(n, weight.qkv, *tables, sizes, start=about.start, **options)
         parts = _linear(n, weight.qkv, backend).split(sizes, dim=-1)
     else:
         *adapter, grads = lora
@@ -300,5 +306,6 @@ def attention(
     if held is not None:
         k, v = held(k, v)
     if by_kernel:
-        return causal_attention(q, k, v, tail, backend=backend).flatten(2)
-    return attend(q, k, v, about.attention if chosen == "klora" else chosen)[:, q.size(1) - tail :].flatten(2)
+        return causal_attention(q, k, v, tail, start=about.start, backend=backend).flatten(2)
+    name = about.attention if chosen == "klora" else chosen
+    return attend(q, k, v, name, about.start)[:, q.size(1) - tail :].flatten(2)

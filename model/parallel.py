@@ -35,10 +35,13 @@ class Ranks:
         return tensor
 
     def most(self, *values: float) -> list[float]:
-        """The largest of each value over ranks, so that every rank takes the same decision from it."""
+        """The largest of each value over ranks, so that every rank takes the same decision from it.
+
+        The values are the host's and go over gloo: no GPU is waited for.
+        """
         if self.world == 1:
             return list(values)
-        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
+        tensor = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
         return tensor.tolist()
 
@@ -87,7 +90,7 @@ def own_device(name: str = "auto") -> torch.device:
 
 @contextmanager
 def join_ranks(device: str = "auto") -> Iterator[Ranks]:
-    """The ranks of this run: torchrun's if it launched us (gloo on CPU, NCCL on GPU), else one process alone."""
+    """The ranks of this run: torchrun's if it launched us (NCCL for what lies on a GPU, else gloo), or one alone."""
     chosen = pick_device(device)
     if not dist.is_torchelastic_launched():
         yield Ranks(0, 1, chosen)
@@ -95,7 +98,7 @@ def join_ranks(device: str = "auto") -> Iterator[Ranks]:
     if chosen.type == "cuda":
         chosen = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(chosen)
-        dist.init_process_group("nccl", device_id=chosen, timeout=PREPARATION)
+        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=chosen, timeout=PREPARATION)
     else:
         dist.init_process_group("gloo", timeout=PREPARATION)
     try:

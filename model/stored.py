@@ -2,7 +2,8 @@
 
     values    fp32: first the matrices of all blocks, kind by kind, then everything else
     grads     fp32, laid out alike; every parameter's `.grad` is a part of it
-    copies    the matrices in the compute dtype, with the scales folded in: what the products of a step read
+    copies    the matrices in the compute dtype, with the scales folded in: what the products of a step read; late in a
+              run with quantisation they are those of the matrices' int6 values, made once a step
 
 The copies are made again after each step of the optimizers, in a few launches; a step's gradients are those of the
 copies, and :meth:`StoredWeights.finish` turns them into those of the parameters: what autograd would do through
@@ -15,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..kernels.fold import fold_rows_, unfold_rows_
+from ..kernels.fold import Int6Grid, fold_rows_, unfold_rows_
 from .gpt import GPT
 from .weights import BlockWeights, Weights
 
@@ -30,10 +31,11 @@ class StoredWeights:
 
     `values`, `grads` fp32 [size]; `parts` names the views of both: a kind of all blocks ([L, ...]) or one parameter.
     `sums` is `grads` and, behind it, what of a step's gradients belongs to no parameter: all that ranks add up.
-    `weights` is what the network reads. Its leaves are the autograd leaves of a step.
+    `weights` is what the network reads. Its leaves are the autograd leaves of a step. With `int6_clip`,
+    :meth:`quantize` turns int6 values of that clip on and off.
     """
 
-    def __init__(self, model: GPT):
+    def __init__(self, model: GPT, int6_clip: float = 0.0):
         self.model, self.dtype = model, model.dtype
         shapes = self._shapes()
         starts, size = {}, 0
@@ -61,6 +63,8 @@ class StoredWeights:
         self.head = torch.empty_like(model.embed, dtype=self.dtype, requires_grad=False)
         self.bigram = torch.empty(config.bigram_rows, config.width, device=device)
         self.mix = torch.empty_like(self.parts["resid_mix"])
+        self.is_quantized = False
+        self._grids = self._made_grids(int6_clip, device)
         self.depth = torch.tensor([block.depth_scale for block in model.blocks], device=device)
         self.weights, self.leaves, self._other_grads, self._other_added = self._weights()
         self.refresh()
@@ -132,14 +136,33 @@ class StoredWeights:
         leaves, grads, added = map(list, zip(*others, strict=True))
         return weights, [copy for name in MATRICES for copy in matrices[name]] + leaves, grads, added
 
+    def _made_grids(self, clip: float, device: torch.device) -> dict[str, Int6Grid | None]:
+        """The int6 grid of each kind of matrix, all with one switch; None without a clip."""
+        if not clip:
+            return dict.fromkeys(MATRICES)
+        is_on = torch.zeros((), dtype=torch.int32, device=device)
+        rows = {name: self.parts[name].shape[:2] for name in MATRICES}
+        return {name: Int6Grid(is_on, torch.zeros(rows[name], device=device), clip) for name in MATRICES}
+
+    def quantize(self, is_on: bool) -> None:
+        """From here on, let the copies be those of the int6 values, or no longer; a graph that makes them obeys."""
+        if is_on != self.is_quantized:
+            self.is_quantized = is_on
+            self._grids["qkv"].is_on.fill_(int(is_on))
+            self.refresh()
+
     @torch.no_grad()
     def refresh(self) -> None:
         """Make the weights those of the parameters as they are."""
-        parts = self.parts
-        self._copied["qkv"].copy_(parts["qkv"])
-        self._copied["up"].copy_(parts["up"])
+        parts, grids = self.parts, self._grids
+        for matrix in ("qkv", "up"):
+            if grids[matrix] is None:
+                self._copied[matrix].copy_(parts[matrix])
+            else:
+                fold_rows_(self._copied[matrix], parts[matrix], None, None, self.model.backend, grids[matrix])
         for matrix, scale in SCALED:
-            fold_rows_(self._copied[matrix], parts[matrix], parts[scale], self.depth, self.model.backend)
+            about = parts[matrix], parts[scale], self.depth, self.model.backend
+            fold_rows_(self._copied[matrix], *about, grids[matrix])
         self.head.copy_(parts["embed"])
         torch.mul(parts["bigram.scale"], self._projected(), out=self.bigram)
         self.mix.copy_(parts["resid_mix"])
@@ -174,7 +197,7 @@ class StoredWeights:
         parts, grads = self.parts, self.part_grads
         for matrix, scale in SCALED:
             about = parts[matrix], parts[scale], self.depth, self.model.backend
-            unfold_rows_(grads[matrix], grads[scale], *about)
+            unfold_rows_(grads[matrix], grads[scale], *about, self._grids[matrix])
         grads["embed"].add_(self.head_grad)
         table, project, scale = (parts[f"bigram.{name}"] for name in ("table", "project", "scale"))
         grads["bigram.scale"].copy_((self.bigram_grad * self._projected()).sum())

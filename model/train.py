@@ -29,9 +29,20 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from ..errors import KloraError
+from ..kernels import BOS
+from ..kernels.attention import document_starts
+from ..version import __version__
 from .attention import choose_attention
 from .average import WeightAverages
-from .checkpoint import CheckpointError, load_tensors, save_tensors, with_prefix, without_prefix
+from .checkpoint import (
+    CheckpointError,
+    load_tensors,
+    save_tensors,
+    unusable,
+    version_of,
+    with_prefix,
+    without_prefix,
+)
 from .config import ConfigError, Preset, TrainConfig
 from .curve import LossCurve
 from .estimate import Estimate, available_memory, estimate, fused_memory, least_memory, require_memory, state_bytes
@@ -102,12 +113,29 @@ def lr_scale(config: TrainConfig, step: int, elapsed: float) -> float:
     return min(1.0, left / warmdown) if warmdown else 1.0
 
 
+def is_quantized(config: TrainConfig, step: int, elapsed: float) -> bool:
+    """Whether step `step`, after `elapsed` seconds, is of the share at the end of the run with int6 matrices."""
+    done, whole = (step, config.max_steps) if config.max_steps else (elapsed, config.seconds)
+    return config.qat_share > 0 and done >= (1 - config.qat_share) * whole
+
+
 def is_fused(config: TrainConfig, model: GPT) -> bool:
     """Whether training takes the fused step; ConfigError where it was asked for and cannot be had."""
     on_gpu = model.embed.device.type == "cuda"
     if config.fused == "true" and on_gpu and model.backend != "triton":
         raise ConfigError("fused=true is not possible for this model; allowed: a width that is a multiple of 16")
     return config.fused == "true" or (config.fused == "auto" and on_gpu and model.backend == "triton")
+
+
+def rows_per_rank(preset: Preset, world: int) -> int:
+    """Rows of a step that each of `world` ranks takes; ConfigError where the batch cannot be shared out."""
+    rows, left = divmod(preset.train.batch_tokens, preset.model.train_length * world)
+    if left or not rows:
+        raise ConfigError(
+            f"batch_tokens={preset.train.batch_tokens} is not possible; allowed: multiples of train_length x ranks, "
+            f"{preset.model.train_length} x {world}"
+        )
+    return rows
 
 
 def micro_batches_of(rows: int, most: int) -> int:
@@ -129,17 +157,21 @@ class EagerStep:
         self.model, self.config, self.ranks = model, config, ranks
         self.gradients = FlatGradients(model)
         self.optimizers = Optimizers(model, config)
+        self.averages = WeightAverages(model, config)
         self._last: tuple[float, float] | None = None
 
-    def run(self, batches: Iterable[Tensor], step: int, scale: float) -> None:
+    def run(self, batches: Iterable[Tensor], step: int, scale: float, quantized: bool = False) -> None:
         """One step over token rows int [rows, length + 1]; :meth:`flush` tells what it gave."""
         config, device = self.config, self.ranks.device
+        int6_clip = config.qat_clip if quantized else 0.0
         self.gradients.buffer.zero_()
         total, tokens = torch.zeros((), device=device), 0
         for rows in batches:
             rows = rows.to(device, non_blocking=True)
+            start = document_starts(rows[:, :-1], BOS) if config.document_mask else None
             with phase("forward"):
-                loss = self.model.nll(rows[:, :-1], rows[:, 1:]).sum() / config.batch_tokens
+                nll = self.model.nll(rows[:, :-1], rows[:, 1:], start=start, int6_clip=int6_clip)
+                loss = nll.sum() / config.batch_tokens
             with phase("backward"):
                 loss.backward()
             total += loss.detach()
@@ -155,6 +187,7 @@ class EagerStep:
         if math.isfinite(loss) and math.isfinite(norm):
             with phase("optimizer"):
                 self.optimizers.step(step, scale)
+                self.averages.update(step + 1, scale)
 
     def refresh(self) -> None:
         """Nothing of the step is kept beside the parameters."""
@@ -215,12 +248,7 @@ class Trainer:
         self.folder = Path(folder)
         self.sources = sources or {}
         self.say = say if ranks.is_first else lambda text: None
-        rows, left = divmod(self.config.batch_tokens, preset.model.train_length * ranks.world)
-        if left or not rows:
-            raise ConfigError(
-                f"batch_tokens={self.config.batch_tokens} is not possible; allowed: multiples of train_length x ranks, "
-                f"{preset.model.train_length} x {ranks.world}"
-            )
+        rows = rows_per_rank(preset, ranks.world)
         if data.tokenizer.vocab_size != preset.model.vocab_size:
             raise ConfigError(
                 f"vocab_size={preset.model.vocab_size} is not possible; the tokenizer has {data.tokenizer.vocab_size}"
@@ -248,6 +276,7 @@ class Trainer:
             length,
             ranks,
             capture=self.is_fused,
+            documents=self.config.document_mask,
             configured=configured,
             began=_began_with(self.folder / RUN) if resume else "",
         )
@@ -255,8 +284,7 @@ class Trainer:
             self.stepper = FusedStep(self.model, self.config, rows // micro_batches, micro_batches, ranks)
         else:
             self.stepper = EagerStep(self.model, self.config, ranks)
-        self.optimizers = self.stepper.optimizers
-        self.averages = WeightAverages(self.model, self.config)
+        self.optimizers, self.averages = self.stepper.optimizers, self.stepper.averages
         self.sampler = RowSampler(TokenStream(data.train), preset.model.train_length, self.config.seed)
         self.validation = TokenStream(data.validation)
         if len(self.validation) < 2:
@@ -289,7 +317,8 @@ class Trainer:
             while not self._is_over(elapsed):
                 before, scale = elapsed, lr_scale(config, self.step, elapsed)
                 watched = self.ranks.world == 1 or step_seconds > SLOW_STEP
-                if not self._train_step(scale, stop, watched, progress):
+                quantized = is_quantized(config, self.step, elapsed)
+                if not self._train_step(scale, quantized, stop, watched, progress):
                     self._report(self.stepper.flush(), progress)
                     (signalled,) = self.ranks.most(stop.received)
                     return self._interrupted(int(signalled)) if signalled else self._finish()
@@ -321,7 +350,12 @@ class Trainer:
         return self.step > 0 and (elapsed >= config.seconds or bool(by_steps))
 
     def _train_step(
-        self, scale: float, stop: StopSignals, watched: bool, progress: Callable[[dict[str, Any]], None]
+        self,
+        scale: float,
+        quantized: bool,
+        stop: StopSignals,
+        watched: bool,
+        progress: Callable[[dict[str, Any]], None],
     ) -> bool:
         """Start one optimizer step over batch_tokens tokens; False where it was cut short and left out.
 
@@ -347,7 +381,7 @@ class Trainer:
                 read += len(part) * length * self.ranks.world
 
         try:
-            late = self.stepper.run(batches(), self.step, scale)
+            late = self.stepper.run(batches(), self.step, scale, quantized)
         except _StepCut:
             self.sampler.load_state(position)
             return False
@@ -356,7 +390,6 @@ class Trainer:
         self.tokens += read
         row = {"step": self.step, "seconds": 0.0, "tokens": self.tokens, "lr_scale": scale}
         self._pending.append(row | {"momentum": self.optimizers.momentum(self.step - 1)})
-        self.averages.update(self.step, scale)
         return True
 
     def _report(self, reports: Sequence[tuple[float, float]], progress: Callable[[dict[str, Any]], None]) -> None:
@@ -391,6 +424,7 @@ class Trainer:
             config.micro_batch_tokens,
             self.ranks,
             should_stop,
+            config.document_mask,
         )
 
     def _finish(self) -> TrainResult:
@@ -477,6 +511,7 @@ class Trainer:
         """Write what the run is, so that --resume and export need no other argument."""
         write_bytes(self.folder / TOKENIZER, self.data.tokenizer.to_bytes())
         run = {
+            "klora": __version__,
             "preset": self.preset.name,
             "model": self.preset.model.to_dict(),
             "train": self.config.to_dict(),
@@ -536,7 +571,7 @@ class Trainer:
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             if isinstance(error, ShardError):
                 raise
-            raise CheckpointError(f"{path} is damaged ({error}); start the run afresh with --overwrite") from None
+            raise unusable(path, error, version_of(path)) from None
         self.step = self.last_checkpoint = meta["step"]
         self.tokens = meta.get("tokens", self.step * self.config.batch_tokens)
         self.loss = meta["loss"]

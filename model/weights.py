@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..kernels.fold import int6_values_ref
 from ..kernels.int6 import Int6Linear, Int6Matrix
 from .config import ModelConfig
 
@@ -76,8 +77,10 @@ class Weights:
         return self.head.dtype
 
 
-def weights_of(model: "GPT", dense: bool = False) -> Weights:
-    """The model's weights, differentiable in its parameters. `dense`: int6 matrices dequantised."""
+def weights_of(model: "GPT", dense: bool = False, int6_clip: float = 0.0) -> Weights:
+    """The model's weights, differentiable in its parameters. `dense`: int6 matrices dequantised. `int6_clip`: dense
+    ones at their int6 values, differentiated as if they were not.
+    """
     bigram = model.bigram
     return Weights(
         model.config,
@@ -85,7 +88,7 @@ def weights_of(model: "GPT", dense: bool = False) -> Weights:
         bigram.scale * F.linear(bigram.table, bigram.project),
         model.smear.gate,
         model.embed.to(model.dtype),
-        tuple(_block(model, index, block, dense) for index, block in enumerate(model.blocks)),
+        tuple(_block(model, index, block, dense, int6_clip) for index, block in enumerate(model.blocks)),
         model.rotary,
         model.attention,
         model.chosen_attention,
@@ -93,12 +96,29 @@ def weights_of(model: "GPT", dense: bool = False) -> Weights:
 
 
 @torch.no_grad()
-def frozen_weights(model: "GPT") -> Weights:
-    """The model's weights as they are now, dense and without a gradient; attention is our kernel."""
+def frozen_weights(model: "GPT | Weights") -> Weights:
+    """The model's weights as they are now, dense and without a gradient; attention is our kernel.
+
+    Weights are taken to be frozen and come back as they are, so that they can be made once and handed on.
+    """
+    if isinstance(model, Weights):
+        return model
     return dataclasses.replace(weights_of(model, dense=True), chosen="klora")
 
 
-def _block(model: "GPT", index: int, block: "Block", dense: bool) -> BlockWeights:
+class _StraightThrough(torch.autograd.Function):
+    """A matrix at its int6 values; the gradient passes as it is."""
+
+    @staticmethod
+    def forward(ctx, weight: Tensor, clip: float) -> Tensor:
+        return int6_values_ref(weight, clip)[0]
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+def _block(model: "GPT", index: int, block: "Block", dense: bool, int6_clip: float) -> BlockWeights:
     dtype, vectors = model.dtype, torch.float64 if model.dtype == torch.float64 else torch.float32
     mix, skip = block.resid_mix.to(vectors), None
     joined = index - len(model.blocks) // 2
@@ -111,7 +131,10 @@ def _block(model: "GPT", index: int, block: "Block", dense: bool) -> BlockWeight
     if isinstance(block.o, Int6Linear) and not dense:
         qkv, out, up, down = (linear.matrix for linear in (block.qkv, block.o, block.up, block.down))
         return BlockWeights(mix, skip, qkv, gain, out, up, down, attn_scale.to(vectors), mlp_scale.to(vectors))
-    qkv, out, up, down = _dense_matrices(block, model.embed.dtype)
+    matrices = _dense_matrices(block, model.embed.dtype)
+    if int6_clip:
+        matrices = (_StraightThrough.apply(matrix, int6_clip) for matrix in matrices)
+    qkv, out, up, down = matrices
     folded = (attn_scale[:, None] * out).to(dtype), up.to(dtype), (mlp_scale[:, None] * down).to(dtype)
     return BlockWeights(mix, skip, qkv.to(dtype), gain, *folded)
 

@@ -1,5 +1,6 @@
 """Causal attention: the kernels against PyTorch's attention and float64, their bits, and the op's registration."""
 
+import itertools
 import math
 
 import pytest
@@ -8,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from klora.bench.attention import plain_attention
 from klora.bench.tolerance import assert_as_exact
-from klora.kernels.attention import causal_attention, causal_attention_ref
+from klora.kernels.attention import causal_attention, causal_attention_ref, document_starts, why_not
 from klora.kernels.attention.backward import Rotary, launch_backward
 from klora.kernels.attention.forward import launch_forward
 from klora.kernels.rms_norm import EPS
@@ -274,7 +275,9 @@ def check_registration(device):
         torch.library.opcheck(torch.ops.klora.causal_attention.default, (*leaves, tail))
         q, k, v = (t.detach() for t in leaves)
         out, lse = torch.ops.klora.causal_attention(q, k, v, tail)
-        torch.library.opcheck(torch.ops.klora.causal_attention_backward.default, (out, q, k, v, out, lse))
+        torch.library.opcheck(torch.ops.klora.causal_attention_backward.default, (out, q, k, v, out, lse, None))
+        start = starts_of([[3, 8]] * 2, 20, device)
+        torch.library.opcheck(torch.ops.klora.causal_attention.default, (*leaves, tail, start))
 
 
 def check_compiled(device, backend):
@@ -290,6 +293,103 @@ def check_compiled(device, backend):
 def test_opcheck_and_compile_on_a_cpu():
     check_registration("cpu")
     check_compiled("cpu", "aot_eager")
+
+
+# Documents side by side in a row
+
+CUTS = ([], [1], [16, 32, 64], [5, 6, 7, 40, 63, 65], list(range(1, 70)))
+"""Where further documents start in each row: none, after one token, at tiles' edges, inside tiles, everywhere."""
+
+
+def starts_of(cuts, S, device="cpu") -> Tensor:
+    tokens = torch.zeros(len(cuts), S, dtype=torch.int64, device=device)
+    for row, places in enumerate(cuts):
+        tokens[row, [place for place in places if place < S]] = 1
+    return document_starts(tokens, bos=1)
+
+
+def apart(formula, cuts):
+    """`formula` over each document alone: what a mask of documents must amount to."""
+
+    def attention(q, k, v, tail):
+        S, rows = q.size(1), []
+        for row, places in enumerate(cuts):
+            ends = [0, *(place for place in places if place < S), S]
+            parts = [
+                formula(*(t[row : row + 1, a:b] for t in (q, k, v)), b - a)
+                for a, b in itertools.pairwise(ends)
+                if a < b
+            ]
+            rows.append(torch.cat(parts, 1))
+        return torch.cat(rows)[:, S - tail :]
+
+    return attention
+
+
+def check_documents(inputs, cuts=CUTS):
+    S, tail = inputs[0].size(1), inputs[3].size(1)
+    exact = attend(apart(plain, cuts), *(t.double() for t in inputs), tail=tail)
+    yardsticks = (attend(apart(formula, cuts), *inputs, tail=tail) for formula in formulas(inputs))
+    start = starts_of(cuts, S, inputs[0].device)
+    assert_as_exact(attend(causal_attention, *inputs, tail=tail, start=start, **KERNEL), exact, *yardsticks)
+
+
+def test_starts_are_those_of_the_last_bos():
+    tokens = torch.tensor([[5, 5, 1, 5, 1, 1, 5], [1, 5, 5, 5, 5, 5, 5]])
+    start = document_starts(tokens, bos=1)
+    assert start.dtype == torch.int32 and start.tolist() == [[0, 0, 2, 2, 4, 5, 5], [0] * 7]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(("S", "H", "G", "d", "tail"), [(70, 4, 2, 16, 70), (70, 2, 2, 32, 70), (66, 4, 1, 16, 23)])
+def test_no_token_sees_another_document(S, H, G, d, tail, dtype):
+    check_documents(draw(len(CUTS), S, H, G, d, tail, dtype))
+
+
+@pytest.mark.slow
+@settings(max_examples=6, deadline=None)
+@given(S=st.integers(1, 80), ratio=st.sampled_from([1, 2, 3, 4]), data=st.data())
+def test_any_documents_any_tail(S, ratio, data):
+    tail = data.draw(st.integers(1, S))
+    cuts = [sorted(data.draw(st.sets(st.integers(1, S), max_size=8))) for _ in range(2)]
+    inputs = draw(2, S, ratio, 1, 16, tail)
+    ours = attend(causal_attention, *inputs, tail=tail, start=starts_of(cuts, S), **KERNEL)
+    exact = attend(apart(plain, cuts), *(t.double() for t in inputs), tail=tail)
+    for x, truth in zip(ours, exact, strict=True):
+        torch.testing.assert_close(x.double(), truth, rtol=1e-4, atol=1e-5)
+
+
+def check_one_document(inputs):
+    tail, S = inputs[3].size(1), inputs[0].size(1)
+    start = starts_of([[]] * len(inputs[0]), S, inputs[0].device)
+    without = attend(causal_attention, *inputs, tail=tail, **KERNEL)
+    for x, y in zip(attend(causal_attention, *inputs, tail=tail, start=start, **KERNEL), without, strict=True):
+        assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize(("S", "tail"), [(70, 70), (64, 64), (50, 21)])
+def test_a_row_of_one_document_has_the_bits_of_no_mask(S, tail):
+    check_one_document(draw(1, S, 4, 2, 16, tail, torch.float16 if S == 64 else torch.float32))
+
+
+def test_the_reference_keeps_documents_apart_too():
+    inputs = draw(len(CUTS), 70)
+    ours = attend(causal_attention, *inputs, start=starts_of(CUTS, 70), backend="reference")
+    for x, truth in zip(ours, attend(apart(plain, CUTS), *inputs, tail=70), strict=True):
+        torch.testing.assert_close(x, truth, rtol=1e-4, atol=1e-5)
+
+
+def test_starts_of_another_form_are_refused():
+    q, k, v, _ = draw(S=9)
+    for start in (torch.zeros(2, 9), torch.zeros(2, 8, dtype=torch.int32), torch.zeros(9, dtype=torch.int32)):
+        with pytest.raises(ValueError, match=r"start is .* wanted int32 \[2, 9\] on cpu"):
+            causal_attention(q, k, v, start=start)
+
+
+@pytest.mark.parametrize("name", ["fa2", "fa3", "fa4"])
+def test_a_package_without_a_document_mask_is_refused_by_name(name):
+    reason = why_not(name, torch.device("cuda"), torch.bfloat16, 64, documents=True)
+    assert "takes no document mask" in reason and "document_mask=false" in reason
 
 
 # On a GPU
@@ -325,6 +425,13 @@ class TestOnGpu:
 
     def test_the_backward_ends_in_the_gradients_of_the_projections(self, S, H, G, d, tail, dtype):
         check_rotated(rotated(2, S, H, G, d, tail, dtype, "cuda"))
+
+    def test_no_token_sees_another_document(self, S, H, G, d, tail, dtype):
+        cuts = [*CUTS, [64, 128, 129, 500, 512], [S // 2, S - 1]]
+        check_documents(draw(len(cuts), S, H, G, d, tail, dtype, "cuda"), cuts)
+
+    def test_a_row_of_one_document_has_the_bits_of_no_mask(self, S, H, G, d, tail, dtype):
+        check_one_document(draw(2, S, H, G, d, tail, dtype, "cuda"))
 
 
 @pytest.mark.gpu

@@ -91,6 +91,26 @@ def test_what_cannot_run_here_is_refused_and_what_can_is_named(name, says):
         require_attention(name, SMALL, CPU, torch.float32)
 
 
+@pytest.mark.parametrize("name", PACKAGES)
+def test_what_cannot_keep_documents_apart_is_refused_by_name(name):
+    says = (
+        f"attention={name} is not possible: .* takes no document mask: document_mask=false runs it; allowed here: auto"
+    )
+    with pytest.raises(ConfigError, match=says):
+        require_attention(name, SMALL, CPU, torch.float32, documents=True)
+    q, start = torch.zeros(1, 4, 1, 16), torch.zeros(1, 4, dtype=torch.int32)
+    with pytest.raises(ValueError, match=f"{name} takes no document mask; allowed: cudnn, flash, efficient, math"):
+        attend(q, q, q, name, start)
+
+
+def test_a_configured_backend_without_a_document_mask_is_replaced_and_it_is_said(monkeypatch):
+    monkeypatch.setattr(attention, "why_not_here", lambda name, *about: "no mask" if about[-1] else "")
+    model = randomized()
+    model.attention = "flash"
+    chosen = choose_attention(model, "auto", 4, 64, ALONE, capture=False, documents=True, configured="the first")
+    assert chosen.name == model.attention == "math" and "flash takes no document mask" in chosen.why
+
+
 def test_it_is_refused_before_any_work(tmp_path, monkeypatch):
     monkeypatch.setattr(train_command, "prepare_first", lambda *_: pytest.fail("the text was read"))
     wrong = klora("train", "--set", "attention=fa4", "--device", "cpu", "--out", tmp_path / "run", check=2)
@@ -136,7 +156,7 @@ def test_the_chosen_one_is_what_a_training_step_runs_and_nothing_else_does(calls
 def faked(monkeypatch, times):
     """Let auto measure on a CPU; `times` are its milliseconds, or what measuring raises."""
 
-    def milliseconds(model, name, rows, length, capture):
+    def milliseconds(model, name, rows, length, capture, documents):
         assert (rows, length) == (4, 64)
         if isinstance(times[name], Exception):
             raise times[name]
@@ -210,9 +230,9 @@ def test_what_is_timed_is_the_whole_piece(monkeypatch):
 def test_the_choice_is_in_the_result_and_in_run_json(tmp_path, data, monkeypatch):  # noqa: F811
     ran = set()
 
-    def recorded(q, k, v, backend="math"):
+    def recorded(q, k, v, backend="math", start=None):
         ran.add(backend)
-        return causal_attention_ref(q, k, v, backend)
+        return causal_attention_ref(q, k, v, backend, start)
 
     monkeypatch.setattr(choices, "causal_attention_ref", recorded)
     trainer = Trainer(small_preset(attention="math", max_steps=1), data, tmp_path, ALONE)
@@ -240,7 +260,9 @@ def test_records_of_a_step_name_what_ran_attention():
 
 def test_the_bench_has_every_package_and_heads_of_128():
     assert {shape["d"] for shape in SHAPES.values()} == {64, 128}
-    for entry in ENTRIES:
+    whole = [entry for entry in ENTRIES if not entry.op.startswith("cached")]
+    assert len(whole) == 2
+    for entry in whole:
         missing = entry.missing(CPU)
         assert all(package.distribution in missing for package in PACKAGES.values())
 
@@ -295,10 +317,15 @@ def test_every_choice_takes_the_training_step_of_the_reference(name):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
 @pytest.mark.parametrize("capture", [True, False])
 def test_auto_on_a_gpu_names_the_times_of_what_runs(capture):
+    for documents in (False, True):
+        check_times({"capture": capture, "documents": documents})
+
+
+def check_times(about):
     model = on_gpu()
     before = torch.cuda.get_rng_state()
-    chosen = choose_attention(model, "auto", 8, 1024, Ranks(0, 1, CUDA), capture)
+    chosen = choose_attention(model, "auto", 8, 1024, Ranks(0, 1, CUDA), **about)
     assert torch.equal(torch.cuda.get_rng_state(), before)
     assert model.chosen_attention == chosen.name and chosen.why.startswith("the fastest, in ms a block")
-    for name in ("klora", "cudnn", "flash"):
+    for name in ("klora", "efficient") if about["documents"] else ("klora", "cudnn", "flash"):
         assert f"{name} " in chosen.why.split("; not here")[0]

@@ -1,6 +1,7 @@
 """The command line as a user meets it: the whole chain on a small corpus, wrong arguments, interruptions."""
 
 import csv
+import importlib
 import io
 import json
 import os
@@ -15,6 +16,7 @@ from typing import NamedTuple
 import klora.cli.doctor as doctor_module
 import pytest
 import torch
+import typer
 from conftest import wait_for
 from klora import __version__
 from klora.bench.record import RecordError
@@ -25,8 +27,11 @@ from klora.cli.demo import is_demo
 from klora.cli.score import _held_out_stdlib
 from klora.install import pip_install
 from klora.model import load_artifact
+from klora.model.config import preset
+from klora.model.corpus import Corpus
 from klora.model.generate import generate_tokens
 from klora.model.loading import model_from_artifact
+from klora.model.parallel import Ranks
 from klora.ttt.protocols import PRESETS
 from rich.console import Console
 from rich.progress import Progress
@@ -186,6 +191,38 @@ def test_sigint_writes_a_checkpoint_and_resume_finishes_the_run(run, tmp_path):
     assert [line.split(",")[0] for line in _lines(out / "loss.csv")[1:]] == [str(i) for i in range(1, steps + 4)]
 
 
+def test_the_help_of_train_lists_every_preset():
+    from klora.model.config import PRESETS as OF_TRAINING
+
+    text = klora("train", "--help").stdout
+    assert all(name in text for name in OF_TRAINING)
+
+
+def test_ctrl_c_while_data_is_prepared_says_what_is_kept(tmp_path, monkeypatch, capsys):
+    command = importlib.import_module("klora.cli.train")
+
+    def interrupted(train, validation, vocab_size, cache, progress):
+        progress("train", 1234)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "prepare", interrupted)
+    corpora = Corpus.stdlib("train"), Corpus.stdlib("validation")
+    ranks = Ranks(0, 1, torch.device("cpu"))
+    with pytest.raises(typer.Exit) as ended:
+        command.prepare_first(corpora, preset("tiny"), tmp_path, ranks, Output(as_json=True))
+    said = capsys.readouterr().err
+    assert ended.value.exit_code == 130 and not any(tmp_path.iterdir())
+
+    def stopped(*about):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "Trainer", stopped)
+    with pytest.raises(typer.Exit) as ended:
+        command.run_training(preset("tiny"), None, tmp_path, ranks, Output(as_json=True), {})
+    assert ended.value.exit_code == 130 and "stopped before the first step; the data" in capsys.readouterr().err
+    assert "stopped while tokenizing train, after 1,234 documents" in said and "nothing is kept" in said
+
+
 def _lines(path: Path) -> list[str]:
     return path.read_text().splitlines() if path.exists() else []
 
@@ -196,13 +233,12 @@ def test_an_interrupted_score_resumes(run, corpus, tmp_path):
     process = subprocess.Popen(
         [sys.executable, "-m", "klora.cli", *map(str, command)], env=ENV, stdout=subprocess.PIPE, text=True
     )
-    journal = tmp_path / "journal.jsonl"
-    wait_for(lambda: '"adapted"' in "".join(_lines(journal)), process)
+    wait_for((tmp_path / "journal.base.npy").exists, process)  # the base pass is done, and adapting begins
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate()
     assert process.returncode == 143 and "--resume goes on from there" in output
     resumed = klora(*command, "--resume")
-    assert "documents are already scored" in resumed.stdout
+    assert "documents are already scored, the base pass is done for 100% of the text" in resumed.stdout
     again = json.loads((tmp_path / "score.json").read_text())
     klora(*command, "--overwrite")
     assert json.loads((tmp_path / "score.json").read_text())["totals"]["adapted_bpb"] == pytest.approx(

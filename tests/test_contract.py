@@ -3,19 +3,29 @@
 One table holds a small call of each op. The reference is the other side of each promise: it and the kernel agree.
 """
 
+import inspect
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
+import klora.kernels
 import pytest
 import torch
 from klora.bench.tolerance import assert_as_exact, relative_error
 from klora.kernels import (
     bigram_embedding,
+    cached_attention,
     causal_attention,
+    int6_linear,
+    int6_linear_dx,
     linear,
     lora_adam_,
     lora_attention,
+    lora_cached_attention,
     lora_head_nll,
     lora_head_nll_grads_,
     lora_head_nll_ref,
@@ -23,8 +33,13 @@ from klora.kernels import (
     lora_mlp,
     lora_qkv,
     lora_qkv_rope,
+    muon_apply_,
+    muon_updates,
+    newton_schulz,
     norm_rotary,
     qkv_attention,
+    quantize_int6,
+    registration,
     relu_squared,
     relu_squared_mlp,
     residual_norm,
@@ -60,6 +75,11 @@ class Op(NamedTuple):
         return [output for output in outputs if output is not None]
 
 
+def _with_one_slot(slots: Tensor, **given: Any) -> tuple[Tensor, ...]:
+    """A document's adapter and its cache have one slot."""
+    return lora_cached_attention(**given, slots=slots, cache_slots=slots)
+
+
 def ops(B: int = 2, S: int = 5, dtype: torch.dtype = torch.float32) -> dict[str, Op]:
     """A call of every op that has outputs, for B documents of S tokens."""
     draw = torch.Generator().manual_seed(0)
@@ -81,6 +101,8 @@ def ops(B: int = 2, S: int = 5, dtype: torch.dtype = torch.float32) -> dict[str,
     tables = {"cos": cos, "sin": sin, "gain": gain}
     about = {"slots": slots, "sizes": SIZES}
     heads = {"q": randn(B, S, H, HEAD), "k": randn(B, S, G, HEAD)}
+    filled = 3 * torch.arange(1, B + 1, device=DEVICE)
+    cache = {name: randn(POOL, 5, G, HEAD) for name in ("cache_k", "cache_v")}
     h = {"h": x, "weight": randn(V, D)}
     loss = {"targets": targets, "softcap": 5.0, "temperature": 0.9}
     stream = {name: randn(B, S, D) for name in ("x", "branch", "pushed", "x0")}
@@ -98,6 +120,13 @@ def ops(B: int = 2, S: int = 5, dtype: torch.dtype = torch.float32) -> dict[str,
         ),
         "norm_rotary": Op(norm_rotary, {**heads, **tables}, {}, ("cos", "sin"), ("q", "k")),
         "causal_attention": Op(causal_attention, {**heads, "v": randn(B, S, G, HEAD)}, {}, (), ("q", "k", "v")),
+        "cached_attention": Op(
+            cached_attention,
+            {**heads, "v": randn(B, S, G, HEAD), **cache},
+            {"slots": slots, "filled": filled, "window": S + 4},
+            tuple(cache),
+            ("q", "k", "v"),
+        ),
         "lora_qkv": Op(lora_qkv, qkv, about),
         "lora_linear": Op(
             lora_linear,
@@ -107,6 +136,12 @@ def ops(B: int = 2, S: int = 5, dtype: torch.dtype = torch.float32) -> dict[str,
         "lora_mlp": Op(lora_mlp, {"x": x, "up": randn(48, D), "down": randn(D, 48), **mlp}, {"slots": slots}),
         "lora_qkv_rope": Op(lora_qkv_rope, {**qkv, **tables}, {**about, "head_dim": HEAD}, tuple(tables)),
         "lora_attention": Op(lora_attention, {**qkv, **tables}, {**about, "head_dim": HEAD}, tuple(tables)),
+        "lora_cached_attention": Op(
+            _with_one_slot,
+            {**qkv, "cos": cos.expand(B, S, 8), "sin": sin.expand(B, S, 8), "gain": gain, **cache},
+            {**about, "filled": filled, "window": S + 4, "head_dim": HEAD},
+            (*tables, *cache),
+        ),
         "qkv_attention": Op(
             qkv_attention, {"x": x, "weight": weight, **tables}, {"sizes": SIZES, "head_dim": HEAD}, ("cos", "sin")
         ),
@@ -123,14 +158,19 @@ def ops(B: int = 2, S: int = 5, dtype: torch.dtype = torch.float32) -> dict[str,
 
 OPS = ops()
 WITH_SLOTS = [name for name, op in OPS.items() if "slots" in op.more]
+POOLS = ("lora_a", "lora_b", "bias", "up_a", "up_b", "down_a", "down_b", "cache_k", "cache_v")
+"""Tensors whose first dimension is that of the slots."""
 WITH_ROTARY = [name for name, op in OPS.items() if "cos" in op.floats]
 WITH_TARGETS = [name for name, op in OPS.items() if "targets" in op.more]
 INPUTS = [(name, tensor) for name, op in OPS.items() for tensor in op.floats]
-POOLS = ("lora_a", "lora_b", "bias", "up_a", "up_b", "down_a", "down_b")
-"""The inputs that hold a row for each slot."""
-FREE = {("rms_norm", "triton"): 0, ("residual_norm", "triton"): 2, ("residual_norm", "reference"): 1}
+FREE = {
+    ("rms_norm", "triton"): 0,
+    ("residual_norm", "triton"): 2,
+    ("residual_norm", "reference"): 1,
+    ("lora_cached_attention", "triton"): 1,
+}
 """How many of the outputs may be changed in place before a backward, where not all of them: the backward of a norm
-reads n (PyTorch's, x_in), and autograd refuses it then."""
+reads n (PyTorch's, x_in), that of a chunk its k and v, and autograd refuses it then."""
 
 
 def close(ours: list[Tensor], theirs: list[Tensor]) -> None:
@@ -414,6 +454,62 @@ def test_an_infinite_softcap_leaves_the_logits_as_they_are(name, temperature, so
             assert (got.double() - true).norm() <= 2e-6 * true.norm()
     z = torch.tensor([-1e4, -0.1, 0.0, 3e-8, 77.0])
     assert torch.equal(softcap_logits_ref(z, softcap), z)
+
+
+def on_cpu(value: Any) -> Any:
+    return value.cpu() if isinstance(value, Tensor) else value
+
+
+def every_op() -> dict[str, Callable]:
+    """A call of every op on CPU tensors, by the backend; those that write their results too."""
+    calls = {}
+    for name, op in ops().items():
+        moved = Op(op.function, *({key: on_cpu(value) for key, value in part.items()} for part in op[1:3]))
+        calls[name] = moved
+    head = calls["lora_head_nll"]
+    into = {"dnll": torch.ones(2, 5), **{f"d{name}": head.floats[name].clone() for name in ("lora_a", "lora_b")}}
+    pools, step, lr = [torch.rand(3, 10) for _ in range(4)], torch.zeros(3, dtype=torch.int64), torch.ones(3)
+    x, matrix, pair = torch.rand(2, 64), quantize_int6(torch.rand(64, 64)), ([torch.rand(8, 8)], [torch.rand(8, 8)])
+    return calls | {
+        "lora_head_nll_grads_": partial(lora_head_nll_grads_, **head.floats, **head.more, **into),
+        "lora_adam_": partial(lora_adam_, *pools, step, lr),
+        "int6_linear": partial(int6_linear, x, matrix),
+        "int6_linear_dx": partial(int6_linear_dx, x, matrix),
+        "newton_schulz": partial(newton_schulz, torch.rand(8, 8)),
+        "muon_updates": partial(muon_updates, *pair, 0.9),
+        "muon_apply_": partial(muon_apply_, *pair, 0.1, 0.0),
+    }
+
+
+EVERY_OP = every_op()
+
+
+def test_no_op_with_a_backend_is_missing_here():
+    public = (getattr(klora.kernels, name) for name in klora.kernels.__all__)
+    with_backend = {
+        f.__name__ for f in public if inspect.isfunction(f) and "backend" in inspect.signature(f).parameters
+    }
+    assert with_backend - {"causal_attention_ref"} == EVERY_OP.keys(), "whose backend is PyTorch's"
+
+
+@pytest.mark.parametrize("name", EVERY_OP)
+def test_the_kernel_on_cpu_tensors_is_refused_by_name(name, monkeypatch):
+    """Outside of the interpreter; Triton's own error would speak of drivers."""
+    monkeypatch.setattr(registration, "INTERPRETED", False)
+    wanted = (
+        r"backend is 'triton' and the tensors are on cpu; the kernels run on a CUDA GPU: .* give backend='reference'"
+    )
+    with pytest.raises(ValueError, match=wanted):
+        EVERY_OP[name](backend="triton")
+    with pytest.raises(ValueError, match="backend is 'cuda'; allowed: None, 'reference', 'triton'"):
+        EVERY_OP[name](backend="cuda")
+
+
+def test_without_the_interpreter_the_refusal_is_not_triton_s():
+    code = "import torch; from klora.kernels import rms_norm; rms_norm(torch.ones(2, 16), backend='triton')"
+    environment = os.environ | {"TRITON_INTERPRET": "0"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.stderr.splitlines()[-1].startswith("ValueError: backend is 'triton' and the tensors are on cpu; ")
 
 
 @pytest.mark.parametrize("about", [{"softcap": s} for s in (None, 0.0, -1.0, math.nan)]

@@ -32,7 +32,7 @@ def namespace(package: str) -> dict:
 
 
 def tensors() -> dict:
-    """Two documents of 8 tokens, 64 wide; 4 heads of 16 over 2 groups; a pool of 3 adapters of rank 4; 50 words."""
+    """Two documents of 8 tokens, 64 wide; 4 heads of 16 over 2 groups; 3 adapters of rank 4, 3 caches; 50 words."""
     from klora.kernels import quantize_int6, quantize_int6_ref, rotary_tables
 
     draw = torch.Generator().manual_seed(0)
@@ -63,6 +63,12 @@ def tensors() -> dict:
         "q": normal(2, 8, 4, 16),
         "k": normal(2, 8, 2, 16),
         "v": normal(2, 8, 2, 16),
+        "cache_k": normal(3, 6, 2, 16),
+        "cache_v": normal(3, 6, 2, 16),
+        "filled": torch.tensor([3, 40]),
+        "count": torch.tensor([8, 5]),
+        "own_cos": cos.expand(2, 8, 8),
+        "own_sin": sin.expand(2, 8, 8),
         "cos": cos,
         "sin": sin,
         "gain": normal(4),

@@ -1,4 +1,4 @@
-"""The engine: the eager scorer's numbers, whatever the batch; a schedule without gaps; no wait inside a step."""
+"""The engine: the eager oracle's numbers, whatever the batch; a schedule without gaps; no wait inside a step."""
 
 import dataclasses
 import itertools
@@ -10,12 +10,12 @@ import torch
 from conftest import SMALL, randomized
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from klora.bench.eager import Adam, adapt_batch
 from klora.bench.tolerance import allowed_error, relative_error
 from klora.model.artifact import load_artifact, save_artifact
 from klora.model.config import ModelConfig, preset
 from klora.model.gpt import GPT
 from klora.model.loading import model_from_artifact
-from klora.ttt.adapters import AdapterPool
 from klora.ttt.base import BaseNll
 from klora.ttt.documents import Document
 from klora.ttt.engine import (
@@ -28,9 +28,12 @@ from klora.ttt.engine import (
     slot_bytes,
 )
 from klora.ttt.protocols import TTTConfig
+from klora.ttt.queue import Deadline
+from klora.ttt.results import Adapted
 from klora.ttt.schedule import Schedule, queue_lengths
-from klora.ttt.scorer import Adapted, Batch, Deadline, adapt_batch
 from klora.ttt.step import EngineStep, clear_plan
+from oracles.eager import adapt as eager
+from oracles.eager import token_nll as eager_token_nll
 from test_ttt import document
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -50,15 +53,6 @@ def documents(targets=RAGGED):
     return [document(n, seed) for seed, n in enumerate(targets)]
 
 
-def eager(model: GPT, docs, config: TTTConfig, dtype=torch.float64) -> Adapted:
-    """The eager scorer's results in the order of `docs`."""
-    order = sorted(range(len(docs)), key=lambda i: -docs[i].targets)
-    pool = AdapterPool(model.config, config, len(docs), model.embed.device, dtype)
-    adapted = adapt_batch(model, pool, Batch([docs[i] for i in order], config, model.embed.device), Deadline(0))
-    back = np.argsort(order)
-    return Adapted(adapted.nats[back], adapted.targets[back], adapted.kept_pass[back])
-
-
 def adapt_documents(model: GPT, docs, config: TTTConfig, deadline, should_stop=lambda: False, facts=None, **options):
     engine = engine_of(model, config, docs, **options)
     adapted = engine.adapt(docs, deadline, should_stop)
@@ -76,23 +70,10 @@ def token_nll(engine: Engine, docs, row: int = 0) -> list[np.ndarray]:
     return engine.token_nll(docs, [row] * len(docs))
 
 
-def eager_token_nll(model: GPT, doc, config: TTTConfig, dtype=torch.float64) -> list[np.ndarray]:
-    """NLL of one document alone in each pass, chunk after chunk, by the eager scorer's own step."""
-    from klora.ttt.scorer import _score_then_train
-
-    pool = AdapterPool(model.config, config, 1, model.embed.device, dtype)
-    batch = Batch([doc], config, model.embed.device)
-    passes = []
-    for _ in range(config.passes):
-        chunks = [_score_then_train(model, pool, batch, j) for j in range(batch.rounds)]
-        passes.append(torch.cat([nll[exists] for nll, exists in chunks]).cpu().numpy())
-    return passes
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("steps", [1, 3])
 @pytest.mark.parametrize("protocol", ["score_first", "multi_epoch", "min_nll"])
-def test_every_token_has_the_eager_scorers_nll_in_float64(protocol, steps):
+def test_every_token_has_the_eager_oracles_nll_in_float64(protocol, steps):
     config = TTT.override({"protocol": protocol, "steps_per_chunk": steps, "lr": 0.02})
     model, docs = model64(), documents()
     engine = engine_for(model, docs, config, rows=(2,), slots=5)
@@ -136,7 +117,7 @@ def test_any_set_of_targets_agrees_with_the_eager_scorer_after_1_8_and_48_steps(
 
 @pytest.mark.parametrize("blocks", [1, 2, 4])
 @pytest.mark.parametrize("chunk, window", [(16, 100), (20, 50), (32, 32)])
-def test_any_depth_and_any_window_agree_with_the_eager_scorer(blocks, chunk, window):
+def test_any_depth_and_any_window_agree_with_the_eager_oracle(blocks, chunk, window):
     """Windows past the training length and no multiple of the chunk; U-Nets of no, one and several skips."""
     config = TTT.override({"chunk": chunk, "window": window})
     model, docs = model64(dataclasses.replace(SMALL, blocks=blocks)), documents((130, 101, 33, 100))
@@ -144,10 +125,10 @@ def test_any_depth_and_any_window_agree_with_the_eager_scorer(blocks, chunk, win
     np.testing.assert_allclose(adapted.nats, eager(model, docs, config).nats, rtol=1e-9)
 
 
-def test_fp32_agrees_with_the_eager_scorer():
+def test_fp32_agrees_with_the_eager_oracle():
     model, docs = randomized().requires_grad_(False), documents()
     adapted = adapt_documents(model, docs, TTT, Deadline(0))
-    np.testing.assert_allclose(adapted.nats, eager(model, docs, TTT, torch.float32).nats, rtol=1e-4)
+    np.testing.assert_allclose(adapted.nats, eager(model, docs, TTT).nats, rtol=1e-4)
 
 
 def test_a_model_of_six_bits_gives_what_its_dense_twin_gives(tokenizer, tmp_path):
@@ -611,11 +592,11 @@ class TestOnGPU:
         assert torch.cuda.max_memory_allocated() - before <= engine.facts["estimated_bytes"]
 
     @pytest.mark.parametrize("targets", ["q,k,v,head", "o", "up,down", "q,o,head", "q,k,v,o,up,down,head"])
-    def test_bf16_is_as_close_to_fp32_as_the_eager_scorer_in_bf16(self, targets):
-        """Relative error of the nats of the chunks after 1, 8 and 48 Adam steps, against the eager scorer in fp32."""
+    def test_bf16_is_as_close_to_fp32_as_eager_pytorch_in_bf16(self, targets):
+        """Relative error of the nats of the chunks after 1, 8 and 48 Adam steps, against eager PyTorch in fp32."""
         config, doc = TTTConfig(deadline=0.0, batch=4, targets=targets), document(49 * 256 + 100)
-        exact = torch.from_numpy(eager_token_nll(on_gpu(torch.float32), doc, config, torch.float32)[0])
-        plain = torch.from_numpy(eager_token_nll(on_gpu(), doc, config, torch.float32)[0])
+        models = on_gpu(torch.float32), on_gpu()
+        exact, plain = (adapt_batch(model, Adam(model, config, 1), [doc])[0].cpu() for model in models)
         engine = engine_for(on_gpu(), [doc], config)
         engine.adapt([doc], Deadline(0))
         ours = torch.from_numpy(token_nll(engine, [doc])[0])
@@ -652,7 +633,7 @@ class TestOnGPU:
         assert np.array_equal(found[:, untouched], known[:, untouched])
 
 
-def test_a_model_without_a_softcap_is_adapted_as_the_eager_scorer_does():
+def test_a_model_without_a_softcap_is_adapted_as_the_eager_oracle_does():
     model, docs = model64(dataclasses.replace(SHALLOW, softcap=0.0)), documents()
     adapted = adapt_documents(model, docs, TTT, Deadline(0))
     assert np.isfinite(adapted.nats).all()

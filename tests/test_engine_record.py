@@ -1,4 +1,4 @@
-"""What the record of the engine is made of: errors against the eager scorer, and bits that are equal or not."""
+"""What the record of the engine is made of: errors against eager PyTorch, and bits that are equal or not."""
 
 import numpy as np
 import pytest

@@ -8,10 +8,10 @@ from klora.bench.tolerance import assert_as_exact
 from klora.kernels import causal_attention_ref, pick_attention
 from klora.model.config import ModelConfig, preset
 from klora.model.gpt import GPT
-from klora.ttt.adapters import AdapterPool
 from klora.ttt.base import BaseNll
+from klora.ttt.engine import engine_of
 from klora.ttt.protocols import TTTConfig
-from klora.ttt.scorer import Batch, Deadline, adapt_batch
+from klora.ttt.queue import Deadline
 from test_ttt import document
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")]
@@ -38,7 +38,7 @@ def test_the_backend_that_is_picked_is_no_worse_than_plain_bf16(length):
 def test_bf16_scores_are_close_to_fp32_after_many_adapter_steps():
     torch.manual_seed(0)
     config = TTTConfig(deadline=0.0)
-    documents = sorted((document(n, n) for n in (2500, 1800, 1024, 700, 512)), key=lambda d: -d.targets)
+    documents = [document(n, n) for n in (2500, 1800, 1024, 700, 512)]
     nats = {}
     for dtype in (torch.float32, torch.bfloat16):
         model = GPT(WIDE)
@@ -46,8 +46,7 @@ def test_bf16_scores_are_close_to_fp32_after_many_adapter_steps():
         model.configure(torch.device("cuda"), dtype)
         model.requires_grad_(False)
         base = BaseNll(model, documents, config)
-        pool = AdapterPool(WIDE, config, 8, torch.device("cuda"))
-        adapted = adapt_batch(model, pool, Batch(documents, config, torch.device("cuda")), Deadline(0))
+        adapted = engine_of(model, config, documents).adapt(documents, Deadline(0))
         nats[dtype] = ([base.of(i)[0] for i in range(5)], adapted.nats.tolist())
     assert nats[torch.bfloat16][0] == pytest.approx(nats[torch.float32][0], rel=5e-3)
     assert nats[torch.bfloat16][1] == pytest.approx(nats[torch.float32][1], rel=1e-2)

@@ -11,6 +11,7 @@ from klora.kernels.int6 import (
     dequantize_int6_ref,
     int6_linear,
     pack_int6_ref,
+    pick_group_size,
     quantize_int6,
     quantize_int6_ref,
     reference,
@@ -203,9 +204,9 @@ def with_a_large_column(rows=64, columns=1024):
     return weight
 
 
-def student_t(rows=64, columns=1024):
+def student_t(rows=64, columns=1024, degrees=3.0):
     torch.manual_seed(1)
-    return torch.distributions.StudentT(3.0).sample((rows, columns)) * 0.02
+    return torch.distributions.StudentT(degrees).sample((rows, columns)) * 0.02
 
 
 def by_absmax(weight):
@@ -225,12 +226,71 @@ class TestSearch:
         assert found <= by_absmax(weight) * 1.002, "scales have 11 bits"
 
     @pytest.mark.parametrize(("weight", "most"), [(with_a_large_column(), 0.21), (student_t(), 0.11)], ids=["30x", "t"])
-    def test_the_default_serves_outliers(self, weight, most):
+    def test_row_scales_serve_outliers(self, weight, most):
         """A clip of 0.11 gives 0.57 and 0.29 here."""
         x = torch.randn(32, weight.size(1), generator=torch.Generator().manual_seed(2))
         exact = x @ weight.T
-        out = x @ quantize_int6(weight).dequantize().T
+        out = x @ quantize_int6(weight, None).dequantize().T
         assert (out - exact).norm() < most * exact.norm()
+
+    @pytest.mark.parametrize(("weight", "most"), [(with_a_large_column(), 0.06), (student_t(), 0.05)], ids=["30x", "t"])
+    def test_groups_where_they_pay(self, weight, most):
+        """The output's error is 0.19 and 0.094 with the best scale of every row."""
+        x = torch.randn(32, weight.size(1), generator=torch.Generator().manual_seed(2))
+        exact = x @ weight.T
+        rows, groups = quantize_int6(weight, None), quantize_int6(weight)
+        assert rows.group_size is None and groups.group_size in (64, 128)
+        assert groups.nbytes - rows.nbytes == 2 * 64 * (1024 // groups.group_size - 1)
+        errors = [float((x @ matrix.dequantize().T - exact).norm() / exact.norm()) for matrix in (rows, groups)]
+        assert errors[1] < most < 0.6 * errors[0]
+
+    @pytest.mark.parametrize("columns", [64, 128, 256, 1024, 14336])
+    def test_ordinary_weights_keep_one_scale_a_row(self, columns):
+        uniform = torch.rand(16, columns, generator=torch.Generator().manual_seed(4)) - 0.5
+        for weight in (gaussian(16, columns), uniform, torch.zeros(16, columns)):
+            assert pick_group_size(weight) is None and quantize_int6(weight).group_size is None
+
+    def test_the_rule_of_group_sizes(self):
+        """The least squared error * (1 + 128 / group), each quantised on its own."""
+        picked = set()
+        for weight in (
+            student_t(),
+            with_a_large_column(),
+            gaussian(64, 1024),
+            student_t(degrees=5.0),
+            student_t(64, 192),
+        ):
+            costs = {}
+            for size in (None, 128, 64):
+                if size is None or weight.size(1) % size == 0:
+                    error = relative_error(weight, *quantize_int6_ref(weight, None, size))
+                    costs[size] = error * (1 + 128 / (size or math.inf))
+            picked.add(pick_group_size(weight))
+            assert pick_group_size(weight) == min(costs, key=costs.get)
+        assert picked == {None, 64, 128}
+
+    def test_the_pick_weights_errors_as_the_search_does(self):
+        weight, moment = with_a_large_column(), torch.ones(1024)
+        moment[5] = 0.0
+        assert pick_group_size(weight) == 64 and pick_group_size(weight, second_moment=moment) is None
+
+    def test_the_pick_looks_at_rows_spread_over_the_matrix(self, monkeypatch):
+        weight = torch.cat([gaussian(32, 1024), with_a_large_column(32)])
+        monkeypatch.setattr(reference, "SAMPLE", 8 * 1024)
+        assert pick_group_size(weight) == 64
+
+    def test_a_fixed_clip_and_a_group_size_given_are_kept(self):
+        weight = with_a_large_column()
+        assert quantize_int6(weight, clip=0.11).group_size is None
+        for size in (None, 32, 64, 128):
+            assert quantize_int6(weight, size).group_size == size
+
+    @pytest.mark.parametrize("value", [math.nan, 1e8])
+    def test_the_pick_leaves_errors_to_the_quantiser(self, value):
+        weight = gaussian(16, 256)
+        weight[3] = value
+        with pytest.raises(ValueError, match=r"finite weights|row 3 needs the scale"):
+            quantize_int6(weight)
 
     def test_each_row_has_the_best_of_many_scales(self):
         """Against a fine grid of scales in float64: at most 6% of the squared error above the best."""
@@ -248,7 +308,9 @@ class TestSearch:
         moment[5] = 1e-8
         x = torch.randn(64, 1024, generator=torch.Generator().manual_seed(3)) * moment.sqrt()
         exact = x @ weight.T
-        plain, aware = ((x @ quantize_int6(weight, second_moment=m).dequantize().T) - exact for m in (None, moment))
+        plain, aware = (
+            (x @ quantize_int6(weight, None, second_moment=m).dequantize().T) - exact for m in (None, moment)
+        )
         assert aware.norm() < 0.3 * plain.norm() and aware.norm() < 0.04 * exact.norm()
         assert relative_error(weight, *quantize_int6_ref(weight, second_moment=moment), moment) ** 0.5 == pytest.approx(
             float(aware.norm() / exact.norm()), rel=0.1

@@ -180,6 +180,29 @@ class TestQuantizeLinears:
         quantize_linears(module, group_size=32)
         assert [tuple(layer.scale.shape) for layer in module] == [(16, 2), (16, 1)]
 
+    def test_groups_where_they_pay_and_the_report_says_so(self, tmp_path):
+        torch.manual_seed(0)
+        module = nn.Sequential(nn.Linear(256, 64), nn.ReLU(), nn.Linear(64, 512, bias=False), nn.Linear(512, 64))
+        with torch.no_grad():
+            module[3].weight[:, 7] *= 30
+        dense, x = copy.deepcopy(module), torch.randn(16, 256)
+        rows = quantize_linears(copy.deepcopy(module), None).swapped["3"]
+        report = quantize_linears(module)
+        assert {name: linear.group_size for name, linear in report.swapped.items()} == {"0": None, "2": None, "3": 64}
+        one = report.swapped["3"]
+        assert one.relative_error < 0.2 * rows.relative_error and one.bytes == rows.bytes + 2 * 64 * 7
+        assert one.bytes == module[3].packed.nbytes + module[3].scale.nbytes
+        assert "1 with a scale for every 64 inputs" in str(report).splitlines()
+        assert "inputs" not in str(quantize_linears(copy.deepcopy(dense), None))
+        save_quantized(module, tmp_path / "groups.safetensors")
+        fresh = load_quantized(copy.deepcopy(dense), tmp_path / "groups.safetensors")
+        assert torch.equal(fresh(x), module(x))
+        with torch.device("meta"):
+            fresh = copy.deepcopy(dense).to("meta")
+        quantize_linears(fresh)
+        fresh.load_state_dict(module.state_dict(), assign=True)
+        assert fresh[3].weight.group_size == 64 and torch.equal(fresh(x), module(x))
+
     def test_a_linear_alone_is_refused(self):
         with pytest.raises(KloraError, match="Int6Linear.from_linear"):
             quantize_linears(nn.Linear(4, 4))

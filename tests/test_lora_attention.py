@@ -1,14 +1,31 @@
-"""lora_attention: two ops in one, with the gradients of both and nothing of the batch in a document's bits."""
+"""lora_attention, over a chunk and over a cache: two ops in one, with the gradients of both and nothing of the batch in
+a document's bits.
+"""
 
 import pytest
 import torch
 from klora.bench.tolerance import assert_as_exact
-from klora.kernels import causal_attention, lora_attention, lora_attention_ref, lora_qkv_rope, lora_qkv_rope_ref
+from klora.kernels import (
+    cache_write_,
+    cached_attention,
+    causal_attention,
+    lora_attention,
+    lora_attention_ref,
+    lora_cached_attention,
+    lora_qkv_rope,
+    lora_qkv_rope_ref,
+    rotary_tables,
+)
+from klora.kernels.lora_attention import WITHOUT_CACHE
 from test_attention import kernel_of_pytorch
 from test_attention import plain as formula
+from test_cached_attention import draw as draw_cache
+from test_cached_attention import kernel_of_pytorch as kernel_over_cache
+from test_cached_attention import plain as formula_over_cache
 from test_lora_qkv_rope import CUDA, DEVICE, doubled, draw
 
 SIZES = {"sizes": (64, 32, 32), "head_dim": 16}
+CACHE = ("cache_k", "cache_v", "cache_slots", "filled")
 pytestmark = pytest.mark.usefixtures("empty_is_nan")
 
 
@@ -81,7 +98,154 @@ def test_opcheck():
     leaves = [call[name].detach().requires_grad_() for name in ("x", "weight", "lora_a", "lora_b")]
     leaves[1] = leaves[1].detach()
     rest = (call["cos"], call["sin"], call["gain"], call["slots"], list(call["sizes"]), 16, 8, None, None, True)
-    torch.library.opcheck(torch.ops.klora.lora_attention.default, (*leaves, *rest))
+    torch.library.opcheck(torch.ops.klora.lora_attention.default, (*leaves, *rest, *WITHOUT_CACHE))
+    call, _ = cached(length=17, slots=[1, 0], count=2)
+    rest = (call["cos"], call["sin"], *rest[2:6], 17, *rest[7:])
+    cache = (call[name].nan_to_num() if call[name].is_floating_point() else call[name] for name in CACHE)
+    torch.library.opcheck(torch.ops.klora.lora_attention.default, (*leaves, *rest, *cache, call["window"]))
+
+
+# Over a cache
+
+
+def cached(length=20, filled=(0, 33), window=50, cache_slots=(2, 0), dtype=torch.float32, **more):
+    """A call of lora_cached_attention, each document at its own positions, and dout."""
+    call, dout = drawn(length, dtype=dtype, **{"batch": len(filled), **more})
+    head_dim, sizes = call["head_dim"], call["sizes"]
+    heads = {"H": sizes[0] // head_dim, "G": sizes[1] // head_dim, "d": head_dim}
+    held, _ = draw_cache(T=length, window=window, filled=filled, slots=cache_slots, dtype=dtype, **heads)
+    cache = {"cache_k": held["cache_k"], "cache_v": held["cache_v"], "cache_slots": held["slots"]}
+    tables = dict(zip(("cos", "sin"), rotary_tables(max(filled) + length, head_dim, 5e4), strict=True))
+    position = torch.tensor(filled)[:, None] + torch.arange(length)
+    given = {**cache, "filled": held["filled"], **{name: table[position] for name, table in tables.items()}}
+    del call["tail"]
+    return {**call, **{name: t.to(DEVICE) for name, t in given.items()}, "window": window}, dout
+
+
+def run_cached(call, dout, backend="triton", **more):
+    """out and the gradients of x, lora_a and lora_b."""
+    return differentiated(lambda **given: lora_cached_attention(**given, backend=backend, **more)[0], call, dout)
+
+
+def cached_in_turn(call, dout, attention):
+    """The reference of the projections, then `attention`, in the call's dtype."""
+
+    def both(window, cache_k, cache_v, cache_slots, filled, **given):
+        q, k, v = (part.unflatten(-1, (-1, call["head_dim"])) for part in lora_qkv_rope_ref(**given))
+        cache = {"cache_k": cache_k, "cache_v": cache_v, "slots": cache_slots, "filled": filled, "window": window}
+        return attention(q=q, k=k, v=v, **cache).flatten(2)
+
+    return differentiated(both, call, dout)
+
+
+@pytest.mark.parametrize(
+    "more", [{}, {"slots": [1, -1], "cache_slots": (-1, 1)}, {"length": 37, "filled": (100, 13)}], ids=str
+)
+def test_over_a_cache_outputs_and_gradients_are_as_exact_as_pytorchs(more):
+    call, dout = cached(**{"count": 2, **more})
+    exact = run_cached(doubled(call), dout.double(), "reference")
+    plain = (cached_in_turn(call, dout, attention) for attention in (formula_over_cache, kernel_over_cache))
+    assert_as_exact(run_cached(call, dout), exact, *plain)
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_over_a_cache_it_is_the_two_ops_in_turn(backend):
+    call, _ = cached(slots=[1, 0])
+    out, *made = lora_cached_attention(**call, backend=backend)
+    cache = [call.pop(name) for name in (*CACHE, "window")]
+    rows = [{**call, "cos": call["cos"][b], "sin": call["sin"][b]} for b in range(2)]
+    made_of = [[part[b] for part in lora_qkv_rope(**row, backend=backend)] for b, row in enumerate(rows)]
+    q, k, v = (torch.stack(part).unflatten(-1, (-1, 16)) for part in zip(*made_of, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(made, (k, v), strict=True))
+    assert torch.equal(out, cached_attention(q, k, v, *cache, backend=backend).flatten(2))
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_a_document_in_chunks_is_the_document_as_a_whole(backend):
+    """While no adapter changes, and the ring holds it."""
+    call, _ = drawn(45, slots=[1, 0])
+    whole = lora_attention(**call, backend="reference")
+    x, tables = call["x"], (call["cos"], call["sin"])
+    cache_k, cache_v = (torch.full((2, 30, 2, 16), torch.nan, device=DEVICE) for _ in range(2))
+    rest = {name: call[name] for name in ("weight", "lora_a", "lora_b", "gain", "slots", "sizes", "head_dim")}
+    rest |= {"cache_k": cache_k, "cache_v": cache_v, "cache_slots": call["slots"], "window": 45, "backend": backend}
+    outs = []
+    for start in range(0, 45, 15):
+        filled, chunk = torch.full((2,), start, device=DEVICE), slice(start, start + 15)
+        cos, sin = (table[chunk].expand(2, -1, -1) for table in tables)
+        out, *made = lora_cached_attention(x[:, chunk], cos=cos, sin=sin, filled=filled, unit_tables=True, **rest)
+        cache_write_(cache_k, cache_v, *made, call["slots"], filled, torch.full_like(filled, 15), backend=backend)
+        outs.append(out)
+    torch.testing.assert_close(torch.cat(outs, 1), whole, rtol=1e-4, atol=1e-5)
+
+
+def test_over_a_cache_gradients_go_into_a_pool_where_one_is_given():
+    call, dout = cached(slots=[2, 0], count=4)
+    _, _, da, db = run_cached(call, dout)
+    grads = torch.full_like(call["lora_a"], 7.0), torch.full_like(call["lora_b"], 7.0)
+    x = call["x"].detach().requires_grad_()
+    out, k, v = lora_cached_attention(**{**call, "x": x}, grads=grads, backend="triton")
+    assert out.requires_grad and not k.requires_grad and not v.requires_grad
+    out.backward(dout)
+    for into, gradient in zip(grads, (da, db), strict=True):
+        assert torch.equal(into[[0, 2]], gradient[[0, 2]]) and (into[[1, 3]] == 7.0).all()
+
+
+def test_over_a_cache_what_it_does_not_take_is_refused():
+    call, _ = cached()
+    for change, says in (
+        ({"cos": call["cos"][0]}, r"cos is \[20, 8\] on .*; wanted \[2, 20, 8\]"),
+        ({"window": 51}, "window is 51; allowed"),
+        ({"cache_k": call["cache_k"][..., :8]}, r"cache_k is .*; wanted torch.float32 \[slots, capacity, 2, 16\]"),
+        ({"cache_slots": call["cache_slots"][:1]}, r"cache_slots is int32 \[1\]"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            lora_cached_attention(**{**call, **change})
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA, reason="no CUDA GPU")
+class TestOverACacheOnTheGPU:
+    SEED = {"width": 512, "sizes": (512, 256, 256), "head_dim": 64}
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize(
+        "length, filled, window", [(32, (0, 50, 992, 3000), 1024), (256, (100, 1900, 0, 2048), 2048)]
+    )
+    def test_outputs_and_gradients_are_no_worse_than_the_ops_in_turn(self, dtype, length, filled, window):
+        call, dout = cached(length, filled, window, (3, 0, -1, 1), dtype, **self.SEED)
+        exact = run_cached(doubled(call), dout.double(), "reference")
+        assert_as_exact(run_cached(call, dout), exact, cached_in_turn(call, dout, formula_over_cache))
+
+    def test_wide_heads(self):
+        sizes = {"width": 512, "sizes": (1024, 256, 256), "head_dim": 128}
+        call, dout = cached(64, (70, 500), 300, dtype=torch.bfloat16, **sizes)
+        exact = run_cached(doubled(call), dout.double(), "reference")
+        assert_as_exact(run_cached(call, dout), exact, cached_in_turn(call, dout, formula_over_cache))
+
+    def test_the_same_bits_in_every_run_batch_and_graph(self):
+        call, dout = cached(64, (9, 960, 3000, 64), 1024, (0, 1, 2, 3), torch.bfloat16, **self.SEED)
+        call = {**call, "slots": torch.arange(4, device="cuda")}
+        first = run_cached(call, dout)
+        for _ in range(10):
+            assert all(torch.equal(a, b) for a, b in zip(run_cached(call, dout), first, strict=True))
+        alone = {**call, **{name: call[name][2:3] for name in ("x", "cos", "sin", "slots", "cache_slots", "filled")}}
+        out, dx, da, db = run_cached(alone, dout[2:3])
+        for got, whole in zip((out, dx, da[2:3], db[2:3]), first, strict=True):
+            assert torch.equal(got, whole[2:3])
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            run_cached(call, dout)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = run_cached(call, dout)
+        graph.replay()
+        assert all(torch.equal(a, b) for a, b in zip(captured, first, strict=True))
+
+
+# On a GPU
 
 
 @pytest.mark.gpu

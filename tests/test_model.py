@@ -281,7 +281,7 @@ def test_every_field_can_be_overridden_from_text():
 
 
 def test_unknown_preset_and_incomplete_config_are_refused():
-    with pytest.raises(ConfigError, match="there is no preset 'huge'; allowed: tiny, seed, seed-11l"):
+    with pytest.raises(ConfigError, match="there is no preset 'huge'; allowed: tiny, seed, seed-11l, seed-2k"):
         preset("huge")
     with pytest.raises(ConfigError, match="ModelConfig has no value for blocks"):
         ModelConfig.from_dict({k: v for k, v in ModelConfig().to_dict().items() if k != "blocks"})
@@ -351,3 +351,28 @@ def test_a_softcap_of_0_is_none():
     likeliest = list(generate_tokens(model, tokens[0].tolist(), 1, temperature=0, stop=-1))
     length = tokens.size(1) + 1
     assert likeliest == [int((model.hidden(tokens[:1], rotary_length=length)[0, -1] @ model.embed.T).argmax())]
+
+
+def test_the_backend_follows_the_device_unless_it_was_set(monkeypatch):
+    model = GPT(SMALL)
+    assert model.backend == "reference"
+    monkeypatch.setattr(gpt, "pick_backend", lambda config, device, dtype: f"of {device.type}")
+    assert model.backend == "of cpu" and model.to("meta").backend == "of meta"
+    model.backend = "triton"
+    assert model.backend == copy.deepcopy(model).backend == "triton"
+
+
+def test_a_field_of_two_values_takes_true_and_false_alone():
+    for text, value in (("true", True), ("False", False), (True, True)):
+        assert TrainConfig().override({"document_mask": text}).document_mask is value
+    for wrong in ("yes", "1", 1, None):
+        with pytest.raises(ConfigError, match=r"document_mask=.* is not possible; allowed: true or false"):
+            TrainConfig().override({"document_mask": wrong})
+
+
+def test_seed_2k_is_seed_at_twice_the_length_with_the_same_tokens_a_step():
+    seed, longer = preset("seed"), preset("seed-2k")
+    assert longer.model == seed.model.override({"train_length": 2048}) and longer.train == seed.train
+    assert longer.train.batch_tokens % 2048 == 0
+    for name in ("document_mask", "qat_share"):
+        assert not any(getattr(each.train, name) for each in PRESETS.values()), "off in the presets"

@@ -354,6 +354,22 @@ def test_it_takes_torchs_names():
         Muon(params, eps=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("theirs", "ours", "value"),
+    [("adjust_lr_fn", "scale", "x"), ("ns_steps", "steps", 0), ("ns_coefficients", "coefficients", (1.0, 2.0))],
+)
+def test_a_setting_is_refused_under_the_name_that_was_given(theirs, ours, value):
+    for name in (theirs, ours):
+        with pytest.raises(ValueError, match=f"^{name}=.* is not possible; allowed: "):
+            Muon(parameters(), **{name: value})
+        with pytest.raises(ValueError, match=f"^{name}=.* is not possible; allowed: "):
+            Muon(parameters()).add_param_group({"params": parameters(2), name: value})
+    state = Muon(parameters()).state_dict()
+    state["param_groups"][0][theirs] = value
+    with pytest.raises(ValueError, match=f"^{theirs}=.* is not possible; allowed: "):
+        Muon(parameters()).load_state_dict(state)
+
+
 def test_every_default_that_differs_from_torchs_is_in_the_first_line_of_its_docs():
     first = Muon.__doc__.splitlines()[0]
     ours, torchs = (inspect.signature(kind).parameters for kind in (Muon, torch.optim.Muon))

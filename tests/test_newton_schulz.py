@@ -22,7 +22,8 @@ from klora.kernels.newton_schulz import (
     pick_config,
     pick_form,
 )
-from klora.kernels.newton_schulz.edges import fill_arena, measure, pieces_of
+from klora.kernels.newton_schulz.edges import fill_arena, measure
+from klora.kernels.newton_schulz.pieces import pieces_of
 from klora.kernels.newton_schulz.plan import GRAM, PROGRAMS, SYMMETRIC, Plan, Shapes, plan_of, result_layout
 from klora.kernels.newton_schulz.products import run_products
 from klora.kernels.newton_schulz.reference import EPS, SAFETY
@@ -349,7 +350,7 @@ def test_what_is_refused():
         ({"steps": 0}, "steps=0"),
         ({"coefficients": "x"}, "coefficients='x'"),
         ({"form": "x"}, "form='x'"),
-        ({"backend": "x"}, "backend='x'"),
+        ({"backend": "x"}, "backend is 'x'; allowed: None, 'reference', 'triton'"),
     ):
         with pytest.raises(ValueError, match=match):
             newton_schulz(good, **options)

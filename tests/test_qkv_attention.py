@@ -4,6 +4,7 @@ import pytest
 import torch
 from klora.bench.tolerance import MARGIN, assert_as_exact, relative_error
 from klora.kernels import rotary_tables
+from klora.kernels.attention import document_starts
 from klora.kernels.linear import product, turns
 from klora.kernels.linear.product import HEADS, Heads, launch_product
 from klora.kernels.qkv_attention import qkv_attention, qkv_attention_ref
@@ -65,6 +66,48 @@ def test_a_gain_of_zero_and_wrong_arguments():
         qkv_attention(x, weight, cos, sin, gain, (64, 48, 16), head_dim=head_dim)
 
 
+@pytest.mark.parametrize("tail", [None, 20])
+@pytest.mark.parametrize("large", [False, True])
+def test_documents_are_kept_apart_with_and_without_a_bound(tail, large):
+    inputs, sizes, head_dim = draw(length=35, heads=2, groups=1)
+    if large:  # the running maximum is searched
+        inputs[4].mul_(40.0)
+    tokens = torch.zeros(2, 35, dtype=torch.int64)
+    tokens[0, [1, 16, 33]] = tokens[1, 34] = 1
+    given = {"tail": tail, "start": document_starts(tokens, bos=1)}
+    exact = run(qkv_attention_ref, inputs, sizes, head_dim, torch.float64, vectors=torch.float64, **given)
+    plain = run(qkv_attention_ref, inputs, sizes, head_dim, torch.float32, **given)
+    ours = run(qkv_attention, inputs, sizes, head_dim, torch.float32, backend="triton", **given)
+    assert_as_exact(ours[:3], exact[:3], plain[:3], margin=1.6)
+    assert relative_error(ours[3], exact[3]) < 1e-3
+    one = {"tail": tail, "start": torch.zeros(2, 35, dtype=torch.int32)}
+    whole, masked = (
+        run(qkv_attention, inputs, sizes, head_dim, torch.float32, backend="triton", **options)
+        for options in ({"tail": tail}, one)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(whole, masked, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+@pytest.mark.parametrize("is_one", [True, False])
+def test_documents_on_a_gpu_in_bf16(is_one):
+    inputs, sizes, head_dim = draw(3, 1000, 512, 8, 4, 64, device="cuda")
+    inputs = rounded(inputs, torch.bfloat16)
+    tokens = torch.zeros(3, 1000, dtype=torch.int64, device="cuda")
+    if not is_one:
+        tokens[0, ::97] = tokens[1, [64, 65, 512]] = tokens[2, 300:310] = 1
+    start = document_starts(tokens, bos=1)
+    exact = run(qkv_attention_ref, inputs, sizes, head_dim, torch.float64, None, torch.float64, start=start)
+    plain = run(qkv_attention_ref, inputs, sizes, head_dim, torch.bfloat16, start=start)
+    ours, again = (run(qkv_attention, inputs, sizes, head_dim, torch.bfloat16, start=start) for _ in range(2))
+    assert all(torch.equal(one, other) for one, other in zip(ours, again, strict=True))
+    assert_as_exact(ours, exact, plain)
+    if is_one:
+        whole = run(qkv_attention, inputs, sizes, head_dim, torch.bfloat16)
+        assert all(torch.equal(one, other) for one, other in zip(ours, whole, strict=True))
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
 @pytest.mark.parametrize(("batch", "length"), [(3, 1000), (2, 64)])
@@ -110,7 +153,7 @@ def test_unit_tables_are_the_same_bits_whether_they_are_looked_at_or_not():
 def test_the_op_is_registered_as_torch_wants_it():
     (x, weight, cos, sin, gain, _), sizes, head_dim = draw(length=9)
     leaves = [t.requires_grad_() for t in (x, weight)]
-    given = (*leaves, cos, sin, gain.requires_grad_(), list(sizes), head_dim, 9, True)
+    given = (*leaves, cos, sin, gain.requires_grad_(), list(sizes), head_dim, 9, True, None)
     torch.library.opcheck(torch.ops.klora.qkv_attention.default, given)
 
 

@@ -12,17 +12,15 @@ import time
 
 import numpy as np
 import pytest
-import torch
 import torch.distributed as dist
 from conftest import SMALL, randomized, wait_for, words
-from klora.cli.score import _journal
 from klora.model.artifact import save_artifact
 from klora.model.config import ConfigError
-from klora.ttt.journal import Journal, JournalError
-from klora.ttt.ranks import Board, LostStore, SharedDeadline, SharedWaiting, board_of_torchrun, score_on_ranks
+from klora.ttt.journal import Journal, JournalError, open_journal
+from klora.ttt.pipeline import Interrupted, ScoreRequest, score
+from klora.ttt.queue import LostStore, SharedDeadline, SharedWaiting, StoreQueue, queue_of_processes
 from klora.ttt.results import NOT_ADAPTED, SHORT, DocumentResult
 from klora.ttt.schedule import visits_of
-from klora.ttt.score import EAGER, UNCAPTURED, Interrupted, pick_scorer, score_documents
 from test_cli import klora
 from test_engine import TTT, model64
 from test_ttt import document
@@ -39,15 +37,18 @@ def journal(tmp_path, rank: int) -> Journal:
     return Journal(tmp_path / f"journal-{rank}.jsonl", "run", False)
 
 
+def run(book: Journal | None, queue, config=CONFIG, model=None, **options):
+    return score(ScoreRequest(model or model64(), documents(), config, book, queue=queue, **options))
+
+
 def together(tmp_path, world: int, config=CONFIG, **options):
-    """score_on_ranks on `world` threads, which share a store."""
+    """A run on `world` threads, which share a store."""
     store, found, model = dist.HashStore(), {}, model64()
 
-    def run(rank: int) -> None:
-        board = Board(store, rank, world)
-        found[rank] = score_on_ranks(model, documents(), config, journal(tmp_path, rank), board, **options)
+    def one(rank: int) -> None:
+        found[rank] = run(journal(tmp_path, rank), StoreQueue(store, rank, world), config, model, **options)
 
-    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(world)]
+    threads = [threading.Thread(target=one, args=(rank,)) for rank in range(world)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -57,20 +58,19 @@ def together(tmp_path, world: int, config=CONFIG, **options):
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    book = Journal(tmp_path_factory.mktemp("alone") / "journal.jsonl", "run", False)
-    return score_documents(model64(), documents(), CONFIG, book, scorer=UNCAPTURED)
+    return run(Journal(tmp_path_factory.mktemp("alone") / "journal.jsonl", "run", False), None)
 
 
 def scores(result) -> list[float]:
     return [d.adapted_nats for d in result.documents]
 
 
-# ---- the board
+# ---- the queue
 
 
 def test_numbers_are_claimed_once_and_results_reach_every_rank():
     store = dist.HashStore()
-    boards = [Board(store, rank, 3) for rank in range(3)]
+    boards = [StoreQueue(store, rank, 3) for rank in range(3)]
     assert [list(board.claim("long", 2)) for board in boards] == [[0, 1], [2, 3], [4, 5]]
     assert boards[1].claim("short").start == 0
     result = DocumentResult("a", 3, 6, SHORT, 1.0, 1.0, 0.5)
@@ -81,7 +81,10 @@ def test_numbers_are_claimed_once_and_results_reach_every_rank():
         board.collect()
         board.collect()
         assert board.results == {4: result, 1: result}
-    assert boards[0].begin({"end": None}) == boards[1].begin() == {"end": None}
+    begun = [board.begin({4: result}) for board in boards[:2]]
+    assert [done for done, _ in begun] == [{4}, {4}] and not any(deadline.passed() for _, deadline in begun)
+    late = [StoreQueue(dist.PrefixStore("late", store), rank, 2).begin({}, 10.0, 11.0)[1] for rank in range(2)]
+    assert [deadline.passed() for deadline in late] == [True, True]
 
 
 @pytest.mark.slow
@@ -89,7 +92,7 @@ def test_the_results_of_a_large_run_fit_into_a_store_that_refuses_large_values()
     """What 50,000 documents of an interrupted run come to; a TCPStore hangs up on more than 8 MiB at once."""
     store = dist.TCPStore("127.0.0.1", 0, None, True)
     results = {n: DocumentResult(f"text-{n}", 3, 6, SHORT, n / 7, n / 3, n / 9) for n in range(50_000)}
-    first, second = (Board(dist.PrefixStore("run", store), rank, 2) for rank in range(2))
+    first, second = (StoreQueue(dist.PrefixStore("run", store), rank, 2) for rank in range(2))
     first.publish(results)
     second.collect()
     assert second.results == results
@@ -106,11 +109,10 @@ def test_a_rank_that_waits_for_the_first_can_be_stopped_and_does_not_wait_for_ev
         return asked[0] > 2
 
     with pytest.raises(Interrupted, match="0 of 12 documents"):
-        book = journal(tmp_path, 1)
-        score_on_ranks(model64(), documents(), CONFIG, book, Board(dist.HashStore(), 1, 2), should_stop=stop)
-    waiting = Board(dist.HashStore(), 1, 2, clock=lambda: now.append(now[-1] + 1000) or now[-1])
+        run(journal(tmp_path, 1), StoreQueue(dist.HashStore(), 1, 2), should_stop=stop)
+    waiting = StoreQueue(dist.HashStore(), 1, 2, clock=lambda: now.append(now[-1] + 1000) or now[-1])
     with pytest.raises(LostStore, match="the first rank has not begun within 0:30:00"):
-        waiting.begin()
+        waiting.begin({})
 
 
 def test_ranks_without_a_master_address_are_refused(monkeypatch):
@@ -118,12 +120,12 @@ def test_ranks_without_a_master_address_are_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("MASTER_ADDR", raising=False)
     with pytest.raises(ConfigError, match="the ranks cannot meet: .*MASTER_ADDR expected"):
-        board_of_torchrun()
+        queue_of_processes()
 
 
 def test_a_rank_is_lost_when_its_pulse_stands_still_and_only_one_other_takes_a_document_over():
     store, now = dist.HashStore(), [0.0]
-    boards = [Board(store, rank, 3, patience=10.0, clock=lambda: now[0]) for rank in range(3)]
+    boards = [StoreQueue(store, rank, 3, patience=10.0, clock=lambda: now[0]) for rank in range(3)]
     boards[1].own([7])
     boards[1].beat()
     assert not boards[0].is_lost(1)
@@ -136,16 +138,25 @@ def test_a_rank_is_lost_when_its_pulse_stands_still_and_only_one_other_takes_a_d
     assert boards[0].is_lost(1) and not boards[0].is_lost(0)
     assert not boards[2].is_lost(1)  # who has not watched for as long cannot tell
     assert boards[2].owner(7) == 1 and boards[2].owner(8) is None
-    assert boards[2].take_over(7, 1) and not boards[0].take_over(7, 1)
-    assert boards[0].owner(7) == 2
+    assert boards[0].is_lost(1) and not boards[2].take_over([7])
+    now[0] = 29.0
+    assert boards[2].take_over([7, 8]) == [7] and boards[2].lost() == [1]
+    assert boards[0].owner(7) == 2 and not boards[0].take_over([7])
+    now[0] = 38.9  # nobody said that document 8 was taken: patience is for it, too
+    boards[2].beat()
+    assert not boards[2].take_over([8])
+    now[0] = 39.0
+    assert boards[2].take_over([8]) == [8] and boards[0].owner(8) == 2
 
 
 def test_the_first_rank_stays_until_the_others_have_left_or_are_lost():
     store, now = dist.HashStore(), [0.0]
-    first, second, third = (Board(store, rank, 4, patience=10.0, clock=lambda: now[0]) for rank in range(3))
+    first, second, third = (StoreQueue(store, rank, 4, patience=10.0, clock=lambda: now[0]) for rank in range(3))
     third.leave()  # does not wait
-    Board(store, 3, 4).own([5])
-    assert second.take_over(5, 3) and first.lost() == [3]
+    StoreQueue(store, 3, 4).own([5])
+    assert not second.take_over([5])
+    now[0] = 10.0
+    assert second.take_over([5]) == [5] and first.lost() == [3]
     thread = threading.Thread(target=first.leave)
     thread.start()
     time.sleep(0.1)
@@ -153,12 +164,14 @@ def test_the_first_rank_stays_until_the_others_have_left_or_are_lost():
     second.leave()
     thread.join(timeout=600)
     assert not thread.is_alive()
-    Board(dist.HashStore(), 0, 2).leave(should_stop=lambda: True)  # its results are whole: it goes on to the report
-    again = threading.Thread(target=Board(dist.HashStore(), 0, 2, 10.0, lambda: now[0]).leave)
+    StoreQueue(dist.HashStore(), 0, 2).leave(
+        should_stop=lambda: True
+    )  # its results are whole: it goes on to the report
+    again = threading.Thread(target=StoreQueue(dist.HashStore(), 0, 2, 10.0, lambda: now[0]).leave)
     again.start()
     time.sleep(0.1)
     assert again.is_alive()
-    now[0] = 10.0
+    now[0] = 20.0
     again.join(timeout=600)
     assert not again.is_alive()
 
@@ -168,7 +181,7 @@ def test_ranks_get_every_document_once_longest_first_and_none_holds_more_than_it
     chunks = np.sort(np.random.default_rng(0).integers(1, 60, 300))[::-1]
     visits = visits_of(chunks, 2, 4)
     taken: list[list[int]] = [[] for _ in range(4)]
-    waiting = [SharedWaiting(visits, Board(store, rank, 4), taken[rank].extend) for rank in range(4)]
+    waiting = [SharedWaiting(visits, StoreQueue(store, rank, 4), taken[rank].extend) for rank in range(4)]
     busy_until = [0.0] * 4
     for rank in range(4):
         places = waiting[rank].take(256, 0)
@@ -203,9 +216,8 @@ def test_the_scores_are_those_of_one_process(tmp_path, alone, world):
 @pytest.mark.slow
 def test_leaky_protocols_and_a_second_model_go_the_same_way(tmp_path):
     config = CONFIG.override({"protocol": "min_nll"})
-    book = Journal(tmp_path / "alone.jsonl", "run", False)
     prequant = model64()
-    expected = score_documents(model64(), documents(), config, book, prequant, scorer=UNCAPTURED)
+    expected = run(None, None, config, prequant=prequant)
     found = together(tmp_path, 2, config, prequant=prequant)[0]
     np.testing.assert_allclose(scores(found), scores(expected), rtol=1e-12)
     assert found.to_json()["label"] == "LEAKY"
@@ -218,7 +230,7 @@ def test_leaky_protocols_and_a_second_model_go_the_same_way(tmp_path):
 def test_the_documents_of_a_lost_rank_go_to_the_others(tmp_path, alone):
     """Rank 1 takes documents of both kinds, shows a pulse and is never heard of again."""
     store = dist.HashStore()
-    lost = Board(store, 1, 3)
+    lost = StoreQueue(store, 1, 3)
     lost.beat()
     order = sorted(range(len(LENGTHS)), key=lambda i: (-LENGTHS[i], i))
     long = [i for i in order if LENGTHS[i] >= 31]
@@ -228,11 +240,10 @@ def test_the_documents_of_a_lost_rank_go_to_the_others(tmp_path, alone):
     lost.claim("short", 512)
     found, model = {}, model64()
 
-    def run(rank: int) -> None:
-        board = Board(store, rank, 3, patience=2.5)
-        found[rank] = score_on_ranks(model, documents(), CONFIG, journal(tmp_path, rank), board)
+    def one(rank: int) -> None:
+        found[rank] = run(journal(tmp_path, rank), StoreQueue(store, rank, 3, patience=2.5), model=model)
 
-    threads = [threading.Thread(target=run, args=(rank,)) for rank in (0, 2)]
+    threads = [threading.Thread(target=one, args=(rank,)) for rank in (0, 2)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -244,7 +255,7 @@ def test_the_documents_of_a_lost_rank_go_to_the_others(tmp_path, alone):
 
 def test_the_deadline_is_one_decision_and_what_it_leaves_out_is_said(tmp_path, alone):
     store = dist.HashStore()
-    boards = [Board(store, rank, 2) for rank in range(2)]
+    boards = [StoreQueue(store, rank, 2) for rank in range(2)]
     deadlines = [SharedDeadline(boards[0], time.time() - 1), SharedDeadline(boards[1], time.time() + 1000)]
     assert not deadlines[1].passed() and deadlines[0].passed() and deadlines[1].passed()
     assert not SharedDeadline(boards[0], None).passed()
@@ -261,9 +272,8 @@ def test_an_interrupted_run_keeps_what_every_rank_finished(tmp_path, alone):
         asked[0] += 1
         return asked[0] > 17
 
-    board = Board(store, 0, 1)
     with pytest.raises(Interrupted):
-        score_on_ranks(model64(), documents(), CONFIG, journal(tmp_path, 0), board, should_stop=stop)
+        run(journal(tmp_path, 0), StoreQueue(store, 0, 1), should_stop=stop)
     paths = [tmp_path / "journal-0.jsonl", tmp_path / "journal-1.jsonl"]
     other = Journal(paths[1], "run", False)
     whole = dict(enumerate(alone.documents))
@@ -275,9 +285,7 @@ def test_an_interrupted_run_keeps_what_every_rank_finished(tmp_path, alone):
     book = Journal(tmp_path / "journal.jsonl", "run", True, others=paths)
     assert {9, 10} < set(book.done) and len(book.done) < len(LENGTHS)
     shown = []
-    result = score_on_ranks(
-        *(model64(), documents(), CONFIG, book, Board(dist.HashStore(), 0, 1)), progress=lambda *at: shown.append(at)
-    )
+    result = run(book, StoreQueue(dist.HashStore(), 0, 1), progress=lambda *at: shown.append(at))
     np.testing.assert_allclose(scores(result), scores(alone), rtol=1e-12)
     assert shown[-1] == ("score", sum(LENGTHS), sum(LENGTHS)) and shown == sorted(shown)
 
@@ -287,15 +295,14 @@ def test_ranks_that_start_afresh_lose_no_finished_work_without_a_word(tmp_path, 
     book = journal(tmp_path, 1)
     book.add(dict(enumerate(alone.documents)))
     book.close()
-    boards = [Board(dist.HashStore(), rank, world) for rank, world in ((0, 2), (0, 1), (1, 2))]
-    for board in boards:
+    for rank, world in ((0, 2), (0, 1), (1, 2)):
         with pytest.raises(JournalError, match=r"journal-1.jsonl: 12 finished documents of an interrupted run"):
-            _journal(tmp_path, "run", False, False, board)
+            open_journal(tmp_path, "run", False, False, rank, world)
     assert (tmp_path / "journal-1.jsonl").stat().st_size > 1000
-    resumed = _journal(tmp_path, "run", True, False, boards[1])
+    resumed = open_journal(tmp_path, "run", True)
     assert len(resumed.done) == 12
     resumed.close()
-    afresh = _journal(tmp_path, "run", False, True, boards[1])
+    afresh = open_journal(tmp_path, "run", False, True)
     assert not afresh.done and not (tmp_path / "journal-1.jsonl").exists()
     afresh.close()
 
@@ -309,9 +316,9 @@ def test_the_time_of_every_interrupted_run_counts(tmp_path):
     book = Journal(tmp_path / "journal.jsonl", "run", True, others=paths)
     assert book.seconds == {"score": 300.0}
     with pytest.raises(Interrupted):
-        score_on_ranks(model64(), documents(), CONFIG, book, Board(dist.HashStore(), 0, 1), should_stop=lambda: True)
+        run(book, StoreQueue(dist.HashStore(), 0, 1), should_stop=lambda: True)
     with pytest.raises(LostStore):
-        score_on_ranks(model64(), documents(), CONFIG, book, Board(GoneStore(), 0, 1))
+        run(book, StoreQueue(GoneStore(), 0, 1))
     lines = (tmp_path / "journal.jsonl").read_text().splitlines()
     assert [300 < json.loads(line)["seconds"]["score"] < 400 for line in lines[-2:]] == [True, True]
 
@@ -319,7 +326,7 @@ def test_the_time_of_every_interrupted_run_counts(tmp_path):
 def test_a_rank_that_waits_after_the_deadline_leaves_the_store_in_peace(tmp_path):
     """Another rank holds the last document; nothing is left to do but to wait for it."""
     store, asked = dist.HashStore(), [0]
-    other = Board(store, 1, 2)
+    other = StoreQueue(store, 1, 2)
     other.claim("long")
     other.own([0])
     until = time.monotonic() + 1.0
@@ -330,7 +337,7 @@ def test_a_rank_that_waits_after_the_deadline_leaves_the_store_in_peace(tmp_path
 
     config = CONFIG.override({"deadline": "1e-9"})
     with pytest.raises(Interrupted, match="11 of 12 documents"):
-        score_on_ranks(model64(), documents(), config, journal(tmp_path, 0), Board(store, 0, 2), should_stop=stop)
+        run(journal(tmp_path, 0), StoreQueue(store, 0, 2), config, should_stop=stop)
     assert asked[0] < 50
 
 
@@ -346,22 +353,9 @@ class GoneStore:
 
 def test_a_store_that_is_gone_is_an_error_that_says_what_to_do(tmp_path):
     with pytest.raises(LostStore, match=r"the first rank or its launcher, is gone .* with --resume goes on"):
-        score_on_ranks(model64(), documents(), CONFIG, journal(tmp_path, 0), Board(GoneStore(), 0, 2))
+        run(journal(tmp_path, 0), StoreQueue(GoneStore(), 0, 2))
     with pytest.raises(Interrupted):  # all were stopped, and the store's keeper went first
-        score_on_ranks(
-            *(model64(), documents(), CONFIG, journal(tmp_path, 0), Board(GoneStore(), 0, 2)), should_stop=lambda: True
-        )
-
-
-def test_the_eager_scorer_is_for_one_process():
-    assert pick_scorer("auto", torch.device("cpu")) == EAGER
-    assert pick_scorer("auto", torch.device("cpu"), are_many=True) == UNCAPTURED
-    with pytest.raises(ConfigError, match="scorer='eager' is not possible on several ranks"):
-        pick_scorer(EAGER, torch.device("cpu"), are_many=True)
-    with pytest.raises(ConfigError, match="scorer='engine' is not possible on cpu: graphs want a GPU"):
-        pick_scorer("engine", torch.device("cpu"))
-    with pytest.raises(ConfigError, match="scorer='fast' is not possible; allowed: auto, engine"):
-        pick_scorer("fast", torch.device("cpu"))
+        run(journal(tmp_path, 0), StoreQueue(GoneStore(), 0, 2), should_stop=lambda: True)
 
 
 # ---- processes

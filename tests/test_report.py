@@ -15,13 +15,15 @@ import pytest
 from conftest import SMALL, randomized
 from klora.kernels import BOS
 from klora.ttt import token_gains
+from klora.ttt.base import BaseNll
 from klora.ttt.documents import Document
 from klora.ttt.journal import Journal
+from klora.ttt.pipeline import Interrupted, ScoreRequest, score
 from klora.ttt.protocols import LEAK_WARNING, MIN_NLL, MULTI_EPOCH, SCORE_FIRST, TTTConfig
 from klora.ttt.report import write_report
 from klora.ttt.results import ADAPTED, NOT_ADAPTED, PARTIAL, SHORT, DocumentResult, ScoreResult
-from klora.ttt.score import Interrupted, score_documents
 from klora.ttt.token_gains import TokenGains, bin_edges
+from oracles.eager import token_nll
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -400,24 +402,27 @@ def test_the_gain_along_documents_is_the_mean_over_those_that_reach_a_position()
 
 
 @pytest.mark.parametrize("protocol", [SCORE_FIRST, MULTI_EPOCH, MIN_NLL])
-def test_both_scorers_keep_the_gain_of_every_target(tmp_path, protocol):
+def test_a_run_keeps_the_gain_of_every_target(protocol):
     documents = [scored_document(n, n) for n in (200, 20, 90, 130, 33, 48)]
-    config, kept = TTT.override({"protocol": protocol}), []
-    for scorer in ("eager", "uncaptured"):
-        with closing(Journal(tmp_path / f"{scorer}.jsonl", "f", False)) as journal:
-            scored = score_documents(randomized(), documents, config, journal, scorer=scorer)
-        gains, long = scored.token_gains, [d for d in scored.documents if d.status == ADAPTED]
-        bits = sum(d.base_nats - d.adapted_nats for d in long) / math.log(2)
-        assert gains.documents == len(long) == 5 and gains.targets.sum() == sum(d.tokens for d in long)
-        assert gains.gain.sum() == pytest.approx(bits, rel=1e-4, abs=1e-3)
-        example = gains.example
-        assert example.begin == config.chunk and len(example.gain) == documents[example.index].targets - config.chunk
-        assert example.tokens.tolist() == documents[example.index].tokens[config.chunk :].tolist()
-        assert "token_gains" not in scored.to_json()
-        kept.append(gains)
-    eager, engine = kept
-    assert engine.gain == pytest.approx(eager.gain, rel=1e-3, abs=1e-3) and engine.example.index == eager.example.index
-    assert engine.example.gain == pytest.approx(eager.example.gain, abs=1e-3)
+    config, model = TTT.override({"protocol": protocol}), randomized()
+    scored = score(ScoreRequest(model, documents, config))
+    gains, long = scored.token_gains, [d for d in scored.documents if d.status == ADAPTED]
+    bits = sum(d.base_nats - d.adapted_nats for d in long) / math.log(2)
+    assert gains.documents == len(long) == 5 and gains.targets.sum() == sum(d.tokens for d in long)
+    assert gains.gain.sum() == pytest.approx(bits, rel=1e-4, abs=1e-3)
+    example = gains.example
+    assert example.begin == config.chunk and len(example.gain) == documents[example.index].targets - config.chunk
+    assert example.tokens.tolist() == documents[example.index].tokens[config.chunk :].tolist()
+    assert "token_gains" not in scored.to_json()
+    expected, base = TokenGains(documents, config), BaseNll(model, documents, config)
+    for index, one in enumerate(scored.documents):
+        if one.status == ADAPTED:
+            begin = base.offsets[index] + 1
+            adapted = token_nll(model, documents[index], config)[one.kept_pass]
+            expected.add(index, base.nll[begin : begin + one.tokens], adapted)
+    expected.choose(documents, scored.documents)
+    assert gains.gain == pytest.approx(expected.gain, rel=1e-3, abs=1e-3)
+    assert example.index == expected.example.index and example.gain == pytest.approx(expected.example.gain, abs=1e-3)
 
 
 def test_the_document_is_the_median_gainer_of_a_sample_that_no_score_chooses(monkeypatch):
@@ -502,10 +507,10 @@ def test_what_a_resumed_run_did_not_keep_is_left_out_and_said(tmp_path):
         seen.append((phase, done))
 
     with closing(Journal(tmp_path / "journal.jsonl", "f", False)) as journal, pytest.raises(Interrupted):
-        score_documents(randomized(), documents, TTT, journal, None, stop, progress, scorer="eager")
+        score(ScoreRequest(randomized(), documents, TTT, journal, should_stop=stop, progress=progress))
     before = len(journal.done)
     with closing(Journal(tmp_path / "journal.jsonl", "f", True)) as journal:
-        scored = score_documents(randomized(), documents, TTT, journal, scorer="eager")
+        scored = score(ScoreRequest(randomized(), documents, TTT, journal))
     (tmp_path / "page").mkdir()
     reader, _ = with_gains(tmp_path / "page", scored)
     assert 0 < before < 6 and scored.token_gains.documents == 6 - before
@@ -514,14 +519,13 @@ def test_what_a_resumed_run_did_not_keep_is_left_out_and_said(tmp_path):
     assert "The gain along the documents is left out: what a target gained is kept" in reader.text
 
 
-def test_keeping_gains_ends_no_run(tmp_path, monkeypatch):
+def test_keeping_gains_ends_no_run(monkeypatch):
     def broken(*_):
         raise RuntimeError("no memory")
 
     for name in ("add", "choose"):
         monkeypatch.setattr(TokenGains, name, broken)
     said = []
-    with closing(Journal(tmp_path / "journal.jsonl", "f", False)) as journal:
-        scored = score_documents(randomized(), [scored_document(60)], TTT, journal, say=said.append, scorer="eager")
-    assert scored.documents[0].status == ADAPTED and len(said) == 2
-    assert said[0].startswith("the gain along the documents could not be made")
+    scored = score(ScoreRequest(randomized(), [scored_document(60)], TTT, say=said.append))
+    assert scored.documents[0].status == ADAPTED and len(said) == 3 and said[0].startswith("engine: ")
+    assert said[1].startswith("the gain along the documents could not be made")

@@ -161,7 +161,7 @@ def test_what_cannot_be_written_is_found_before_the_work(artifact, texts, tmp_pa
     )
     monkeypatch.undo()
     monkeypatch.setattr("klora.cli.score.TOKEN_BYTES", 2**50)
-    monkeypatch.setattr("klora.cli.score.score_documents", work)
+    monkeypatch.setattr("klora.ttt.pipeline.score", work)
     assert "make space" in klora(*command(artifact, texts, tmp_path), check=2).stderr
 
 

@@ -15,10 +15,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL
+from conftest import SMALL, randomized
+from klora import __version__
 from klora.kernels import newton_schulz_ref
 from klora.model.average import WeightAverages
-from klora.model.checkpoint import CheckpointError, load_tensors, save_tensors
+from klora.model.checkpoint import CheckpointError, load_tensors, save_tensors, version_of
 from klora.model.config import ConfigError, Preset, TrainConfig
 from klora.model.corpus import Document
 from klora.model.curve import LossCurve
@@ -32,7 +33,7 @@ from klora.model.prepare import Prepared
 from klora.model.shards import ShardWriter, TokenStream
 from klora.model.storage import require_writable, write_text
 from klora.model.tokenizer import Tokenizer, TokenizerError
-from klora.model.train import NonFiniteLoss, Trainer, lr_scale
+from klora.model.train import NonFiniteLoss, Trainer, is_quantized, lr_scale
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 SENTENCES = [
@@ -98,20 +99,22 @@ def test_training_learns_and_leaves_a_whole_run(tmp_path, data):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stop_at", [1, 5, 9])
-def test_resume_continues_bit_for_bit(tmp_path, data, stop_at):
+@pytest.mark.parametrize(
+    ("stop_at", "options"), [(1, {}), (5, {}), (9, {}), (5, {"document_mask": True, "qat_share": 0.75})]
+)
+def test_resume_continues_bit_for_bit(tmp_path, data, stop_at, options):
     whole, part = tmp_path / "whole", tmp_path / "part"
-    Trainer(small_preset(), data, whole, ALONE).run()
+    Trainer(small_preset(**options), data, whole, ALONE).run()
 
     def interrupt(row):
         if row["step"] == stop_at:
             signal.raise_signal(signal.SIGTERM)
 
-    stopped = Trainer(small_preset(), data, part, ALONE).run(interrupt)
+    stopped = Trainer(small_preset(**options), data, part, ALONE).run(interrupt)
     assert stopped.status == "interrupted" and stopped.step == stop_at and stopped.signal == signal.SIGTERM
     with pytest.raises(CheckpointError, match="its training did not finish"):
         load_run(part)
-    resumed = Trainer(small_preset(), data, part, ALONE, resume=True)
+    resumed = Trainer(small_preset(**options), data, part, ALONE, resume=True)
     assert resumed.step == stop_at
     resumed.run()
     assert losses(part) == losses(whole)
@@ -220,6 +223,25 @@ def test_lr_schedule():
     half = TrainConfig(seconds=600.0, warmdown_steps=3000, warmdown_most=0.5)
     assert [lr_scale(half, 10, t) for t in (300.0, 450.0, 601.0)] == pytest.approx([1.0, 0.5, 0.0])
     assert lr_scale(TrainConfig(warmdown_steps=0, seconds=10.0), 5, 9.0) == 1.0
+
+
+def test_the_steps_with_int6_matrices_are_the_last_share_of_the_run():
+    steps = TrainConfig(max_steps=10, qat_share=0.3)
+    assert [is_quantized(steps, step, 1e9) for step in range(10)] == [False] * 7 + [True] * 3
+    clock = TrainConfig(seconds=100.0, qat_share=0.1)
+    assert [is_quantized(clock, 5, elapsed) for elapsed in (0.0, 89.0, 91.0)] == [False, False, True]
+    assert not is_quantized(TrainConfig(max_steps=10), 10, 1e9)
+
+
+def test_validation_keeps_documents_apart_where_training_does(tmp_path, data):
+    model, stream = randomized(SMALL_MODEL), TokenStream(data.validation)
+    apart, together = (
+        validation_bpb(model, stream, data.tokenizer, 0, 128, ALONE, document_mask=mask) for mask in (True, False)
+    )
+    assert apart != pytest.approx(together, rel=1e-5)
+    trainer = Trainer(small_preset(document_mask=True, validate_tokens=0), data, tmp_path, ALONE)
+    trainer.model.load_state_dict(model.state_dict())
+    assert trainer._validate() == pytest.approx(apart, rel=1e-6)
 
 
 def test_averages_are_the_averages_of_what_they_saw():
@@ -514,11 +536,43 @@ def test_metadata_that_is_damaged_is_a_checkpoint_error(tmp_path, data):
             Trainer(small_preset(), data, tmp_path, ALONE, resume=True)
     for text in ("}", "null", '{"model": {}}', '{"model": 1, "provenance": {}}'):
         rewrite(model, text)
-        with pytest.raises(CheckpointError, match="is damaged: its metadata"):
+        with pytest.raises(CheckpointError, match="its metadata"):
             load_run(tmp_path)
-    save_file({"model/embed": torch.ones(2)}, checkpoint, metadata={"klora": json.dumps(whole)})
+    save_tensors(checkpoint, {"model/embed": torch.ones(2)}, whole)
     with pytest.raises(CheckpointError, match="is damaged"):
         Trainer(small_preset(), data, tmp_path, ALONE, resume=True)
+
+
+@pytest.mark.parametrize(("version", "writer"), [("0.0.9", "klora 0.0.9"), (None, "an older klora, from before")])
+def test_a_run_of_another_version_is_refused_with_its_name_and_what_to_do(tmp_path, data, version, writer):
+    """Whichever part has changed: the settings, the checkpoint's metadata or its tensors, the finished weights."""
+    from klora.cli.train import _stored_run
+    from safetensors.torch import save_file
+
+    Trainer(small_preset(max_steps=2), data, tmp_path, ALONE).run()
+    checkpoint, model, run = (tmp_path / name for name in ("checkpoint.safetensors", "model.safetensors", "run.json"))
+    says = f"was written by {writer}.*this is klora {__version__}, which.*{{}}.*go on with the version that wrote it"
+    stamp = {} if version is None else {"version": version}
+    (tensors, meta), (weights, finished) = load_tensors(checkpoint), load_tensors(model)
+    fewer = {name: tensor for name, tensor in tensors.items() if not name.startswith("ema/")}
+    for parts, about in ((tensors, {k: v for k, v in meta.items() if k != "sampler"}), (fewer, meta)):
+        save_file(parts, checkpoint, metadata={"klora": json.dumps(about)} | stamp)
+        with pytest.raises(CheckpointError, match=says.format("")):
+            Trainer(small_preset(), data, tmp_path, ALONE, resume=True)
+    del finished["model"]["bigram_rows"]
+    save_file(weights, model, metadata={"klora": json.dumps(finished)} | stamp)
+    with pytest.raises(CheckpointError, match=says.format("no value for bigram_rows")):
+        load_run(tmp_path)
+    stored = json.loads(run.read_text())
+    assert stored.pop("klora") == __version__ and version_of(checkpoint) == version
+    for part, name in (("train", "attention"), ("model", "bigram_rows")):
+        older = {**stored, part: {k: v for k, v in stored[part].items() if k != name}}
+        run.write_text(json.dumps(older if version is None else {**older, "klora": version}))
+        with pytest.raises(CheckpointError, match=says.format(f"no value for {name}")):
+            _stored_run(tmp_path, {})
+    run.write_text(json.dumps({**older, "klora": __version__}))
+    with pytest.raises(CheckpointError, match="is damaged .*has no value for"):
+        _stored_run(tmp_path, {})
 
 
 def test_a_damaged_curve_does_not_stop_a_resumed_run(tmp_path, data):
@@ -539,9 +593,9 @@ def test_the_estimate_counts_the_state_and_what_autograd_keeps(tmp_path, data):
 
     nll = trainer.model.nll
 
-    def watched(x, y):
+    def watched(*given, **options):
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            return nll(x, y)
+            return nll(*given, **options)
 
     trainer.model.nll = watched
     one_step(trainer, 0.0)
@@ -611,7 +665,7 @@ def test_the_cap_leaves_out_a_later_step_that_it_cuts(tmp_path, data):
     def spend(row):
         if row["step"] == 2:
             trainer.clock.started -= trainer.config.seconds - trainer.clock.seconds() - 0.002
-            trainer.model.nll, nll = (lambda x, y: (time.sleep(0.01), nll(x, y))[1]), trainer.model.nll
+            trainer.model.nll, nll = (lambda x, y, **more: (time.sleep(0.01), nll(x, y, **more))[1]), trainer.model.nll
 
     state = {}
     finish = trainer._finish
@@ -628,11 +682,11 @@ def test_a_signal_is_heard_between_micro_batches_and_nothing_is_lost(tmp_path, d
     trainer, calls = Trainer(preset, data, part, ALONE), []
     nll = trainer.model.nll
 
-    def counted(x, y):
+    def counted(x, y, **more):
         calls.append(x)
         if len(calls) == 10:
             signal.raise_signal(signal.SIGINT)
-        return nll(x, y)
+        return nll(x, y, **more)
 
     trainer.model.nll = counted
     stopped = trainer.run()
@@ -645,11 +699,11 @@ def test_a_signal_is_heard_within_a_validation(tmp_path, data):
     trainer = Trainer(small_preset(validate_seconds=1e-6, micro_batch_tokens=64), data, tmp_path, ALONE)
     calls, nll = [], trainer.model.nll
 
-    def counted(x, y):
+    def counted(x, y, **more):
         calls.append(torch.is_grad_enabled())
         if len(calls) == 6:  # the second of the first validation's eight
             signal.raise_signal(signal.SIGINT)
-        return nll(x, y)
+        return nll(x, y, **more)
 
     trainer.model.nll = counted
     assert trainer.run().status == "interrupted"
@@ -748,8 +802,9 @@ class TestFused:
         assert [step for step, _ in fused] == [step for step, _ in plain]
         assert [float(loss) for _, loss in fused] == pytest.approx([float(loss) for _, loss in plain], rel=1e-4)
 
-    def test_it_resumes_bit_for_bit(self, tmp_path, data):
-        preset = small_preset(fused="true", max_steps=6)
+    @pytest.mark.parametrize("options", [{}, {"document_mask": True, "qat_share": 0.75}])
+    def test_it_resumes_bit_for_bit(self, tmp_path, data, options):
+        preset = small_preset(fused="true", max_steps=6, **options)
         whole = Trainer(preset, data, tmp_path / "whole", ALONE)
         whole.run()
 
@@ -763,6 +818,8 @@ class TestFused:
         parts.run()
         for a, b in zip(whole.model.parameters(), parts.model.parameters(), strict=True):
             assert torch.equal(a, b)
+        for name, tensors in whole.averages.candidates().items():
+            assert all(torch.equal(t, parts.averages.candidates()[name][key]) for key, t in tensors.items()), name
 
     def test_a_loss_that_is_no_number_harms_no_weight(self, tmp_path, data):
         trainer = Trainer(small_preset(fused="true", max_steps=9), data, tmp_path, ALONE)
@@ -778,3 +835,6 @@ class TestFused:
             trainer.run(poison)
         changed = [n for n, p in trainer.model.named_parameters() if not torch.equal(p, before[n])]
         assert changed == [] or changed == ["blocks.0.gain"]
+        kept = {**trainer.optimizers.state_tensors(), **trainer.averages.ema, **trainer.averages.swa}
+        torn = [name for name, tensor in kept.items() if not torch.isfinite(tensor).all()]
+        assert torn == [] or torn == ["blocks.0.gain"]

@@ -3,29 +3,37 @@
 import csv
 import json
 import math
+import re
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import SMALL, randomized
+from klora.bench.eager import Batch
 from klora.kernels import BOS, lora_adam_ref_
+from klora.model import weights
 from klora.model.config import ConfigError, preset
-from klora.ttt.adapters import AdapterLayout, AdapterPool
+from klora.ttt import pipeline
+from klora.ttt.adapters import AdapterLayout
 from klora.ttt.base import MICRO_TOKENS, BaseNll
 from klora.ttt.documents import Document, chunk_windows
+from klora.ttt.engine import engine_of
 from klora.ttt.journal import Journal, JournalError, fingerprint
+from klora.ttt.pipeline import Interrupted
 from klora.ttt.protocols import LEAKY, TTTConfig, label, learning_rate, ttt_preset
+from klora.ttt.queue import Deadline, DocumentQueue, StoreQueue
 from klora.ttt.results import (
     ADAPTED,
     NOT_ADAPTED,
     PARTIAL,
     SHORT,
     DocumentResult,
+    NonFiniteScore,
     ScoreResult,
     read_documents_csv,
 )
-from klora.ttt.score import Interrupted, NonFiniteScore, score_documents
-from klora.ttt.scorer import Batch, Deadline, adapt_batch
+from oracles import eager
 
 TTT = TTTConfig(chunk=16, window=64, min_tokens=32, lora_rank=2, head_rank=3, epochs=2, deadline=0.0, batch=4)
 
@@ -41,74 +49,13 @@ def score(documents, tmp_path, config=TTT, model=None, resume=False, **options) 
     key = fingerprint("artifact", documents, config, False)
     journal = Journal(tmp_path / "journal.jsonl", key, resume, overwrite=not resume)
     try:
-        return score_documents(model, documents, config, journal, **options)
+        return pipeline.score(pipeline.ScoreRequest(model, documents, config, journal, **options))
     finally:
         journal.close()
 
 
 def adapted_nats(result: ScoreResult) -> list[float]:
     return [d.adapted_nats for d in result.documents]
-
-
-def naive_score_first(model, doc: Document, config: TTTConfig) -> tuple[float, list[float]]:
-    """One document alone, chunk by chunk, with torch's own Adam: total nats and nats of each chunk."""
-    layout = AdapterLayout(model.config, config)
-    params = [
-        layout.initial(config.adapter_seed)[p.start : p.stop].view(1, *p.shape).to(model.embed.dtype).requires_grad_()
-        for p in layout.parts
-    ]
-    # torch.optim has one learning rate a tensor, so every row with a factor of its own is stepped as its own tensor.
-    factors = [p.group_lr for p in layout.parts]
-    pool = AdapterPool(model.config, config, 1, torch.device("cpu"), model.embed.dtype)
-    tokens = torch.from_numpy(doc.tokens.astype(np.int64))
-    chunks, state = [], {}
-    count = -(-doc.targets // config.chunk)
-    for j in range(count):
-        end = min((j + 1) * config.chunk, doc.targets)
-        start = max(0, end - config.window)
-        first = j * config.chunk
-        for step in range(config.steps_per_chunk):
-            for part, view in zip(params, pool.views(pool.params, 1), strict=True):
-                view.copy_(part.detach())
-            adapters, head = pool.adapters(1)
-            hidden = model.hidden(tokens[None, start:end], adapters)[0, first - start :]
-            z = hidden @ model.embed.T + (0.0 if head is None else hidden @ head.a[0].T @ head.b[0].T)
-            logits = model.config.softcap * torch.tanh(z / model.config.softcap) / config.temperature
-            nll = -logits.log_softmax(-1).gather(1, tokens[first + 1 : end + 1, None])[:, 0]
-            if step == 0:
-                chunks.append(nll.sum().item())
-            if j == count - 1:
-                break
-            gradients = torch.autograd.grad(nll.mean(), pool._leaves)
-            for i, (part, gradient) in enumerate(zip(params, gradients, strict=True)):
-                m, v, t = state.get(i, (0.0, 0.0, 0))
-                m, v, t = (
-                    config.beta1 * m + (1 - config.beta1) * gradient,
-                    config.beta2 * v + (1 - config.beta2) * gradient**2,
-                    t + 1,
-                )
-                state[i] = (m, v, t)
-                rate = config.lr * factors[i]
-                if rate.numel() > 1:
-                    rate = rate.view(1, -1, *[1] * (part.ndim - 2))
-                update = (m / (1 - config.beta1**t)) / ((v / (1 - config.beta2**t)).sqrt() + config.eps)
-                part.data -= (rate * update).to(part.dtype)
-    return math.fsum(chunks), chunks
-
-
-@pytest.mark.parametrize("steps", [1, 3])
-@pytest.mark.parametrize("targets", [16, 40, 64, 150])
-def test_batched_scores_equal_one_document_alone_in_float64(tmp_path, steps, targets):
-    config = TTT.override({"steps_per_chunk": steps, "min_tokens": 2})
-    model = randomized(dtype=torch.float64)
-    documents = [document(targets), document(96, 1), document(33, 2)]
-    pool = AdapterPool(SMALL, config, 3, torch.device("cpu"), torch.float64)
-    ordered = sorted(documents, key=lambda d: -d.targets)
-    adapted = adapt_batch(model, pool, Batch(ordered, config, torch.device("cpu")), Deadline(0))
-    model.requires_grad_(False)
-    for row, doc in enumerate(ordered):
-        assert adapted.targets[row] == doc.targets
-        assert adapted.nats[row] == pytest.approx(naive_score_first(model, doc, config)[0], rel=1e-6)
 
 
 @pytest.mark.slow
@@ -132,27 +79,17 @@ def test_scores_of_first_chunks_do_not_depend_on_the_text_after_them(tmp_path):
     sums = []
     for extra in (0, 7, 80, 300):
         tokens = np.concatenate([base.tokens, rng.integers(3, 300, extra).astype(np.uint16)])
-        chunks = naive_chunks(Document("x", tokens, 1), config)
+        chunks = chunk_nats(Document("x", tokens, 1), config)
         sums.append(chunks[:4])
     for other in sums[1:]:
         assert other == pytest.approx(sums[0], rel=1e-5)
 
 
-def naive_chunks(doc: Document, config: TTTConfig) -> list[float]:
-    """Nats of each chunk as the scorer records them, read from its progress between two chunks."""
-    model = randomized().requires_grad_(False)
-    pool = AdapterPool(SMALL, config, 1, torch.device("cpu"))
-    totals, batch = [], Batch([doc], config, torch.device("cpu"))
-    stop_after = [0]
-    for stop_after[0] in range(1, batch.rounds + 1):
-        seen = [0]
-
-        def enough(seen=seen) -> bool:
-            seen[0] += 1
-            return seen[0] > stop_after[0]
-
-        totals.append(float(adapt_batch(model, pool, batch, Deadline(0), enough).nats[0]))
-    return list(np.diff([0.0, *totals]))
+def chunk_nats(doc: Document, config: TTTConfig) -> list[float]:
+    """Nats of each chunk as the engine records them."""
+    engine = engine_of(randomized().requires_grad_(False), config, [doc])
+    (nll,) = engine.token_nll([doc], engine.adapt([doc], Deadline(0)).kept_pass)
+    return np.add.reduceat(nll, range(0, doc.targets, config.chunk), dtype=np.float64).tolist()
 
 
 def test_adaptation_learns_a_repeating_document(tmp_path):
@@ -168,8 +105,8 @@ def test_a_chunk_is_recorded_before_any_update_has_seen_it(tmp_path):
     frozen = score(documents, tmp_path, TTT.override({"lr": 0.0}))
     for d in frozen.documents:
         assert d.adapted_nats == pytest.approx(d.tempered_nats, rel=1e-5)
-    first = naive_chunks(document(100), TTT)[0]
-    huge = naive_chunks(document(100), TTT.override({"lr": 1.0}))[0]
+    first = chunk_nats(document(100), TTT)[0]
+    huge = chunk_nats(document(100), TTT.override({"lr": 1.0}))[0]
     assert first == pytest.approx(huge, rel=1e-6)
 
 
@@ -373,7 +310,7 @@ def test_a_base_pass_that_cannot_be_kept_ends_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(Journal, "keep_base", full)
     said = []
     assert score([document(40)], tmp_path, say=said.append).documents[0].status == ADAPTED
-    assert len(said) == 1 and "the copy of the base pass for --resume could not be made" in said[0]
+    assert len(said) == 2 and "the copy of the base pass for --resume could not be made" in said[0]
 
 
 def test_documents_of_a_batch_that_are_through_outlive_a_stop(tmp_path):
@@ -514,23 +451,21 @@ def test_learning_rate_depends_on_the_documents_own_steps_alone():
     assert alone[0] == learning_rate(leaky, torch.tensor([7, 2]), chunks)[1]
 
 
-def test_deadline_leaves_the_rest_to_the_base_model_and_says_which(tmp_path):
+def test_deadline_leaves_the_rest_to_the_base_model_and_says_which(tmp_path, monkeypatch):
     documents = [document(n, n) for n in (200, 180, 160, 140, 120, 20)]
-    steps = [0]
+    rounds = []
 
-    class AfterSteps(Deadline):
+    class AfterRounds(Deadline):
         def passed(self) -> bool:
-            steps[0] += 1
-            return steps[0] > 6
+            return len(rounds) >= 2
+
+    def progress(phase, done, total):
+        rounds.extend([done] if phase == "adapt" else [])
 
     config = TTT.override({"batch": 2})
-    import klora.ttt.score as module
-
-    original, module.Deadline = module.Deadline, AfterSteps
-    try:
-        result = score(documents, tmp_path, config)
-    finally:
-        module.Deadline = original
+    with monkeypatch.context() as patch:
+        patch.setattr("klora.ttt.queue.Deadline", AfterRounds)
+        result = score(documents, tmp_path, config, progress=progress)
     assert [d.status for d in result.documents] == [PARTIAL, PARTIAL, NOT_ADAPTED, NOT_ADAPTED, NOT_ADAPTED, SHORT]
     full = score(documents, tmp_path, config)
     for d in result.documents[2:5]:
@@ -540,95 +475,99 @@ def test_deadline_leaves_the_rest_to_the_base_model_and_says_which(tmp_path):
     assert result.totals()["by_status"] == {PARTIAL: 2, NOT_ADAPTED: 3, SHORT: 1}
 
 
-@pytest.mark.parametrize("protocol", ["multi_epoch", "min_nll"])
-def test_deadline_counts_only_documents_whose_last_pass_ended(protocol):
-    config = TTT.override({"protocol": protocol, "epochs": 2})
-    ordered = [document(100), document(40, 1)]
-    batch = Batch(ordered, config, torch.device("cpu"))
-    pool = AdapterPool(SMALL, config, 2, torch.device("cpu"))
-    model = randomized().requires_grad_(False)
-    calls = [0]
-
-    def after(count):
-        calls[0] += 1
-        return calls[0] > count
-
-    first_pass = adapt_batch(model, pool, batch, Deadline(0), lambda: after(5))
-    assert first_pass.targets.tolist() == [0, 0]
-    calls[0] = 0
-    second_pass = adapt_batch(model, pool, batch, Deadline(0), lambda: after(batch.rounds + 3))
-    assert second_pass.targets.tolist() == [0, 40]
+def stop_after(rounds: int):
+    """`should_stop` and `progress` of a run that is stopped after so many rounds of adapting."""
+    seen = []
+    return {
+        "should_stop": lambda: len(seen) >= rounds,
+        "progress": lambda phase, done, total: seen.extend([done] if phase == "adapt" else []),
+    }
 
 
-def test_an_interrupted_run_goes_on_and_gives_the_same_scores(tmp_path):
-    documents = [document(n, n) for n in (200, 180, 160, 140, 120, 20, 10)]
+@pytest.mark.parametrize("rounds", [3, 11, 15])
+def test_an_interrupted_run_goes_on_and_gives_the_same_scores(tmp_path, rounds):
+    """What was through is kept, also where the journal's last line was torn."""
+    documents = [document(n, n) for n in (200, 180, 40, 35, 33, 20, 10)]
     config = TTT.override({"batch": 2})
     whole = score(documents, tmp_path, config)
-    calls = [0]
-
-    def stop() -> bool:
-        calls[0] += 1
-        return calls[0] > 16
-
     with pytest.raises(Interrupted) as interrupted:
-        score(documents, tmp_path, config, should_stop=stop)
-    assert 2 < interrupted.value.done < len(documents)
+        score(documents, tmp_path, config, **stop_after(rounds))
+    lines = [json.loads(line) for line in (tmp_path / "journal.jsonl").read_text().splitlines()]
+    kept = [line["result"]["tokens"] for line in lines if "result" in line]
+    assert interrupted.value.done == len(kept) == {3: 2, 11: 2, 15: 5}[rounds]
     with open(tmp_path / "journal.jsonl", "a") as file:
         file.write('{"index": 3, "name": "torn')
     seen = []
     resumed = score(documents, tmp_path, config, resume=True, progress=lambda phase, done, total: seen.append(total))
     assert adapted_nats(resumed) == pytest.approx(adapted_nats(whole), rel=1e-6)
     assert [d.name for d in resumed.documents] == [d.name for d in documents]
-    assert max(seen) < sum(d.targets for d in documents if d.targets >= 31)
+    assert max(seen) == sum(d.targets for d in documents) - sum(kept)
+
+
+def test_a_stop_after_the_last_document_is_no_interruption(tmp_path):
+    result = score([document(40)], tmp_path, **stop_after(3))
+    assert result.documents[0].status == ADAPTED and result.token_gains.documents == 1
 
 
 @pytest.mark.parametrize("protocol", ["score_first", "min_nll"])
-def test_the_engine_gives_the_result_of_the_eager_scorer(tmp_path, protocol):
+def test_a_run_gives_the_results_of_the_oracle(tmp_path, protocol):
     documents = [document(n, n) for n in (20, 200, 33, 0, 120, 31)]
     config, said = TTT.override({"protocol": protocol}), []
-    eager = score(documents, tmp_path, config, scorer="eager")
-    engine = score(documents, tmp_path, config, scorer="uncaptured", say=said.append)
-    assert adapted_nats(engine) == pytest.approx(adapted_nats(eager), rel=1e-5)
-    for ours, theirs in zip(engine.documents, eager.documents, strict=True):
-        assert (ours.name, ours.status, ours.kept_pass) == (theirs.name, theirs.status, theirs.kept_pass)
-        assert (ours.base_nats, ours.tempered_nats) == (theirs.base_nats, theirs.tempered_nats)
+    found = score(documents, tmp_path, config, say=said.append)
+    model = randomized().requires_grad_(False)
+    expected = eager.adapt(model, documents, config)
+    for index, one in enumerate(found.documents):
+        is_long = len(documents[index].tokens) >= config.min_tokens
+        assert (one.name, one.status) == (documents[index].name, ADAPTED if is_long else SHORT)
+        assert one.adapted_nats == (pytest.approx(expected.nats[index], rel=1e-5) if is_long else one.base_nats)
+        assert one.kept_pass == (expected.kept_pass[index] if is_long else 0)
     assert said == ["engine: 4 documents side by side in 4 slots, at most 0.0 GiB"]
-    assert eager.facts == {"scorer": "eager"} and engine.facts["scorer"] == "uncaptured"
-    assert 0 < engine.facts["engine"]["useful_places"] <= 1
+    assert found.facts["scorer"] == "uncaptured" and 0 < found.facts["engine"]["useful_places"] <= 1
 
 
-def test_what_the_deadline_leaves_out_is_the_base_models_and_is_said_by_both_scorers(tmp_path):
+def test_one_document_alone_takes_one_place_on_a_cpu(tmp_path):
+    """A step over four places would take four times as long there."""
+    assert score([document(112)], tmp_path).facts["engine"]["useful_places"] == 1.0
+    assert score([document(112, n) for n in range(3)], tmp_path).facts["engine"]["useful_places"] == 1.0
+
+
+def test_what_the_deadline_leaves_out_is_the_base_models(tmp_path):
     documents = [document(n, n) for n in (200, 20, 120)]
-    for scorer in ("eager", "uncaptured"):
-        result = score(documents, tmp_path, TTT.override({"deadline": "1e-9"}), scorer=scorer)
-        assert [d.status for d in result.documents] == [NOT_ADAPTED, SHORT, NOT_ADAPTED]
-        assert adapted_nats(result) == [d.base_nats for d in result.documents]
+    result = score(documents, tmp_path, TTT.override({"deadline": "1e-9"}))
+    assert [d.status for d in result.documents] == [NOT_ADAPTED, SHORT, NOT_ADAPTED]
+    assert adapted_nats(result) == [d.base_nats for d in result.documents]
 
 
-@pytest.mark.slow
-def test_an_interrupted_engine_keeps_the_documents_that_were_through(tmp_path):
-    documents = [document(n, n) for n in (200, 180, 40, 35, 33, 20)]
-    config = TTT.override({"batch": 2})
-    asked = []
+def test_a_run_without_a_journal_gives_the_same_and_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    documents = [document(n, n) for n in (100, 20)]
+    kept = score(documents, tmp_path / "kept")
+    bare = pipeline.score(pipeline.ScoreRequest(randomized(), documents, TTT))
+    assert bare.documents == kept.documents and [path.name for path in tmp_path.iterdir()] == ["kept"]
+    empty = pipeline.score(pipeline.ScoreRequest(randomized(), [], TTT))
+    assert not empty.documents and empty.totals()["documents"] == 0
 
-    def stopping(after: float):
-        asked.clear()
 
-        def stop() -> bool:
-            asked.append(True)
-            return len(asked) > after
+@pytest.mark.parametrize("queue", [DocumentQueue, lambda: StoreQueue(dist.HashStore(), 0, 1)], ids=["alone", "store"])
+def test_the_weights_of_each_model_are_frozen_once(tmp_path, monkeypatch, queue):
+    made, make = [], weights.weights_of
+    monkeypatch.setattr(weights, "weights_of", lambda *given, **how: made.append(given) or make(*given, **how))
+    documents = [document(n, n) for n in (100, 20, 70, 5)]
+    score(documents, tmp_path, prequant=randomized(seed=1), queue=queue())
+    assert len(made) == 2
 
-        return stop
 
-    whole = score(documents, tmp_path, config, scorer="uncaptured", should_stop=stopping(math.inf))
-    done = []
-    for after in (3, len(asked) // 2, len(asked) - 4):
-        with pytest.raises(Interrupted) as interrupted:
-            score(documents, tmp_path, config, scorer="uncaptured", should_stop=stopping(after))
-        done.append(interrupted.value.done)
-        resumed = score(documents, tmp_path, config, scorer="uncaptured", resume=True)
-        assert adapted_nats(resumed) == pytest.approx(adapted_nats(whole), rel=1e-6)
-    assert done == sorted(done) and 1 <= done[0] < done[-1] < len(documents)
+def test_the_eager_scorer_is_gone_and_says_what_is_left():
+    cpu = torch.device("cpu")
+    assert pipeline.pick_scorer("auto", cpu) == pipeline.pick_scorer("uncaptured", cpu) == "uncaptured"
+    assert pipeline.pick_scorer("auto", torch.device("cuda")) == "engine"
+    for scorer, says in (
+        ("eager", "scorer='eager' is gone: the engine scores on a CPU, too; allowed: auto, uncaptured"),
+        ("engine", "scorer='engine' is not possible on cpu: graphs want a GPU; allowed: auto, uncaptured"),
+        ("fast", "scorer='fast' is not possible; allowed: auto, engine, uncaptured"),
+    ):
+        with pytest.raises(ConfigError, match=re.escape(says)):
+            pipeline.pick_scorer(scorer, cpu)
 
 
 def test_a_journal_of_another_run_is_refused(tmp_path):
@@ -700,11 +639,12 @@ def test_every_target_has_its_rank_rate_and_scale():
 def test_a_smaller_rank_of_q_k_or_v_stays_zero_and_is_that_rank():
     """Rows of A and columns of B past it are zeros after many steps; one projection alone is that of its own config."""
     config = TTT.override({"q_rank": 3, "k_rank": 1, "targets": "q,k,head", "weight_decay": 0.1, "steps_per_chunk": 3})
-    pool = AdapterPool(SMALL, config, 1, torch.device("cpu"), torch.float64)
-    model = randomized(dtype=torch.float64).requires_grad_(False)
-    adapt_batch(model, pool, Batch([document(150)], config, torch.device("cpu")), Deadline(0))
+    docs = [document(150)]
+    engine = engine_of(randomized(dtype=torch.float64).requires_grad_(False), config, docs)
+    engine.adapt(docs, Deadline(0))
+    pool, (nq, nk, _) = engine.pool, SMALL.qkv_sizes
+    assert pool.step.tolist() == [27]
     views = pool.views(pool.params, 1)
-    nq, nk, _ = SMALL.qkv_sizes
     for block in pool.layout.blocks:
         a, b = (view[0] for view in views[block["qkv"]])
         assert a[0].all() and a[1, :1].all() and not a[1, 1:].any() and not a[2].any()
@@ -716,18 +656,19 @@ def test_alpha_is_a_scale_of_the_lora_by_alpha_over_rank():
     alphas = {"q_alpha": 4.0, "k_alpha": 0.5, "o_alpha": 3.0, "down_alpha": 8.0, "head_alpha": 1.5}
     config = TTT.override({"targets": "q,k,v,o,up,down,head", "weight_decay": 0.3, "eps": 1e-30, "lr": 0.02, **alphas})
     model = randomized(dtype=torch.float64).requires_grad_(False)
-    doc, device = document(80), torch.device("cpu")
-    pool = AdapterPool(SMALL, config, 1, device, torch.float64)
-    ours = adapt_batch(model, pool, Batch([doc], config, device), Deadline(0)).nats[0]
+    docs, device = [document(80)], torch.device("cpu")
 
-    layout = pool.layout
+    def adapted(config: TTTConfig) -> float:
+        return engine_of(model, config, docs).adapt(docs, Deadline(0)).nats[0]
+
+    layout = AdapterLayout(SMALL, config)
     plain = [
         layout.initial(config.adapter_seed)[p.start : p.stop].view(1, *p.shape).double().requires_grad_()
         for p in layout.parts
     ]
     scales = [p.scale.double() if len(p.scale) == 1 else p.scale.double()[:, None] for p in layout.parts]
     assert {float(value) for scale in scales for value in scale.flatten()} == {2.0, 0.25, 1.5, 4.0, 0.5, 1.0}
-    batch, total, moments = Batch([doc], config, device), 0.0, [(0.0, 0.0)] * len(plain)
+    batch, total, moments = Batch(docs, config, device), 0.0, [(0.0, 0.0)] * len(plain)
     for j in range(batch.rounds):
         inputs, at, targets, exists = batch.chunk(j, 1)
         adapters, head = layout.adapters(None, [scale * part for scale, part in zip(scales, plain, strict=True)])
@@ -746,12 +687,8 @@ def test_alpha_is_a_scale_of_the_lora_by_alpha_over_rank():
             rate = config.lr * (rate.view(-1, *(1,) * (plain[i].dim() - 2)) if len(rate) > 1 else rate)
             step = (m / (1 - 0.9 ** (j + 1))) / (v / (1 - 0.95 ** (j + 1))).sqrt()
             plain[i].data -= rate * (config.weight_decay * plain[i].data + step.nan_to_num())
-    assert ours == pytest.approx(total, rel=1e-7)
-    unscaled = config.override(dict.fromkeys(alphas, 0.0))
-    other = adapt_batch(
-        model, AdapterPool(SMALL, unscaled, 1, device, torch.float64), Batch([doc], unscaled, device), Deadline(0)
-    )
-    assert abs(other.nats[0] - ours) > 1e-3
+    assert adapted(config) == pytest.approx(total, rel=1e-7)
+    assert abs(adapted(config.override(dict.fromkeys(alphas, 0.0))) - total) > 1e-3
 
 
 @pytest.mark.parametrize("targets", ["", "q,k,w", "q,q", "q;k", "all"])
@@ -788,13 +725,6 @@ def test_adam_is_torchs_adam_and_leaves_other_slots_alone():
     torch.testing.assert_close(params[[0, 2]].flatten(), torch.cat(list(twins)).detach(), rtol=1e-9, atol=1e-12)
     assert torch.equal(params[1], untouched) and step.tolist() == [50, 0, 50]
     assert not m[1].any() and not v[1].any()
-
-
-def test_documents_that_have_ended_take_no_more_adam_steps():
-    pool = AdapterPool(SMALL, TTT, 2, torch.device("cpu"))
-    model = randomized().requires_grad_(False)
-    adapt_batch(model, pool, Batch([document(100), document(40, 1)], TTT, torch.device("cpu")), Deadline(0))
-    assert pool.step.tolist() == [6, 2]  # 7 and 3 chunks; the last one is scored only
 
 
 def test_totals_are_float64_sums_over_bytes():

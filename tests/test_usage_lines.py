@@ -15,6 +15,7 @@ from conftest import documents, randomized, words
 from klora.model.checkpoint import save_tensors
 from klora.model.config import ModelConfig
 from klora.model.corpus import Corpus
+from klora.ttt.sampling import is_for_tuning
 
 PACKAGES = (klora, klora.model, klora.ttt)
 PUBLIC = {name: getattr(package, name) for package in PACKAGES for name in package.__all__ if name != "__version__"}
@@ -37,6 +38,15 @@ def with_methods() -> dict[str, object]:
 
 
 LINES = [pytest.param(line, id=name) for name, thing in with_methods().items() for line in examples(thing)]
+
+
+def one_of_each_half(tokenizer) -> list:
+    """A document that a sweep tunes on and one that it scores, just long enough to adapt."""
+    found = {}
+    for seed in range(20):
+        document = klora.ttt.Document(str(seed), tokenizer.encode(words(seed, 400))[:514], 1)
+        found[is_for_tuning(document)] = document
+    return list(found.values())
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +85,7 @@ def names(tmp_path_factory, tokenizer):
             "text": text,
             "tokens": torch.randint(3, tokenizer.vocab_size, (2, 16)),
             "document": klora.ttt.Document("notes", tokenizer.encode(text), len(text.encode())),
+            "essays": one_of_each_half(tokenizer),
             "journal": journal,
         }
         journal.close()

@@ -7,17 +7,20 @@ from ..lazy import lazy_exports
 if TYPE_CHECKING:
     from .documents import Document, documents_from_texts
     from .journal import Journal
+    from .pipeline import ScoreRequest, score
     from .protocols import TTTConfig, ttt_preset
     from .results import read_documents_csv
-    from .score import score_documents
+    from .sweep import sweep
 
 __all__ = [
     "Document",
     "Journal",
+    "ScoreRequest",
     "TTTConfig",
     "documents_from_texts",
     "read_documents_csv",
-    "score_documents",
+    "score",
+    "sweep",
     "ttt_preset",
 ]
 

@@ -21,7 +21,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..kernels import lora_adam_ref_
 from ..model.config import ModelConfig
 from ..model.network import Adapters, BlockAdapters, Lora
 from .protocols import TTTConfig
@@ -152,13 +151,6 @@ class AdapterPool:
         self.exp_avg_sq = torch.zeros_like(self.params)
         self.step = torch.zeros(slots, dtype=torch.int64, device=device)
         self.lr = torch.zeros(slots, dtype=dtype, device=device)
-        self._leaves: list[Tensor] = []
-
-    def reset(self) -> None:
-        """Put every slot back to the initial state: new documents start here."""
-        self.params.copy_(self.initial.expand_as(self.params))
-        for tensor in (self.grads, self.exp_avg, self.exp_avg_sq, self.step):
-            tensor.zero_()
 
     def start(self, slots: Tensor) -> None:
         """Put the slots that `slots` int64 names back to the initial state. What waits in `grads` is left there."""
@@ -166,36 +158,6 @@ class AdapterPool:
         for tensor in (self.exp_avg, self.exp_avg_sq, self.step):
             tensor.index_fill_(0, slots, 0)
 
-    def adapters(self, count: int) -> tuple[Adapters, Lora | None]:
-        """The adapters of the first `count` slots: those of the blocks, and the head's.
-
-        They are autograd leaves over the pool's memory; :meth:`backward` differentiates with respect to them.
-        """
-        self._leaves = [view.detach().requires_grad_() for view in self.views(self.params, count)]
-        return self.layout.adapters(None, self._leaves)
-
-    def backward(self, loss: Tensor, count: int) -> None:
-        """Write the gradient of `loss` to the adapters last handed out into `grads`, for the first `count` slots."""
-        gradients = torch.autograd.grad(loss, self._leaves)
-        torch._foreach_copy_(self.views(self.grads, count), [gradient[:count] for gradient in gradients])
-
     def views(self, rows: Tensor, count: int) -> list[Tensor]:
         """Each part of the first `count` rows, as a view [count, *shape]."""
         return [rows[:count, p.start : p.stop].view(count, *p.shape) for p in self.layout.parts]
-
-    def update(self, count: int, lr: Tensor) -> None:
-        """One Adam step of the first `count` slots from `grads`, slot s at learning rate lr[s]."""
-        self.lr[:count] = lr
-        lora_adam_ref_(
-            self.params,
-            self.grads,
-            self.exp_avg,
-            self.exp_avg_sq,
-            self.step,
-            self.lr,
-            self.group_lr,
-            slice(0, count),
-            (self.ttt.beta1, self.ttt.beta2),
-            self.ttt.eps,
-            decay=self.decay,
-        )

@@ -28,8 +28,9 @@ from ..model.weights import frozen_weights
 from .adapters import AdapterLayout, AdapterPool
 from .documents import Document
 from .protocols import MIN_NLL, TARGETS, TTTConfig
+from .queue import Deadline
+from .results import Adapted
 from .schedule import Round, Schedule, Waiting, queue_lengths, visits_of
-from .scorer import Adapted, Deadline
 from .step import (
     CHUNKS,
     FIELDS,

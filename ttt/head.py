@@ -3,16 +3,8 @@
 import torch
 from torch import Tensor
 
-from ..kernels import lora_head_nll, lora_head_nll_grads_, lora_head_nll_ref
+from ..kernels import lora_head_nll, lora_head_nll_grads_
 from ..model.network import NO_LORA, Lora
-
-
-def head_nll_ref(hidden: Tensor, weight: Tensor, lora: Lora | None, targets: Tensor, *loss: float) -> Tensor:
-    """NLL [B, S] of `targets` int [B, S] for `hidden` [B, S, D], document b adapted by adapter b; `loss` is softcap and
-    temperature.
-    """
-    a, b, _ = lora or NO_LORA
-    return lora_head_nll_ref(hidden, weight, a, b, targets, *loss)
 
 
 def head_nll(
@@ -24,7 +16,8 @@ def head_nll(
     slots: Tensor,
     backend: str | None,
 ) -> Tensor:
-    """NLL [B, S], document b adapted by slot slots[b], with the bits of :func:`head_nll_grads_`.
+    """NLL [B, S] of `targets` int [B, S] for `hidden` [B, S, D], document b adapted by slot slots[b], with the bits of
+    :func:`head_nll_grads_`; `loss` is softcap and temperature.
 
     The head runs as if gradients would follow: without them it adds up its logits in another order.
     """

@@ -151,6 +151,41 @@ class Journal:
         self._file.close()
 
 
+class NoJournal(Journal):
+    """A journal that keeps nothing on disk: of a run that is not to be resumed.
+
+    `base` are the passes of the unadapted models, which another run over the same windows may go on with.
+    """
+
+    def __init__(self, base: dict[str, np.ndarray] | None = None):
+        self.done, self.seconds = {}, {}
+        self._base = {} if base is None else base
+
+    def _append(self, *records: dict[str, Any]) -> None:
+        pass
+
+    def keep_base(self, phase: str) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+def open_journal(
+    folder: Path, fingerprint: str, resume: bool, overwrite: bool = False, rank: int = 0, world: int = 1
+) -> Journal:
+    """The journal of one of `world` ranks; the first one's holds what all ranks of an interrupted run had finished."""
+    if rank:
+        return Journal(folder / f"journal-{rank}.jsonl", fingerprint, resume, overwrite=overwrite)
+    others = sorted(folder.glob("journal-*.jsonl"))
+    journal = Journal(folder / "journal.jsonl", fingerprint, resume, others, overwrite)
+    if not resume:
+        running = {f"journal-{number}.jsonl" for number in range(world)}
+        for left_behind in (path for path in others if path.name not in running):
+            left_behind.unlink()
+    return journal
+
+
 def fingerprint(artifact_sha256: str, documents: Sequence[Document], config: TTTConfig, prequant: bool) -> str:
     """What a journal belongs to. The batch size and the deadline change no document's score, and are left out."""
     settings = {name: value for name, value in config.to_dict().items() if name not in ("batch", "deadline")}
@@ -158,6 +193,11 @@ def fingerprint(artifact_sha256: str, documents: Sequence[Document], config: TTT
     for document in documents:
         digest.update(document.name.encode(errors="surrogateescape") + b"\0" + document.tokens.tobytes())
     return digest.hexdigest()
+
+
+def has_journals(folder: Path) -> bool:
+    """Whether `folder` holds a journal, of a run that was interrupted."""
+    return any(folder.glob("journal*"))
 
 
 def remove_journals(folder: Path) -> None:

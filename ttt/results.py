@@ -11,12 +11,16 @@ deadline left targets to the base model, the share that was adapted stands besid
 import csv
 import json
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from ..errors import KloraError
 from ..model.storage import replacing, write_text
+from .documents import Document
 from .protocols import LEAK_WARNING, LEAKY, TTTConfig, label
 
 if TYPE_CHECKING:
@@ -29,6 +33,23 @@ SHORT, ADAPTED, PARTIAL, NOT_ADAPTED = "short", "adapted", "partly adapted (dead
 
 FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "\uff1d", "\uff0b", "\uff0d", "\uff20")
 """What a spreadsheet takes for a formula's start, with the full-width forms of the four signs."""
+
+
+class NonFiniteScore(KloraError, RuntimeError):
+    """An NLL that is no number: the adapter diverged, or the model's weights are not finite."""
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """What adapting documents gave: float64 nats [B] (of the targets reached), how many targets, and the pass kept."""
+
+    nats: np.ndarray
+    targets: np.ndarray
+    kept_pass: np.ndarray
+
+    def of(self, rows: np.ndarray) -> "Adapted":
+        """The results of these documents."""
+        return Adapted(self.nats[rows], self.targets[rows], self.kept_pass[rows])
 
 
 @dataclass(frozen=True)
@@ -75,6 +96,60 @@ class DocumentResult:
         if self.status == SHORT:
             return None
         return 1.0 if self.status == ADAPTED else self.adapted_tokens / self.tokens
+
+
+def is_short(document: Document, config: TTTConfig) -> bool:
+    """Whether the document is left to the base model."""
+    return len(document.tokens) < config.min_tokens
+
+
+def unadapted(
+    document: Document, config: TTTConfig, base: tuple[float, float], prequant: float | None = None
+) -> DocumentResult:
+    """The document as the base model leaves it: `base` are its nats and those at the adapted temperature.
+
+    NonFiniteScore where one of them is no number.
+    """
+    nats, tempered = base
+    if not all(math.isfinite(value) for value in (nats, tempered, prequant or 0.0)):
+        raise NonFiniteScore(
+            f"the unadapted model gives {document.name!r} an NLL of {nats}, before quantisation {prequant}; nothing is "
+            "reported. Export an artifact whose weights are finite"
+        )
+    return DocumentResult(
+        name=document.name,
+        tokens=document.targets,
+        bytes=document.bytes,
+        status=SHORT if is_short(document, config) else NOT_ADAPTED,
+        base_nats=nats,
+        tempered_nats=tempered,
+        adapted_nats=nats,
+        prequant_nats=prequant,
+    )
+
+
+def with_adaptation(
+    draft: DocumentResult, adapted: Adapted, row: int, base_from: Callable[[int], float]
+) -> DocumentResult:
+    """`draft` with the targets that were reached scored by the adapted model, and the rest by the base model.
+
+    `base_from` gives the base model's nats from a target on. NonFiniteScore: adapted nats that are no number.
+    """
+    reached = int(adapted.targets[row])
+    if not reached:
+        return draft
+    if not math.isfinite(adapted.nats[row]):
+        raise NonFiniteScore(
+            f"adapting {draft.name!r} gave an NLL of {adapted.nats[row]}; nothing is reported. Try a smaller lr or a "
+            "temperature nearer to 1"
+        )
+    return replace(
+        draft,
+        status=ADAPTED if reached == draft.tokens else PARTIAL,
+        adapted_nats=float(adapted.nats[row]) + base_from(reached),
+        kept_pass=int(adapted.kept_pass[row]),
+        adapted_tokens=reached,
+    )
 
 
 def bits_per_byte(nats: float | None, text_bytes: int) -> float | None:

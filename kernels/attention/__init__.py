@@ -7,7 +7,8 @@
 
 q [B, S, H, d], k and v [B, S, G, d] -> out [B, S, H, d], of one dtype: bf16, fp16 or fp32; d 16, 32, 64 or 128, tuned
 for 64 in 16 bits; H a multiple of G, any S. With `tail`, out [B, tail, H, d] belongs to the last `tail` queries, and
-dq is zero before them.
+dq is zero before them. With `start`, token i sees the tokens from start_i on: its own document. Blocks of keys and of
+queries that share no document are skipped; only blocks in which a document starts are masked.
 
 The elements of a head lie side by side. Documents, tokens and heads may be any multiple of 16 bytes apart (views of the
 stacked output of a QKV product); anything else is copied. Sums are fp32. p and ds are rounded to the inputs' dtype
@@ -30,9 +31,10 @@ from typing import TYPE_CHECKING
 
 from ...lazy import lazy_exports
 from .choices import CHOICES, PACKAGES, attend, pick_attention, why_not
-from .reference import BACKENDS, causal_attention_ref
+from .reference import BACKENDS, causal_attention_ref, document_starts
 
 if TYPE_CHECKING:
+    from .cached import cache_write_, cache_write_ref_, cached_attention, cached_attention_ref
     from .op import HEAD_DIMS, causal_attention
 
 __all__ = [
@@ -41,8 +43,13 @@ __all__ = [
     "HEAD_DIMS",
     "PACKAGES",
     "attend",
+    "cache_write_",
+    "cache_write_ref_",
+    "cached_attention",
+    "cached_attention_ref",
     "causal_attention",
     "causal_attention_ref",
+    "document_starts",
     "pick_attention",
     "why_not",
 ]

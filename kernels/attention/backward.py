@@ -18,9 +18,10 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..dot import multiply_add
+from ..dot import multiply, multiply_add
 from ..tile import UNIT, halves, off_unit
-from .forward import LOG2_E, by_heads, load, multiply, packed_heads, pick_config, place, row_at, store
+from .cached_keys import NO_CACHE, Cache, add_dq_of_cache
+from .forward import LOG2_E, by_heads, load, packed_heads, pick_config, place, row_at, sees, spans, store
 
 MOST_QUERIES = 64
 """In a tile: `rows` is written in whole blocks. It makes 16 bytes at least of each of its rows."""
@@ -30,9 +31,9 @@ class Rotary(NamedTuple):
     """How q and k came from their projections; all fp32, the tables contiguous."""
 
     cos: Tensor
-    """[S, d/2]"""
+    """[S, d/2], or [B, S, d/2] for a document's own"""
     sin: Tensor
-    """[S, d/2]"""
+    """as cos"""
     gain: Tensor
     """[H], of queries"""
     rstd_q: Tensor
@@ -42,10 +43,15 @@ class Rotary(NamedTuple):
     is_unit: bool = False
     """Whether cos^2 + sin^2 is known to be 1: then it is not checked."""
 
+    @property
+    def table_stride(self) -> int | None:
+        """From the tables of a document to those of the next; None where all share them."""
+        return self.cos.stride(0) if self.cos is not None and self.cos.dim() == 3 else None
+
 
 @triton.jit
 def _unrotate(
-    dx, x, position, offsets, gain, cos_ptr, sin_ptr, rstd_ptr, S,
+    dx, x, b, position, offsets, gain, cos_ptr, sin_ptr, table_stride, rstd_ptr, S,
     ROWS: tl.constexpr, D: tl.constexpr, IS_UNIT: tl.constexpr,
 ):  # fmt: skip
     """The gradient of a projection: dx and x [ROWS, D] are rotated and of any gain; `at` finds a row's rstd."""
@@ -54,6 +60,9 @@ def _unrotate(
     x = x.to(tl.float32)
     along = tl.sum(dx * x, 1) * rstd * (1.0 / D) * tl.where(gain == 0.0, 0.0, 1.0 / gain)
     left, right = halves(dx * (rstd * gain)[:, None] - x * along[:, None], ROWS, D)
+    if table_stride is not None:
+        cos_ptr += b.to(tl.int64) * table_stride
+        sin_ptr += b.to(tl.int64) * table_stride
     table = position[:, None] * (D // 2) + tl.arange(0, D // 2)[None, :]
     cos = tl.load(cos_ptr + table, mask=mask[:, None], other=1.0)
     sin = tl.load(sin_ptr + table, mask=mask[:, None], other=0.0)
@@ -67,7 +76,7 @@ def _unrotate(
 
 @triton.jit
 def _dq_loop(
-    dq, q, dout, lse, delta, k_d, v_d, b, g, position, first, last, scale,
+    dq, q, dout, lse, delta, k_d, v_d, b, g, position, start, first, last, scale,
     MASK: tl.constexpr, BN: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     for n in tl.range(first, last, BN):
@@ -77,16 +86,18 @@ def _dq_loop(
         dp = multiply(dout, v.T)
         p = tl.math.exp2(s * scale - lse[:, None])
         if MASK:
-            p = tl.where(position[:, None] >= n + tl.arange(0, BN)[None, :], p, 0.0)
+            p = tl.where(sees(position, start, n, BN), p, 0.0)
         ds = p * (dp - delta[:, None])
         dq = multiply_add(ds.to(k.dtype), k, dq)
     return dq
 
 
-@triton.jit(do_not_specialize=["T", "OFFSET", "BLOCKS"])
+@triton.jit(do_not_specialize=["SLOTS", "CAPACITY", "WINDOW", "T", "OFFSET", "BLOCKS"])
 def _dq_kernel(
-    q_d, k_d, v_d, out_d, dout_d, dq_d, lse_ptr, rows_ptr, cos_ptr, sin_ptr, gain_ptr, rstd_ptr, sums_ptr,
-    scale, softmax_scale, T, OFFSET, BLOCKS, padded, rstd_stride,
+    q_d, k_d, v_d, out_d, dout_d, dq_d, lse_ptr, rows_ptr, cos_ptr, sin_ptr, gain_ptr, rstd_ptr, sums_ptr, start_ptr,
+    cache_k_ptr, cache_v_ptr, slots_ptr, filled_ptr, SLOTS, CAPACITY, WINDOW,
+    slot_stride, cell_stride, group_stride, cell_stride_d,
+    scale, softmax_scale, T, OFFSET, BLOCKS, padded, rstd_stride, table_stride,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     IS_UNIT: tl.constexpr,
 ):  # fmt: skip
@@ -108,10 +119,19 @@ def _dq_kernel(
     tl.store(rows_ptr + offsets + padded, delta)
     q = load(q_d, b, h, OFFSET + t, HEADS, BM, D)
     dq = tl.zeros((HEADS * BM, D), tl.float32)
+    if cache_k_ptr is not None:
+        dq = add_dq_of_cache(
+            dq, q, dout, lse, delta, cache_k_ptr, cache_v_ptr, slots_ptr, filled_ptr, SLOTS, CAPACITY, WINDOW,
+            slot_stride, cell_stride, group_stride, cell_stride_d, b, g, T, scale, BN, D,
+        )  # fmt: skip
     seen_by_all = (OFFSET + t + 1) // BN * BN
-    dq = _dq_loop(dq, q, dout, lse, delta, k_d, v_d, b, g, position, 0, seen_by_all, scale, False, BN, D)
+    start, clear = None, 0
+    if start_ptr is not None:
+        start, first, clear = spans(start_ptr, b, t, position, seen_by_all, T, OFFSET, BM, BN)
+        dq = _dq_loop(dq, q, dout, lse, delta, k_d, v_d, b, g, position, start, first, clear, scale, True, BN, D)
+    dq = _dq_loop(dq, q, dout, lse, delta, k_d, v_d, b, g, position, start, clear, seen_by_all, scale, False, BN, D)
     last = OFFSET + tl.minimum(t + BM, T)
-    dq = _dq_loop(dq, q, dout, lse, delta, k_d, v_d, b, g, position, seen_by_all, last, scale, True, BN, D)
+    dq = _dq_loop(dq, q, dout, lse, delta, k_d, v_d, b, g, position, start, seen_by_all, last, scale, True, BN, D)
     dq *= softmax_scale
     if cos_ptr is not None:
         head = h + r // BM
@@ -120,13 +140,16 @@ def _dq_kernel(
         if sums_ptr is not None:
             along = tl.sum(tl.sum(dq * q.to(tl.float32), 1).reshape(HEADS, BM), 1)
             tl.store(sums_ptr + (b * H + h + tl.arange(0, HEADS)) * BLOCKS + block, along)
-        dq = _unrotate(dq, q, position, offsets, gain, cos_ptr, sin_ptr, rstd_ptr, OFFSET + T, HEADS * BM, D, IS_UNIT)
+        dq = _unrotate(
+            dq, q, b, position, offsets, gain, cos_ptr, sin_ptr, table_stride, rstd_ptr, OFFSET + T,
+            HEADS * BM, D, IS_UNIT,
+        )  # fmt: skip
     store(dq_d, dq, b, h, OFFSET + t, HEADS, BM, D)
 
 
 @triton.jit
 def _dkdv_loop(
-    dk, dv, k, v, q_d, dout_d, rows_d, b, h, key, first, last, OFFSET, scale,
+    dk, dv, k, v, q_d, dout_d, rows_d, b, h, key, starts, first, last, T, OFFSET, scale,
     MASK: tl.constexpr, H: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
     ROWS: tl.constexpr = HEADS * BM
@@ -139,6 +162,10 @@ def _dkdv_loop(
         p = tl.math.exp2(s * scale - lse[None, :])
         if MASK:
             p = tl.where(key[:, None] <= OFFSET + t + (tl.arange(0, ROWS) % BM)[None, :], p, 0.0)
+            if starts is not None:
+                query = t + tl.arange(0, ROWS) % BM
+                start = tl.load(starts + query, mask=query < T, other=0)
+                p = tl.where(key[:, None] >= start[None, :], p, 0.0)
         dv = multiply_add(p.to(dout.dtype), dout, dv)
         dp = multiply(v, dout.T)  # as late as this: its registers are those of s
         ds = p * (dp - delta[None, :])
@@ -146,15 +173,38 @@ def _dkdv_loop(
     return dk, dv
 
 
+@triton.jit
+def _reached(starts, n, T, OFFSET, BN: tl.constexpr):
+    """Queries up to the last one whose document has key n, and up to the last one whose document has any of its BN.
+
+    Starts never fall, so that counting those behind the keys finds both ends. What precedes the keys' own queries is
+    counted unseen: the diagonal's loop masks it.
+    """
+    SCANNED: tl.constexpr = 1024
+    t = tl.maximum(n + BN - OFFSET, 0)
+    within = tl.minimum(t, T)
+    reach = within
+    while tl.load(starts + t, mask=t < T, other=2147483647) < n + BN:
+        query = t + tl.arange(0, SCANNED)
+        start = tl.load(starts + query, mask=query < T, other=2147483647)
+        within += tl.sum((start <= n).to(tl.int32))
+        reach += tl.sum((start < n + BN).to(tl.int32))
+        t += SCANNED
+    return within, reach
+
+
 @triton.jit(do_not_specialize=["T", "OFFSET", "BLOCKS"])
 def _dkdv_kernel(
-    q_d, k_d, v_d, dout_d, rows_d, dk_d, dv_d, cos_ptr, sin_ptr, rstd_ptr,
-    scale, softmax_scale, T, OFFSET, BLOCKS, rstd_stride,
+    q_d, k_d, v_d, dout_d, rows_d, dk_d, dv_d, cos_ptr, sin_ptr, rstd_ptr, start_ptr,
+    scale, softmax_scale, T, OFFSET, BLOCKS, rstd_stride, table_stride,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     IS_UNIT: tl.constexpr,
 ):  # fmt: skip
     """A program takes BN keys of a group through all queries from their own on, of HEADS heads at a time. Its scores
     are transposed, [keys, rows]: p and ds are multiplied from registers.
+
+    With `start`, it ends at the last query whose document reaches into its keys, and masks where a query's does not
+    reach to the first of them.
     """
     b, g, block = place(BLOCKS, G, 1)
     n = (BLOCKS - 1 - block) * BN
@@ -165,20 +215,34 @@ def _dkdv_kernel(
     dv = tl.zeros((BN, D), tl.float32)
     first = tl.maximum(n - OFFSET, 0) // BM * BM
     all_see = tl.minimum(tl.cdiv(tl.maximum(n + BN - 1 - OFFSET, 0), BM), tl.cdiv(T, BM)) * BM
+    starts, clear = None, T
+    if start_ptr is not None:
+        starts = start_ptr + b.to(tl.int64) * (OFFSET + T) + OFFSET
+        within, reach = _reached(starts, n, T, OFFSET, BN)
+        clear = tl.maximum(within // BM * BM, all_see)
     for more in range(0, H // G, HEADS):
         h = g * (H // G) + more
         dk, dv = _dkdv_loop(
-            dk, dv, k, v, q_d, dout_d, rows_d, b, h, key, first, all_see, OFFSET, scale, True, H, D, HEADS, BM
-        )
+            dk, dv, k, v, q_d, dout_d, rows_d, b, h, key, starts, first, all_see, T, OFFSET, scale,
+            True, H, D, HEADS, BM,
+        )  # fmt: skip
         dk, dv = _dkdv_loop(
-            dk, dv, k, v, q_d, dout_d, rows_d, b, h, key, all_see, T, OFFSET, scale, False, H, D, HEADS, BM
-        )
+            dk, dv, k, v, q_d, dout_d, rows_d, b, h, key, starts, all_see, clear, T, OFFSET, scale,
+            False, H, D, HEADS, BM,
+        )  # fmt: skip
+        if start_ptr is not None:
+            dk, dv = _dkdv_loop(
+                dk, dv, k, v, q_d, dout_d, rows_d, b, h, key, starts, clear, reach, T, OFFSET, scale,
+                True, H, D, HEADS, BM,
+            )  # fmt: skip
     store(dv_d, dv, b, g, n, 1, BN, D)
     dk *= softmax_scale
     if cos_ptr is not None:
         offsets = (b.to(tl.int64) * (OFFSET + T) + key) * rstd_stride + g
         gain = tl.full((BN,), 1.0, tl.float32)
-        dk = _unrotate(dk, k, key, offsets, gain, cos_ptr, sin_ptr, rstd_ptr, OFFSET + T, BN, D, IS_UNIT)
+        dk = _unrotate(
+            dk, k, b, key, offsets, gain, cos_ptr, sin_ptr, table_stride, rstd_ptr, OFFSET + T, BN, D, IS_UNIT
+        )
     store(dk_d, dk, b, g, n, 1, BN, D)
 
 
@@ -205,13 +269,16 @@ def launch_backward(
     rotary: Rotary | None = None,
     into: tuple[Tensor, Tensor, Tensor] | None = None,
     trains_gain: bool = False,
+    cache: Cache | None = None,
+    start: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """(dq [B, S, H, d], dk, dv [B, S, G, d], dgain [H]) from dout [B, T, H, d] and what the forward kept.
 
     The first three are `into`, or contiguous; the last is None unless `trains_gain`, and 0 where the gain is 0.
 
     T is the number of queries with an output; before them dq is zero. With `rotary`, dq and dk belong to
-    the projections that q and k were normed and rotated from.
+    the projections that q and k were normed and rotated from. `cache` and `start` are the forward's, as they were then;
+    the cache gets no gradient.
     """
     (batch, length, heads, width), groups, tail = q.shape, k.size(2), dout.size(1)
     dq, dk, dv = into or (q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape))
@@ -219,7 +286,8 @@ def launch_backward(
     if not dout.numel():
         return dq, dk.zero_(), dv.zero_(), torch.zeros_like(rotary.gain) if trains_gain else None
     rows = lse.new_empty(batch, heads, 2, triton.cdiv(tail, MOST_QUERIES) * MOST_QUERIES)
-    cos, sin, gain, rstd_q, rstd_k, is_unit = rotary or Rotary(None, None, None, None, None)
+    rotary = rotary or Rotary(None, None, None, None, None)
+    cos, sin, gain, rstd_q, rstd_k, is_unit = rotary
     strides = [0 if rstd is None else rstd.stride(1) for rstd in (rstd_q, rstd_k)]
     packed, scale, softmax_scale = packed_heads(heads, groups), LOG2_E / math.sqrt(width), 1 / math.sqrt(width)
 
@@ -230,7 +298,8 @@ def launch_backward(
     _dq_kernel[(blocks * batch * heads // packed,)](
         by_heads(q, packed, queries), by_heads(k, 1, keys), by_heads(v, 1, keys), by_heads(out, packed, queries),
         by_heads(dout, packed, queries), by_heads(dq, packed, queries), lse, rows, cos, sin, gain, rstd_q,
-        sums, scale, softmax_scale, tail, length - tail, blocks, rows.size(3), strides[0],
+        sums, start, *(cache.arguments() if cache else NO_CACHE), scale, softmax_scale, tail, length - tail, blocks,
+        rows.size(3), strides[0], rotary.table_stride,
         H=heads, G=groups, D=width, HEADS=packed, BM=queries, BN=keys, IS_UNIT=is_unit,
         num_warps=config.warps, num_stages=config.stages, maxnreg=config.registers,
     )  # fmt: skip
@@ -242,8 +311,8 @@ def launch_backward(
     rows_d = TensorDescriptor(flat, list(flat.shape), list(flat.stride()), [2 * packed, queries])
     _dkdv_kernel[(blocks * batch * groups,)](
         by_heads(q, packed, queries), by_heads(k, 1, keys), by_heads(v, 1, keys), by_heads(dout, packed, queries),
-        rows_d, by_heads(dk, 1, keys), by_heads(dv, 1, keys), cos, sin, rstd_k,
-        scale, softmax_scale, tail, length - tail, blocks, strides[1],
+        rows_d, by_heads(dk, 1, keys), by_heads(dv, 1, keys), cos, sin, rstd_k, start,
+        scale, softmax_scale, tail, length - tail, blocks, strides[1], rotary.table_stride,
         H=heads, G=groups, D=width, HEADS=packed, BM=queries, BN=keys, IS_UNIT=is_unit,
         num_warps=config.warps, num_stages=config.stages, maxnreg=config.registers,
     )  # fmt: skip

@@ -54,10 +54,15 @@ PACKAGES = {
 CHOICES = ("klora", *BACKENDS, *PACKAGES)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, name: str) -> Tensor:
-    """Causal attention of q [B, S, H, d] over k, v [B, S, G, d] by the choice of that name; not by ours."""
+def attend(q: Tensor, k: Tensor, v: Tensor, name: str, start: Tensor | None = None) -> Tensor:
+    """Causal attention of q [B, S, H, d] over k, v [B, S, G, d] by the choice of that name; not by ours.
+
+    With `start`, within documents; no package takes it: :func:`why_not` says so.
+    """
     if name in BACKENDS:
-        return causal_attention_ref(q, k, v, name)
+        return causal_attention_ref(q, k, v, name, start)
+    if start is not None:
+        raise ValueError(f"{name} takes no document mask; allowed: {', '.join(BACKENDS)}")
     out = importlib.import_module(PACKAGES[name].module).flash_attn_func(q, k, v, causal=True)
     return out if isinstance(out, Tensor) else out[0]  # some versions return the logsumexp too
 
@@ -81,22 +86,34 @@ def pick_attention(device: torch.device, dtype: torch.dtype, head_dim: int) -> t
     return "math", f"none of {', '.join(order)} runs for {dtype}, head size {head_dim}"
 
 
-def why_not(name: str, device: torch.device, dtype: torch.dtype, head_dim: int, heads: int = 2, groups: int = 1) -> str:
+def why_not(
+    name: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    heads: int = 2,
+    groups: int = 1,
+    documents: bool = False,
+) -> str:
     """Why a choice that is not ours does not run for such heads: found by a small forward and backward. Empty: it runs.
 
-    For a package that is missing, the answer is the command that installs it.
+    `documents`: with a document mask. For a package that is missing, the answer is the command that installs it.
     """
+    if documents and name in PACKAGES:
+        return f"{PACKAGES[name].about}'s function takes no document mask: document_mask=false runs it"
     if name in PACKAGES and device.type != "cuda":
         return "it wants a CUDA GPU"
     if name in PACKAGES and not PACKAGES[name].is_installed:
         return f"the package {PACKAGES[name].distribution} is not installed: {PACKAGES[name].advice}"
     q = torch.zeros(1, 256, heads, head_dim, device=device, dtype=dtype, requires_grad=True)
     k = torch.zeros(1, 256, groups, head_dim, device=device, dtype=dtype)
+    start = torch.zeros(1, 256, device=device, dtype=torch.int32) if documents else None
     try:
         with warnings.catch_warnings(action="ignore"):  # PyTorch explains a refusal in several
-            attend(q, k, k, name).sum().backward()
+            attend(q, k, k, name, start).sum().backward()
     except Exception as error:  # a package may raise anything, from its import to its launch
-        what = f"{str(dtype).removeprefix('torch.')} with head size {head_dim}"
+        masked = " and a document mask (document_mask=false goes without)" if documents else ""
+        what = f"{str(dtype).removeprefix('torch.')} with head size {head_dim}{masked}"
         return f"it does not run {what} here: {first_sentence(error)}"
     return ""
 

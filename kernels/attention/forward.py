@@ -12,11 +12,14 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..dot import multiply_add
+from ..dot import multiply, multiply_add
+from .cached_keys import NO_CACHE, Cache, attend_cache
 
 LOG2_E = math.log2(math.e)
 LARGEST = tl.constexpr(60.0)
 """The largest bound of a score that is subtracted as it is: 2^-(2 * 60) is a number of fp32."""
+LOWEST = tl.constexpr(-1e38)
+"""Below every score: where a tile's first keys may be of no document of a row, -inf - -inf would be the exponent."""
 
 
 @dataclass(frozen=True)
@@ -60,11 +63,6 @@ def by_heads(tensor: Tensor, heads: int, tokens: int) -> TensorDescriptor:
 
 
 @triton.jit
-def multiply(a, b):
-    return multiply_add(a, b, tl.zeros((a.shape[0], b.shape[1]), tl.float32))
-
-
-@triton.jit
 def load(x_d, b, h, t, HEADS: tl.constexpr, TOKENS: tl.constexpr, D: tl.constexpr):
     """Rows [HEADS * TOKENS, D] of document b: heads from h on, of each the tokens from t on."""
     return x_d.load([b, h, t, 0]).reshape(HEADS * TOKENS, D)
@@ -93,8 +91,29 @@ def row_at(b, h, t, stride, H: tl.constexpr, HEADS: tl.constexpr, TOKENS: tl.con
 
 
 @triton.jit
+def sees(position, start, n, BN: tl.constexpr):
+    """Which of the keys from n on the rows at `position` see: none after it, none before its document."""
+    seen = position[:, None] >= n + tl.arange(0, BN)[None, :]
+    if start is not None:
+        seen = seen & (start[:, None] <= n + tl.arange(0, BN)[None, :])
+    return seen
+
+
+@triton.jit
+def spans(start_ptr, b, t, position, seen_by_all, T, OFFSET, BM: tl.constexpr, BN: tl.constexpr):
+    """Where the documents of a tile's rows start, and the keys that this leaves: the first block that any row sees, and
+    the first that no document starts in.
+    """
+    starts = start_ptr + b.to(tl.int64) * (OFFSET + T) + OFFSET
+    start = tl.load(starts + position - OFFSET, mask=position < OFFSET + T, other=0)
+    first = tl.load(starts + t) // BN * BN
+    last = tl.load(starts + tl.minimum(t + BM, T) - 1)
+    return start, first, tl.minimum(tl.cdiv(last, BN) * BN, seen_by_all)
+
+
+@triton.jit
 def _attend(
-    acc, total, top, q, k_d, v_d, b, g, position, first, last, scale,
+    acc, total, top, q, k_d, v_d, b, g, position, start, first, last, scale,
     MASK: tl.constexpr, BN: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     """The keys from `first` to `last` joined to what a tile has seen: acc and total are relative to 2^top. The eight
@@ -104,7 +123,7 @@ def _attend(
         k = load(k_d, b, g, n, 1, BN, D)
         s = multiply(q, k.T)
         if MASK:
-            s = tl.where(position[:, None] >= n + tl.arange(0, BN)[None, :], s, float("-inf"))
+            s = tl.where(sees(position, start, n, BN), s, float("-inf"))
         new_top = tl.maximum(top, tl.max(s, 1) * scale)
         p = tl.math.exp2(s * scale - new_top[:, None])
         rescale = tl.math.exp2(top - new_top)
@@ -118,7 +137,7 @@ def _attend(
 
 @triton.jit
 def _attend_bounded(
-    acc, total, top, q, k_d, v_d, b, g, position, first, last, scale,
+    acc, total, top, q, k_d, v_d, b, g, position, start, first, last, scale,
     MASK: tl.constexpr, BN: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     """As :func:`_attend` where 2^top is known to bound every score: nothing is rescaled on the way."""
@@ -127,7 +146,7 @@ def _attend_bounded(
         s = multiply(q, k.T)
         p = tl.math.exp2(s * scale - top[:, None])
         if MASK:
-            p = tl.where(position[:, None] >= n + tl.arange(0, BN)[None, :], p, 0.0)
+            p = tl.where(sees(position, start, n, BN), p, 0.0)
         v = load(v_d, b, g, n, 1, BN, D)
         p = p.to(v.dtype)
         total = multiply_add(p, tl.full((BN, 8), 1.0, p.dtype), total)
@@ -135,18 +154,23 @@ def _attend_bounded(
     return acc, total
 
 
-@triton.jit(do_not_specialize=["T", "OFFSET", "BLOCKS"])
+@triton.jit(do_not_specialize=["SLOTS", "CAPACITY", "WINDOW", "T", "OFFSET", "BLOCKS"])
 def _forward_kernel(
-    q_d, k_d, v_d, out_d, lse_ptr, gain_ptr, scale, T, OFFSET, BLOCKS,
+    q_d, k_d, v_d, out_d, lse_ptr, gain_ptr, start_ptr, cache_k_ptr, cache_v_ptr, slots_ptr, filled_ptr,
+    SLOTS, CAPACITY, WINDOW, slot_stride, cell_stride, group_stride, cell_stride_d, scale, T, OFFSET, BLOCKS,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """A program takes a tile of HEADS heads and BM queries through all keys up to its own. Query t stands at position
-    OFFSET + t.
+    OFFSET + t. With a cache, its keys come first.
 
     With `gain`, q and k are heads normed to rms 1 and q is times its gain: |q k| <= gain D where the rotation keeps
     lengths. A bound below LARGEST is subtracted in place of the running maximum. Where it did not hold (tables that
     stretch), the tile is done again.
+
+    With `start`, blocks of keys before the first document of the tile are skipped, and those that documents start in
+    are masked like those that the diagonal crosses.
     """
+    LEAST: tl.constexpr = float("-inf") if start_ptr is None else LOWEST
     b, h, block = place(BLOCKS, H, HEADS)
     g = h // (H // G)
     t = block * BM
@@ -155,18 +179,25 @@ def _forward_kernel(
     position = OFFSET + query
     acc = tl.zeros((HEADS * BM, D), tl.float32)
     total = tl.zeros((HEADS * BM, 8), tl.float32)
-    top = tl.full((HEADS * BM,), float("-inf"), tl.float32)
+    top = tl.full((HEADS * BM,), LEAST, tl.float32)
     seen_by_all = (OFFSET + t + 1) // BN * BN
     last = OFFSET + tl.minimum(t + BM, T)
+    start, clear = None, 0
+    if start_ptr is not None:
+        start, first, clear = spans(start_ptr, b, t, position, seen_by_all, T, OFFSET, BM, BN)
     searches = True
     if gain_ptr is not None:
         bound = tl.abs(tl.load(gain_ptr + h + tl.arange(0, HEADS * BM) // BM)) * (1.02 * D * scale)
         if tl.max(bound) < LARGEST:
+            if start_ptr is not None:
+                acc, total = _attend_bounded(
+                    acc, total, bound, q, k_d, v_d, b, g, position, start, first, clear, scale, True, BN, D
+                )
             acc, total = _attend_bounded(
-                acc, total, bound, q, k_d, v_d, b, g, position, 0, seen_by_all, scale, False, BN, D
+                acc, total, bound, q, k_d, v_d, b, g, position, start, clear, seen_by_all, scale, False, BN, D
             )
             acc, total = _attend_bounded(
-                acc, total, bound, q, k_d, v_d, b, g, position, seen_by_all, last, scale, True, BN, D
+                acc, total, bound, q, k_d, v_d, b, g, position, start, seen_by_all, last, scale, True, BN, D
             )
             top = bound
             whole = (tl.max(total, 1) > 0.0) & (tl.max(total, 1) < float("inf"))
@@ -175,21 +206,43 @@ def _forward_kernel(
         if gain_ptr is not None:
             acc = tl.zeros((HEADS * BM, D), tl.float32)
             total = tl.zeros((HEADS * BM, 8), tl.float32)
-            top = tl.full((HEADS * BM,), float("-inf"), tl.float32)
-        acc, total, top = _attend(acc, total, top, q, k_d, v_d, b, g, position, 0, seen_by_all, scale, False, BN, D)
-        acc, total, top = _attend(acc, total, top, q, k_d, v_d, b, g, position, seen_by_all, last, scale, True, BN, D)
+            top = tl.full((HEADS * BM,), LEAST, tl.float32)
+        if cache_k_ptr is not None:
+            acc, total, top = attend_cache(
+                acc, total, top, q, cache_k_ptr, cache_v_ptr, slots_ptr, filled_ptr, SLOTS, CAPACITY, WINDOW,
+                slot_stride, cell_stride, group_stride, cell_stride_d, b, g, T, scale, BN, D,
+            )  # fmt: skip
+        if start_ptr is not None:
+            acc, total, top = _attend(
+                acc, total, top, q, k_d, v_d, b, g, position, start, first, clear, scale, True, BN, D
+            )
+        acc, total, top = _attend(
+            acc, total, top, q, k_d, v_d, b, g, position, start, clear, seen_by_all, scale, False, BN, D
+        )
+        acc, total, top = _attend(
+            acc, total, top, q, k_d, v_d, b, g, position, start, seen_by_all, last, scale, True, BN, D
+        )
     total = tl.max(total, 1)
     tl.store(lse_ptr + row_at(b, h, t, T, H, HEADS, BM), top + tl.math.log2(total), mask=query < T)
     store(out_d, acc * (1.0 / total)[:, None], b, h, t, HEADS, BM, D)
 
 
 def launch_forward(
-    q: Tensor, k: Tensor, v: Tensor, tail: int, out: Tensor | None = None, gain: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tail: int,
+    out: Tensor | None = None,
+    gain: Tensor | None = None,
+    cache: Cache | None = None,
+    start: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(out [B, tail, H, d], logsumexp fp32 [B, H, tail]) of q [B, S, H, d], k and v [B, S, G, d].
 
     `gain` fp32 [H] says that the heads of q and k were normed to rms 1 and those of q are times their gain. In fp16,
-    whose range is too small for what a bound leaves of a score, it goes unused.
+    whose range is too small for what a bound leaves of a score, it goes unused. The keys of `cache` come before those
+    of k; tail is S then, and no gain is given. `start` int32 [B, S], contiguous: the first token of each token's
+    document; it never falls along a row.
     """
     gain = None if q.dtype == torch.float16 else gain
     (batch, length, heads, width), groups = q.shape, k.size(2)
@@ -202,7 +255,8 @@ def launch_forward(
         blocks = triton.cdiv(tail, queries)
         _forward_kernel[(blocks * batch * heads // packed,)](
             by_heads(q, packed, queries), by_heads(k, 1, keys), by_heads(v, 1, keys), by_heads(out, packed, queries),
-            lse, gain, LOG2_E / math.sqrt(width), tail, length - tail, blocks,
+            lse, gain, start, *(cache.arguments() if cache else NO_CACHE), LOG2_E / math.sqrt(width), tail,
+            length - tail, blocks,
             H=heads, G=groups, D=width, HEADS=packed, BM=queries, BN=keys,
             num_warps=config.warps, num_stages=config.stages, maxnreg=config.registers,
         )  # fmt: skip

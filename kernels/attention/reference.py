@@ -3,9 +3,13 @@
     out_h = softmax(q_h K_g^T / sqrt(d), causal) V_g           head h reads key/value group g = h // (H / G)
 
 q [B, S, H, d], k and v [B, S, G, d] -> [B, S, H, d]. 2*B*H*S^2*d FLOPs forward (half of the square is masked).
+Documents side by side in a row are kept apart by `start` int32 [B, S], where each token's document starts: token i sees
+start_i to i. The reference writes a mask [B, 1, S, S] for it.
+
 A backend that was asked for by name and cannot run raises: nothing falls back in silence.
 """
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -18,12 +22,22 @@ BACKENDS = {
 }
 
 
-def causal_attention_ref(q: Tensor, k: Tensor, v: Tensor, backend: str = "math") -> Tensor:
+def document_starts(tokens: Tensor, bos: int) -> Tensor:
+    """Where the document of each of `tokens` int [B, S] starts: the last `bos` up to it, else the row; int32 [B, S].
+
+    Example: start = document_starts(tokens, bos=1)
+    """
+    position = torch.arange(tokens.size(1), dtype=torch.int32, device=tokens.device)
+    return torch.where(tokens == bos, position, 0).cummax(1).values
+
+
+def causal_attention_ref(q: Tensor, k: Tensor, v: Tensor, backend: str = "math", start: Tensor | None = None) -> Tensor:
     """Causal attention of `q` [B, Sq, H, d] over `k` and `v` [B, Sk, G, d] -> [B, Sq, H, d], of one float dtype.
 
     H is a multiple of G. Sq = Sk, or Sq = 1: one new token after a cache. `backend` is PyTorch's: "cudnn", "flash",
     "efficient" or "math". One token is a matrix-vector product, which cuDNN refuses and flash gains nothing at: it
-    takes "math". Autograd gives the gradients of q, k and v.
+    takes "math". With `start` [B, Sk], Sq = Sk, no token sees one of another document. Autograd gives the gradients of
+    q, k and v.
     RuntimeError: the backend does not run these tensors.
 
     Example: out = causal_attention_ref(q, k, v)
@@ -31,6 +45,11 @@ def causal_attention_ref(q: Tensor, k: Tensor, v: Tensor, backend: str = "math")
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     if q.size(2) == 1:
         backend = "math"
+    mask = None
+    if start is not None:
+        key = torch.arange(k.size(2), device=q.device)
+        mask = ((start[:, :, None] <= key) & (key <= key[:, None]))[:, None]
+    is_causal = q.size(2) > 1 and mask is None
     with sdpa_kernel(BACKENDS[backend]):
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=q.size(2) > 1, enable_gqa=q.size(1) != k.size(1))
+        out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, enable_gqa=q.size(1) != k.size(1))
     return out.transpose(1, 2)

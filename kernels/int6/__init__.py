@@ -6,10 +6,12 @@ from ...lazy import lazy_exports
 from .reference import (
     CODE_MAX,
     GROUP_SIZES,
+    GroupSize,
     Int6Weight,
     dequantize_int6_ref,
     pack_int6_ref,
     packed_words,
+    pick_group_size,
     quantize_int6_ref,
     relative_error,
     unpack_int6_ref,
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 __all__ = [
     "CODE_MAX",
     "GROUP_SIZES",
+    "GroupSize",
     "LAYOUT",
     "Int6Config",
     "Int6Linear",
@@ -39,6 +42,7 @@ __all__ = [
     "packed_words",
     "pick_config",
     "pick_config_dx",
+    "pick_group_size",
     "quantize_int6",
     "quantize_int6_ref",
     "relative_error",

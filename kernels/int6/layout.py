@@ -26,7 +26,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .reference import CODE_MAX, GROUP_SIZES, Int6Weight, dequantize_int6_ref, quantize_int6_ref, unpack_int6_ref
+from .reference import (
+    CODE_MAX,
+    GROUP_SIZES,
+    GroupSize,
+    Int6Weight,
+    dequantize_int6_ref,
+    pick_group_size,
+    quantize_int6_ref,
+    unpack_int6_ref,
+)
 
 LAYOUT = 1
 """Version of the layout above; data of another is refused."""
@@ -43,6 +52,11 @@ LOW, HIGH = 0x000F000F, 0x00300030
 def packed_shape(rows: int, columns: int) -> tuple[int, ...]:
     """Shape of the packed tensor of [rows, columns] codes."""
     return -(-rows // ROWS), -(-columns // COLUMNS), 3, 32, 4
+
+
+def scale_shapes(rows: int, columns: int) -> list[tuple[int, ...]]:
+    """Shapes that the scales of [rows, columns] codes may have: one scale a row, then each group size that fits."""
+    return [(rows,)] + [(rows, columns // size) for size in GROUP_SIZES if columns % size == 0]
 
 
 def pack_int6(codes: Tensor) -> Tensor:
@@ -116,7 +130,7 @@ class Int6Matrix:
         if self.packed.dtype != torch.int32 or tuple(self.packed.shape) != wanted:
             found = f"{self.packed.dtype} {list(self.packed.shape)}"
             raise ValueError(f"packed is {found}; {[rows, columns]} weights take int32 {list(wanted)}: truncated?")
-        scales = [(rows,)] + [(rows, columns // size) for size in GROUP_SIZES if columns % size == 0]
+        scales = scale_shapes(rows, columns)
         if self.scale.dtype not in SCALE_DTYPES or tuple(self.scale.shape) not in scales:
             found = f"{self.scale.dtype} {list(self.scale.shape)}"
             allowed = " or ".join(str(list(shape)) for shape in scales)
@@ -153,15 +167,18 @@ class Int6Matrix:
 
 
 def quantize_int6(
-    weight: Tensor, group_size: int | None = None, clip: float | None = None, second_moment: Tensor | None = None
+    weight: Tensor, group_size: GroupSize = "auto", clip: float | None = None, second_moment: Tensor | None = None
 ) -> Int6Matrix:
     """`weight` [N, K] -> codes and scales by :func:`quantize_int6_ref`, packed, all on the weight's device.
 
-    `group_size`, `clip` and `second_moment` are those of :func:`quantize_int6_ref`, and so are the errors (ValueError).
+    `group_size` "auto" takes groups where they pay (:func:`pick_group_size`); None is one scale a row, 32, 64 or 128
+    one for so many inputs. `clip`, `second_moment` and the errors (ValueError) are those of :func:`quantize_int6_ref`.
     The result has no gradient, and may be trained through even if it was made in inference mode.
 
     Example: matrix = quantize_int6(weight)
     """
     with torch.inference_mode(False):
+        if group_size == "auto":
+            group_size = pick_group_size(weight, clip, second_moment)
         codes, scale = quantize_int6_ref(weight, clip, group_size, second_moment)
         return Int6Matrix(pack_int6(codes), scale, tuple(weight.shape))

@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .layout import LAYOUT, SCALE_DTYPES, Int6Matrix, packed_shape, quantize_int6
+from .layout import LAYOUT, SCALE_DTYPES, Int6Matrix, packed_shape, quantize_int6, scale_shapes
 from .op import Backend, int6_linear
-from .reference import GROUP_SIZES
+from .reference import GROUP_SIZES, GroupSize
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,7 +63,7 @@ class Int6Linear(nn.Module):
     weight that this stands for; casts of the module change it. Under autocast x is cast as nn.Linear would cast it.
 
     ValueError: a group size that does not divide in_features, a state dict of another layout, shape or dtype, or with a
-    dense weight.
+    dense weight. A state dict may have other groups: the module takes them over.
 
     Example: out = Int6Linear.from_linear(torch.nn.Linear(64, 128))(x)
     """
@@ -113,17 +113,18 @@ class Int6Linear(nn.Module):
     def from_linear(
         cls,
         linear: nn.Linear,
-        group_size: int | None = None,
+        group_size: GroupSize = "auto",
         clip: float | None = None,
         second_moment: Tensor | None = None,
     ) -> "Int6Linear":
         """`linear` quantised on its device by :func:`quantize_int6`, in its mode; its bias is the same Parameter.
 
-        A linear on "meta" gives an Int6Linear on "meta", for weights that are loaded later.
+        A linear on "meta" gives an Int6Linear on "meta", for weights that are loaded later and bring their groups.
         """
         if linear.weight.is_meta:
             rows, columns = linear.weight.shape
-            made = cls(columns, rows, False, group_size, device="meta", dtype=linear.weight.dtype)
+            groups = None if group_size == "auto" else group_size
+            made = cls(columns, rows, False, groups, device="meta", dtype=linear.weight.dtype)
             made.bias = linear.bias
         else:
             matrix = quantize_int6(linear.weight, group_size, clip, second_moment)
@@ -168,12 +169,16 @@ class Int6Linear(nn.Module):
         version = state_dict.get(f"{prefix}layout")
         if version is not None and int(version) != LAYOUT:
             raise ValueError(f"{prefix}packed has layout version {int(version)}; this klora reads {LAYOUT}: pack again")
-        for name, dtypes in (("packed", (torch.int32,)), ("scale", SCALE_DTYPES)):
+        scales = scale_shapes(self.out_features, self.in_features)
+        for name, dtypes, shapes in (
+            ("packed", (torch.int32,), [tuple(self.packed.shape)]),
+            ("scale", SCALE_DTYPES, scales),
+        ):
             tensor, own = state_dict.get(f"{prefix}{name}"), getattr(self, name)
-            if tensor is not None and (tensor.shape != own.shape or tensor.dtype not in dtypes):
+            if tensor is not None and (tuple(tensor.shape) not in shapes or tensor.dtype not in dtypes):
                 found = f"{tensor.dtype} {list(tensor.shape)}"
-                allowed = " or ".join(map(str, dtypes))
-                raise ValueError(f"{prefix}{name} is {found}; this module takes {allowed} {list(own.shape)}")
-            if tensor is not None and tensor.dtype != own.dtype:
-                setattr(self, name, own.to(tensor.dtype))
+                allowed = f"{' or '.join(map(str, dtypes))} {' or '.join(str(list(shape)) for shape in shapes)}"
+                raise ValueError(f"{prefix}{name} is {found}; this module takes {allowed}")
+            if tensor is not None and (tensor.dtype, tensor.shape) != (own.dtype, own.shape):
+                setattr(self, name, own.new_empty(tensor.shape, dtype=tensor.dtype))
         super()._load_from_state_dict(state_dict, prefix, *rest)

@@ -29,7 +29,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..registration import custom_op
+from ..registration import custom_op, resolve_backend
 from ..tile import is_hopper
 from .backward import dequantize_tiles, warp_backward
 from .forward import add_parts, permute_inputs, tile_forward, warp_forward
@@ -176,12 +176,11 @@ def int6_linear_dx(dout: Tensor, weight: Int6Matrix, backend: Backend | None = N
 
 
 def _backend(backend: Backend | None, x: Tensor, weight: Int6Matrix) -> Backend:
-    if backend not in (None, "reference", "triton"):
-        raise ValueError(f"backend={backend!r}; allowed: reference, triton or None")
+    backend = resolve_backend(backend, x)
     if weight.packed.device != x.device or weight.scale.device != x.device:
         devices = f"activations are on {x.device}, codes on {weight.packed.device}, scales on {weight.scale.device}"
         raise ValueError(f"{devices}; they take one device")
-    return backend or ("triton" if x.is_cuda else "reference")
+    return backend
 
 
 @custom_op("klora::int6_product", mutates_args=())

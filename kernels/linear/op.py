@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..registration import custom_op
+from ..registration import custom_op, resolve_backend
 from .product import DTYPES, launch_product
 
 
@@ -73,13 +73,12 @@ _linear.register_autograd(_backward, setup_context=_setup_context)
 
 def runs_kernel(backend: str | None, **operands: Tensor) -> bool:
     """Whether the kernel runs, and not the reference; raises ValueError on what neither takes, or the kernel."""
-    if backend not in (None, "reference", "triton"):
-        raise ValueError(f"backend is {backend!r}; allowed: None, 'reference', 'triton'")
+    first = next(iter(operands.values()))
+    backend = resolve_backend(backend, first)
     given = ", ".join(f"{name} is {tensor.dtype} on {tensor.device}" for name, tensor in operands.items())
     if len({(tensor.dtype, tensor.device) for tensor in operands.values()}) > 1:
         raise ValueError(f"{given}; all must have one dtype and one device")
-    first = next(iter(operands.values()))
-    if backend == "reference" or (backend is None and first.device.type == "cpu"):
+    if backend == "reference":
         return False
     if first.dtype not in DTYPES:
         raise ValueError(f"{given}; the kernel wants bfloat16, float16 or float32")

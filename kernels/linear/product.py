@@ -125,21 +125,21 @@ def _finish_heads(
     left, right = tl.split(tile.to(tl.float32).reshape(M, COUNT, 2, HEAD // 2).permute(0, 1, 3, 2))
     if n < (Q + G) * HEAD:
         row, head = m + tl.arange(0, M), n // HEAD + tl.arange(0, COUNT)
-        is_turned = head < Q + G
+        is_rotated = head < Q + G
         offsets = (row % S)[:, None] * (HEAD // 2) + tl.arange(0, HEAD // 2)[None, :]
         cos, sin = tl.load(cos_ptr + offsets)[:, None, :], tl.load(sin_ptr + offsets)[:, None, :]
         gain = tl.load(gain_ptr + head, mask=head < Q, other=1.0)
         square = tl.sum(left * left + right * right, 2) * (1.0 / HEAD) + EPS
         rstd = tl.div_rn(1.0, tl.sqrt_rn(square)) if out_d.dtype == tl.float32 else tl.rsqrt(square)
         places = rstd_ptr + row.to(tl.int64)[:, None] * (Q + G) + head[None, :]
-        tl.store(places, rstd, mask=(row < ROWS)[:, None] & is_turned[None, :])
+        tl.store(places, rstd, mask=(row < ROWS)[:, None] & is_rotated[None, :])
         scale = (rstd * gain[None, :])[:, :, None]
         first, second = (left * cos - right * sin) * scale, (right * cos + left * sin) * scale
         if (Q + G) * HEAD % N == 0:
             left, right = first, second
         else:
-            left = tl.where(is_turned[None, :, None], first, left)
-            right = tl.where(is_turned[None, :, None], second, right)
+            left = tl.where(is_rotated[None, :, None], first, left)
+            right = tl.where(is_rotated[None, :, None], second, right)
     tile = tl.join(left.to(out_d.dtype), right.to(out_d.dtype)).permute(0, 1, 3, 2).reshape(M, N)
     _store_pieces(out_d, tile, m, n, M, N, PIECES)
 

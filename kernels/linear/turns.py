@@ -55,16 +55,16 @@ def _with_heads(
         cos = gl.load(cos_ptr + offsets)
         sin = gl.load(sin_ptr + offsets)
         gain = gl.load(gain_ptr + head, mask=head < Q, other=1.0)
-        is_turned = (head < Q + G)[None, :]
+        is_rotated = (head < Q + G)[None, :]
         rstd = gl.rsqrt(gl.sum(left * left + right * right, 2) * (1.0 / HEAD) + EPS)
         places = rstd_ptr + row.to(gl.int64)[:, None] * (Q + G) + head[None, :]
-        gl.store(places, rstd, mask=(row < ROWS)[:, None] & is_turned)
+        gl.store(places, rstd, mask=(row < ROWS)[:, None] & is_rotated)
         scale = (rstd * gain[None, :])[:, :, None]
         first = (left * cos - right * sin) * scale
         second = (right * cos + left * sin) * scale
         if (Q + G) * HEAD % BLOCK:
-            first = gl.where(is_turned[:, :, None], first, left)
-            second = gl.where(is_turned[:, :, None], second, right)
+            first = gl.where(is_rotated[:, :, None], first, left)
+            second = gl.where(is_rotated[:, :, None], second, right)
         left = first
         right = second
     both = gl.reshape(gl.permute(gl.join(left, right), [0, 1, 3, 2]), [BLOCK, BLOCK])

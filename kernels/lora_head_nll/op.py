@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..registration import custom_op
+from ..registration import custom_op, resolve_backend
 from ..slots import is_in_pool
 from .launch import is_packed, launchable, outputs
 from .reference import check_softcap, lora_head_nll_ref, softcap_nll_ref
@@ -259,9 +259,7 @@ def _takes_reference(
     slots: Tensor | None = None,
 ) -> bool:
     """Whether `backend` means the reference; ValueError for arguments that it does not take."""
-    if backend not in (None, "reference", "triton"):
-        raise ValueError(f"backend is {backend!r}; allowed: None, 'reference', 'triton'")
-    reference = backend == "reference" or (backend is None and h.device.type == "cpu")
+    reference = resolve_backend(backend, h) == "reference"
     if h.dim() != 3 or weight.dim() != 2 or h.size(2) != weight.size(1):
         raise ValueError(f"h is {list(h.shape)} and weight {list(weight.shape)}; wanted: [B, S, D] and [V, D]")
     if targets.shape != h.shape[:2] or targets.dtype not in INTEGERS:

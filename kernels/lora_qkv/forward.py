@@ -66,7 +66,7 @@ def _store_piece(q_d, k_d, v_d, p, b, s, n, piece, M: tl.constexpr, N: tl.conste
 @triton.jit(do_not_specialize=["S", "TILES", "COUNT"])
 def _forward_kernel(
     x_d, w_d, a_d, b_ptr, slots_ptr, q_d, k_d, v_d, xa_ptr, u_ptr, cos_ptr, sin_ptr, gain_ptr, rstd_q_ptr, rstd_k_ptr,
-    b_stride, S, TILES, COUNT,
+    table_stride, b_stride, S, TILES, COUNT,
     NQ: tl.constexpr, NK: tl.constexpr, NV: tl.constexpr, D: tl.constexpr, R: tl.constexpr, RT: tl.constexpr,
     STACKED: tl.constexpr, RP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, HEAD: tl.constexpr,
     HEADS: tl.constexpr, EPS: tl.constexpr, SQUARED: tl.constexpr,
@@ -131,8 +131,12 @@ def _forward_kernel(
             if cos_ptr is not None:
                 # What comes from memory is asked for before the product below: it arrives meanwhile.
                 offsets = row_s[:, None] * (HEAD // 2) + tl.arange(0, HEAD // 2)
-                cos = tl.load(cos_ptr + offsets, mask[:, None] & (p < 2), other=0.0)
-                sin = tl.load(sin_ptr + offsets, mask[:, None] & (p < 2), other=0.0)
+                cos_rows, sin_rows = cos_ptr, sin_ptr
+                if table_stride is not None:
+                    cos_rows += b.to(tl.int64) * table_stride
+                    sin_rows += b.to(tl.int64) * table_stride
+                cos = tl.load(cos_rows + offsets, mask[:, None] & (p < 2), other=0.0)
+                sin = tl.load(sin_rows + offsets, mask[:, None] & (p < 2), other=0.0)
                 head, queries = n // HEAD, tl.where(p == 0, NQ // HEAD, 0)
                 gain_0 = gains(gain_ptr, head, queries, HEADS)
                 if HEADS * HEAD < BN:
@@ -209,7 +213,7 @@ def launch_forward(
         _forward_kernel[(programs(x.device, tiles),)](
             tiled(x, 1, m, k), tiled(weight, n, k), tiled(adapters.a, 1, padded, k), adapters.b, adapters.slots,
             *of_three([tiled(out, 1, m, n // PIECES) for out in outs], None), xa, u,
-            *(rotary[:3] if rotary else (None, None, None)), *rstds,
+            *(rotary[:3] if rotary else (None, None, None)), *rstds, rotary.table_stride if rotary else None,
             adapters.b.stride(0), length, tiles, adapters.b.size(0), *of_three(sizes, 0),
             D=width, R=rank, RT=adapters.b.size(2), STACKED=adapters.is_packed and is_stacked(rank, groups),
             RP=padded, BM=m, BN=n, BK=k,

@@ -10,12 +10,17 @@ from ..tile import halves
 
 
 class Rotary(NamedTuple):
-    """Tables [S, head_dim/2] and gain [query heads], fp32 and contiguous."""
+    """Tables [S, head_dim/2] or each document's own [B, S, head_dim/2], gain [query heads]; fp32 and contiguous."""
 
     cos: Tensor
     sin: Tensor
     gain: Tensor
     head_dim: int
+
+    @property
+    def table_stride(self) -> int | None:
+        """From the tables of a document to those of the next; None where all share them."""
+        return self.cos.stride(0) if self.cos.dim() == 3 else None
 
 
 def heads_at_once(width: int, head_dim: int) -> int:

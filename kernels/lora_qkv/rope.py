@@ -201,15 +201,16 @@ def _backward(ctx, *douts):
 _op.register_autograd(_backward, setup_context=_setup)
 
 
-def validate_heads(x, lora_a, cos, sin, gain, sizes, head_dim, backend) -> None:
-    """Raises ValueError on heads and tables that the backend does not take."""
+def validate_heads(x, lora_a, cos, sin, gain, sizes, head_dim, backend, own_tables=False) -> None:
+    """Raises ValueError on heads and tables that the backend does not take; `own_tables`: each document has its own."""
     refuse_gradients("detach it", cos=cos, sin=sin)
     refuse_gradients("detach it, or use lora_qkv and norm_rotary", gain=gain)
     if head_dim < 2 or head_dim % 2 or any(size % head_dim for size in sizes[:2]):
         raise ValueError(f"head_dim is {head_dim} and sizes {tuple(sizes)}; wanted an even divisor of the first two")
+    table = [*x.shape[:2], head_dim // 2] if own_tables else [x.size(1), head_dim // 2]
     for name, tensor, shape in (
-        ("cos", cos, [x.size(1), head_dim // 2]),
-        ("sin", sin, [x.size(1), head_dim // 2]),
+        ("cos", cos, table),
+        ("sin", sin, table),
         ("gain", gain, [sizes[0] // head_dim]),
     ):
         if list(tensor.shape) != shape or tensor.device != x.device:

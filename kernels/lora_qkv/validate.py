@@ -3,13 +3,15 @@
 import torch
 from torch import Tensor
 
+from ..registration import resolve_backend
+
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MOST_RANK = 128
 
 
 def validate(x, weight, lora_a, lora_b, slots, sizes, grads, backend) -> tuple[str, list[int], Tensor | None]:
     """The backend that runs, the sizes and contiguous slots; raises ValueError on what the backend does not take."""
-    backend = pick_backend(x, backend)
+    backend = resolve_backend(backend, x)
     if x.dim() != 3 or weight.dim() != 2 or weight.size(1) != x.size(-1):
         raise ValueError(f"x is {describe(x)} and weight {describe(weight)}; wanted [B, S, D] and [Nq+Nk+Nv, D]")
     width, rows = x.size(2), weight.size(0)
@@ -51,14 +53,6 @@ def validate_product(
     _validate_adapters(given, slots, grads, backend)
     if backend == "triton" and any(size < 1 or size % 16 for size in weight.shape):
         raise ValueError(f"{name} is {describe(weight)}; the kernel wants positive multiples of 16")
-
-
-def pick_backend(x: Tensor, backend: str | None) -> str:
-    """The backend that runs."""
-    backend = backend or ("triton" if x.is_cuda else "reference")
-    if backend not in ("reference", "triton"):
-        raise ValueError(f"backend is {backend!r}; allowed: 'reference', 'triton' or None")
-    return backend
 
 
 def _validate_adapters(given, slots, grads, backend) -> None:

@@ -10,7 +10,8 @@ matrices in, matrices out; on the way the arena holds two copies of each matrix 
 all in fp16. No gradient. Needs Hopper.
 
 reference.py is the reference. plan.py puts the products of all matrices in order. products.py computes them set by set,
-chained.py in one launch. edges.py does what comes before and after. op.py decides what runs where.
+chained.py in one launch. edges.py does what comes before and after, by the table of pieces.py. op.py decides what runs
+where, and validate.py what is accepted.
 """
 
 from typing import TYPE_CHECKING
@@ -29,15 +30,14 @@ from .reference import (
 if TYPE_CHECKING:
     from .op import (
         MuonDirections,
-        check_apart,
         muon_apply_,
         muon_updates,
         newton_schulz,
-        pick_backend,
         pick_config,
         pick_form,
     )
     from .products import NewtonSchulzConfig
+    from .validate import check_apart, pick_backend
 
 __all__ = [
     "EPS",

@@ -6,8 +6,9 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ..registration import custom_op
-from .edges import PIECE, Layouts, Pieces, apply_updates, fill_arena, measure, pieces_of
+from ..registration import check_backend, custom_op
+from .edges import apply_updates, fill_arena, measure
+from .pieces import PIECE, Layouts, Pieces, pieces_of
 from .plan import Plan, Shapes, plan_of, result_layout
 from .products import NewtonSchulzConfig, run_products
 from .reference import (
@@ -20,8 +21,7 @@ from .reference import (
     spelled,
     update_scale,
 )
-
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+from .validate import check_alike, check_apart, check_device, check_tensors, checked_rate, takes_kernel
 
 
 def pick_form(rows: int, columns: int) -> str:
@@ -33,12 +33,6 @@ def pick_form(rows: int, columns: int) -> str:
     nothing was measured.
     """
     return "gram" if max(rows, columns) >= 2 * min(rows, columns) else "standard"
-
-
-def pick_backend(device: torch.device) -> str:
-    """'triton' where the kernels run, which is on Hopper; 'reference' elsewhere."""
-    runs = device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
-    return "triton" if runs else "reference"
 
 
 def pick_config(shapes: Sequence[Shapes], dtype: torch.dtype, on_gpu: bool) -> NewtonSchulzConfig:
@@ -114,7 +108,7 @@ def _tables(
 ) -> tuple[NewtonSchulzConfig, Plan, Pieces]:
     """How tensors [B, rows, columns] are orthogonalised."""
     layouts, device = _layouts(tensors), tensors[0].device
-    _check_device(device)
+    check_device(device)
     config = pick_config(_shapes(layouts, forms), dtype, tensors[0].is_cuda)
     plan, pieces = _lasting(_layout(layouts, steps, coefficients, tuple(forms), config, device), device)
     return config, plan, pieces
@@ -241,7 +235,7 @@ def _muon_apply(
 ) -> None:
     layouts = _layouts(parameters)
     strides, device = tuple(u.stride(-2) for u in updates), parameters[0].device
-    _check_device(device)
+    check_device(device)
     pieces, scales = _lasting(_targets(layouts, strides, scale, device), device)
     if lr_on_device is None:
         apply_updates(parameters, updates, scales, lr, weight_decay, pieces)
@@ -278,16 +272,16 @@ def newton_schulz(
     """
     is_one = isinstance(matrices, Tensor)
     tensors = [matrices] if is_one else list(matrices)
-    _check("matrices", tensors)
+    check_tensors("matrices", tensors)
     coefficients_of(coefficients, steps)
     if form not in (None, "standard", "gram"):
         raise ValueError(f"form={form!r} is not possible; allowed: 'standard', 'gram' or None")
     if not tensors:
-        _check_backend(backend)
+        check_backend(backend)
         return []
     first = tensors[0]
     dtype = dtype or result_dtype(first)
-    if not _takes_kernel(first, backend, dtype):
+    if not takes_kernel(first, backend, dtype):
         results = [newton_schulz_ref(t, steps, dtype, coefficients) for t in tensors]
         return results[0] if is_one else results
     flat = [t.detach().reshape(-1, *t.shape[-2:]) for t in tensors]
@@ -321,17 +315,17 @@ class MuonDirections:
         coefficients: str | Sequence[float] = "jordan",
         backend: str | None = None,
     ):
-        _check("gradients", gradients, 2)
-        _check("momenta", momenta, 2)
-        _check_alike("gradients", gradients, "momenta", momenta)
+        check_tensors("gradients", gradients, 2)
+        check_tensors("momenta", momenta, 2)
+        check_alike("gradients", gradients, "momenta", momenta)
         check_apart(momenta, gradients)
         coefficients_of(coefficients, steps)
         first = gradients[0]
         self.momenta = [m.detach() for m in momenta]
         self.gradients = [_laid_out_as(g.detach(), m) for g, m in zip(gradients, self.momenta, strict=True)]
-        self.momentum = _rate("momentum", momentum, first.device)
+        self.momentum = checked_rate("momentum", momentum, first.device)
         self.settings = nesterov, steps, spelled(coefficients)
-        self.runs_kernel = _takes_kernel(first, backend, momenta[0].dtype)
+        self.runs_kernel = takes_kernel(first, backend, momenta[0].dtype)
         if self.runs_kernel:
             self.forms = [pick_form(*t.shape) for t in self.gradients]
             self.inverses, self.finite = _muon_norms(*self._lists(), *self._rest())
@@ -389,7 +383,7 @@ def muon_updates(
     Example: updates = muon_updates(gradients, momenta, momentum=0.95)
     """
     if not gradients and not momenta:
-        _check_backend(backend)
+        check_backend(backend)
         return []
     return MuonDirections(gradients, momenta, momentum, nesterov, steps, coefficients, backend).updates()
 
@@ -416,15 +410,15 @@ def muon_apply_(
     """
     update_scale(1, 1, scale)
     if not parameters and not updates:
-        _check_backend(backend)
+        check_backend(backend)
         return
-    _check("parameters", parameters, 2)
-    _check("updates", updates, 2)
-    _check_alike("parameters", parameters, "updates", updates)
+    check_tensors("parameters", parameters, 2)
+    check_tensors("updates", updates, 2)
+    check_alike("parameters", parameters, "updates", updates)
     check_apart(parameters, updates)
     device = parameters[0].device
-    rates = [_rate("lr", lr, device), _rate("weight_decay", weight_decay, device)]
-    if not _takes_kernel(parameters[0], backend, updates[0].dtype):
+    rates = [checked_rate("lr", lr, device), checked_rate("weight_decay", weight_decay, device)]
+    if not takes_kernel(parameters[0], backend, updates[0].dtype):
         muon_apply_ref_(parameters, updates, *rates, scale)
         return
     if any(isinstance(rate, Tensor) for rate in rates):
@@ -439,115 +433,9 @@ def muon_apply_(
     _muon_apply(flat, [u[None] for u in side_by_side], *rates, *on_device, scale)
 
 
-def check_apart(written: Sequence[Tensor], read: Sequence[Tensor] = ()) -> None:
-    """ValueError for a written tensor whose entries share memory, with each other or with another tensor.
-
-    Of two tensors with gaps in them, only those that start at one address are found.
-    """
-    if torch.compiler.is_compiling():
-        return
-    spans = []
-    for is_written, tensors in ((True, written), (False, read)):
-        for t in tensors:
-            if t.device.type == "meta" or not t.numel():
-                continue
-            is_dense = t.is_contiguous()
-            if not is_dense:
-                sizes = sorted((stride, size) for size, stride in zip(t.shape, t.stride(), strict=True) if size > 1)
-                reach = 1
-                for stride, size in sizes:
-                    if is_written and stride < reach:
-                        raise ValueError(
-                            f"a matrix of shape {tuple(t.shape)} and strides {t.stride()} is written, but its entries "
-                            "share memory; allowed: none do. Give a copy: tensor.clone()"
-                        )
-                    reach += (size - 1) * stride
-                is_dense = reach == t.numel()
-            start = t.data_ptr()
-            spans.append((start, start + t.numel() * t.itemsize if is_dense else start + 1, is_written))
-    spans.sort()
-    end_written = end_read = 0
-    for start, end, is_written in spans:
-        if start < end_written or (is_written and start < end_read):
-            raise ValueError(
-                "two matrices of one call share memory, and one of them is written; allowed: each has its own. Give "
-                "each once, or a copy: tensor.clone()"
-            )
-        if is_written:
-            end_written = max(end_written, end)
-        else:
-            end_read = max(end_read, end)
-
-
 def _laid_out_as(tensor: Tensor, other: Tensor) -> Tensor:
     """`tensor` with the strides of `other`: itself where it has them."""
     if tensor.stride() == other.stride():
         return tensor
     copy = torch.empty_strided(other.shape, other.stride(), dtype=tensor.dtype, device=tensor.device)
     return copy.copy_(tensor)
-
-
-def _rate(name: str, rate: float | Tensor, device: torch.device) -> float | Tensor:
-    """A number, or a scalar tensor on `device`: fp32 for the kernels. One that is elsewhere is read."""
-    if not isinstance(rate, Tensor):
-        return float(rate)
-    if rate.numel() != 1:
-        raise ValueError(f"{name} is a tensor of shape {tuple(rate.shape)}; allowed: a number or a tensor of one")
-    if rate.device != device:
-        return float(rate)
-    return rate.detach().reshape(()).to(torch.float32)
-
-
-def _check_backend(backend: str | None) -> None:
-    if backend not in (None, "triton", "reference"):
-        raise ValueError(f"backend={backend!r} is not possible; allowed: 'triton', 'reference' or None")
-
-
-def _takes_kernel(tensor: Tensor, backend: str | None, other: torch.dtype) -> bool:
-    """Whether the kernels run on `tensor` beside one of dtype `other`; ValueError if they are asked to and cannot."""
-    _check_backend(backend)
-    is_served = tensor.dtype in DTYPES and other in DTYPES
-    takes = backend == "triton" or (backend is None and tensor.is_cuda and is_served)
-    if takes and not is_served:
-        raise ValueError(
-            f"{tensor.dtype} with {other} is not possible for the kernels; allowed: {DTYPES}, or backend='reference'"
-        )
-    return takes
-
-
-def _check_device(device: torch.device) -> None:
-    """ValueError for a GPU that the kernels do not run on. Inside the ops, where no compiler traces it.
-
-    Off the GPU they run in Triton's interpreter.
-    """
-    if device.type == "cuda" and pick_backend(device) != "triton":
-        raise ValueError("the kernels need compute capability 9.0 (Hopper); allowed here: backend='reference'")
-
-
-def _check(name: str, tensors: Sequence[Tensor], ndim: int | None = None) -> None:
-    """ValueError for what is no matrix, or not of `ndim` dimensions, and for a list that is not of one kind."""
-    for t in tensors:
-        if t.ndim < 2 or 0 in t.shape[-2:] or t.ndim != (ndim or t.ndim):
-            allowed = "[m, n]" if ndim == 2 else "[..., m, n]"
-            raise ValueError(
-                f"{name}: a tensor of shape {tuple(t.shape)} is not possible; allowed: {allowed}, m and n above 0"
-            )
-        if not t.is_floating_point():
-            raise ValueError(f"{name}: a tensor of {t.dtype} is not possible; allowed: floating point")
-        if t.layout != torch.strided:
-            raise ValueError(f"{name}: a tensor of layout {t.layout} is not possible; allowed: dense, t.to_dense()")
-        first = tensors[0]
-        if (t.dtype, t.device) != (first.dtype, first.device):
-            raise ValueError(
-                f"{name}: tensors of {first.dtype} on {first.device} and {t.dtype} on {t.device} are not possible in "
-                "one call; allowed: one dtype on one device"
-            )
-
-
-def _check_alike(name: str, tensors: Sequence[Tensor], other_name: str, others: Sequence[Tensor]) -> None:
-    """ValueError unless both lists have the same shapes on one device."""
-    shapes, other_shapes = ([tuple(t.shape) for t in some] for some in (tensors, others))
-    if shapes != other_shapes:
-        raise ValueError(f"{name} have shapes {shapes}, {other_name} {other_shapes}; allowed: the same, one by one")
-    if tensors[0].device != others[0].device:
-        raise ValueError(f"{name} are on {tensors[0].device}, {other_name} on {others[0].device}; allowed: one device")

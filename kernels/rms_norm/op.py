@@ -4,7 +4,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ..registration import custom_op
+from ..registration import custom_op, resolve_backend
 from .backward import SPLITS_AT_ONCE, add_splits, backward
 from .forward import SPLIT, forward, pick_config
 from .reference import EPS, ResidualNorm, residual_norm_ref, rms_norm_ref
@@ -350,9 +350,7 @@ def residual_norm(
 
 def _takes_reference(x: Tensor, backend: str | None) -> bool:
     """Whether `backend` means the reference; ValueError for an x that the kernel does not take."""
-    if backend not in (None, "reference", "triton"):
-        raise ValueError(f"backend is {backend!r}; allowed: None, 'reference', 'triton'")
-    if backend == "reference" or (backend is None and x.device.type == "cpu"):
+    if resolve_backend(backend, x) == "reference":
         return True
     if x.dtype not in DTYPES:
         raise ValueError(f"x is {x.dtype}; the kernel wants bfloat16, float16 or float32")

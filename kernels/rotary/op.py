@@ -4,7 +4,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ..registration import custom_op, refuse_gradients
+from ..registration import custom_op, refuse_gradients, resolve_backend
 from ..rms_norm import EPS
 from .backward import backward
 from .forward import forward, pick_config
@@ -113,8 +113,7 @@ def norm_rotary(
     Example: q, k = norm_rotary(q, k, cos, sin, gain)
     """
     refuse_gradients("detach it", cos=cos, sin=sin)
-    if backend not in (None, "reference", "triton"):
-        raise ValueError(f"backend is {backend!r}; allowed: None, 'reference', 'triton'")
+    backend = resolve_backend(backend, q)
     if q.dim() != 4 or q.size(3) % 2 or not q.size(2):
         raise ValueError(f"q is {list(q.shape)}; wanted: [B, S, H, d] with an even d and at least one head")
     if k.dim() != 4 or k.shape[:2] != q.shape[:2] or k.size(3) != q.size(3) or k.dtype != q.dtype or not k.size(2):
@@ -128,7 +127,7 @@ def norm_rotary(
     ):
         if tensor is not None and (list(tensor.shape) != shape or tensor.device != q.device):
             raise ValueError(f"{name} is {list(tensor.shape)} on {tensor.device}; wanted: {shape} on {q.device}")
-    if backend == "reference" or (backend is None and q.device.type == "cpu"):
+    if backend == "reference":
         return norm_rotary_ref(q, cos, sin, gain), norm_rotary_ref(k, cos, sin)
     if q.dtype not in DTYPES:
         raise ValueError(f"q is {q.dtype}; the kernel wants bfloat16, float16 or float32")

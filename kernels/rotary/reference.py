@@ -32,12 +32,13 @@ def rotary_tables(length: int, head_dim: int, base: float, device=None, dtype=to
 def norm_rotary_ref(x: Tensor, cos: Tensor, sin: Tensor, gain: Tensor | None = None) -> Tensor:
     """`x` [B, S, H, d], each head normed, rotated and, if `gain` [H] is given, times it; in x's float dtype.
 
-    `cos` and `sin` are [S, d/2]; the rotation is computed in their dtype. Autograd gives all gradients.
+    `cos` and `sin` are [S, d/2], or [B, S, d/2] for a document's own; the rotation is computed in their dtype. Autograd
+    gives all gradients.
 
     Example: z = norm_rotary_ref(q, cos, sin, gain)
     """
     first, second = rms_norm_ref(x).to(cos.dtype).chunk(2, dim=-1)
-    cos, sin = cos[:, None], sin[:, None]
+    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
     rotated = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
     if gain is not None:
         rotated = rotated * gain[:, None]

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from .errors import KloraError
 from .lazy import lazy_exports
+from .version import __version__
 
 if TYPE_CHECKING:
     from . import kernels as kernels
@@ -12,7 +13,6 @@ if TYPE_CHECKING:
     from . import ttt as ttt
     from .language_model import LanguageModel, load
 
-__version__ = "0.1.0"
 __all__ = ["KloraError", "LanguageModel", "__version__", "load"]
 
 __getattr__, __dir__ = lazy_exports(__name__)

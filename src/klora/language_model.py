@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -18,9 +17,9 @@ from .model.tokenizer import Tokenizer, TokenizerError
 from .model.train import TOKENIZER
 from .ttt.base import BaseNll
 from .ttt.documents import Document, facts_of_texts
+from .ttt.pipeline import ScoreRequest, score
 from .ttt.protocols import SCORE_FIRST, TTTConfig, ttt_preset
-from .ttt.results import ScoreResult
-from .ttt.score import Journal, score_documents, unadapted
+from .ttt.results import ScoreResult, unadapted
 
 
 @torch.inference_mode(False)  # what is loaded may be adapted later
@@ -111,7 +110,7 @@ class LanguageModel:
         """
         config, read = ttt_preset(), self._documents(documents)
         base = BaseNll(self.model, read, config)
-        results = [unadapted(document, i, base, None) for i, document in enumerate(read)]
+        results = [unadapted(document, config, base.of(i)) for i, document in enumerate(read)]
         return ScoreResult(results, config, {}, facts_of_texts(self.tokenizer))
 
     def adapt(
@@ -134,13 +133,8 @@ class LanguageModel:
         Example: totals = lm.adapt({"notes": "one text"}, min_tokens=64).totals()
         """
         config: TTTConfig = ttt_preset(preset, protocol).override(settings)
-        with TemporaryDirectory() as folder:
-            journal = Journal(Path(folder) / "journal.jsonl", fingerprint="", resume=False)
-            try:
-                facts = facts_of_texts(self.tokenizer)
-                return score_documents(self.model, self._documents(documents), config, journal, facts=facts)
-            finally:
-                journal.close()
+        facts = facts_of_texts(self.tokenizer)
+        return score(ScoreRequest(self.model, self._documents(documents), config, facts=facts))
 
     def _documents(self, documents: str | Iterable[str] | Mapping[str, str]) -> list[Document]:
         if isinstance(documents, str):

@@ -1,0 +1,297 @@
+"""Kernels compiled ahead: what is recorded without a launch, the processes that compile it, and who asks for it."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import SMALL
+from klora.cli import warm as warm_module
+from klora.cli.console import Output
+from klora.cli.warm import Work, warmed
+from klora.model.config import ConfigError, Preset, TrainConfig
+from klora.model.train import rows_per_rank
+from test_cli import klora
+
+CUDA = torch.cuda.is_available()
+GPU = torch.device("cuda")
+
+NO_GPU = """
+import torch
+from klora.kernels import registration
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+class NoGPU:  # as much of a driver as recording and compiling ask of it
+    get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
+    get_current_device = staticmethod(lambda: 0)
+    get_current_stream = staticmethod(lambda device: 0)
+
+driver._active, registration.INTERPRETED, CPU = NoGPU(), True, torch.device("cpu")
+"""
+"""Kernels can be asked for on CPU tensors, and none of them could be launched."""
+
+COMPILED = """
+import dataclasses, json
+from klora.kernels import linear, relu_squared
+from klora.kernels.precompile import compile_all, is_cached, recorded
+
+def work():
+    x = torch.ones(32, 64, dtype=torch.bfloat16)
+    relu_squared(linear(x, x, backend="triton"), backend="triton")
+
+if __name__ == "__main__":
+    found = recorded(work)
+    first, second = found.values()
+    assert recorded(work).keys() == found.keys()
+    second.function.hash = first.hash  # hashed in another order it would have another key
+    bad = dataclasses.replace(second, signature={name: "*nothing" for name in second.signature})
+    done = []
+    before = [is_cached(key, one.name) for key, one in found.items()]
+    failed = compile_all([bad, first, second], 1, lambda *counts: done.append(counts))
+    after = [is_cached(key, one.name) for key, one in found.items()]
+
+    from triton import knobs
+    hits = []
+    knobs.compilation.listener = lambda cache_hit, **about: hits.append(cache_hit)
+    for one in found.values():
+        one.compile()
+    print(json.dumps([before, failed, done, after, hits]))
+"""
+
+RECORDED = """
+import dataclasses, json
+import klora.model.gpt, klora.model.optimizers
+from klora.cli import warm
+from klora.kernels import precompile
+from klora.kernels.attention import backward
+from klora.model.config import Preset, TrainConfig
+from klora.ttt.protocols import ttt_preset
+from conftest import SMALL
+
+klora.model.gpt.pick_backend = klora.model.optimizers.pick_backend = lambda *about: "triton"
+warm.why_not_here = lambda *about: ""
+train = TrainConfig(batch_tokens=256, micro_batch_tokens=128, dtype="float32", fused="true", attention="klora")
+preset = Preset("small", dataclasses.replace(SMALL, width=64), train, about="a test's")
+step = warm.record(warm.training(preset, CPU), CPU)
+precompile._forget_hashes()
+backward._dkdv_kernel.cache_key  # before those of the functions that it calls
+assert warm.record(warm.training(preset, CPU), CPU).keys() == step.keys()
+config = ttt_preset().override({"batch": "32", "window": "64", "chunk": "32", "min_tokens": "16"})
+model = warm.untrained(preset, CPU).requires_grad_(False)
+scores = [warm.record(warm.scoring(model, config, slots, backend="triton"), CPU) for slots in warm.SLOTS]
+modules = [sorted({one.function.fn.__module__.split(".")[2] for one in found.values()}) for found in (step, *scores)]
+print(json.dumps([modules, [list(found) for found in (step, *scores)]]))
+"""
+
+
+def python(code: str, cache) -> list:
+    environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(cache), "CUDA_VISIBLE_DEVICES": ""}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [*sys.path]))
+    path = cache.parent / "script.py"
+    path.write_text(NO_GPU + code)
+    done = subprocess.run([sys.executable, path], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_processes_fill_the_cache_where_a_launch_would_look(tmp_path):
+    """One that cannot be compiled is named, and the others are compiled all the same."""
+    before, failed, done, after, hits = python(COMPILED, tmp_path / "cache")
+    assert before == [False] * 2 and after == hits == [True] * 2
+    assert done == [[1, 3], [2, 3], [3, 3]] and len(failed) == 1
+    assert re.fullmatch(r"\w+: \w+: .+", failed[0])
+
+
+def test_a_training_step_and_scoring_are_recorded_without_a_gpu(tmp_path):
+    """Nothing could be launched there. A pool of 17 slots takes other kernels than one of 16."""
+    (step, *scores), (step_keys, *score_keys) = python(RECORDED, tmp_path / "cache")
+    assert {"attention", "embedding", "fold", "lora_head_nll", "newton_schulz", "rms_norm"} <= set(step)
+    assert all({"attention", "lora_adam", "lora_head_nll", "lora_qkv", "rms_norm"} <= set(score) for score in scores)
+    assert len(step_keys) > 20 and len(score_keys[0]) > 20
+    assert 0 < len(set(score_keys[1]) - set(score_keys[0])) < len(score_keys[1])
+    assert not (tmp_path / "cache").exists(), "recording compiles nothing"
+
+
+class Kernels:
+    """Stands in for Triton's cache, and for the processes that fill it."""
+
+    def __init__(self, monkeypatch, folder, count: int, failing: int = 0):
+        from klora.kernels import precompile
+
+        self.found = {f"key {i}": Kernel(f"kernel {i}") for i in range(count)}
+        self.cached, self.failing, self.recordings = set(), failing, 0
+        monkeypatch.setenv("TRITON_CACHE_DIR", str(folder))
+        monkeypatch.setattr(precompile, "is_cached", lambda key, name: key in self.cached and name in key_name(key))
+        monkeypatch.setattr(precompile, "compile_all", self.compile_all)
+        monkeypatch.setattr(precompile, "recorded", self.recorded)
+
+    def recorded(self, work):
+        self.recordings += 1
+        work()
+        return self.found
+
+    def compile_all(self, missing, jobs, progress):
+        good = missing[self.failing :]
+        self.cached |= {key for key, one in self.found.items() if one in good}
+        return [f"{one.name}: no reason" for one in missing[: self.failing]]
+
+
+class Kernel:
+    def __init__(self, name: str):
+        self.name = name
+
+
+def key_name(key: str) -> str:
+    return key.replace("key", "kernel")
+
+
+def work_of(**facts) -> Work:
+    return Work(facts, lambda: None)
+
+
+class TestWarmed:
+    """As if there were a GPU: what `klora train` and `klora score` do at their start."""
+
+    def test_it_says_so_and_later_runs_see_at_once_that_all_is_there(self, monkeypatch, tmp_path, capsys):
+        kernels = Kernels(monkeypatch, tmp_path, 5)
+        warmed(work_of, GPU, Output())
+        said = capsys.readouterr().out.splitlines()
+        assert said[0] == "compiling 5 kernels side by side, once on this machine; --no-warm leaves them to the run"
+        assert said[1].startswith("5 kernels compiled in ") and said[1].endswith(f" s, kept in {tmp_path}")
+        warmed(work_of, GPU, Output())
+        assert kernels.recordings == 1 and not capsys.readouterr().out
+
+    def test_what_is_gone_from_the_cache_is_compiled_again(self, monkeypatch, tmp_path, capsys):
+        kernels = Kernels(monkeypatch, tmp_path, 9)
+        warmed(work_of, GPU, Output())
+        kernels.cached -= {f"key {i}" for i in range(4)}
+        warmed(work_of, GPU, Output())
+        assert kernels.recordings == 2 and "\n4 kernels compiled" in capsys.readouterr().out
+        assert len(kernels.cached) == 9
+
+    def test_other_settings_and_other_code_have_lists_of_their_own(self, monkeypatch, tmp_path):
+        kernels = Kernels(monkeypatch, tmp_path, 5)
+        for make in (work_of, lambda: work_of(width=64), lambda: work_of(width=32)):
+            warmed(make, GPU, Output(as_json=True))
+        assert kernels.recordings == 3
+        monkeypatch.setattr(warm_module, "__version__", "0.0.1")
+        warmed(work_of, GPU, Output(as_json=True))
+        assert kernels.recordings == 4 and len(list(tmp_path.glob("klora/*.json"))) == 4
+
+    def test_a_few_are_left_to_the_run(self, monkeypatch, tmp_path, capsys):
+        kernels = Kernels(monkeypatch, tmp_path, 3)
+        warmed(work_of, GPU, Output())
+        assert not kernels.cached and not capsys.readouterr().out
+
+    @pytest.mark.parametrize("part", ["make", "record", "compile", "list"])
+    def test_no_failure_ends_the_run(self, monkeypatch, tmp_path, capsys, part):
+        def fail(*arguments):
+            raise MemoryError("no more")
+
+        kernels = Kernels(monkeypatch, tmp_path, 5)
+        if part == "compile":
+            kernels.compile_all = fail
+            monkeypatch.setattr("klora.kernels.precompile.compile_all", fail)
+        if part == "list":
+            (tmp_path / "klora").write_text("a file where the folder should be")
+        make = {"make": fail, "record": lambda: Work({}, fail)}.get(part, work_of)
+        warmed(make, GPU, Output())
+        (said,) = filter(None, capsys.readouterr().err.splitlines())
+        assert said.startswith("klora: kernels were not compiled ahead (")
+
+    def test_a_kernel_that_does_not_compile_is_named(self, monkeypatch, tmp_path, capsys):
+        Kernels(monkeypatch, tmp_path, 6, failing=2)
+        warmed(work_of, GPU, Output())
+        said = capsys.readouterr()
+        assert said.err.strip() == "klora: 2 kernels could not be compiled ahead; the first: kernel 0: no reason"
+        assert "\n4 kernels compiled in" in said.out
+
+    def test_without_a_gpu_there_is_nothing_to_do(self):
+        warmed(lambda: pytest.fail("nothing is recorded"), torch.device("cpu"), Output())
+
+
+def test_the_command_compiles_what_is_missing_and_says_where_nothing_was_to_do(monkeypatch, tmp_path, capsys):
+    kernels = Kernels(monkeypatch, tmp_path, 5)
+    monkeypatch.setattr(warm_module, "require_gpu", lambda device: torch.device("cpu"))
+    monkeypatch.setattr(warm_module, "untrained", lambda *about: None)
+    monkeypatch.setattr(warm_module, "training", lambda *about: work_of(part="training"))
+    monkeypatch.setattr(warm_module, "scoring", lambda *about: work_of(part="scoring", slots=about[2]))
+    warm_module.warm(set_=["blocks=2"])
+    assert kernels.recordings == 3 and capsys.readouterr().out.startswith("5 kernels compiled in ")
+    warm_module.warm(train=True, set_=["blocks=2"])
+    assert capsys.readouterr().out == f"nothing to do: all 5 kernels are in {tmp_path}\n"
+    warm_module.warm(score=True, set_=["blocks=2"], as_json=True)
+    found = json.loads(capsys.readouterr().out)
+    assert kernels.recordings == 6 and (found["kernels"], found["compiled"], found["cache"]) == (5, 0, str(tmp_path))
+    assert set(found) == {"kernels", "compiled", "failed", "cache", "seconds"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--device", "cpu"], "there is nothing to compile for cpu: the kernels run on a CUDA GPU"),
+        (["model.klora", "--preset", "tiny"], "an artifact is scored, not trained; leave out --preset"),
+        (["model.klora", "--train"], "an artifact is scored, not trained"),
+    ],
+)
+def test_what_it_refuses(arguments, says):
+    done = klora("warm", *arguments, check=2)
+    assert says in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_batch_that_cannot_be_shared_out_is_refused_as_training_refuses_it():
+    train = TrainConfig(batch_tokens=100, micro_batch_tokens=64)
+    with pytest.raises(ConfigError, match="batch_tokens=100 is not possible; allowed: multiples of .*, 64 x 2"):
+        rows_per_rank(Preset("small", SMALL, train, about=""), world=2)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA, reason="no CUDA GPU")
+def test_on_a_gpu_a_run_compiles_nothing_that_was_not_compiled_ahead(tmp_path):
+    """In a fresh cache: what was compiled ahead is what the fused step, or the engine, of a later process launches."""
+    code = """
+import json, sys
+import torch
+from klora.cli.warm import record, scoring, training, untrained
+from klora.kernels.precompile import compile_all
+from klora.model.config import preset
+from klora.model.fused import FusedStep
+from klora.model.parallel import Ranks
+from klora.ttt.engine import Engine
+from klora.ttt.protocols import ttt_preset
+
+def main(part):
+    from triton import knobs
+    device, chosen = torch.device("cuda"), preset("seed").override({"attention": "klora", "batch_tokens": "16384"})
+    config, model = ttt_preset().override({"batch": "16"}), untrained(chosen, device)
+    missed = []
+    knobs.compilation.listener = lambda src, cache_hit, **about: cache_hit or missed.append(src.name)
+    if part == "ahead":
+        found = record(training(chosen, device), device)
+        found |= record(scoring(model.requires_grad_(False), config, 64), device)
+        missed = compile_all(list(found.values()))
+        assert len(found) > 40
+    elif part == "train":
+        model.chosen_attention = "klora"
+        step = FusedStep(model, chosen.train, 16384 // chosen.model.train_length, 1, Ranks(0, 1, device))
+        step.run([torch.ones(step.rows, chosen.model.train_length + 1, dtype=torch.int32)], 0, 1.0)
+    else:
+        Engine(model.requires_grad_(False), config, 4096, slots=64).prepare()
+    torch.cuda.synchronize()
+    print(json.dumps(missed))
+
+if __name__ == "__main__":
+    main(sys.argv[1])
+"""
+    (tmp_path / "script.py").write_text(code)
+    environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path / "cache")}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
+    for part in ("ahead", "train", "score"):
+        command = [sys.executable, tmp_path / "script.py", part]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout.splitlines()[-1]) == [], part

@@ -1,0 +1,336 @@
+"""Scoring documents from end to end: base pass, adaptation, deadline, journal, results.
+
+One process and the ranks of torchrun take the same way; what they share is a queue. Every finished document goes into a
+journal at once, and what the base model has said so far with it, so that an interrupted run can go on where it stopped.
+The deadline is checked before every adaptation step; what it leaves out keeps the base model's score and says so.
+
+Documents are named by their index in the request. Outside the engine there is no other number for them.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..errors import KloraError
+from ..model.config import ConfigError
+from ..model.gpt import GPT
+from ..model.storage import attempt
+from ..model.weights import Weights, frozen_weights
+from .base import BaseNll
+from .documents import Document
+from .engine import ROWS, Engine, engine_of, memory_of
+from .journal import Journal, NoJournal
+from .protocols import TTTConfig
+from .queue import DocumentQueue, HandsOut, LostStore, Taken
+from .results import Adapted, DocumentResult, ScoreResult, is_short, unadapted, with_adaptation
+from .token_gains import TokenGains
+
+ENGINE, UNCAPTURED = "engine", "uncaptured"
+SCORERS = ("auto", ENGINE, UNCAPTURED)
+"""engine: fused kernels in CUDA graphs; uncaptured: the same steps without graphs, for debugging and for a CPU, with
+the same bits. auto: the engine on a GPU, elsewhere uncaptured."""
+
+CPU_ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48)
+"""Numbers of places that steps are made for on a CPU, where an empty place costs as much as a full one and a step that
+is not captured costs nothing to make."""
+
+CPU_EVERY = 1.0
+"""Seconds after which documents that are through are handed over on a CPU, where there is no device to wait for."""
+
+BLOCK = 512
+"""Documents that a rank takes at a time where nothing is adapted."""
+
+
+class Interrupted(KloraError, RuntimeError):
+    """Scoring was stopped before its end; the journal, or those of all ranks, hold `done` of `total` documents."""
+
+    def __init__(self, done: int, total: int):
+        super().__init__(f"{done} of {total} documents are scored")
+        self.done, self.total = done, total
+
+
+def pick_scorer(scorer: str, device: torch.device) -> str:
+    """The scorer that `scorer` means on `device`; ConfigError where there is none."""
+    if scorer == "eager":
+        raise ConfigError("scorer='eager' is gone: the engine scores on a CPU, too; allowed: auto, uncaptured")
+    if scorer not in SCORERS:
+        raise ConfigError(f"scorer={scorer!r} is not possible; allowed: {', '.join(SCORERS)}")
+    if scorer == ENGINE and device.type != "cuda":
+        raise ConfigError(f"scorer='engine' is not possible on {device}: graphs want a GPU; allowed: auto, uncaptured")
+    return (ENGINE if device.type == "cuda" else UNCAPTURED) if scorer == "auto" else scorer
+
+
+@dataclass(frozen=True)
+class ScoreRequest:
+    """What to score, and how. Both models are frozen by it.
+
+    model, documents, config: the model, and its test-time training on each of the documents.
+    journal: keeps what is finished; documents that it holds are not scored again. None: nothing is kept.
+    prequant: the model before quantisation, scored beside the base model on the same windows.
+    queue: what the processes of this run share. None: there is this one alone.
+    scorer: one of SCORERS.
+    should_stop: asked between steps; once it says so, the run ends by Interrupted.
+    progress: gets (phase, targets done, targets in all).
+    say: hears what the engine chose.
+    facts: go into the result, with those of the engine and of the ranks.
+
+    Example: request = ScoreRequest(model, [document], ttt_preset())
+    """
+
+    model: GPT
+    documents: Sequence[Document]
+    config: TTTConfig
+    journal: Journal | None = None
+    prequant: GPT | None = None
+    queue: DocumentQueue | None = None
+    scorer: str = "auto"
+    should_stop: Callable[[], bool] = lambda: False
+    progress: Callable[[str, int, int], None] = lambda phase, done, total: None
+    say: Callable[[str], None] = lambda text: None
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+@torch.inference_mode(False)  # adapters are trained here, also for a caller that evaluates
+@torch.enable_grad()
+def score(request: ScoreRequest) -> ScoreResult:
+    """Score the documents of a request; of several ranks every one that is not lost gets the whole result.
+
+    Interrupted: the request's `should_stop` said so; the journals hold what was finished. NonFiniteScore: an NLL that
+    is no number. LostStore: the ranks' store is gone. ConfigError: a scorer that does not exist or does not run on the
+    model's device.
+
+    Example: result = score(ScoreRequest(model, [document], ttt_preset()))
+    """
+    scorer = pick_scorer(request.scorer, request.model.embed.device)
+    for model in filter(None, (request.model, request.prequant)):
+        model.requires_grad_(False)
+    run = _Run(request, request.queue or DocumentQueue(), request.journal or NoJournal(), scorer)
+    try:
+        with run.timed("score") if run.queue.is_shared else nullcontext():
+            facts = run.everything()
+    except (Interrupted, LostStore) as ended:
+        run.journal.add_seconds(run.seconds)
+        # All ranks were asked to stop, and the one that keeps the store was the first to go.
+        if isinstance(ended, LostStore) and request.should_stop():
+            raise run.interrupted() from None
+        raise
+    results = [run.queue.results[index] for index in range(len(request.documents))]
+    if run.gains is not None:
+
+        def choose() -> None:
+            run.gains.choose(request.documents, results)
+
+        attempt("the choice of a document for the report", choose, run.say)
+    return ScoreResult(results, request.config, run.seconds, request.facts | {"scorer": scorer} | facts, run.gains)
+
+
+class _Run:
+    """What one process does of a request. `seconds` by phase are those of interrupted runs, too."""
+
+    def __init__(self, request: ScoreRequest, queue: DocumentQueue, journal: Journal, scorer: str):
+        self.documents, self.config, self.scorer = request.documents, request.config, scorer
+        self.should_stop, self.say, self.show = request.should_stop, request.say, request.progress
+        self.queue, self.journal, self.seconds, self._is_timed = queue, journal, dict(journal.seconds), False
+        sizes = np.array([len(document.tokens) for document in self.documents], dtype=np.int64)
+        self.ends = np.cumsum(sizes)
+        self.begins = self.ends - sizes
+        self.weights = frozen_weights(request.model)
+        self.unadapted = {"base": self.weights}
+        if request.prequant is not None:
+            self.unadapted["prequant"] = frozen_weights(request.prequant)
+        self.drafts: dict[int, DocumentResult] = {}
+        self.gains = None if queue.is_shared else TokenGains(self.documents, self.config)
+        self.engine_facts: dict[str, Any] = {}
+
+    def everything(self) -> dict[str, Any]:
+        """Work until every document has a result; facts of the run."""
+        began = time.perf_counter()
+        spent = sum(self.seconds.values())
+        done, self.deadline = self.queue.begin(self.journal.done, self.config.deadline, spent, self.tick)
+        left = (index for index in range(len(self.documents)) if index not in done)
+        order = sorted(left, key=lambda index: -self.documents[index].targets)
+        long = [index for index in order if not self._is_short(index)]
+        short = [index for index in order if self._is_short(index)]
+        self.tick()
+        if not self.queue.is_shared:
+            self.base_pass(order, self._stoppable)
+            self.unadapted.pop("prequant", None)  # the engine may have its memory
+            self.finish(short)
+        self.adapt(long, self.queue.waiting)
+        self.tick()
+        for name, indices in (("long", long), ("short", short)):
+            while numbers := [number for number in self.queue.claim(name, BLOCK) if number < len(indices)]:
+                claimed = [indices[number] for number in numbers]
+                self.queue.own(claimed)
+                self.finish(claimed)
+                self.tick()
+        self.queue.worked(time.perf_counter() - began)
+        while missing := self._missing(order):
+            self.tick()
+            if taken := self.queue.take_over(missing):
+                self.adapt([] if self.deadline.passed() else [i for i in taken if not self._is_short(i)])
+                self.finish([index for index in taken if index not in self.queue.results])
+            else:
+                time.sleep(0.05)
+        return {"engine": self.engine_facts} | self.queue.leave(self.should_stop)
+
+    def _is_short(self, index: int) -> bool:
+        return is_short(self.documents[index], self.config)
+
+    def _missing(self, order: Sequence[int]) -> list[int]:
+        self.collect()
+        return [index for index in order if index not in self.queue.results]
+
+    def interrupted(self) -> Interrupted:
+        """The error that says how far the run came."""
+        return Interrupted(len(self.queue.results), len(self.documents))
+
+    def tick(self) -> None:
+        """Between any two pieces of work: a pulse, and an end where one was asked for and something is left to do."""
+        self.queue.beat()
+        if self.should_stop() and len(self.queue.results) < len(self.documents):
+            raise self.interrupted()
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        """Add the time spent inside to `seconds[phase]`, also when it ends by an exception.
+
+        A phase inside another is part of that one.
+        """
+        if self._is_timed:
+            yield
+            return
+        self._is_timed, before, started = True, self.seconds.get(phase, 0.0), time.perf_counter()
+        try:
+            yield
+        finally:
+            self._is_timed = False
+            self.seconds[phase] = before + time.perf_counter() - started
+
+    def progress(self, phase: str, done: int, total: int) -> None:
+        """Show how far this process is; of several, only :meth:`collect` shows how far they all are."""
+        self.queue.beat()
+        if not self.queue.is_shared:
+            self.show(phase, done, total)
+
+    def _stoppable(self, phase: str, done: int, total: int) -> None:
+        self.progress(phase, done, total)
+        self.tick()
+
+    def collect(self) -> None:
+        """Learn what all ranks have published."""
+        self.queue.collect()
+        if self.queue.is_shared:
+            done = sum(result.tokens for result in self.queue.results.values())
+            self.show("score", done, sum(document.targets for document in self.documents))
+
+    def base_pass(self, indices: Sequence[int], tick: Callable[[str, int, int], None]) -> None:
+        """Draft the results of documents from what the unadapted models say of them."""
+        for phase, weights in self.unadapted.items():
+            with self.timed(phase):
+                self._pass(phase, weights, indices, tick)
+        for index in indices:
+            before = self._nats("prequant", index)[0] if "prequant" in self.unadapted else None
+            self.drafts[index] = unadapted(self.documents[index], self.config, self._nats("base", index), before)
+
+    def _pass(
+        self, phase: str, weights: Weights, indices: Sequence[int], tick: Callable[[str, int, int], None]
+    ) -> None:
+        """One unadapted model's NLL of documents, into the journal's array; what that holds is not computed again."""
+        if not indices:
+            return
+        documents, kept = [self.documents[index] for index in indices], self._nll(phase)
+        cells = np.concatenate([np.arange(self.begins[index], self.ends[index]) for index in indices])
+        total = sum(document.targets for document in documents)
+
+        def keep(nll: np.ndarray) -> None:
+            kept[:, cells] = nll
+            if not self.queue.is_shared:
+                attempt("the copy of the base pass for --resume", lambda: self.journal.keep_base(phase), self.say)
+
+        found = BaseNll(
+            weights,
+            documents,
+            self.config,
+            lambda done: tick(phase, done, total),
+            known=kept[:, cells],
+            keep=keep,
+        )
+        kept[:, cells] = found.nll, found.tempered
+
+    def _nll(self, phase: str) -> np.ndarray:
+        """A pass of an unadapted model: fp32 [2, tokens] at both temperatures, over the request's documents."""
+        return self.journal.base(phase, int(self.ends[-1]))
+
+    def _nats(self, phase: str, index: int, start: int = 0) -> tuple[float, float]:
+        """(nats, nats at the adapted temperature) of a document from its target `start` on."""
+        nll = self._nll(phase)[:, self.begins[index] + 1 + start : self.ends[index]]
+        return float(nll[0].sum(dtype=np.float64)), float(nll[1].sum(dtype=np.float64))
+
+    def finish(self, indices: Sequence[int], adapted: Adapted | None = None) -> None:
+        """Make the results of documents known: the base model's, joined with what adapting them gave."""
+        if not indices:
+            return
+        # A stop that was asked for waits for this: what is adapted is not to be lost.
+        self.base_pass([index for index in indices if index not in self.drafts], self.progress)
+        results = {index: self.drafts[index] for index in indices}
+        if adapted is not None:
+            for row, index in enumerate(indices):
+                results[index] = with_adaptation(
+                    results[index], adapted, row, lambda start, index=index: self._nats("base", index, start)[0]
+                )
+        self.journal.add(results)
+        self.queue.publish(results)
+        self.collect()
+
+    def adapt(self, indices: Sequence[int], waiting: Callable[[Taken], HandsOut | None] = lambda taken: None) -> None:
+        """Adapt documents, longest first, and finish them: those that `waiting` hands out, or all of them."""
+        if not indices:
+            return
+        documents, handed = [self.documents[index] for index in indices], set()
+
+        def taken(places: list[int]) -> None:
+            claimed.extend(places)
+            self.queue.own(indices[place] for place in places)
+            self.queue.beat()
+
+        def finished(places: np.ndarray, adapted: Adapted) -> None:
+            handed.update(places.tolist())
+            self.finish([indices[place] for place in places], adapted)
+
+        hands_out, total = waiting(taken), sum(document.targets for document in documents)
+        claimed: list[int] = [] if hands_out else list(range(len(indices)))
+        with self.timed("adapt"):
+            is_cpu = self.weights.embed.device.type == "cpu"
+            rows, every = (CPU_ROWS, CPU_EVERY) if is_cpu else (ROWS, self.queue.every)
+            capture = False if self.scorer == UNCAPTURED else None
+            engine = engine_of(self.weights, self.config, documents, rows=rows, capture=capture)
+            self.say(memory_of(engine.facts))
+            adapted = engine.adapt(
+                documents,
+                self.deadline,
+                self.should_stop,
+                lambda done: self.progress("adapt", done, total),
+                waiting=hands_out,
+                finished=finished,
+                every=every,
+            )
+            rest = np.array([place for place in claimed if place not in handed], dtype=np.int64)
+            if len(rest):
+                self.tick()  # what was stopped is lost; what the deadline left out is finished
+            self.finish([indices[place] for place in rest], adapted.of(rest))
+            if self.gains is not None:
+                attempt("the gain along the documents", lambda: self._keep_gains(engine, indices, adapted), self.say)
+        if not self.engine_facts:
+            self.engine_facts = engine.facts
+
+    def _keep_gains(self, engine: Engine, indices: Sequence[int], adapted: Adapted) -> None:
+        read = engine.token_nll([self.documents[index] for index in indices], adapted.kept_pass)
+        for index, reached, nll in zip(indices, adapted.targets, read, strict=True):
+            begin = self.begins[index] + 1
+            self.gains.add(index, self._nll("base")[0, begin : begin + reached], nll[:reached])
