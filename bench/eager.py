@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..kernels import lora_adam_ref_, lora_head_nll_ref
 from ..model.gpt import GPT
-from ..model.network import Adapters
+from ..model.network import NO_LORA
 from ..model.ranges import phase
 from ..ttt.adapters import AdapterLayout
 from ..ttt.documents import Document
@@ -30,9 +30,11 @@ class Adam:
 
     def __init__(self, model: GPT, config: TTTConfig, rows: int, dtype: torch.dtype = torch.float32):
         layout, device = AdapterLayout(model.config, config), model.embed.device
-        self.parts, self.config = layout.parts, config
+        self.layout, self.config = layout, config
         self.initial = layout.initial(config.adapter_seed).to(device, dtype)
         self.group_lr = layout.group_lr().to(device, dtype)
+        decay = layout.decay()
+        self.decay = None if decay is None else decay.to(device, dtype)
         self.params = self.initial.expand(rows, -1).clone()
         self.grads, self.exp_avg, self.exp_avg_sq = (torch.zeros_like(self.params) for _ in range(3))
         self.step = torch.zeros(rows, dtype=torch.int64, device=device)
@@ -46,10 +48,10 @@ class Adam:
 
     def views(self, rows: Tensor, count: int) -> list[Tensor]:
         """Each part of the first `count` rows, as a view [count, *shape]."""
-        return [rows[:count, part.start : part.stop].view(count, *part.shape) for part in self.parts]
+        return [rows[:count, part.start : part.stop].view(count, *part.shape) for part in self.layout.parts]
 
     def leaves(self, count: int) -> list[Tensor]:
-        """The adapters of the first `count` documents, over the rows' memory: the blocks', then the head's (A, B)."""
+        """The adapters of the first `count` documents, over the rows' memory: the layout's parts."""
         return [view.detach().requires_grad_() for view in self.views(self.params, count)]
 
     def backward(self, loss: Tensor, leaves: list[Tensor], count: int) -> None:
@@ -61,7 +63,8 @@ class Adam:
         """One Adam step of the first `count` rows, row r at learning rate lr[r]."""
         self.lr[:count] = lr
         state = self.params, self.grads, self.exp_avg, self.exp_avg_sq, self.step, self.lr, self.group_lr
-        lora_adam_ref_(*state, slice(0, count), (self.config.beta1, self.config.beta2), self.config.eps)
+        betas = self.config.beta1, self.config.beta2
+        lora_adam_ref_(*state, slice(0, count), betas, self.config.eps, decay=self.decay)
 
 
 class Batch:
@@ -101,13 +104,15 @@ class Batch:
 
 
 def adapted_nll(
-    model: GPT, config: TTTConfig, leaves: list[Tensor], j: int, inputs: Tensor, at: Tensor, targets: Tensor
+    model: GPT, adam: Adam, leaves: list[Tensor], j: int, inputs: Tensor, at: Tensor, targets: Tensor
 ) -> Tensor:
     """NLL [rows, chunk] of `targets`, those of chunk j, under adapters that :meth:`Adam.leaves` gave."""
-    *blocks, head_a, head_b = leaves
-    hidden = model.hidden(inputs, Adapters(None, blocks), rotary_length=config.window, backend="reference")
+    config = adam.config
+    adapters, head = adam.layout.adapters(None, leaves)
+    hidden = model.hidden(inputs, adapters, rotary_length=config.window, backend="reference")
     hidden = hidden.gather(1, at[..., None].expand(-1, -1, hidden.size(-1)))
     weight = model.embed.to(hidden.dtype)
+    head_a, head_b, _ = head or NO_LORA
     loss = model.config.logit_softcap, config.temperature_of(j)
     return lora_head_nll_ref(hidden, weight, head_a, head_b, targets, *loss)
 
@@ -140,13 +145,13 @@ def _score_then_train(model: GPT, adam: Adam, batch: Batch, j: int) -> tuple[Ten
     inputs, at, targets, exists = batch.chunk(j, active)
     with phase("scoring"), torch.set_grad_enabled(trained > 0):
         leaves = adam.leaves(active)
-        nll = adapted_nll(model, config, leaves, j, inputs, at, targets)
+        nll = adapted_nll(model, adam, leaves, j, inputs, at, targets)
     recorded = nll.detach()
     for step in range(config.steps_per_chunk if trained else 0):
         if step:
             with phase("forward"):
                 leaves = adam.leaves(trained)
-                nll = adapted_nll(model, config, leaves, j, inputs[:trained], at[:trained], targets[:trained])
+                nll = adapted_nll(model, adam, leaves, j, inputs[:trained], at[:trained], targets[:trained])
         # A chunk that is trained on is whole: only a document's last chunk, which is not, can be shorter.
         with phase("backward"):
             adam.backward(nll[:trained].mean(dim=1).sum(), leaves, trained)

@@ -1,14 +1,20 @@
-"""Group `lora`: the Q, K and V projections with one adapter a document, and with what attention wants done to q and k.
+"""Group `lora`: products with one adapter a document: the Q, K and V projections, also with what attention wants done
+to q and k; a single product; the squared-ReLU MLP.
 
 `cublas-without-lora` is the product that the adapters are added to, and its gradient of x: what they cost is the
 distance to it. The adapters are of x's dtype, and read where they lie; `klora-fp32-adapters` takes them in fp32, which
-is a launch more. `klora-two-launches` norms and rotates after the projections.
+is a launch more. `klora-two-launches` norms and rotates after the projections. `klora-without-lora` is the product or
+the MLP that the adapters of `lora_linear` and `lora_mlp`, in fp32 as the engine has them, are added to.
 """
 
 import torch
 from torch import Tensor
 
+from ..kernels.linear import linear
+from ..kernels.lora_linear import lora_linear, lora_linear_ref
+from ..kernels.lora_mlp import lora_mlp, lora_mlp_ref
 from ..kernels.lora_qkv import lora_qkv, lora_qkv_ref, lora_qkv_rope, lora_qkv_rope_ref
+from ..kernels.mlp import relu_squared_mlp
 from ..kernels.rotary import norm_rotary, rotary_tables
 from .entry import Call, Entry, Shape, Tensors, Variant
 
@@ -16,6 +22,13 @@ SEED = {"B": 64, "D": 512, "Nq": 512, "Nk": 256, "Nv": 256, "d": 64, "R": 8}
 SHAPES = {f"B64-S{length}": {**SEED, "S": length} for length in (1024, 768, 512, 256)}
 TOY = {"B": 2, "S": 24, "D": 32, "Nq": 32, "Nk": 16, "Nv": 16, "d": 16, "R": 8}
 GATE = {**SEED, "B": 5, "S": 1000}
+PRODUCTS = {
+    f"{name}-R{rank}": {"B": batch, "S": length, "D": 512, "hidden": 1536, "R": rank}
+    for name, batch, length in (("64x1024", 64, 1024), ("4x1024", 4, 1024), ("64x256", 64, 256))
+    for rank in (8, 64)
+}
+TOY_PRODUCT = {"B": 2, "S": 24, "D": 32, "hidden": 48, "R": 8}
+GATE_PRODUCT = {"B": 5, "S": 1000, "D": 512, "hidden": 1536, "R": 8}
 
 
 def _sizes(shape: Shape) -> tuple[int, int, int]:
@@ -151,6 +164,100 @@ def _flops(products: int, adapter_products: int):
     return count
 
 
+def _draw_products(matrices: int):
+    """Draws x, the weight of o or those of the MLP, A and B of each in fp32, and dout."""
+
+    def draw(shape: Shape, device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Tensors:
+        def randn(*size: int, scale: float = 1.0) -> Tensor:
+            return torch.randn(size, device=device, generator=generator) * scale
+
+        batch, tokens, width, rank = (shape[name] for name in "BSDR")
+        sizes = [(width, width)] if matrices == 1 else [(shape["hidden"], width), (width, shape["hidden"])]
+        weights = [randn(N, K, scale=K**-0.5).to(dtype) for N, K in sizes]
+        pairs = [(randn(batch, rank, K, scale=K**-0.5), randn(batch, N, rank, scale=0.3)) for N, K in sizes]
+        x, dout = (randn(batch, tokens, width).to(dtype) for _ in range(2))
+        return x, *weights, *(lora for pair in pairs for lora in pair), dout
+
+    return draw
+
+
+def _adapted(function: Call, matrices: int) -> Call:
+    """The output, dx and the gradients of the adapters."""
+
+    def run(x: Tensor, *rest: Tensor) -> Tensors:
+        weights, adapters, dout = rest[:matrices], rest[matrices:-1], rest[-1]
+        leaves = [t.detach().requires_grad_() for t in (x, *adapters)]
+        out = function(leaves[0], *weights, *leaves[1:])
+        return out, *torch.autograd.grad(out, leaves, dout)
+
+    return run
+
+
+def _frozen(function: Call, matrices: int) -> Call:
+    """The output and dx without adapters."""
+
+    def run(x: Tensor, *rest: Tensor) -> Tensors:
+        leaf = x.detach().requires_grad_()
+        out = function(leaf, *rest[:matrices])
+        return out, torch.autograd.grad(out, leaf, rest[-1])[0]
+
+    return run
+
+
+def _product_variants(matrices: int, reference: Call, ours: Call, base: Call, instead: str) -> tuple[Variant, ...]:
+    def compiled(*given) -> Call:
+        return _adapted(torch.compile(reference), matrices)
+
+    return (
+        Variant("eager", lambda *given: _adapted(reference, matrices)),
+        Variant("torch.compile", compiled, devices=("cuda",)),
+        Variant("klora", lambda *given: _adapted(ours, matrices), is_ours=True),
+        Variant("klora-without-lora", lambda *given: _frozen(base, matrices), devices=("cuda",), instead=instead),
+    )
+
+
+def _product_sizes(shape: Shape, matrices: int) -> tuple[int, int]:
+    """(numbers of the weights, numbers of one document's adapters)"""
+    width, hidden = shape["D"], shape["D"] if matrices == 1 else shape["hidden"]
+    return matrices * width * hidden, matrices * shape["R"] * (width + hidden)
+
+
+def _product_bytes(matrices: int):
+    """x, out, dout and dx once, the hidden values written once and read twice each way; weights twice; fp32 adapters
+    and their gradients once.
+    """
+
+    def count(shape: Shape, itemsize: int) -> int:
+        weights, adapters = _product_sizes(shape, matrices)
+        tokens = shape["B"] * shape["S"] * (4 * shape["D"] + (6 * shape["hidden"] if matrices == 2 else 0))
+        return itemsize * (tokens + 2 * weights) + 2 * 4 * shape["B"] * adapters
+
+    return count
+
+
+def _product_flops(matrices: int):
+    def count(shape: Shape) -> int:
+        weights, adapters = _product_sizes(shape, matrices)
+        return 2 * shape["B"] * shape["S"] * (2 * weights + 3 * adapters)
+
+    return count
+
+
+def _product_entry(op: str, matrices: int, reference: Call, variants: tuple[Variant, ...]) -> Entry:
+    return Entry(
+        group="lora",
+        op=op,
+        shapes=PRODUCTS,
+        toy=TOY_PRODUCT,
+        gate=GATE_PRODUCT,
+        draw=_draw_products(matrices),
+        truth=lambda shape, *inputs: _adapted(reference, matrices)(*inputs),
+        variants=variants,
+        bytes=_product_bytes(matrices),
+        flops=_product_flops(matrices),
+    )
+
+
 ENTRIES = (
     Entry(
         group="lora",
@@ -193,5 +300,17 @@ ENTRIES = (
         ),
         bytes=_bytes(1),
         flops=_flops(1, 1),
+    ),
+    _product_entry(
+        "lora_linear_forward_backward",
+        1,
+        lora_linear_ref,
+        _product_variants(1, lora_linear_ref, lora_linear, linear, "the product and its dx alone"),
+    ),
+    _product_entry(
+        "lora_mlp_forward_backward",
+        2,
+        lora_mlp_ref,
+        _product_variants(2, lora_mlp_ref, lora_mlp, relu_squared_mlp, "the MLP and its dx alone"),
     ),
 )

@@ -33,7 +33,6 @@ from ..ttt.base import BaseNll
 from ..ttt.documents import Document
 from ..ttt.engine import SLOTS_A_PLACE, Engine
 from ..ttt.protocols import TTTConfig, ttt_preset
-from ..ttt.step import EngineStep, clear_plan
 from . import options
 from .console import Output
 
@@ -147,14 +146,8 @@ def scoring(model: GPT, config: TTTConfig, documents: int, weights: str = "dense
     def run() -> None:
         longest = config.window + config.chunk
         engine = Engine(model, config, 2 * longest, slots=slots, capture=False, backend=backend)
-        clear_plan(engine.plan)
-        state = engine.pool, engine.tokens, engine.record, engine.plan, engine.chunks
-        for length in engine.lengths:
-            for rows in engine.rows:
-                step = EngineStep(engine.weights, *state, length, rows, backend)
-                step.train()
-                step.score()
-        sizes = {longest + 1, max(2, min(longest, config.min_tokens - 1))}
+        engine.rehearse()
+        sizes = {longest + 1, next(size for size in range(longest, 1, -1) if size == 2 or not config.adapts(size - 1))}
         texts = [Document(str(size), np.zeros(size, dtype=np.uint16), size) for size in sizes]
         BaseNll(engine.weights, texts, config, backend=backend)
 

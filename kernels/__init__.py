@@ -48,6 +48,8 @@ if TYPE_CHECKING:
         softcap_nll,
         softcap_nll_ref,
     )
+    from .lora_linear import lora_linear, lora_linear_ref
+    from .lora_mlp import lora_mlp, lora_mlp_ref
     from .lora_qkv import check_slots, lora_qkv, lora_qkv_ref, lora_qkv_rope, lora_qkv_rope_ref
     from .mlp import relu_squared, relu_squared_mlp, relu_squared_mlp_ref, relu_squared_ref
     from .newton_schulz import muon_apply_, muon_updates, newton_schulz, newton_schulz_ref
@@ -88,6 +90,10 @@ __all__ = [
     "lora_head_nll",
     "lora_head_nll_grads_",
     "lora_head_nll_ref",
+    "lora_linear",
+    "lora_linear_ref",
+    "lora_mlp",
+    "lora_mlp_ref",
     "lora_qkv",
     "lora_qkv_ref",
     "lora_qkv_rope",

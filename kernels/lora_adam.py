@@ -1,19 +1,23 @@
 """Adam on a pool of adapters, one step counter and one learning rate a slot, all chosen slots in one launch.
 
     m <- b1 m + (1-b1) g;   v <- b2 v + (1-b2) g^2;   t <- t + 1
+    p <- p - lr * decay * p
     p <- p - lr * group_lr * (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
 
 params, grads, exp_avg, exp_avg_sq [slots, P] fp32, all but grads updated in place; step int64 [slots]; lr fp32
-[slots]; group_lr fp32 [P] multiplies the learning rate of each parameter. `slots` int [n], without repeats, chooses the
-rows that take part; the others keep their bits. An entry of -1, or of any other row that does not exist, chooses none:
-a captured graph can hold a batch with empty places. `low` [slots, P], bf16 or fp16, gets the chosen rows of params,
-rounded: kernels that want adapters in their inputs' dtype read it, and need no launch to convert them.
-Kingma and Ba 2015.
+[slots]; group_lr fp32 [P] multiplies the learning rate of each parameter; decay fp32 [P] is each one's weight decay
+(AdamW: decoupled, towards zero), if there is any. With b1 = 0 the step is g's, and m is neither read nor written.
 
-28 bytes (30 with `low`) and about 15 operations a parameter: it runs at the speed of memory (group_lr, shared by all
-slots, stays in cache). Everything is fp32; the two bias corrections are computed in fp64, once a program, because 1 -
-b^t of a small t loses digits. Many programs work on one slot, all need its old counter, and exactly one may advance it:
-each program adds 2^32 to the counter when it is done, and the one that comes last stores t + 1.
+`slots` int [n], without repeats, chooses the rows that take part; the others keep their bits. An entry of -1, or of any
+other row that does not exist, chooses none: a captured graph can hold a batch with empty places. `low` [slots, P], bf16
+or fp16, gets the chosen rows of params, rounded: kernels that want adapters in their inputs' dtype read it, and need no
+launch to convert them. Kingma and Ba 2015; Loshchilov and Hutter 2019.
+
+28 bytes (30 with `low`; 8 less with b1 = 0) and about 15 operations a parameter: it runs at the speed of memory
+(group_lr and decay, shared by all slots, stay in cache). Everything is fp32; the two bias corrections are computed in
+fp64, once a program, because 1 - b^t of a small t loses digits. Many programs work on one slot, all need its old
+counter, and exactly one may advance it: each program adds 2^32 to the counter when it is done, and the one that comes
+last stores t + 1.
 These integer additions commute, so the result is the same bits in every run. A counter must stay below 2^32, and no two
 launches may work on the same slot at once.
 """
@@ -42,11 +46,13 @@ def lora_adam_ref_(
     betas: tuple[float, float] = (0.9, 0.95),
     eps: float = 1e-10,
     low: Tensor | None = None,
+    decay: Tensor | None = None,
 ) -> None:
     """One Adam step of the chosen `slots` (an int tensor, or a slice), with `betas` and `eps`, in place. No autograd.
 
-    `params`, `grads`, `exp_avg`, `exp_avg_sq` [slots, P] and `lr` [slots], `group_lr` [P] of one float dtype; `step`
-    int64 [slots]. `low` [slots, P], where it is given, gets the chosen rows of params in its own dtype.
+    `params`, `grads`, `exp_avg`, `exp_avg_sq` [slots, P] and `lr` [slots], `group_lr` and `decay` [P] of one float
+    dtype; `step` int64 [slots]. `low` [slots, P], where it is given, gets the chosen rows of params in its own dtype.
+    With a first beta of 0 exp_avg is left alone.
 
     Example: lora_adam_ref_(params, grads, exp_avg, exp_avg_sq, step, lr, group_lr, slots)
     """
@@ -54,10 +60,14 @@ def lora_adam_ref_(
     if isinstance(slots, Tensor):
         slots = slots[is_in_pool(slots, len(params))]
     step[slots] += 1
-    grad = grads[slots]
-    mean = exp_avg[slots] * beta1 + grad * (1 - beta1)
+    grad = mean = grads[slots]
+    if beta1:
+        mean = exp_avg[slots] * beta1 + grad * (1 - beta1)
+        exp_avg[slots] = mean
     square = exp_avg_sq[slots] * beta2 + grad * grad * (1 - beta2)
-    exp_avg[slots], exp_avg_sq[slots] = mean, square
+    exp_avg_sq[slots] = square
+    if decay is not None:
+        params[slots] -= lr[slots][:, None] * decay * params[slots]
     count = step[slots].to(params.dtype)[:, None]
     denominator = (square / (1 - beta2**count)).sqrt_().add_(eps)
     params[slots] -= lr[slots][:, None] * group_lr * (mean / (1 - beta1**count)) / denominator
@@ -91,6 +101,7 @@ def _adam(
     group_lr_ptr,
     slots_ptr,
     low_ptr,
+    decay_ptr,
     count,
     size,
     eps,
@@ -106,19 +117,28 @@ def _adam(
         offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
         mask = offsets < size
         rate = tl.load(lr_ptr + slot)
+        if decay_ptr is not None:
+            shrink = rate * tl.load(decay_ptr + offsets, mask=mask, other=0.0)
         if group_lr_ptr is not None:
             rate = rate * tl.load(group_lr_ptr + offsets, mask=mask, other=0.0)
         offsets += slot * size
         grad = tl.load(grads_ptr + offsets, mask=mask, other=0.0)
-        mean = tl.load(exp_avg_ptr + offsets, mask=mask, other=0.0)
+        if BETA1 != 0.0:
+            mean = tl.load(exp_avg_ptr + offsets, mask=mask, other=0.0)
         square = tl.load(exp_avg_sq_ptr + offsets, mask=mask, other=0.0)
         param = tl.load(params_ptr + offsets, mask=mask, other=0.0)
-        mean = mean * BETA1 + grad * (1 - BETA1)
+        if BETA1 != 0.0:
+            mean = mean * BETA1 + grad * (1 - BETA1)
         square = square * BETA2 + grad * grad * (1 - BETA2)
-        tl.store(exp_avg_ptr + offsets, mean, mask=mask)
+        if BETA1 != 0.0:
+            tl.store(exp_avg_ptr + offsets, mean, mask=mask)
         tl.store(exp_avg_sq_ptr + offsets, square, mask=mask)
         denominator = tl.sqrt_rn(square * _correction(BETA2, t)) + eps
-        param -= rate * tl.div_rn(mean * _correction(BETA1, t), denominator)
+        if decay_ptr is not None:
+            param -= shrink * param
+        if BETA1 != 0.0:
+            grad = mean * _correction(BETA1, t)
+        param -= rate * tl.div_rn(grad, denominator)
         tl.store(params_ptr + offsets, param, mask=mask)
         if low_ptr is not None:
             tl.store(low_ptr + offsets, param.to(low_ptr.dtype.element_ty), mask=mask)
@@ -147,6 +167,7 @@ def _lora_adam(
     group_lr: Tensor | None,
     slots: Tensor | None,
     low: Tensor | None,
+    decay: Tensor | None,
     beta1: float,
     beta2: float,
     eps: float,
@@ -166,6 +187,7 @@ def _lora_adam(
         group_lr,
         slots,
         low,
+        decay,
         count,
         size,
         eps,
@@ -177,7 +199,7 @@ def _lora_adam(
 
 
 @_lora_adam.register_fake
-def _(params, grads, exp_avg, exp_avg_sq, step, lr, group_lr, slots, low, beta1, beta2, eps):
+def _(params, grads, exp_avg, exp_avg_sq, step, lr, group_lr, slots, low, decay, beta1, beta2, eps):
     return None
 
 
@@ -209,14 +231,16 @@ def lora_adam_(
     eps: float = 1e-10,
     *,
     low: Tensor | None = None,
+    decay: Tensor | None = None,
     backend: str | None = None,
 ) -> None:
     """One Adam step of the slots that `slots` int32 or int64 [n] names (None: all), in place. No autograd.
 
     `params`, `grads`, `exp_avg` and `exp_avg_sq` are float32 [slots, P], `step` int64 [slots], `lr` float32 [slots].
-    All but grads and lr are updated. `group_lr` float32 [P] multiplies the learning rate of each parameter. `low`,
-    bfloat16 or float16 [slots, P], gets the chosen rows of params, rounded. `betas` lie in [0, 1), `eps` is at least 0.
-    Parameters may require gradients.
+    All but grads and lr are updated; exp_avg is not where the first of `betas` is 0. `group_lr` float32 [P] multiplies
+    the learning rate of each parameter, and `decay` float32 [P] is its decoupled weight decay: lr decay p is taken from
+    p first. `low`, bfloat16 or float16 [slots, P], gets the chosen rows of params, rounded. `betas` lie in [0, 1),
+    `eps` is at least 0. Parameters may require gradients.
 
     An entry of `slots` outside the pool is skipped. A slot named twice spoils its counter for good, and with it all its
     later steps. :func:`check_distinct_slots` finds both.
@@ -240,6 +264,7 @@ def lora_adam_(
         ("step", step, pool[:1], (torch.int64,)),
         ("lr", lr, pool[:1], floats),
         ("group_lr", group_lr, row, floats),
+        ("decay", decay, row, floats),
         ("low", low, pool, (torch.bfloat16, torch.float16)),
         ("slots", slots, None, (torch.int32, torch.int64)),
     ):
@@ -256,9 +281,9 @@ def lora_adam_(
     if reference:
         group_lr = params.new_ones(params.size(1)) if group_lr is None else group_lr
         chosen = slice(None) if slots is None else slots
-        lora_adam_ref_(params, grads, exp_avg, exp_avg_sq, step, lr, group_lr, chosen, betas, eps, low)
+        lora_adam_ref_(params, grads, exp_avg, exp_avg_sq, step, lr, group_lr, chosen, betas, eps, low, decay)
     else:
-        _lora_adam(params, grads, exp_avg, exp_avg_sq, step, lr, group_lr, slots, low, *betas, eps)
+        _lora_adam(params, grads, exp_avg, exp_avg_sq, step, lr, group_lr, slots, low, decay, *betas, eps)
 
 
 def _describe(tensor: Tensor) -> str:

@@ -233,8 +233,8 @@ def _op(
     made = launch_forward(aligned(x), aligned(weight), adapters, sizes, Rotary(cos, sin, gain, head_dim))
     out = x.new_empty(x.size(0), tail, sizes[0])
     cache = _cache(cache_k, cache_v, cache_slots, filled, window)
-    _, lse = attention_forward(*_heads(made[:3], head_dim), tail, *_heads([out], head_dim), cache=cache)
-    return [out, lse, *made[:4], *packed, made.rstd_q, made.rstd_k]
+    _, lse = attention_forward(*_heads(made.outs, head_dim), tail, *_heads([out], head_dim), cache=cache)
+    return [out, lse, *made.outs, made.xa, *packed, made.rstd_q, made.rstd_k]
 
 
 @_op.register_fake

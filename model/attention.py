@@ -186,7 +186,7 @@ def block_piece(model: GPT, rows: int, length: int, name: str, documents: bool =
 
     def call() -> None:
         with torch.enable_grad():
-            out = network.attention(about, weight, n, (), length, None)
+            out = network.attention(about, weight, n, None, length, None)
             torch.autograd.grad(out, (n, weight.qkv, weight.gain), dout)
 
     return call

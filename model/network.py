@@ -26,6 +26,8 @@ from ..kernels import (
     causal_attention,
     linear,
     lora_attention,
+    lora_linear,
+    lora_mlp,
     lora_qkv,
     norm_rotary,
     relu_squared_mlp,
@@ -44,25 +46,45 @@ Rotary = tuple[Tensor, Tensor]
 """cos and sin [S, head_dim/2] of the positions of the inputs."""
 
 
-class Adapters(NamedTuple):
-    """What documents add to the blocks: `parts` are A [slots, 3, R, D], B [slots, Nq+Nk+Nv, R] and bias [slots, D] of
-    each.
+class Lora(NamedTuple):
+    """Adapters of one matrix [N, K]: A [slots, R, K] and B [slots, N, R]; those of Q, K and V stacked have A [slots, 3,
+    R, D]. `grads`, two tensors like them, get their gradients in the backward, where autograd shall not have them.
+    """
 
-    `slots` int [B] names the adapter of each batch row; None: row b has adapter b. `grads` are like `parts` and get
-    their gradients in the backward, where autograd shall not have them.
+    a: Tensor
+    b: Tensor
+    grads: tuple[Tensor, Tensor] | None = None
+
+
+NO_LORA = None, None, None
+
+
+class BlockAdapters(NamedTuple):
+    """What documents add to a block: to its matrices, and a bias [slots, D] to its output. None is nothing."""
+
+    qkv: Lora | None = None
+    o: Lora | None = None
+    up: Lora | None = None
+    down: Lora | None = None
+    bias: Tensor | None = None
+    bias_grad: Tensor | None = None
+
+
+class Adapters(NamedTuple):
+    """What documents add to the blocks. `slots` int [B] names the adapter of each batch row; None: row b has adapter b.
+
+    An adapter of Wo or W2 belongs to the matrix that the depth and layer scales are folded into.
     """
 
     slots: Tensor | None
-    parts: list[Tensor]
-    grads: list[Tensor] | None = None
+    blocks: list[BlockAdapters]
 
-    def of(self, index: int) -> tuple[tuple, dict[str, Tensor | None]]:
-        """Block `index`: (A, B, their gradients or None), and what residual_norm wants to know of the bias."""
-        lora_a, lora_b, bias = self.parts[3 * index : 3 * index + 3]
-        if self.grads is None:
-            return (lora_a, lora_b, None), {"bias": bias, "slots": self.slots}
-        *lora_grads, bias_grad = self.grads[3 * index : 3 * index + 3]
-        return (lora_a, lora_b, tuple(lora_grads)), {"bias": bias, "slots": self.slots, "bias_grad": bias_grad}
+    def of(self, index: int) -> tuple[BlockAdapters, dict[str, Tensor | None]]:
+        """Block `index`, and what residual_norm wants to know of its bias."""
+        block = self.blocks[index]
+        if block.bias is None:
+            return block, {}
+        return block, {"bias": block.bias, "slots": self.slots, "bias_grad": block.bias_grad}
 
 
 class Context(Protocol):
@@ -71,7 +93,7 @@ class Context(Protocol):
     def embedded(self, weights: Weights, tokens: Tensor, backend: str | None) -> Tensor:
         """tokens int [B, S or more] -> x0 [B, S, D] of the last S, in the compute dtype."""
 
-    def attend(self, about: "About", index: int, weight: BlockWeights, n: Tensor, lora: tuple) -> Tensor:
+    def attend(self, about: "About", index: int, weight: BlockWeights, n: Tensor, lora: Lora | None) -> Tensor:
         """What block `index`'s attention gives its input n [B, S, D]: [B, S, Nq]."""
 
 
@@ -108,7 +130,7 @@ class KVCache:
         self.last_token, self.last_x = tokens[:, -1], x[:, -1]
         return torch.lerp(x, before, torch.sigmoid(weights.gate).to(x.dtype))
 
-    def attend(self, about: "About", index: int, weight: BlockWeights, n: Tensor, lora: tuple) -> Tensor:
+    def attend(self, about: "About", index: int, weight: BlockWeights, n: Tensor, lora: Lora | None) -> Tensor:
         """Attention over all keys and values that there are, after those of the new tokens are taken in."""
         q, k, v = _projected(about, weight, n, lora)
         stop = self.filled + k.size(1)
@@ -160,7 +182,7 @@ def hidden(
     for index, weight in enumerate(blocks):
         after = blocks[index + 1] if index + 1 < len(blocks) else None
         joins = after is not None and after.skip is not None
-        lora, bias = ((), {}) if adapters is None else adapters.of(index)
+        lora, bias = (BlockAdapters(), {}) if adapters is None else adapters.of(index)
         held = None if context is None else partial(context.attend, about, index)
         if after is None and tail is not None:
             x = x[:, x.size(1) - tail :]
@@ -194,7 +216,7 @@ def block(
     x: Tensor,
     n: Tensor,
     given: dict[str, Tensor | None],
-    lora: tuple,
+    lora: BlockAdapters,
     held: Callable[..., Tensor] | None,
     push: bool,
     popped: Tensor | None,
@@ -205,12 +227,11 @@ def block(
     belong to the boundary, as does what is `given` to it. `held` is attention in a context.
     """
     backend = about.backend
-    mixed = attention(about, weight, n, lora, x.size(1), held)
-    _, x, n = residual_norm(x, _linear(mixed, weight.out, backend), weight.attn_scale, backend=backend)
+    mixed = attention(about, weight, n, lora.qkv, x.size(1), held)
+    _, x, n = residual_norm(x, *_out(about, weight, mixed, lora.o), backend=backend)
     return residual_norm(
         x,
-        _mlp(n, weight, backend),
-        weight.mlp_scale,
+        *_mlp(about, weight, n, lora.up, lora.down),
         **given,
         pushed=popped,
         skip=after.skip if popped is not None else None,
@@ -227,34 +248,54 @@ def _linear(x: Tensor, weight: Matrix, backend: str | None) -> Tensor:
     return linear(x, weight, backend=backend)
 
 
-def _mlp(n: Tensor, weight: BlockWeights, backend: str | None) -> Tensor:
+def _dense(weight: Matrix, dtype: torch.dtype, scale: Tensor | None = None) -> Tensor:
+    """What adapters are added to. They come with many tokens, where a dequantised copy costs nothing beside them."""
+    if isinstance(weight, Tensor):
+        return weight
+    return weight.dequantize(dtype) if scale is None else (weight.dequantize(scale.dtype) * scale[:, None]).to(dtype)
+
+
+def _out(about: About, weight: BlockWeights, mixed: Tensor, lora: Lora | None) -> tuple[Tensor, Tensor | None]:
+    """The attention's branch, and the scale that it still wants."""
+    if lora is None:
+        return _linear(mixed, weight.out, about.backend), weight.attn_scale
+    out, options = _dense(weight.out, mixed.dtype, weight.attn_scale), {"grads": lora.grads, "backend": about.backend}
+    return lora_linear(mixed, out, lora.a, lora.b, about.slots, **options), None
+
+
+def _mlp(
+    about: About, weight: BlockWeights, n: Tensor, up: Lora | None, down: Lora | None
+) -> tuple[Tensor, Tensor | None]:
+    """The MLP's branch, and the scale that it still wants."""
+    backend = about.backend
+    if up is not None or down is not None:
+        matrices = _dense(weight.up, n.dtype), _dense(weight.down, n.dtype, weight.mlp_scale)
+        (up_a, up_b, up_grads), (down_a, down_b, down_grads) = up or NO_LORA, down or NO_LORA
+        grads = {"up_grads": up_grads, "down_grads": down_grads}
+        return lora_mlp(n, *matrices, up_a, up_b, down_a, down_b, about.slots, **grads, backend=backend), None
     if isinstance(weight.up, Int6Matrix):
-        return _linear(relu_squared_ref(_linear(n, weight.up, backend)), weight.down, backend)
-    return relu_squared_mlp(n, weight.up, weight.down, backend=backend)
-
-
-def _projected(about: About, weight: BlockWeights, n: Tensor, lora: tuple) -> tuple[Tensor, Tensor, Tensor]:
-    """q [B, S, H, d], k and v [B, S, G, d] of n [B, S, D]; heads of q and k normed and rotated."""
-    if lora:
-        *adapter, grads = lora
-        options = {"slots": about.slots, "sizes": about.config.qkv_sizes, "grads": grads, "backend": about.backend}
-        parts = lora_qkv(n, _dense_qkv(weight, n), *adapter, **options)
+        branch = _linear(relu_squared_ref(_linear(n, weight.up, backend)), weight.down, backend)
     else:
+        branch = relu_squared_mlp(n, weight.up, weight.down, backend=backend)
+    return branch, weight.mlp_scale
+
+
+def _projected(about: About, weight: BlockWeights, n: Tensor, lora: Lora | None) -> tuple[Tensor, Tensor, Tensor]:
+    """q [B, S, H, d], k and v [B, S, G, d] of n [B, S, D]; heads of q and k normed and rotated."""
+    if lora is None:
         parts = _linear(n, weight.qkv, about.backend).split(about.config.qkv_sizes, dim=-1)
+    else:
+        options = {"slots": about.slots, "sizes": about.config.qkv_sizes, "grads": lora.grads, "backend": about.backend}
+        parts = lora_qkv(n, _dense(weight.qkv, n.dtype), lora.a, lora.b, **options)
     q, k, v = (part.unflatten(-1, (-1, about.config.head_dim)) for part in parts)
     return *norm_rotary(q, k, *about.rotary, weight.gain, backend=about.backend), v
-
-
-def _dense_qkv(weight: BlockWeights, n: Tensor) -> Tensor:
-    """Adapters come with many tokens, where a dequantised copy of this one matrix costs nothing beside them."""
-    return weight.qkv.dequantize(n.dtype) if isinstance(weight.qkv, Int6Matrix) else weight.qkv
 
 
 def attention(
     about: About,
     weight: BlockWeights,
     n: Tensor,
-    lora: tuple,
+    lora: Lora | None,
     tail: int,
     held: Callable[..., Tensor] | None,
 ) -> Tensor:
@@ -267,13 +308,12 @@ def attention(
         return held(weight, n, lora)[:, n.size(1) - tail :]
     backend, sizes, head_dim = about.backend, about.config.qkv_sizes, about.config.head_dim
     runs_kernel = backend == "triton" or (backend is None and n.is_cuda)
-    chosen = "klora" if lora else about.chosen
+    chosen = about.chosen if lora is None else "klora"
     by_kernel = chosen == "klora" and runs_kernel and head_dim in HEAD_DIMS
     tables, options = (*about.rotary, weight.gain), {"head_dim": head_dim, "tail": tail, "unit_tables": True}
-    if by_kernel and lora:
-        *adapter, grads = lora
-        options |= {"slots": about.slots, "sizes": sizes, "grads": grads}
-        return lora_attention(n, _dense_qkv(weight, n), *adapter, *tables, **options, backend=backend)
+    if by_kernel and lora is not None:
+        options |= {"slots": about.slots, "sizes": sizes, "grads": lora.grads}
+        return lora_attention(n, _dense(weight.qkv, n.dtype), lora.a, lora.b, *tables, **options, backend=backend)
     if by_kernel and takes(n.dtype, head_dim) and isinstance(weight.qkv, Tensor):
         return qkv_attention(n, weight.qkv, *tables, sizes, **options, start=about.start, backend=backend)
     q, k, v = _projected(about, weight, n, lora)

@@ -22,7 +22,7 @@ from klora.model.config import ConfigError, ModelConfig, TrainConfig
 from klora.model.fused import FusedStep
 from klora.model.gpt import GPT
 from klora.model.loading import load_run
-from klora.model.network import Adapters
+from klora.model.network import Adapters, BlockAdapters, Lora
 from klora.model.parallel import Ranks
 from klora.model.train import Trainer
 from klora.model.weights import frozen_weights
@@ -148,8 +148,8 @@ def test_the_chosen_one_is_what_a_training_step_runs_and_nothing_else_does(calls
     assert frozen_weights(model).chosen == "klora"
     model.logits(tokens[:, :4], model.cache(batch=2, length=8))
     rows = sum(SMALL.qkv_sizes)
-    parts = [torch.zeros(2, *shape) for shape in ((3, 4, SMALL.width), (rows, 4), (SMALL.width,))] * SMALL.blocks
-    model.hidden(tokens[:, :-1], Adapters(None, parts))
+    lora = Lora(torch.zeros(2, 3, 4, SMALL.width), torch.zeros(2, rows, 4))
+    model.hidden(tokens[:, :-1], Adapters(None, [BlockAdapters(lora, bias=torch.zeros(2, SMALL.width))] * SMALL.blocks))
     assert not calls
 
 

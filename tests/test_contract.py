@@ -30,6 +30,8 @@ from klora.kernels import (
     lora_head_nll,
     lora_head_nll_grads_,
     lora_head_nll_ref,
+    lora_linear,
+    lora_mlp,
     lora_qkv,
     lora_qkv_rope,
     muon_apply_,
@@ -95,6 +97,8 @@ def ops(B: int = 2, S: int = 5, dtype: torch.dtype = torch.float32) -> dict[str,
     adapters = {"lora_a": randn(POOL, 3, R, D, **fp32), "lora_b": randn(POOL, sum(SIZES), R, **fp32)}
     head = {"lora_a": randn(POOL, R, D, **fp32), "lora_b": randn(POOL, V, R, **fp32)}
     qkv = {"x": x, "weight": weight, **adapters}
+    mlp = {"up_a": randn(POOL, R, D, **fp32), "up_b": randn(POOL, 48, R, **fp32)}
+    mlp |= {"down_a": randn(POOL, 2, 48, **fp32), "down_b": randn(POOL, D, 2, **fp32)}
     tables = {"cos": cos, "sin": sin, "gain": gain}
     about = {"slots": slots, "sizes": SIZES}
     heads = {"q": randn(B, S, H, HEAD), "k": randn(B, S, G, HEAD)}
@@ -125,6 +129,12 @@ def ops(B: int = 2, S: int = 5, dtype: torch.dtype = torch.float32) -> dict[str,
             ("q", "k", "v"),
         ),
         "lora_qkv": Op(lora_qkv, qkv, about),
+        "lora_linear": Op(
+            lora_linear,
+            {"x": x, "weight": weight, "lora_a": adapters["lora_a"][:, 0], "lora_b": adapters["lora_b"]},
+            {"slots": slots},
+        ),
+        "lora_mlp": Op(lora_mlp, {"x": x, "up": randn(48, D), "down": randn(D, 48), **mlp}, {"slots": slots}),
         "lora_qkv_rope": Op(lora_qkv_rope, {**qkv, **tables}, {**about, "head_dim": HEAD}, tuple(tables)),
         "lora_attention": Op(lora_attention, {**qkv, **tables}, {**about, "head_dim": HEAD}, tuple(tables)),
         "lora_cached_attention": Op(
@@ -149,7 +159,7 @@ def ops(B: int = 2, S: int = 5, dtype: torch.dtype = torch.float32) -> dict[str,
 
 OPS = ops()
 WITH_SLOTS = [name for name, op in OPS.items() if "slots" in op.more]
-POOLS = ("lora_a", "lora_b", "bias", "cache_k", "cache_v")
+POOLS = ("lora_a", "lora_b", "bias", "up_a", "up_b", "down_a", "down_b", "cache_k", "cache_v")
 """Tensors whose first dimension is that of the slots."""
 WITH_ROTARY = [name for name, op in OPS.items() if "cos" in op.floats]
 WITH_TARGETS = [name for name, op in OPS.items() if "targets" in op.more]

@@ -1,6 +1,7 @@
 """The engine: the eager oracle's numbers, whatever the batch; a schedule without gaps; no wait inside a step."""
 
 import dataclasses
+import itertools
 import math
 from collections import Counter
 
@@ -92,6 +93,31 @@ def test_every_token_has_the_eager_oracles_nll_in_float64(protocol, steps):
         for row in rows:
             found = token_nll(engine, docs, row)[index]
             np.testing.assert_allclose(found, passes[row] if protocol == "min_nll" else passes[-1], rtol=1e-9)
+
+
+TARGETS = {
+    "o": {"o_rank": 4, "o_alpha": 8.0},
+    "up,down": {"up_rank": 3, "down_lr": 2.0},
+    "q,o,head": {"weight_decay": 1.0},
+    "k, v": {"k_rank": 1, "v_alpha": 1.0},
+    "q,k,v,o,up,down,head": {"q_rank": 1, "k_rank": 3, "beta1": 0.0, "a_scale": 2.0},
+}
+"""Sets of targets, and other things that a set may be asked for with."""
+
+
+@pytest.mark.parametrize("targets", TARGETS)
+def test_any_set_of_targets_agrees_with_the_eager_scorer_after_1_8_and_48_steps(targets):
+    """Chunk after chunk: the NLL of chunk n is that after n steps."""
+    config = TTT.override({"targets": targets, "chunk": 8, "window": 16, **TARGETS[targets]})
+    model, docs = model64(dataclasses.replace(SMALL, blocks=2)), documents((49 * 8 + 5, 17))
+    engine = engine_for(model, docs, config, slots=2)
+    engine.adapt(docs, Deadline(0))
+    found, expected = token_nll(engine, docs)[0], eager_token_nll(model, docs[0], config)[0]
+    for steps in (1, 8, 48):
+        chunk = slice(8 * steps, 8 * (steps + 1))
+        np.testing.assert_allclose(found[chunk], expected[chunk], rtol=1e-8)
+    base = eager_token_nll(model, docs[0], config.override({"lr": 0.0}))[0]
+    assert not np.allclose(found[8:16], base[8:16], rtol=1e-5)
 
 
 @pytest.mark.parametrize("blocks", [1, 2, 4])
@@ -265,6 +291,10 @@ def test_what_cannot_be_is_refused():
 
 def test_the_estimate_grows_with_what_is_kept():
     model = model64()
+    sets = ["q", "q,o", "q,o,up", "q,o,up,down", "q,o,up,down,head"]
+    for fewer, more in itertools.pairwise(TTT.override({"targets": targets}) for targets in sets):
+        assert activation_bytes(model, more, 4) > activation_bytes(model, fewer, 4)
+        assert slot_bytes(model, more) > slot_bytes(model, fewer)
     assert activation_bytes(model, TTT, 8) == pytest.approx(2 * activation_bytes(model, TTT, 4), abs=2)
     assert activation_bytes(model, TTT.override({"window": 128}), 4) > activation_bytes(model, TTT, 4)
 
@@ -394,7 +424,8 @@ def test_a_step_is_shapes_alone_and_runs_the_kernels_once_where_they_are_needed(
     engine.prepare()
     with Ops() as ops:
         engine._steps[3, 4, True]()
-    assert ops.seen == {
+    seen = ops.seen
+    assert seen == {
         "bigram_embedding": 1,
         "residual_norm": 21,
         "lora_attention": 10,
@@ -408,6 +439,29 @@ def test_a_step_is_shapes_alone_and_runs_the_kernels_once_where_they_are_needed(
         "relu_squared_mlp_du": 10,
         "lora_adam_": 1,
     }
+    all_seven = {"targets": "q,k,v,o,up,down,head", "lora_rank": 64, "head_rank": 80}
+    engine = Engine(model, TTTConfig(batch=4).override(all_seven), 5000, rows=(), capture=False, backend="triton")
+    engine.prepare()
+    with Ops() as ops:
+        engine._steps[3, 4, True]()
+    replaced = {"linear": "lora_linear", "relu_squared_mlp": "lora_mlp", "linear_dx": "lora_linear_backward_"}
+    replaced["relu_squared_mlp_du"] = "lora_mlp_du_"
+    assert ops.seen == {replaced.get(name, name): count for name, count in seen.items()}
+    engine = Engine(model, TTTConfig(batch=4, targets="o"), 5000, rows=(), capture=False, backend="triton")
+    engine.prepare()
+    with Ops() as ops:
+        engine._steps[3, 4, True]()
+    none = "lora_attention", "lora_qkv_backward_into", "lora_attention_backward", "lora_mlp"
+    assert ops.seen["qkv_attention"] == 10 and not any(ops.seen[name] for name in none)
+    assert ops.seen["lora_head_nll_grads_"] == 1
+
+
+def test_a_step_that_only_scores_runs_no_backward():
+    with torch.device("meta"):
+        model = GPT(preset("seed").model).requires_grad_(False)
+    model.compute_dtype = torch.bfloat16
+    engine = Engine(model, TTTConfig(batch=4), 5000, rows=(), capture=False, backend="triton")
+    engine.prepare([(0, 4, False)])
     with Ops() as ops:
         engine._steps[0, 4, False]()
     assert ops.seen == {
@@ -515,10 +569,11 @@ def test_queues_are_the_window_lengths():
 
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter runs the kernels where there is no GPU")
-def test_the_kernels_in_the_interpreter_agree_with_the_reference():
+@pytest.mark.parametrize("targets", ["q,k,v,head", "o", "q,k,v,o,up,down,head"])
+def test_the_kernels_in_the_interpreter_agree_with_the_reference(targets):
     """Gradients written straight into the pool, slots of -1, mixed batches: in fp32, over a tiny model."""
     shape = dataclasses.replace(SMALL, blocks=2, heads=2, kv_heads=1)
-    config = TTT.override({"chunk": 16, "window": 32, "batch": 3})
+    config = TTT.override({"chunk": 16, "window": 32, "batch": 3, "targets": targets, "k_rank": 1})
     model = randomized(shape).requires_grad_(False)
     docs = documents((37, 20))
     exact = adapt_documents(model, docs, config, Deadline(0), backend="reference")
@@ -531,7 +586,7 @@ def test_the_kernels_in_the_interpreter_agree_with_the_reference():
 def test_the_backward_keeps_what_the_memory_estimate_says(monkeypatch):
     """At a head size of the kernels'; the last block keeps less, since most of it runs on a chunk alone."""
     shape = dataclasses.replace(SMALL, width=128, heads=2, kv_heads=1, mlp_hidden=384, blocks=2)
-    config, steps = TTTConfig(chunk=32, window=64, batch=2, deadline=0.0), []
+    config, steps = TTTConfig(chunk=32, window=64, batch=2, deadline=0.0, targets="q,k,v,o,up,down,head"), []
     hidden = EngineStep._hidden
 
     def watched(*arguments):
@@ -548,9 +603,9 @@ def test_the_backward_keeps_what_the_memory_estimate_says(monkeypatch):
         return out
 
     monkeypatch.setattr(EngineStep, "_hidden", watched)
-    docs = documents((96, 96))
+    docs = documents((65, 65))
     adapt_documents(randomized(shape).requires_grad_(False), docs, config, Deadline(0), backend="triton")
-    planned = 4 * config.batch * config.window * kept_by_autograd(shape, config.lora_rank)
+    planned = 4 * config.batch * config.window * kept_by_autograd(shape, config)
     assert 0.8 * planned < max(steps) < planned
 
 
@@ -591,6 +646,15 @@ class TestOnGPU:
         first, second = (recorded(on_gpu(device=f"cuda:{n}"), docs, config, capture=capture) for n in (0, 1))
         assert torch.cuda.current_device() == 0 and torch.equal(first.cpu(), second.cpu())
 
+    @pytest.mark.parametrize("targets", ["o", "up,down", "q,o,head", "q,k,v,o,up,down,head"])
+    def test_graphs_of_any_targets_give_the_bits_of_no_graphs(self, targets):
+        ranks = {"lora_rank": 64, "head_rank": 80, "up_rank": 24}
+        config = TTTConfig(deadline=0.0, batch=8, targets=targets, weight_decay=0.1, **ranks)
+        model, docs = on_gpu(), documents(LONG)
+        graphs = recorded(model, docs, config, rows=(2,))
+        assert torch.equal(graphs, recorded(model, docs, config, rows=(2,)))
+        assert torch.equal(graphs, recorded(model, docs, config, rows=(2,), capture=False))
+
     def test_captures_leave_no_trace(self):
         config = TTTConfig(deadline=0.0, batch=8)
         engine = engine_for(on_gpu(), documents(LONG), config, rows=(2,))
@@ -600,8 +664,11 @@ class TestOnGPU:
         torch.cuda.synchronize()
         assert all(torch.equal(a, b) for a, b in zip(before, state, strict=True))
 
-    def test_memory_stays_within_the_estimate(self):
-        config, docs = TTTConfig(deadline=0.0, batch=16), documents([3000] * 20)
+    @pytest.mark.parametrize("targets", ["q,k,v,head", "q,k,v,o,up,down,head"])
+    @pytest.mark.parametrize("rank", [8, 80])
+    def test_memory_stays_within_the_estimate(self, targets, rank):
+        ranks = {"lora_rank": rank, "head_rank": rank}
+        config, docs = TTTConfig(deadline=0.0, batch=16, targets=targets, **ranks), documents([3000] * 20)
         model = on_gpu()
         torch.cuda.empty_cache()
         before = torch.cuda.memory_allocated()
@@ -610,9 +677,10 @@ class TestOnGPU:
         engine.adapt(docs, Deadline(0))
         assert torch.cuda.max_memory_allocated() - before <= engine.facts["estimated_bytes"]
 
-    def test_bf16_is_as_close_to_fp32_as_eager_pytorch_in_bf16(self):
+    @pytest.mark.parametrize("targets", ["q,k,v,head", "o", "up,down", "q,o,head", "q,k,v,o,up,down,head"])
+    def test_bf16_is_as_close_to_fp32_as_eager_pytorch_in_bf16(self, targets):
         """Relative error of the nats of the chunks after 1, 8 and 48 Adam steps, against eager PyTorch in fp32."""
-        config, doc = TTTConfig(deadline=0.0, batch=4), document(49 * 256 + 100)
+        config, doc = TTTConfig(deadline=0.0, batch=4, targets=targets), document(49 * 256 + 100)
         models = on_gpu(torch.float32), on_gpu()
         exact, plain = (adapt_batch(model, Adam(model, config, 1), [doc])[0].cpu() for model in models)
         engine = engine_for(on_gpu(), [doc], config)

@@ -19,7 +19,7 @@ from klora.model.gpt import is_block_matrix
 from klora.model.int6_file import load_quantized, save_quantized
 from klora.model.int6_model import quantize_linears
 from klora.model.loading import model_from_artifact
-from klora.model.network import Adapters
+from klora.model.network import Adapters, BlockAdapters, Lora
 from test_cli import klora
 from torch import nn
 from torch.nn.utils import parametrizations, prune
@@ -75,9 +75,15 @@ class TestModelFromArtifact:
 
     def test_adapters_get_the_dense_model_s_gradients(self, both):
         config, tokens = both[0].config, torch.randint(3, 300, (2, 33))
-        shapes = (2, 3, 4, config.width), (2, sum(config.qkv_sizes), 4), (2, config.width)
+        width, hidden = config.width, config.mlp_hidden
+        pairs = [(2, 3, 4, width), (2, sum(config.qkv_sizes), 4), (2, 3, width), (2, width, 3)]
+        pairs += [(2, 2, width), (2, hidden, 2), (2, 5, hidden), (2, width, 5)]
+        shapes = [*pairs, (2, width)]
         leaves = [torch.randn(shape).mul_(0.1).requires_grad_() for _ in range(config.blocks) for shape in shapes]
-        adapters = Adapters(None, leaves)
+        blocks = [leaves[i : i + 9] for i in range(0, len(leaves), 9)]
+        adapters = Adapters(
+            None, [BlockAdapters(*(Lora(*some[i : i + 2]) for i in range(0, 8, 2)), some[8]) for some in blocks]
+        )
         dense, int6 = (torch.autograd.grad(model.hidden(tokens, adapters).sin().sum(), leaves) for model in both)
         for ours, theirs in zip(int6, dense, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)

@@ -95,6 +95,39 @@ def test_without_slots_and_factors_every_row_moves_at_its_own_rate(backend):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("beta1", [0.0, 0.9])
+def test_weight_decay_is_adamws_and_without_a_first_beta_the_first_moment_is_left_alone(beta1, backend, device):
+    """Against torch.optim.AdamW, each parameter with a weight decay of its own."""
+    ours = {name: t for name, t in pool(1, 70, device).items() if name != "group_lr"}
+    for name in ("exp_avg_sq", "step"):
+        ours[name].zero_()
+    ours["exp_avg"].fill_(0.0 if beta1 else float("nan"))
+    decay = torch.linspace(0.0, 5.0, 70, device=device)
+    twins = [torch.nn.Parameter(p.double().clone()) for p in ours["params"][0]]
+    lr = ours["lr"].item()
+    groups = [{"params": [twin], "weight_decay": wd} for twin, wd in zip(twins, decay.double().tolist(), strict=True)]
+    adam = torch.optim.AdamW(groups, lr=lr, betas=(beta1, 0.95), eps=1e-10)
+    for number in range(12):
+        grads = torch.randn(1, 70, generator=torch.Generator().manual_seed(number)).to(device)
+        ours["grads"].copy_(grads)
+        for twin, grad in zip(twins, grads[0].double(), strict=True):
+            twin.grad = grad
+        adam.step()
+        lora_adam_(**ours, betas=(beta1, 0.95), decay=decay, backend=backend)
+    torch.testing.assert_close(ours["params"][0].double(), torch.stack(twins).detach(), rtol=1e-5, atol=1e-6)
+    assert ours["exp_avg"].isnan().all() if not beta1 else ours["exp_avg"].all()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_no_weight_decay_has_the_bits_of_a_decay_of_zero(device):
+    ours, zero = pool(3, 1500, device), pool(3, 1500, device)
+    lora_adam_(**ours, backend="triton")
+    lora_adam_(**zero, decay=torch.zeros(1500, device=device), backend="triton")
+    assert all(torch.equal(ours[name], zero[name]) for name in STATE)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("backend", ["reference", "triton"])
 def test_a_rounded_copy_of_the_chosen_rows(backend, device):
     """In fp16: of 16-bit floats, Triton's interpreter rounds that one alone as a GPU does."""
     ours = pool(4, 1500, device)
@@ -126,8 +159,9 @@ def test_the_op_is_registered_as_torch_wants_it():
     tensors = pool(3, 30)
     order = ("params", "grads", "exp_avg", "exp_avg_sq", "step", "lr", "group_lr")
     for low in (None, torch.zeros(3, 30, dtype=torch.float16)):
-        rest = torch.tensor([2, 0], dtype=torch.int32), low, 0.9, 0.95, 1e-10
-        torch.library.opcheck(torch.ops.klora.lora_adam_, tuple(tensors[name] for name in order) + rest)
+        for decay, beta1 in ((None, 0.9), (torch.ones(30), 0.0)):
+            rest = torch.tensor([2, 0], dtype=torch.int32), low, decay, beta1, 0.95, 1e-10
+            torch.library.opcheck(torch.ops.klora.lora_adam_, tuple(tensors[name] for name in order) + rest)
 
 
 def test_it_is_compiled_whole():
@@ -148,6 +182,7 @@ def test_it_is_compiled_whole():
         ({"lr": torch.zeros(4)}, "lr is"),
         ({"lr": torch.zeros(3, device="meta")}, "lr is .* on meta; wanted: .* on cpu"),
         ({"group_lr": torch.zeros(3)}, "group_lr is"),
+        ({"decay": torch.zeros(3)}, "decay is"),
         ({"slots": torch.zeros(2)}, "slots is torch.float32"),
         ({"low": torch.zeros(3, 8)}, "low is torch.float32 .*; wanted: torch.bfloat16 or torch.float16"),
         ({"slots": torch.zeros(2, 2, dtype=torch.int32)}, r"slots is torch.int32 \[2, 2\]"),

@@ -63,7 +63,10 @@ def joined(results):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize(("B", "S", "D", "V", "R"), [(2, 7, 32, 70, 3), (1, 1, 16, 5, 1), (3, 40, 48, 129, 17)])
+@pytest.mark.parametrize(
+    ("B", "S", "D", "V", "R"),
+    [(2, 7, 32, 70, 3), (1, 1, 16, 5, 1), (3, 40, 48, 129, 17), (1, 9, 16, 40, 128)],
+)
 def test_outputs_and_gradients_are_as_exact_as_pytorchs(B, S, D, V, R, dtype):
     # A handful of sums is exact to a rounding or two on both sides, and chance decides which is better: eight draws.
     draws = [draw(B, S, D, V, R, dtype=dtype, seed=seed) for seed in range(1 if S > 7 else 8)]
@@ -159,6 +162,23 @@ def test_gradients_go_straight_into_a_flat_pool(backend):
         torch.testing.assert_close(view[[1, 4]], grad[[1, 4]], rtol=1e-4, atol=1e-5)
         assert (view[[0, 2, 3]] == 99).all()
     assert (grads[:, :start] == 99).all() and (grads[:, start + size :] == 99).all()
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_without_adapters_it_is_the_plain_head_and_its_gradient(backend):
+    h, weight, a, b, targets, dnll = draw(3, 9)
+    slots = torch.tensor([2, -1, 0])
+    expected = run_plain(softcap_nll_ref, h, weight, targets, dnll)[:2]
+    none = (None, None)
+    nll, dh = lora_head_nll_grads_(h, weight, *none, targets, dnll, *none, CAP, TEMPERATURE, slots, backend=backend)
+    torch.testing.assert_close((nll, dh), expected, rtol=1e-4, atol=1e-5)
+    leaf = h.clone().requires_grad_()
+    again = lora_head_nll(leaf, weight, *none, targets, CAP, TEMPERATURE, slots, backend=backend)
+    assert torch.equal(again, nll) and torch.equal(torch.autograd.grad(again, leaf, dnll)[0], dh)
+    with pytest.raises(ValueError, match="dlora_a is given; wanted: one for each adapter matrix"):
+        lora_head_nll_grads_(h, weight, *none, targets, dnll, a, b, CAP, TEMPERATURE, slots, backend=backend)
+    with pytest.raises(ValueError, match="lora_a and lora_b: wanted both or neither"):
+        lora_head_nll(h, weight, a, None, targets, CAP, TEMPERATURE, slots, backend=backend)
 
 
 def test_a_target_of_minus_100_is_not_scored():
@@ -264,7 +284,7 @@ def test_it_is_compiled_whole():
         ({"h": torch.zeros(2, 5, 32).half()}, "h is torch.float16 and weight torch.float32"),
         ({"h": torch.zeros(2, 5, 24), "weight": torch.zeros(70, 24)}, "D is 24; the kernel wants a multiple of 16"),
         ({"lora_a": torch.zeros(2, 3, 16)}, r"lora_a is \[2, 3, 16\]; wanted: \[slots, R, 32\]"),
-        ({"lora_a": torch.zeros(2, 65, 32), "lora_b": torch.zeros(2, 70, 65)}, "R from 1 to 64"),
+        ({"lora_a": torch.zeros(2, 129, 32), "lora_b": torch.zeros(2, 70, 129)}, "R from 1 to 128"),
         ({"lora_b": torch.zeros(2, 71, 3)}, r"lora_b is .* \[2, 71, 3\]; wanted: torch.float32 \[2, 70, 3\]"),
         ({"lora_b": torch.zeros(2, 70, 3).half()}, "lora_b is torch.float16"),
         ({"lora_a": torch.zeros(3, 3, 32), "lora_b": torch.zeros(3, 70, 3)}, "3 adapters for 2 batch rows"),
@@ -311,6 +331,9 @@ class TestOnTheGpu:
             (3, 255, 512, 1000, 16, torch.bfloat16),
             (5, 50, 80, 77, 40, torch.bfloat16),
             (2, 1, 16, 3, 64, torch.bfloat16),
+            (3, 255, 512, 1000, 80, torch.bfloat16),
+            (5, 50, 80, 77, 128, torch.bfloat16),
+            (5, 50, 80, 77, 128, torch.float32),
             (5, 50, 80, 77, 16, torch.bfloat16),  # widths to 128 at ranks to 16: see the loop over them in `sweep`
             (3, 100, 128, 300, 8, torch.bfloat16),
             (5, 50, 80, 77, 16, torch.float16),
@@ -353,6 +376,15 @@ class TestOnTheGpu:
         h, weight, a, b, targets, dnll = inputs
         alone = run(lora_head_nll, h[3:4], weight, a, b, targets[3:4], dnll[3:4], slots=slots[3:4])
         assert torch.equal(alone[1], first[1][3:4]) and torch.equal(alone[2][3], first[2][3])
+
+    def test_without_adapters_a_row_has_the_same_bits_in_every_batch(self):
+        h, weight, _, _, targets, dnll = draw(64, 256, 512, 1024, dtype=torch.bfloat16, device="cuda")
+        none, slots = (None, None), torch.arange(64, device="cuda")
+        whole = lora_head_nll_grads_(h, weight, *none, targets, dnll, *none, CAP, TEMPERATURE, slots)
+        few = (t[3:5].contiguous() for t in (targets, dnll))
+        targets, dnll = few
+        part = lora_head_nll_grads_(h[3:5], weight, *none, targets, dnll, *none, CAP, TEMPERATURE, slots[3:5])
+        assert all(torch.equal(x[3:5], y) for x, y in zip(whole, part, strict=True))
 
     def test_no_fp32_logits_in_memory(self):
         inputs = draw(64, 256, 512, 1024, 16, dtype=torch.bfloat16, device="cuda")

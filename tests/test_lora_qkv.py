@@ -85,11 +85,12 @@ def test_tiles_that_span_more_than_one_block_of_every_dimension():
     assert_as_exact_as_plain_pytorch(*inputs(2, 130, 272, (272, 144, 16), 8, [1, 0], 2, torch.float16))
 
 
-def test_rank_64_and_no_other_rank_above_it():
-    given, douts = inputs(1, 9, rank=64)
+@pytest.mark.parametrize(("rank", "dtype"), [(64, torch.float32), (80, torch.float16), (128, torch.float32)])
+def test_ranks_up_to_128_and_none_above(rank, dtype):
+    given, douts = inputs(1, 9, rank=rank, dtype=dtype)
     assert_as_exact_as_plain_pytorch(given, douts)
-    with pytest.raises(ValueError, match="R is 65; allowed: up to 64"):
-        ours(*inputs(1, 9, rank=65)[0])
+    with pytest.raises(ValueError, match="R is 129; allowed: up to 128"):
+        ours(*inputs(1, 9, rank=129)[0])
 
 
 def test_a_slot_named_twice_gets_the_sum_and_an_unnamed_one_zero():
@@ -311,12 +312,15 @@ class TestOnTheGPU:
             inputs(2, 130, 256, (128, 64, 64), 64, [1, 1], 2, torch.bfloat16),
             inputs(3, 130, 512, (512, 256, 256), 8, [1, -1, 4], 5, torch.bfloat16, low=True),
             inputs(2, 130, 128, (128, 64, 64), 24, [1, 0], 2, torch.bfloat16, low=True),
+            inputs(2, 130, 512, (512, 256, 256), 80, [1, 0], 2, torch.bfloat16),
+            inputs(2, 130, 512, (512, 256, 256), 128, [1, 0], 2, torch.bfloat16, low=True),
+            inputs(2, 70, 64, (64, 32, 32), 128, [1, 0], 2, torch.float32),
         ]
         with ThreadPoolExecutor() as pool:
             list(pool.map(lambda case: outputs_and_gradients(ours, *case), [inputs(5, 9, **self.SEED), *drawn]))
         return drawn
 
-    @pytest.mark.parametrize("case", range(5))
+    @pytest.mark.parametrize("case", range(8))
     def test_other_widths_ranks_and_dtypes(self, cases, case):
         assert_as_exact_as_plain_pytorch(*cases[case])
 

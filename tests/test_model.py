@@ -14,7 +14,7 @@ from klora.model import gpt
 from klora.model.config import PRESETS, ConfigError, ModelConfig, TrainConfig, allowed_values, preset
 from klora.model.generate import generate_tokens
 from klora.model.gpt import GPT, is_block_matrix, parameter_count, parameter_shapes
-from klora.model.network import Adapters
+from klora.model.network import Adapters, BlockAdapters, Lora
 from klora.model.optimizers import FlatGradients, Optimizers
 
 
@@ -152,21 +152,32 @@ def test_a_filled_cache_takes_one_token_at_a_time(small_model):
 
 
 @torch.no_grad()
-def test_adapters_add_low_rank_weights_and_biases(small_model):
-    """A model with adapters equals one whose weights had the product of their factors added."""
+@pytest.mark.parametrize("targets", [["qkv"], ["o"], ["up"], ["down"], ["qkv", "o", "up", "down"]], ids="+".join)
+def test_adapters_add_low_rank_weights_and_biases(small_model, targets):
+    """A model with adapters equals one whose weights had the product of their factors added, scales undone."""
     small_model.double()
-    config, rows = SMALL, sum(SMALL.qkv_sizes)
-    tokens = torch.randint(3, 300, (1, 20))
-    shapes = (1, 3, 4, config.width), (1, rows, 4)
-    loras = [[torch.randn(shape).double() for shape in shapes] for _ in range(config.blocks)]
-    no_bias = torch.zeros(1, config.width).double()
-    adapted = small_model.hidden(tokens, Adapters(None, [part for lora in loras for part in (*lora, no_bias)]))
-    for block, (lora_a, lora_b) in zip(small_model.blocks, loras, strict=True):
-        parts = lora_b[0].split(SMALL.qkv_sizes)
-        for index, name in enumerate("qkv"):
-            getattr(block, name).add_(parts[index] @ lora_a[0, index])
+    config, tokens = SMALL, torch.randint(3, 300, (1, 20))
+    width, hidden = config.width, config.mlp_hidden
+    sizes = {"qkv": (sum(config.qkv_sizes), width), "o": (width, width), "up": (hidden, width), "down": (width, hidden)}
+
+    def lora(name: str) -> Lora:
+        (N, K), several = sizes[name], (3,) if name == "qkv" else ()
+        return Lora(*(0.2 * torch.randn(shape).double() for shape in ((1, *several, 4, K), (1, N, 4))))
+
+    blocks = [BlockAdapters(**{name: lora(name) for name in targets}) for _ in range(config.blocks)]
+    plain, adapted = small_model.hidden(tokens), small_model.hidden(tokens, Adapters(None, blocks))
+    for block, given in zip(small_model.blocks, blocks, strict=True):
+        scales = {"o": block.depth_scale * block.attn_scale, "down": block.depth_scale * block.mlp_scale}
+        for name in targets:
+            lora_a, lora_b, _ = getattr(given, name)
+            if name == "qkv":
+                for part, projection, a in zip(lora_b[0].split(config.qkv_sizes), "qkv", lora_a[0], strict=True):
+                    getattr(block, projection).add_(part @ a)
+            else:
+                getattr(block, name).add_(lora_b[0] @ lora_a[0] / scales.get(name, torch.ones(1))[:, None])
     torch.testing.assert_close(small_model.hidden(tokens), adapted)
-    shifted = Adapters(None, [part for a, b in loras for part in (a, 0 * b, no_bias + 1)])
+    assert not torch.allclose(plain, adapted)
+    shifted = Adapters(None, [BlockAdapters(bias=torch.ones(1, width).double())] * config.blocks)
     assert not torch.allclose(small_model.hidden(tokens, shifted), small_model.hidden(tokens))
 
 

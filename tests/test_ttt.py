@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import SMALL, randomized
+from klora.bench.eager import Batch
 from klora.kernels import BOS, lora_adam_ref_
 from klora.model import weights
 from klora.model.config import ConfigError, preset
@@ -627,6 +628,113 @@ def test_adapters_have_the_size_and_the_start_that_the_design_gives():
     assert (b_rows[:512] == 0.5).all() and (b_rows[512:768] == 0.3).all() and (b_rows[768:] == 1.5).all()
     assert (factors[block[2].start : block[2].stop] == 3.0).all()
     assert (factors[head[0].start : head[1].stop] == 2.0).all()
+
+
+def test_the_row_of_the_default_targets_is_laid_out_as_it_always_was():
+    """Block after block A, B of Q, K and V and the bias, then the head's A and B; A drawn in that order."""
+    layout = AdapterLayout(SMALL, TTT)
+    D, N, V = SMALL.width, sum(SMALL.qkv_sizes), SMALL.vocab_size
+    assert [part.shape for part in layout.parts] == [(3, 2, D), (N, 2), (D,)] * SMALL.blocks + [(3, D), (V, 3)]
+    generator, row = torch.Generator().manual_seed(TTT.adapter_seed), layout.initial(TTT.adapter_seed)
+    for part in layout.parts:
+        values = torch.zeros(math.prod(part.shape))
+        if part.is_lora_a:
+            values = (2 * torch.rand(len(values), generator=generator) - 1) / math.sqrt(D)
+        assert torch.equal(row[part.start : part.stop], values)
+    assert layout.decay() is None
+
+
+def test_every_target_has_its_rank_rate_and_scale():
+    config = TTT.override({"targets": "up, q,down,head,o", "o_rank": 5, "up_alpha": 6.0, "down_lr": 7.0, "a_scale": 3})
+    layout = AdapterLayout(SMALL, config)
+    D, hidden, (nq, nk, nv) = SMALL.width, SMALL.mlp_hidden, SMALL.qkv_sizes
+    names = list(layout.blocks[0])
+    assert names == ["qkv", "o", "up", "down", "bias"] and [config.rank(n) for n in "qkvo"] == [2, 0, 0, 5]
+    pairs = [(3, 2, D), (nq + nk + nv, 2), (5, D), (D, 5), (2, D), (hidden, 2), (2, hidden), (D, 2)]
+    assert [part.shape for part in layout.parts[:9]] == [*pairs, (D,)]
+    factors, row = layout.group_lr(), layout.initial(0)
+
+    def of(values, name, which):
+        part = layout.parts[layout.blocks[0][name].start + which]
+        return values[part.start : part.stop].view(part.shape)
+
+    assert (of(factors, "up", 0) == 1.0).all() and (of(factors, "up", 1) == 3.0).all()
+    assert (of(factors, "down", 0) == 7.0).all() and (of(factors, "o", 1) == 1.0).all()
+    assert (of(factors, "qkv", 1)[:nq] == 0.5).all() and of(row, "qkv", 0)[0].all() and not of(row, "qkv", 0)[1:].any()
+    assert 3 / math.sqrt(hidden) * 0.9 < of(row, "down", 0).abs().max() <= 3 / math.sqrt(hidden)
+    assert 3 / math.sqrt(D) * 0.9 < of(row, "o", 0).abs().max() <= 3 / math.sqrt(D)
+    assert AdapterLayout(SMALL, config.override({"weight_decay": 0.5})).decay()[0] == 0.25
+
+
+def test_a_smaller_rank_of_q_k_or_v_stays_zero_and_is_that_rank():
+    """Rows of A and columns of B past it are zeros after many steps; one projection alone is that of its own config."""
+    config = TTT.override({"q_rank": 3, "k_rank": 1, "targets": "q,k,head", "weight_decay": 0.1, "steps_per_chunk": 3})
+    docs = [document(150)]
+    engine = engine_of(randomized(dtype=torch.float64).requires_grad_(False), config, docs)
+    engine.adapt(docs, Deadline(0))
+    pool, (nq, nk, _) = engine.pool, SMALL.qkv_sizes
+    assert pool.step.tolist() == [27]
+    views = pool.views(pool.params, 1)
+    for block in pool.layout.blocks:
+        a, b = (view[0] for view in views[block["qkv"]])
+        assert a[0].all() and a[1, :1].all() and not a[1, 1:].any() and not a[2].any()
+        assert b[:nq].all() and b[nq : nq + nk, :1].all() and not b[nq : nq + nk, 1:].any() and not b[nq + nk :].any()
+
+
+def test_alpha_is_a_scale_of_the_lora_by_alpha_over_rank():
+    """Against Adam on unscaled A and B, whose product a scale multiplies, in float64; epsilon tends to nothing."""
+    alphas = {"q_alpha": 4.0, "k_alpha": 0.5, "o_alpha": 3.0, "down_alpha": 8.0, "head_alpha": 1.5}
+    config = TTT.override({"targets": "q,k,v,o,up,down,head", "weight_decay": 0.3, "eps": 1e-30, "lr": 0.02, **alphas})
+    model = randomized(dtype=torch.float64).requires_grad_(False)
+    docs, device = [document(80)], torch.device("cpu")
+
+    def adapted(config: TTTConfig) -> float:
+        return engine_of(model, config, docs).adapt(docs, Deadline(0)).nats[0]
+
+    layout = AdapterLayout(SMALL, config)
+    plain = [
+        layout.initial(config.adapter_seed)[p.start : p.stop].view(1, *p.shape).double().requires_grad_()
+        for p in layout.parts
+    ]
+    scales = [p.scale.double() if len(p.scale) == 1 else p.scale.double()[:, None] for p in layout.parts]
+    assert {float(value) for scale in scales for value in scale.flatten()} == {2.0, 0.25, 1.5, 4.0, 0.5, 1.0}
+    batch, total, moments = Batch(docs, config, device), 0.0, [(0.0, 0.0)] * len(plain)
+    for j in range(batch.rounds):
+        inputs, at, targets, exists = batch.chunk(j, 1)
+        adapters, head = layout.adapters(None, [scale * part for scale, part in zip(scales, plain, strict=True)])
+        hidden = model.hidden(inputs, adapters, rotary_length=config.window)[0, at[0]]
+        z = hidden @ model.embed.T + hidden @ head.a[0].T @ head.b[0].T
+        logits = SMALL.softcap * torch.tanh(z / SMALL.softcap) / config.temperature
+        nll = -logits.log_softmax(-1).gather(1, targets[0][:, None])[:, 0]
+        total += nll[exists[0]].sum().item()
+        if j + 1 == batch.rounds:
+            break
+        for i, gradient in enumerate(torch.autograd.grad(nll.mean(), plain)):
+            m, v = moments[i]
+            m, v = 0.9 * m + 0.1 * gradient, 0.95 * v + 0.05 * gradient**2
+            moments[i] = m, v
+            rate = layout.parts[i].group_lr.double()
+            rate = config.lr * (rate.view(-1, *(1,) * (plain[i].dim() - 2)) if len(rate) > 1 else rate)
+            step = (m / (1 - 0.9 ** (j + 1))) / (v / (1 - 0.95 ** (j + 1))).sqrt()
+            plain[i].data -= rate * (config.weight_decay * plain[i].data + step.nan_to_num())
+    assert adapted(config) == pytest.approx(total, rel=1e-7)
+    assert abs(adapted(config.override(dict.fromkeys(alphas, 0.0))) - total) > 1e-3
+
+
+@pytest.mark.parametrize("targets", ["", "q,k,w", "q,q", "q;k", "all"])
+def test_targets_that_do_not_exist_are_refused(targets):
+    allowed = "some of q, k, v, o, up, down, head, each once, with commas between them"
+    with pytest.raises(ConfigError, match=f"targets='{targets}' is not possible; allowed: {allowed}"):
+        TTTConfig(targets=targets)
+
+
+@pytest.mark.parametrize(
+    "name", ["lora_rank", "head_rank", "q_rank", "k_rank", "v_rank", "o_rank", "up_rank", "down_rank"]
+)
+def test_ranks_go_up_to_128(name):
+    assert getattr(TTTConfig().override({name: "128"}), name) == 128
+    with pytest.raises(ConfigError, match=f"{name}=129 is not possible; allowed: .*128"):
+        TTTConfig().override({name: "129"})
 
 
 def test_adam_is_torchs_adam_and_leaves_other_slots_alone():

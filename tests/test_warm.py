@@ -80,7 +80,7 @@ step = warm.record(warm.training(preset, CPU), CPU)
 precompile._forget_hashes()
 backward._dkdv_kernel.cache_key  # before those of the functions that it calls
 assert warm.record(warm.training(preset, CPU), CPU).keys() == step.keys()
-config = ttt_preset().override({"batch": "32", "window": "64", "chunk": "32", "min_tokens": "16"})
+config = ttt_preset().override({"batch": "32", "window": "64", "chunk": "32", "adapt_from": "16"})
 model = warm.untrained(preset, CPU).requires_grad_(False)
 scores = [warm.record(warm.scoring(model, config, slots, backend="triton"), CPU) for slots in warm.SLOTS]
 modules = [sorted({one.function.fn.__module__.split(".")[2] for one in found.values()}) for found in (step, *scores)]

@@ -27,7 +27,7 @@ from ..model.ranges import phase
 from ..model.weights import frozen_weights
 from .adapters import AdapterLayout, AdapterPool
 from .documents import Document
-from .protocols import CACHED, MIN_NLL, TTTConfig
+from .protocols import CACHED, MIN_NLL, TARGETS, TTTConfig
 from .queue import Deadline
 from .results import Adapted
 from .ring import Ring, ring_numbers
@@ -69,18 +69,26 @@ def slots_a_place(config: TTTConfig) -> int:
     return min(SLOTS_A_PLACE, len(queues_of(config)))
 
 
-def kept_by_autograd(shape: ModelConfig, lora_rank: int, is_cached: bool = False) -> int:
+def padded_rank(rank: int) -> int:
+    """Numbers that a LoRA keeps of an input: a power of two, at least 16; none without one."""
+    return max(16, 1 << (rank - 1).bit_length()) if rank else 0
+
+
+def kept_by_autograd(shape: ModelConfig, config: TTTConfig) -> int:
     """Numbers that a training step keeps for its backward, for each input of the window, in the compute dtype.
 
-    In each block: the normed input and MLP input, q, k and v, attention's output, the MLP's hidden values and what the
-    LoRA kept; q and k before their rotation and another output, whose layout is not the product's, where attention is
-    PyTorch's; the first forward's k and v for a cache. And the outputs pushed for later blocks.
+    In each block: the normed input and MLP input, q, k and v, attention's output, the MLP's hidden values and what each
+    LoRA kept, its input times A; q and k before their rotation and another output, whose layout is not the product's,
+    where attention is PyTorch's; the first forward's k and v for a cache. And the outputs pushed for later blocks.
     """
     q, k, v = shape.qkv_sizes
-    block = 2 * shape.width + (q + k + v) + q + shape.mlp_hidden + 6 * lora_rank
+    ranks = 3 * padded_rank(max(map(config.rank, "qkv"))) + sum(
+        padded_rank(config.rank(n)) for n in ("o", "up", "down")
+    )
+    block = 2 * shape.width + (q + k + v) + q + shape.mlp_hidden + ranks
     if shape.head_dim not in HEAD_DIMS:
         block += (q + k) + q
-    if is_cached:
+    if config.context == CACHED:
         block += k + v
     return shape.blocks * block + shape.blocks // 2 * shape.width
 
@@ -88,16 +96,18 @@ def kept_by_autograd(shape: ModelConfig, lora_rank: int, is_cached: bool = False
 def activation_bytes(model: GPT, config: TTTConfig, rows: int) -> int:
     """Bytes that a training step of `rows` places takes at most: what autograd keeps and what is in flight.
 
-    In flight: three hidden tensors of the MLP, the gradients of q, k and v, and eight tensors of the residual stream;
-    before the first block, five of the stream in fp32. The head's logits are of the chunk alone. A quarter is added for
-    the allocator's blocks and the products' workspaces.
+    In flight: three hidden tensors of the MLP, the gradients of q, k and v, the gradient of a LoRA's output times its
+    B, and eight tensors of the residual stream; before the first block, five of the stream in fp32. The head's logits
+    are of the chunk alone. Of each place, its adapters in the compute dtype. A quarter is added for the allocator's
+    blocks and the products' workspaces.
     """
     shape, item = model.config, torch.finfo(model.dtype).bits // 8
     width, hidden = shape.width, shape.mlp_hidden
-    in_flight = max(3 * hidden + 2 * sum(shape.qkv_sizes) + 8 * width, 5 * width * 4 // item)
-    head = config.chunk * (shape.vocab_size + 4 * width + 8 * config.head_rank)
-    kept = kept_by_autograd(shape, config.lora_rank, config.context == CACHED)
-    return int(1.25 * rows * item * (config.inputs * (kept + in_flight) + head))
+    times_b = 3 * padded_rank(max(map(config.rank, TARGETS)))
+    in_flight = max(3 * hidden + 2 * sum(shape.qkv_sizes) + times_b + 8 * width, 5 * width * 4 // item)
+    head = config.chunk * (shape.vocab_size + 4 * width + 8 * config.rank("head"))
+    kept, packed = kept_by_autograd(shape, config), AdapterLayout(shape, config).size
+    return int(1.25 * rows * item * (config.inputs * (kept + in_flight) + head + packed))
 
 
 def slot_bytes(model: GPT, config: TTTConfig) -> int:
@@ -260,6 +270,14 @@ class Engine:
             with torch.cuda.graph(graph, pool=self._memory, stream=self._stream):
                 run()
         return Replay(graph, step)
+
+    @on_its_device
+    def rehearse(self) -> None:
+        """Run every step once over places that are all empty, which leaves no trace."""
+        self.prepare()
+        clear_plan(self.plan)
+        for run in self._steps.values():
+            run()
 
     @on_its_device
     def adapt(

@@ -22,6 +22,9 @@ from ..model.config import ConfigError, Settings, setting
 SCORE_FIRST, MULTI_EPOCH, MIN_NLL = "score_first", "multi_epoch", "min_nll"
 START, ORIGINAL = "start", "original"
 RECOMPUTED, CACHED = "recomputed", "cached"
+TARGETS = "q", "k", "v", "o", "up", "down", "head"
+"""The matrices that a LoRA may be added to: the projections, Wo, W1 and W2 of the MLP, and the head."""
+MOST_RANK = 128
 LEAKY = "LEAKY"
 LEAK_WARNING = (
     "LEAKY: these bits per byte come from weights that were trained on the very targets they score. "
@@ -86,13 +89,31 @@ class TTTConfig(Settings):
         "layout original: documents of fewer tokens (BOS counts) are left to the base model",
         at_least=2,
     )
-    lora_rank: int = setting(8, "rank of the LoRA on Q, K and V", at_least=1, at_most=64)
-    head_rank: int = setting(16, "rank of the LoRA on the head", at_least=1, at_most=64)
+    targets: str = setting("q,k,v,head", "matrices that have a LoRA: some of q, k, v, o, up, down and head")
+    lora_rank: int = setting(8, "rank of the LoRA on each matrix but the head", at_least=1, at_most=MOST_RANK)
+    head_rank: int = setting(16, "rank of the LoRA on the head", at_least=1, at_most=MOST_RANK)
+    q_rank: int = setting(0, "rank of the LoRA on Q; 0: lora_rank", at_least=0, at_most=MOST_RANK)
+    k_rank: int = setting(0, "rank of the LoRA on K; 0: lora_rank", at_least=0, at_most=MOST_RANK)
+    v_rank: int = setting(0, "rank of the LoRA on V; 0: lora_rank", at_least=0, at_most=MOST_RANK)
+    o_rank: int = setting(0, "rank of the LoRA on Wo; 0: lora_rank", at_least=0, at_most=MOST_RANK)
+    up_rank: int = setting(0, "rank of the LoRA on W1 of the MLP; 0: lora_rank", at_least=0, at_most=MOST_RANK)
+    down_rank: int = setting(0, "rank of the LoRA on W2 of the MLP; 0: lora_rank", at_least=0, at_most=MOST_RANK)
+    q_alpha: float = setting(0.0, "scales the LoRA on Q by q_alpha / rank; 0: by 1", at_least=0.0)
+    k_alpha: float = setting(0.0, "scales the LoRA on K by k_alpha / rank; 0: by 1", at_least=0.0)
+    v_alpha: float = setting(0.0, "scales the LoRA on V by v_alpha / rank; 0: by 1", at_least=0.0)
+    o_alpha: float = setting(0.0, "scales the LoRA on Wo by o_alpha / rank; 0: by 1", at_least=0.0)
+    up_alpha: float = setting(0.0, "scales the LoRA on W1 by up_alpha / rank; 0: by 1", at_least=0.0)
+    down_alpha: float = setting(0.0, "scales the LoRA on W2 by down_alpha / rank; 0: by 1", at_least=0.0)
+    head_alpha: float = setting(0.0, "scales the LoRA on the head by head_alpha / rank; 0: by 1", at_least=0.0)
+    a_scale: float = setting(1.0, "A starts as a_scale * U(-1/sqrt(K), 1/sqrt(K)), K its inputs", at_least=0.0)
     lr: float = setting(0.01, "Adam learning rate", at_least=0.0)
     head_lr: float = setting(2.0, "multiplies lr for the head's LoRA", at_least=0.0)
     q_lr: float = setting(0.5, "multiplies lr for the LoRA on Q", at_least=0.0)
     k_lr: float = setting(0.3, "multiplies lr for the LoRA on K", at_least=0.0)
     v_lr: float = setting(1.5, "multiplies lr for the LoRA on V", at_least=0.0)
+    o_lr: float = setting(1.0, "multiplies lr for the LoRA on Wo", at_least=0.0)
+    up_lr: float = setting(1.0, "multiplies lr for the LoRA on W1 of the MLP", at_least=0.0)
+    down_lr: float = setting(1.0, "multiplies lr for the LoRA on W2 of the MLP", at_least=0.0)
     bias_lr: float = setting(3.0, "multiplies lr for the biases", at_least=0.0)
     lr_warmup: int = setting(
         0,
@@ -107,6 +128,9 @@ class TTTConfig(Settings):
     beta1: float = setting(0.9, "Adam beta 1", at_least=0.0, below=1.0)
     beta2: float = setting(0.95, "Adam beta 2", at_least=0.0, below=1.0)
     eps: float = setting(1e-10, "Adam epsilon", above=0.0)
+    weight_decay: float = setting(
+        0.0, "AdamW: a step also takes the learning rate times weight_decay of each parameter from it", at_least=0.0
+    )
     temperature: float = setting(0.98, "divides the logits of adapted documents", above=0.0)
     batch: int = setting(64, "documents adapted side by side", at_least=1)
     deadline: float = setting(0.0, "seconds of scoring after which nothing more is adapted; 0: none", at_least=0.0)
@@ -129,6 +153,30 @@ class TTTConfig(Settings):
             f"{MIN_TOKENS}, which is not used: layout=start goes by adapt_from, and adapts every document longer than "
             "that and than a chunk",
         )
+        names = self.target_names
+        possible = set(names) <= set(TARGETS) and len(set(names)) == len(names)
+        self.require(possible, "targets", f"some of {', '.join(TARGETS)}, each once, with commas between them")
+        self.require(
+            self.context == RECOMPUTED or not {"q", "k", "v"}.isdisjoint(names),
+            "targets",
+            "some of q, k and v among them, with context=cached",
+        )
+
+    @property
+    def target_names(self) -> list[str]:
+        """The matrices that have a LoRA."""
+        return [name.strip() for name in self.targets.split(",")]
+
+    def rank(self, target: str) -> int:
+        """The rank of the LoRA on a matrix: 0 where there is none."""
+        if target not in self.target_names:
+            return 0
+        return self.head_rank if target == "head" else getattr(self, f"{target}_rank") or self.lora_rank
+
+    def scale(self, target: str) -> float:
+        """What the LoRA on a matrix is multiplied by: alpha / rank."""
+        alpha = getattr(self, f"{target}_alpha")
+        return alpha / max(self.rank(target), 1) if alpha else 1.0
 
     @property
     def is_leaky(self) -> bool:

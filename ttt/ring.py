@@ -18,7 +18,7 @@ from torch import Tensor
 from ..kernels import bigram_embedding, cache_write_, lora_cached_attention
 from ..kernels.attention import HEAD_DIMS
 from ..model.config import ConfigError, ModelConfig
-from ..model.network import About
+from ..model.network import About, Lora
 from ..model.weights import BlockWeights, Weights
 from .protocols import TTTConfig
 
@@ -85,15 +85,15 @@ class RingContext:
         tables = weights.embed, weights.bigram, weights.gate
         return bigram_embedding(tokens, *tables, weights.dtype, backend=backend)[:, LEAD:].contiguous()
 
-    def attend(self, about: About, index: int, weight: BlockWeights, n: Tensor, lora: tuple) -> Tensor:
+    def attend(self, about: About, index: int, weight: BlockWeights, n: Tensor, lora: Lora) -> Tensor:
         """Attention over the chunk and what its window holds of the tokens before it, under the documents' adapters."""
-        *adapter, grads = lora
         ring = self.ring
         held = ring.keys[index], ring.values[index], self.slots, self.filled, ring.window
         out, k, v = lora_cached_attention(
             n,
             weight.qkv,
-            *adapter,
+            lora.a,
+            lora.b,
             self.cos,
             self.sin,
             weight.gain,
@@ -101,7 +101,7 @@ class RingContext:
             about.slots,
             about.config.qkv_sizes,
             head_dim=about.config.head_dim,
-            grads=grads,
+            grads=lora.grads,
             unit_tables=True,
             backend=about.backend,
         )

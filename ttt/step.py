@@ -15,12 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..kernels import lora_adam_, lora_head_nll, lora_head_nll_grads_
+from ..kernels import lora_adam_
 from ..model import network
 from ..model.network import Adapters
 from ..model.ranges import phase
 from ..model.weights import Weights
 from .adapters import AdapterPool
+from .head import head_nll, head_nll_grads_
 from .protocols import learning_rate
 from .ring import LEAD, Ring, RingContext
 from .schedule import Queue
@@ -78,18 +79,14 @@ class EngineStep:
     def score(self) -> None:
         """Record the NLL of every place's chunk.
 
-        The head runs as if gradients would follow, as it does in `train`: without them it adds up its logits in another
-        order. If another place trains in the round of a document's last chunk, `train` records that chunk instead, with
-        the same bits.
+        If another place trains in the round of a document's last chunk, `train` records that chunk instead, with the
+        same bits.
         """
         slots, inputs, targets, place = self._inputs()
-        *blocks, head_a, head_b = self._parts(self.pool.params)
+        adapters, head = self.pool.layout.adapters(slots, self._parts(self.pool.params))
         context = self._context()
-        hidden = self._hidden(inputs, Adapters(slots, blocks), context).requires_grad_()
-        with torch.enable_grad():
-            nll = lora_head_nll(
-                hidden, self.weights.head, head_a, head_b, targets, *self.loss, slots=slots, backend=self.backend
-            ).detach()
+        hidden = self._hidden(inputs, adapters, context)
+        nll = head_nll(hidden, self.weights.head, head, targets, *self.loss, slots=slots, backend=self.backend)
         self._write(nll, place)
         if context is not None:
             context.write(self.backend)
@@ -130,29 +127,20 @@ class EngineStep:
         self, slots: Tensor, inputs: Tensor, targets: Tensor, share: Tensor, context: RingContext | None
     ) -> Tensor:
         """The NLL [rows, chunk]; the gradient of sum(share * NLL) goes to the pool's rows of `slots`."""
-        *blocks, head_a, head_b = self._parts(self.pool.params)
-        *block_grads, head_a_grad, head_b_grad = self._parts(self.pool.grads)
-        leaves = [part.detach().requires_grad_() for part in blocks]
+        layout, parts, grads = self.pool.layout, self._parts(self.pool.params), self._parts(self.pool.grads)
+        _, head = layout.adapters(slots, parts, grads)
+        leaves = [part.detach().requires_grad_() for part in parts[: layout.head_start]]
+        adapters, _ = layout.adapters(slots, leaves + parts[layout.head_start :], grads if self.writes_pool else None)
         with phase("forward"), torch.enable_grad():
-            adapters = Adapters(slots, leaves, block_grads if self.writes_pool else None)
             hidden = self._hidden(inputs, adapters, context)
         with phase("backward"):
-            nll, dhidden = lora_head_nll_grads_(
-                hidden.detach(),
-                self.weights.head,
-                head_a,
-                head_b,
-                targets,
-                share,
-                head_a_grad,
-                head_b_grad,
-                *self.loss,
-                slots=slots,
-                backend=self.backend,
+            nll, dhidden = head_nll_grads_(
+                hidden, self.weights.head, head, targets, share, *self.loss, slots=slots, backend=self.backend
             )
             if self.writes_pool:
                 torch.autograd.backward(hidden, dhidden)
             else:
+                block_grads = grads[: layout.head_start]
                 torch._foreach_copy_(block_grads, torch.autograd.grad(hidden, leaves, dhidden))
         return nll
 
@@ -170,6 +158,7 @@ class EngineStep:
             pool.group_lr,
             (self.ttt.beta1, self.ttt.beta2),
             self.ttt.eps,
+            decay=pool.decay,
             backend=self.backend,
         )
 

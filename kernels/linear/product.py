@@ -86,8 +86,20 @@ def tile_count(tile: Tile, rows: int, outputs: int) -> int:
 
 
 @triton.jit
-def _relu(x):
+def relu(x):
     return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def times_slope(tile, kept):
+    """fp32 `tile` times the slope of relu(u)^2, 2 relu(u), from what was kept: relu(u)^2, or u in fp16."""
+    if kept.dtype == tl.float16:
+        root = relu(kept.to(tl.float32))
+    elif kept.dtype == tl.float32:
+        root = tl.sqrt_rn(kept)
+    else:
+        root = tl.sqrt(kept.to(tl.float32))
+    return tl.where(root == 0.0, 0.0, 2.0 * root * tile)
 
 
 @triton.jit
@@ -149,17 +161,10 @@ def _finish(out_d, kept_d, tile, m, n, EPILOGUE: tl.constexpr):
     if EPILOGUE == "square":
         if kept_d is not None:
             kept_d.store([m, n], tile.to(kept_d.dtype))
-        tile = _relu(tile)
+        tile = relu(tile)
         tile *= tile
     elif EPILOGUE == "slope":
-        kept = kept_d.load([m, n]).to(tl.float32)
-        if kept_d.dtype == tl.float16:
-            relu = _relu(kept)
-        elif kept_d.dtype == tl.float32:
-            relu = tl.sqrt_rn(kept)
-        else:
-            relu = tl.sqrt(kept)
-        tile = tl.where(relu == 0.0, 0.0, 2.0 * relu * tile)
+        tile = times_slope(tile, kept_d.load([m, n]))
     out_d.store([m, n], tile.to(out_d.dtype))
 
 

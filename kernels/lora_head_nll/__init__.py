@@ -9,7 +9,7 @@
     dh  = dz W + (dz B) A;   dA = (dz B)^T h;   dB = dz^T u;   dW = dz^T h
 
 h [B, S, D] (any leading dimensions without adapters), weight [V, D] in the same dtype: bf16, fp16 or fp32; lora_a
-[slots, R, D] and lora_b [slots, V, R] in any float dtype, cast to h's where they are multiplied, R up to 64; each
+[slots, R, D] and lora_b [slots, V, R] in any float dtype, cast to h's where they are multiplied, R up to 128; each
 slot's matrix contiguous, the slots any distance apart, so that both may be views of a flat pool. targets int [B, S];
 slots int [B], the adapter of each batch row. nll fp32 [B, S]. Gradients come in the dtype of what they belong to. All
 sums are in fp32, in an order that depends on nothing but the shapes: the same bits in every run, and for a row in every
@@ -28,7 +28,7 @@ Bytes, bf16: h twice, E written once and read twice (dh, dB; dW), dh once.
 
 Slot -1, or one past the pool, is no adapter and gets no gradient. A slot named twice sums its gradients in the order of
 the rows. A target outside [0, V) is not scored: nll 0, no gradient. :func:`check_targets` finds those that are not
--100. Refused: D that is not a multiple of 16, ranks over 64, a softcap or temperature that is not above 0.
+-100. Refused: D that is not a multiple of 16, ranks over 128, a softcap or temperature that is not above 0.
 
 Hu et al. 2021 (adapters); Moshier's Cephes (tanh).
 """

@@ -63,9 +63,10 @@ def pick_config(dtype: torch.dtype, rank: int) -> LoraHeadNllConfig:
         # 0.048; 64x128 on 4 warps 0.051; 128x128 on 8 warps 0.054.
         score=Tile(128, 256, 64, 8, 3),
         # 0.031; 128x256 on 8 warps 0.032. cuBLAS's E W, without the adapter and the row factor: 0.025.
-        hidden=Tile(128, 128, 64, 4, 3),
+        # Ranks above 64 would spill 140 to 350 bytes in either of these two tiles.
+        hidden=Tile(128, 128, 64, 4 if rank <= 64 else 8, 3),
         # 0.0175; 128 columns and 64 tokens 0.0181; 64 and 64 0.0191; 128 and 128 0.0184.
-        adapter=Tile(64, 0, 128, 4, 2),
+        adapter=Tile(64, 0, 128 if rank <= 64 else 64, 4, 2),
     )
 
 
@@ -134,7 +135,9 @@ class Head:
         nll, lse, e, u, du = outputs(self.h, self.weight, self.lora_a, keep)
         if nll.numel():
             normalise = keep and self.is_normalised
-            if keep and not normalise and not self.rank and self.is_capped and turns.takes(self.h):
+            # Slots ask for bits that do not depend on the rest of the batch, with adapters or without.
+            is_plain = not self.rank and self.slots is None and self.is_capped
+            if keep and not normalise and is_plain and turns.takes(self.h):
                 turns.launch_sweep(self.h, self.weight, self.targets, nll, lse, e, self.softcap, self.temperature)
                 return nll, lse, e, u, du
             self._sweep(nll, lse, e, u, du, keep=keep and not normalise, has_lse=False)

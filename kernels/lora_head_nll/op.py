@@ -8,7 +8,7 @@ from ..slots import is_in_pool
 from .launch import is_packed, launchable, outputs
 from .reference import check_softcap, lora_head_nll_ref, softcap_nll_ref
 
-MAX_RANK = 64
+MAX_RANK = 128
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 INTEGERS = (torch.int32, torch.int64)
 
@@ -95,13 +95,13 @@ _head_nll.register_autograd(_backward, setup_context=_setup_context)
 def _lora_head_nll_grads(
     h: Tensor,
     weight: Tensor,
-    lora_a: Tensor,
-    lora_b: Tensor,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
     slots: Tensor | None,
     targets: Tensor,
     dnll: Tensor,
-    dlora_a: Tensor,
-    dlora_b: Tensor,
+    dlora_a: Tensor | None,
+    dlora_b: Tensor | None,
     softcap: float,
     temperature: float,
 ) -> tuple[Tensor, Tensor]:
@@ -110,7 +110,8 @@ def _lora_head_nll_grads(
     if not h.numel():
         return nll, torch.empty_like(h)
     dnll = dnll.contiguous()
-    head.adapter_gradient(dnll, lse, e, u, du, dlora_a, dlora_b, fill=False)
+    if lora_a is not None:
+        head.adapter_gradient(dnll, lse, e, u, du, dlora_a, dlora_b, fill=False)
     return nll, head.hidden_gradient(dnll, lse, e, du)
 
 
@@ -161,8 +162,8 @@ def softcap_nll(
 def lora_head_nll(
     h: Tensor,
     weight: Tensor,
-    lora_a: Tensor,
-    lora_b: Tensor,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
     targets: Tensor,
     softcap: float,
     temperature: float = 1.0,
@@ -172,9 +173,10 @@ def lora_head_nll(
 ) -> Tensor:
     """nll fp32 [B, S] of `targets` int32 or int64 [B, S] for `h` [B, S, D], row b adapted by slot slots[b].
 
-    `weight` is [V, D] in h's dtype; `lora_a` [slots, R, D] and `lora_b` [slots, V, R] have one float dtype, R up to 64.
-    `slots` is int32 or int64 [B]; None takes slot b for row b. A slot outside the pool is no adapter. h, weight, lora_a
-    and lora_b get gradients.
+    `weight` is [V, D] in h's dtype; `lora_a` [slots, R, D] and `lora_b` [slots, V, R] have one float dtype, R up to
+    128. `slots` is int32 or int64 [B]; None takes slot b for row b. A slot outside the pool is no adapter. Without
+    lora_a and lora_b no row has an adapter; slots still make the bits of a row independent of its batch, which
+    :func:`softcap_nll` does not promise. h, weight, lora_a and lora_b get gradients.
 
     `softcap`, `temperature` and targets are those of :func:`softcap_nll`. `backend` is "reference" or "triton"; None
     takes the reference on a CPU and the kernel on a GPU.
@@ -192,12 +194,12 @@ def lora_head_nll(
 def lora_head_nll_grads_(
     h: Tensor,
     weight: Tensor,
-    lora_a: Tensor,
-    lora_b: Tensor,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
     targets: Tensor,
     dnll: Tensor,
-    dlora_a: Tensor,
-    dlora_b: Tensor,
+    dlora_a: Tensor | None,
+    dlora_b: Tensor | None,
     softcap: float,
     temperature: float = 1.0,
     slots: Tensor | None = None,
@@ -208,7 +210,8 @@ def lora_head_nll_grads_(
 
     `h`, `weight`, `lora_a`, `lora_b`, `targets`, `softcap`, `temperature` and `slots` are those of
     :func:`lora_head_nll`. No autograd, and no gradient of weight. dA and dB are written into `dlora_a` and `dlora_b`,
-    which are shaped like the adapters and may be views of a flat pool. Slots that no row names keep their values.
+    which are shaped like the adapters and may be views of a flat pool; without adapters both are None. Slots that no
+    row names keep their values.
 
     `backend` is "reference" or "triton"; None takes the reference on a CPU and the kernel on a GPU.
     ValueError: what :func:`lora_head_nll` refuses, a `dnll` or gradients of another shape, dtype or device.
@@ -221,6 +224,10 @@ def lora_head_nll_grads_(
     if not dnll.is_floating_point() or dnll.device != h.device:
         raise ValueError(f"dnll is {dnll.dtype} on {dnll.device}; wanted: float32 on {h.device}")
     for name, grad, of in (("dlora_a", dlora_a, lora_a), ("dlora_b", dlora_b, lora_b)):
+        if (grad is None) != (of is None):
+            raise ValueError(f"{name} is {'missing' if grad is None else 'given'}; wanted: one for each adapter matrix")
+        if grad is None:
+            continue
         if grad.shape != of.shape or grad.device != h.device or not is_packed(grad):
             raise ValueError(
                 f"{name} is {list(grad.shape)} of strides {grad.stride()} on {grad.device}; wanted: "
@@ -230,12 +237,12 @@ def lora_head_nll_grads_(
         return _lora_head_nll_grads(
             h, weight, lora_a, lora_b, slots, targets, dnll, dlora_a, dlora_b, softcap, temperature
         )
-    leaves = [t.detach().requires_grad_() for t in (h, lora_a, lora_b)]
+    leaves = [t if t is None else t.detach().requires_grad_() for t in (h, lora_a, lora_b)]
     with torch.enable_grad():
         nll = lora_head_nll_ref(leaves[0], weight.detach(), *leaves[1:], targets, softcap, temperature, slots)
-    dh, *grads = torch.autograd.grad(nll, leaves, dnll.to(nll.dtype))
-    named = slice(None) if slots is None else slots[is_in_pool(slots, len(lora_a))].unique()
-    for out, grad in zip((dlora_a, dlora_b), grads, strict=True):
+    dh, *grads = torch.autograd.grad(nll, [leaf for leaf in leaves if leaf is not None], dnll.to(nll.dtype))
+    for out, grad in zip((dlora_a, dlora_b), grads, strict=False):  # no gradients without adapters
+        named = slice(None) if slots is None else slots[is_in_pool(slots, len(out))].unique()
         out[named] = grad[named].to(out.dtype)
     return nll.detach(), dh
 
@@ -264,8 +271,12 @@ def _takes_reference(
         raise ValueError(f"h is {h.dtype} and weight {weight.dtype}; allowed: both bfloat16, float16 or float32")
     if not reference and h.size(2) % 16:
         raise ValueError(f"D is {h.size(2)}; the kernel wants a multiple of 16")
+    if (lora_a is None) != (lora_b is None):
+        raise ValueError("lora_a and lora_b: wanted both or neither")
     if lora_a is not None:
         _check_adapters(h, weight, lora_a, lora_b, slots)
+    if slots is not None and (slots.shape != h.shape[:1] or slots.dtype not in INTEGERS):
+        raise ValueError(f"slots are {slots.dtype} {list(slots.shape)}; wanted: int32 or int64 [{h.size(0)}]")
     for name, t in (("weight", weight), ("targets", targets), ("lora_a", lora_a), ("lora_b", lora_b), ("slots", slots)):
         if t is not None and t.device != h.device:
             raise ValueError(f"{name} is on {t.device} and h on {h.device}; all must be on one device")
@@ -281,5 +292,3 @@ def _check_adapters(h: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, s
         raise ValueError(f"lora_b is {lora_b.dtype} {list(lora_b.shape)}; wanted: {lora_a.dtype} {wanted}")
     if slots is None and lora_a.size(0) != h.size(0):
         raise ValueError(f"{lora_a.size(0)} adapters for {h.size(0)} batch rows: without slots they must be as many")
-    if slots is not None and (slots.shape != h.shape[:1] or slots.dtype not in INTEGERS):
-        raise ValueError(f"slots are {slots.dtype} {list(slots.shape)}; wanted: int32 or int64 [{h.size(0)}]")

@@ -48,8 +48,8 @@ def softcap_nll_ref(h: Tensor, weight: Tensor, targets: Tensor, softcap: float, 
 def lora_head_nll_ref(
     h: Tensor,
     weight: Tensor,
-    lora_a: Tensor,
-    lora_b: Tensor,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
     targets: Tensor,
     softcap: float,
     temperature: float = 1.0,
@@ -58,12 +58,15 @@ def lora_head_nll_ref(
     """nll fp32 [B, S] of `targets` int [B, S] for `h` [B, S, D], row b adapted by slot slots[b]; fp64 stays fp64.
 
     `weight` [V, D] in h's dtype; `lora_a` [slots, R, D] and `lora_b` [slots, V, R] are cast to it; `slots` int [B],
-    None for slot b itself. A slot named twice sums its gradients; -1, or any slot outside the pool, is no adapter.
+    None for slot b itself. A slot named twice sums its gradients; -1, or any slot outside the pool, is no adapter; None
+    for both of lora_a and lora_b is none for any row.
     `softcap`, `temperature` and targets as of :func:`softcap_nll_ref`. Autograd gives the gradients of h, weight,
     lora_a and lora_b.
 
     Example: nll = lora_head_nll_ref(h, head, head_a, head_b, targets, softcap=30.0, slots=slots)
     """
+    if lora_a is None:
+        return softcap_nll_ref(h, weight, targets, softcap, temperature)
     if slots is not None:
         lora_a, lora_b = rows_of_slots(lora_a, slots), rows_of_slots(lora_b, slots)
     inner = torch.bmm(h, lora_a.to(h.dtype).mT)

@@ -23,7 +23,7 @@ Launches, one file each way. Forward: one. Adapters of another dtype than x's ar
 it; those whose rows do not lie on 16 bytes before the backward, too. Backward: dx and t; dB at the same time, on a
 second stream; then dA. `lora_qkv_rope` has one more before them, for the heads of q and k. Every sum is made by one
 program in a fixed order, without atomics: the same bits in every run, and a document's bits do not depend on the rest
-of its batch. Ranks up to 64, D and sizes multiples of 16, any S; tuned for ranks up to 16 in 16 bits.
+of its batch. Ranks up to 128, D and sizes multiples of 16, any S; tuned for ranks up to 16 in 16 bits.
 """
 
 from typing import TYPE_CHECKING

@@ -8,15 +8,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tiles import stacked_rank
+from .tiles import is_stacked, stacked_rank
 
 
 class Adapters(NamedTuple):
-    """a [count, 3R, D] and b [count, N, R] of x's dtype, as they were given; `slots` [B] names each document's, or is
-    None where document b has adapter b.
+    """a [count, 3R, D] (of one product [count, R, D]) and b [count, N, R] of x's dtype, as they were given; `slots` [B]
+    names each document's, or is None where document b has adapter b.
 
     Where they had to be copied, one for each document: b is [B, N, RT], a row's R numbers at the place of its
-    projection and zeros elsewhere.
+    projection, where projections are stacked, else at the start; and zeros elsewhere.
     """
 
     a: Tensor
@@ -34,8 +34,8 @@ def adapters_of(
 ) -> Adapters:
     """Those of a batch of documents, in place where the kernels can read them: of this dtype, on 16 bytes."""
     if lora_a.dtype == dtype and _is_readable(lora_a) and _is_readable(lora_b):
-        return Adapters(lora_a.flatten(1, 2), lora_b, lora_a.size(2), slots)
-    return packed_adapters(*launch_pack(lora_a, lora_b, slots, batch, sizes, dtype), lora_a.size(2))
+        return Adapters(lora_a.flatten(1, -2), lora_b, lora_b.size(2), slots)
+    return packed_adapters(*launch_pack(lora_a, lora_b, slots, batch, sizes, dtype), lora_b.size(2))
 
 
 def packed_adapters(packed_a: Tensor, packed_b: Tensor, rank: int) -> Adapters:
@@ -56,7 +56,7 @@ PACK = 4096
 @triton.jit
 def _pack_kernel(
     a_ptr, b_ptr, packed_a_ptr, packed_b_ptr, slots_ptr, a_stride, b_stride, count, A, N,
-    NQ: tl.constexpr, NK: tl.constexpr, R: tl.constexpr, RT: tl.constexpr, BLOCK: tl.constexpr,
+    NQ: tl.constexpr, NK: tl.constexpr, R: tl.constexpr, RT: tl.constexpr, STACKED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Program (block, b): BLOCK of the A numbers of document b's A, then of the N RT of its B; zeros without one."""
     block, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -72,7 +72,9 @@ def _pack_kernel(
     else:
         i = (block - blocks) * BLOCK + tl.arange(0, BLOCK)
         n = i // RT
-        r = i % RT - ((n >= NQ).to(tl.int32) + (n >= NQ + NK).to(tl.int32)) * R
+        r = i % RT
+        if STACKED:
+            r -= ((n >= NQ).to(tl.int32) + (n >= NQ + NK).to(tl.int32)) * R
         lora_b = tl.load(b_ptr + slot * b_stride + n * R + r, named & (n < N) & (r >= 0) & (r < R), other=0.0)
         tl.store(packed_b_ptr + b * N * RT + i, lora_b, n < N)
 
@@ -80,16 +82,18 @@ def _pack_kernel(
 def launch_pack(
     lora_a: Tensor, lora_b: Tensor, slots: Tensor | None, batch: int, sizes: Sequence[int], dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """A of the batch's documents [B, 3R, D] and B [B, N, RT], rounded to `dtype`."""
+    """A of the batch's documents [B, 3R, D], or [B, R, D], and B [B, N, RT], rounded to `dtype`."""
     lora_a, lora_b = (lora if lora[:1].is_contiguous() else lora.contiguous() for lora in (lora_a, lora_b))
-    rank, rows, stacked = lora_a.size(2), lora_b.size(1), stacked_rank(lora_a.size(2))
-    numbers = 3 * rank * lora_a.size(3)
-    packed_a = torch.empty(batch, 3 * rank, lora_a.size(3), device=lora_a.device, dtype=dtype)
+    groups, (_, rows, rank) = len(sizes), lora_b.shape
+    width, stacked = lora_a.size(-1), stacked_rank(rank, groups)
+    numbers = groups * rank * width
+    packed_a = torch.empty(batch, groups * rank, width, device=lora_a.device, dtype=dtype)
     packed_b = torch.empty(batch, rows, stacked, device=lora_a.device, dtype=dtype)
     if batch:
         _pack_kernel[(triton.cdiv(numbers, PACK) + triton.cdiv(rows * stacked, PACK), batch)](
             lora_a, lora_b, packed_a, packed_b, slots, lora_a.stride(0), lora_b.stride(0), lora_a.size(0),
-            numbers, rows, NQ=sizes[0], NK=sizes[1], R=rank, RT=stacked, BLOCK=PACK, num_warps=8,
+            numbers, rows, NQ=sizes[0], NK=sizes[-2 % groups], R=rank, RT=stacked, STACKED=is_stacked(rank, groups),
+            BLOCK=PACK, num_warps=8,
         )  # fmt: skip
     return packed_a, packed_b
 
@@ -97,5 +101,6 @@ def launch_pack(
 def unpacked(packed_a: Tensor, packed_b: Tensor, rank: int, sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
     """A [B, 3, R, D] and B [B, N, R] of what :func:`launch_pack` made."""
     parts = packed_b.split(list(sizes), dim=1)
-    lora_b = torch.cat([part[..., i * rank : (i + 1) * rank] for i, part in enumerate(parts)], dim=1)
+    places = [i * rank if is_stacked(rank, 3) else 0 for i in range(3)]
+    lora_b = torch.cat([part[..., i : i + rank] for i, part in zip(places, parts, strict=True)], dim=1)
     return packed_a.unflatten(1, (3, rank)), lora_b

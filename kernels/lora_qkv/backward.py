@@ -1,5 +1,6 @@
 """The backward launches: dx and t = dY B, beside them dB, then dA from t and x."""
 
+from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -12,7 +13,18 @@ from torch import Tensor
 from ..dot import multiply_add
 from ..tile import tiled
 from .adapters import Adapters
-from .tiles import PIECES, cleared, padded_rank, programs, slot_in_pool, stacked_rank, store_tile
+from .tiles import (
+    PIECES,
+    cleared,
+    is_stacked,
+    of_three,
+    padded_rank,
+    programs,
+    slot_in_pool,
+    stacked_rank,
+    store_slopes,
+    store_tile,
+)
 
 
 @dataclass(frozen=True)
@@ -36,29 +48,45 @@ class BackwardConfig:
     da_stages: int
 
 
-def pick_backward_config(dtype: torch.dtype, rank: int) -> BackwardConfig:
-    block_m = 64 if stacked_rank(rank) > 64 else 128  # t is [block_m, stacked_rank] in registers
+def pick_backward_config(dtype: torch.dtype, rank: int, groups: int = 3) -> BackwardConfig:
     if dtype == torch.float32:
-        return BackwardConfig(block_m // 4, 64, 16, 4, 2, 64, 16, 8, 2, 32, 16, 8, 2)
+        block_m = 32 if stacked_rank(rank, groups) <= 64 else 16  # t is [block_m, stacked_rank] in registers
+        return BackwardConfig(block_m, 64, 16, 4, 2, 64, 16, 8, 2, 32, 16, 8, 2)
     if padded_rank(rank) > 16:
-        return BackwardConfig(block_m, 128, 64, 8, 2, 64, 64, 4, 3, 64, 64, 8, 3)
+        return BackwardConfig(128, 128, 64, 8, 2 if is_stacked(rank, groups) else 3, 64, 64, 4, 3, 64, 64, 8, 3)
     # NVIDIA H100, 65536 tokens of the seed's sizes, each alone: dx 0.121 ms (a form with 202 KB), dB 0.055, dA 0.029.
     # dB's blocks (15 KB) fit beside dx's (194 KB, 190 registers) on a multiprocessor: all three took 0.172 ms with a dx
     # of that size, 0.177 with dB in steps of 64 tokens, and 0.18 - 0.24 beside 202 KB.
     return BackwardConfig(128, 256, 64, 8, 3, 64, 32, 4, 3, 128, 64, 4, 4)
 
 
+@triton.jit
+def _store_dx(dx_d, kept_d, dx, b, s, d, BM: tl.constexpr, BD: tl.constexpr):
+    if kept_d is None:
+        store_tile(dx_d, dx, b, s, d, BM, BD)
+    else:
+        store_slopes(dx_d, kept_d, dx, b, s, d, BM, BD)
+
+
 @triton.jit(do_not_specialize=["S", "TILES", "COUNT"])
 def _dx_kernel(
-    q_d, k_d, v_d, w_d, a_ptr, b_d, slots_ptr, dx_d, t_ptr, a_stride, S, TILES, COUNT,
+    q_d, k_d, v_d, w_d, a_ptr, b_d, slots_ptr, dx_d, kept_d, t_ptr, a_stride, S, TILES, COUNT,
     NQ: tl.constexpr, NK: tl.constexpr, NV: tl.constexpr, D: tl.constexpr, R: tl.constexpr, RT: tl.constexpr,
-    BM: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, PACKED: tl.constexpr, WITH_DX: tl.constexpr,
+    BM: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, STACKED: tl.constexpr, PACKED: tl.constexpr,
+    WITH_DX: tl.constexpr,
 ):  # fmt: skip
     """A program walks tiles [BM tokens, BD of D] like the forward's; a step takes BN outputs of q, k or v where they
-    lie, without joining them. The tile of the first BD stores t [.., RT], projections side by side, rounded to x's
-    dtype: a row of B, if not packed so, is read from as far left of it as its projection's place is. What lies left of
-    it reads as zeros.
+    lie, without joining them. One product is q alone, without k_d and v_d.
+
+    The tile of the first BD stores t, projections side by side, rounded to x's dtype. Each is multiplied by its A and
+    stored [.., RT] when it is complete; STACKED, all at once. For that a row of B, if not packed so, is read from as
+    far left of it as its projection's place is. What lies left of it reads as zeros.
+
+    With kept_d x is a relu(u)^2, and the gradient of u leaves for that of x.
     """
+    GROUPS: tl.constexpr = 1 if v_d is None else 3
+    PARTS: tl.constexpr = 1 if STACKED else GROUPS
+    ROWS: tl.constexpr = GROUPS * R // PARTS
     CQ: tl.constexpr = (NQ + BN - 1) // BN
     CK: tl.constexpr = (NK + BN - 1) // BN
     CV: tl.constexpr = (NV + BN - 1) // BN
@@ -81,28 +109,34 @@ def _dx_kernel(
             if slots_ptr is not None:
                 slot = slot_in_pool(tl.load(slots_ptr + b), COUNT)
         g_d, n, first, place = q_d, step * BN, 0, 0
-        if step >= CQ + CK:
-            g_d, n, first, place = v_d, (step - CQ - CK) * BN, NQ + NK, 2 * R
-        elif step >= CQ:
-            g_d, n, first, place = k_d, (step - CQ) * BN, NQ, R
+        if GROUPS == 3:
+            if step >= CQ + CK:
+                g_d, n, first, place = v_d, (step - CQ - CK) * BN, NQ + NK, 2 * R
+            elif step >= CQ:
+                g_d, n, first, place = k_d, (step - CQ) * BN, NQ, R
         g = g_d.load([b, s, n]).reshape(BM, BN)
-        lora_b = b_d.load([slot, first + n, 0 if PACKED else -place]).reshape(BN, RT)
+        lora_b = b_d.load([slot, first + n, -place if STACKED and not PACKED else 0]).reshape(BN, RT)
         t = multiply_add(g, lora_b, t)
         if WITH_DX:
             dx = multiply_add(g, w_d.load([first + n, d]), dx)
-        if step == STEPS - 1:
+        part, is_whole = 0, step == STEPS - 1
+        if PARTS == 3:
+            part = (step >= CQ).to(tl.int32) + (step >= CQ + CK).to(tl.int32)
+            is_whole = is_whole | (step == CQ - 1) | (step == CQ + CK - 1)
+        if is_whole:
             j, row_s = tl.arange(0, RT), s + tl.arange(0, BM)
             rounded = t.to(DTYPE)
             if WITH_DX:
                 column = d + tl.arange(0, BD)
-                named = (slot >= 0) & (slot < COUNT) & (j < 3 * R)
-                a_rows = a_ptr + slot.to(tl.int64) * a_stride + j[:, None] * D + column
+                named = (slot >= 0) & (slot < COUNT) & (j < ROWS)
+                a_rows = a_ptr + slot.to(tl.int64) * a_stride + (part * R + j)[:, None] * D + column
                 a = tl.load(a_rows, named[:, None] & (column < D)[None, :], other=0.0)
                 dx = multiply_add(rounded, a, dx)
             if d == 0:
-                tl.store(t_ptr + (b.to(tl.int64) * S + row_s)[:, None] * RT + j, rounded, (row_s < S)[:, None])
-            if WITH_DX:
-                store_tile(dx_d, dx, b, s, d, BM, BD)
+                t_rows = t_ptr + (b.to(tl.int64) * S + row_s)[:, None] * (PARTS * RT) + part * RT + j
+                tl.store(t_rows, rounded, (row_s < S)[:, None])
+            if WITH_DX and (PARTS == 1 or step == STEPS - 1):
+                _store_dx(dx_d, kept_d, dx, b, s, d, BM, BD)
                 dx = cleared(BM, BD, DTYPE)
             t = cleared(BM, RT, DTYPE)
 
@@ -142,10 +176,11 @@ def _db_kernel(
     for tile in range(tl.program_id(0), TILES, tl.num_programs(0)):
         b, column = tile // (TQ + TK + TV), tile % (TQ + TK + TV)
         p, n, first, width, g_d = 0, column * BN, 0, NQ, q_d
-        if column >= TQ + TK:
-            p, n, first, width, g_d = 2, (column - TQ - TK) * BN, NQ + NK, NV, v_d
-        elif column >= TQ:
-            p, n, first, width, g_d = 1, (column - TQ) * BN, NQ, NK, k_d
+        if v_d is not None:
+            if column >= TQ + TK:
+                p, n, first, width, g_d = 2, (column - TQ - TK) * BN, NQ + NK, NV, v_d
+            elif column >= TQ:
+                p, n, first, width, g_d = 1, (column - TQ) * BN, NQ, NK, k_d
         slot, every = _slots_of(slots_ptr, b, count, B, BP)
         if (slot >= 0) & (_following(every, slot, -1, B, BP) == b):
             db = tl.zeros((BN, RP), tl.float32)
@@ -164,23 +199,24 @@ def _db_kernel(
 @triton.jit(do_not_specialize=["B", "S"])
 def _da_kernel(
     t_d, x_d, da_ptr, slots_ptr, da_stride, count, B, S,
-    D: tl.constexpr, R: tl.constexpr, RT: tl.constexpr, BD: tl.constexpr, BS: tl.constexpr, BP: tl.constexpr,
+    D: tl.constexpr, ROWS: tl.constexpr, RT: tl.constexpr, STEP: tl.constexpr, PARTS: tl.constexpr, BD: tl.constexpr,
+    BS: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
-    """Program (tile of D, b): dA of all three projections = t^T x, tokens in order; slots as for dB."""
-    d, b = tl.program_id(0) * BD, tl.program_id(1)
+    """Program (tile of D and part of t, b): ROWS rows of dA = t^T x, tokens in order; slots as for dB."""
+    d, part, b = tl.program_id(0) // PARTS * BD, tl.program_id(0) % PARTS, tl.program_id(1)
     slot, every = _slots_of(slots_ptr, b, count, B, BP)
     if (slot >= 0) & (_following(every, slot, -1, B, BP) == b):
         da = tl.zeros((RT, BD), tl.float32)
         document = b
         while document < B:
             for s in range(0, S, BS):
-                t = t_d.load([document, s, 0]).reshape(BS, RT)
+                t = t_d.load([document, s, part * STEP]).reshape(BS, RT)
                 x = x_d.load([document, s, d]).reshape(BS, BD)
                 da = multiply_add(t.T, x, da)
             document = _following(every, slot, document, B, BP)
         j, column = tl.arange(0, RT), d + tl.arange(0, BD)
-        out = da_ptr + slot * da_stride + j[:, None] * D + column
-        tl.store(out, da, (j < 3 * R)[:, None] & (column < D)[None, :])
+        out = da_ptr + slot * da_stride + (part * ROWS + j)[:, None] * D + column
+        tl.store(out, da, (j < ROWS)[:, None] & (column < D)[None, :])
 
 
 @contextmanager
@@ -202,7 +238,7 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
 
 
 def launch_backward(
-    grads: tuple[Tensor, Tensor, Tensor],
+    grads: Sequence[Tensor],
     x: Tensor,
     weight: Tensor,
     adapters: Adapters,
@@ -211,21 +247,29 @@ def launch_backward(
     dx: Tensor | None,
     da: Tensor | None,
     db: Tensor | None,
+    kept: Tensor | None = None,
 ) -> None:
-    """Writes dx, and the rows of da and db that `slots` name. dx, or da and db together, may be None."""
-    (batch, length, width), rank = x.shape, adapters.rank
-    stacked, padded = stacked_rank(rank), padded_rank(rank)
+    """Writes dx, and the rows of da and db that `slots` name. dx, or da and db together, may be None.
+
+    `grads` are those of the projections, or of one product. `kept`, what :func:`times_slope` reads of an x that is
+    relu(u)^2, makes dx the gradient of u.
+    """
+    (batch, length, width), rank, groups = x.shape, adapters.rank, len(grads)
+    stacked, padded = stacked_rank(rank, groups), padded_rank(rank)
     sizes = [grad.size(2) for grad in grads]
-    config = pick_backward_config(x.dtype, rank)
-    t = x.new_empty(batch, length, stacked)
+    config = pick_backward_config(x.dtype, rank, groups)
+    parts = 1 if is_stacked(rank, groups) else groups
+    t = x.new_empty(batch, length, parts * stacked)
     ready = torch.cuda.current_stream(x.device).record_event() if x.is_cuda else None
     m, d, n = config.block_m, config.block_d, config.block_n
     tiles = batch * triton.cdiv(length, m) * (1 if dx is None else triton.cdiv(width, d))
     _dx_kernel[(programs(x.device, tiles),)](
-        *(tiled(grad, 1, m, n) for grad in grads), tiled(weight, n, d), adapters.a, tiled(adapters.b, 1, n, stacked),
-        adapters.slots, tiled(x if dx is None else dx, 1, m, d // PIECES), t, adapters.a.stride(0), length, tiles,
-        adapters.a.size(0), *sizes, D=width, R=rank, RT=stacked, BM=m, BD=d, BN=n, PACKED=adapters.is_packed,
-        WITH_DX=dx is not None, num_warps=config.warps, num_stages=config.stages,
+        *of_three([tiled(grad, 1, m, n) for grad in grads], None), tiled(weight, n, d), adapters.a,
+        tiled(adapters.b, 1, n, stacked), adapters.slots, tiled(x if dx is None else dx, 1, m, d // PIECES),
+        None if kept is None else tiled(kept, 1, m, d // PIECES), t, adapters.a.stride(0), length, tiles,
+        adapters.a.size(0), *of_three(sizes, 0), D=width, R=rank, RT=stacked, BM=m, BD=d, BN=n,
+        STACKED=is_stacked(rank, groups), PACKED=adapters.is_packed, WITH_DX=dx is not None,
+        num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
     if da is None:
         return
@@ -234,12 +278,14 @@ def launch_backward(
         n, s = config.db_n, config.db_s
         tiles = batch * sum(triton.cdiv(size, n) for size in sizes)
         _db_kernel[(programs(x.device, tiles),)](
-            *(tiled(grad, 1, s, n) for grad in grads), tiled(xa, 1, s, padded), db, slots, db.stride(0), db.size(0),
-            batch, length, tiles, *sizes, R=rank, RP=padded, BN=n, BS=s, BP=batch_pow2,
+            *of_three([tiled(grad, 1, s, n) for grad in grads], None), tiled(xa, 1, s, padded), db, slots,
+            db.stride(0), db.size(0), batch, length, tiles, *of_three(sizes, 0), R=rank, RP=padded, BN=n, BS=s,
+            BP=batch_pow2,
             num_warps=config.db_warps, num_stages=config.db_stages,
         )  # fmt: skip
     d, s, rows = config.da_d, config.da_s, max(64, stacked)  # 64: the fewest rows of a Hopper matrix instruction
-    _da_kernel[(triton.cdiv(width, d), batch)](
+    _da_kernel[(triton.cdiv(width, d) * parts, batch)](
         tiled(t, 1, s, rows), tiled(x, 1, s, d), da, slots, da.stride(0), da.size(0), batch, length,
-        D=width, R=rank, RT=rows, BD=d, BS=s, BP=batch_pow2, num_warps=config.da_warps, num_stages=config.da_stages,
+        D=width, ROWS=groups * rank // parts, RT=rows, STEP=stacked, PARTS=parts, BD=d, BS=s, BP=batch_pow2,
+        num_warps=config.da_warps, num_stages=config.da_stages,
     )  # fmt: skip

@@ -1,4 +1,6 @@
-"""The forward launch: the three projections, and for q and k what attention wants done to each head."""
+"""The forward launch: three projections, and for q and k what attention wants done to each head; or one product, and
+for the MLP its squared ReLU.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +16,7 @@ from ..rms_norm import EPS
 from ..tile import tiled
 from .adapters import Adapters
 from .heads import Rotary, gains, heads_at_once, norm_rotate_by_quarters, norm_rotate_whole
-from .tiles import PIECES, cleared, eighths, padded_rank, programs, slot_in_pool
+from .tiles import PIECES, cleared, eighths, is_stacked, of_three, padded_rank, programs, slot_in_pool, store_squares
 
 
 @dataclass(frozen=True)
@@ -40,40 +42,41 @@ def pick_forward_config(dtype: torch.dtype, rank: int) -> ForwardConfig:
 
 
 class Projected(NamedTuple):
-    """q, k, v [B, S, N_p] and x A^T [B, S, 3 padded R], rounded to x's dtype; with a Rotary, 1 / rms of each head of q
-    and k [B, S, heads] in fp32, else None.
+    """q, k, v [B, S, N_p], or one product, and x A^T [B, S, 3 padded R] (or padded R), rounded to x's dtype; with a
+    Rotary, 1 / rms of each head of q and k [B, S, heads] in fp32, else None.
     """
 
-    q: Tensor
-    k: Tensor
-    v: Tensor
+    outs: list[Tensor]
     xa: Tensor
-    rstd_q: Tensor | None
-    rstd_k: Tensor | None
+    rstd_q: Tensor | None = None
+    rstd_k: Tensor | None = None
 
 
 @triton.jit
 def _store_piece(q_d, k_d, v_d, p, b, s, n, piece, M: tl.constexpr, N: tl.constexpr):
     out_d = q_d
-    if p == 2:
-        out_d = v_d
-    elif p == 1:
-        out_d = k_d
+    if v_d is not None:
+        if p == 2:
+            out_d = v_d
+        elif p == 1:
+            out_d = k_d
     out_d.store([b, s, n], piece.reshape(1, M, N))
 
 
 @triton.jit(do_not_specialize=["S", "TILES", "COUNT"])
 def _forward_kernel(
-    x_d, w_d, a_d, b_ptr, slots_ptr, q_d, k_d, v_d, xa_ptr, cos_ptr, sin_ptr, gain_ptr, rstd_q_ptr, rstd_k_ptr,
+    x_d, w_d, a_d, b_ptr, slots_ptr, q_d, k_d, v_d, xa_ptr, u_ptr, cos_ptr, sin_ptr, gain_ptr, rstd_q_ptr, rstd_k_ptr,
     table_stride, b_stride, S, TILES, COUNT,
     NQ: tl.constexpr, NK: tl.constexpr, NV: tl.constexpr, D: tl.constexpr, R: tl.constexpr, RT: tl.constexpr,
-    RP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, HEAD: tl.constexpr,
-    HEADS: tl.constexpr, EPS: tl.constexpr,
+    STACKED: tl.constexpr, RP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, HEAD: tl.constexpr,
+    HEADS: tl.constexpr, EPS: tl.constexpr, SQUARED: tl.constexpr,
 ):  # fmt: skip
     """A program walks tiles [BM tokens, BN outputs of one projection] in one loop over all steps of all its tiles, so
     that the loads of a tile start while the one before it is finished, whose rounded pieces are stored one a step.
-    Neighbours work on the same tokens: x comes from the L2 cache.
+    Neighbours work on the same tokens: x comes from the L2 cache. One product is q alone, without k_d and v_d; SQUARED,
+    relu(u)^2 of it leaves, at once, for want of registers; and u, where u_ptr is given.
     """
+    GROUPS: tl.constexpr = 1 if v_d is None else 3
     TQ: tl.constexpr = (NQ + BN - 1) // BN
     TK: tl.constexpr = (NK + BN - 1) // BN
     TV: tl.constexpr = (NV + BN - 1) // BN
@@ -97,12 +100,16 @@ def _forward_kernel(
             tile += tl.num_programs(0)
             column, row = tile % (TQ + TK + TV), tile // (TQ + TK + TV)
             b, s = row // across, row % across * BM
-            p = (column >= TQ).to(tl.int32) + (column >= TQ + TK).to(tl.int32)
-            n = (column - tl.where(p == 0, 0, tl.where(p == 1, TQ, TQ + TK))) * BN
+            n = column * BN
+            if GROUPS == 3:
+                p = (column >= TQ).to(tl.int32) + (column >= TQ + TK).to(tl.int32)
+                n = (column - tl.where(p == 0, 0, tl.where(p == 1, TQ, TQ + TK))) * BN
             slot = b
             if slots_ptr is not None:
                 slot = slot_in_pool(tl.load(slots_ptr + b), COUNT)
-        first = tl.where(p == 0, 0, tl.where(p == 1, NQ, NQ + NK))
+        first = 0
+        if GROUPS == 3:
+            first = tl.where(p == 0, 0, tl.where(p == 1, NQ, NQ + NK))
         x = x_d.load([b, s, step * BK]).reshape(BM, BK)
         w = w_d.load([first + n, step * BK])
         a = a_d.load([slot, p * R, step * BK]).reshape(RP, BK)
@@ -117,8 +124,8 @@ def _forward_kernel(
             row_n, row_s = first + n + tl.arange(0, BN), s + tl.arange(0, BM)
             mask, token = row_s < S, b.to(tl.int64) * S + row_s
             named = (slot >= 0) & (slot < COUNT)
-            b_rows = b_ptr + slot.to(tl.int64) * b_stride + row_n[:, None] * (RT if RT else R) + r
-            if RT:
+            b_rows = b_ptr + slot.to(tl.int64) * b_stride + row_n[:, None] * RT + r
+            if STACKED:
                 b_rows += p * R
             lora_b = tl.load(b_rows, (row_n < N)[:, None] & (r < R)[None, :] & named, other=0.0)
             if cos_ptr is not None:
@@ -139,6 +146,8 @@ def _forward_kernel(
             # R rows of A were wanted and RP loaded: those past R belong to the next projection
             inner = tl.where((r < R)[None, :], xa, 0.0).to(DTYPE)
             acc = multiply_add(inner, lora_b.T, acc)
+            if u_ptr is not None:
+                tl.store(u_ptr + token[:, None] * N + row_n, acc.to(DTYPE), mask[:, None] & (row_n < N)[None, :])
             if STEPS < 8:
                 for _ in range(left):
                     _store_piece(q_d, k_d, v_d, done_p, done_b, done_s, done_n, y0, BM, W)
@@ -161,11 +170,14 @@ def _forward_kernel(
                         )
                 else:
                     y0, y1, y2, y3, y4, y5, y6, y7 = eighths(acc.to(DTYPE), BM, BN)
-            else:
+            elif not SQUARED:
                 y0, y1, y2, y3, y4, y5, y6, y7 = eighths(acc.to(DTYPE), BM, BN)
-            left, done_b, done_s, done_p, done_n = 8, b, s, p, n
+            if SQUARED:
+                store_squares(q_d, acc, b, s, n, BM, BN)
+            else:
+                left, done_b, done_s, done_p, done_n = 8, b, s, p, n
             if n == 0:
-                tl.store(xa_ptr + (token[:, None] * 3 + p) * RP + r, inner, mask[:, None])
+                tl.store(xa_ptr + (token[:, None] * GROUPS + p) * RP + r, inner, mask[:, None])
             acc = cleared(BM, BN, DTYPE)
             xa = cleared(BM, RP, DTYPE)
     for _ in range(left):
@@ -175,13 +187,22 @@ def _forward_kernel(
 
 
 def launch_forward(
-    x: Tensor, weight: Tensor, adapters: Adapters, sizes: Sequence[int], rotary: Rotary | None = None
+    x: Tensor,
+    weight: Tensor,
+    adapters: Adapters,
+    sizes: Sequence[int],
+    rotary: Rotary | None = None,
+    squared: bool = False,
+    u: Tensor | None = None,
 ) -> Projected:
-    """Everything that the forward makes; with `rotary`, q and k are normed, rotated and q is times the gain."""
-    (batch, length, width), rank = x.shape, adapters.rank
+    """Everything that the forward makes; with `rotary`, q and k are normed, rotated and q is times the gain.
+
+    One size is one product. `squared`: the product is u, of which relu(u)^2 is returned; `u` [B, S, N] gets it itself.
+    """
+    (batch, length, width), rank, groups = x.shape, adapters.rank, len(sizes)
     padded, config = padded_rank(rank), pick_forward_config(x.dtype, rank)
     outs = [x.new_empty(batch, length, size) for size in sizes]
-    xa = x.new_empty(batch, length, 3 * padded)
+    xa = x.new_empty(batch, length, groups * padded)
     head, rstds = 0, [None, None]
     if rotary:
         head = rotary.head_dim
@@ -191,9 +212,12 @@ def launch_forward(
         tiles = batch * triton.cdiv(length, m) * sum(triton.cdiv(size, n) for size in sizes)
         _forward_kernel[(programs(x.device, tiles),)](
             tiled(x, 1, m, k), tiled(weight, n, k), tiled(adapters.a, 1, padded, k), adapters.b, adapters.slots,
-            *(tiled(out, 1, m, n // PIECES) for out in outs), xa, *(rotary[:3] if rotary else (None, None, None)),
-            *rstds, rotary.table_stride if rotary else None, adapters.b.stride(0), length, tiles, adapters.b.size(0),
-            *sizes, D=width, R=rank, RT=adapters.b.size(2) if adapters.is_packed else 0, RP=padded, BM=m, BN=n, BK=k,
-            HEAD=head, HEADS=heads_at_once(n, head), EPS=EPS, num_warps=config.warps, num_stages=config.stages,
+            *of_three([tiled(out, 1, m, n // PIECES) for out in outs], None), xa, u,
+            *(rotary[:3] if rotary else (None, None, None)), *rstds, rotary.table_stride if rotary else None,
+            adapters.b.stride(0), length, tiles, adapters.b.size(0), *of_three(sizes, 0),
+            D=width, R=rank, RT=adapters.b.size(2), STACKED=adapters.is_packed and is_stacked(rank, groups),
+            RP=padded, BM=m, BN=n, BK=k,
+            HEAD=head, HEADS=heads_at_once(n, head), EPS=EPS, SQUARED=squared,
+            num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
-    return Projected(*outs, xa, *rstds)
+    return Projected(outs, xa, *rstds)

@@ -44,8 +44,8 @@ def lora_qkv(
     the same. Only the kernel takes it.
 
     `backend` is "reference" or "triton"; None takes the reference on a CPU and the kernel on a GPU. The kernel takes
-    bfloat16, float16 or float32, R up to 64, and D and sizes that are multiples of 16. It copies x, weight and incoming
-    gradients that are not aligned rows (16 bytes), and adapters whose rows have gaps.
+    bfloat16, float16 or float32, R up to 128, and D and sizes that are multiples of 16. It copies x, weight and
+    incoming gradients that are not aligned rows (16 bytes), and adapters whose rows have gaps.
     ValueError: other shapes, dtypes, ranks, sizes or backends, tensors on several devices, `grads` with the reference.
 
     Example: q, k, v = lora_qkv(x, weight, lora_a, lora_b, slots, sizes)
@@ -82,7 +82,8 @@ def _op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """q, k, v and what the backward wants: xa, and the adapters that had to be rounded (else empty)."""
     adapters, packed = adapters_and_packed(x, lora_a, lora_b, slots, sizes)
-    return *launch_forward(aligned(x), aligned(weight), adapters, sizes)[:4], *packed
+    made = launch_forward(aligned(x), aligned(weight), adapters, sizes)
+    return *made.outs, made.xa, *packed
 
 
 @_op.register_fake
@@ -115,7 +116,7 @@ def backward_op(
     if needs_lora:
         fresh = x.new_empty if slots is None and x.numel() else x.new_zeros
         da, db = (fresh(shape, dtype=lora_dtype) for shape in _lora_shapes(x, weight, count, rank))
-    _launch(dq, dk, dv, x, weight, a, b, xa, rank, slots, dx, da, db)
+    launch((dq, dk, dv), x, weight, a, b, xa, rank, slots, dx, da, db, is_packed=a.dim() == 3)
     nothing = x.new_empty(0)
     return tuple(nothing.clone() if grad is None else grad for grad in (dx, da, db))
 
@@ -145,7 +146,7 @@ def backward_into_op(
 ) -> Tensor:
     """dx, empty where it is not needed; dA and dB go to the rows of `da` and `db` that `slots` name."""
     dx = torch.empty_like(x, memory_format=torch.contiguous_format) if needs_dx else None
-    _launch(dq, dk, dv, x, weight, a, b, xa, da.size(2), slots, dx, da, db)
+    launch((dq, dk, dv), x, weight, a, b, xa, da.size(2), slots, dx, da, db, is_packed=a.dim() == 3)
     return x.new_empty(0) if dx is None else dx
 
 
@@ -177,14 +178,15 @@ def adapters_and_packed(x, lora_a, lora_b, slots, sizes) -> tuple[Adapters, tupl
     if lora_a.dtype == x.dtype:
         return adapters_of(lora_a, lora_b, slots, x.size(0), sizes, x.dtype), (x.new_empty(0), x.new_empty(0))
     packed = launch_pack(lora_a, lora_b, slots, x.size(0), sizes, x.dtype)
-    return packed_adapters(*packed, lora_a.size(2)), packed
+    return packed_adapters(*packed, lora_a.size(-2)), packed
 
 
 def fake_packed(x, weight, lora_a) -> tuple[Tensor, Tensor]:
     if lora_a.dtype == x.dtype:
         return x.new_empty(0), x.new_empty(0)
-    batch, rank = x.size(0), lora_a.size(2)
-    return x.new_empty(batch, 3 * rank, x.size(2)), x.new_empty(batch, weight.size(0), stacked_rank(rank))
+    batch, rank, groups = x.size(0), lora_a.size(-2), lora_a.size(1) if lora_a.dim() == 4 else 1
+    b = x.new_empty(batch, weight.size(0), stacked_rank(rank, groups))
+    return x.new_empty(batch, groups * rank, x.size(2)), b
 
 
 def fake_outputs(x, sizes, rank) -> list[Tensor]:
@@ -211,17 +213,35 @@ def gradients(ctx, douts) -> tuple[Tensor | None, ...]:
     return dx if needs_dx else None, dweight, da if needs_a else None, db if needs_b else None
 
 
-def _launch(dq, dk, dv, x, weight, a, b, xa, rank, slots, dx, da, db) -> None:
+def launch(
+    douts: Sequence[Tensor],
+    x: Tensor,
+    weight: Tensor,
+    a: Tensor,
+    b: Tensor,
+    xa: Tensor,
+    rank: int,
+    slots: Tensor | None,
+    dx: Tensor | None,
+    da: Tensor | None,
+    db: Tensor | None,
+    is_packed: bool,
+    kept: Tensor | None = None,
+) -> None:
+    """The backward of one product or of three, from adapters as they were given, or as :func:`launch_pack` made them.
+
+    What it writes, and `kept`, are as of :func:`launch_backward`.
+    """
     if x.numel():
-        packed = a.dim() == 3
-        sizes = [dout.size(2) for dout in (dq, dk, dv)]
-        adapters = packed_adapters(a, b, rank) if packed else adapters_of(a, b, slots, x.size(0), sizes, x.dtype)
-        douts = tuple(aligned(dout) for dout in (dq, dk, dv))
-        launch_backward(douts, aligned(x), aligned(weight), adapters, xa, slots, dx, da, db)
+        sizes = [dout.size(2) for dout in douts]
+        adapters = packed_adapters(a, b, rank) if is_packed else adapters_of(a, b, slots, x.size(0), sizes, x.dtype)
+        douts = tuple(aligned(dout) for dout in douts)
+        launch_backward(douts, aligned(x), aligned(weight), adapters, xa, slots, dx, da, db, kept)
     elif da is not None:  # sums over no tokens
         every = torch.arange(da.size(0), device=x.device)
         named = torch.ones_like(every, dtype=torch.bool) if slots is None else (slots[:, None] == every).any(0)
-        da.masked_fill_(named[:, None, None, None], 0.0), db.masked_fill_(named[:, None, None], 0.0)
+        for grad in (da, db):
+            grad.masked_fill_(named.view(-1, *(1,) * (grad.dim() - 1)), 0.0)
 
 
 def _lora_shapes(x: Tensor, weight: Tensor, count: int, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -138,7 +138,7 @@ def _op(
     """q, k, v, and what the backward wants: xa, packed adapters, 1 / rms of the heads of q and k."""
     adapters, packed = adapters_and_packed(x, lora_a, lora_b, slots, sizes)
     made = launch_forward(aligned(x), aligned(weight), adapters, sizes, Rotary(cos, sin, gain, head_dim))
-    return *made[:4], *packed, made.rstd_q, made.rstd_k
+    return *made.outs, made.xa, *packed, made.rstd_q, made.rstd_k
 
 
 @_op.register_fake

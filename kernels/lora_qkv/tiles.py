@@ -1,18 +1,27 @@
-"""What the launches share: the number of programs, and how a tile is cleared, cut and stored."""
+"""What the launches share: the number of programs, and how a tile is cleared, cut, finished and stored."""
+
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
+from ..linear.product import relu, times_slope
 from ..tile import halves, multiprocessors
 
 PIECES = 8
 """Pieces, side by side, in which a tile leaves: shared memory for one of them is enough."""
 
 
-def programs(device: torch.device, tiles: int) -> int:
-    """One program a multiprocessor, or one a tile where there are fewer tiles."""
-    return min(multiprocessors(device), tiles)
+def of_three(projections: Sequence, none: Any) -> tuple:
+    """What the kernels take for q, k and v: as it is, or the one product as q."""
+    return (*projections, none, none) if len(projections) == 1 else tuple(projections)
+
+
+def programs(device: torch.device, tiles: int, beside: int = 1) -> int:
+    """`beside` programs a multiprocessor, or one a tile where there are fewer tiles."""
+    return min(multiprocessors(device) * beside, tiles)
 
 
 def padded_rank(rank: int) -> int:
@@ -20,9 +29,14 @@ def padded_rank(rank: int) -> int:
     return max(16, triton.next_power_of_2(rank))
 
 
-def stacked_rank(rank: int) -> int:
-    """Rows of the three projections' A stacked, as a power of two."""
-    return max(32, triton.next_power_of_2(3 * rank))
+def is_stacked(rank: int, groups: int) -> bool:
+    """Whether the backward takes the rows of A of all projections at once: where they are few."""
+    return groups == 3 and 3 * rank <= 64
+
+
+def stacked_rank(rank: int, groups: int) -> int:
+    """Rows of A that the backward takes at once, as a power of two."""
+    return max(32, triton.next_power_of_2(3 * rank)) if is_stacked(rank, groups) else padded_rank(rank)
 
 
 @triton.jit
@@ -55,6 +69,49 @@ def eighths(tile, M: tl.constexpr, N: tl.constexpr):
     c0, c1 = halves(c, M, N // 4)
     d0, d1 = halves(d, M, N // 4)
     return a0, a1, b0, b1, c0, c1, d0, d1
+
+
+@triton.jit
+def _store_square(out_d, piece, b, s, n, M: tl.constexpr, N: tl.constexpr):
+    piece = relu(piece)
+    out_d.store([b, s, n], (piece * piece).to(out_d.dtype).reshape(1, M, N))
+
+
+@triton.jit
+def store_squares(out_d, tile, b, s, n, M: tl.constexpr, N: tl.constexpr):
+    """As :func:`store_tile`, relu(tile)^2."""
+    W: tl.constexpr = N // 8
+    p0, p1, p2, p3, p4, p5, p6, p7 = eighths(tile, M, N)
+    _store_square(out_d, p0, b, s, n, M, W)
+    _store_square(out_d, p1, b, s, n + W, M, W)
+    _store_square(out_d, p2, b, s, n + 2 * W, M, W)
+    _store_square(out_d, p3, b, s, n + 3 * W, M, W)
+    _store_square(out_d, p4, b, s, n + 4 * W, M, W)
+    _store_square(out_d, p5, b, s, n + 5 * W, M, W)
+    _store_square(out_d, p6, b, s, n + 6 * W, M, W)
+    _store_square(out_d, p7, b, s, n + 7 * W, M, W)
+
+
+@triton.jit
+def _store_slope(out_d, kept_d, piece, b, s, n, M: tl.constexpr, N: tl.constexpr):
+    """A piece [M, N] of a gradient of relu(u)^2 leaves as one of u; `kept_d` is what :func:`times_slope` reads."""
+    piece = times_slope(piece, kept_d.load([b, s, n]).reshape(M, N))
+    out_d.store([b, s, n], piece.to(out_d.dtype).reshape(1, M, N))
+
+
+@triton.jit
+def store_slopes(out_d, kept_d, tile, b, s, n, M: tl.constexpr, N: tl.constexpr):
+    """As :func:`store_tile`, each number times the slope of relu(u)^2."""
+    W: tl.constexpr = N // 8
+    p0, p1, p2, p3, p4, p5, p6, p7 = eighths(tile, M, N)
+    _store_slope(out_d, kept_d, p0, b, s, n, M, W)
+    _store_slope(out_d, kept_d, p1, b, s, n + W, M, W)
+    _store_slope(out_d, kept_d, p2, b, s, n + 2 * W, M, W)
+    _store_slope(out_d, kept_d, p3, b, s, n + 3 * W, M, W)
+    _store_slope(out_d, kept_d, p4, b, s, n + 4 * W, M, W)
+    _store_slope(out_d, kept_d, p5, b, s, n + 5 * W, M, W)
+    _store_slope(out_d, kept_d, p6, b, s, n + 6 * W, M, W)
+    _store_slope(out_d, kept_d, p7, b, s, n + 7 * W, M, W)
 
 
 @triton.jit
