@@ -258,7 +258,7 @@ def test_the_estimates_count_the_rings_and_the_chunk_alone():
     engine = Engine(model, CACHED, 100)
     assert engine.ring.keys.numel() + engine.ring.values.numel() == engine.facts["slots"] * cells
     assert activation_bytes(model, CACHED, 4) < activation_bytes(model, plain, 4)
-    assert kept_by_autograd(SHALLOW, 2, True) > kept_by_autograd(SHALLOW, 2)
+    assert kept_by_autograd(SHALLOW, CACHED) > kept_by_autograd(SHALLOW, plain)
 
 
 def test_steps_over_empty_places_leave_no_trace():
@@ -334,7 +334,7 @@ def test_the_backward_keeps_what_the_memory_estimate_says(monkeypatch):
     docs = documents((96, 96))
     cached_nll(randomized(shape).requires_grad_(False), docs, config, backend="triton")
     k_and_v = shape.blocks * sum(shape.qkv_sizes[1:])
-    planned = 4 * config.batch * config.chunk * (kept_by_autograd(shape, config.lora_rank, True) - k_and_v)
+    planned = 4 * config.batch * config.chunk * (kept_by_autograd(shape, config) - k_and_v)
     # Tables, and the statistics of heads and queries, in fp32: the quarter that is added covers them.
     statistics = 2 * shape.blocks * (shape.heads + shape.kv_heads)
     beside = 4 * config.batch * config.chunk * (shape.head_dim + statistics)
