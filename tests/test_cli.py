@@ -4,12 +4,15 @@ import csv
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import klora.cli.doctor as doctor_module
@@ -434,9 +437,14 @@ def test_a_reader_that_has_gone_ends_nothing(monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_demo_gains_by_adaptation(tmp_path):
+def test_the_demo_gains_by_adaptation(tmp_path, monkeypatch):
+    """On some packages of the standard library; the whole of it is read in test_corpus.py."""
+    for package in ("asyncio", "collections", "concurrent", "email", "http", "importlib", "json", "logging", "unittest"):
+        shutil.copytree(Path(sysconfig.get_path("stdlib")) / package, tmp_path / "library" / package)
+    library = SimpleNamespace(get_path=lambda name: str(tmp_path / "library"))
+    monkeypatch.setattr("klora.model.corpus.sysconfig", library)
     done = klora(
-        *("demo", "--out", tmp_path / "demo", "--seconds", "6", "--tokens", "8000"),
+        *("demo", "--out", tmp_path / "demo", "--seconds", "4", "--tokens", "6000"),
         *("--cache", tmp_path / "cache", "--json"),
     )
     result = json.loads(done.stdout)
