@@ -48,7 +48,10 @@ def record() -> dict:
     return run([FORWARD])
 
 
-@pytest.mark.parametrize("group", GROUPS)
+SLOW = ("ttt", "corpus", "step")
+
+
+@pytest.mark.parametrize("group", [pytest.param(g, marks=[pytest.mark.slow] * (g in SLOW)) for g in GROUPS])
 def test_every_entry_runs_at_its_toy_shape_and_gives_a_valid_record(group):
     record = json.loads(json.dumps(run(GROUPS[group], group)))
     validate(record)
@@ -124,6 +127,7 @@ def test_an_entry_of_one_call_is_called_once_beside_its_gate():
     assert len(calls) == 2, "the gate, and the call that is timed"
 
 
+@pytest.mark.slow
 def test_a_variant_is_timed_at_its_shapes_alone():
     limited = Variant("limited", forward_only(plain_attention), shapes=("other",))
     entry = dataclasses.replace(
@@ -326,6 +330,7 @@ def test_another_commit_is_timed_beside_this_one(monkeypatch):
     assert "git cannot check out 'no-such-commit'" in wrong.stderr
 
 
+@pytest.mark.slow
 def test_progress_counts_the_shapes_of_all_entries():
     one, two = (dataclasses.replace(FORWARD, shapes=dict.fromkeys(names, FORWARD.toy)) for names in ("ab", "c"))
     ceilings, calls = measure_ceilings(CEILINGS, CPU, torch.float32, toy=True, rounds=FEW), []

@@ -118,6 +118,7 @@ def test_score_writes_csv_json_and_a_report(run, corpus, tmp_path):
     assert not (tmp_path / "journal.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_leaky_results_say_so_on_the_terminal_and_in_files(run, corpus, tmp_path):
     done = klora(
         *("score", run / "model.klora", "--text", corpus, "--out", tmp_path, "--most-tokens", "4000"),
@@ -129,6 +130,7 @@ def test_leaky_results_say_so_on_the_terminal_and_in_files(run, corpus, tmp_path
     assert json.loads((tmp_path / "score.json").read_text())["label"] == "LEAKY"
 
 
+@pytest.mark.slow
 def test_score_reads_shards_and_their_names(run, tmp_path):
     folder = next(path for path in (run.parent / "cache").iterdir() if path.is_dir())
     done = klora("score", run / "model.klora", "--shards", folder, "--out", tmp_path, "--json")
@@ -213,6 +215,7 @@ def test_an_interrupted_score_resumes(run, corpus, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_generate_is_reproducible_and_greedy_at_zero(run):
     arguments = ("generate", run / "model.klora", "--prompt", "subject3 has", "--tokens", "20", "--json")
     first, second = (json.loads(klora(*arguments).stdout)["text"] for _ in range(2))
@@ -222,6 +225,7 @@ def test_generate_is_reproducible_and_greedy_at_zero(run):
     assert klora("generate", run / "model.klora", "--temperature", "0").stdout
 
 
+@pytest.mark.slow
 def test_doctor_says_what_is_used_and_why():
     facts = json.loads(klora("doctor", "--json").stdout)
     assert facts["device"].get("type") == "cpu" or "compute capability" in facts["device"]
@@ -340,6 +344,7 @@ def test_a_finished_run_is_not_overwritten_unasked(run):
     assert before == {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
 
 
+@pytest.mark.slow
 def test_overwrite_replaces_a_run_and_the_estimate_is_said(run, tmp_path):
     folder = next(path for path in (run.parent / "cache").iterdir() if path.is_dir())
     arguments = ("train", "--shards", folder, "--out", tmp_path, *SETS, "--set", "max_steps=2")
@@ -439,7 +444,7 @@ def test_a_reader_that_has_gone_ends_nothing(monkeypatch):
 @pytest.mark.slow
 def test_the_demo_gains_by_adaptation(tmp_path, monkeypatch):
     """On some packages of the standard library; the whole of it is read in test_corpus.py."""
-    for package in ("asyncio", "collections", "concurrent", "email", "http", "importlib", "json", "logging", "unittest"):
+    for package in ("asyncio", "collections", "concurrent", "email", "http", "importlib", "json", "unittest"):
         shutil.copytree(Path(sysconfig.get_path("stdlib")) / package, tmp_path / "library" / package)
     library = SimpleNamespace(get_path=lambda name: str(tmp_path / "library"))
     monkeypatch.setattr("klora.model.corpus.sysconfig", library)
@@ -511,6 +516,7 @@ def test_a_bar_fits_on_a_line_of_eighty_columns(bars):
     assert "80,000/1,234,567 tokens" in line
 
 
+@pytest.mark.slow
 def test_every_bar_of_the_commands_names_a_unit(corpus, tmp_path, monkeypatch):
     calls = []
 

@@ -36,6 +36,7 @@ def loaded_by(code: str) -> set[str]:
     return set(python(f"{code}\nprint(json.dumps([name for name in {HEAVY} if name in sys.modules]))"))
 
 
+@pytest.mark.slow
 def test_what_an_import_loads():
     assert loaded_by("import klora; klora.__version__; klora.KloraError") == set()
     references = "from klora.kernels import lora_qkv_ref, lora_qkv_rope_ref, lora_head_nll_ref, pick_attention"
@@ -48,6 +49,7 @@ print(json.dumps([by_torch, loaded()]))""")
     assert "torch._dynamo" not in loaded_by("from klora.kernels import *; from klora.model import *")
 
 
+@pytest.mark.slow
 def test_importing_the_kernels_takes_at_most_a_seventh_longer_than_what_they_need():
     """The package needs torch, three ops Triton as well. CPU seconds, the least of three: other work only adds."""
     code = """def seconds(statement):
@@ -72,6 +74,7 @@ print(json.dumps([time.process_time(), "torch" in sys.modules]))"""
     assert seconds < 0.5 and not has_torch
 
 
+@pytest.mark.slow
 def test_a_command_loads_no_other():
     code = """sys.argv = ["klora", "generate", "--help"]
 from klora.cli import main
@@ -103,12 +106,14 @@ def test_names_that_are_imported_late_are_all_there(name):
         package.no_such_name  # noqa: B018
 
 
+@pytest.mark.slow
 def test_the_packages_are_there_with_klora_alone():
     code = "import klora\nprint(json.dumps([klora.kernels.BOS, klora.ttt.ttt_preset().lr, klora.model.GPT.__name__]))"
     assert python(code) == [1, klora.ttt.ttt_preset().lr, "GPT"]
     assert {"kernels", "model", "ttt"} <= set(dir(klora))
 
 
+@pytest.mark.slow
 def test_an_op_asked_for_late_is_registered_compiles_whole_and_goes_before_its_module():
     """`kernels.linear` is the function, also where the module of that name was imported first."""
     code = """import torch, klora.kernels

@@ -186,6 +186,7 @@ def test_ranks_get_every_document_once_longest_first_and_none_holds_more_than_it
 # ---- whole runs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_the_scores_are_those_of_one_process(tmp_path, alone, world):
     found = together(tmp_path, world)

@@ -255,6 +255,7 @@ EDGES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("documents", EDGES.values(), ids=EDGES.keys())
 def test_edges(tmp_path, documents):
     reader, _ = report(tmp_path, result(documents, seconds={} if len(documents) < 2 else None, facts={}))
@@ -263,6 +264,7 @@ def test_edges(tmp_path, documents):
         assert "adapted not measured no scored document has text" in reader.text
 
 
+@pytest.mark.slow
 def test_ten_thousand_documents_are_quick_and_small(tmp_path):
     scored = result(mixed(10_000))
     start = time.process_time()
@@ -271,6 +273,7 @@ def test_ten_thousand_documents_are_quick_and_small(tmp_path):
     assert len(html) < 1_500_000 and len(reader.rows) < 100
 
 
+@pytest.mark.slow
 def test_the_share_adapted_before_the_deadline_stands_at_every_number(tmp_path, monkeypatch):
     drawn = set()
     from matplotlib.figure import Figure
@@ -312,6 +315,7 @@ def test_a_picture_that_cannot_be_drawn_is_left_out_and_said(tmp_path, monkeypat
     assert "adapted 1.1000 bits per byte" in reader.text
 
 
+@pytest.mark.slow
 def test_a_notebooks_backend_ends_no_report(tmp_path):
     """In a process of its own: matplotlib reads MPLBACKEND when it is imported."""
     code = (
@@ -399,6 +403,7 @@ def test_the_gain_along_documents_is_the_mean_over_those_that_reach_a_position()
     assert kept.documents == 2, "a document of which nothing was reached"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("protocol", [SCORE_FIRST, MULTI_EPOCH, MIN_NLL])
 def test_both_scorers_keep_the_gain_of_every_target(tmp_path, protocol):
     documents = [scored_document(n, n) for n in (200, 20, 90, 130, 33, 48)]
@@ -461,6 +466,7 @@ def test_a_token_is_coloured_by_its_gain_and_its_text_is_escaped(tmp_path):
     assert all(f".{sign}{level} {{" in style for sign in "gl" for level in range(1, 5))
 
 
+@pytest.mark.slow
 def test_signs_agree_between_picture_page_and_lists(tmp_path, drawn):
     """Blue, upward and plus for a gain; orange, downward and minus for a loss."""
     for folder, sign in (("won", 2.0), ("lost", -2.0)):
@@ -491,6 +497,7 @@ def test_the_gains_of_a_leaky_protocol_are_labelled(tmp_path, drawn, protocol):
     assert "median gain (LEAKY)" in reader.text and "before anything was learned" not in reader.text
 
 
+@pytest.mark.slow
 def test_what_a_resumed_run_did_not_keep_is_left_out_and_said(tmp_path):
     documents = [scored_document(n, n) for n in (200, 90, 130, 33, 48, 60)]
     seen = []

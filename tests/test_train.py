@@ -97,11 +97,18 @@ def test_training_learns_and_leaves_a_whole_run(tmp_path, data):
     assert run["model"] == SMALL_MODEL.to_dict()
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, data) -> Path:
+    """The run of the small preset that nothing interrupted."""
+    folder = tmp_path_factory.mktemp("whole")
+    Trainer(small_preset(), data, folder, ALONE).run()
+    return folder
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("stop_at", [1, 5, 9])
-def test_resume_continues_bit_for_bit(tmp_path, data, stop_at):
-    whole, part = tmp_path / "whole", tmp_path / "part"
-    Trainer(small_preset(), data, whole, ALONE).run()
+def test_resume_continues_bit_for_bit(tmp_path, data, whole, stop_at):
+    part = tmp_path / "part"
 
     def interrupt(row):
         if row["step"] == stop_at:
@@ -123,10 +130,9 @@ def test_resume_continues_bit_for_bit(tmp_path, data, stop_at):
 
 
 @pytest.mark.slow
-def test_a_checkpoint_on_the_timer_is_resumed_after_a_kill(tmp_path, data):
+def test_a_checkpoint_on_the_timer_is_resumed_after_a_kill(tmp_path, data, whole):
     """Steps after the last checkpoint are done again: loss.csv has each step once, as in the run without the kill."""
-    whole, part = tmp_path / "whole", tmp_path / "part"
-    Trainer(small_preset(), data, whole, ALONE).run()
+    part = tmp_path / "part"
 
     class Killed(Exception):
         pass
@@ -156,6 +162,7 @@ def test_checkpoints_are_written_on_the_timer(tmp_path, data):
     assert not seen[0] and seen[-1]
 
 
+@pytest.mark.slow
 def test_the_clock_stops_a_run_and_stands_still_during_validation(tmp_path, data):
     trainer = Trainer(small_preset(max_steps=0, seconds=0.5, validate_seconds=0.05), data, tmp_path, ALONE)
     slow = trainer._validate
@@ -366,6 +373,7 @@ def test_two_ranks_train_the_same_weights_as_one(tmp_path, data):
     assert [s for s, _ in losses(together)] == [str(i) for i in range(1, 7)]
 
 
+@pytest.mark.slow
 def test_a_signal_in_the_last_phase_loses_nothing(tmp_path, data):
     """SIGTERM while the averages are evaluated: the run finishes, and a kill then would have left a checkpoint."""
     trainer = Trainer(small_preset(), data, tmp_path, ALONE)
@@ -521,6 +529,7 @@ def test_metadata_that_is_damaged_is_a_checkpoint_error(tmp_path, data):
         Trainer(small_preset(), data, tmp_path, ALONE, resume=True)
 
 
+@pytest.mark.slow
 def test_a_damaged_curve_does_not_stop_a_resumed_run(tmp_path, data):
     Trainer(small_preset(max_steps=3), data, tmp_path, ALONE).run()
     lines = (tmp_path / "loss.csv").read_bytes().splitlines(keepends=True)
@@ -621,6 +630,7 @@ def test_the_cap_leaves_out_a_later_step_that_it_cuts(tmp_path, data):
     assert state["position"] == 8  # two steps of four rows
 
 
+@pytest.mark.slow
 def test_a_signal_is_heard_between_micro_batches_and_nothing_is_lost(tmp_path, data):
     whole, part = tmp_path / "whole", tmp_path / "part"
     preset = small_preset(micro_batch_tokens=64, max_steps=6)
@@ -685,6 +695,7 @@ def test_signals_outside_the_main_thread_stay_as_they_are(tmp_path, data):
     assert result.status == "finished"
 
 
+@pytest.mark.slow
 def test_a_finished_run_stays_until_what_replaces_it_has_finished(tmp_path, data):
     Trainer(small_preset(max_steps=2), data, tmp_path, ALONE).run()
     first = load_run(tmp_path)[0]
@@ -711,6 +722,7 @@ def test_a_finished_run_stays_until_what_replaces_it_has_finished(tmp_path, data
     assert [path.name for path in (tmp_path / "replaced").iterdir()] == ["notes.txt"]
 
 
+@pytest.mark.slow
 def test_resuming_a_finished_run_keeps_its_model_until_the_longer_one_is_done(tmp_path, data):
     Trainer(small_preset(max_steps=2), data, tmp_path, ALONE).run()
     model = digests(tmp_path)["model.safetensors"]
@@ -739,6 +751,7 @@ def test_a_folder_that_cannot_be_written_is_known_before_anything_is_made(tmp_pa
 class TestFused:
     """The fused step in the trainer, on the reference ops of a CPU."""
 
+    @pytest.mark.slow
     def test_it_trains_as_the_eager_one_does(self, tmp_path, data):
         settings = {"max_steps": 6, "micro_batch_tokens": 64}
         for name, fused in (("eager", "false"), ("fused", "true")):
@@ -748,6 +761,7 @@ class TestFused:
         assert [step for step, _ in fused] == [step for step, _ in plain]
         assert [float(loss) for _, loss in fused] == pytest.approx([float(loss) for _, loss in plain], rel=1e-4)
 
+    @pytest.mark.slow
     def test_it_resumes_bit_for_bit(self, tmp_path, data):
         preset = small_preset(fused="true", max_steps=6)
         whole = Trainer(preset, data, tmp_path / "whole", ALONE)

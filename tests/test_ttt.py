@@ -96,13 +96,12 @@ def naive_score_first(model, doc: Document, config: TTTConfig) -> tuple[float, l
     return math.fsum(chunks), chunks
 
 
-@pytest.mark.parametrize("steps", [1, 3])
-@pytest.mark.parametrize("targets", [16, 40, 64, 150])
-def test_batched_scores_equal_one_document_alone_in_float64(tmp_path, steps, targets):
+@pytest.mark.parametrize("steps", [1, pytest.param(3, marks=pytest.mark.slow)])
+def test_batched_scores_equal_one_document_alone_in_float64(steps):
     config = TTT.override({"steps_per_chunk": steps, "min_tokens": 2})
     model = randomized(dtype=torch.float64)
-    documents = [document(targets), document(96, 1), document(33, 2)]
-    pool = AdapterPool(SMALL, config, 3, torch.device("cpu"), torch.float64)
+    documents = [document(n, seed) for seed, n in enumerate((16, 40, 64, 150, 96, 33))]
+    pool = AdapterPool(SMALL, config, len(documents), torch.device("cpu"), torch.float64)
     ordered = sorted(documents, key=lambda d: -d.targets)
     adapted = adapt_batch(model, pool, Batch(ordered, config, torch.device("cpu")), Deadline(0))
     model.requires_grad_(False)
@@ -155,6 +154,7 @@ def naive_chunks(doc: Document, config: TTTConfig) -> list[float]:
     return list(np.diff([0.0, *totals]))
 
 
+@pytest.mark.slow
 def test_adaptation_learns_a_repeating_document(tmp_path):
     tokens = np.tile(np.arange(10, 26, dtype=np.uint16), 40)
     tokens[0] = BOS
@@ -162,6 +162,7 @@ def test_adaptation_learns_a_repeating_document(tmp_path):
     assert result.documents[0].adapted_nats < 0.8 * result.documents[0].base_nats
 
 
+@pytest.mark.slow
 def test_a_chunk_is_recorded_before_any_update_has_seen_it(tmp_path):
     """With a learning rate of zero, score_first is the base model at the temperature; chunk 0 is so at any rate."""
     documents = [document(100), document(48, 1)]
@@ -302,6 +303,7 @@ def test_finished_work_is_not_lost_without_a_word(tmp_path):
     Journal(tmp_path / "journal.jsonl", "run", resume=False).close()  # one that holds nothing is in nobody's way
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("phase", ["base", "prequant"])
 def test_a_base_pass_that_is_stopped_goes_on_from_there(tmp_path, monkeypatch, phase):
     monkeypatch.setitem(MICRO_TOKENS, "cpu", 64)
@@ -376,6 +378,7 @@ def test_a_base_pass_that_cannot_be_kept_ends_nothing(tmp_path, monkeypatch):
     assert len(said) == 1 and "the copy of the base pass for --resume could not be made" in said[0]
 
 
+@pytest.mark.slow
 def test_documents_of_a_batch_that_are_through_outlive_a_stop(tmp_path):
     documents = [document(n, n) for n in (400, 40, 35)]
     asked = []
@@ -490,6 +493,7 @@ def test_leaky_protocols_leak_and_say_so_everywhere(tmp_path, protocol):
     assert stored["valid_score"] is True and "label" not in stored
 
 
+@pytest.mark.slow
 def test_min_nll_keeps_each_documents_best_pass(tmp_path):
     documents = [document(n, n) for n in (100, 64, 40)]
     overrides = {"epochs": 4, "lr": 0.5}
@@ -560,6 +564,7 @@ def test_deadline_counts_only_documents_whose_last_pass_ended(protocol):
     assert second_pass.targets.tolist() == [0, 40]
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_and_gives_the_same_scores(tmp_path):
     documents = [document(n, n) for n in (200, 180, 160, 140, 120, 20, 10)]
     config = TTT.override({"batch": 2})
