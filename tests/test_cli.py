@@ -19,6 +19,7 @@ import klora.cli.doctor as doctor_module
 import pytest
 import torch
 from conftest import wait_for
+from forks import Forked
 from klora import __version__
 from klora.bench.record import RecordError
 from klora.cli import main
@@ -169,14 +170,8 @@ def test_train_reads_shards_and_what_defines_a_run_cannot_change(run, tmp_path):
 def test_sigint_writes_a_checkpoint_and_resume_finishes_the_run(run, tmp_path):
     folder = next(path for path in (run.parent / "cache").iterdir() if path.is_dir())
     out = tmp_path / "run"
-    arguments = [sys.executable, "-m", "klora.cli", "train", "--shards", folder, "--out", out, *SETS]
-    process = subprocess.Popen(
-        [*map(str, arguments), "--set", "max_steps=100000", "--seconds", "600"],
-        env=ENV,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    arguments = ["-m", "klora.cli", "train", "--shards", folder, "--out", out, *SETS]
+    process = Forked([*arguments, "--set", "max_steps=100000", "--seconds", "600"], environment=ENV)
     wait_for(lambda: len(_lines(out / "loss.csv")) >= 5, process)
     process.send_signal(signal.SIGINT)
     output, errors = process.communicate()
@@ -198,9 +193,7 @@ def _lines(path: Path) -> list[str]:
 @pytest.mark.slow
 def test_an_interrupted_score_resumes(run, corpus, tmp_path):
     command = ["score", run / "model.klora", "--text", corpus, "--out", tmp_path, "--set", "batch=1"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "klora.cli", *map(str, command)], env=ENV, stdout=subprocess.PIPE, text=True
-    )
+    process = Forked(["-m", "klora.cli", *command], environment=ENV)
     journal = tmp_path / "journal.jsonl"
     wait_for(lambda: '"adapted"' in "".join(_lines(journal)), process)
     process.send_signal(signal.SIGTERM)

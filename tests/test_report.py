@@ -4,8 +4,6 @@ import base64
 import math
 import os
 import re
-import subprocess
-import sys
 import time
 from contextlib import closing
 from html.parser import HTMLParser
@@ -13,6 +11,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 from conftest import SMALL, randomized
+from forks import Forked
 from klora.kernels import BOS
 from klora.ttt import token_gains
 from klora.ttt.documents import Document
@@ -324,9 +323,9 @@ def test_a_notebooks_backend_ends_no_report(tmp_path):
         "one = DocumentResult('a', 10, 20, 'adapted', 14.0, 13.5, 12.0)\n"
         "write_report(ScoreResult([one], TTTConfig(), {}), Path(sys.argv[1]))"
     )
-    env = {**os.environ, "MPLBACKEND": "nonsense"}
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    process = Forked(["-c", code, tmp_path], environment={**os.environ, "MPLBACKEND": "nonsense"})
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors
     assert (tmp_path / "report.html").is_file() and (tmp_path / "report.png").is_file()
 
 
