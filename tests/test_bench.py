@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from forks import Forked
 from klora.bench import timing
 from klora.bench.against import compare
 from klora.bench.attention import ENTRIES as ATTENTION
@@ -303,10 +304,10 @@ def test_pytest_benchmark_runs_the_same_entries(tmp_path):
         folder = Path(sys.modules["klora.bench.gate"].__file__).parent
     options = ["--benchmark-only", "--benchmark-max-time=0.02", "--benchmark-min-rounds=2", "-p", "no:cacheprovider"]
     env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}  # xdist's, for one
-    command = [sys.executable, "-m", "pytest", str(folder / "bench_entries.py"), *options]
-    command.append(f"--benchmark-json={tmp_path / 'out.json'}")
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-2000:]
+    command = ["-m", "pytest", folder / "bench_entries.py", *options, f"--benchmark-json={tmp_path / 'out.json'}"]
+    process = Forked(command, environment=env)
+    output, _ = process.communicate()
+    assert process.returncode == 0, output[-2000:]
     names = {b["name"] for b in json.loads((tmp_path / "out.json").read_text())["benchmarks"]}
     expected = {f"test_speed[{e.op}-toy-{v.name}]" for e in entries_of([]) for v in e.present(CPU)}
     assert names == expected or torch.cuda.is_available()

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import SMALL
+from forks import Forked
 from klora.kernels import newton_schulz_ref
 from klora.model.average import WeightAverages
 from klora.model.checkpoint import CheckpointError, load_tensors, save_tensors
@@ -358,11 +359,10 @@ def test_two_ranks_train_the_same_weights_as_one(tmp_path, data):
     together.mkdir()
     (tmp_path / "worker.py").write_text(WORKER)
     arguments = json.dumps([preset.model.to_dict(), preset.train.to_dict(), str(data.folder), str(together)])
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
-    done = subprocess.run(
-        [*command, str(tmp_path / "worker.py"), arguments], capture_output=True, text=True, timeout=600
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    command = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
+    process = Forked([*command, tmp_path / "worker.py", arguments])
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors[-2000:]
     first, second = (torch.load(together / f"rank{rank}.pt") for rank in (0, 1))
     expected, _ = load_run(tmp_path / "alone")
     for name, weights in first.items():
