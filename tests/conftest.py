@@ -8,6 +8,7 @@ import random
 import re
 import time
 import tracemalloc
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -69,6 +70,7 @@ def speed_up_the_interpreter() -> None:
             return patch(function)
         return interpreter._LangPatchScope()
 
+    @functools.wraps(np_dtype_of)
     def np_dtype_by_name(dtype):
         name = dtype.scalar.name
         if name not in dtypes:
@@ -86,14 +88,16 @@ if os.environ["TRITON_INTERPRET"] == "1":
     speed_up_the_interpreter()
 
 
-def pytest_collection_modifyitems(items) -> None:
-    """Coverage is measured of klora.model and klora.ttt: tests of files that name neither run without its tracer.
+@functools.cache
+def is_covered(file: Path) -> bool:
+    """Whether a file of tests names klora.model or klora.ttt, whose coverage is measured."""
+    return bool(re.search(r"klora\.(model|ttt)", file.read_text()))
 
-    The tracer stops at every call, and Triton's interpreter makes millions of them.
-    """
-    is_about = {file: re.search(r"klora\.(model|ttt)", file.read_text()) for file in {item.path for item in items}}
+
+def pytest_collection_modifyitems(items) -> None:
+    """All other tests run without coverage's tracer: it stops at every call, and the interpreter makes millions."""
     for item in items:
-        if not is_about[item.path]:
+        if not is_covered(item.path):
             item.add_marker("no_cover")
 
 
