@@ -90,8 +90,8 @@ if os.environ["TRITON_INTERPRET"] == "1":
 
 @functools.cache
 def is_covered(file: Path) -> bool:
-    """Whether a file of tests names klora.model or klora.ttt, whose coverage is measured."""
-    return bool(re.search(r"klora\.(model|ttt)", file.read_text()))
+    """Whether a file of tests is about more than kernels and how exact they are: coverage is of the other packages."""
+    return bool(re.search(r"klora\.(model|ttt|cli|bench\.(record|report))", file.read_text()))
 
 
 def pytest_collection_modifyitems(items) -> None:

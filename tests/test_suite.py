@@ -47,7 +47,10 @@ def test_the_language_is_patched_during_a_launch_alone_and_drops_only_a_check_th
 def test_tests_of_kernels_alone_are_not_traced_by_coverage(request):
     folder = Path(__file__).parent
     assert not any(is_covered(folder / f"test_{name}.py") for name in ("mlp", "contract", "tolerance"))
-    assert all(is_covered(folder / f"test_{name}.py") for name in ("model", "train", "ttt", "engine"))
+    assert all(
+        is_covered(folder / f"test_{name}.py")
+        for name in ("model", "train", "ttt", "engine", "cli", "bench", "bench_report")
+    )
     for item in request.session.items:
         assert bool(item.get_closest_marker("no_cover")) is not is_covered(item.path), item.nodeid
 
