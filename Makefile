@@ -14,7 +14,7 @@ WORKERS := OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto 
 help:
 	@echo "make demo       train, export, adapt and report on this machine, in a few minutes on a CPU"
 	@echo "make test       the whole test suite with coverage; what needs a GPU is left out without one"
-	@echo "make test-fast  the tests of every package that take less than two seconds each"
+	@echo "make test-fast  the tests of every package that take less than a second each"
 	@echo "make lint       ruff check and ruff format --check"
 	@echo "make format     let ruff format and fix"
 	@echo "make setup      what all of them do first: PyTorch, klora and its tools into $(VENV)"
@@ -41,10 +41,11 @@ demo: setup
 test: setup
 	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
 		$(BIN)/python -m pytest -m gpu; else echo "no CUDA GPU here: the tests marked gpu are left out"; fi
-	@echo "the tests without a GPU: about 10 minutes on two cores"
+	@echo "the tests without a GPU: about 6 minutes on two cores"
 	$(WORKERS) -m "not gpu" --cov=klora.model --cov=klora.ttt --cov-report=term --cov-fail-under=80
 
 test-fast: setup
+	@echo "the quick tests: about 1.5 minutes on two cores"
 	$(WORKERS) -m "not gpu and not slow"
 
 lint: setup

@@ -1,10 +1,14 @@
 """What the whole suite shares: the interpreter, threads (OMP_NUM_THREADS, or one), small models, texts, a tokenizer."""
 
+import dataclasses
+import functools
 import inspect
 import os
 import random
+import re
 import time
 import tracemalloc
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -37,28 +41,64 @@ settings.register_profile("klora", deadline=None, derandomize=True)
 settings.load_profile("klora")
 
 
-def search_triton_once() -> None:
-    """Let the interpreter find the builtins of triton.language once, instead of at every call of a device function.
+def speed_up_the_interpreter() -> None:
+    """Let Triton's interpreter do once what it does at every operation and every call of a device function.
 
-    It looks through some hundred members each time, which is more than half of what a kernel takes.
+    No number changes: what is left out is looked for again, patched again or dropped.
     """
+    import triton.language as tl
     from triton.language.core import is_builtin
     from triton.runtime import interpreter
 
-    names = {}
+    names, dtypes = {}, {}
+    patch, np_dtype_of = interpreter._patch_lang, interpreter._get_np_dtype
 
     def builtins_to_patch(owner):
+        """Some hundred members are looked through for them."""
         if owner not in names:
             names[owner] = [name for name, member in inspect.getmembers(owner) if is_builtin(member)]
         if names[owner] and not is_builtin(getattr(owner, names[owner][0])):
             return []  # they are replaced all together, and stay so until the launch ends
         return [(name, getattr(owner, name)) for name in names[owner]]
 
+    @functools.cache
+    def languages(function) -> list:
+        return [lang for lang in (tl, tl.core) if any(value is lang for value in function.__globals__.values())]
+
+    def patch_once_a_launch(function):
+        if any(is_builtin(lang.load) for lang in languages(function)):
+            return patch(function)
+        return interpreter._LangPatchScope()
+
+    @functools.wraps(np_dtype_of)
+    def np_dtype_by_name(dtype):
+        name = dtype.scalar.name
+        if name not in dtypes:
+            dtypes[name] = np_dtype_of(dtype)
+        return dtypes[name]
+
+    builder = interpreter.interpreter_builder
     interpreter.inspect = SimpleNamespace(**{**vars(inspect), "getmembers": builtins_to_patch})
+    interpreter._patch_lang, interpreter._get_np_dtype = patch_once_a_launch, np_dtype_by_name
+    if not builder.options.debug:  # integers are computed in int64 as well, for an assertion that only debug makes
+        builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
 
 
 if os.environ["TRITON_INTERPRET"] == "1":
-    search_triton_once()
+    speed_up_the_interpreter()
+
+
+@functools.cache
+def is_covered(file: Path) -> bool:
+    """Whether a file of tests is about more than kernels and how exact they are: coverage is of the other packages."""
+    return bool(re.search(r"klora\.(model|ttt|cli|bench\.(record|report))", file.read_text()))
+
+
+def pytest_collection_modifyitems(items) -> None:
+    """All other tests run without coverage's tracer: it stops at every call, and the interpreter makes millions."""
+    for item in items:
+        if not is_covered(item.path):
+            item.add_marker("no_cover")
 
 
 def randomized(config: ModelConfig = SMALL, dtype: torch.dtype = torch.float32, seed: int = 0) -> GPT:

@@ -199,6 +199,7 @@ class TestCompress:
 
 
 class TestBudget:
+    @pytest.mark.slow
     def test_files_fit_and_errors_fall_as_budgets_grow(self, tmp_path, loose):
         errors = []
         for share in (0.6, 0.7, 0.8, 0.9):
@@ -436,6 +437,7 @@ class TestLargeErrors:
         again = save(path, WIDE, budget=advised)
         assert again.warning is None and again.relative_error <= 0.01
 
+    @pytest.mark.slow
     def test_budgets_have_the_errors_that_they_are_said_to_have(self, tmp_path, loose):
         assert list(loose.budgets) == sorted(loose.budgets)
         assert list(loose.budgets.values()) == sorted(loose.budgets.values(), reverse=True)
@@ -450,6 +452,7 @@ class TestLargeErrors:
         advised = int(re.search(r"give a budget of about ([\d,]+) bytes", str(caught.value))[1].replace(",", ""))
         assert save(path, WIDE, budget=advised).relative_error <= 0.01
 
+    @pytest.mark.slow
     def test_the_command_says_it_in_words_and_in_json(self, tmp_path, monkeypatch, capsys, loose):
         tokenizer = SimpleNamespace(vocab_size=WIDE.vocab_size, to_bytes=lambda: TOKENIZER)
         monkeypatch.setattr(export, "Tokenizer", SimpleNamespace(from_file=lambda path, may_normalise: tokenizer))

@@ -227,6 +227,7 @@ def test_what_is_timed_is_the_whole_piece(monkeypatch):
     assert refused.keys() == set(CHOICES) - {"flash", "math"}
 
 
+@pytest.mark.slow
 def test_the_choice_is_in_the_result_and_in_run_json(tmp_path, data, monkeypatch):  # noqa: F811
     ran = set()
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from forks import Forked
 from klora.bench import timing
 from klora.bench.against import compare
 from klora.bench.attention import ENTRIES as ATTENTION
@@ -48,7 +49,10 @@ def record() -> dict:
     return run([FORWARD])
 
 
-@pytest.mark.parametrize("group", GROUPS)
+SLOW = ("ttt", "corpus", "step")
+
+
+@pytest.mark.parametrize("group", [pytest.param(g, marks=[pytest.mark.slow] * (g in SLOW)) for g in GROUPS])
 def test_every_entry_runs_at_its_toy_shape_and_gives_a_valid_record(group):
     record = json.loads(json.dumps(run(GROUPS[group], group)))
     validate(record)
@@ -124,6 +128,7 @@ def test_an_entry_of_one_call_is_called_once_beside_its_gate():
     assert len(calls) == 2, "the gate, and the call that is timed"
 
 
+@pytest.mark.slow
 def test_a_variant_is_timed_at_its_shapes_alone():
     limited = Variant("limited", forward_only(plain_attention), shapes=("other",))
     entry = dataclasses.replace(
@@ -299,10 +304,10 @@ def test_pytest_benchmark_runs_the_same_entries(tmp_path):
         folder = Path(sys.modules["klora.bench.gate"].__file__).parent
     options = ["--benchmark-only", "--benchmark-max-time=0.02", "--benchmark-min-rounds=2", "-p", "no:cacheprovider"]
     env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}  # xdist's, for one
-    command = [sys.executable, "-m", "pytest", str(folder / "bench_entries.py"), *options]
-    command.append(f"--benchmark-json={tmp_path / 'out.json'}")
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-2000:]
+    command = ["-m", "pytest", folder / "bench_entries.py", *options, f"--benchmark-json={tmp_path / 'out.json'}"]
+    process = Forked(command, environment=env)
+    output, _ = process.communicate()
+    assert process.returncode == 0, output[-2000:]
     names = {b["name"] for b in json.loads((tmp_path / "out.json").read_text())["benchmarks"]}
     expected = {f"test_speed[{e.op}-toy-{v.name}]" for e in entries_of([]) for v in e.present(CPU)}
     assert names == expected or torch.cuda.is_available()
@@ -326,6 +331,7 @@ def test_another_commit_is_timed_beside_this_one(monkeypatch):
     assert "git cannot check out 'no-such-commit'" in wrong.stderr
 
 
+@pytest.mark.slow
 def test_progress_counts_the_shapes_of_all_entries():
     one, two = (dataclasses.replace(FORWARD, shapes=dict.fromkeys(names, FORWARD.toy)) for names in ("ab", "c"))
     ceilings, calls = measure_ceilings(CEILINGS, CPU, torch.float32, toy=True, rounds=FEW), []

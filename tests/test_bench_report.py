@@ -194,6 +194,7 @@ def test_pictures_of_every_group_and_gpu(tmp_path):
     assert sorted(tmp_path.rglob("*")) == sorted({*pictures, *(path.parent for path in pictures)})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("results", "names"),
     [
@@ -232,6 +233,7 @@ def drawn_texts(monkeypatch) -> list[str]:
     return said
 
 
+@pytest.mark.slow
 def test_what_pictures_say(tmp_path, monkeypatch):
     said = drawn_texts(monkeypatch)
     draw([record(kernels())], tmp_path)

@@ -5,12 +5,15 @@ import importlib
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import klora.cli.doctor as doctor_module
@@ -18,6 +21,7 @@ import pytest
 import torch
 import typer
 from conftest import wait_for
+from forks import Forked
 from klora import __version__
 from klora.bench.record import RecordError
 from klora.cli import main
@@ -120,6 +124,7 @@ def test_score_writes_csv_json_and_a_report(run, corpus, tmp_path):
     assert not (tmp_path / "journal.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_leaky_results_say_so_on_the_terminal_and_in_files(run, corpus, tmp_path):
     done = klora(
         *("score", run / "model.klora", "--text", corpus, "--out", tmp_path, "--most-tokens", "4000"),
@@ -131,6 +136,7 @@ def test_leaky_results_say_so_on_the_terminal_and_in_files(run, corpus, tmp_path
     assert json.loads((tmp_path / "score.json").read_text())["label"] == "LEAKY"
 
 
+@pytest.mark.slow
 def test_score_reads_shards_and_their_names(run, tmp_path):
     folder = next(path for path in (run.parent / "cache").iterdir() if path.is_dir())
     done = klora("score", run / "model.klora", "--shards", folder, "--out", tmp_path, "--json")
@@ -169,14 +175,8 @@ def test_train_reads_shards_and_what_defines_a_run_cannot_change(run, tmp_path):
 def test_sigint_writes_a_checkpoint_and_resume_finishes_the_run(run, tmp_path):
     folder = next(path for path in (run.parent / "cache").iterdir() if path.is_dir())
     out = tmp_path / "run"
-    arguments = [sys.executable, "-m", "klora.cli", "train", "--shards", folder, "--out", out, *SETS]
-    process = subprocess.Popen(
-        [*map(str, arguments), "--set", "max_steps=100000", "--seconds", "600"],
-        env=ENV,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    arguments = ["-m", "klora.cli", "train", "--shards", folder, "--out", out, *SETS]
+    process = Forked([*arguments, "--set", "max_steps=100000", "--seconds", "600"], environment=ENV)
     wait_for(lambda: len(_lines(out / "loss.csv")) >= 5, process)
     process.send_signal(signal.SIGINT)
     output, errors = process.communicate()
@@ -230,9 +230,7 @@ def _lines(path: Path) -> list[str]:
 @pytest.mark.slow
 def test_an_interrupted_score_resumes(run, corpus, tmp_path):
     command = ["score", run / "model.klora", "--text", corpus, "--out", tmp_path, "--set", "batch=1"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "klora.cli", *map(str, command)], env=ENV, stdout=subprocess.PIPE, text=True
-    )
+    process = Forked(["-m", "klora.cli", *command], environment=ENV)
     wait_for((tmp_path / "journal.base.npy").exists, process)  # the base pass is done, and adapting begins
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate()
@@ -246,6 +244,7 @@ def test_an_interrupted_score_resumes(run, corpus, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_generate_is_reproducible_and_greedy_at_zero(run):
     arguments = ("generate", run / "model.klora", "--prompt", "subject3 has", "--tokens", "20", "--json")
     first, second = (json.loads(klora(*arguments).stdout)["text"] for _ in range(2))
@@ -255,6 +254,7 @@ def test_generate_is_reproducible_and_greedy_at_zero(run):
     assert klora("generate", run / "model.klora", "--temperature", "0").stdout
 
 
+@pytest.mark.slow
 def test_doctor_says_what_is_used_and_why():
     facts = json.loads(klora("doctor", "--json").stdout)
     assert facts["device"].get("type") == "cpu" or "compute capability" in facts["device"]
@@ -373,6 +373,7 @@ def test_a_finished_run_is_not_overwritten_unasked(run):
     assert before == {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
 
 
+@pytest.mark.slow
 def test_overwrite_replaces_a_run_and_the_estimate_is_said(run, tmp_path):
     folder = next(path for path in (run.parent / "cache").iterdir() if path.is_dir())
     arguments = ("train", "--shards", folder, "--out", tmp_path, *SETS, "--set", "max_steps=2")
@@ -470,9 +471,14 @@ def test_a_reader_that_has_gone_ends_nothing(monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_demo_gains_by_adaptation(tmp_path):
+def test_the_demo_gains_by_adaptation(tmp_path, monkeypatch):
+    """On some packages of the standard library; the whole of it is read in test_corpus.py."""
+    for package in ("asyncio", "collections", "concurrent", "email", "http", "importlib", "json", "unittest"):
+        shutil.copytree(Path(sysconfig.get_path("stdlib")) / package, tmp_path / "library" / package)
+    library = SimpleNamespace(get_path=lambda name: str(tmp_path / "library"))
+    monkeypatch.setattr("klora.model.corpus.sysconfig", library)
     done = klora(
-        *("demo", "--out", tmp_path / "demo", "--seconds", "6", "--tokens", "8000"),
+        *("demo", "--out", tmp_path / "demo", "--seconds", "4", "--tokens", "6000"),
         *("--cache", tmp_path / "cache", "--json"),
     )
     result = json.loads(done.stdout)
@@ -539,6 +545,7 @@ def test_a_bar_fits_on_a_line_of_eighty_columns(bars):
     assert "80,000/1,234,567 tokens" in line
 
 
+@pytest.mark.slow
 def test_every_bar_of_the_commands_names_a_unit(corpus, tmp_path, monkeypatch):
     calls = []
 

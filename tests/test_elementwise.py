@@ -65,6 +65,7 @@ def test_a_boundary_and_its_gradients_are_as_exact_as_pytorchs(names, dtype):
     check_boundary(draw(names, S=70, D=80, dtype=dtype), push=bool(names))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("B", "S", "D"), [(1, 1, 16), (3, 33, 512), (1, 7, 2048), (1, 3, 4096)])
 def test_widths_and_lengths(B, S, D):
     check_boundary(draw(JOINED, B, S, D, dtype=torch.float16))
@@ -402,6 +403,7 @@ def block_results(function, t, qkv, gain, cos, sin, up, down, **more):
     return [*(o.detach() for o in outputs), *grads]
 
 
+@pytest.mark.slow
 def test_they_are_traced_whole():
     arguments = block_arguments()
     compiled = torch.compile(whole_block, fullgraph=True, backend="aot_eager")

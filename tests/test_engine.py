@@ -355,6 +355,7 @@ def test_the_deadline_stops_between_rounds_and_counts_what_was_scored():
     assert 0 < stopped.targets.sum() < sum(RAGGED)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("protocol", ["multi_epoch", "min_nll"])
 def test_leaky_documents_count_only_when_their_last_pass_has_ended(protocol):
     config = TTT.override({"protocol": protocol})
@@ -386,6 +387,7 @@ class NoWait(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("protocol", ["score_first", "min_nll"])
 def test_a_round_brings_nothing_to_the_host(protocol):
     config = TTT.override({"protocol": protocol, "steps_per_chunk": 2})

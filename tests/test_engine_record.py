@@ -35,6 +35,7 @@ def test_errors_are_relative_to_the_exact_model_after_the_steps_that_are_named(s
     assert min(engine.errors(small, other, CONFIG)["engine"].values()) > 0.01
 
 
+@pytest.mark.slow
 def test_bits_say_what_differs_and_by_how_much(small, monkeypatch):
     found = engine.bits(small, CONFIG)
     assert found["another run"] == found["without graphs"] == {"equal": True, "largest_difference": 0.0}

@@ -4,12 +4,11 @@ import ast
 import importlib
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from forks import Forked
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
@@ -32,12 +31,13 @@ NUMBER = r"([\d,.]+(?:e[+-]\d+)?)"
 def run(name: str, device: str, folder: Path) -> str:
     """What the example prints on `device`; it leaves nothing in the folder that it runs in."""
     hidden = {"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}
-    command = [sys.executable, "-W", "error::DeprecationWarning:__main__", str(EXAMPLES / name)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env={**os.environ, **hidden})
-    assert done.returncode == 0, done.stderr
-    assert f"on {device}" in done.stdout
+    process = Forked([EXAMPLES / name], folder, {**os.environ, **hidden})
+    output, errors = process.communicate()
+    assert process.returncode == 0, errors
+    assert "DeprecationWarning" not in errors
+    assert f"on {device}" in output
     assert not list(folder.iterdir())
-    return done.stdout
+    return output
 
 
 def numbers(pattern: str, text: str) -> list[float]:

@@ -358,6 +358,7 @@ class TestSearch:
         matrix = quantize_int6(nn.Parameter(gaussian(16, 64)), clip=clip)
         assert not matrix.packed.requires_grad and not matrix.scale.requires_grad
 
+    @pytest.mark.slow
     def test_made_in_inference_mode_it_trains_what_is_before_it(self):
         with torch.inference_mode():
             matrix = quantize_int6(gaussian(16, 64))

@@ -195,6 +195,7 @@ class TestInterpreter:
         weight = matrix(40, 160, group_size)
         assert torch.equal(dequantize(weight.packed, weight.scale, weight.shape, dtype), weight.dequantize(dtype))
 
+    @pytest.mark.slow
     def test_opcheck(self):
         weight = matrix(32, 64)
         for x, bias in ((torch.randn(3, 64), None), (torch.randn(2, 64), torch.randn(32))):

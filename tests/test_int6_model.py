@@ -126,6 +126,7 @@ class TestCommandLine:
         ]
         assert said[0] == said[1]
 
+    @pytest.mark.slow
     def test_score_agrees_and_says_which_weights(self, artifact_path, text, tmp_path):
         totals = {}
         for weights in ("dense", "int6"):

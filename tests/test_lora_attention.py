@@ -57,6 +57,7 @@ def differentiated(function, call, dout):
     return out.detach(), *torch.autograd.grad(out, list(leaves.values()), dout)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length, tail", [(1, None), (37, None), (70, 16), (33, 32), (20, 0)])
 @pytest.mark.parametrize("slots", [None, [1, -1]])
 def test_outputs_and_gradients_are_as_exact_as_pytorchs(length, tail, slots):

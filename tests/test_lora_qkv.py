@@ -264,6 +264,7 @@ def test_a_document_without_an_adapter_gets_the_plain_projections_and_gives_no_g
         torch.testing.assert_close(output[1:], (x @ rows.T)[1:])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("slots", "needs", "dtype"),
     [

@@ -60,6 +60,7 @@ def assert_as_exact_as_plain_pytorch(batch, length, *more, seed=0, **options):
     assert_as_exact(*([torch.stack(same) for same in zip(*some, strict=True)] for some in (ours, exact, plain)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("length", "width", "heads", "head_dim", "rank", "slots", "dtype", "low"),
     [

@@ -81,6 +81,7 @@ def test_adam_runs_on_for_documents_that_have_ended(model):
     assert alone == pytest.approx(beside, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_a_whole_run_keeps_the_order_of_the_documents_and_scores_short_ones_with_the_base_model(model):
     documents = [document(n, seed) for seed, n in enumerate((90, 20, 31, 60, 0, 150, 40, 60))]
     assert list(original_batches(documents, TTT)) == [[2, 6, 3, 7], [0, 5]]

@@ -39,6 +39,7 @@ def rounded(inputs, dtype):
     return *(t.to(dtype).float() for t in (x, weight)), cos, sin, gain, dout.to(dtype).float()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("length", "head_dim", "tail"), [(37, 16, None), (20, 32, 5), (70, 64, None)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_outputs_and_gradients_are_as_near_to_float64_as_the_reference_s(length, head_dim, tail, dtype):
@@ -141,6 +142,7 @@ def test_a_bound_that_does_not_hold_is_no_harm(case):
     assert relative_error(ours[3], exact[3]) < 1e-3
 
 
+@pytest.mark.slow
 def test_unit_tables_are_the_same_bits_whether_they_are_looked_at_or_not():
     inputs, sizes, head_dim = draw()
     looked, trusted = (
@@ -150,6 +152,7 @@ def test_unit_tables_are_the_same_bits_whether_they_are_looked_at_or_not():
     assert all(torch.equal(one, other) for one, other in zip(looked, trusted, strict=True))
 
 
+@pytest.mark.slow
 def test_the_op_is_registered_as_torch_wants_it():
     (x, weight, cos, sin, gain, _), sizes, head_dim = draw(length=9)
     leaves = [t.requires_grad_() for t in (x, weight)]

@@ -5,8 +5,6 @@ import json
 import os
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 
@@ -14,6 +12,7 @@ import numpy as np
 import pytest
 import torch.distributed as dist
 from conftest import SMALL, randomized, wait_for, words
+from forks import Forked
 from klora.model.artifact import save_artifact
 from klora.model.config import ConfigError
 from klora.ttt.journal import Journal, JournalError, open_journal
@@ -199,6 +198,7 @@ def test_ranks_get_every_document_once_longest_first_and_none_holds_more_than_it
 # ---- whole runs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_the_scores_are_those_of_one_process(tmp_path, alone, world):
     found = together(tmp_path, world)
@@ -377,7 +377,7 @@ def command(tmp_path, tokenizer) -> list[str]:
         (tmp_path / "texts" / f"{number}.txt").write_text(words(number, 40 + 80 * (number % 8)))
     sets = [part for pair in ("chunk=16", "window=64", "adapt_from=64", "deadline=0") for part in ("--set", pair)]
     return [
-        *(sys.executable, "-m", "klora.cli", "score", str(tmp_path / "model.klora"), *sets, "--json"),
+        *("-m", "klora.cli", "score", str(tmp_path / "model.klora"), *sets, "--json"),
         *(
             "--text",
             str(tmp_path / "texts"),
@@ -396,22 +396,18 @@ def test_a_killed_process_loses_nothing(tmp_path, command):
     """Three processes as a launcher would start them; the last is killed in the middle of its work."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1"}
     env |= {"MASTER_PORT": str(free_port())}
-    started = [
-        subprocess.Popen(command, env={**env, "RANK": str(rank)}, stdout=subprocess.PIPE, text=True)
-        for rank in range(3)
-    ]
+    started = [Forked(command, environment={**env, "RANK": str(rank)}) for rank in range(3)]
     try:
         journal = tmp_path / "out" / "journal-2.jsonl"
         wait_for(journal.exists, started[2])  # its documents follow together, at the end
         time.sleep(0.3)
         started[2].send_signal(signal.SIGKILL)
-        said = started[0].communicate(timeout=600)[0]
-        assert [process.wait(timeout=600) for process in started] == [0, 0, -signal.SIGKILL]
+        said = started[0].communicate()[0]
+        assert [process.wait() for process in started] == [0, 0, -signal.SIGKILL]
     finally:
         for process in started:
-            process.kill()
+            process.send_signal(signal.SIGKILL)
             process.wait()
-            process.stdout.close()
     result = json.loads(said)
     assert result["ranks"] == 3 and 2 not in [r for r, s in enumerate(result["rank_seconds"]) if s is not None]
     together = json.loads((tmp_path / "out" / "score.json").read_text())["documents"]

@@ -4,8 +4,6 @@ import base64
 import math
 import os
 import re
-import subprocess
-import sys
 import time
 from contextlib import closing
 from html.parser import HTMLParser
@@ -13,6 +11,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 from conftest import SMALL, randomized
+from forks import Forked
 from klora.kernels import BOS
 from klora.ttt import token_gains
 from klora.ttt.base import BaseNll
@@ -257,6 +256,7 @@ EDGES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("documents", EDGES.values(), ids=EDGES.keys())
 def test_edges(tmp_path, documents):
     reader, _ = report(tmp_path, result(documents, seconds={} if len(documents) < 2 else None, facts={}))
@@ -265,6 +265,7 @@ def test_edges(tmp_path, documents):
         assert "adapted not measured no scored document has text" in reader.text
 
 
+@pytest.mark.slow
 def test_ten_thousand_documents_are_quick_and_small(tmp_path):
     scored = result(mixed(10_000))
     start = time.process_time()
@@ -273,6 +274,7 @@ def test_ten_thousand_documents_are_quick_and_small(tmp_path):
     assert len(html) < 1_500_000 and len(reader.rows) < 100
 
 
+@pytest.mark.slow
 def test_the_share_adapted_before_the_deadline_stands_at_every_number(tmp_path, monkeypatch):
     drawn = set()
     from matplotlib.figure import Figure
@@ -314,6 +316,7 @@ def test_a_picture_that_cannot_be_drawn_is_left_out_and_said(tmp_path, monkeypat
     assert "adapted 1.1000 bits per byte" in reader.text
 
 
+@pytest.mark.slow
 def test_a_notebooks_backend_ends_no_report(tmp_path):
     """In a process of its own: matplotlib reads MPLBACKEND when it is imported."""
     code = (
@@ -322,9 +325,9 @@ def test_a_notebooks_backend_ends_no_report(tmp_path):
         "one = DocumentResult('a', 10, 20, 'adapted', 14.0, 13.5, 12.0)\n"
         "write_report(ScoreResult([one], TTTConfig(), {}), Path(sys.argv[1]))"
     )
-    env = {**os.environ, "MPLBACKEND": "nonsense"}
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    process = Forked(["-c", code, tmp_path], environment={**os.environ, "MPLBACKEND": "nonsense"})
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors
     assert (tmp_path / "report.html").is_file() and (tmp_path / "report.png").is_file()
 
 
@@ -401,6 +404,7 @@ def test_the_gain_along_documents_is_the_mean_over_those_that_reach_a_position()
     assert kept.documents == 2, "a document of which nothing was reached"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("protocol", [SCORE_FIRST, MULTI_EPOCH, MIN_NLL])
 def test_a_run_keeps_the_gain_of_every_target(protocol):
     documents = [scored_document(n, n) for n in (200, 20, 90, 130, 33, 48)]
@@ -466,6 +470,7 @@ def test_a_token_is_coloured_by_its_gain_and_its_text_is_escaped(tmp_path):
     assert all(f".{sign}{level} {{" in style for sign in "gl" for level in range(1, 5))
 
 
+@pytest.mark.slow
 def test_signs_agree_between_picture_page_and_lists(tmp_path, drawn):
     """Blue, upward and plus for a gain; orange, downward and minus for a loss."""
     for folder, sign in (("won", 2.0), ("lost", -2.0)):
@@ -496,6 +501,7 @@ def test_the_gains_of_a_leaky_protocol_are_labelled(tmp_path, drawn, protocol):
     assert "median gain (LEAKY)" in reader.text and "before anything was learned" not in reader.text
 
 
+@pytest.mark.slow
 def test_what_a_resumed_run_did_not_keep_is_left_out_and_said(tmp_path):
     documents = [scored_document(n, n) for n in (200, 90, 130, 33, 48, 60)]
     seen = []

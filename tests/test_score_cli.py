@@ -49,6 +49,7 @@ def command(artifact, texts, out, *more) -> list:
     return ["score", artifact, "--text", texts, "--out", out, *SETS, *more]
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_is_neither_overwritten_nor_lost(artifact, texts, tmp_path, monkeypatch):
     """Stopped in the base pass and then while adapting: each time the next command says what there is."""
     out = tmp_path / "out"
@@ -88,6 +89,7 @@ def test_a_run_that_was_stopped_is_neither_overwritten_nor_lost(artifact, texts,
     assert sorted(path.name for path in out.iterdir()) == ["documents.csv", "report.html", "report.png", "score.json"]
 
 
+@pytest.mark.slow
 def test_overwrite_starts_afresh(artifact, texts, tmp_path):
     (tmp_path / "journal.jsonl").write_text(
         '{"fingerprint": "x"}\n' + json.dumps({"index": 0, "result": _result()}) + "\n"
@@ -102,6 +104,7 @@ def test_overwrite_starts_afresh(artifact, texts, tmp_path):
     assert "resuming" not in done.stdout and not list(tmp_path.glob("journal*"))
 
 
+@pytest.mark.slow
 def test_results_of_a_finished_run_are_replaced_only_when_asked(artifact, texts, tmp_path):
     klora(*command(artifact, texts, tmp_path))
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
@@ -118,6 +121,7 @@ def _result() -> dict:
     return dict(zip(names, ("a", 3, 6, "short", 1.0, 1.0, 1.0), strict=True))
 
 
+@pytest.mark.slow
 def test_a_deadline_is_none_by_default_and_stands_in_every_output(artifact, texts, tmp_path):
     plain = klora(*command(artifact, texts, tmp_path / "plain"))
     stored = json.loads((tmp_path / "plain" / "score.json").read_text())
@@ -135,6 +139,7 @@ def test_a_deadline_is_none_by_default_and_stands_in_every_output(artifact, text
     assert json.loads(machine.stdout)["totals"]["adapted_share"] == 0.0
 
 
+@pytest.mark.slow
 def test_names_reach_the_csv_as_text(artifact, texts, tmp_path):
     klora(*command(artifact, texts, tmp_path))
     with open(tmp_path / "documents.csv", newline="") as file:
@@ -165,6 +170,7 @@ def test_what_cannot_be_written_is_found_before_the_work(artifact, texts, tmp_pa
     assert "make space" in klora(*command(artifact, texts, tmp_path), check=2).stderr
 
 
+@pytest.mark.slow
 def test_a_report_that_cannot_be_made_costs_no_results(artifact, texts, tmp_path, monkeypatch):
     def fail(*arguments):
         raise RuntimeError("no page today")
@@ -209,6 +215,7 @@ def contest_run(tmp_path_factory) -> SimpleNamespace:
     return SimpleNamespace(folder=folder, tokenizer=contest, stdout=trained.stdout, sets=sets)
 
 
+@pytest.mark.slow
 def test_training_on_shards_of_normalised_text_says_so(contest_run, tmp_path):
     (note,) = contest_run.tokenizer.notes_on_shards(0)
     said = contest_run.stdout.replace("\n", "")
@@ -221,6 +228,7 @@ def test_training_on_shards_of_normalised_text_says_so(contest_run, tmp_path):
     assert json.loads(klora(*arguments, "--json").stdout)["notes"] == [note]
 
 
+@pytest.mark.slow
 def test_scores_of_normalised_shards_say_so_in_every_output(contest_run, tmp_path):
     (note,) = contest_run.tokenizer.notes_on_shards(0)
     arguments = ("score", contest_run.folder / "model.klora", "--shards", contest_run.folder / "shards", *SETS)
@@ -251,6 +259,7 @@ def test_scores_of_shards_with_control_tokens_say_so(artifact, tokenizer, tmp_pa
     assert len(stored["notes"]) == 1
 
 
+@pytest.mark.slow
 def test_texts_are_scored_in_their_own_bytes_and_the_tokenizer_is_named(contest_run, texts, tmp_path):
     arguments = ("score", contest_run.folder / "model.klora", "--text", texts, *SETS, "--out", tmp_path)
     shown = klora(*arguments)
@@ -274,6 +283,7 @@ def test_a_run_on_text_cannot_have_a_tokenizer_that_normalises(contest_run, tmp_
     assert "tokenizer.model changes a space" in klora("export", tmp_path, check=2).stderr
 
 
+@pytest.mark.slow
 def test_scores_without_a_note_have_none(artifact, texts, tmp_path):
     shown = klora(*command(artifact, texts, tmp_path))
     stored = json.loads((tmp_path / "score.json").read_text())

@@ -2,14 +2,13 @@
 
 import json
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import documents, peak_memory, words
+from forks import Forked
 from klora.model import prepare as prepare_module
 from klora.model import shards as shards_module
 from klora.model.corpus import Corpus, CorpusError
@@ -336,8 +335,7 @@ def test_killed_prepare_leaves_nothing_to_reuse(tmp_path, corpora):
         "splits = [Corpus.text([sys.argv[1]], split=s, validation_share=0.2) for s in ('train', 'validation')]\n"
         "prepare(*splits, 400, sys.argv[2], progress=stop)"
     )
-    killed = subprocess.run([sys.executable, "-c", code, str(tmp_path / "text"), str(tmp_path / "cache")])
-    assert killed.returncode == -signal.SIGKILL
+    assert Forked(["-c", code, tmp_path / "text", tmp_path / "cache"]).wait() == -signal.SIGKILL
     left = list((tmp_path / "cache").iterdir())
     assert len(left) == 1
     prepared = prepare(*corpora, 400, tmp_path / "cache")

@@ -63,6 +63,7 @@ def test_steps_that_bring_next_to_nothing_are_not_chosen():
     assert choice([(one, 1.0), (TTTConfig(lr=0.1), 0.9999)]).lr == 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("presets", [False, True])
 def test_a_record_is_of_one_half_of_the_documents(tmp_path, tokenizer, monkeypatch, presets):
     small = {name: getattr(START, name) for name in ("chunk", "window", "min_tokens", "lora_rank", "head_rank")}

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import SMALL, randomized
+from forks import Forked
 from klora import __version__
 from klora.kernels import newton_schulz_ref
 from klora.model.average import WeightAverages
@@ -98,13 +99,29 @@ def test_training_learns_and_leaves_a_whole_run(tmp_path, data):
     assert run["model"] == SMALL_MODEL.to_dict()
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, data) -> Path:
+    """The run of the small preset that nothing interrupted."""
+    folder = tmp_path_factory.mktemp("whole")
+    Trainer(small_preset(), data, folder, ALONE).run()
+    return folder
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("stop_at", "options"), [(1, {}), (5, {}), (9, {}), (5, {"document_mask": True, "qat_share": 0.75})]
-)
-def test_resume_continues_bit_for_bit(tmp_path, data, stop_at, options):
-    whole, part = tmp_path / "whole", tmp_path / "part"
-    Trainer(small_preset(**options), data, whole, ALONE).run()
+@pytest.mark.parametrize("stop_at", [1, 5, 9])
+def test_resume_continues_bit_for_bit(tmp_path, data, whole, stop_at):
+    continues_bit_for_bit(tmp_path, data, whole, stop_at, {})
+
+
+@pytest.mark.slow
+def test_resume_continues_bit_for_bit_with_masks_and_quantised(tmp_path, data):
+    options = {"document_mask": True, "qat_share": 0.75}
+    Trainer(small_preset(**options), data, tmp_path / "whole", ALONE).run()
+    continues_bit_for_bit(tmp_path, data, tmp_path / "whole", 5, options)
+
+
+def continues_bit_for_bit(tmp_path, data, whole, stop_at, options):
+    part = tmp_path / "part"
 
     def interrupt(row):
         if row["step"] == stop_at:
@@ -126,10 +143,9 @@ def test_resume_continues_bit_for_bit(tmp_path, data, stop_at, options):
 
 
 @pytest.mark.slow
-def test_a_checkpoint_on_the_timer_is_resumed_after_a_kill(tmp_path, data):
+def test_a_checkpoint_on_the_timer_is_resumed_after_a_kill(tmp_path, data, whole):
     """Steps after the last checkpoint are done again: loss.csv has each step once, as in the run without the kill."""
-    whole, part = tmp_path / "whole", tmp_path / "part"
-    Trainer(small_preset(), data, whole, ALONE).run()
+    part = tmp_path / "part"
 
     class Killed(Exception):
         pass
@@ -159,6 +175,7 @@ def test_checkpoints_are_written_on_the_timer(tmp_path, data):
     assert not seen[0] and seen[-1]
 
 
+@pytest.mark.slow
 def test_the_clock_stops_a_run_and_stands_still_during_validation(tmp_path, data):
     trainer = Trainer(small_preset(max_steps=0, seconds=0.5, validate_seconds=0.05), data, tmp_path, ALONE)
     slow = trainer._validate
@@ -373,11 +390,10 @@ def test_two_ranks_train_the_same_weights_as_one(tmp_path, data):
     together.mkdir()
     (tmp_path / "worker.py").write_text(WORKER)
     arguments = json.dumps([preset.model.to_dict(), preset.train.to_dict(), str(data.folder), str(together)])
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
-    done = subprocess.run(
-        [*command, str(tmp_path / "worker.py"), arguments], capture_output=True, text=True, timeout=600
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    command = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
+    process = Forked([*command, tmp_path / "worker.py", arguments])
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors[-2000:]
     first, second = (torch.load(together / f"rank{rank}.pt") for rank in (0, 1))
     expected, _ = load_run(tmp_path / "alone")
     for name, weights in first.items():
@@ -388,6 +404,7 @@ def test_two_ranks_train_the_same_weights_as_one(tmp_path, data):
     assert [s for s, _ in losses(together)] == [str(i) for i in range(1, 7)]
 
 
+@pytest.mark.slow
 def test_a_signal_in_the_last_phase_loses_nothing(tmp_path, data):
     """SIGTERM while the averages are evaluated: the run finishes, and a kill then would have left a checkpoint."""
     trainer = Trainer(small_preset(), data, tmp_path, ALONE)
@@ -575,6 +592,7 @@ def test_a_run_of_another_version_is_refused_with_its_name_and_what_to_do(tmp_pa
         _stored_run(tmp_path, {})
 
 
+@pytest.mark.slow
 def test_a_damaged_curve_does_not_stop_a_resumed_run(tmp_path, data):
     Trainer(small_preset(max_steps=3), data, tmp_path, ALONE).run()
     lines = (tmp_path / "loss.csv").read_bytes().splitlines(keepends=True)
@@ -675,6 +693,7 @@ def test_the_cap_leaves_out_a_later_step_that_it_cuts(tmp_path, data):
     assert state["position"] == 8  # two steps of four rows
 
 
+@pytest.mark.slow
 def test_a_signal_is_heard_between_micro_batches_and_nothing_is_lost(tmp_path, data):
     whole, part = tmp_path / "whole", tmp_path / "part"
     preset = small_preset(micro_batch_tokens=64, max_steps=6)
@@ -739,6 +758,7 @@ def test_signals_outside_the_main_thread_stay_as_they_are(tmp_path, data):
     assert result.status == "finished"
 
 
+@pytest.mark.slow
 def test_a_finished_run_stays_until_what_replaces_it_has_finished(tmp_path, data):
     Trainer(small_preset(max_steps=2), data, tmp_path, ALONE).run()
     first = load_run(tmp_path)[0]
@@ -765,6 +785,7 @@ def test_a_finished_run_stays_until_what_replaces_it_has_finished(tmp_path, data
     assert [path.name for path in (tmp_path / "replaced").iterdir()] == ["notes.txt"]
 
 
+@pytest.mark.slow
 def test_resuming_a_finished_run_keeps_its_model_until_the_longer_one_is_done(tmp_path, data):
     Trainer(small_preset(max_steps=2), data, tmp_path, ALONE).run()
     model = digests(tmp_path)["model.safetensors"]
@@ -793,6 +814,7 @@ def test_a_folder_that_cannot_be_written_is_known_before_anything_is_made(tmp_pa
 class TestFused:
     """The fused step in the trainer, on the reference ops of a CPU."""
 
+    @pytest.mark.slow
     def test_it_trains_as_the_eager_one_does(self, tmp_path, data):
         settings = {"max_steps": 6, "micro_batch_tokens": 64}
         for name, fused in (("eager", "false"), ("fused", "true")):
@@ -802,6 +824,7 @@ class TestFused:
         assert [step for step, _ in fused] == [step for step, _ in plain]
         assert [float(loss) for _, loss in fused] == pytest.approx([float(loss) for _, loss in plain], rel=1e-4)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("options", [{}, {"document_mask": True, "qat_share": 0.75}])
     def test_it_resumes_bit_for_bit(self, tmp_path, data, options):
         preset = small_preset(fused="true", max_steps=6, **options)

@@ -92,6 +92,7 @@ def chunk_nats(doc: Document, config: TTTConfig) -> list[float]:
     return np.add.reduceat(nll, range(0, doc.targets, config.chunk), dtype=np.float64).tolist()
 
 
+@pytest.mark.slow
 def test_adaptation_learns_a_repeating_document(tmp_path):
     tokens = np.tile(np.arange(10, 26, dtype=np.uint16), 40)
     tokens[0] = BOS
@@ -99,6 +100,7 @@ def test_adaptation_learns_a_repeating_document(tmp_path):
     assert result.documents[0].adapted_nats < 0.8 * result.documents[0].base_nats
 
 
+@pytest.mark.slow
 def test_a_chunk_is_recorded_before_any_update_has_seen_it(tmp_path):
     """With a learning rate of zero, score_first is the base model at the temperature; chunk 0 is so at any rate."""
     documents = [document(100), document(48, 1)]
@@ -254,6 +256,7 @@ def test_finished_work_is_not_lost_without_a_word(tmp_path):
     Journal(tmp_path / "journal.jsonl", "run", resume=False).close()  # one that holds nothing is in nobody's way
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("phase", ["base", "prequant"])
 def test_a_base_pass_that_is_stopped_goes_on_from_there(tmp_path, monkeypatch, phase):
     monkeypatch.setitem(MICRO_TOKENS, "cpu", 64)
@@ -328,6 +331,7 @@ def test_a_base_pass_that_cannot_be_kept_ends_nothing(tmp_path, monkeypatch):
     assert len(said) == 2 and "the copy of the base pass for --resume could not be made" in said[0]
 
 
+@pytest.mark.slow
 def test_documents_of_a_batch_that_are_through_outlive_a_stop(tmp_path):
     documents = [document(n, n) for n in (400, 40, 35)]
     asked = []
@@ -442,6 +446,7 @@ def test_leaky_protocols_leak_and_say_so_everywhere(tmp_path, protocol):
     assert stored["valid_score"] is True and "label" not in stored
 
 
+@pytest.mark.slow
 def test_min_nll_keeps_each_documents_best_pass(tmp_path):
     documents = [document(n, n) for n in (100, 64, 40)]
     overrides = {"epochs": 4, "lr": 0.5}
@@ -514,6 +519,7 @@ def stop_after(rounds: int):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rounds", [3, 11, 15])
 def test_an_interrupted_run_goes_on_and_gives_the_same_scores(tmp_path, rounds):
     """What was through is kept, also where the journal's last line was torn."""
