@@ -313,9 +313,11 @@ def test_pytest_benchmark_runs_the_same_entries(tmp_path):
     assert names == expected or torch.cuda.is_available()
 
 
-def worktrees() -> str:
-    listed = subprocess.run(["git", "worktree", "list"], capture_output=True, text=True, cwd=Path(__file__).parent)
-    return listed.stdout
+def worktrees() -> list[str]:
+    """Their folders; the commits in them may change at any time."""
+    command = ["git", "worktree", "list", "--porcelain"]
+    listed = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
+    return [line for line in listed.stdout.splitlines() if line.startswith("worktree ")]
 
 
 @pytest.mark.slow
