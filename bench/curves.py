@@ -6,7 +6,8 @@ Each folder is a run of `klora train`; of its loss.csv the loss and the learning
 smoothed over SMOOTH steps: the mean of that step's and those before it. At every step the seeds span a spread, from
 their least smoothed loss to their largest. The fast run is inside where its own lies in that spread, which nothing
 widens; how far it leaves it is said in nats, with the step, above and below. Below is a better loss, and it is said all
-the same.
+the same. Of four curves of one kind one lies between the other three at half of the steps only. So the same is said of
+each seed among the others, whose spread is narrower still.
 
 Runs are compared up to the step at which their learning rates part, as they do where a run's length is given in
 seconds. The result goes to OUT.json, the curves to OUT.png.
@@ -90,36 +91,40 @@ def compared(fast: dict[int, tuple[float, float]], seeds: Sequence[dict[int, tup
             f"{SMOOTH} are needed: give runs of the same data, preset and length in steps"
         )
     losses = np.array([[run[step][0] for step in steps[:until]] for run in runs])
-    mine, *others = map(smoothed, losses)
-    others = np.array(others)
-    low, high = others.min(axis=0), others.max(axis=0)
-    above, below = mine - high, low - mine
-    inside = (above <= 0) & (below <= 0)
+    own, *others = curves = list(map(smoothed, losses))
     at = np.array(steps[SMOOTH - 1 : until])
+    place = _place(own, others, at)
+    return {
+        "steps": at,
+        "fast": own,
+        "seeds": np.array(others),
+        **place,
+        "widest_spread": _number((np.max(others, axis=0) - np.min(others, axis=0)).max()),
+        "each_seed_among_the_others": [
+            _place(seed, [other for other in others if other is not seed], at) for seed in others
+        ],
+        "last": {"step": int(at[-1]), "fast": _number(own[-1]), "seeds": [_number(curve[-1]) for curve in curves[1:]]},
+        "first_step": int(at[0]),
+        "last_step": int(at[-1]),
+        "steps_in_common": len(steps),
+        "learning_rates_part_at": None if until == len(steps) else int(steps[until]),
+    }
+
+
+def _place(own: np.ndarray, others: Sequence[np.ndarray], at: np.ndarray) -> dict[str, Any]:
+    """How a curve lies in the spread of `others`: whether inside, and how far it leaves it on either side."""
+    above, below = own - np.max(others, axis=0), np.min(others, axis=0) - own
+    inside = (above <= 0) & (below <= 0)
 
     def leaves(by: np.ndarray) -> dict[str, Any]:
         worst = int(np.nan_to_num(by, nan=np.inf).argmax())
         return {"nats": _number(max(by[worst], 0.0)), "step": int(at[worst])}
 
     return {
-        "steps": at,
-        "fast": mine,
-        "seeds": others,
         "inside": bool(inside.all()),
         "share_of_steps_inside": float(inside.mean()),
         "above": leaves(above),
         "below": leaves(below),
-        "widest_spread": _number((high - low).max()),
-        "last": {
-            "step": int(at[-1]),
-            "fast": _number(mine[-1]),
-            "seeds": [_number(loss) for loss in others[:, -1]],
-            "inside": bool(inside[-1]),
-        },
-        "first_step": int(at[0]),
-        "last_step": int(at[-1]),
-        "steps_in_common": len(steps),
-        "learning_rates_part_at": None if until == len(steps) else int(steps[until]),
     }
 
 
@@ -145,7 +150,16 @@ def said(found: dict[str, Any]) -> str:
     seeds = ", ".join(map(_four, last["seeds"]))
     end = f"at the last of them {_four(last['fast'])}, the seeds {seeds}"
     apart = "" if part is None else f". From step {part:,} on the learning rates part: it is not compared"
-    return f"the fast run's smoothed loss is {verdict}; {end}{apart}"
+    seeds = found["each_seed_among_the_others"]
+    shares = ", ".join(f"{seed['share_of_steps_inside']:.1%}" for seed in seeds)
+    furthest = ", ".join(_four(_furthest(seed)) for seed in seeds)
+    among = f"each seed among the others is inside at {shares} of the steps and at most {furthest} nats apart"
+    return f"the fast run's smoothed loss is {verdict}; {end}. To compare: {among}{apart}"
+
+
+def _furthest(place: dict[str, Any]) -> float | None:
+    both = [place[way]["nats"] for way in ("above", "below")]
+    return None if None in both else max(both)
 
 
 def drawn(found: dict[str, Any], names: Sequence[str], verdict: str):

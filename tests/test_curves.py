@@ -46,6 +46,9 @@ def test_a_run_between_the_seeds_is_inside(tmp_path, seeds, capsys):
     assert found["inside"] and found["share_of_steps_inside"] == 1.0 and found["fast_run"] == "flat"
     assert found["seed_runs"] == ["eager-0", "eager-1", "eager-2"] and found["above"]["nats"] == 0.0
     assert found["widest_spread"] == pytest.approx(0.2) and found["learning_rates_part_at"] is None
+    alone = found["each_seed_among_the_others"]
+    assert [seed["inside"] for seed in alone] == [False, True, False]
+    assert [alone[0]["below"]["nats"], alone[2]["above"]["nats"]] == pytest.approx([0.1, 0.1])
     with Image.open(tmp_path / "curves.png") as image:
         image.verify()
         assert image.size == (1800, 1200)
@@ -56,7 +59,7 @@ def test_how_far_a_run_leaves_the_spread_is_said(tmp_path, seeds, capsys, shift,
     losses = decay()
     losses[150:] += shift
     found = curves([save(tmp_path / "fast", losses), *seeds], tmp_path / "curves")
-    assert not found["inside"] and not found["last"]["inside"]
+    assert not found["inside"]
     assert found[side] == {"nats": pytest.approx(abs(shift) - 0.1), "step": 200} and found[other]["nats"] == 0.0
     # 0.1 is passed once more than 50 * 0.1 / |shift| of the 50 losses are moved
     outside = 50 - int(50 * 0.1 / abs(shift))
@@ -70,7 +73,7 @@ def test_a_loss_that_is_no_number_is_outside(tmp_path, seeds):
     losses = decay()
     losses[-1] = np.nan
     found = curves([save(tmp_path / "fast", losses), *seeds], tmp_path / "curves")
-    assert not found["inside"] and not found["last"]["inside"] and found["share_of_steps_inside"] == 150 / 151
+    assert not found["inside"] and found["last"]["fast"] is None and found["share_of_steps_inside"] == 150 / 151
     assert found["above"] == {"nats": None, "step": 200} and "no number nats above it at step 200" in found["verdict"]
     assert "NaN" not in (tmp_path / "curves.json").read_text()
 
