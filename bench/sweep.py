@@ -301,10 +301,10 @@ def described(name: str, row: Mapping[str, Any], quick: Mapping[str, Any] | None
     if row["adapted_bpb"] is None:
         return f"{name}: {row['base_bpb']:.5f}, and then it diverged; {row['seconds']:.1f} s"
     over = "" if quick is None else f"; {1 - row['adapted_bpb'] / quick['base_bpb']:+.2%} of quick's base"
-    long, short = ("no" if row[kind] is None else f"{row[kind]:.0%} of the" for kind in ("long", "short"))
+    shares = (f"{kind} -" if row[kind] is None else f"{kind} {row[kind]:.0%}" for kind in ("long", "short"))
     return (
-        f"{name}: {row['base_bpb']:.5f} -> {row['adapted_bpb']:.5f} ({row['own_gain']:+.2%}{over}); {long} long and "
-        f"{short} short documents gain; {row['seconds']:.1f} s ({row['wall_seconds']:.0f} s in all)"
+        f"{name}: {row['base_bpb']:.5f} -> {row['adapted_bpb']:.5f} ({row['own_gain']:+.2%}{over}); documents that "
+        f"gain: {', '.join(shares)}; {row['seconds']:.1f} s ({row['wall_seconds']:.0f} s in all)"
     )
 
 

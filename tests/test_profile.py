@@ -172,6 +172,19 @@ def test_profile_of_the_fused_step_is_recorded(tmp_path):
     assert "--record wants the trace" in refused.stderr
 
 
+@pytest.mark.gpu
+def test_on_a_gpu_the_kernels_of_the_step_are_held_to_their_floors(tmp_path):
+    """The residual stream runs under every attention; products and attention as their work says where ours is taken."""
+    record = tmp_path / "kernels.json"
+    klora("profile", "step", "--variant", "klora", "--out", tmp_path, "--record", record, "--rows", "40")
+    rows = {row["name"]: row for row in json.loads(record.read_text())["kernels"]}
+    held = {name for name, row in rows.items() if row["percent_of_floor"] is not None}
+    assert {"forward", "backward"} <= held
+    if "_dq_kernel" in rows:
+        assert {"_product_kernel", "_forward_kernel", "_dq_kernel", "_dkdv_kernel"} <= held
+        assert all(10 < rows[name]["percent_of_floor"] < 110 for name in ("_product_kernel", "_dq_kernel"))
+
+
 def test_profile_prints_the_commands_that_use_its_brackets(tmp_path):
     shown = klora("profile", "step", "--toy", "--device", "cpu", "--no-trace", "--out", tmp_path).stdout
     assert "nsys profile --capture-range=cudaProfilerApi" in shown and "ncu --profile-from-start off" in shown
