@@ -13,25 +13,112 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from ..kernels.linear.turns import takes
+from ..model.config import ModelConfig
 from ..model.ranges import ranges_on
 from ..model.storage import replacing
 from .entry import Entry, Shape
+from .step import model_config
 from .timing import synchronized_clock
+from .waterfall import times_in_step
 
 DEVICE_EVENTS = ("kernel", "gpu_memcpy", "gpu_memset")
 
 
 @dataclass(frozen=True)
 class KernelRow:
-    """One kernel (an operator where there is no GPU): calls, milliseconds and share of a call, bytes where known."""
+    """One kernel (an operator where there is no GPU): what a call launches and takes, bytes and FLOPs where known."""
 
     name: str
     calls: float
     ms: float
     share: float
     bytes: int | None
+    flops: int | None
     percent_of_floor: float | None
-    """100 * (bytes / copy rate) / time, where the bytes are known."""
+    """100 * the larger of bytes / copy rate and FLOPs / GEMM rate / time; None: neither is known."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What all launches of a kernel in one call do at least: FLOPs, and bytes through device memory."""
+
+    launches: int
+    flops: int
+    bytes: int
+
+    def __add__(self, other: "Work") -> "Work":
+        return Work(self.launches + other.launches, self.flops + other.flops, self.bytes + other.bytes)
+
+
+def step_work(shape: Shape, device: torch.device, dtype: torch.dtype) -> dict[str, Work]:
+    """Kernel -> its work in klora's training step of `shape`, by the network: products, attention, residual, head.
+
+    Products of weight gradients are cuBLAS's, whose kernels' names say nothing of what they multiply.
+    """
+    config, size = model_config(shape), dtype.itemsize
+    tokens, width, hidden, blocks = shape["B"] * shape["S"], config.width, config.mlp_hidden, config.blocks
+    queries, keys, _ = config.qkv_sizes
+    stacked = queries + 2 * keys
+    rows = torch.empty(tokens, 1, dtype=dtype, device=device)
+
+    def product(inputs: int, outputs: int, reads: int = 0) -> Work:
+        moved = tokens * (inputs + outputs + reads) + inputs * outputs
+        return Work(1, 2 * tokens * inputs * outputs, size * moved)
+
+    heads, slope = product(width, stacked), product(width, hidden, reads=hidden)
+    plain = [
+        product(queries, width),
+        product(width, queries),
+        product(width, hidden),
+        product(hidden, width),
+        product(hidden, width),
+        product(stacked, width),
+    ]
+    work: dict[str, Work] = {}
+
+    def add(name: str, times: int, one: Work) -> None:
+        many = Work(times * one.launches, times * one.flops, times * one.bytes)
+        work[name] = work[name] + many if name in work else many
+
+    for one in plain:
+        add("_product_kernel", blocks, one)
+    add("_product_kernel", 1, product(config.vocab_size, width))  # the head's, to its input
+    add("_product" if takes(rows, stacked, config.head_dim) else "_product_kernel", blocks, heads)
+    add("_product" if takes(rows, hidden, 0) else "_product_kernel", blocks, slope)
+
+    square = shape["B"] * shape["S"] ** 2 * queries  # FLOPs of a product over the causal half
+    for name, products, of_queries, of_keys in (
+        ("_forward_kernel", 2, 2, 2),
+        ("_dq_kernel", 3, 4, 2),
+        ("_dkdv_kernel", 4, 2, 4),
+    ):
+        add(name, blocks, Work(1, products * square, size * tokens * (of_queries * queries + of_keys * keys)))
+
+    sweep = product(width, config.vocab_size)
+    add("_sweep", 1, sweep)
+
+    for name, tensors in residual_tensors(config).items():
+        launches = 2 * blocks + 1
+        add(name, 1, Work(launches, 0, size * tokens * width * tensors + 4 * tokens * launches))
+    return work
+
+
+def residual_tensors(config: ModelConfig) -> dict[str, int]:
+    """Kernel of the residual stream -> tensors [B, S, D] that all its launches in a step read or write.
+
+    A boundary reads x and branch and writes x and n. Its backward reads dn, dx and n and writes dx, which is the
+    branch's too. A mix adds x0, in the backward x, branch and x0, and dx0, which all but one boundary add to. A push
+    adds its output; a join what it reads and, in the backward, its gradient. The first norm's x is x0; the last one's
+    is not written.
+    """
+    blocks, pushes = config.blocks, config.blocks // 2
+    joins, mixed = times_in_step(config)["residual_norm_joined_trained"], blocks - 1
+    pushed = max(pushes - 1, 0)
+    return {
+        "forward": 3 + 4 * blocks + 5 * mixed + pushed + joins + 3,
+        "backward": 7 + 4 * blocks + 9 * mixed - (mixed > 0) + pushed + 2 * joins + 3,
+    }
 
 
 @dataclass(frozen=True)
@@ -55,8 +142,9 @@ def profile_entry(
     trace: Path | None,
     calls: int = 3,
     warmup: int = 2,
+    work: Mapping[str, Work] | None = None,
 ) -> Profile:
-    """Run one variant of `entry` at `shape` and see where its time goes.
+    """Run one variant of `entry` at `shape` and see where its time goes. `work` is that of kernels that are known.
 
     With `trace`, a Chrome trace is written there and the kernels are taken from it; without, nothing watches but what
     was started outside. KeyError for a variant that is not present.
@@ -76,15 +164,22 @@ def profile_entry(
     if trace:
         with replacing(trace) as temporary:
             watcher.export_chrome_trace(str(temporary))
-        kernels = kernel_table(_device_events(trace) if device.type == "cuda" else _operators(watcher), calls, ceilings)
+        events = _device_events(trace) if device.type == "cuda" else _operators(watcher)
+        kernels = kernel_table(events, calls, ceilings, work)
     busy = sum(row.ms for row in kernels) / ms
     return Profile(ms, busy, floor, kernels, trace)
 
 
 def kernel_table(
-    events: Iterator[tuple[str, int, float, int | None]], calls: int, ceilings: Mapping[str, float]
+    events: Iterator[tuple[str, int, float, int | None]],
+    calls: int,
+    ceilings: Mapping[str, float],
+    work: Mapping[str, Work] | None = None,
 ) -> list[KernelRow]:
-    """Rows by falling time from (name, count, microseconds, bytes or None) of `calls` calls."""
+    """Rows by falling time from (name, count, microseconds, bytes or None) of `calls` calls.
+
+    `work` is believed where a call launches the kernel as often as it says.
+    """
     counts: dict[str, int] = {}
     times: dict[str, float] = {}
     moved: dict[str, int | None] = {}
@@ -95,11 +190,17 @@ def kernel_table(
     total = sum(times.values()) or 1.0
     rows = []
     for name in sorted(times, key=times.__getitem__, reverse=True):
-        size, ms = moved[name], times[name] / 1e3 / calls
-        known = size is not None and ms > 0
-        percent = 100 * (size / calls / ceilings["bytes_per_second"] * 1e3) / ms if known else None
-        per_call = size // calls if size is not None else None
-        rows.append(KernelRow(name, counts[name] / calls, ms, times[name] / total, per_call, percent))
+        ms, launches = times[name] / 1e3 / calls, counts[name] / calls
+        known = (work or {}).get(name)
+        if known is not None and known.launches == launches:
+            size, flops = known.bytes, known.flops
+        else:
+            size, flops = None if moved[name] is None else moved[name] // calls, None
+        percent = None
+        if size is not None and ms > 0:
+            floor = max(size / ceilings["bytes_per_second"], (flops or 0) / ceilings["flops_per_second"])
+            percent = 100 * 1e3 * floor / ms
+        rows.append(KernelRow(name, launches, ms, times[name] / total, size, flops, percent))
     return rows
 
 

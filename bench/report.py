@@ -4,6 +4,7 @@
     speedup-*.png one group: speedup over eager of every other variant, op by op
     roofline.png  all groups of a GPU: attained FLOP/s against FLOPs a byte, under the measured copy and GEMM ceilings
     floor.png     all groups of a GPU: how near the best variant of each op and shape comes to the floor
+    waterfall-*.png a whole training step: from torch.compile's milliseconds to klora's, piece by piece
 
 Tables and pictures show each variant by the first of TIMINGS that it has; the records hold the others too. All numbers
 are those of cold caches but for one column of the tables. A speedup is always taken against eager at the same op,
@@ -24,15 +25,16 @@ from typing import Any
 from ..errors import KloraError
 from ..model.storage import attempt, figure_png, load_matplotlib, new_figure, write_bytes, write_text
 from .record import RecordError, validate
-from .timing import SPREAD
+from .timing import SPREAD, TIMINGS
+from .waterfall import AFTER, BEFORE, STEP, Saving, Waterfall, savings_of, waterfalls
 
 YARDSTICK = "eager"
 BEGIN, END = "<!-- benchmarks -->", "<!-- /benchmarks -->"
-TIMINGS = {"graph": "CUDA graph replay", "events": "CUDA events", "clock": "the processor's clock"}
 UNSTEADY = "†"
 ONE_CALL = "§"
 BOUND = "‡"
 GREY = "#8c8c8c"
+WHOLE, SAVED, COST, REST = "#a8c8ec", "#a9dcb0", "#f4b5ad", "#dcdfe4"
 BEHIND_TEXT = {"facecolor": "white", "edgecolor": "none", "pad": 1}
 COLUMNS = (
     *("op", "shape", "variant", "timing", "cold ms: p50 (p20 - p80)", "warm ms", "% of floor", f"x vs {YARDSTICK}"),
@@ -106,10 +108,10 @@ def rewrite_readme(readme: Path, tables: str) -> bool:
 
 def markdown_tables(records: Sequence[Record]) -> str:
     """One section a record: where it was made, its results, and the variants that could not run."""
-    return "\n\n".join(_section(record) for record in records) + "\n"
+    return "\n\n".join(_section(record, [r for r in records if _gpu(r) == _gpu(record)]) for record in records) + "\n"
 
 
-def _section(record: Record) -> str:
+def _section(record: Record, of_gpu: Sequence[Record]) -> str:
     eager = _eager(record["results"])
     rows = [COLUMNS, [":--"] * TEXT_COLUMNS + ["--:"] * (len(COLUMNS) - TEXT_COLUMNS)]
     warm = {_key(result): result["ms"] for result in record["results"] if result["cache"] == "warm"}
@@ -134,11 +136,30 @@ def _section(record: Record) -> str:
         parts.append(f"{ONE_CALL} one call.")
     if UNSTEADY in table:
         parts.append(f"{UNSTEADY} unsteady: at the last round, p80 - p20 was still {SPREAD:.0%} of the median or more.")
+    if record["group"] == "training":
+        parts += _worth([result for other in of_gpu for result in other["results"]])
     if record["bounds"]:
         parts.append(_listed(f"{BOUND} Timed as bounds, these compute something else:", record["bounds"], "instead"))
     if record["missing"]:
         parts.append(_listed("Missing:", record["missing"], "why"))
     return "\n\n".join(parts)
+
+
+def _worth(results: Sequence[Result]) -> list[str]:
+    """What removing each piece would cost a step of the first shape; nothing where no piece has both variants."""
+    name, sizes = next(iter(STEP.shapes.items()))
+    savings = savings_of(results, sizes)
+    if not savings:
+        return []
+    rows = [("piece", f"{BEFORE}, ms", f"{AFTER}, ms", "times a step", "ms a step"), (":--", *["--:"] * 4)]
+    rows += [(s.name, _three(s.before), _three(s.after), f"{s.times}", _signed(s.ms)) for s in savings]
+    rows.append(("together", "", "", "", _signed(sum(saving.ms for saving in savings))))
+    head = f"What removing a piece, for {BEFORE} of it, would cost a training step ({name}):"
+    return [head, "\n".join("| " + " | ".join(row) + " |" for row in rows)]
+
+
+def _signed(ms: float) -> str:
+    return f"{'-' if ms < 0 else '+'}{_three(abs(ms))}"
 
 
 def _listed(head: str, entries: Sequence[Mapping[str, str]], reason: str) -> str:
@@ -186,6 +207,7 @@ def draw(records: Sequence[Record], folder: Path, say: Callable[[str], None] = w
         pictures = {f"speedup-{r['group']}": partial(_draw_speedup, gpu, r) for r in of_gpu}
         pictures["roofline"] = partial(_draw_roofline, gpu, of_gpu, _preferred(results))
         pictures["floor"] = partial(_draw_floor, gpu, _preferred(results))
+        pictures |= {f"waterfall-{w.shape}": partial(_draw_waterfall, gpu, w) for w in waterfalls(results)}
         for name, picture in pictures.items():
             path = folder / re.sub(r"[^a-z0-9]+", "-", gpu.lower()) / f"{name}.png"
             if attempt(str(path), partial(_write_picture, path, picture, results), say):
@@ -247,6 +269,37 @@ def _draw_floor(gpu: str, results: Sequence[Result], colours: Mapping[str, Any])
     axes.set_xlim(0, 1.35 * max(100, *shown))  # space for a variant's name behind the longest bar
     axes.set_xlabel("floor / median time (%); the floor, the line at 100, is what the ceilings allow", fontsize=12)
     return _titled(axes.figure, f"{gpu}: percent of floor, fastest variant of each op and shape", best)
+
+
+def _draw_waterfall(gpu: str, waterfall: Waterfall, colours: Mapping[str, Any]):
+    """Bars from one whole step down to the other: what each piece saves, or costs, and the rest."""
+    parts = [(_times(saving), saving.ms, SAVED if saving.ms >= 0 else COST) for saving in waterfall.savings]
+    parts.append(("rest: optimizers, casts, clip", waterfall.rest, REST))
+    levels = [waterfall.before - sum(ms for _, ms, _ in parts[:count]) for count in range(len(parts) + 1)]
+    names = [BEFORE, *(name for name, _, _ in parts), AFTER]
+    starts = [0.0, *map(min, levels, levels[1:]), 0.0]
+    widths = [waterfall.before, *(abs(ms) for _, ms, _ in parts), waterfall.after]
+    labels = [_three(waterfall.before), *(_signed(-ms) for _, ms, _ in parts), _three(waterfall.after)]
+    fills = [WHOLE, *(fill for _, _, fill in parts), WHOLE]
+    axes = _bar_axes(len(names) - 1)
+    drawn = axes.barh(range(len(names)), widths, 0.75, left=starts, color=fills, edgecolor=GREY, linewidth=0.6)
+    axes.bar_label(drawn, [f"{label} ms" for label in labels], padding=4, fontsize=11, bbox=BEHIND_TEXT)
+    for row, level in enumerate(levels):  # where a bar ends the next one begins
+        axes.plot([level, level], [row, row + 1], color=GREY, linewidth=0.8, zorder=1)
+    axes.set_yticks(range(len(names)), names, fontsize=11)
+    axes.set_xlim(min(0, *levels), 1.15 * max(waterfall.after, *levels))
+    axes.set_xlabel("milliseconds of a step", fontsize=12)
+    notes = ["a piece: what it saves alone, forward and backward, times how often a step runs it; cold cache"]
+    if waterfall.others:
+        notes.append("; ".join(f"{name}: {_three(ms)} ms" for name, ms in waterfall.others.items()))
+    if waterfall.unmeasured:
+        notes.append(f"not measured, in the rest: {', '.join(waterfall.unmeasured)}")
+    return _noted(axes.figure, f"{gpu}, {waterfall.shape}: a training step, from {BEFORE} to {AFTER}", notes)
+
+
+def _times(saving: Saving) -> str:
+    """A piece as the picture names it: what it saves each time, and how often."""
+    return saving.name if saving.times == 1 else f"{saving.times} x {saving.name}"
 
 
 def _draw_roofline(gpu: str, records: Sequence[Record], results: Sequence[Result], colours: Mapping[str, Any]):
@@ -344,6 +397,11 @@ def _titled(figure, title: str, results: Sequence[Result], notes: Sequence[str] 
         lines.append(f"{UNSTEADY} unsteady: p80 - p20 was {SPREAD:.0%} of the median or more")
     if ONE_CALL in marks:
         lines.append(f"{ONE_CALL} one call")
+    return _noted(figure, title, lines)
+
+
+def _noted(figure, title: str, lines: Sequence[str]):
+    """`figure` with a title above and lines below it."""
     figure.suptitle(title, x=0.015, ha="left", fontsize=15, weight="bold")
     wrapped = [part for line in lines for part in textwrap.wrap(line, 120)]
     figure.supxlabel("\n".join(wrapped), x=0.015, ha="left", fontsize=11, color="#444444")

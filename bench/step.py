@@ -24,9 +24,13 @@ ROWS, LENGTH = 96, 1024
 TOY_MODEL = ModelConfig(vocab_size=300, width=32, blocks=2, heads=2, kv_heads=1, mlp_hidden=64, train_length=64)
 
 
+MODELS = {0: TOY_MODEL, 10: preset("seed").model, 11: preset("seed-11l").model}
+"""Networks by their numbers of blocks; 0 stands for the toy."""
+
+
 def model_config(shape: Shape) -> ModelConfig:
-    """The network that a shape names by its number of blocks; 0 stands for the toy."""
-    return {0: TOY_MODEL, 10: preset("seed").model, 11: preset("seed-11l").model}[shape["blocks"]]
+    """The network that a shape names."""
+    return MODELS[shape["blocks"]]
 
 
 def seeded_model(shape: Shape, device: torch.device, dtype: torch.dtype) -> GPT:

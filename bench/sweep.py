@@ -1,26 +1,36 @@
-"""Which constants of test-time training suit a model: a sweep on a tuning split, and presets on one it never saw.
+"""Which constants of test-time training suit a model: rows on one half of a text, and the best of them on the other.
 
-    python -m klora.bench.sweep seed.klora --jsonl val.jsonl.zst --record sweep.json
-    python -m klora.bench.sweep seed.klora --jsonl val.jsonl.zst --record presets.json --presets
+    python -m klora.bench.sweep seed.klora --jsonl val.jsonl.zst --record sweep.json --seconds 400
 
-Documents are split in two by the hash of their names. Every candidate adapts the same sample of the first half under
-score_first. What counts is bits per byte over the sample, short documents included.
+A document is in the half that the hash of its tokens says, as for `klora score --sweep`. Every row of ROWS adapts the
+same sample of the tuning half under score_first. What counts is bits per byte over the sample, short documents
+included. A row says:
 
-The sweep goes one step at a time: learning rate and steps a chunk together, then chunk, temperature, rank and what else
-scales the steps. Each is varied around the choice so far. That is the cheapest config within TOLERANCE of the best,
-because twice the steps are not worth their time for a gain that cannot be seen. The second half is for what the sweep
-led to: --presets scores the presets of ttt/protocols.py and the model as it is on all of it.
+    base_bpb       the model as it is, in the row's own windows; recomputed ones, whatever the row's context
+    adapted_bpb    in the pass that adapts
+    gain           1 - adapted_bpb / base_bpb of row `quick`: what windows and steps bring together
+    own_gain       1 - adapted_bpb / base_bpb: what the steps bring, and a context that is cached
+    long, short    share of the documents of at least LONG tokens, and of the others, whose own_gain is above 0
+    seconds        of adapting, captures and compiling left out; `wall_seconds` has all of them
+
+At the end each preset takes the row with the fewest bits per byte of those whose seconds it may cost, and the rows that
+were chosen, and `quick` beside them, score the held-out half, which no row has seen.
+
+The record is written again after every row. A row that is in it already is not measured again, so that a sweep may be
+made in several calls. `seconds` is for one call: no row begins that would leave no time for the held-out half.
 """
 
+import gc
 import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 
 from ..model.artifact import load_artifact
@@ -33,34 +43,75 @@ from ..model.weights import frozen_weights
 from ..ttt.base import BaseNll
 from ..ttt.documents import Document, documents_from_texts
 from ..ttt.engine import engine_of
-from ..ttt.protocols import PRESETS, TTTConfig, ttt_preset
+from ..ttt.protocols import CACHED, CONTEST, QUICK, TARGETS, THOROUGH, TTTConfig, ttt_preset
 from ..ttt.queue import Deadline
-from ..ttt.sampling import name_digest, sample
+from ..ttt.sampling import is_for_tuning, sample
 from .environment import environment
+from .rows import picked
 
-TOLERANCE = 0.0005
-"""Bits per byte that a config may lose against the best and be chosen, if it takes fewer steps."""
+TOKENS = 400_000
+"""Tokens of each half that are used."""
 
-TUNING_TOKENS = 400_000
-"""Tokens that each candidate adapts to."""
+LONG = 2048
+"""Tokens of a document that counts as long."""
 
-NO_DEADLINE = {"deadline": 0.0}
+BEST, BEST_COST = "best", 8
+"""The preset that may cost so many times the seconds of `quick`."""
+
+ALL = {"targets": ",".join(TARGETS)}
+CACHED_64 = {"context": CACHED, "chunk": 64, "beta1": 0.0, "lr": 0.001}
+ALL_64 = CACHED_64 | ALL
+WIDE_64 = ALL_64 | {"lora_rank": 64, "head_rank": 64, "lr": 0.0005}
+ALL_32 = ALL_64 | {"chunk": 32, "lr": 0.0005}
+RECOMPUTED_64 = {"chunk": 64, "beta1": 0.0, "lr": 0.001}
 
 
-def is_held_out(name: str) -> bool:
-    """Whether the document of this name is in the half that the sweep never sees."""
-    return name_digest(name)[0] % 2 == 1
+def _rows() -> dict[str, TTTConfig]:
+    """Changes to `quick`, the ones that are likeliest to win first; the presets to be beaten before them."""
+    quick = ttt_preset(QUICK)
+    changes: dict[str, dict[str, Any]] = {
+        "quick-beta1-0": {"beta1": 0.0},
+        "cached-64": CACHED_64,
+        "cached-64-all": ALL_64,
+        "cached-64-all-rank-64": WIDE_64,
+        "cached-64-all-rank-64-window-1536": WIDE_64 | {"window": 1536},
+        "cached-32-all-window-1536": ALL_32 | {"window": 1536},
+        "recomputed-64": RECOMPUTED_64,
+        "cached-32-all": ALL_32,
+        "cached-64-all-lr-half": ALL_64 | {"lr": 0.0015, "lr_half": 2048},
+        "cached-64-all-rank-64-lr-0.001": WIDE_64 | {"lr": 0.001},
+        "cached-64-all-from-256": ALL_64 | {"adapt_from": 256},
+        "cached-128-all": ALL_64 | {"chunk": 128},
+        "cached-64-all-rank-64-window-2048": WIDE_64 | {"window": 2048},
+        "cached-32": CACHED_64 | {"chunk": 32},
+        "recomputed-64-all-rank-64": RECOMPUTED_64 | ALL | {"lora_rank": 64, "head_rank": 64, "lr": 0.0005},
+        "cached-64-all-rank-64-lr-0.00025": WIDE_64 | {"lr": 0.00025},
+        "contest-lr-0.0003": ttt_preset(CONTEST).override({"lr": 0.0003}).to_dict(),
+        "cached-64-all-lr-0.002": ALL_64 | {"lr": 0.002},
+        "cached-256-all": ALL_64 | {"chunk": 256, "lr": 0.002},
+        "cached-64-all-rank-16": ALL_64 | {"lora_rank": 16, "head_rank": 16},
+        "recomputed-128": RECOMPUTED_64 | {"chunk": 128},
+        "cached-64-beta1-0.9": CACHED_64 | {"beta1": 0.9},
+    }
+    presets = {name: ttt_preset(name) for name in (QUICK, THOROUGH, CONTEST)}
+    return presets | {name: quick.override(changed) for name, changed in changes.items()}
+
+
+ROWS = _rows()
+"""The configs that are tried, by the names of their rows, in the order in which they are worth a GPU's seconds."""
 
 
 @dataclass(frozen=True)
 class Found:
-    """Bits per byte of a sample under one config, with what the unadapted model has on the same windows."""
+    """What a sample comes to under one config; the module says what the fields are. None: the adapters diverged."""
 
     base_bpb: float
-    adapted_bpb: float
-    gained: float
-    """share of the documents long enough to adapt that got better"""
+    adapted_bpb: float | None
+    own_gain: float | None
+    long: float | None
+    short: float | None
     seconds: float
+    wall_seconds: float
 
 
 class Sample:
@@ -69,6 +120,7 @@ class Sample:
     def __init__(self, model: GPT, documents: Sequence[Document]):
         self.weights, self.documents = frozen_weights(model), documents
         self.bytes = sum(document.bytes for document in documents)
+        self.targets = sum(document.targets for document in documents)
         self._base: dict[tuple, BaseNll] = {}
 
     def base(self, config: TTTConfig) -> BaseNll:
@@ -78,113 +130,182 @@ class Sample:
         return self._base[key]
 
     def run(self, config: TTTConfig) -> Found:
+        began = time.perf_counter()
         base = self.base(config)
-        nats = [base.of(index)[0] for index in range(len(self.documents))]
-        long = [index for index in range(len(nats)) if not base.is_short[index]]
-        documents = [self.documents[index] for index in long]
+        before = [base.of(index)[0] for index in range(len(self.documents))]
+        adapts = [index for index in range(len(before)) if not base.is_short[index]]
+        documents = [self.documents[index] for index in adapts]
         engine = engine_of(self.weights, config, documents)
-        adapted = engine.adapt(documents, Deadline(0)).nats
-        before = [nats[index] for index in long]
-        rest = math.fsum(nats) - math.fsum(before)
+        after = list(before)
+        for index, nats in zip(adapts, engine.adapt(documents, Deadline(0)).nats, strict=True):
+            after[index] = float(nats)
         scale = 1 / math.log(2) / self.bytes
-        better = sum(a < b for a, b in zip(adapted, before, strict=True)) / max(len(long), 1)
-        return Found(math.fsum(nats) * scale, (rest + math.fsum(adapted)) * scale, better, engine.facts["seconds"])
+        base_bpb, adapted_bpb = math.fsum(before) * scale, math.fsum(after) * scale
+        is_long = [document.targets >= LONG for document in self.documents]
+        kinds = [
+            [a < b for a, b, of in zip(after, before, is_long, strict=True) if of is long] for long in (True, False)
+        ]
+        long, short = (sum(kind) / len(kind) if kind else None for kind in kinds)
+        seconds = engine.facts["seconds"], time.perf_counter() - began
+        if not math.isfinite(adapted_bpb):
+            return Found(base_bpb, None, None, None, None, *seconds)
+        return Found(base_bpb, adapted_bpb, 1 - adapted_bpb / base_bpb, long, short, *seconds)
 
 
-RATES = {1: (0.001, 0.002, 0.004), 2: (0.001,), 4: (0.0006,)}
-"""Learning rates to try with so many steps a chunk."""
+def choices(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """Preset -> the row with the fewest bits per byte of those that take no longer than the preset may.
 
-STEPS: tuple[Callable[[TTTConfig], list[dict[str, Any]]], ...] = (
-    lambda best: [{}],
-    lambda best: [{"lr": lr, "steps_per_chunk": steps} for steps in RATES for lr in RATES[steps]],
-    lambda best: [{"chunk": chunk, "lr": lr} for chunk in (64, 128) for lr in (best.lr / 2, best.lr)],
-    lambda best: [{"temperature": 1.0}, {"bias_lr": 1.0}],
-    lambda best: [{"lora_rank": rank, "head_rank": 2 * rank} for rank in (4, 16)],
-    lambda best: [{"head_lr": 1.0}, {"min_tokens": best.chunk + 2}],
-    lambda best: [{"lr": best.lr * factor} for factor in (0.7, 1.4)],
-)
-"""The steps of the sweep: changes to the choice so far."""
-
-
-def choice(rows: Sequence[tuple[TTTConfig, float]]) -> TTTConfig:
-    """Of configs and their bits per byte the one with the fewest steps a token that is within TOLERANCE of the best."""
-    least = min(bpb for _, bpb in rows)
-    near = [(config.steps_per_chunk / config.chunk, bpb, at) for at, (config, bpb) in enumerate(rows)]
-    return rows[min(one for one in near if one[1] <= least + TOLERANCE)[2]][0]
-
-
-def search(tuning: Sample, start: TTTConfig) -> Iterator[tuple[TTTConfig, list[dict[str, Any]]]]:
-    """The choice so far, from `start` on, and a row for every config that was tried, after each of them."""
-    best, tried, rows = start, [], []
-    for step in STEPS:
-        for changes in step(best):
-            config = best.override(changes)
-            found = tuning.run(config)
-            tried.append((config, found.adapted_bpb))
-            rows.append({"changes": changes, "config": config.to_dict(), **vars(found)})
-            yield choice(tried), rows
-        best = choice(tried)
+    `quick` and `thorough` may take what their own rows take, `best` BEST_COST times `quick`. A preset is left out where
+    the row that limits it is not there.
+    """
+    fair = {name: row for name, row in rows.items() if row.get("adapted_bpb") is not None}
+    limits = {name: fair[name]["seconds"] for name in (QUICK, THOROUGH) if name in fair}
+    if QUICK in limits:
+        limits[BEST] = BEST_COST * limits[QUICK]
+    return {
+        preset: min(
+            (name for name, row in fair.items() if row["seconds"] <= limit), key=lambda name: fair[name]["adapted_bpb"]
+        )
+        for preset, limit in limits.items()
+    }
 
 
 def sweep(
     artifact: Annotated[Path, typer.Argument(help="Artifact that `klora export` wrote.")],
     jsonl: Annotated[Path, typer.Option(help="Documents that the model was not trained on, JSON lines.")],
-    record: Annotated[Path, typer.Option(help="The record to write, and to write again after each config.")],
-    presets: Annotated[bool, typer.Option("--presets", help="Score the presets on the other half instead.")] = False,
-    tokens: Annotated[
-        int | None, typer.Option(min=1, help="Most tokens of the half that is used; 400,000, or with --presets all.")
-    ] = None,
+    record: Annotated[Path, typer.Option(help="The record to write, and to go on with.")],
+    rows: Annotated[str, typer.Option(help="Rows, with commas; all.")] = "",
+    seconds: Annotated[float, typer.Option(min=0.0, help="What this call may take; 0: no limit.")] = 0.0,
+    tokens: Annotated[int, typer.Option(min=1, help="Most tokens of each half.")] = TOKENS,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     commit: Annotated[str, typer.Option(help="Commit that is measured, where there is no git to ask.")] = "",
 ) -> None:
-    """Run the sweep, or score the presets, and write the record."""
-    loaded, began = load_artifact(artifact), time.perf_counter()
+    """Measure the rows that the record has not, choose, score the held-out half, and write the record."""
+    began, wanted = time.perf_counter(), picked(ROWS, rows)
+    loaded = load_artifact(artifact)
     model = model_from_artifact(loaded, pick_device(device))
-    every = documents_from_texts(Corpus.jsonl([jsonl]).documents(), tokenizer_of(loaded), os.cpu_count() or 1)
-    half = [document for document in every if is_held_out(document.name) is presets]
-    most = tokens or (1 << 62 if presets else TUNING_TOKENS)
-    used = Sample(model, sample(half, most))
-    if not used.documents:
-        raise typer.BadParameter(
-            f"of the documents in {jsonl} {len(half)} are in the half that is used, none of at most {most} tokens; "
-            "give more documents, or more tokens"
-        )
+    texts = Corpus.jsonl([jsonl]).documents()
+    every = list(documents_from_texts(texts, tokenizer_of(loaded), os.cpu_count() or 1))
+    tuning, held_out = (
+        Sample(model, sample([d for d in every if is_for_tuning(d) is side], tokens)) for side in (True, False)
+    )
+    for name, half in (("tuning", tuning), ("held-out", held_out)):
+        if not half.documents:
+            raise typer.BadParameter(
+                f"of the {len(every)} documents in {jsonl} none of at most {tokens} tokens is in the {name} half; give "
+                "more documents, or more tokens"
+            )
+    machine = environment(commit)
     about = {
-        "name": "presets" if presets else "sweep",
-        "environment": environment(commit),
+        "name": "sweep",
+        "gpu": machine["gpu"],
         "artifact": {"payload_sha256": loaded.header["payload_sha256"], "provenance": loaded.provenance},
-        "half": "held out" if presets else "tuning",
-        "documents": len(used.documents),
-        "tokens": sum(document.targets for document in used.documents),
+        "halves": "by the SHA-256 of the tokens",
+        **{
+            name: {"documents": len(half.documents), "tokens": half.targets, "bytes": half.bytes}
+            for name, half in (("tuning", tuning), ("held_out", held_out))
+        },
     }
-    for found in score_presets(used) if presets else searched(used):
-        seconds = time.perf_counter() - began
-        write_text(record, json.dumps({**about, **found, "seconds": seconds}, indent=1) + "\n")
+    if not Sweep(about, record, machine).run(wanted, tuning, held_out, seconds, began):
+        raise typer.Exit(1)
 
 
-def searched(tuning: Sample) -> Iterator[dict[str, Any]]:
-    """The rows of the sweep so far, and what the choice among them changes of the design's constants."""
-    design = ttt_preset("design").override(NO_DEADLINE)
-    changed: dict[str, Any] = {}
-    for best, rows in search(tuning, design):
-        changed = {name: value for name, value in best.to_dict().items() if value != design.to_dict()[name]}
-        print(_describe(str(rows[-1]["changes"]), rows[-1]))
-        yield {"chosen": changed, "rows": rows}
-    print(f"chosen: {changed}")
+class Sweep:
+    """A record and what it has so far. BadParameter: the file there is of another model, text or GPU."""
+
+    def __init__(self, about: dict[str, Any], record: Path, machine: dict[str, Any]):
+        self.record, self.about, self.machine = record, about, machine
+        self.rows: dict[str, dict[str, Any]] = {}
+        self.scores: dict[str, dict[str, Any]] = {}
+        if record.exists():
+            try:
+                old = json.loads(record.read_text())
+            except ValueError:
+                old = None
+            if not isinstance(old, dict) or {name: old.get(name) for name in about} != json.loads(json.dumps(about)):
+                raise typer.BadParameter(
+                    f"{record} is no sweep of this artifact and text on this GPU; give another --record"
+                )
+            self.rows, self.scores = old["rows"], old["held_out_scores"]
+
+    def run(
+        self, wanted: Mapping[str, TTTConfig], tuning: Sample, held_out: Sample, seconds: float, began: float
+    ) -> bool:
+        """Rows, then the choice among all that there are, then the held-out half. Whether nothing failed."""
+        limit, longest = seconds or math.inf, 0.0
+        for name, config in wanted.items():
+            if self._has(self.rows, name, config):
+                print(f"{name}: it is in {self.record}", flush=True)
+                continue
+            share = held_out.targets / tuning.targets
+            kept_back = share * sum(self.rows[name]["wall_seconds"] for name in self._to_score())
+            left = limit - (time.perf_counter() - began)
+            if left < kept_back + (1 + share) * longest:  # the row may be chosen
+                print(f"{left:.0f} s are left: {name} and the rows behind it wait for another call", flush=True)
+                break
+            self.rows[name] = self._measured(tuning, config)
+            longest = max(longest, self.rows[name]["wall_seconds"])
+            self._write()
+            print(described(name, self.rows[name], self.rows.get(QUICK)), flush=True)
+        for name in self._to_score():
+            config = TTTConfig(**self.rows[name]["config"])
+            if not self._has(self.scores, name, config):
+                self.scores[name] = self._measured(held_out, config)
+                self._write()
+        for preset, name in choices(self.rows).items():
+            said = described(name, self.scores[name], self.scores.get(QUICK))
+            print(f"{preset}, held-out half: {said}", flush=True)
+        self._write()
+        return not any("error" in row for found in (self.rows, self.scores) for row in found.values())
+
+    def _has(self, found: Mapping[str, Mapping[str, Any]], name: str, config: TTTConfig) -> bool:
+        """Whether a row was measured, without an error and under the config that has its name now."""
+        return name in found and "error" not in found[name] and found[name]["config"] == config.to_dict()
+
+    def _to_score(self) -> list[str]:
+        """The rows that were chosen, and `quick`."""
+        return list(dict.fromkeys([*choices(self.rows).values(), *([QUICK] if choices(self.rows) else [])]))
+
+    def _measured(self, half: Sample, config: TTTConfig) -> dict[str, Any]:
+        """A row. One that fails says why, and the rows behind it are measured all the same."""
+        gc.collect()  # graphs and pools of the row before
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        row: dict[str, Any] = {"config": config.to_dict(), "commit": self.machine["commit"]}
+        began = time.perf_counter()
+        try:
+            return row | vars(half.run(config))
+        except Exception as error:
+            text = f"{type(error).__name__}: {error}"
+            return row | {"error": text, "wall_seconds": time.perf_counter() - began}
+
+    def _write(self) -> None:
+        quick = self.rows.get(QUICK, {}).get("base_bpb")
+        for row in self.rows.values():
+            if quick and row.get("adapted_bpb") is not None:
+                row["gain"] = 1 - row["adapted_bpb"] / quick
+        result = {
+            **self.about,
+            "environment": self.machine,
+            "rows": self.rows,
+            "chosen": choices(self.rows),
+            "held_out_scores": self.scores,
+        }
+        write_text(self.record, json.dumps(result, indent=1) + "\n")
 
 
-def score_presets(held_out: Sample) -> Iterator[dict[str, Any]]:
-    """What the presets come to, one after the other."""
-    found = {}
-    for name in PRESETS:
-        found[name] = vars(held_out.run(ttt_preset(name).override(NO_DEADLINE)))
-        print(_describe(name, found[name]))
-        yield {"presets": found}
-
-
-def _describe(name: str, found: dict[str, Any]) -> str:
-    base, adapted, gained, seconds = (found[field.name] for field in fields(Found))
-    return f"{name}: {base:.5f} -> {adapted:.5f}; {gained:.0%} of the long documents gain; {seconds:.1f} s"
+def described(name: str, row: Mapping[str, Any], quick: Mapping[str, Any] | None) -> str:
+    """A row in a line; its gain is over the base of `quick`, where that is there."""
+    if "error" in row:
+        return f"{name}: {row['error']}"
+    if row["adapted_bpb"] is None:
+        return f"{name}: {row['base_bpb']:.5f}, and then it diverged; {row['seconds']:.1f} s"
+    over = "" if quick is None else f"; {1 - row['adapted_bpb'] / quick['base_bpb']:+.2%} of quick's base"
+    shares = (f"{kind} -" if row[kind] is None else f"{kind} {row[kind]:.0%}" for kind in ("long", "short"))
+    return (
+        f"{name}: {row['base_bpb']:.5f} -> {row['adapted_bpb']:.5f} ({row['own_gain']:+.2%}{over}); documents that "
+        f"gain: {', '.join(shares)}; {row['seconds']:.1f} s ({row['wall_seconds']:.0f} s in all)"
+    )
 
 
 if __name__ == "__main__":

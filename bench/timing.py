@@ -14,6 +14,9 @@ import torch
 
 from ..model import graphs
 
+TIMINGS = {"graph": "CUDA graph replay", "events": "CUDA events", "clock": "the processor's clock"}
+"""How a call may be timed, what is preferred first."""
+
 SPREAD = 0.02
 LEAST_OF_SLOW = 3
 """Rounds of calls so slow that the seconds run out first."""

@@ -1,6 +1,7 @@
 """`klora profile`: where the time of a training step or of test-time training goes."""
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -8,10 +9,11 @@ import typer
 
 from ..bench.environment import environment
 from ..bench.groups import GROUPS
-from ..bench.profile import Profile, profile_entry
+from ..bench.profile import Profile, profile_entry, step_work
 from ..bench.record import measure_ceilings
 from ..model.config import ConfigError, TrainConfig
 from ..model.parallel import pick_device
+from ..model.storage import write_text
 from ..model.train import compute_dtype
 from . import options
 from .console import Output
@@ -29,11 +31,17 @@ def profile(
         bool, typer.Option(help="Write a PyTorch trace; --no-trace leaves the device to nsys or ncu.")
     ] = True,
     out: Annotated[Path, typer.Option("--out", help="Folder of the trace.")] = Path("runs/profile"),
+    record: Annotated[
+        Path | None, typer.Option("--record", help="File to write the result to: its largest kernels, as JSON.")
+    ] = None,
     device: options.Device = "auto",
     commit: options.Commit = "",
     as_json: options.Json = False,
 ) -> None:
     """Write a trace of one training step or TTT pass and list the kernels that take the time.
+
+    `--variant klora` of a step is what `klora train` runs on a GPU, replayed. How near a kernel comes to its floor is
+    said where its bytes or FLOPs are known: of that step's products, attention, residual stream and head.
 
     Open the trace in chrome://tracing or ui.perfetto.dev. The measured calls are bracketed with cudaProfilerStart and
     cudaProfilerStop, and NVTX ranges in the domain `klora` name their phases, for nsys and ncu.
@@ -43,6 +51,8 @@ def profile(
     output = Output(as_json)
     if what not in PROFILED:
         raise ConfigError(f"{what!r} cannot be profiled; allowed: {', '.join(PROFILED)}")
+    if record is not None and not trace:
+        raise ConfigError("--record wants the trace that --no-trace leaves out; leave one of them out")
     if trace:
         options.require_folder(out)
     chosen = pick_device(device)
@@ -54,21 +64,25 @@ def profile(
     shape = entry.toy if toy else next(iter(entry.shapes.values()))
     ceilings = measure_ceilings(GROUPS["ceilings"], chosen, dtype, toy, (5, 20))
     path = out / f"{what}-{variant}.json" if trace else None
-    found = profile_entry(entry, variant, shape, chosen, dtype, ceilings, path, calls)
+    work = step_work(shape, chosen, dtype) if (what, variant) == ("step", "klora") else None
+    found = profile_entry(entry, variant, shape, chosen, dtype, ceilings, path, calls, work=work)
     _say(entry.op, variant, found, rows, output)
     command = f"klora profile {what} --variant {variant} --no-trace"
     output.say(f"nsys: nsys profile --capture-range=cudaProfilerApi --trace=cuda,nvtx -o {what} {command}")
     output.say(f"ncu:  ncu --profile-from-start off --set full -o {what} {command} --calls 1")
-    output.result(
-        {
-            "op": entry.op,
-            "variant": variant,
-            "shape": dict(shape),
-            "environment": environment(commit),
-            **dataclasses.asdict(found),
-            "kernels": [dataclasses.asdict(row) for row in found.kernels[:rows]],
-        }
-    )
+    result = {
+        "op": entry.op,
+        "variant": variant,
+        "shape": dict(shape),
+        "environment": environment(commit),
+        "ceilings": ceilings,
+        **dataclasses.asdict(found),
+        "kernels": [dataclasses.asdict(row) for row in found.kernels[:rows]],
+    }
+    if record is not None:
+        write_text(record, json.dumps(result | {"trace": None}, indent=1) + "\n")
+        output.say(f"record: {record}")
+    output.result(result)
 
 
 def _say(op: str, variant: str, found: Profile, most: int, output: Output) -> None:
@@ -81,10 +95,11 @@ def _say(op: str, variant: str, found: Profile, most: int, output: Output) -> No
             f"{row.calls:g}",
             f"{row.ms:.4f}",
             f"{100 * row.share:.1f}%",
-            "" if row.bytes is None else f"{row.bytes:,}",
-            "" if row.percent_of_floor is None else f"{row.percent_of_floor:.0f}%",
+            "unknown" if row.bytes is None else f"{row.bytes:,}",
+            "unknown" if row.flops is None else f"{row.flops / 1e9:,.1f}",
+            "unknown" if row.percent_of_floor is None else f"{row.percent_of_floor:.0f}%",
         )
         for row in found.kernels[:most]
     ]
-    output.table("", table, ("kernel", "calls", "ms", "share", "bytes", "of floor"))
+    output.table("", table, ("kernel", "calls", "ms", "share", "bytes", "GFLOP", "of floor"))
     output.say(f"{len(found.kernels)} kernels, {100 * found.busy:.0f}% of the wall clock; trace: {found.trace}")

@@ -74,7 +74,8 @@ def score(
         typer.Option(
             "--preset",
             help="quick (the default of score_first) and thorough (eight times the steps): constants that a sweep "
-            "found for one pass; design (the default of the LEAKY protocols): the original's, for six.",
+            "found for one pass; contest: another's for one pass; design (the default of the LEAKY protocols): the "
+            "original's, for six.",
         ),
     ] = None,
     deadline: Annotated[

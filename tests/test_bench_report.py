@@ -1,9 +1,11 @@
 """The report of the benchmarks: what tables say, that pictures are drawn, and what is refused."""
 
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
+from klora.bench.groups import GROUPS
 from klora.bench.record import RecordError, validate
 from klora.bench.report import (
     BEGIN,
@@ -15,6 +17,11 @@ from klora.bench.report import (
     report,
     rewrite_readme,
 )
+from klora.bench.training import ENTRIES as TRAINING
+from klora.bench.waterfall import times_in_step, waterfalls
+from klora.model.config import preset
+from klora.model.gpt import GPT
+from klora.model.weights import weights_of
 from PIL import Image
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -251,6 +258,104 @@ def test_a_bound_is_never_the_fastest_variant(tmp_path, monkeypatch):
     said = drawn_texts(monkeypatch)
     draw([record([result("eager"), result("bare", 1.1, errors=[], allowed=[])], bounds=BOUNDS)], tmp_path)
     assert "50.0% eager" in said[2] and "bare" not in said[1] + said[2]
+
+
+SEED_SIZES = {"D": 512, "hidden": 1536, "H": 8, "G": 4, "d": 64, "V": 1024, "rows": 10240}
+PIECES = {  # op -> torch.compile's and klora's milliseconds
+    "embedding_trained": (2.0, 1.0),
+    "residual_norm_after_attention_trained": (0.5, 0.3),
+    "residual_norm_between_blocks_trained": (0.7, 0.4),
+    "residual_norm_joined_trained": (0.9, 0.5),
+    "qkv_attention_trained": (1.6, 1.2),
+    "linear_trained": (0.3, 0.31),
+    "relu_squared_mlp_trained": (1.6, 1.4),
+}
+
+
+def step_records(head=True, blocks=10, pieces=PIECES):
+    """Whole steps, pieces and the head of a seed, as their groups record them."""
+    whole = {"eager": 131.9, "original": 69.8, "torch.compile": 64.8, "klora": 41.5}
+    sizes = {"blocks": blocks, "B": 96, "S": 1024}
+    steps = [
+        result(name, ms, op="train_step", shape=f"seed-{blocks}", timing="events", sizes=sizes)
+        for name, ms in whole.items()
+    ]
+    trained = {"shape": "96x1024", "sizes": {"B": 96, "S": 1024} | SEED_SIZES}
+    parts = [
+        result(name, ms, op=op, **trained)
+        for op, pair in pieces.items()
+        for name, ms in zip(("torch.compile", "klora"), pair, strict=True)
+    ]
+    parts += [result("klora", 9.0, op="linear_trained", timing="events", **trained)]  # not timed alike
+    losses = {"shape": "98304", "sizes": {"B": 96, "S": 1024, "D": 512, "V": 1024}}
+    losses = [
+        result(name, ms, op="softcap_nll_forward_backward", **losses)
+        for name, ms in (("torch.compile", 0.9), ("klora", 0.8))
+    ]
+    made = [record(parts, "training"), record(steps, "step")]
+    return [*made, record(losses, "head")] if head else made
+
+
+SAVINGS = {
+    "embedding_trained": 1 * 1.0,
+    "residual_norm_after_attention_trained": 10 * 0.2,
+    "residual_norm_between_blocks_trained": 5 * 0.3,
+    "residual_norm_joined_trained": 4 * 0.4,
+    "qkv_attention_trained": 10 * 0.4,
+    "linear_trained": 10 * -0.01,
+    "relu_squared_mlp_trained": 10 * 0.2,
+    "softcap_nll_forward_backward": 1 * 0.1,
+}
+
+
+@pytest.mark.parametrize("name", ["seed", "seed-11l"])
+def test_pieces_run_as_often_as_the_network_joins(name):
+    config = dataclasses.replace(preset(name).model, width=64, heads=4, kv_heads=2, mlp_hidden=64)
+    blocks = weights_of(GPT(config)).blocks
+    times, joined = times_in_step(config), sum(block.skip is not None for block in blocks)
+    assert times["residual_norm_joined_trained"] == joined > 0
+    assert times["residual_norm_between_blocks_trained"] == len(blocks) - 1 - joined
+    assert set(times) == {entry.op for entry in TRAINING} | {"softcap_nll_forward_backward"}
+    measured = {entry.op for group in GROUPS.values() for entry in group}
+    assert set(times) <= measured
+
+
+def test_a_waterfall_goes_from_one_step_to_the_other():
+    results = [result for made in step_records() for result in made["results"]]
+    (found,) = waterfalls(results)
+    assert {saving.op: saving.ms for saving in found.savings} == pytest.approx(SAVINGS)
+    assert found.savings[0].op == "qkv_attention_trained" and found.savings[-1].op == "linear_trained"
+    assert (found.before, found.after, found.others) == (64.8, 41.5, {"eager": 131.9, "original": 69.8})
+    assert found.rest == pytest.approx(64.8 - 41.5 - sum(SAVINGS.values())) and not found.unmeasured
+    (headless,) = waterfalls([r for made in step_records(head=False) for r in made["results"]])
+    assert headless.unmeasured == ["softcap_nll_forward_backward"]
+    assert headless.rest == pytest.approx(found.rest + 0.1)
+    assert waterfalls(step_records(blocks=7)[1]["results"]) == []  # of no network that is known
+    others = [{**r, "sizes": r["sizes"] | {"B": 48}} if r["op"] != "train_step" else r for r in results]
+    assert waterfalls(others) == []  # pieces of another shape
+    assert waterfalls([r for r in results if (r["op"], r["variant"]) != ("train_step", "klora")]) == []
+
+
+def test_the_section_of_the_pieces_says_what_each_is_worth_in_a_step():
+    tables = markdown_tables(step_records())
+    section, *_ = tables.split("### Fake GPU 9000: step")
+    assert "What removing a piece, for torch.compile of it, would cost a training step (seed-98304):" in section
+    assert "| piece | torch.compile, ms | klora, ms | times a step | ms a step |" in section
+    assert "| residual norm joined | 0.900 | 0.500 | 4 | +1.60 |" in section
+    assert "| linear | 0.300 | 0.310 | 10 | -0.100 |" in section and "| together |  |  |  | +12.1 |" in section
+    assert "would cost" not in markdown_tables([record([result()], "training")])
+    assert "would cost" not in markdown_tables(step_records()[1:])
+
+
+def test_the_waterfall_is_drawn_with_every_piece(tmp_path, monkeypatch):
+    said = drawn_texts(monkeypatch)
+    pictures = draw(step_records(head=False), tmp_path)
+    (size,) = (size for name, size in sizes(pictures).items() if name == "waterfall-seed-10")
+    assert size[0] == 1800 and size[1] > 500
+    (text,) = (text for text in said if "from torch.compile to klora" in text)
+    for part in ("64.8 ms", "41.5 ms", "-4.00 ms", "10 x qkv attention", "embedding", "+0.100 ms", "rest: optimizers"):
+        assert part in text
+    assert "eager: 132 ms" in text and "not measured, in the rest: softcap_nll_forward_backward" in text
 
 
 README = f"# Title\n\n  {BEGIN}\nold\n{END}\n\nrest, no newline"

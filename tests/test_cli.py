@@ -327,7 +327,10 @@ def test_the_honest_protocol_has_constants_of_its_own_and_the_leaky_ones_the_des
         (["score", "/nowhere.klora"], "/nowhere.klora: there is no such file"),
         (["score", __file__], "give a file that klora exported"),
         (["score", "x.klora", "--protocol", "best"], "protocol='best' is not possible; allowed: one of score_first"),
-        (["score", "x.klora", "--preset", "best"], "there is no preset 'best'; allowed: design, quick, thorough"),
+        (
+            ["score", "x.klora", "--preset", "best"],
+            "there is no preset 'best'; allowed: design, quick, thorough, contest",
+        ),
         (["score", "x.klora", "--deadline", "-1"], "deadline=-1.0 is not possible; allowed: float, at least 0.0"),
         (["generate", __file__], "give a file that klora exported"),
         (["train", "--resume", "--overwrite"], "--resume goes on with the run in --out and --overwrite starts afresh"),

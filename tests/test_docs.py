@@ -91,6 +91,8 @@ def test_every_other_command_names_what_there_is(where, line):
             for name in names:
                 extra = re.fullmatch(r"(?:\.|klora-kernels|-e)(?:\[([\w-]+)\])?", name)
                 assert extra and (not extra[1] or f'"{extra[1]}": [' in setup), name
+        case ["python", "-m", module, *_]:
+            assert (ROOT / f"{module.removeprefix('klora.').replace('.', '/')}.py").exists()
         case ["python" | "pytest", path, *_]:
             assert (ROOT / path).exists()
         case _:

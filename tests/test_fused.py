@@ -211,7 +211,7 @@ def test_nothing_of_one_document_reaches_the_next(backend):
 
 def test_adapters_and_caches_take_no_document_mask():
     model, tokens = randomized(), torch.ones(1, 4, dtype=torch.int64)
-    with pytest.raises(ValueError, match="start was given with adapters or a cache"):
+    with pytest.raises(ValueError, match="start was given with adapters or a context"):
         model.hidden(tokens, cache=model.cache(1, 8), start=torch.zeros(1, 4, dtype=torch.int32))
 
 

@@ -1,4 +1,4 @@
-"""The sweep: what it may look at, and that its winner is what was measured to be best."""
+"""The sweep: what it may look at, what it may cost, that it goes on where it stopped, and that it chooses the best."""
 
 import dataclasses
 import json
@@ -6,81 +6,186 @@ import json
 import pytest
 import typer
 from conftest import SMALL, randomized, words
-from klora.bench.sweep import STEPS, Sample, choice, is_held_out, search, sweep
+from klora.bench import sweep as module
+from klora.bench.sweep import ALL, ROWS, Sample, choices, sweep
 from klora.model.artifact import save_artifact
-from klora.ttt.protocols import TTTConfig
-from klora.ttt.sampling import sample
+from klora.ttt.protocols import CACHED, QUICK, START, THOROUGH, TTTConfig, ttt_preset
+from klora.ttt.sampling import is_for_tuning, sample
 from test_ttt import document
 
-START = TTTConfig(chunk=16, window=64, min_tokens=32, lora_rank=2, head_rank=3, deadline=0.0, batch=4, lr=0.0)
+TINY = TTTConfig(
+    layout=START, chunk=16, window=64, lora_rank=2, head_rank=3, batch=4, temperature=1.0, deadline=0.0, lr=0.002
+)
+CONFIGS = {
+    QUICK: TINY,
+    THOROUGH: TINY.override({"steps_per_chunk": 2}),
+    "cached": TINY.override({"context": CACHED, "chunk": 8, "beta1": 0.0} | ALL),
+    "diverged": TINY.override({"lr": 1e38}),
+}
 
 
-def test_the_halves_share_no_document_and_the_sample_is_drawn_by_names_alone():
+def test_the_sample_is_drawn_by_names_alone():
     documents = [document(40 + n, n) for n in range(40)]
-    halves = [[d for d in documents if is_held_out(d.name) is side] for side in (False, True)]
-    assert len(halves[0]) + len(halves[1]) == 40 and min(map(len, halves)) > 10
     chosen = sample(documents, 500)
     assert sum(d.targets for d in chosen) <= 500 and len(chosen) >= 8
     assert chosen == sample(documents[::-1], 500)[::-1]
 
 
-def test_bits_per_byte_count_short_documents_and_nothing_changes_without_a_learning_rate():
-    model = randomized().requires_grad_(False)
-    tuning = Sample(model, [document(100), document(20, 1), document(64, 2)])
-    found = tuning.run(START.override({"temperature": 1.0}))
-    assert found.adapted_bpb == pytest.approx(found.base_bpb, rel=1e-5)
-    assert tuning.run(START.override({"lr": 0.05})).adapted_bpb != pytest.approx(found.base_bpb, rel=1e-4)
-    assert len(tuning._base) == 1
+def test_bits_per_byte_count_short_documents_and_nothing_changes_without_a_learning_rate(monkeypatch):
+    monkeypatch.setattr(module, "LONG", 90)
+    tuning = Sample(randomized().requires_grad_(False), [document(100), document(12, 1), document(64, 2)])
+    found = tuning.run(TINY.override({"lr": 0.0}))
+    assert found.adapted_bpb == pytest.approx(found.base_bpb, rel=1e-5) and found.own_gain == pytest.approx(0, abs=1e-5)
+    moved = tuning.run(TINY.override({"lr": 0.05}))
+    assert moved.adapted_bpb != pytest.approx(found.base_bpb, rel=1e-4)
+    assert moved.long in (0.0, 1.0) and moved.short in (0.0, 0.5)  # the document of 12 tokens is not adapted
+    assert len(tuning._base) == 1 and 0 < moved.seconds < moved.wall_seconds
+    assert Sample(tuning.weights, [document(12)]).run(TINY).long is None
 
 
-def test_the_search_keeps_the_best_and_every_step_goes_around_it():
-    class Valley:
-        """Bits per byte with its least at lr 0.002, 1 step, rank 4 and chunk 128."""
-
-        def run(self, config):
-            wanted = {"lr": 0.002, "steps_per_chunk": 1, "lora_rank": 4, "chunk": 128, "temperature": 1.0}
-            away = sum(abs(getattr(config, name) / value - 1) for name, value in wanted.items())
-            return Sample_found(adapted_bpb=1 + away)
-
-    @dataclasses.dataclass
-    class Sample_found:
-        adapted_bpb: float
-        base_bpb: float = 1.0
-        gained: float = 0.5
-        seconds: float = 0.0
-
-    *_, (best, rows) = search(Valley(), TTTConfig())
-    assert (best.lr, best.steps_per_chunk, best.lora_rank, best.chunk, best.temperature) == (0.002, 1, 4, 128, 1.0)
-    assert rows[0]["changes"] == {} and min(row["adapted_bpb"] for row in rows) == pytest.approx(1.0)
-    assert len(rows) == sum(len(step(TTTConfig())) for step in STEPS)
-    assert all(row["config"]["protocol"] == "score_first" for row in rows)
+def row(bpb, seconds):
+    return {"adapted_bpb": bpb, "seconds": seconds, "wall_seconds": seconds}
 
 
-def test_steps_that_bring_next_to_nothing_are_not_chosen():
-    one, two, four = (TTTConfig(steps_per_chunk=steps) for steps in (1, 2, 4))
-    assert choice([(one, 1.0), (two, 0.9996), (four, 0.99959)]) is one
-    assert choice([(one, 1.0), (two, 0.9994), (four, 0.9990)]) is two
-    assert choice([(one, 1.0), (TTTConfig(lr=0.1), 0.9999)]).lr == 0.1
+def test_a_preset_takes_the_best_row_that_it_can_pay():
+    rows = {
+        QUICK: row(1.0, 1.0),
+        THOROUGH: row(0.95, 5.0),
+        "cheap": row(0.97, 0.9),
+        "dear": row(0.94, 5.1),
+        "dearest": row(0.5, 8.1),
+        "diverged": row(None, 0.1),
+        "failed": {"error": "no memory", "wall_seconds": 1.0},
+    }
+    assert choices(rows) == {QUICK: "cheap", THOROUGH: THOROUGH, "best": "dear"}
+    assert choices({name: rows[name] for name in (QUICK, "dear")}) == {QUICK: QUICK, "best": "dear"}
+    assert choices({"dear": rows["dear"], "failed": rows["failed"]}) == {}
+
+
+def test_the_rows_begin_with_what_is_to_be_beaten_and_try_every_lead():
+    assert list(ROWS)[:3] == [QUICK, THOROUGH, "contest"] and ROWS[QUICK] == ttt_preset(QUICK)
+    for name, values in {
+        "context": {"recomputed", "cached"},
+        "chunk": {256, 128, 64, 48, 32},
+        "targets": {"q,k,v,head", ALL["targets"]},
+        "lora_rank": {8, 16, 64, 80},
+        "beta1": {0.9, 0.0},
+        "window": {1024, 1536, 2048},
+        "lr_half": {0, 2048},
+        "adapt_from": {0, 256},
+    }.items():
+        assert {getattr(config, name) for config in ROWS.values()} == values
+    assert len({config.lr for config in ROWS.values()}) >= 6
+    assert all((c.layout, c.protocol, c.deadline, c.temperature) == (START, "score_first", 0, 1) for c in ROWS.values())
+    assert len({json.dumps(config.to_dict()) for config in ROWS.values()}) == len(ROWS)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("presets", [False, True])
-def test_a_record_is_of_one_half_of_the_documents(tmp_path, tokenizer, monkeypatch, presets):
-    small = {name: getattr(START, name) for name in ("chunk", "window", "min_tokens", "lora_rank", "head_rank")}
-    monkeypatch.setattr("klora.ttt.protocols.PRESETS", {"design": small, "quick": {**small, "lr": 0.003}})
-    monkeypatch.setattr("klora.bench.sweep.PRESETS", ("design", "quick"))
-    monkeypatch.setattr("klora.bench.sweep.STEPS", (lambda best: [{}], lambda best: [{"lr": 0.003}]))
+def test_every_row_can_be_run():
+    tuning = Sample(randomized().requires_grad_(False), [document(270), document(70, 1)])
+    for name, config in ROWS.items():
+        found = tuning.run(config)
+        assert found.adapted_bpb != found.base_bpb, name
+
+
+@pytest.fixture
+def text(tmp_path, tokenizer, monkeypatch):
+    """Arguments of a sweep of CONFIGS over 12 documents, and how the record is read."""
+    monkeypatch.setattr(module, "ROWS", CONFIGS)
     config = dataclasses.replace(SMALL, vocab_size=tokenizer.vocab_size)
     save_artifact(tmp_path / "m.klora", randomized(config).state_dict(), config, tokenizer.to_bytes(), {"steps": 0})
-    lines = [json.dumps({"name": f"{n}.txt", "text": words(n, 30 + 10 * n)}) for n in range(8)]
+    lines = [json.dumps({"name": f"{n}.txt", "text": words(n, 30 + 10 * n)}) for n in range(12)]
     (tmp_path / "val.jsonl").write_text("\n".join(lines))
-    sweep(tmp_path / "m.klora", tmp_path / "val.jsonl", tmp_path / "record.json", presets, 0, "cpu", "abc")
-    record = json.loads((tmp_path / "record.json").read_text())
-    assert record["documents"] == sum(is_held_out(f"{n}.txt") is presets for n in range(8))
-    with pytest.raises(typer.BadParameter, match="none of at most 3 tokens"):
-        sweep(tmp_path / "m.klora", tmp_path / "val.jsonl", tmp_path / "none.json", presets, 3, "cpu", "abc")
-    if presets:
-        assert set(record["presets"]) == {"design", "quick"}
-        assert record["presets"]["design"]["base_bpb"] == record["presets"]["quick"]["base_bpb"]
-    else:
-        assert len(record["rows"]) == 2 and record["chosen"] in ({}, {"lr": 0.003})
+    paths = {"artifact": tmp_path / "m.klora", "jsonl": tmp_path / "val.jsonl", "record": tmp_path / "record.json"}
+    usual = {"rows": "", "seconds": 0.0, "tokens": 100_000, "device": "cpu", "commit": "abc"}
+    return paths | usual, lambda: json.loads((tmp_path / "record.json").read_text())
+
+
+def test_rows_are_measured_on_one_half_and_the_chosen_ones_score_the_other(text, monkeypatch, capsys):
+    arguments, read = text
+    halves = []
+    monkeypatch.setattr(Sample, "__init__", spy(Sample.__init__, halves))
+    sweep(**arguments)
+    tuning, held_out = halves
+    assert tuning and held_out and all(map(is_for_tuning, tuning)) and not any(map(is_for_tuning, held_out))
+    found = read()
+    assert list(found["rows"]) == list(CONFIGS) and found["rows"]["diverged"]["adapted_bpb"] is None
+    assert found["tuning"]["documents"] + found["held_out"]["documents"] == 12
+    quick, cached = found["rows"][QUICK], found["rows"]["cached"]
+    assert cached["gain"] == pytest.approx(1 - cached["adapted_bpb"] / quick["base_bpb"])
+    assert found["chosen"] == choices(found["rows"]) and set(found["chosen"]) == {QUICK, THOROUGH, "best"}
+    assert set(found["held_out_scores"]) == {QUICK, *found["chosen"].values()}
+    assert found["held_out_scores"][QUICK]["base_bpb"] != quick["base_bpb"]
+    said = capsys.readouterr().out
+    assert "diverged" in said and "documents that gain: long -, short " in said and "best, held-out half: " in said
+
+
+def spy(init, halves):
+    def run(self, model, documents):
+        halves.append(documents)
+        init(self, model, documents)
+
+    return run
+
+
+def test_a_sweep_goes_on_where_it_stopped(text, monkeypatch, capsys):
+    arguments, read = text
+    sweep(**arguments | {"rows": QUICK})
+    first = read()["rows"][QUICK]
+    measured, run = [], Sample.run
+    monkeypatch.setattr(Sample, "run", lambda self, config: (measured.append(config), run(self, config))[1])
+    sweep(**arguments | {"seconds": 1e-9})
+    assert not measured and "quick: it is in" in capsys.readouterr().out and list(read()["rows"]) == [QUICK]
+    sweep(**arguments | {"rows": f"cached,{QUICK}"})
+    assert measured[0] == CONFIGS["cached"] and TINY not in measured[:1]
+    assert read()["rows"][QUICK] == first and list(read()["rows"]) == [QUICK, "cached"]
+    monkeypatch.setattr(module, "ROWS", CONFIGS | {QUICK: TINY.override({"lr": 0.003})})  # the name is another config's
+    sweep(**arguments | {"rows": QUICK})
+    assert read()["rows"][QUICK]["config"]["lr"] == 0.003
+
+
+def test_a_row_that_fails_costs_no_other_and_is_tried_again(text, monkeypatch):
+    arguments, read = text
+    run = Sample.run
+
+    def failing(self, config):
+        if config.context == CACHED:
+            raise MemoryError("none left")
+        return run(self, config)
+
+    monkeypatch.setattr(Sample, "run", failing)
+    with pytest.raises(typer.Exit):
+        sweep(**arguments)
+    assert read()["rows"]["cached"]["error"] == "MemoryError: none left" and len(read()["rows"]) == len(CONFIGS)
+    monkeypatch.setattr(Sample, "run", run)
+    sweep(**arguments)
+    assert read()["rows"]["cached"]["adapted_bpb"] > 0
+
+
+def test_no_row_begins_that_leaves_no_time_for_the_held_out_half(text, monkeypatch, capsys):
+    arguments, read = text
+    now, found = [0.0], iter([1.0, 0.9, 0.8, 0.7, 0.6, 0.5])
+
+    def run(self, config):
+        now[0] += 10
+        return module.Found(1.0, next(found), 0.0, 0.0, 0.0, 1.0, 10.0)
+
+    monkeypatch.setattr(Sample, "run", run)
+    monkeypatch.setattr(module.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(module, "sample", lambda documents, tokens: [document(50)])  # halves of one size
+    sweep(**arguments | {"seconds": 45.0})
+    assert list(read()["rows"]) == [QUICK, THOROUGH] and now[0] == 40 and len(read()["held_out_scores"]) == 2
+    assert "cached and the rows behind it wait for another call" in capsys.readouterr().out
+
+
+def test_what_is_no_sweep_of_this_text_is_refused_and_kept(text):
+    arguments, _ = text
+    for wrong in ('{"name": "sweep"}', "not json", "[]"):
+        arguments["record"].write_text(wrong)
+        with pytest.raises(typer.BadParameter, match="no sweep of this artifact and text"):
+            sweep(**arguments)
+        assert arguments["record"].read_text() == wrong
+    with pytest.raises(typer.BadParameter, match="there is no row 'quickest'; allowed: quick, thorough, cached"):
+        sweep(**arguments | {"rows": "quick,quickest"})
+    with pytest.raises(typer.BadParameter, match="none of at most 3 tokens is in the tuning half"):
+        sweep(**arguments | {"tokens": 3, "record": arguments["record"].with_name("none.json")})

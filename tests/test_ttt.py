@@ -21,7 +21,7 @@ from klora.ttt.documents import Document, chunk_windows
 from klora.ttt.engine import engine_of
 from klora.ttt.journal import Journal, JournalError, fingerprint
 from klora.ttt.pipeline import Interrupted
-from klora.ttt.protocols import LEAKY, TTTConfig, label, learning_rate, ttt_preset
+from klora.ttt.protocols import LEAKY, TARGETS, TTTConfig, label, learning_rate, ttt_preset
 from klora.ttt.queue import Deadline, DocumentQueue, StoreQueue
 from klora.ttt.results import (
     ADAPTED,
@@ -396,6 +396,16 @@ def test_names_are_no_formulas_in_the_csv_and_come_back(tmp_path):
 def test_no_deadline_is_the_default_and_the_designs_is_the_originals():
     assert TTTConfig().deadline == ttt_preset().deadline == ttt_preset("thorough").deadline == 0.0
     assert ttt_preset("design").deadline == ttt_preset(protocol="min_nll").deadline == 550.0
+
+
+def test_contest_is_what_its_source_says():
+    contest = ttt_preset("contest")
+    assert [contest.rank(target) for target in TARGETS] == [80] * 7 == [contest.lora_rank] * 7
+    assert [contest.scale(target) for target in TARGETS] == [144 / 80] * 7
+    assert (contest.layout, contest.context, contest.chunk, contest.window) == ("start", "cached", 48, 2048)
+    assert (contest.lr, contest.beta1, contest.temperature, contest.bias_lr) == (0.0001, 0.0, 1.0, 0.0)
+    assert contest.protocol == "score_first" and contest.passes == contest.steps_per_chunk == 1
+    assert {getattr(contest, f"{target}_lr") for target in TARGETS} == {1.0}
 
 
 def test_the_share_that_was_adapted_stands_beside_the_number(tmp_path):

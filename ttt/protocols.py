@@ -217,7 +217,7 @@ class TTTConfig(Settings):
         return (last - self.window).clip(min=0)
 
 
-DESIGN, QUICK, THOROUGH = "design", "quick", "thorough"
+DESIGN, QUICK, THOROUGH, CONTEST = "design", "quick", "thorough", "contest"
 
 PRESETS: dict[str, dict[str, Any]] = {
     DESIGN: {"deadline": 550.0},
@@ -231,19 +231,39 @@ PRESETS: dict[str, dict[str, Any]] = {
         "lora_rank": 16,
         "head_rank": 32,
     },
+    # openai/parameter-golf, pull request 1855: its LoRAs and their optimizer, without its SGD of the base.
+    CONTEST: {
+        "layout": START,
+        "context": CACHED,
+        "chunk": 48,
+        "window": 2048,
+        "targets": ",".join(TARGETS),
+        "lora_rank": 80,
+        "head_rank": 80,
+        **{f"{target}_alpha": 144.0 for target in TARGETS},
+        "lr": 0.0001,
+        **{f"{target}_lr": 1.0 for target in TARGETS},
+        "bias_lr": 0.0,
+        "beta1": 0.0,
+        "beta2": 0.99,
+        "weight_decay": 0.5,
+        "temperature": 1.0,
+    },
 }
 """Named sets of constants, as changes to the defaults. `design` is the original's, made for six passes over the same
 text in 550 seconds. The others have no deadline and the layout `start`, so that no score depends on a machine's speed
-or on later text. They are from a sweep of one pass of score_first (bench/sweep.py), in the layout `original`:
+or on later text. They are from a sweep of one pass of score_first (docs/notes/adapting.md), in the layout `original`:
 `thorough` is its end, but for adapting to documents of 66 to 511 tokens, which was worth nothing; `quick` is the best
-row with the design's one step for 256 targets, at the temperature of the other."""
+row with the design's one step for 256 targets, at the temperature of the other. `contest` is another's, to be compared
+with: one rate for all matrices and no biases."""
 
 
 def ttt_preset(name: str | None = None, protocol: str = SCORE_FIRST) -> TTTConfig:
     """The config of a preset under `protocol`. None: `quick` for score_first, `design` for the leaky protocols.
 
-    Presets are `quick`, `thorough` and `design`. The leaky protocols keep the layout `original`. ConfigError: a name or
-    a protocol that does not exist.
+    Presets are `quick`, `thorough`, `contest` and `design`. The leaky protocols keep the layout `original`, which
+    `contest` cannot have. ConfigError: a name or a protocol that does not exist, or a preset under a leaky protocol
+    that is not for it.
 
     Example: config = ttt_preset("thorough").override({"adapt_from": 512})
     """
