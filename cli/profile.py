@@ -56,7 +56,7 @@ def profile(
     path = out / f"{what}-{variant}.json" if trace else None
     found = profile_entry(entry, variant, shape, chosen, dtype, ceilings, path, calls)
     _say(entry.op, variant, found, rows, output)
-    command = f"klora profile {what} --variant {variant} --no-trace"
+    command = f"klora profile {what} --variant {variant} --no-trace" + (" --toy" if toy else "")
     output.say(f"nsys: nsys profile --capture-range=cudaProfilerApi --trace=cuda,nvtx -o {what} {command}")
     output.say(f"ncu:  ncu --profile-from-start off --set full -o {what} {command} --calls 1")
     output.result(

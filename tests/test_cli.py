@@ -196,6 +196,7 @@ def test_the_help_of_train_lists_every_preset():
 
     text = klora("train", "--help").stdout
     assert all(name in text for name in OF_TRAINING)
+    assert all(name in klora("warm", "--help").stdout for name in OF_TRAINING)
 
 
 def test_ctrl_c_while_data_is_prepared_says_what_is_kept(tmp_path, monkeypatch, capsys):
@@ -319,6 +320,12 @@ def test_the_honest_protocol_has_constants_of_its_own_and_the_leaky_ones_the_des
         (["train", "--text", "/nowhere"], "/nowhere: there is no such file or directory"),
         (["train", "--val-text", __file__], "a validation source was given without a training source"),
         (["train", "--shards", "/nowhere"], "/nowhere"),
+        (["train", "--shards", "/nowhere", "--val-share", "0.1"], "leave out --text, --jsonl, --field, --val-text,"),
+        (["train", "--shards", "/nowhere", "--val-jsonl", __file__], "--shards was given, which hold both splits"),
+        (["train", "--text", __file__, "--val-text", __file__, "--val-share", "0.1"], "--val-share splits one source"),
+        (["train", "--text", __file__, "--field", "body"], "--field body was given without a --jsonl file"),
+        (["score", "x.klora", "--text", __file__, "--field", "body"], "--field body was given without a --jsonl file"),
+        (["score", "x.klora", "--set", "o_rank=16"], "o_rank=16 is not possible; allowed: 0, with targets=q,k,v,head"),
         (["train", "--resume", "--out", "/nowhere/run"], "there is no run to resume in /nowhere/run"),
         (["train", "--device", "tpu"], "device='tpu' is not possible; allowed: auto, cpu, cuda or cuda:N"),
         (["export", "/nowhere"], "give the folder of a finished"),
@@ -340,6 +347,9 @@ def test_the_honest_protocol_has_constants_of_its_own_and_the_leaky_ones_the_des
         (["export", "/nowhere", "--out", __file__], "is there and is no artifact of klora's; move it or give another"),
         (["score", "x.klora", "--out", "/proc/nowhere"], "/proc/nowhere cannot be written"),
         (["bench", "attention", "--out", "/proc/nowhere"], "cannot be written"),
+        (["bench", "attention", "--check", "/nowhere.json"], "/nowhere.json: there is no such file; give a record"),
+        (["bench", "attention", "--readme", "x.md"], "--readme was given without `report`"),
+        (["bench", "attention", "--check", "x.json", "--against", "HEAD"], "--against and --check were both given"),
         (["profile", "step", "--out", "/proc/nowhere"], "/proc/nowhere cannot be written"),
     ],
 )
