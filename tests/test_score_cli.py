@@ -349,14 +349,17 @@ def test_a_sweep_that_is_stopped_does_not_promise_to_go_on(artifact, texts, tmp_
         return lambda phase, done, total: os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr("klora.cli.score._shown", stopping)
-    monkeypatch.setattr("klora.ttt.sweep.halves", lambda documents, config: (documents[:2], documents[2:]))
+    module = sys.modules["klora.ttt.sweep"]
+    monkeypatch.setattr(module, "halves", lambda documents, config: (documents[:2], documents[2:]))
     stopped = klora(*command(artifact, texts, tmp_path / "out", "--sweep"), check=143)
     assert "stopped in the sweep, of which nothing is kept: the same command begins it again" in stopped.stdout
     assert "--resume" not in stopped.stdout and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("adapt_from", [0, 64, 5000])
-def test_kernels_are_compiled_for_the_documents_that_are_adapted(artifact, texts, tmp_path, monkeypatch, adapt_from):
+def test_kernels_are_compiled_for_the_documents_that_are_adapted(
+    artifact, texts, tmp_path, monkeypatch, tokenizer, adapt_from
+):
     """As if there were a GPU: min_tokens, which layout start does not read, has no say in it."""
     asked = []
 
@@ -369,7 +372,6 @@ def test_kernels_are_compiled_for_the_documents_that_are_adapted(artifact, texts
     monkeypatch.setattr("klora.cli.warm.warmed", warmed)
     monkeypatch.setattr("klora.cli.warm.scoring", lambda model, config, documents, weights: asked.append(documents))
     klora(*command(artifact, texts, tmp_path / "out", "--set", f"adapt_from={adapt_from}"), check=130)
-    encode = Tokenizer.from_bytes(load_artifact(artifact).tokenizer).encode
-    targets = [len(encode(path.read_text())) - 1 for path in texts.iterdir()]
+    targets = [len(tokenizer.encode(path.read_text())) - 1 for path in texts.iterdir()]
     first = max(adapt_from, 16)
     assert asked == [sum(count > first for count in targets)]
