@@ -104,8 +104,8 @@ def train(
         elif shards:
             if field != "text" or names_text:
                 raise ConfigError(
-                    "--shards was given, which hold both splits, together with another option that names text; leave "
-                    "out --text, --jsonl, --field, --val-text, --val-jsonl and --val-share, or --shards"
+                    "--shards was given, whose folder holds both splits; leave out --text, --jsonl, --field, "
+                    "--val-text, --val-jsonl and --val-share, or --shards"
                 )
             chosen = preset(preset_name or "tiny").override(overrides)
             data = prepared_from_shards(shards)

@@ -320,8 +320,11 @@ def test_the_honest_protocol_has_constants_of_its_own_and_the_leaky_ones_the_des
         (["train", "--text", "/nowhere"], "/nowhere: there is no such file or directory"),
         (["train", "--val-text", __file__], "a validation source was given without a training source"),
         (["train", "--shards", "/nowhere"], "/nowhere"),
-        (["train", "--shards", "/nowhere", "--val-share", "0.1"], "leave out --text, --jsonl, --field, --val-text,"),
-        (["train", "--shards", "/nowhere", "--val-jsonl", __file__], "--shards was given, which hold both splits"),
+        (["train", "--shards", "/nowhere", "--val-share", "0.1"], "leave out --text, --jsonl, --field, --val-text"),
+        (
+            ["train", "--shards", "/nowhere", "--val-jsonl", __file__],
+            "--shards was given, whose folder holds both",
+        ),
         (["train", "--text", __file__, "--val-text", __file__, "--val-share", "0.1"], "--val-share splits one source"),
         (["train", "--text", __file__, "--field", "body"], "--field body was given without a --jsonl file"),
         (["score", "x.klora", "--text", __file__, "--field", "body"], "--field body was given without a --jsonl file"),
