@@ -49,7 +49,9 @@ TOKEN_BYTES = 48
 
 
 def score(
-    artifact: Annotated[Path, typer.Argument(help="Artifact that `klora export` wrote.")],
+    artifact: Annotated[
+        Path | None, typer.Argument(help="Artifact that `klora export` wrote; --fields alone goes without.")
+    ] = None,
     out: Annotated[
         Path | None, typer.Option("--out", help="Folder of the results; ARTIFACT-score if left out.")
     ] = None,
@@ -142,6 +144,8 @@ def score(
     if fields:
         options.list_fields(output, config)
         return
+    if artifact is None:
+        raise ConfigError("no artifact was given; give the path of one that klora export wrote")
     if resume and overwrite:
         raise ConfigError("--resume and --overwrite were both given; give one of them")
     if shards and (text or jsonl):

@@ -295,6 +295,7 @@ def test_help_teaches_and_fields_are_listed():
     assert fields["width"]["value"] == 256 and fields["muon_lr"]["allowed"] == "float, at least 0.0"
     assert klora("--version").stdout == f"klora {__version__}\n"
     assert "steps_per_chunk" in klora("score", "any.klora", "--fields").stdout
+    assert klora("score", "--fields").stdout == klora("score", "any.klora", "--fields").stdout
 
 
 def test_the_honest_protocol_has_constants_of_its_own_and_the_leaky_ones_the_designs():
@@ -334,6 +335,7 @@ def test_the_honest_protocol_has_constants_of_its_own_and_the_leaky_ones_the_des
         (["export", "/nowhere"], "give the folder of a finished"),
         (["train", "--out", __file__], "is a file; allowed: a folder, or a path where there is nothing yet"),
         (["score", "x.klora", "--out", __file__], "is a file; allowed: a folder, or a path where there is nothing yet"),
+        (["score"], "no artifact was given; give the path of one that klora export wrote"),
         (["score", "/nowhere.klora"], "/nowhere.klora: there is no such file"),
         (["score", __file__], "give a file that klora exported"),
         (["score", "x.klora", "--protocol", "best"], "protocol='best' is not possible; allowed: one of score_first"),
