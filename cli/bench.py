@@ -10,9 +10,9 @@ import typer
 from ..bench.against import Comparison, compare
 from ..bench.gate import RedGate
 from ..bench.groups import GROUPS, entries_of
-from ..bench.record import RecordError, measure_ceilings, run_group, slower_than, validate
+from ..bench.record import RecordError, measure_ceilings, result_key, run_group, slower_than, validate
 from ..bench.report import Report, report
-from ..model.config import TrainConfig
+from ..model.config import ConfigError, TrainConfig
 from ..model.parallel import pick_device
 from ..model.storage import write_text
 from ..model.train import compute_dtype, device_name
@@ -54,12 +54,20 @@ def bench(
     if groups == ["report"]:
         say_report(report(out, readme, output.warn), output)
         return
+    if readme:
+        raise ConfigError("--readme was given without `report`; allowed: klora bench report --readme FILE")
     entries_of(groups or [])
+    if against and baseline:
+        raise ConfigError("--against and --check were both given; give one of them")
     if against:
         flags = ["--rounds", str(rounds), "--device", device, *(["--toy"] if toy else [])]
         say_comparison(against, compare(against, groups or [], flags), output)
         return
     before = read_record(baseline) if baseline else None
+    if before and before["group"] not in (groups or GROUPS):
+        raise RecordError(
+            f"{baseline} is of the group {before['group']}, which is not run; add it, or leave out --check"
+        )
     chosen = pick_device(device)
     dtype, toy = compute_dtype(TrainConfig(), chosen), toy or chosen.type == "cpu"
     folder = out / re.sub(r"[^a-z0-9]+", "-", device_name(chosen).lower())
@@ -96,6 +104,11 @@ def bench(
         records.append(record)
         if before and before["group"] == group:
             slower = slower_than(before, record)
+            if not {result_key(r) for r in before["results"]} & {result_key(r) for r in record["results"]}:
+                raise RecordError(
+                    f"{baseline} has no result in common with this run: other shapes, dtypes or variants; nothing was "
+                    "compared"
+                )
     for line in slower:
         output.say(f"slower: {line}", style="bold red")
     output.result({"records": records, "slower": slower})
@@ -134,6 +147,8 @@ def require_replaceable(path: Path, toy: bool) -> None:
 
 def read_record(path: Path) -> dict:
     """A record from disk; RecordError says what is wrong with it."""
+    if not path.is_file():
+        raise RecordError(f"{path}: there is no such file; give a record that klora bench wrote")
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

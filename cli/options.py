@@ -91,6 +91,12 @@ def corpus_from(text: list[Path] | None, jsonl: list[Path] | None, field: str, o
     return Corpus.jsonl(jsonl, field=field) if jsonl else None
 
 
+def require_field_is_read(field: str, *sources: list[Path] | None) -> None:
+    """ConfigError where a --field was named and no source is a JSON file."""
+    if field != "text" and not any(sources):
+        raise ConfigError(f"--field {field} was given without a --jsonl file to read it from; add one or leave it out")
+
+
 def list_fields(output: Output, *settings: Settings) -> None:
     """Print every field of `settings`: name, value, what is allowed, what it is."""
     import dataclasses

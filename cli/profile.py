@@ -67,7 +67,7 @@ def profile(
     work = step_work(shape, chosen, dtype) if (what, variant) == ("step", "klora") else None
     found = profile_entry(entry, variant, shape, chosen, dtype, ceilings, path, calls, work=work)
     _say(entry.op, variant, found, rows, output)
-    command = f"klora profile {what} --variant {variant} --no-trace"
+    command = f"klora profile {what} --variant {variant} --no-trace" + (" --toy" if toy else "")
     output.say(f"nsys: nsys profile --capture-range=cudaProfilerApi --trace=cuda,nvtx -o {what} {command}")
     output.say(f"ncu:  ncu --profile-from-start off --set full -o {what} {command} --calls 1")
     result = {

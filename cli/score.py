@@ -32,10 +32,10 @@ from ..ttt.documents import (
 )
 from ..ttt.journal import Journal, fingerprint, has_journals, open_journal, remove_journals
 from ..ttt.pipeline import SCORERS, Interrupted, ScoreRequest, pick_scorer
-from ..ttt.protocols import LEAK_WARNING, SCORE_FIRST, TTTConfig, label, ttt_preset
+from ..ttt.protocols import LEAK_WARNING, ORIGINAL, SCORE_FIRST, TTTConfig, label, ttt_preset
 from ..ttt.queue import PATIENCE, queue_of_processes
 from ..ttt.report import write_report
-from ..ttt.results import SCORE, ScoreResult
+from ..ttt.results import SCORE, SHORT, ScoreResult, is_short
 from ..ttt.sampling import sample
 from ..ttt.sweep import sweep
 from . import options
@@ -49,7 +49,9 @@ TOKEN_BYTES = 48
 
 
 def score(
-    artifact: Annotated[Path, typer.Argument(help="Artifact that `klora export` wrote.")],
+    artifact: Annotated[
+        Path | None, typer.Argument(help="Artifact that `klora export` wrote; --fields alone goes without.")
+    ] = None,
     out: Annotated[
         Path | None, typer.Option("--out", help="Folder of the results; ARTIFACT-score if left out.")
     ] = None,
@@ -99,7 +101,7 @@ def score(
         typer.Option(
             "--sweep",
             help="Choose lr, chunk and beta1 on half of the documents, by the hash of their text, and score the other "
-            "half alone. It takes twelve passes over the first half.",
+            "half alone. It takes twelve passes over the first half, again with --resume.",
         ),
     ] = False,
     weights: Annotated[str, typer.Option("--weights", help=WEIGHTS_HELP)] = "dense",
@@ -143,10 +145,13 @@ def score(
     if fields:
         options.list_fields(output, config)
         return
+    if artifact is None:
+        raise ConfigError("no artifact was given; give the path of one that klora export wrote")
     if resume and overwrite:
         raise ConfigError("--resume and --overwrite were both given; give one of them")
     if shards and (text or jsonl):
         raise ConfigError("--shards was given together with --text or --jsonl; give one of them")
+    options.require_field_is_read(field, jsonl)
     if tunes and config.is_leaky:
         raise ConfigError(f"--sweep was given with the protocol {label(config.protocol)}; allowed: {SCORE_FIRST}")
     if tunes and is_one_of_many():
@@ -216,8 +221,8 @@ def score_artifact(
         from .warm import scoring, warmed
 
         started = time.perf_counter()
-        long = sum(document.targets + 1 >= config.min_tokens for document in documents)
-        warmed(lambda: scoring(model, config, long, weights), chosen, output)
+        adapted = sum(not is_short(document, config) for document in documents)
+        warmed(lambda: scoring(model, config, adapted, weights), chosen, output)
         seconds["warm"] = time.perf_counter() - started
     source_of_weights = f"{loaded.header['payload_sha256']} {weights}"
     with StopSignals(output.say) as stop:
@@ -235,8 +240,12 @@ def score_artifact(
         try:
             if tunes:
                 started = time.perf_counter()
-                with output.progress() as show:
-                    request = sweep(replace(request, progress=_shown(show)))
+                try:
+                    with output.progress() as show:
+                        request = sweep(replace(request, progress=_shown(show)))
+                except Interrupted:
+                    output.say("stopped in the sweep, of which nothing is kept: the same command begins it again")
+                    raise typer.Exit(128 + stop.received) from None
                 seconds["sweep"] = time.perf_counter() - started
             key = fingerprint(source_of_weights, request.documents, request.config, prequant is not None)
             resume |= queue.is_restarted
@@ -297,6 +306,8 @@ def say_totals(result: ScoreResult, output: Output) -> None:
     )
     rows.append(("seconds", ", ".join(f"{phase} {value:.1f}" for phase, value in result.seconds.items())))
     output.table("", rows)
+    if result.documents and all(document.status == SHORT for document in result.documents):
+        output.say(f"note: no document was adapted: {_why_short(result.config)}", style="bold yellow")
     for note in result.notes:
         output.say(f"note: {note}", style="bold yellow")
     if result.deadline_hit:
@@ -307,6 +318,15 @@ def say_totals(result: ScoreResult, output: Output) -> None:
         )
     if result.config.is_leaky:
         output.say(LEAK_WARNING, style="bold red")
+
+
+def _why_short(config: TTTConfig) -> str:
+    if config.layout == ORIGINAL:
+        return f"with layout=original and min_tokens={config.min_tokens}, none has so many tokens, BOS counted"
+    return (
+        f"with chunk={config.chunk} and adapt_from={config.adapt_from}, only what comes after a document's first "
+        f"{config.first_adapted:,} targets can be, and none has more"
+    )
 
 
 def _documents(source, tokenizer: Tokenizer, most_tokens: int, provenance: dict) -> list[Document]:

@@ -92,29 +92,26 @@ def train(
         raise ConfigError("--resume goes on with the run in --out and --overwrite starts afresh; give one of them")
     if not (resume or overwrite):
         require_no_run(out)
+    names_text = bool(text or jsonl or validation_text or validation_jsonl) or validation_share is not None
     with join_ranks(device) as ranks:
         output.is_silent |= not ranks.is_first
         if resume:
-            if (
-                preset_name
-                or text
-                or jsonl
-                or shards
-                or validation_text
-                or validation_jsonl
-                or validation_share is not None
-            ):
+            if preset_name or shards or field != "text" or names_text:
                 raise ConfigError(
                     "--resume takes preset and data from the run; leave out --preset and the options that name text"
                 )
             chosen, data, sources = _stored_run(out, overrides)
         elif shards:
-            if text or jsonl:
-                raise ConfigError("--shards was given together with --text or --jsonl; give one of them")
+            if field != "text" or names_text:
+                raise ConfigError(
+                    "--shards was given, whose folder holds both splits; leave out --text, --jsonl, --field, "
+                    "--val-text, --val-jsonl and --val-share, or --shards"
+                )
             chosen = preset(preset_name or "tiny").override(overrides)
             data = prepared_from_shards(shards)
             sources = {"kind": "shards"} | ({"notes": list(data.notes)} if data.notes else {})
         else:
+            options.require_field_is_read(field, jsonl, validation_jsonl)
             chosen = preset(preset_name or "tiny").override(overrides)
             dtype = compute_dtype(chosen.train, ranks.device)
             require_attention(chosen.train.attention, chosen.model, ranks.device, dtype, chosen.train.document_mask)
@@ -245,6 +242,8 @@ def _corpora(text, jsonl, field, validation_text, validation_jsonl, share) -> tu
     validation = options.corpus_from(validation_text, validation_jsonl, field, "val-")
     if validation and not train:
         raise ConfigError("a validation source was given without a training source; add --text or --jsonl")
+    if validation and share is not None:
+        raise ConfigError("--val-share splits one source and a validation source was given, too; give one of them")
     if validation:
         return train, validation
     whole = train or Corpus.stdlib()

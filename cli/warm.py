@@ -22,7 +22,7 @@ from .. import __version__, kernels, ttt
 from .. import model as models
 from ..model.artifact import load_artifact
 from ..model.attention import why_not_here
-from ..model.config import ConfigError, Preset, preset
+from ..model.config import PRESETS, ConfigError, Preset, preset
 from ..model.fused import FusedStep
 from ..model.gpt import GPT
 from ..model.loading import WEIGHTS_HELP, model_from_artifact
@@ -59,11 +59,18 @@ class Work:
 def warm(
     artifact: Annotated[Path | None, typer.Argument(help="Artifact that `klora export` wrote: its scoring.")] = None,
     preset_name: Annotated[
-        str | None, typer.Option("--preset", help="tiny (the default), seed or seed-11l: its training and scoring.")
+        str | None, typer.Option("--preset", help=f"{', '.join(PRESETS)}; tiny if left out: its training and scoring.")
     ] = None,
     train: Annotated[bool, typer.Option("--train", help="Training alone.")] = False,
     score: Annotated[bool, typer.Option("--score", help="Scoring alone.")] = False,
-    set_: options.Set = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="FIELD=VALUE",
+            help="Override a field of the preset. Repeatable; klora train --fields lists them.",
+        ),
+    ] = None,
     weights: Annotated[str, typer.Option("--weights", help=WEIGHTS_HELP)] = "dense",
     jobs: Annotated[
         int | None, typer.Option("--jobs", min=1, help="Processes that compile; left out, one a core, at most 8.")
@@ -82,6 +89,8 @@ def warm(
     output = Output(as_json)
     if artifact and (preset_name or train or set_):
         raise ConfigError("an artifact is scored, not trained; leave out --preset, --train and --set, or the artifact")
+    if weights != "dense" and not artifact:
+        raise ConfigError(f"--weights {weights} was given without an artifact, whose weights they are; name one")
     chosen_device = require_gpu(device)
     chosen = preset(preset_name or "tiny").override(options.parse_overrides(set_))
     works = [training(chosen, chosen_device)] if train or not (score or artifact) else []

@@ -23,10 +23,10 @@ class ConfigError(KloraError, ValueError):
     """
 
 
-def setting(default, help, *, at_least=None, above=None, at_most=None, below=None, choices=None, zero=None):
+def setting(default, help, *, at_least=None, above=None, at_most=None, below=None, choices=None, zero=None, form=None):
     """Declare a field: its default (whose type is the field's type), a line of help and the values allowed.
 
-    `zero` says what 0 means where it is no number like the others.
+    `zero` says what 0 means where it is no number like the others, `form` what a text looks like.
     """
     allowed = {
         "at_least": at_least,
@@ -35,6 +35,7 @@ def setting(default, help, *, at_least=None, above=None, at_most=None, below=Non
         "below": below,
         "choices": choices,
         "zero": zero,
+        "form": form,
     }
     return dataclasses.field(
         default=default, metadata={"help": help, **{k: v for k, v in allowed.items() if v is not None}}
@@ -46,6 +47,8 @@ def allowed_values(field: dataclasses.Field) -> str:
     rules = field.metadata
     if isinstance(field.default, bool):
         return "true or false"
+    if "form" in rules:
+        return rules["form"]
     if "choices" in rules:
         return "one of " + ", ".join(str(choice) for choice in rules["choices"])
     words = {"at_least": "at least", "above": "above", "at_most": "at most", "below": "below"}

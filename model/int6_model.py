@@ -14,6 +14,7 @@ from ..kernels.int6 import (
     Int6Linear,
     Int6Matrix,
     Int6Weight,
+    is_group_size,
     pack_int6,
     packed_shape,
     pick_group_size,
@@ -137,7 +138,7 @@ def quantize_linears(
     """
     if isinstance(module, nn.Linear):
         raise ConfigError("the module is itself an nn.Linear; use Int6Linear.from_linear on it")
-    if group_size not in (None, "auto", *GROUP_SIZES):
+    if group_size != "auto" and not is_group_size(group_size, math.lcm(*GROUP_SIZES)):
         raise ConfigError(f"group_size={group_size!r}; allowed: {', '.join(map(str, GROUP_SIZES))}, None or 'auto'")
     names = _names_of_linears(module)
     moments = dict(second_moments or {})

@@ -228,6 +228,13 @@ def test_the_command_ends_with_status_1_when_a_baseline_is_beaten(tmp_path):
     assert "klora bench --out" in klora("bench", "report", "--out", tmp_path / "none", check=2).stderr
     wrong = klora("bench", "attention", "--check", Path(__file__), check=2)
     assert "is no benchmark record: it is not JSON" in wrong.stderr
+    other = klora("bench", "muon", "--check", path, check=2)
+    assert "attention.json is of the group attention, which is not run; add it" in other.stderr.replace("\n", " ")
+    for result in baseline["results"]:
+        result["shape"] = "batch 4"
+    path.write_text(json.dumps(baseline))
+    other = klora("bench", "attention", "--rounds", "1", "--out", tmp_path / "new", "--check", path, check=2)
+    assert "has no result in common with this run" in other.stderr
     unknown = klora("bench", "atention", check=2)
     assert "there is no group 'atention'; allowed: ceilings, attention, step, training, ttt, corpus" in unknown.stderr
     with pytest.raises(UnknownGroup):

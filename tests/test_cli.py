@@ -196,6 +196,7 @@ def test_the_help_of_train_lists_every_preset():
 
     text = klora("train", "--help").stdout
     assert all(name in text for name in OF_TRAINING)
+    assert all(name in klora("warm", "--help").stdout for name in OF_TRAINING)
 
 
 def test_ctrl_c_while_data_is_prepared_says_what_is_kept(tmp_path, monkeypatch, capsys):
@@ -294,6 +295,7 @@ def test_help_teaches_and_fields_are_listed():
     assert fields["width"]["value"] == 256 and fields["muon_lr"]["allowed"] == "float, at least 0.0"
     assert klora("--version").stdout == f"klora {__version__}\n"
     assert "steps_per_chunk" in klora("score", "any.klora", "--fields").stdout
+    assert klora("score", "--fields").stdout == klora("score", "any.klora", "--fields").stdout
 
 
 def test_the_honest_protocol_has_constants_of_its_own_and_the_leaky_ones_the_designs():
@@ -319,11 +321,21 @@ def test_the_honest_protocol_has_constants_of_its_own_and_the_leaky_ones_the_des
         (["train", "--text", "/nowhere"], "/nowhere: there is no such file or directory"),
         (["train", "--val-text", __file__], "a validation source was given without a training source"),
         (["train", "--shards", "/nowhere"], "/nowhere"),
+        (["train", "--shards", "/nowhere", "--val-share", "0.1"], "leave out --text, --jsonl, --field, --val-text"),
+        (
+            ["train", "--shards", "/nowhere", "--val-jsonl", __file__],
+            "--shards was given, whose folder holds both",
+        ),
+        (["train", "--text", __file__, "--val-text", __file__, "--val-share", "0.1"], "--val-share splits one source"),
+        (["train", "--text", __file__, "--field", "body"], "--field body was given without a --jsonl file"),
+        (["score", "x.klora", "--text", __file__, "--field", "body"], "--field body was given without a --jsonl file"),
+        (["score", "x.klora", "--set", "o_rank=16"], "o_rank=16 is not possible; allowed: 0, with targets=q,k,v,head"),
         (["train", "--resume", "--out", "/nowhere/run"], "there is no run to resume in /nowhere/run"),
         (["train", "--device", "tpu"], "device='tpu' is not possible; allowed: auto, cpu, cuda or cuda:N"),
         (["export", "/nowhere"], "give the folder of a finished"),
         (["train", "--out", __file__], "is a file; allowed: a folder, or a path where there is nothing yet"),
         (["score", "x.klora", "--out", __file__], "is a file; allowed: a folder, or a path where there is nothing yet"),
+        (["score"], "no artifact was given; give the path of one that klora export wrote"),
         (["score", "/nowhere.klora"], "/nowhere.klora: there is no such file"),
         (["score", __file__], "give a file that klora exported"),
         (["score", "x.klora", "--protocol", "best"], "protocol='best' is not possible; allowed: one of score_first"),
@@ -343,6 +355,9 @@ def test_the_honest_protocol_has_constants_of_its_own_and_the_leaky_ones_the_des
         (["export", "/nowhere", "--out", __file__], "is there and is no artifact of klora's; move it or give another"),
         (["score", "x.klora", "--out", "/proc/nowhere"], "/proc/nowhere cannot be written"),
         (["bench", "attention", "--out", "/proc/nowhere"], "cannot be written"),
+        (["bench", "attention", "--check", "/nowhere.json"], "/nowhere.json: there is no such file; give a record"),
+        (["bench", "attention", "--readme", "x.md"], "--readme was given without `report`"),
+        (["bench", "attention", "--check", "x.json", "--against", "HEAD"], "--against and --check were both given"),
         (["profile", "step", "--out", "/proc/nowhere"], "/proc/nowhere cannot be written"),
     ],
 )

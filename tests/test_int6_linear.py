@@ -139,10 +139,12 @@ class TestQuantizer:
         exact = codes.double() * scale.double()[:, None]
         assert torch.equal(grouped.dequantize(torch.float64), exact.view(rows, columns))
 
-    @pytest.mark.parametrize(("columns", "group_size"), [(96, 64), (64, 16), (64, 0)])
+    @pytest.mark.parametrize(("columns", "group_size"), [(96, 64), (64, 16), (64, 0), (64, 64.0), (64, "all")])
     def test_impossible_groups_are_refused(self, columns, group_size):
         with pytest.raises(ValueError, match=f"group_size={group_size} with K={columns}"):
             quantize_int6(torch.randn(4, columns), group_size)
+        with pytest.raises(ValueError, match=f"group_size={group_size} with in_features={columns}"):
+            Int6Linear(columns, 4, group_size=group_size)
 
     def test_bytes_of_a_weight(self):
         assert matrix(64, 256).nbytes == 64 * 256 * 3 // 4 + 2 * 64

@@ -176,6 +176,11 @@ class TestQuantizeLinears:
         quantize_linears(module, keep=lambda name, linear: name == "inner.2")
         assert isinstance(module.inner[0], Int6Linear) and type(module.inner[2]) is nn.Linear
 
+    @pytest.mark.parametrize("group_size", [16, 0, 64.0, True, "all"])
+    def test_other_group_sizes_are_refused(self, group_size):
+        with pytest.raises(ConfigError, match=f"group_size={group_size!r}; allowed: 32, 64, 128, None or 'auto'"):
+            quantize_linears(nn.Sequential(nn.Linear(128, 8)), group_size)
+
     def test_groups_reach_every_linear(self):
         module = nn.Sequential(nn.Linear(64, 16), nn.Linear(32, 16))
         quantize_linears(module, group_size=32)

@@ -65,6 +65,8 @@ def test_a_score_is_the_logits_own(lm):
     result = lm.score(TEXTS)
     assert result.documents[0].base_bpb == pytest.approx(nll.item() / math.log(2) / len(TEXTS[0].encode()), rel=1e-5)
     assert [document.name for document in result.documents] == ["0", "1"]
+    totals = lm.score([*TEXTS, "words " * 2000]).totals()
+    assert totals["by_status"] == {"base model alone": 3} and not totals["deadline_hit"]
     assert lm.score(dict(zip("ab", TEXTS, strict=True))).totals() == result.totals()
     assert lm.score(TEXTS[0]).documents == result.documents[:1] and lm.score([]).totals()["documents"] == 0
 

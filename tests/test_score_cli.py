@@ -340,3 +340,48 @@ def test_a_loaded_model_says_that_its_tokenizer_normalises(contest_run):
             assert result.documents[0].bytes == len(text.encode())
             assert result.notes == list(contest_run.tokenizer.notes_on_text())
             assert result.bytes_of == "original text"
+
+
+def test_where_nothing_is_adapted_it_says_why(artifact, texts, tmp_path):
+    """The adapted number is then the base model's."""
+    for more, why in (
+        (("adapt_from=3000",), "with chunk=16 and adapt_from=3000, only what comes after a document's first 3,008"),
+        (("layout=original", "adapt_from=0", "min_tokens=9000"), "with layout=original and min_tokens=9000, none has"),
+    ):
+        sets = [part for pair in more for part in ("--set", pair)]
+        said = klora(*command(artifact, texts, tmp_path / more[0], *sets)).stdout.replace("\n", "")
+        assert f"note: no document was adapted: {why}" in said
+    assert "no document was adapted" not in klora(*command(artifact, texts, tmp_path / "all")).stdout
+
+
+def test_a_sweep_that_is_stopped_does_not_promise_to_go_on(artifact, texts, tmp_path, monkeypatch):
+    def stopping(show):
+        return lambda phase, done, total: os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr("klora.cli.score._shown", stopping)
+    module = sys.modules["klora.ttt.sweep"]
+    monkeypatch.setattr(module, "halves", lambda documents, config: (documents[:2], documents[2:]))
+    stopped = klora(*command(artifact, texts, tmp_path / "out", "--sweep"), check=143)
+    assert "stopped in the sweep, of which nothing is kept: the same command begins it again" in stopped.stdout
+    assert "--resume" not in stopped.stdout and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("adapt_from", [0, 64, 5000])
+def test_kernels_are_compiled_for_the_documents_that_are_adapted(
+    artifact, texts, tmp_path, monkeypatch, tokenizer, adapt_from
+):
+    """As if there were a GPU: min_tokens, which layout start does not read, has no say in it."""
+    asked = []
+
+    def warmed(make, device, output):
+        make()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("klora.cli.score.own_device", lambda name: SimpleNamespace(type="cuda"))
+    monkeypatch.setattr("klora.cli.score.model_from_artifact", lambda *about: None)
+    monkeypatch.setattr("klora.cli.warm.warmed", warmed)
+    monkeypatch.setattr("klora.cli.warm.scoring", lambda model, config, documents, weights: asked.append(documents))
+    klora(*command(artifact, texts, tmp_path / "out", "--set", f"adapt_from={adapt_from}"), check=130)
+    targets = [len(tokenizer.encode(path.read_text())) - 1 for path in texts.iterdir()]
+    first = max(adapt_from, 16)
+    assert asked == [sum(count > first for count in targets)]

@@ -742,13 +742,33 @@ def test_targets_that_do_not_exist_are_refused(targets):
     allowed = "some of q, k, v, o, up, down, head, each once, with commas between them"
     with pytest.raises(ConfigError, match=f"targets='{targets}' is not possible; allowed: {allowed}"):
         TTTConfig(targets=targets)
+    with pytest.raises(ConfigError, match=re.escape(f"targets=['q'] is not possible; allowed: {allowed}")):
+        TTTConfig(targets=["q"])
+
+
+def test_a_rank_or_an_alpha_of_no_target_is_refused():
+    """It would change nothing, and nobody would be told."""
+    for target in TARGETS:
+        others = ",".join(name for name in TARGETS if name != target)
+        for name in (f"{target}_rank", f"{target}_alpha"):
+            if name != "head_rank":
+                config = TTTConfig().override({"targets": target, name: "8"})
+                with pytest.raises(ConfigError, match=f"{name}=8.* is not possible; allowed: 0, with targets={others}"):
+                    config.override({"targets": others})
+    assert ttt_preset("thorough").override({"targets": "o"}).rank("o") == 16
+
+
+def test_a_lora_that_starts_as_zeros_and_stays_so_is_refused():
+    """B starts as zeros, too, and each is a factor of the other's gradient."""
+    with pytest.raises(ConfigError, match="a_scale=0.0 is not possible; allowed: float, above 0.0"):
+        TTTConfig(a_scale=0.0)
 
 
 @pytest.mark.parametrize(
     "name", ["lora_rank", "head_rank", "q_rank", "k_rank", "v_rank", "o_rank", "up_rank", "down_rank"]
 )
 def test_ranks_go_up_to_128(name):
-    assert getattr(TTTConfig().override({name: "128"}), name) == 128
+    assert getattr(TTTConfig(targets="q,k,v,o,up,down").override({name: "128"}), name) == 128
     with pytest.raises(ConfigError, match=f"{name}=129 is not possible; allowed: .*128"):
         TTTConfig().override({name: "129"})
 

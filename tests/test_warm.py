@@ -236,6 +236,7 @@ def test_the_command_compiles_what_is_missing_and_says_where_nothing_was_to_do(m
         (["--device", "cpu"], "there is nothing to compile for cpu: the kernels run on a CUDA GPU"),
         (["model.klora", "--preset", "tiny"], "an artifact is scored, not trained; leave out --preset"),
         (["model.klora", "--train"], "an artifact is scored, not trained"),
+        (["--preset", "seed", "--weights", "int6"], "--weights int6 was given without an artifact"),
     ],
 )
 def test_what_it_refuses(arguments, says):

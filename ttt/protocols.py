@@ -24,6 +24,7 @@ START, ORIGINAL = "start", "original"
 RECOMPUTED, CACHED = "recomputed", "cached"
 TARGETS = "q", "k", "v", "o", "up", "down", "head"
 """The matrices that a LoRA may be added to: the projections, Wo, W1 and W2 of the MLP, and the head."""
+FORM_OF_TARGETS = f"some of {', '.join(TARGETS)}, each once, with commas between them"
 MOST_RANK = 128
 LEAKY = "LEAKY"
 LEAK_WARNING = (
@@ -89,7 +90,7 @@ class TTTConfig(Settings):
         "layout original: documents of fewer tokens (BOS counts) are left to the base model",
         at_least=2,
     )
-    targets: str = setting("q,k,v,head", "matrices that have a LoRA: some of q, k, v, o, up, down and head")
+    targets: str = setting("q,k,v,head", "matrices that have a LoRA", form=FORM_OF_TARGETS)
     lora_rank: int = setting(8, "rank of the LoRA on each matrix but the head", at_least=1, at_most=MOST_RANK)
     head_rank: int = setting(16, "rank of the LoRA on the head", at_least=1, at_most=MOST_RANK)
     q_rank: int = setting(0, "rank of the LoRA on Q; 0: lora_rank", at_least=0, at_most=MOST_RANK)
@@ -105,7 +106,7 @@ class TTTConfig(Settings):
     up_alpha: float = setting(0.0, "scales the LoRA on W1 by up_alpha / rank; 0: by 1", at_least=0.0)
     down_alpha: float = setting(0.0, "scales the LoRA on W2 by down_alpha / rank; 0: by 1", at_least=0.0)
     head_alpha: float = setting(0.0, "scales the LoRA on the head by head_alpha / rank; 0: by 1", at_least=0.0)
-    a_scale: float = setting(1.0, "A starts as a_scale * U(-1/sqrt(K), 1/sqrt(K)), K its inputs", at_least=0.0)
+    a_scale: float = setting(1.0, "A starts as a_scale * U(-1/sqrt(K), 1/sqrt(K)), K its inputs", above=0.0)
     lr: float = setting(0.01, "Adam learning rate", at_least=0.0)
     head_lr: float = setting(2.0, "multiplies lr for the head's LoRA", at_least=0.0)
     q_lr: float = setting(0.5, "multiplies lr for the LoRA on Q", at_least=0.0)
@@ -155,7 +156,11 @@ class TTTConfig(Settings):
         )
         names = self.target_names
         possible = set(names) <= set(TARGETS) and len(set(names)) == len(names)
-        self.require(possible, "targets", f"some of {', '.join(TARGETS)}, each once, with commas between them")
+        self.require(possible, "targets", FORM_OF_TARGETS)
+        for target in TARGETS:
+            # Those that every config has a value of, such as head_rank and q_lr, belong to presets for any targets.
+            for name in (f"{target}_alpha", *([] if target == "head" else [f"{target}_rank"])):
+                self.require(target in names or not getattr(self, name), name, f"0, with targets={self.targets}")
         self.require(
             self.context == RECOMPUTED or not {"q", "k", "v"}.isdisjoint(names),
             "targets",

@@ -30,6 +30,8 @@ SCORE = "score.json"
 """Name of the file that holds everything."""
 
 SHORT, ADAPTED, PARTIAL, NOT_ADAPTED = "short", "adapted", "partly adapted (deadline)", "not adapted (deadline)"
+BASE_ALONE = "base model alone"
+"""Of a document that nothing was to adapt to."""
 
 FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "\uff1d", "\uff0b", "\uff0d", "\uff20")
 """What a spreadsheet takes for a formula's start, with the full-width forms of the four signs."""
@@ -140,8 +142,8 @@ def with_adaptation(
         return draft
     if not math.isfinite(adapted.nats[row]):
         raise NonFiniteScore(
-            f"adapting {draft.name!r} gave an NLL of {adapted.nats[row]}; nothing is reported. Try a smaller lr or a "
-            "temperature nearer to 1"
+            f"adapting {draft.name!r} gave an NLL of {adapted.nats[row]}; nothing is reported. Try a smaller lr, alpha "
+            "or weight_decay, or a temperature nearer to 1"
         )
     return replace(
         draft,

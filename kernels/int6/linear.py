@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from .layout import LAYOUT, SCALE_DTYPES, Int6Matrix, packed_shape, quantize_int6, scale_shapes
 from .op import Backend, int6_linear
-from .reference import GROUP_SIZES, GroupSize
+from .reference import GROUP_SIZES, GroupSize, is_group_size
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,7 +78,7 @@ class Int6Linear(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        if group_size is not None and (group_size not in GROUP_SIZES or in_features % group_size):
+        if not is_group_size(group_size, in_features):
             allowed = f"{', '.join(map(str, GROUP_SIZES))} that divide in_features, or None for one scale a row"
             raise ValueError(f"group_size={group_size} with in_features={in_features}; allowed: {allowed}")
         self.in_features, self.out_features = in_features, out_features

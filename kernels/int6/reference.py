@@ -25,7 +25,8 @@ No code straddles two words, so the shift of every code is a function of its col
 import math
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Literal
+from numbers import Integral
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -65,6 +66,11 @@ CPU_BLOCK, GPU_BLOCK = 1 << 19, 1 << 26
 a fixed clip), on a GPU so that the memory for it is bounded (two copies in fp32)."""
 
 
+def is_group_size(size: Any, columns: int) -> bool:
+    """Whether a row of `columns` weights can have a scale for every `size` of them; None is one for the row."""
+    return size is None or (isinstance(size, Integral) and size in GROUP_SIZES and columns % size == 0)
+
+
 @torch.no_grad()
 def quantize_int6_ref(
     weight: Tensor, clip: float | None = None, group_size: int | None = None, second_moment: Tensor | None = None
@@ -90,8 +96,8 @@ def quantize_int6_ref(
     if clip is not None and not (0.0 < clip < math.inf):
         raise ValueError(f"clip={clip} is not possible; int6 takes a positive number, about 0.1, or None to search")
     rows, columns = weight.shape
-    if group_size is not None and (group_size not in GROUP_SIZES or columns % group_size):
-        allowed = f"{', '.join(map(str, GROUP_SIZES))} that divide K, or None for one scale a row"
+    if not is_group_size(group_size, columns):
+        allowed = f"{', '.join(map(str, GROUP_SIZES))} that divide K, None for one scale a row; quantize_int6: 'auto'"
         raise ValueError(f"group_size={group_size} with K={columns}; allowed: {allowed}")
     groups = 1 if group_size is None else columns // group_size
     importance = None if second_moment is None else _importance(second_moment, weight, clip, groups)

@@ -1,6 +1,7 @@
 """A model from a file, in a few lines: logits, text, bits per byte, and those of a model that adapts while it reads."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from .ttt.base import BaseNll
 from .ttt.documents import Document, facts_of_texts
 from .ttt.pipeline import ScoreRequest, score
 from .ttt.protocols import SCORE_FIRST, TTTConfig, ttt_preset
-from .ttt.results import ScoreResult, unadapted
+from .ttt.results import BASE_ALONE, ScoreResult, unadapted
 
 
 @torch.inference_mode(False)  # what is loaded may be adapted later
@@ -110,7 +111,9 @@ class LanguageModel:
         """
         config, read = ttt_preset(), self._documents(documents)
         base = BaseNll(self.model, read, config)
-        results = [unadapted(document, config, base.of(i)) for i, document in enumerate(read)]
+        results = [
+            replace(unadapted(document, config, base.of(i)), status=BASE_ALONE) for i, document in enumerate(read)
+        ]
         return ScoreResult(results, config, {}, facts_of_texts(self.tokenizer))
 
     def adapt(
