@@ -134,6 +134,8 @@ def test_a_run_gives_the_oracles_numbers_and_leaves_less_to_the_base_model(conte
             np.testing.assert_allclose(d.adapted_nats, expected, rtol=1e-9)
     assert any(d.status == ADAPTED and d.tokens <= 16 for d in result.documents)
     assert result.facts["phases"]["documents_in_groups"] == [4, 3, 3]
+    taken = [len(oracle.steps(group, config)) for group in oracle.groups(docs, 2)[:2]]
+    assert result.facts["engine"]["shared_steps"] == sum(taken) and "learn" in result.seconds
 
 
 def test_what_earlier_documents_teach_helps_later_ones_like_them():
@@ -326,7 +328,7 @@ def test_an_interrupted_run_goes_on_to_the_same_numbers_wherever_it_was_stopped(
         return learned[-1]
 
     monkeypatch.setattr(Engine, "learn", watched)
-    for times in range(2, 60, 4):
+    for times in range(2, 60, 3):
         learned.clear()
         try:
             score(docs, tmp_path, PHASED, SHALLOW64, should_stop=stop_after(times))
@@ -366,15 +368,17 @@ def test_nothing_is_learned_once_the_deadline_has_passed(monkeypatch):
             pass
 
         def passed(self) -> bool:
-            return len(fills) > 6
+            return len(fills) > first
 
-    fills, fill = [], Run.fill_shared
+    docs, fills, fill = documents(), [], Run.fill_shared
+    whole, first = nats(run(docs)), len(oracle.steps(oracle.groups(docs, 2)[0], PHASED))
     monkeypatch.setattr(Run, "fill_shared", lambda *given: fills.append(1) or fill(*given))
     monkeypatch.setattr("klora.ttt.queue.Deadline", InTheSecondPhase)
-    result, whole = run(documents()), nats(run(documents(), PHASED))
-    assert len(fills) == 7
+    result = run(docs)
+    assert len(fills) == first + 1
     for d in result.documents:
-        assert d.status == (NOT_ADAPTED if d.group and d.tokens else ADAPTED if d.tokens > 16 else SHORT)
+        starts = 0 if d.group else 16
+        assert d.status == (SHORT if d.tokens <= starts else ADAPTED if d.group < 2 else NOT_ADAPTED)
         assert d.adapted_nats == (whole[d.name] if d.status == ADAPTED else d.base_nats)
     assert result.deadline_hit
 
@@ -390,6 +394,8 @@ def test_phases_are_for_score_first_from_the_start():
     with pytest.raises(ConfigError, match="phases=-1"):
         ttt_preset().override({"phases": "-1"})
     assert ttt_preset().phases == 0
+    with pytest.raises(ValueError, match="phases is 0: there is no shared adapter"):
+        Engine(SHALLOW64, STRICT, 100).learn(documents((40,)))
 
 
 @pytest.fixture(scope="module")
@@ -457,6 +463,16 @@ def test_the_pool_and_the_estimate_have_one_slot_more():
             for config in (plain, PHASED.override({"phase_chunks": 64}))
         )
         assert two > one
+
+
+@pytest.mark.parametrize("context, made", [("recomputed", 4 * 2 + 4), ("cached", 1 * 2 + 4)])
+def test_a_rehearsal_makes_the_shared_steps_and_leaves_no_trace(context, made):
+    engine = Engine(SHALLOW64, PHASED.override({"context": context}), 500, rows=(), slots=2)
+    state = [engine.pool.params, engine.pool.exp_avg, engine.pool.exp_avg_sq, engine.pool.step]
+    before = [tensor.clone() for tensor in state]
+    engine.rehearse()
+    assert all(torch.equal(a, b) for a, b in zip(before, state, strict=True))
+    assert len({id(step) for steps in (engine._steps, engine._shared_steps) for step in steps.values()}) == made
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter runs the kernels where there is no GPU")

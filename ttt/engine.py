@@ -32,7 +32,7 @@ from .protocols import CACHED, MIN_NLL, RECOMPUTED, TARGETS, TTTConfig
 from .queue import Deadline
 from .results import Adapted
 from .ring import Ring, ring_numbers
-from .schedule import Queue, Round, Schedule, Waiting, queues_of, visits_of
+from .schedule import Round, Schedule, Waiting, queues_of, visits_of
 from .step import (
     CHUNKS,
     COUNT,
@@ -125,7 +125,8 @@ def largest_batch(batch: int, needed: Callable[[int], int], free: int) -> int:
         if batch == 1:
             raise MemoryError(
                 f"adapting one document at a time takes about {needed(1) >> 20} MiB and {free >> 20} MiB are free, of "
-                f"which {USABLE_SHARE:.0%} may be used. Free some, or take a shorter window or fewer slots"
+                f"which {USABLE_SHARE:.0%} may be used. Free some, or take a shorter window, fewer slots or, with "
+                "phases, a smaller phase_chunks"
             )
         batch //= 2
     return batch
@@ -266,12 +267,14 @@ class Engine:
         for shape in sorted(missing, key=lambda s: (-self.queues[s[0]].length * s[1], not s[2])):
             if should_stop():
                 break
-            self._steps[shape] = self._made(shape, self.queues, self.ring)
+            self._steps[shape] = self._made(shape)
         self.facts["prepare_seconds"] = self.facts.get("prepare_seconds", 0.0) + time.perf_counter() - began
         self.facts["steps"] = len(self._steps)
 
-    def _made(self, shape: Shape, queues: Sequence[Queue], ring: Ring | None) -> Callable[[], None]:
+    def _made(self, shape: Shape, whole: bool = False) -> Callable[[], None]:
+        """A step of documents, or of whole windows whatever the context."""
         queue, rows, trains = shape
+        queues, ring = (queues_of(self._whole), None) if whole else (self.queues, self.ring)
         weights, state = self.weights, (self.pool, self.tokens, self.record, self.plan, self.chunks)
         step = EngineStep(weights, *state, queues[queue], rows, self.backend, ring)
         run = step.train if trains else step.score
@@ -322,7 +325,7 @@ class Engine:
         """
         order = np.array(sorted(range(len(documents)), key=lambda index: -documents[index].targets), dtype=np.int64)
         run = Run([documents[index] for index in order], self.config)
-        self._require_room(run)
+        self._require_fits(run)
         if len(run.targets) and run.targets[0] >= self.longest:
             raise ValueError(f"a document has {run.targets[0] + 1} tokens; this engine takes up to {self.longest}")
         shape = run.chunks, self.config.passes, self.slots, self.queues, self.rows
@@ -376,8 +379,10 @@ class Engine:
         Whether it came to the end: `should_stop`, asked before every step, says that it shall not. What an engine has
         recorded is gone afterwards. `progress` gets the targets passed so far, a share of all of them in each pass.
         """
+        if not self.config.phases:
+            raise ValueError("phases is 0: there is no shared adapter to learn; allowed: a config with phases")
         run, queues = Run(documents, self._whole), queues_of(self._whole)
-        self._require_room(run)
+        self._require_fits(run)
         steps = list(shared_steps(run.chunks, [queue.first for queue in queues], self._shared_places))
         self._prepare_shared({step.queue for step in steps})
         self._load(run, documents)
@@ -409,9 +414,9 @@ class Engine:
         """Make the shared adapter's steps of these queues: in whole windows, which the context `cached` has not."""
         shapes = {self._shared_shape(queue) for queue in queues}
         for shape in sorted(shapes - self._shared_steps.keys(), reverse=True):
-            self._shared_steps[shape] = self._made(shape, queues_of(self._whole), None)
+            self._shared_steps[shape] = self._made(shape, whole=True)
 
-    def _require_room(self, run: "Run") -> None:
+    def _require_fits(self, run: "Run") -> None:
         if run.tokens > len(self.tokens):
             raise ValueError(f"the documents have {run.tokens} tokens; this engine holds {len(self.tokens)}")
 

@@ -375,7 +375,11 @@ class _Run:
             self.finish([indices[place] for place in rest], adapted.of(rest))
             if self.gains is not None:
                 attempt("the gain along the documents", lambda: self._keep_gains(engine, indices, adapted), self.say)
-        if not self.engine_facts:
+        if self.config.phases:  # one engine for all groups, whose facts of a run are those of the last one
+            sums = {name: self.engine_facts.get(name, 0) + engine.facts[name] for name in ("rounds", "seconds")}
+            self.engine_facts = {**engine.facts, **sums}
+            del self.engine_facts["useful_places"]
+        elif not self.engine_facts:
             self.engine_facts = engine.facts
 
     @property
