@@ -155,7 +155,7 @@ class _Run:
         self.groups = groups_of(self.documents, self.config.phases)
         self.group_of = {index: number for number, group in enumerate(self.groups) for index in group}
         self.engine: Engine | None = None
-        self.learnt = self.targets_before = 0
+        self.learnt = self.targets_before = self.targets_to_adapt = 0
 
     def everything(self) -> dict[str, Any]:
         """Work until every document has a result; facts of the run."""
@@ -168,7 +168,7 @@ class _Run:
         if not self.queue.is_shared:
             self.base_pass(order, self._stoppable)
             self.unadapted.pop("prequant", None)  # the engine may have its memory
-        self.total = sum(self.documents[index].targets for index in order if not self._is_short(index))
+        self.targets_to_adapt = sum(self.documents[index].targets for index in order if not self._is_short(index))
         for number in range(len(self.groups)):
             self.score_group(number, [index for index in order if self.group_of[index] == number], began)
         return {"engine": self.engine_facts} | self._facts_of_phases() | self.queue.leave(self.should_stop)
@@ -181,10 +181,10 @@ class _Run:
             self.finish(short)
         if long:
             self.learn_until(group)
-        lists = {f"{name}/{group}" if group else name: found for name, found in (("long", long), ("short", short))}
-        self.adapt(long, partial(self.queue.waiting, name=next(iter(lists))))
+        suffix = f"/{group}" if group else ""
+        self.adapt(long, partial(self.queue.waiting, name=f"long{suffix}"))
         self.tick()
-        for name, indices in lists.items():
+        for name, indices in ((f"long{suffix}", long), (f"short{suffix}", short)):
             while numbers := [number for number in self.queue.claim(name, BLOCK) if number < len(indices)]:
                 claimed = [indices[number] for number in numbers]
                 self.queue.own(claimed)
@@ -363,7 +363,7 @@ class _Run:
                 documents,
                 self.deadline,
                 self.should_stop,
-                lambda done: self.progress("adapt", self.targets_before + done, self.total),
+                lambda done: self.progress("adapt", self.targets_before + done, self.targets_to_adapt),
                 waiting=hands_out,
                 finished=finished,
                 every=CPU_EVERY if self._is_on_cpu else self.queue.every,
