@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from klora.cli.app import app
 from klora.model.artifact import save_artifact
-from klora.model.config import ConfigError
+from klora.model.config import ConfigError, preset
 from klora.model.gpt import GPT
 from klora.ttt import pipeline
 from klora.ttt.adapters import AdapterPool
@@ -34,7 +34,7 @@ from oracles import phases as oracle
 from oracles.eager import token_nll as eager_nll
 from test_cached_context import oracle as cached_nll
 from test_cli import klora
-from test_engine import SHALLOW64, STRICT, gpu, on_gpu
+from test_engine import SHALLOW64, STRICT, Ops, gpu, on_gpu
 from test_ranks import free_port
 from test_ttt import document, score
 from typer.testing import CliRunner
@@ -479,6 +479,20 @@ def test_a_rehearsal_makes_the_shared_steps_and_leaves_no_trace(context, made):
     engine.rehearse()
     assert all(torch.equal(a, b) for a, b in zip(before, state, strict=True))
     assert len({id(step) for steps in (engine._steps, engine._shared_steps) for step in steps.values()}) == made
+
+
+@pytest.mark.parametrize("context", ["recomputed", "cached"])
+def test_a_shared_step_asks_the_device_for_nothing_and_steps_adam_once(context):
+    """The `seed` preset in bf16 without memory: a value asked for would be an error, and could not be captured."""
+    with torch.device("meta"):
+        model = GPT(preset("seed").model).requires_grad_(False)
+    model.compute_dtype = torch.bfloat16
+    config = ttt_preset().override({"context": context, "phases": 1, "batch": 4})
+    engine = Engine(model, config, 5000, rows=(), capture=False, backend="triton")
+    engine._prepare_shared([3])
+    with Ops() as ops:
+        engine._shared_steps[3, 16, True]()
+    assert ops.seen["lora_adam_"] == ops.seen["lora_head_nll_grads_"] == 1 and "cache_write_" not in ops.seen
 
 
 @pytest.mark.slow
