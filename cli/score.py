@@ -88,6 +88,15 @@ def score(
             "design: what a deadline leaves out depends on the machine's speed.",
         ),
     ] = None,
+    phases: Annotated[
+        int | None,
+        typer.Option(
+            "--phases",
+            help="After each of so many groups of scored documents a shared adapter learns from them, and all later "
+            "documents start from there: scores then depend on earlier documents, and every output says so. 0, the "
+            "default: every document is on its own. --set phases=N is the same.",
+        ),
+    ] = None,
     prequant: Annotated[
         Path | None, typer.Option("--prequant", help="Run folder: also score its weights before quantisation.")
     ] = None,
@@ -128,7 +137,8 @@ def score(
 ) -> None:
     """Score documents in bits per byte, adapting the model to each while it reads it.
 
-    Every document gets its own adapter, which starts from nothing. Under score_first, the default, a chunk is scored
+    Every document gets its own adapter, which starts from nothing, or with --phases from what earlier documents taught.
+    Under score_first, the default, a chunk is scored
     before the adapter has seen it: that number is a valid score. The other protocols train on what they score; they are
     here to show what that is worth, and everything they print says LEAKY.
 
@@ -141,6 +151,7 @@ def score(
     overrides = options.parse_overrides(set_)
     overrides |= {"protocol": protocol} if protocol is not None else {}
     overrides |= {"deadline": str(deadline)} if deadline is not None else {}
+    overrides |= {"phases": str(phases)} if phases is not None else {}
     config = ttt_preset(preset, overrides.get("protocol", SCORE_FIRST)).override(overrides)
     if fields:
         options.list_fields(output, config)
@@ -289,7 +300,7 @@ def _say_what_is_kept(journal: Journal, resume: bool, output: Output) -> None:
 def say_totals(result: ScoreResult, output: Output) -> None:
     """The bits per byte and the seconds of each phase, as a table."""
     totals, mark = result.totals(), " LEAKY" if result.config.is_leaky else ""
-    mark += f" ({result.deadline_note})" if result.deadline_hit else ""
+    mark += "".join(f" ({note})" for note in (result.phases_note, result.deadline_note) if note)
     names = {
         "prequant_bpb": "before quantisation",
         "base_bpb": "after quantisation",
@@ -363,6 +374,7 @@ def _shown(show):
         "base": "base model",
         "prequant": "before quantisation",
         "adapt": "adapting",
+        "learn": "shared adapter",
         "score": "scoring, all ranks",
         "sweep": "sweep",
     }

@@ -43,11 +43,13 @@ from test_ttt import document, score
 CACHED = STRICT.override({"context": "cached", "lr": 0.05})
 
 
-def oracle(model: GPT, doc: Document, config: TTTConfig, steps_at: list[int] | None = None) -> torch.Tensor:
-    """NLL of a document's targets, chunk by chunk, in the model's dtype."""
+def oracle(
+    model: GPT, doc: Document, config: TTTConfig, steps_at: list[int] | None = None, initial: torch.Tensor | None = None
+) -> torch.Tensor:
+    """NLL of a document's targets, chunk by chunk, in the model's dtype; `initial` is the adapter it starts from."""
     weights, layout = frozen_weights(model), AdapterLayout(model.config, config)
     dtype = weights.dtype
-    params = layout.initial(config.adapter_seed).to(weights.embed)
+    params = layout.initial(config.adapter_seed).to(weights.embed) if initial is None else initial
     factor, moments, taken = layout.group_lr().to(params), [torch.zeros_like(params)] * 2, 0
     tokens = torch.from_numpy(doc.tokens.astype(np.int64)).to(params.device)
     x0 = bigram_embedding_ref(tokens[None, :-1], weights.embed, weights.bigram, weights.gate, dtype)[0]

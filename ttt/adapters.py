@@ -137,10 +137,15 @@ class AdapterLayout:
 
 
 class AdapterPool:
-    """`slots` adapters side by side, with their gradients, Adam moments and step counters."""
+    """`slots` adapters side by side, with their gradients, Adam moments and step counters.
+
+    With phases there is one more, the slot `shared`, whose moments go on from phase to phase; None without.
+    """
 
     def __init__(self, model: ModelConfig, ttt: TTTConfig, slots: int, device: torch.device, dtype=torch.float32):
         self.layout, self.ttt = AdapterLayout(model, ttt), ttt
+        self.shared = slots if ttt.phases else None
+        slots += bool(ttt.phases)
         self.initial = self.layout.initial(ttt.adapter_seed).to(device, dtype)
         self.group_lr = self.layout.group_lr().to(device, dtype)
         decay = self.layout.decay()
@@ -157,6 +162,10 @@ class AdapterPool:
         self.params.index_copy_(0, slots, self.initial.expand(len(slots), -1))
         for tensor in (self.exp_avg, self.exp_avg_sq, self.step):
             tensor.index_fill_(0, slots, 0)
+
+    def start_from_shared(self) -> None:
+        """Let documents start from the shared adapter as it is now."""
+        self.initial.copy_(self.params[self.shared])
 
     def views(self, rows: Tensor, count: int) -> list[Tensor]:
         """Each part of the first `count` rows, as a view [count, *shape]."""

@@ -27,13 +27,15 @@ from ..model.ranges import phase
 from ..model.weights import frozen_weights
 from .adapters import AdapterLayout, AdapterPool
 from .documents import Document
-from .protocols import CACHED, MIN_NLL, TARGETS, TTTConfig
+from .phases import SharedStep, shared_steps
+from .protocols import CACHED, MIN_NLL, RECOMPUTED, TARGETS, TTTConfig
 from .queue import Deadline
 from .results import Adapted
 from .ring import Ring, ring_numbers
 from .schedule import Round, Schedule, Waiting, queues_of, visits_of
 from .step import (
     CHUNKS,
+    COUNT,
     FIELDS,
     FILLED,
     FIRST,
@@ -123,7 +125,8 @@ def largest_batch(batch: int, needed: Callable[[int], int], free: int) -> int:
         if batch == 1:
             raise MemoryError(
                 f"adapting one document at a time takes about {needed(1) >> 20} MiB and {free >> 20} MiB are free, of "
-                f"which {USABLE_SHARE:.0%} may be used. Free some, or take a shorter window or fewer slots"
+                f"which {USABLE_SHARE:.0%} may be used. Free some, or take a shorter window, fewer slots or, with "
+                "phases, a smaller phase_chunks"
             )
         batch //= 2
     return batch
@@ -158,6 +161,8 @@ class Engine:
     for, and `slots` the documents that may be under way. No document has more than `longest` tokens (`tokens`, if left
     out): the context `cached` wants tables of that length. `facts` says what was chosen, and after :meth:`adapt` what
     the run was like. `backend` is handed to the ops.
+
+    With phases, :meth:`learn` takes the steps of the shared adapter, in whole windows whatever the context.
     """
 
     def __init__(
@@ -184,6 +189,7 @@ class Engine:
             raise ValueError(f"tokens is {tokens}; allowed: 2 to {2**31 - 1}")
         self.longest = tokens if longest is None else longest
         self.queues = queues_of(config)
+        self._whole = config.override({"context": RECOMPUTED})
         dtype = torch.float64 if model.dtype == torch.float64 else torch.float32
         batch, slots, self.facts = self._fit(model, tokens, slots)
         self.rows = sorted({row for row in rows if 0 < row < batch} | {batch})
@@ -192,12 +198,16 @@ class Engine:
         self.weights, self.backend = frozen_weights(model), backend
         self.ring = Ring(self.weights, config, slots, self.longest, can_capture) if config.context == CACHED else None
         self.tokens = torch.zeros(tokens, dtype=torch.int32, device=device)
-        self.record = torch.zeros(self._records * tokens + batch * config.chunk, dtype=dtype, device=device)
-        self.chunks = torch.ones(slots, dtype=torch.int64, device=device)
-        self.plan = torch.empty(FIELDS, batch, dtype=torch.int32, device=device)
-        self._ring = torch.zeros(AHEAD, FIELDS, batch, dtype=torch.int32, pin_memory=device.type == "cuda")
+        places = max(batch, self._shared_places)
+        self.record = torch.zeros(self._records * tokens + places * config.chunk, dtype=dtype, device=device)
+        self.slots = slots
+        self.chunks = torch.ones(len(self.pool.params), dtype=torch.int64, device=device)
+        self.plan = torch.empty(FIELDS, places, dtype=torch.int32, device=device)
+        self._ring = torch.zeros(AHEAD, FIELDS, places, dtype=torch.int32, pin_memory=device.type == "cuda")
         self._sent = [torch.cuda.Event() for _ in range(AHEAD)] if device.type == "cuda" else None
         self._steps: dict[Shape, Callable[[], None]] = {}
+        # With recomputed windows a shared step is one like the others.
+        self._shared_steps = {} if config.context == CACHED else self._steps
         self._memory = torch.cuda.graph_pool_handle() if self.captures else None
         # Of this GPU and for all graphs: PyTorch's own stream for captures is of the first GPU that captured, and
         # memory freed on one stream is not handed out on another.
@@ -207,6 +217,11 @@ class Engine:
     def _records(self) -> int:
         """Passes whose NLL is kept: all that one may be chosen from."""
         return self.config.passes if self.config.protocol == MIN_NLL else 1
+
+    @property
+    def _shared_places(self) -> int:
+        """Places of a step of the shared adapter; 0 where there is none."""
+        return self.config.phase_chunks if self.config.phases else 0
 
     def _fit(self, model: GPT, tokens: int, slots: int | None) -> tuple[int, int, dict[str, Any]]:
         """Places and slots that fit into the memory that is free now, and the estimate that says so.
@@ -222,8 +237,11 @@ class Engine:
             return slots_a_place(config) * batch if slots is None else slots
 
         def needed(batch: int) -> int:
-            steps = (1 + self.captures) * activation_bytes(model, config, batch)
-            return 4 * tokens * (1 + self._records) + tables + chosen(batch) * each + steps
+            largest = activation_bytes(model, config, batch)
+            if config.phases:
+                largest = max(largest, activation_bytes(model, self._whole, self._shared_places))
+            rows = chosen(batch) + bool(config.phases)
+            return 4 * tokens * (1 + self._records) + tables + rows * each + (1 + self.captures) * largest
 
         facts: dict[str, Any] = {}
         batch = config.batch
@@ -253,10 +271,12 @@ class Engine:
         self.facts["prepare_seconds"] = self.facts.get("prepare_seconds", 0.0) + time.perf_counter() - began
         self.facts["steps"] = len(self._steps)
 
-    def _made(self, shape: Shape) -> Callable[[], None]:
+    def _made(self, shape: Shape, whole: bool = False) -> Callable[[], None]:
+        """A step of documents, or of whole windows whatever the context."""
         queue, rows, trains = shape
+        queues, ring = (queues_of(self._whole), None) if whole else (self.queues, self.ring)
         weights, state = self.weights, (self.pool, self.tokens, self.record, self.plan, self.chunks)
-        step = EngineStep(weights, *state, self.queues[queue], rows, self.backend, self.ring)
+        step = EngineStep(weights, *state, queues[queue], rows, self.backend, ring)
         run = step.train if trains else step.score
         if not self.captures:
             return run
@@ -275,9 +295,12 @@ class Engine:
     def rehearse(self) -> None:
         """Run every step once over places that are all empty, which leaves no trace."""
         self.prepare()
+        if self.config.phases:
+            self._prepare_shared(range(len(queues_of(self._whole))))
         clear_plan(self.plan)
-        for run in self._steps.values():
-            run()
+        for steps in (self._steps, self._shared_steps):
+            for run in steps.values():
+                run()
 
     @on_its_device
     def adapt(
@@ -302,11 +325,10 @@ class Engine:
         """
         order = np.array(sorted(range(len(documents)), key=lambda index: -documents[index].targets), dtype=np.int64)
         run = Run([documents[index] for index in order], self.config)
-        if run.tokens > len(self.tokens):
-            raise ValueError(f"the documents have {run.tokens} tokens; this engine holds {len(self.tokens)}")
+        self._require_fits(run)
         if len(run.targets) and run.targets[0] >= self.longest:
             raise ValueError(f"a document has {run.targets[0] + 1} tokens; this engine takes up to {self.longest}")
-        shape = run.chunks, self.config.passes, len(self.chunks), self.queues, self.rows
+        shape = run.chunks, self.config.passes, self.slots, self.queues, self.rows
         if waiting is None:
             rounds: Iterable[Round] = list(Schedule(*shape, self.config.trained_from))
             shapes = [(taken.queue, taken.rows, bool(taken.trains.any())) for taken in rounds]
@@ -344,6 +366,59 @@ class Engine:
         }
         hand_over(adapted)
         return adapted.of(np.argsort(order))
+
+    @on_its_device
+    def learn(
+        self,
+        documents: Sequence[Document],
+        should_stop: Callable[[], bool] = lambda: False,
+        progress: Callable[[int], None] = lambda targets: None,
+    ) -> bool:
+        """Let the shared adapter learn from scored documents, in their order, and later documents start from it.
+
+        Whether it came to the end: `should_stop`, asked before every step, says that it shall not. What an engine has
+        recorded is gone afterwards. `progress` gets the targets passed so far, a share of all of them in each pass.
+        """
+        if not self.config.phases:
+            raise ValueError("phases is 0: there is no shared adapter to learn; allowed: a config with phases")
+        run, queues = Run(documents, self._whole), queues_of(self._whole)
+        self._require_fits(run)
+        steps = list(shared_steps(run.chunks, [queue.first for queue in queues], self._shared_places))
+        self._prepare_shared({step.queue for step in steps})
+        self._load(run, documents)
+        began = time.perf_counter()
+        passes = self.config.phase_passes
+        for number, step in enumerate(steps * passes):
+            self._wait(number)
+            if should_stop():
+                return False
+            place = number % AHEAD
+            passed = run.fill_shared(self._ring[place].numpy(), step, self.pool.shared)
+            with phase("replay"):
+                self.plan.copy_(self._ring[place], non_blocking=True)
+                self._shared_steps[self._shared_shape(step.queue)]()
+            if self._sent is not None:
+                self._sent[place].record()
+            progress(passed // passes)
+        if self._sent is not None:
+            torch.cuda.current_stream(self.device).synchronize()
+        self.pool.start_from_shared()
+        self.facts["shared_steps"] = self.facts.get("shared_steps", 0) + len(steps) * passes
+        self.facts["learn_seconds"] = self.facts.get("learn_seconds", 0.0) + time.perf_counter() - began
+        return True
+
+    def _shared_shape(self, queue: int) -> Shape:
+        return queue, self._shared_places, True
+
+    def _prepare_shared(self, queues: Iterable[int]) -> None:
+        """Make the shared adapter's steps of these queues: in whole windows, which the context `cached` has not."""
+        shapes = {self._shared_shape(queue) for queue in queues}
+        for shape in sorted(shapes - self._shared_steps.keys(), reverse=True):
+            self._shared_steps[shape] = self._made(shape, whole=True)
+
+    def _require_fits(self, run: "Run") -> None:
+        if run.tokens > len(self.tokens):
+            raise ValueError(f"the documents have {run.tokens} tokens; this engine holds {len(self.tokens)}")
 
     def _load(self, run: "Run", documents: Sequence[Document]) -> None:
         tokens = np.concatenate([document.tokens for document in documents] or [np.zeros(0)]).astype(np.int32)
@@ -393,7 +468,7 @@ class Engine:
 
 
 class Run:
-    """The documents of one run, longest first, as arrays: where they lie, and how far they are.
+    """The documents of one run, in order, as arrays: where they lie, and how far they are.
 
     `places` counts the input positions of the rounds sent off, `inputs` those that held a document's token.
     """
@@ -412,21 +487,38 @@ class Run:
     def fill(self, plan: np.ndarray, taken: Round, records: int) -> int:
         """Write a round's indices into a plan int32 [FIELDS, batch]; the number of documents that it starts."""
         count = len(taken.document)
-        first, start, end = self.window(taken)
-        clear_plan(plan)
+        self._place(plan, taken)
         plan[SLOT, :count] = taken.slot
         plan[TRAINED, :count] = np.where(taken.trains, taken.slot, -1)
-        plan[START, :count] = self.offsets[taken.document] + start
-        plan[LENGTH, :count] = end - start
-        plan[FIRST, :count] = first - start
+        # A chunk that a document learns from is whole.
+        plan[COUNT, :count] = np.where(taken.trains, self.config.chunk, -1)
         plan[RECORD, :count] = np.minimum(taken.number, records - 1)
-        plan[FILLED, :count] = start
         fresh = int(taken.starts.sum())
         plan[FRESH, :fresh] = taken.slot[taken.starts]
         plan[CHUNKS, :fresh] = self.chunks[taken.document[taken.starts]]
         return fresh
 
-    def window(self, taken: Round) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def fill_shared(self, plan: np.ndarray, step: SharedStep, slot: int) -> int:
+        """Write a step of the shared adapter in `slot` into a plan; the targets passed with it so far."""
+        count, (first, _, end) = len(step.document), self.window(step)
+        targets = int((end - first).sum())
+        self._place(plan, step)
+        plan[SLOT, :count] = slot
+        plan[TRAINED, 0] = slot
+        plan[COUNT, :count] = targets
+        self._done += targets
+        return self._done
+
+    def _place(self, plan: np.ndarray, taken: "Round | SharedStep") -> None:
+        """Clear a plan and write where the windows of a step lie."""
+        count, (first, start, end) = len(taken.document), self.window(taken)
+        clear_plan(plan)
+        plan[START, :count] = self.offsets[taken.document] + start
+        plan[LENGTH, :count] = end - start
+        plan[FIRST, :count] = first - start
+        plan[FILLED, :count] = start
+
+    def window(self, taken: "Round | SharedStep") -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Where the chunks of a round begin, and where their windows begin and end, in targets of the document.
 
         With the context `cached` a window is the chunk: what a step computes.

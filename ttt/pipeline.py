@@ -5,12 +5,17 @@ journal at once, and what the base model has said so far with it, so that an int
 The deadline is checked before every adaptation step; what it leaves out keeps the base model's score and says so.
 
 Documents are named by their index in the request. Outside the engine there is no other number for them.
+
+With phases the groups of documents follow one another. Every process learns from all earlier groups before it adapts a
+document of the next, which waits until all processes are through with the one before. What is learned depends on the
+documents alone: a run that goes on learns it again.
 """
 
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -25,6 +30,7 @@ from .base import BaseNll
 from .documents import Document
 from .engine import ROWS, Engine, engine_of, memory_of
 from .journal import Journal, NoJournal
+from .phases import groups_of
 from .protocols import TTTConfig
 from .queue import DocumentQueue, HandsOut, LostStore, Taken
 from .results import Adapted, DocumentResult, ScoreResult, is_short, unadapted, with_adaptation
@@ -146,6 +152,10 @@ class _Run:
         self.drafts: dict[int, DocumentResult] = {}
         self.gains = None if queue.is_shared else TokenGains(self.documents, self.config)
         self.engine_facts: dict[str, Any] = {}
+        self.groups = groups_of(self.documents, self.config.phases)
+        self.group_of = {index: number for number, group in enumerate(self.groups) for index in group}
+        self.engine: Engine | None = None
+        self.learnt = self.targets_before = self.targets_to_adapt = 0
 
     def everything(self) -> dict[str, Any]:
         """Work until every document has a result; facts of the run."""
@@ -154,16 +164,27 @@ class _Run:
         done, self.deadline = self.queue.begin(self.journal.done, self.config.deadline, spent, self.tick)
         left = (index for index in range(len(self.documents)) if index not in done)
         order = sorted(left, key=lambda index: -self.documents[index].targets)
-        long = [index for index in order if not self._is_short(index)]
-        short = [index for index in order if self._is_short(index)]
         self.tick()
         if not self.queue.is_shared:
             self.base_pass(order, self._stoppable)
             self.unadapted.pop("prequant", None)  # the engine may have its memory
+        self.targets_to_adapt = sum(self.documents[index].targets for index in order if not self._is_short(index))
+        for number in range(len(self.groups)):
+            self.score_group(number, [index for index in order if self.group_of[index] == number], began)
+        return {"engine": self.engine_facts} | self._facts_of_phases() | self.queue.leave(self.should_stop)
+
+    def score_group(self, group: int, order: Sequence[int], began: float) -> None:
+        """Work until every document of a group has a result; `order` are those without one, longest first."""
+        long = [index for index in order if not self._is_short(index)]
+        short = [index for index in order if self._is_short(index)]
+        if not self.queue.is_shared:
             self.finish(short)
-        self.adapt(long, self.queue.waiting)
+        if long:
+            self.learn_until(group)
+        suffix = f"/{group}" if group else ""
+        self.adapt(long, partial(self.queue.waiting, name=f"long{suffix}"))
         self.tick()
-        for name, indices in (("long", long), ("short", short)):
+        for name, indices in ((f"long{suffix}", long), (f"short{suffix}", short)):
             while numbers := [number for number in self.queue.claim(name, BLOCK) if number < len(indices)]:
                 claimed = [indices[number] for number in numbers]
                 self.queue.own(claimed)
@@ -177,10 +198,39 @@ class _Run:
                 self.finish([index for index in taken if index not in self.queue.results])
             else:
                 time.sleep(0.05)
-        return {"engine": self.engine_facts} | self.queue.leave(self.should_stop)
+
+    def learn_until(self, group: int) -> None:
+        """Let the shared adapter learn from the groups before `group` that it has not learned from yet.
+
+        Once the deadline has passed nothing more is adapted, and nothing is learned.
+        """
+
+        def ends() -> bool:
+            return self.deadline.passed() or self.should_stop()
+
+        while self.learnt < group and not self.deadline.passed():
+            documents = [self.documents[index] for index in self.groups[self.learnt]]
+            total = sum(document.targets for document in documents)
+            with self.timed("learn"):
+                engine = self._engine_for(documents)
+                if engine.learn(documents, ends, lambda done, total=total: self.progress("learn", done, total)):
+                    self.learnt += 1
+                elif not self.deadline.passed():
+                    raise self.interrupted()  # with half a phase in the shared adapter
+
+    def _facts_of_phases(self) -> dict[str, Any]:
+        if not self.config.phases:
+            return {}
+        return {
+            "phases": {
+                "order": "by the SHA-256 of the names, in groups of as many documents each",
+                "documents_in_groups": [len(group) for group in self.groups],
+                "tokens_in_groups": [sum(self.documents[index].targets for index in group) for group in self.groups],
+            }
+        }
 
     def _is_short(self, index: int) -> bool:
-        return is_short(self.documents[index], self.config)
+        return is_short(self.documents[index], self.config, self.group_of[index])
 
     def _missing(self, order: Sequence[int]) -> list[int]:
         self.collect()
@@ -236,7 +286,9 @@ class _Run:
                 self._pass(phase, weights, indices, tick)
         for index in indices:
             before = self._nats("prequant", index)[0] if "prequant" in self.unadapted else None
-            self.drafts[index] = unadapted(self.documents[index], self.config, self._nats("base", index), before)
+            self.drafts[index] = unadapted(
+                self.documents[index], self.config, self._nats("base", index), before, self.group_of[index]
+            )
 
     def _pass(
         self, phase: str, weights: Weights, indices: Sequence[int], tick: Callable[[str, int, int], None]
@@ -303,31 +355,48 @@ class _Run:
             handed.update(places.tolist())
             self.finish([indices[place] for place in places], adapted)
 
-        hands_out, total = waiting(taken), sum(document.targets for document in documents)
+        hands_out = waiting(taken)
         claimed: list[int] = [] if hands_out else list(range(len(indices)))
         with self.timed("adapt"):
-            is_cpu = self.weights.embed.device.type == "cpu"
-            rows, every = (CPU_ROWS, CPU_EVERY) if is_cpu else (ROWS, self.queue.every)
-            capture = False if self.scorer == UNCAPTURED else None
-            engine = engine_of(self.weights, self.config, documents, rows=rows, capture=capture)
-            self.say(memory_of(engine.facts))
+            engine = self._engine_for(documents)
             adapted = engine.adapt(
                 documents,
                 self.deadline,
                 self.should_stop,
-                lambda done: self.progress("adapt", done, total),
+                lambda done: self.progress("adapt", self.targets_before + done, self.targets_to_adapt),
                 waiting=hands_out,
                 finished=finished,
-                every=every,
+                every=CPU_EVERY if self._is_on_cpu else self.queue.every,
             )
+            self.targets_before += sum(document.targets for document in documents)
             rest = np.array([place for place in claimed if place not in handed], dtype=np.int64)
             if len(rest):
                 self.tick()  # what was stopped is lost; what the deadline left out is finished
             self.finish([indices[place] for place in rest], adapted.of(rest))
             if self.gains is not None:
                 attempt("the gain along the documents", lambda: self._keep_gains(engine, indices, adapted), self.say)
-        if not self.engine_facts:
+        if self.config.phases:  # one engine for all groups, whose facts of a run are those of the last one
+            sums = {name: self.engine_facts.get(name, 0) + engine.facts[name] for name in ("rounds", "seconds")}
+            self.engine_facts = {**engine.facts, **sums}
+            del self.engine_facts["useful_places"]
+        elif not self.engine_facts:
             self.engine_facts = engine.facts
+
+    @property
+    def _is_on_cpu(self) -> bool:
+        return self.weights.embed.device.type == "cpu"
+
+    def _engine_for(self, documents: Sequence[Document]) -> Engine:
+        """An engine for these documents; with phases one for all documents, which has the shared adapter."""
+        if self.engine is not None:
+            return self.engine
+        rows, capture = CPU_ROWS if self._is_on_cpu else ROWS, False if self.scorer == UNCAPTURED else None
+        held = self.documents if self.config.phases else documents
+        engine = engine_of(self.weights, self.config, held, rows=rows, capture=capture)
+        self.say(memory_of(engine.facts))
+        if self.config.phases:
+            self.engine = engine
+        return engine
 
     def _keep_gains(self, engine: Engine, indices: Sequence[int], adapted: Adapted) -> None:
         read = engine.token_nll([self.documents[index] for index in indices], adapted.kept_pass)

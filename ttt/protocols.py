@@ -134,6 +134,19 @@ class TTTConfig(Settings):
     )
     temperature: float = setting(0.98, "divides the logits of adapted documents", above=0.0)
     batch: int = setting(64, "documents adapted side by side", at_least=1)
+    phases: int = setting(
+        0,
+        "layout start: after each of so many groups of documents is scored, a shared adapter learns from it and all "
+        "later documents start from there, so that their scores depend on earlier documents",
+        at_least=0,
+        at_most=1024,
+        zero="every document is on its own",
+    )
+    phase_lr: float = setting(0.001, "Adam learning rate of the shared adapter", at_least=0.0)
+    phase_passes: int = setting(1, "times that the shared adapter reads each document of a group", at_least=1)
+    phase_chunks: int = setting(
+        16, "chunks that a step of the shared adapter learns from, whatever the batch", at_least=1, at_most=1024
+    )
     deadline: float = setting(0.0, "seconds of scoring after which nothing more is adapted; 0: none", at_least=0.0)
     adapter_seed: int = setting(
         0, "seed of the adapters' initial state, one for all documents", at_least=0, at_most=2**63 - 1
@@ -147,6 +160,9 @@ class TTTConfig(Settings):
         for name in ("lr_warmup", "lr_half"):
             leaky = f"0, with protocol={self.protocol}, whose rate is a cosine"
             self.require(not self.is_leaky or not getattr(self, name), name, leaky)
+        leaky = f"0, with protocol={self.protocol}: phases are for {SCORE_FIRST}"
+        self.require(not (self.phases and self.is_leaky), "phases", leaky)
+        self.require(from_start or not self.phases, "phases", "0, with layout=original; give layout=start")
         self.require(from_start or not self.adapt_from, "adapt_from", "0; layout=original goes by min_tokens")
         self.require(
             not from_start or self.min_tokens == MIN_TOKENS,
@@ -206,6 +222,13 @@ class TTTConfig(Settings):
     def adapts(self, targets: Any) -> Any:
         """Whether a document of `targets` targets is adapted, not left to the base model: of an int or of an array."""
         return targets > self.first_adapted if self.layout == START else targets + 1 >= self.min_tokens
+
+    def is_left_to_base(self, targets: int, group: int) -> bool:
+        """Whether a document of `targets` targets in that group of the phases is left to the base model.
+
+        In later groups even the first target is scored by an adapter that has learned.
+        """
+        return not targets if group else not self.adapts(targets)
 
     def temperature_of(self, chunk: int) -> float:
         """What divides the logits of a chunk's targets in a document that is adapted."""

@@ -13,7 +13,8 @@ pulses of those that hold documents without a result, and takes over the documen
 `patience` seconds. A document that two ranks end up scoring gets the same score from both. The deadline is one time for
 all; the first rank to see it pass tells the others.
 
-A document's score depends on that document alone, so that it is the same on any number of ranks.
+A document's score depends on that document alone, and with phases on the earlier groups, of which every rank learns the
+same before it takes documents of the next one. So it is the same on any number of ranks.
 """
 
 import json
@@ -101,8 +102,8 @@ class DocumentQueue:
         self.publish(done)
         return set(done), Deadline(seconds, spent)
 
-    def waiting(self, taken: Taken) -> HandsOut | None:
-        """What hands long documents to an engine; None: all of them are this process's."""
+    def waiting(self, taken: Taken, name: str = "long") -> HandsOut | None:
+        """What hands the documents of the list `name` to an engine; None: all of them are this process's."""
         return None
 
     def claim(self, name: str, count: int = 1) -> range:
@@ -180,8 +181,8 @@ class StoreQueue(DocumentQueue):
         said = json.loads(self.store.get("begin"))
         return set(said["done"]), SharedDeadline(self, said["end"])
 
-    def waiting(self, taken: Taken) -> HandsOut:
-        return lambda visits: SharedWaiting(visits, self, taken)
+    def waiting(self, taken: Taken, name: str = "long") -> HandsOut:
+        return lambda visits: SharedWaiting(visits, self, taken, name)
 
     def claim(self, name: str, count: int = 1) -> range:
         stop = self.store.add(f"next/{name}", count)
@@ -318,11 +319,11 @@ class SharedDeadline(Deadline):
 
 
 class SharedWaiting(Waiting):
-    """The documents that wait for a slot on any rank. `taken` gets the places this rank was given."""
+    """The documents of the list `name` that wait for a slot on any rank. `taken` gets the places this rank got."""
 
-    def __init__(self, visits: np.ndarray, queue: StoreQueue, taken: Taken):
+    def __init__(self, visits: np.ndarray, queue: StoreQueue, taken: Taken, name: str = "long"):
         super().__init__(visits)
-        self.queue, self._taken = queue, taken
+        self.queue, self._taken, self._name = queue, taken, name
 
     def take(self, free: int, held: int) -> np.ndarray:
         taken: list[int] = []
@@ -330,7 +331,7 @@ class SharedWaiting(Waiting):
             # A share of what nobody has yet is enough to hold, or one document.
             if held and held * self.queue.world >= self._rest[self.next].sum():
                 break
-            place = self.queue.claim("long").start
+            place = self.queue.claim(self._name).start
             self.next = min(place + 1, len(self.visits))
             if place < len(self.visits):
                 taken.append(place)

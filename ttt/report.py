@@ -203,7 +203,10 @@ def _along(result: ScoreResult) -> str:
         if result.config.temperature != 1:
             text += " What the temperature alone gains is in it."
         if not result.config.is_leaky:
-            text += f" The first {result.config.first_adapted:,} tokens are scored before anything was learned."
+            of_group = " of a document of the first group" if result.config.phases else ""
+            text += (
+                f" The first {result.config.first_adapted:,} tokens{of_group} are scored before anything was learned."
+            )
         if counted < adapted:
             text += f" {adapted - counted:,} more are left out: {why}."
     return f'<p class="note">{escape(text)}</p>'
@@ -488,8 +491,9 @@ def _leak(result: ScoreResult) -> str:
 
 
 def _marks(result: ScoreResult) -> list[str]:
-    """What every number over all documents that adaptation has touched is marked with: LEAKY, the deadline's share."""
-    return [f"({mark})" for mark in (LEAKY if result.config.is_leaky else "", result.deadline_note) if mark]
+    """What every number over all documents that adaptation has touched is marked with: LEAKY, phases, the deadline."""
+    marks = LEAKY if result.config.is_leaky else "", result.phases_note, result.deadline_note
+    return [f"({mark})" for mark in marks if mark]
 
 
 def _mark(result: ScoreResult) -> str:

@@ -5,7 +5,8 @@
 Of token shards whose tokenizer normalises, the text is the normalised one, which is all that they hold; notes say so.
 
 A result of a leaky protocol says LEAKY in every form: in the CSV's column name, in the JSON and in the report. Where a
-deadline left targets to the base model, the share that was adapted stands beside the number in every form.
+deadline left targets to the base model, the share that was adapted stands beside the number in every form. So does,
+with phases, that scores depend on earlier documents.
 """
 
 import csv
@@ -60,7 +61,8 @@ class DocumentResult:
 
     base_nats: the artifact's model as it is. tempered_nats: the same at the adapted temperature, for documents that are
     long enough to adapt. prequant_nats: the model before quantisation, where one was given. adapted_nats: the score, of
-    which `adapted_tokens` targets come from the adapted model and the rest from the base model.
+    which `adapted_tokens` targets come from the adapted model and the rest from the base model. group: which of the
+    groups of the phases it is in; 0 without phases.
     """
 
     name: str
@@ -73,6 +75,7 @@ class DocumentResult:
     prequant_nats: float | None = None
     kept_pass: int = 0
     adapted_tokens: int = 0
+    group: int = 0
 
     @property
     def base_bpb(self) -> float | None:
@@ -100,13 +103,13 @@ class DocumentResult:
         return 1.0 if self.status == ADAPTED else self.adapted_tokens / self.tokens
 
 
-def is_short(document: Document, config: TTTConfig) -> bool:
-    """Whether the document is left to the base model."""
-    return not config.adapts(document.targets)
+def is_short(document: Document, config: TTTConfig, group: int = 0) -> bool:
+    """Whether the document is left to the base model, in that group of the phases."""
+    return config.is_left_to_base(document.targets, group)
 
 
 def unadapted(
-    document: Document, config: TTTConfig, base: tuple[float, float], prequant: float | None = None
+    document: Document, config: TTTConfig, base: tuple[float, float], prequant: float | None = None, group: int = 0
 ) -> DocumentResult:
     """The document as the base model leaves it: `base` are its nats and those at the adapted temperature.
 
@@ -122,11 +125,12 @@ def unadapted(
         name=document.name,
         tokens=document.targets,
         bytes=document.bytes,
-        status=SHORT if is_short(document, config) else NOT_ADAPTED,
+        status=SHORT if is_short(document, config, group) else NOT_ADAPTED,
         base_nats=nats,
         tempered_nats=tempered,
         adapted_nats=nats,
         prequant_nats=prequant,
+        group=group,
     )
 
 
@@ -187,8 +191,17 @@ class ScoreResult:
 
     @property
     def notes(self) -> Sequence[str]:
-        """What a reader of any bits per byte has to know of its bytes."""
-        return self.facts.get("notes", ())
+        """What a reader of any bits per byte has to know: of its bytes, and with phases what scores depend on."""
+        notes, phases = self.facts.get("notes", ()), self.config.phases
+        if not phases:
+            return notes
+        times = "once" if phases == 1 else f"{phases:,} times"
+        return [
+            *notes,
+            f"scores depend on earlier documents (phases={phases}): {times}, after a group of documents is scored, a "
+            "shared adapter learns from it, and all later documents start from there; this is one score of all "
+            "documents in the order of their names' hashes, and no document's on its own",
+        ]
 
     @property
     def bytes_of(self) -> str:
@@ -202,6 +215,11 @@ class ScoreResult:
             return ""
         # Rounded down: what is not all must not read as 100%.
         return f"deadline: {math.floor(self.adapted_share * 1000) / 10:.1f}% adapted"
+
+    @property
+    def phases_note(self) -> str:
+        """What stands beside every adapted number: nothing, or that it depends on earlier documents."""
+        return f"phases={self.config.phases}: depends on earlier documents" if self.config.phases else ""
 
     def totals(self) -> dict[str, Any]:
         """Sums over all documents; the *_bpb are None where they were not measured."""
@@ -231,11 +249,13 @@ class ScoreResult:
             "protocol": self.config.protocol,
             "protocol_label": label(self.config.protocol),
             "valid_score": not self.config.is_leaky,
+            "depends_on_earlier_documents": self.config.phases > 0,
             **leak,
             "totals": self.totals(),
             "seconds": self.seconds,
             "config": self.config.to_dict(),
             **self.facts,
+            **({"notes": list(self.notes)} if self.notes else {}),
             "documents": [{**asdict(d), "base_bpb": d.base_bpb, "adapted_bpb": d.adapted_bpb} for d in self.documents],
         }
 

@@ -26,18 +26,20 @@ from .protocols import learning_rate
 from .ring import LEAD, Ring, RingContext
 from .schedule import Queue
 
-SLOT, TRAINED, START, LENGTH, FIRST, RECORD, FILLED, FRESH, CHUNKS = range(9)
-"""The fields of a plan, int32 [9, batch]. A place: its slot; its slot again if it trains, else -1; where its window
-starts in the tokens; the window's inputs; the first of them that is scored; the row of the record; the document's
-tokens before the window. FRESH and CHUNKS list the slots that a document enters in this round, and its chunks, from the
-first entry on."""
+SLOT, TRAINED, COUNT, START, LENGTH, FIRST, RECORD, FILLED, FRESH, CHUNKS = range(10)
+"""The fields of a plan, int32 [10, batch]. A place: its slot; its slot again if Adam steps it for this place, else -1;
+how many targets the mean is over that is learnt from, -1 if nothing is; where its window starts in the tokens; the
+window's inputs; the first of them that is scored; the row of the record; the document's tokens before the window. FRESH
+and CHUNKS list the slots that a document enters in this round, and its chunks, from the first entry on.
 
-FIELDS = 9
+Places of one slot add up their gradients. Only one of them may name it as trained: Adam steps a slot once a round."""
+
+FIELDS = 10
 
 
 def clear_plan(plan: Tensor | np.ndarray) -> None:
     """Make all places empty: no slot, a window of the first token, and no target in it."""
-    plan[SLOT : TRAINED + 1] = -1
+    plan[SLOT : COUNT + 1] = -1
     plan[START:] = 0
     plan[LENGTH : FIRST + 1] = 1
 
@@ -95,8 +97,8 @@ class EngineStep:
         """Record the NLL of every place's chunk, then take the Adam steps of the places that train."""
         slots, inputs, targets, place = self._inputs()
         trained = self.plan[TRAINED, : self.rows]
-        # A chunk that is trained on is whole: its mean is over `chunk` targets.
-        share = ((trained >= 0).to(self.record.dtype) / self.ttt.chunk)[:, None].expand_as(targets).contiguous()
+        count = self.plan[COUNT, : self.rows].to(self.record.dtype)
+        share = ((count > 0) / count)[:, None].expand_as(targets).contiguous()
         context = self._context()
         for step in range(self.ttt.steps_per_chunk):
             nll = self._gradients(slots, inputs, targets, share, context)
@@ -147,6 +149,8 @@ class EngineStep:
     def _update(self, trained: Tensor) -> None:
         pool = self.pool
         pool.lr.copy_(learning_rate(self.ttt, pool.step, self.chunks))
+        if pool.shared is not None:
+            pool.lr[pool.shared].fill_(self.ttt.phase_lr)
         lora_adam_(
             pool.params,
             pool.grads,

@@ -11,11 +11,11 @@ from klora.ttt.protocols import learning_rate
 from klora.ttt.results import Adapted
 
 
-def token_nll(model, document, config) -> list[np.ndarray]:
-    """NLL [targets] of the document in each pass."""
+def token_nll(model, document, config, initial=None) -> list[np.ndarray]:
+    """NLL [targets] of the document in each pass; `initial` [size] is the adapter it starts from, if another one."""
     device, dtype = model.embed.device, torch.float64 if model.dtype == torch.float64 else torch.float32
     layout = AdapterLayout(model.config, config)
-    initial = layout.initial(config.adapter_seed).to(device, dtype)
+    initial = layout.initial(config.adapter_seed).to(device, dtype) if initial is None else initial
     params = [initial[p.start : p.stop].view(1, *p.shape).clone().requires_grad_() for p in layout.parts]
     factors = [_rows(p, p.group_lr * p.scale).to(device, dtype) for p in layout.parts]
     decays = [config.weight_decay * _rows(p, p.group_lr).to(device, dtype) for p in layout.parts]
@@ -29,7 +29,7 @@ def token_nll(model, document, config) -> list[np.ndarray]:
             trains = j + 1 < chunks and j >= config.trained_from
             for step in range(config.steps_per_chunk if trains else 1):
                 with torch.set_grad_enabled(trains):
-                    nll = _chunk_nll(model, layout, params, tokens, j, config)
+                    nll = chunk_nll(model, layout, params, tokens, j, config)
                 if step == 0:
                     found.append(nll.detach())
                 if trains:
@@ -59,7 +59,7 @@ def _rows(part, factors):
     return factors.view(1, -1, *[1] * (len(part.shape) - 1))
 
 
-def _chunk_nll(model, layout, params, tokens, j: int, config):
+def chunk_nll(model, layout, params, tokens, j: int, config):
     """NLL of chunk j's targets, inside a window that ends with it, or where it would end were it whole."""
     first, whole = j * config.chunk, (j + 1) * config.chunk
     end, from_start = min(whole, len(tokens) - 1), config.layout == "start"
