@@ -333,7 +333,8 @@ def test_another_commit_is_timed_beside_this_one(monkeypatch):
     monkeypatch.setattr(compare, "__defaults__", (1,))  # one turn: a process here and one there
     before = worktrees()
     result = json.loads(klora("bench", "attention", "--against", "HEAD", "--rounds", "5", "--toy", "--json").stdout)
-    assert result["against"] == "HEAD" and len(result["results"]) == 12
+    timed = 2 * sum(len(entry.present(torch.device("cpu"))) for entry in GROUPS["attention"])  # cold and warm
+    assert result["against"] == "HEAD" and len(result["results"]) == timed
     assert all(entry["here"] > 0 and entry["there"] > 0 for entry in result["results"])
     assert worktrees() == before
     wrong = klora("bench", "attention", "--against", "no-such-commit", check=2)

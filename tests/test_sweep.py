@@ -82,7 +82,7 @@ def test_the_rows_begin_with_what_is_to_be_beaten_and_try_every_lead():
 
 @pytest.mark.slow
 def test_every_row_can_be_run():
-    tuning = Sample(randomized().requires_grad_(False), [document(270), document(70, 1)])
+    tuning = Sample(randomized().requires_grad_(False), [document(150), document(40, 1)])
     for name, config in ROWS.items():
         found = tuning.run(config)
         assert found.adapted_bpb != found.base_bpb, name
