@@ -9,12 +9,13 @@ MAKEFLAGS += --no-print-directory
 # One process a core, up to four, and one thread in each: tensors in tests are small.
 WORKERS := OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
-.PHONY: help setup demo test test-fast lint format clean
+.PHONY: help setup demo test test-fast coverage lint format clean
 
 help:
 	@echo "make demo       train, export, adapt and report on this machine, in a few minutes on a CPU"
-	@echo "make test       the whole test suite with coverage; what needs a GPU is left out without one"
+	@echo "make test       the whole test suite; what needs a GPU is left out without one"
 	@echo "make test-fast  the tests of every package that take less than a second each"
+	@echo "make coverage   the whole suite without a GPU, and which lines of model and ttt it runs; half as long again"
 	@echo "make lint       ruff check and ruff format --check"
 	@echo "make format     let ruff format and fix"
 	@echo "make setup      what all of them do first: PyTorch, klora and its tools into $(VENV)"
@@ -41,11 +42,14 @@ demo: setup
 test: setup
 	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
 		$(BIN)/python -m pytest -m gpu; else echo "no CUDA GPU here: the tests marked gpu are left out"; fi
-	@echo "the tests without a GPU: about 6 minutes on two cores"
+	@echo "the tests without a GPU: about 7 minutes on two cores"
+	$(WORKERS) -m "not gpu"
+
+coverage: setup
 	$(WORKERS) -m "not gpu" --cov=klora.model --cov=klora.ttt --cov-report=term --cov-fail-under=80
 
 test-fast: setup
-	@echo "the quick tests: about 1.5 minutes on two cores"
+	@echo "the quick tests: about 2 minutes on two cores"
 	$(WORKERS) -m "not gpu and not slow"
 
 lint: setup

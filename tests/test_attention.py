@@ -341,6 +341,7 @@ def test_starts_are_those_of_the_last_bos():
     assert start.dtype == torch.int32 and start.tolist() == [[0, 0, 2, 2, 4, 5, 5], [0] * 7]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize(("S", "H", "G", "d", "tail"), [(70, 4, 2, 16, 70), (70, 2, 2, 32, 70), (66, 4, 1, 16, 23)])
 def test_no_token_sees_another_document(S, H, G, d, tail, dtype):

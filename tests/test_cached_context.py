@@ -135,6 +135,7 @@ def cached_nll(model: GPT, docs, config: TTTConfig, **options) -> list[np.ndarra
     return token_nll(engine, docs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
@@ -161,6 +162,7 @@ def test_any_depth_agrees_with_the_plain_loop(blocks):
     np.testing.assert_allclose(cached_nll(model, [doc], CACHED)[0], oracle(model, doc, CACHED), rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_fp32_is_as_close_to_float64_as_the_plain_loop_after_1_8_and_48_steps():
     config, doc, steps = CACHED.override({"lr": 0.01, "chunk": 8}), document(49 * 8 + 5), []
     exact = oracle(model64(), doc, config, steps)
@@ -183,6 +185,7 @@ def test_a_document_does_not_know_its_batch_or_its_slot():
             np.testing.assert_allclose(one, other, rtol=1e-12)
 
 
+@pytest.mark.slow
 @settings(max_examples=15, deadline=None)
 @given(strict_configs(), st.integers(1, 79), st.randoms())
 def test_no_score_depends_on_later_text(config, reached, random):

@@ -105,6 +105,7 @@ def run(corpus, tmp_path_factory) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_score_writes_csv_json_and_a_report(run, corpus, tmp_path):
     done = klora("score", run / "model.klora", "--text", corpus, "--prequant", run, "--out", tmp_path, "--json")
     totals = json.loads(done.stdout)["totals"]

@@ -321,6 +321,7 @@ def strided(tensor: Tensor) -> Tensor:
     return torch.stack([tensor, tensor], -1)[..., 0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", OPS)
 def test_where_and_how_a_tensor_lies_changes_no_number(name, backend):

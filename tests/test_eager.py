@@ -8,6 +8,7 @@ from oracles.eager import token_nll
 from test_ttt import TTT, document
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "protocol, steps", [("score_first", 1), ("score_first", 3), ("multi_epoch", 2), ("min_nll", 1)]
 )

@@ -105,6 +105,7 @@ TARGETS = {
 """Sets of targets, and other things that a set may be asked for with."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("targets", TARGETS)
 def test_any_set_of_targets_agrees_with_the_eager_scorer_after_1_8_and_48_steps(targets):
     """Chunk after chunk: the NLL of chunk n is that after n steps."""
@@ -130,6 +131,7 @@ def test_any_depth_and_any_window_agree_with_the_eager_oracle(blocks, chunk, win
     np.testing.assert_allclose(adapted.nats, eager(model, docs, config).nats, rtol=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adapt_from", [0, 17, 97])
 @pytest.mark.parametrize("chunk, window", [(16, 64), (20, 50), (32, 32)])
 def test_windows_from_the_start_agree_with_the_eager_oracle(adapt_from, chunk, window):
@@ -158,6 +160,7 @@ def strict_configs(draw):
     )
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None)
 @given(strict_configs(), st.integers(1, 79), st.randoms())
 def test_no_score_depends_on_later_text(config, reached, random):
@@ -233,6 +236,7 @@ def test_a_document_does_not_know_its_batch():
     np.testing.assert_allclose(alone, whole, rtol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("protocol", ["score_first", "multi_epoch", "min_nll"])
 @pytest.mark.parametrize("every", [0.0, 60.0])
 def test_documents_that_are_through_are_handed_over_once_with_what_they_have_in_the_end(protocol, every):

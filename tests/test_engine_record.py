@@ -67,6 +67,7 @@ def test_a_pace_is_of_the_faster_of_two_runs_with_the_same_bits(small, monkeypat
     assert not engine.pace(small, CACHED_CONFIG, engine.drawn([80]))["bits"]["equal"]
 
 
+@pytest.mark.slow
 def test_the_record_has_the_rows_that_were_asked_for(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(engine, "TOY_LENGTHS", (300, 200))
     engine.check(tmp_path / "engine.json", "contest, cached-64,recomputed-256", toy=True, commit="abc")

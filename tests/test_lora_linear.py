@@ -204,6 +204,7 @@ def test_bad_input_is_refused_with_what_was_given_and_what_is_allowed(message, c
         lora_mlp(**{**GIVEN, "backend": "triton", **changed})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("absent", [(), UP, DOWN])
 @pytest.mark.parametrize(("slots", "dtype"), [(None, torch.float32), ([1, 0], torch.float16)])
 def test_opcheck(slots, dtype, absent):

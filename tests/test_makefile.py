@@ -35,7 +35,8 @@ def test_setup_shows_its_progress_and_knows_pytorch_without_cuda(tmp_path):
 def test_the_tests_run_on_every_core_with_a_thread_each_and_are_counted_last(target, marks, tmp_path):
     last = commands(target, tmp_path).splitlines()[-1]
     assert last.startswith("OMP_NUM_THREADS=1 TRITON_INTERPRET=1 ") and "-n auto" in last and f"-m {marks}" in last
-    assert ("--cov-fail-under=80" in last) is (target == "test")
+    assert "--cov" not in last and last in commands("coverage", tmp_path) or target == "test-fast"
+    assert "--cov-fail-under=80" in commands("coverage", tmp_path)
 
 
 def test_the_readme_and_the_command_say_how_long_the_tests_take(tmp_path):

@@ -94,6 +94,7 @@ CHANGES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CHANGES)
 def test_the_shared_adapter_and_what_starts_from_it_are_the_oracles(name):
     """In float64, after one phase and after two; a batch smaller than a shared step and one that is larger."""

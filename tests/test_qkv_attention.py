@@ -67,6 +67,7 @@ def test_a_gain_of_zero_and_wrong_arguments():
         qkv_attention(x, weight, cos, sin, gain, (64, 48, 16), head_dim=head_dim)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tail", [None, 20])
 @pytest.mark.parametrize("large", [False, True])
 def test_documents_are_kept_apart_with_and_without_a_bound(tail, large):

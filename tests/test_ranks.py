@@ -227,6 +227,7 @@ def test_leaky_protocols_and_a_second_model_go_the_same_way(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_the_documents_of_a_lost_rank_go_to_the_others(tmp_path, alone):
     """Rank 1 takes documents of both kinds, shows a pulse and is never heard of again."""
     store = dist.HashStore()

@@ -342,6 +342,7 @@ def test_a_loaded_model_says_that_its_tokenizer_normalises(contest_run):
             assert result.bytes_of == "original text"
 
 
+@pytest.mark.slow
 def test_where_nothing_is_adapted_it_says_why(artifact, texts, tmp_path):
     """The adapted number is then the base model's."""
     for more, why in (

@@ -82,7 +82,7 @@ def test_the_rows_begin_with_what_is_to_be_beaten_and_try_every_lead():
 
 @pytest.mark.slow
 def test_every_row_can_be_run():
-    tuning = Sample(randomized().requires_grad_(False), [document(150), document(40, 1)])
+    tuning = Sample(randomized().requires_grad_(False), [document(270), document(70, 1)])
     for name, config in ROWS.items():
         found = tuning.run(config)
         assert found.adapted_bpb != found.base_bpb, name
@@ -101,6 +101,7 @@ def text(tmp_path, tokenizer, monkeypatch):
     return paths | usual, lambda: json.loads((tmp_path / "record.json").read_text())
 
 
+@pytest.mark.slow
 def test_rows_are_measured_on_one_half_and_the_chosen_ones_score_the_other(text, monkeypatch, capsys):
     arguments, read = text
     halves = []
@@ -128,6 +129,7 @@ def spy(init, halves):
     return run
 
 
+@pytest.mark.slow
 def test_a_sweep_goes_on_where_it_stopped(text, monkeypatch, capsys):
     arguments, read = text
     sweep(**arguments | {"rows": QUICK})
@@ -144,6 +146,7 @@ def test_a_sweep_goes_on_where_it_stopped(text, monkeypatch, capsys):
     assert read()["rows"][QUICK]["config"]["lr"] == 0.003
 
 
+@pytest.mark.slow
 def test_a_row_that_fails_costs_no_other_and_is_tried_again(text, monkeypatch):
     arguments, read = text
     run = Sample.run

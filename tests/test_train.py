@@ -83,6 +83,7 @@ def losses(folder: Path) -> list[tuple[str, str]]:
         return [(row["step"], row["loss"]) for row in csv.DictReader(file)]
 
 
+@pytest.mark.slow
 def test_training_learns_and_leaves_a_whole_run(tmp_path, data):
     result = Trainer(small_preset(max_steps=60), data, tmp_path, ALONE).run()
     first, last = float(losses(tmp_path)[0][1]), float(losses(tmp_path)[-1][1])

@@ -98,6 +98,7 @@ def python(code: str, cache) -> list:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_processes_fill_the_cache_where_a_launch_would_look(tmp_path):
     """One that cannot be compiled is named, and the others are compiled all the same."""
     before, failed, done, after, hits = python(COMPILED, tmp_path / "cache")
@@ -106,6 +107,7 @@ def test_processes_fill_the_cache_where_a_launch_would_look(tmp_path):
     assert re.fullmatch(r"\w+: \w+: .+", failed[0])
 
 
+@pytest.mark.slow
 def test_a_training_step_and_scoring_are_recorded_without_a_gpu(tmp_path):
     """Nothing could be launched there. A pool of 17 slots takes other kernels than one of 16."""
     (step, *scores), (step_keys, *score_keys) = python(RECORDED, tmp_path / "cache")
@@ -214,6 +216,7 @@ class TestWarmed:
         warmed(lambda: pytest.fail("nothing is recorded"), torch.device("cpu"), Output())
 
 
+@pytest.mark.slow
 def test_the_command_compiles_what_is_missing_and_says_where_nothing_was_to_do(monkeypatch, tmp_path, capsys):
     kernels = Kernels(monkeypatch, tmp_path, 5)
     monkeypatch.setattr(warm_module, "require_gpu", lambda device: torch.device("cpu"))
