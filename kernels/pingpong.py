@@ -22,7 +22,7 @@ from .tile import is_hopper
 BLOCK = gl.constexpr(128)
 DEPTH = gl.constexpr(64)
 STAGES = gl.constexpr(5)
-"""Of the ring: 160 KiB, beside a tile of 16 bits for each group. They hide latency: with 4, products take 8% longer."""
+"""Of the ring: 160 KiB, beside a tile of 16 bits for each group. They hide latency: with 4, a tenth longer."""
 
 GROUP_REGISTERS = gl.constexpr(240)
 """A thread's, of the second group; the first gets as many as are left of 168 for each of 384 threads."""

@@ -293,7 +293,7 @@ def test_every_choice_takes_the_training_step_of_the_reference(name):
     if reason:
         with pytest.raises(ConfigError, match=f"attention={name} is not possible"):
             choose_attention(on_gpu(), name, 2, 256, Ranks(0, 1, CUDA), capture=True)
-        pytest.skip(reason)
+        return
     tokens = torch.randint(3, 300, (2, 257), generator=torch.Generator().manual_seed(0)).cuda()
 
     def flat(grads):

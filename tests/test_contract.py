@@ -296,11 +296,9 @@ def test_a_document_without_a_slot_does_not_read_slot_0(name, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("name", [name for name, op in OPS.items() if op.per_document])
 def test_a_document_that_is_not_finite_spoils_no_other(name, backend):
     op = OPS[name]
-    if not op.per_document:
-        pytest.skip("its documents are tokens")
     torn = {tensor: op.floats[tensor].clone() for tensor in op.per_document}
     for tensor in torn.values():
         tensor[1] = math.nan

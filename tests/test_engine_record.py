@@ -98,9 +98,8 @@ def test_what_runs_side_by_side_is_covered_once():
     assert engine.covered_by([(5.0, 7.0), (0.0, 3.0), (1.0, 2.0), (2.0, 4.0)]) == (8.0, 6.0)
 
 
-def test_it_wants_a_gpu(tmp_path):
-    if torch.cuda.is_available():
-        pytest.skip("there is one")
+def test_it_wants_a_gpu(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit, match="PyTorch sees none here"):
         engine.check(tmp_path / "engine.json")
     assert not (tmp_path / "engine.json").exists()

@@ -64,8 +64,8 @@ def test_groups_go_by_names_and_their_number_alone():
     names = [[docs[i].name for i in group] for group in groups_of(docs, 2)]
     assert [len(group) for group in names] == [4, 3, 3]
     assert names == [[d.name for d in group] for group in oracle.groups(docs, 2)]
-    turned = docs[::-1]
-    assert [[turned[i].name for i in group] for group in groups_of(turned, 2)] == names
+    backwards = docs[::-1]
+    assert [[backwards[i].name for i in group] for group in groups_of(backwards, 2)] == names
     other = [dataclasses.replace(d, tokens=document(50, 99).tokens) for d in docs]
     assert groups_of(other, 2) == groups_of(docs, 2)
     assert [len(group) for group in groups_of(docs[:2], 3)] == [1, 1, 0, 0] and groups_of([], 1) == [[], []]
@@ -418,8 +418,8 @@ def files(tmp_path_factory, tokenizer):
 @pytest.mark.slow
 def test_every_output_says_that_scores_depend_on_earlier_documents(files, tmp_path):
     said = CliRunner().invoke(app, [*map(str, files), "--phases", "2", "--out", str(tmp_path / "two")]).output
-    told = re.sub(r"\s+", " ", said)
-    assert f"(phases=2: {SAYS})" in told and "note: scores depend on earlier documents (phases=2): 2 times" in told
+    shown = re.sub(r"\s+", " ", said)
+    assert f"(phases=2: {SAYS})" in shown and "note: scores depend on earlier documents (phases=2): 2 times" in shown
     result = json.loads((tmp_path / "two" / "score.json").read_text())
     assert result["depends_on_earlier_documents"] is True and result["valid_score"] is True
     assert result["notes"][-1].startswith("scores depend on earlier documents (phases=2)")

@@ -747,7 +747,7 @@ def test_targets_that_do_not_exist_are_refused(targets):
 
 
 def test_a_rank_or_an_alpha_of_no_target_is_refused():
-    """It would change nothing, and nobody would be told."""
+    """It would change nothing, and no output would say so."""
     for target in TARGETS:
         others = ",".join(name for name in TARGETS if name != target)
         for name in (f"{target}_rank", f"{target}_alpha"):

@@ -102,32 +102,6 @@ def _finish_tiles(
 
 
 @gluon.jit
-def _first_group(
-    out_desc, cos_ptr, sin_ptr, gain_ptr, rstd_ptr, S, ROWS, inputs, weights, kepts, loaded, empty, turn, kept_loaded,
-    kept_empty, tiles,
-    ACROSS: gl.constexpr, STEPS: gl.constexpr, IS_U: gl.constexpr, HEAD: gl.constexpr, Q: gl.constexpr, G: gl.constexpr,
-    EPS: gl.constexpr,
-):  # fmt: skip
-    _finish_tiles(
-        out_desc, cos_ptr, sin_ptr, gain_ptr, rstd_ptr, S, ROWS, inputs, weights, kepts, loaded, empty, turn,
-        kept_loaded, kept_empty, tiles, 0, ACROSS, STEPS, IS_U, HEAD, Q, G, EPS,
-    )  # fmt: skip
-
-
-@gluon.jit
-def _second_group(
-    out_desc, cos_ptr, sin_ptr, gain_ptr, rstd_ptr, S, ROWS, inputs, weights, kepts, loaded, empty, turn, kept_loaded,
-    kept_empty, tiles,
-    ACROSS: gl.constexpr, STEPS: gl.constexpr, IS_U: gl.constexpr, HEAD: gl.constexpr, Q: gl.constexpr, G: gl.constexpr,
-    EPS: gl.constexpr,
-):  # fmt: skip
-    _finish_tiles(
-        out_desc, cos_ptr, sin_ptr, gain_ptr, rstd_ptr, S, ROWS, inputs, weights, kepts, loaded, empty, turn,
-        kept_loaded, kept_empty, tiles, 1, ACROSS, STEPS, IS_U, HEAD, Q, G, EPS,
-    )  # fmt: skip
-
-
-@gluon.jit
 def _load(
     x_desc, w_desc, kept_desc, inputs, weights, kepts, loaded, empty, kept_loaded, kept_empty, tiles,
     ACROSS: gl.constexpr, STEPS: gl.constexpr, HEAD: gl.constexpr,
@@ -181,13 +155,13 @@ def _product(
         mbarrier.init(kept_empty.index(group), count=1)
     gl.warp_specialize(
         [
-            (_first_group, (
+            (_finish_tiles, (
                 out_desc, cos_ptr, sin_ptr, gain_ptr, rstd_ptr, S, ROWS, inputs, weights, kepts, loaded, empty, turn,
-                kept_loaded, kept_empty, tiles, ACROSS, STEPS, IS_U, HEAD, Q, G, EPS,
+                kept_loaded, kept_empty, tiles, 0, ACROSS, STEPS, IS_U, HEAD, Q, G, EPS,
             )),
-            (_second_group, (
+            (_finish_tiles, (
                 out_desc, cos_ptr, sin_ptr, gain_ptr, rstd_ptr, S, ROWS, inputs, weights, kepts, loaded, empty, turn,
-                kept_loaded, kept_empty, tiles, ACROSS, STEPS, IS_U, HEAD, Q, G, EPS,
+                kept_loaded, kept_empty, tiles, 1, ACROSS, STEPS, IS_U, HEAD, Q, G, EPS,
             )),
             (_load, (
                 x_desc, w_desc, kept_desc, inputs, weights, kepts, loaded, empty, kept_loaded, kept_empty, tiles,

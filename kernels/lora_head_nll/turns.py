@@ -79,30 +79,6 @@ def _sweep_rows(
 
 
 @gluon.jit
-def _first_group(
-    e_desc, targets_ptr, totals_ptr, z_targets_ptr, inputs, weights, stores, loaded, empty, turn, rows, pairs,
-    softcap, gain, scale,
-    SHARES: gl.constexpr, TILES: gl.constexpr, V: gl.constexpr, STEPS: gl.constexpr,
-):  # fmt: skip
-    _sweep_rows(
-        e_desc, targets_ptr, totals_ptr, z_targets_ptr, inputs, weights, stores, loaded, empty, turn, rows, pairs,
-        softcap, gain, scale, 0, SHARES, TILES, V, STEPS,
-    )  # fmt: skip
-
-
-@gluon.jit
-def _second_group(
-    e_desc, targets_ptr, totals_ptr, z_targets_ptr, inputs, weights, stores, loaded, empty, turn, rows, pairs,
-    softcap, gain, scale,
-    SHARES: gl.constexpr, TILES: gl.constexpr, V: gl.constexpr, STEPS: gl.constexpr,
-):  # fmt: skip
-    _sweep_rows(
-        e_desc, targets_ptr, totals_ptr, z_targets_ptr, inputs, weights, stores, loaded, empty, turn, rows, pairs,
-        softcap, gain, scale, 1, SHARES, TILES, V, STEPS,
-    )  # fmt: skip
-
-
-@gluon.jit
 def _load(
     h_desc, weight_desc, inputs, weights, loaded, empty, pairs,
     SHARES: gl.constexpr, TILES: gl.constexpr, STEPS: gl.constexpr,
@@ -150,13 +126,13 @@ def _sweep(
     stores = gl.allocate_shared_memory(h_desc.dtype, [2, BLOCK, BLOCK], SWIZZLED)
     gl.warp_specialize(
         [
-            (_first_group, (
+            (_sweep_rows, (
                 e_desc, targets_ptr, totals_ptr, z_targets_ptr, inputs, weights, stores, loaded, empty, turn, rows,
-                pairs, softcap, gain, scale, SHARES, TILES, V, STEPS,
+                pairs, softcap, gain, scale, 0, SHARES, TILES, V, STEPS,
             )),
-            (_second_group, (
+            (_sweep_rows, (
                 e_desc, targets_ptr, totals_ptr, z_targets_ptr, inputs, weights, stores, loaded, empty, turn, rows,
-                pairs, softcap, gain, scale, SHARES, TILES, V, STEPS,
+                pairs, softcap, gain, scale, 1, SHARES, TILES, V, STEPS,
             )),
             (_load, (h_desc, weight_desc, inputs, weights, loaded, empty, pairs, SHARES, TILES, STEPS)),
         ],
