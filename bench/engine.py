@@ -7,10 +7,10 @@ A row of PACES is one pass of score_first over 64 documents of 2,049 tokens, und
 
     tokens_per_second   of the faster of two runs, graphs and compiled kernels made before
     bits                whether the second run gives every target the first one's NLL, to the bit
-    errors              |x - exact| / |exact| of the NLL of the chunks after 1, 8 and 48 Adam steps of one document. x
-                        is the engine's or eager PyTorch's in bf16, exact eager PyTorch's in fp32. With recomputed
-                        windows eager is bench/eager.py; with cached context, the engine's schedule over the reference
-                        ops.
+    errors              |x - exact| / |exact| of the NLL of the chunks after 1, 8 and 48 Adam steps, over TRIALS
+                        documents: the targets of one share the error of its adapter. x is the engine's or eager
+                        PyTorch's in bf16, exact eager PyTorch's in fp32. With recomputed windows eager is
+                        bench/eager.py; with cached context, the engine's schedule over the reference ops.
 
 `bits`: the same bits with and without graphs, and one document's in batches of 1, 4, 16, 41 and 64. `busy`: share of
 the time from the first kernel to the last in which one runs, for workloads of bench/ttt.py, and the share of places in
@@ -47,6 +47,8 @@ SEED, TOY = {"blocks": 10}, {"blocks": 0}
 STEPS, TOY_STEPS = (1, 8, 48), (1, 2)
 MATES = (0, 3, 15, 40, 63)
 LENGTHS, TOY_LENGTHS = (2049,) * 64, (2049,) * 2
+TRIALS = 16
+"""Documents whose errors are taken together."""
 
 PACES = {
     "recomputed-256": TTTConfig(deadline=0.0),
@@ -71,19 +73,13 @@ def drawn(lengths: Sequence[int], vocabulary: int = 1024) -> list[Document]:
     return [Document(str(index), part, bytes=1) for index, part in enumerate(parts)]
 
 
-def eager_nll(model: GPT, document: Document, config: TTTConfig) -> np.ndarray:
-    """NLL of every target of one document, in eager PyTorch."""
-    (nll,) = adapt_batch(model, Adam(model, config, 1), [document])
-    return nll.double().cpu().numpy()
-
-
-def exact_nll(model: GPT, document: Document, config: TTTConfig) -> np.ndarray:
-    """NLL of every target of one document, without a kernel of ours."""
+def plain_nll(model: GPT, documents: list[Document], config: TTTConfig) -> np.ndarray:
+    """NLL [documents, targets] of documents of one length, without a kernel of ours."""
     if config.context != CACHED:
-        return eager_nll(model, document, config)
-    alone = config.override({"batch": 1})
-    (nll,) = engine_nll(engine_of(model, alone, [document], backend="reference", capture=False), [document])
-    return nll.astype(np.float64)
+        nll = torch.stack(adapt_batch(model, Adam(model, config, len(documents)), documents))
+        return nll.double().cpu().numpy()
+    engine = engine_of(model, config, documents, backend="reference", capture=False)
+    return np.stack(engine_nll(engine, documents)).astype(np.float64)
 
 
 def engine_nll(engine: Engine, documents: list[Document]) -> list[np.ndarray]:
@@ -91,17 +87,18 @@ def engine_nll(engine: Engine, documents: list[Document]) -> list[np.ndarray]:
 
 
 def errors(
-    model: GPT, exact_model: GPT, config: TTTConfig, after: Sequence[int] | None = None
+    model: GPT, exact_model: GPT, config: TTTConfig, after: Sequence[int] | None = None, trials: int = TRIALS
 ) -> dict[str, dict[str, float]]:
     """Relative errors of the chunks `after` so many steps (STEPS), of the engine and of eager PyTorch in bf16."""
     after = after or STEPS
-    (document,) = drawn([config.chunk * (max(after) + 1) + 101], model.config.vocab_size)
-    exact = exact_nll(exact_model, document, config)
+    documents = drawn([config.chunk * (max(after) + 1) + 101] * trials, model.config.vocab_size)
+    config = config.override({"batch": trials})
+    exact = plain_nll(exact_model, documents, config)
     found = {
-        "engine": engine_nll(engine_of(model, config, [document]), [document])[0],
-        "eager": exact_nll(model, document, config),
+        "engine": np.stack(engine_nll(engine_of(model, config, documents), documents)),
+        "eager": plain_nll(model, documents, config),
     }
-    chunks = {str(steps): slice(steps * config.chunk, (steps + 1) * config.chunk) for steps in after}
+    chunks = {str(steps): np.s_[:, steps * config.chunk : (steps + 1) * config.chunk] for steps in after}
     norm = np.linalg.norm
     return {
         name: {steps: float(norm(nll[at] - exact[at]) / norm(exact[at])) for steps, at in chunks.items()}
@@ -214,10 +211,10 @@ def check(
     model = seeded_model(shape, device, torch.bfloat16 if on_gpu else torch.float32).requires_grad_(False)
     exact = seeded_model(shape, device, torch.float32).requires_grad_(False)
     documents = drawn(TOY_LENGTHS if toy else LENGTHS, model_config(shape).vocab_size)
-    after = TOY_STEPS if toy else STEPS
+    after, trials = (TOY_STEPS, 2) if toy else (STEPS, TRIALS)
 
     def paced(config: TTTConfig) -> dict[str, Any]:
-        return pace(model, config, documents) | {"errors": errors(model, exact, config, after)}
+        return pace(model, config, documents) | {"errors": errors(model, exact, config, after, trials)}
 
     measures: dict[str, Callable[[], dict[str, Any]]] = {
         **{name: partial(paced, config) for name, config in PACES.items()},

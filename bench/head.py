@@ -12,7 +12,10 @@ from .entry import Call, Entry, Shape, Tensors, Variant
 
 SOFTCAP, TEMPERATURE = 30.0, 0.98
 ADAPTED = {"16384": {"B": 64, "S": 256, "D": 512, "V": 1024, "R": 16}}
-TRAINED = {"98304": {"B": 96, "S": 1024, "D": 512, "V": 1024}}
+TRAINED = {
+    "98304": {"B": 96, "S": 1024, "D": 512, "V": 1024},
+    "16384-wide": {"B": 16, "S": 1024, "D": 2048, "V": 32000},
+}
 
 
 def _draw(shape: Shape, device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Tensors:

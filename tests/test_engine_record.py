@@ -9,7 +9,7 @@ import typer
 from conftest import SMALL, randomized
 from klora.bench import engine
 from klora.kernels import BOS
-from klora.ttt.protocols import CACHED, START, TARGETS, TTTConfig
+from klora.ttt.protocols import CACHED, RECOMPUTED, START, TARGETS, TTTConfig
 
 CONFIG = TTTConfig(chunk=16, window=64, min_tokens=2, lora_rank=2, head_rank=3, deadline=0.0, batch=4)
 
@@ -46,9 +46,10 @@ CACHED_CONFIG = TTTConfig(
 
 
 def test_errors_of_cached_context_are_those_of_the_reference_ops(small):
-    exact = engine.exact_nll(small, *engine.drawn([80]), CACHED_CONFIG)
-    recomputed = engine.eager_nll(small, *engine.drawn([80]), CACHED_CONFIG)  # which knows of no cache
-    assert len(exact) == 79 and not np.allclose(exact, recomputed, rtol=1e-4)
+    documents = engine.drawn([80, 80])
+    exact = engine.plain_nll(small, documents, CACHED_CONFIG)
+    recomputed = engine.plain_nll(small, documents, CACHED_CONFIG.override({"context": RECOMPUTED}))
+    assert exact.shape == (2, 79) and not np.allclose(exact, recomputed, rtol=1e-4)
     found = engine.errors(small, small, CACHED_CONFIG)
     assert found["eager"] == {"1": 0.0, "3": 0.0} and max(found["engine"].values()) < 1e-5
     other = randomized(seed=1).requires_grad_(False)
