@@ -9,6 +9,9 @@ else, and what; they have no errors) and `results`, one for each op, shape, dtyp
 
 and `attention`, what ran it and why, where a variant chooses.
 
+peak_bytes is the most memory that building a variant and calling it once take, its inputs left out: what a call works
+in may have been set aside before, in the pool of a CUDA graph. Null: not measured.
+
 floor_ms is the larger of bytes / copy rate and flops / GEMM rate; percent_of_floor is 100 * floor_ms / p50, so that 100
 is the best there is. `validate` checks a record against RECORD_SCHEMA (JSON Schema 2020-12).
 """
@@ -25,7 +28,7 @@ from ..install import pip_install
 from .entry import Entry, Shape, Variant
 from .environment import environment
 from .gate import Verdict, check, why_broken
-from .timing import Thunk, Times, captured, input_sets, peak_bytes, time_interleaved
+from .timing import MemoryWatch, Taken, Thunk, Times, captured, input_sets, peak_bytes, time_interleaved
 
 SLOWER = 1.05
 """A median this much above the baseline's fails the comparison."""
@@ -184,10 +187,12 @@ def _thunks(
     device: torch.device,
     dtype: torch.dtype,
     broken: dict[str, str] | None = None,
+    built: dict[str, Taken] | None = None,
 ) -> dict[str, list[Thunk]]:
     """Calls of each variant, built once, on input sets that all variants share: as many as keep the cache cold.
 
-    A bound, which the gate has not called, may raise: `broken` gets its name and the reason.
+    A bound, which the gate has not called, may raise: `broken` gets its name and the reason. `built` gets what building
+    each took.
     """
     if not entry.once:  # which is compiled for shapes of any size, since it has its time from one call
         torch.compiler.reset()  # what was compiled for other shapes would make this one's dynamic
@@ -196,8 +201,10 @@ def _thunks(
     drawn = [entry.draw(shape, device, dtype, generator) for _ in range(sets)]
     thunks = {}
     for variant in variants:
+        watch = MemoryWatch(device)
         try:
             call = variant.build(shape, device, dtype)
+            taken = watch.taken()
             if variant.instead and not entry.once:
                 call(*drawn[0])
         except Exception as error:
@@ -206,6 +213,8 @@ def _thunks(
             broken[variant.name] = why_broken(error)
             continue
         thunks[variant.name] = [partial(call, *inputs) for inputs in drawn]
+        if built is not None and taken is not None:
+            built[variant.name] = taken
     return thunks
 
 
@@ -223,7 +232,8 @@ def _time_entry(
     moved, operations = entry.bytes(shape, dtype.itemsize), entry.flops(shape)
     floor = 1e3 * max(moved / ceilings["bytes_per_second"], operations / ceilings["flops_per_second"])
     variants = [v for v in entry.present(device) if v.shapes is None or name in v.shapes or name == "toy"]
-    thunks = _thunks(entry, variants, shape, device, dtype, broken)
+    built: dict[str, Taken] = {}
+    thunks = _thunks(entry, variants, shape, device, dtype, broken, built)
     captures = [variant.name for variant in variants if variant.captures and variant.name in thunks]
     attention = {v.name: {"attention": v.attention(shape, device, dtype)} for v in variants if v.attention}
     results = []
@@ -251,7 +261,7 @@ def _time_entry(
                         "rounds": times.rounds,
                         "steady": times.is_steady,
                     },
-                    "peak_bytes": peaks[variant],
+                    "peak_bytes": _whole_peak(built.get(variant), peaks[variant]),
                     "bytes": moved,
                     "flops": operations,
                     "floor_ms": floor,
@@ -262,6 +272,11 @@ def _time_entry(
                 }
             )
     return results
+
+
+def _whole_peak(built: Taken | None, of_call: int | None) -> int | None:
+    """The most that building or a call takes, where a call comes on top of what building keeps."""
+    return of_call if built is None or of_call is None else max(built.peak, built.kept + of_call)
 
 
 Measured = tuple[str, str, dict[str, Times], dict[str, int | None]]

@@ -9,6 +9,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -110,14 +111,35 @@ def captured(thunk: Thunk, device: torch.device) -> Thunk:
     return graphs.captured(thunk, device, warm_up=3).graph.replay
 
 
+class Taken(NamedTuple):
+    """Bytes of GPU memory: the most that was taken, and what still is."""
+
+    peak: int
+    kept: int
+
+
+class MemoryWatch:
+    """Watches what is allocated on `device` from its making on."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+            self.before = torch.cuda.memory_allocated(device)
+            torch.cuda.reset_peak_memory_stats(device)
+
+    def taken(self) -> Taken | None:
+        """On top of what was allocated before; None without a GPU."""
+        if self.device.type != "cuda":
+            return None
+        torch.cuda.synchronize(self.device)
+        now = torch.cuda.max_memory_allocated(self.device), torch.cuda.memory_allocated(self.device)
+        return Taken(*(amount - self.before for amount in now))
+
+
 def peak_bytes(thunk: Thunk, device: torch.device) -> int | None:
     """Most memory that one call of `thunk` allocates on top of what is allocated before it; None without a GPU."""
-    if device.type != "cuda":
-        thunk()
-        return None
-    torch.cuda.synchronize(device)
-    before = torch.cuda.memory_allocated(device)
-    torch.cuda.reset_peak_memory_stats(device)
+    watch = MemoryWatch(device)
     thunk()
-    torch.cuda.synchronize(device)
-    return torch.cuda.max_memory_allocated(device) - before
+    taken = watch.taken()
+    return None if taken is None else taken.peak

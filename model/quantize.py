@@ -47,8 +47,8 @@ ERRORS = (0.1, 0.03, 0.01, 0.003)
 """Relative squared errors whose budgets `error_budgets` gives."""
 
 LARGE_ERROR = 0.01
-"""Relative squared error worth a warning. 0.0019 cost the seed preset 0.0019 bits per byte of 0.516, and the loss grows
-about in proportion."""
+"""Relative squared error worth a warning. 0.0019 cost the seed preset 0.0019 bits per byte of 0.516 after 844 steps and
+0.0101 of 0.400 after 6,787; the loss grows about in proportion to the error."""
 
 ALLOWANCE = 1.02
 """Factor on the entropy of those budgets, for what an entropy coder leaves."""

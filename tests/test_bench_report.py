@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from klora.bench.groups import GROUPS
-from klora.bench.record import RecordError, validate
+from klora.bench.record import RecordError, _whole_peak, validate
 from klora.bench.report import (
     BEGIN,
     END,
@@ -17,6 +17,7 @@ from klora.bench.report import (
     report,
     rewrite_readme,
 )
+from klora.bench.timing import Taken
 from klora.bench.training import ENTRIES as TRAINING
 from klora.bench.waterfall import times_in_step, waterfalls
 from klora.model.config import preset
@@ -114,6 +115,11 @@ def test_a_section_says_everything_about_one_record():
         "- liger (mix, copy): package liger is not installed\n"
         "- flash (mix): runs on cuda, not on cpu\n"
     )
+
+
+def test_peak_memory_is_what_building_keeps_and_a_call_adds_or_what_building_took():
+    assert _whole_peak(Taken(peak=7, kept=4), 2) == 7 and _whole_peak(Taken(peak=7, kept=4), 5) == 9
+    assert _whole_peak(None, 5) == 5 and _whole_peak(Taken(1, 1), None) is None
 
 
 def test_a_speedup_is_taken_against_eager_measured_in_the_same_way():

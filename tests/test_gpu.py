@@ -3,7 +3,7 @@
 import pytest
 import torch
 from conftest import randomized
-from klora.bench.timing import captured, peak_bytes, time_interleaved
+from klora.bench.timing import MemoryWatch, captured, peak_bytes, time_interleaved
 from klora.bench.tolerance import assert_as_exact
 from klora.kernels import causal_attention_ref, pick_attention
 from klora.model.config import ModelConfig, preset
@@ -83,5 +83,9 @@ def test_a_graph_replay_computes_what_the_call_does_and_its_memory_is_counted():
     replay()
     assert torch.equal(out, 2 * x)
     assert peak_bytes(lambda: x + 1, device) == x.nbytes
+    watch = MemoryWatch(device)
+    captured(lambda: torch.mul(x + 1, 2, out=out), device)
+    taken = watch.taken()
+    assert taken.peak >= x.nbytes > taken.kept
     times = time_interleaved({"graph": [replay], "twice": [lambda: (replay(), replay())]}, device)
     assert 0 < times["graph"].p50 < times["twice"].p50

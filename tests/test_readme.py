@@ -8,7 +8,8 @@ import pytest
 from klora.bench.report import _three as three
 
 ROOT = Path(__file__).parent.parent
-H100 = ROOT / "bench/results/nvidia-h100-80gb-hbm3"
+RESULTS = ROOT / "bench/results"
+H100, H200 = "nvidia-h100-80gb-hbm3", "nvidia-h200"
 
 pytestmark = pytest.mark.skipif(not (ROOT / "README.md").exists(), reason="a GPU machine gets the tests alone")
 
@@ -29,24 +30,25 @@ def test_it_is_short(text):
 
 
 MEASURED = [
-    ("ttt", "score_first_pass", "seed-64x2049", "events", "klora", "torch.compile"),
-    ("lora", "lora_qkv_forward_backward", "B64-S1024", "graph", "klora", "torch.compile"),
-    ("muon", "newton_schulz_model", "seed-60", "graph", "klora", "cublas"),
-    ("int6", "int6_linear", "M1-8192x8192", "graph", "int6", "eager"),
-    ("int6", "int6_linear", "M4096-8192x8192", "graph", "int6", "eager"),
+    (H200, "step", "train_step", "seed-98304", "events", "klora", "torch.compile"),
+    (H100, "ttt", "score_first_pass", "seed-64x2049", "events", "klora", "torch.compile"),
+    (H100, "lora", "lora_qkv_forward_backward", "B64-S1024", "graph", "klora", "torch.compile"),
+    (H100, "muon", "newton_schulz_model", "seed-60", "graph", "klora", "cublas"),
+    (H100, "int6", "int6_linear", "M1-8192x8192", "graph", "int6", "eager"),
+    (H100, "int6", "int6_linear", "M4096-8192x8192", "graph", "int6", "eager"),
 ]
 
 
 def test_every_measured_number_is_a_records_and_one_is_a_loss(text):
     rows = rows_of(text, "| work |")
-    for row, (group, op, shape, timing, ours, other) in zip(rows, MEASURED, strict=True):
+    for row, (gpu, group, op, shape, timing, ours, other) in zip(rows, MEASURED, strict=True):
         ms = {
             result["variant"]: result["ms"]["p50"]
-            for result in json.loads((H100 / f"{group}.json").read_text())["results"]
+            for result in json.loads((RESULTS / gpu / f"{group}.json").read_text())["results"]
             if (result["op"], result["shape"], result["timing"], result["cache"]) == (op, shape, timing, "cold")
         }
         assert [row[1], row[3], row[4]] == [three(ms[ours]), three(ms[other]), three(ms[other] / ms[ours])], row
-        assert row[5] == f"[{group}](bench/results/nvidia-h100-80gb-hbm3/{group}.json)"
+        assert row[5] == f"[{group}](bench/results/{gpu}/{group}.json)"
     assert sum(float(row[4]) < 1 for row in rows) == 1
 
 
