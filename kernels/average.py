@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .registration import device_of
+from .dispatch import device_of
 
 BLOCK = 2048
 

@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .bigram import BOS, bigram_hash_ref
-from .registration import custom_op, resolve_backend
+from .dispatch import custom_op, resolve_backend
 from .rms_norm import EPS, rms_norm_ref
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)

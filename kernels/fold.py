@@ -22,8 +22,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .dispatch import device_of
 from .int6.reference import CODE_MAX, SMALLEST_SCALE, rounded_scale
-from .registration import device_of
 
 BLOCK = 512
 MOST_CODE, LEAST_SCALE = tl.constexpr(float(CODE_MAX)), tl.constexpr(SMALLEST_SCALE)

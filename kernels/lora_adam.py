@@ -29,7 +29,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .registration import custom_op, resolve_backend
+from .dispatch import custom_op, resolve_backend
 from .slots import is_in_pool
 
 

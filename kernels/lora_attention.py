@@ -28,14 +28,13 @@ from .attention.cached import cached_op, validate_cache
 from .attention.cached_keys import Cache
 from .attention.forward import launch_forward as attention_forward
 from .attention.op import causal_op
+from .dispatch import aligned, custom_op, keep_output
 from .lora_qkv.forward import launch_forward
 from .lora_qkv.heads import Rotary
 from .lora_qkv.op import adapters_and_packed, fake_outputs, fake_packed, gradients, saved
 from .lora_qkv.reference import lora_qkv_rope_ref
 from .lora_qkv.rope import validate_heads
 from .lora_qkv.validate import validate
-from .registration import custom_op, keep_output
-from .tile import aligned
 
 WITHOUT_CACHE = (None, None, None, None, 0)
 """The last arguments of the registered ops where there is no cache."""

@@ -14,15 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .dispatch import aligned, custom_op, resolve_backend
 from .linear.op import linear_dweight
 from .lora_qkv.adapters import Adapters
 from .lora_qkv.forward import launch_forward
 from .lora_qkv.op import adapters_and_packed, fake_packed, launch
 from .lora_qkv.tiles import padded_rank
 from .lora_qkv.validate import validate_product
-from .registration import custom_op, resolve_backend
 from .slots import rows_of_slots
-from .tile import aligned
 
 
 def lora_linear_ref(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, slots: Tensor | None = None) -> Tensor:

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .dispatch import aligned, custom_op, resolve_backend
 from .linear.op import linear_dweight, linear_dx
 from .linear.product import SLOPE, SQUARE, launch_product
 from .lora_linear import backward_op, fake_xa, fresh_gradients, lora_linear_ref
@@ -25,8 +26,6 @@ from .lora_qkv.forward import launch_forward
 from .lora_qkv.op import adapters_and_packed, fake_packed, launch
 from .lora_qkv.validate import describe, validate_product
 from .mlp import relu_squared_ref
-from .registration import custom_op, resolve_backend
-from .tile import aligned
 
 
 def lora_mlp_ref(

@@ -23,9 +23,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .dispatch import custom_op, empty_aligned
 from .linear.op import linear_dweight, linear_dx, runs_kernel
-from .linear.product import SLOPE, SQUARE, empty_rows, launch_product
-from .registration import custom_op
+from .linear.product import SLOPE, SQUARE, launch_product
 
 
 def relu_squared_mlp_ref(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
@@ -128,7 +128,7 @@ def relu_squared(u: Tensor, *, backend: str | None = None) -> Tensor:
 @custom_op("klora::relu_squared_mlp", mutates_args=())
 def _mlp(x: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """out, a [..., hidden], and in fp16 u [..., hidden], else nothing."""
-    u = empty_rows(x, x.shape[:-1].numel(), up.size(0)) if x.dtype == torch.float16 else None
+    u = empty_aligned(x, x.shape[:-1].numel(), up.size(0)) if x.dtype == torch.float16 else None
     a = launch_product(x, up, epilogue=SQUARE, kept=u)
     return launch_product(a, down), a, x.new_empty(0) if u is None else u.contiguous().view(a.shape)
 

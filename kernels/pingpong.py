@@ -17,7 +17,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from .tile import is_hopper
+from .dispatch import is_hopper
 
 BLOCK = gl.constexpr(128)
 DEPTH = gl.constexpr(64)

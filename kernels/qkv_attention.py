@@ -23,11 +23,10 @@ from .attention import HEAD_DIMS, causal_attention_ref
 from .attention.backward import Rotary, launch_backward
 from .attention.forward import launch_forward
 from .attention.op import causal_op, checked_start
+from .dispatch import aligned, custom_op, keep_output, refuse_gradients
 from .linear.op import linear_dweight, linear_dx, runs_kernel
 from .linear.product import HEADS, Heads, launch_product
-from .registration import custom_op, keep_output, refuse_gradients
 from .rotary import norm_rotary_ref
-from .tile import aligned
 
 
 def qkv_attention_ref(

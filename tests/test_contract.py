@@ -21,6 +21,7 @@ from klora.kernels import (
     cache_write_,
     cached_attention,
     causal_attention,
+    dispatch,
     int6_linear,
     int6_linear_dx,
     linear,
@@ -40,7 +41,6 @@ from klora.kernels import (
     norm_rotary,
     qkv_attention,
     quantize_int6,
-    registration,
     relu_squared,
     relu_squared_mlp,
     residual_norm,
@@ -497,7 +497,7 @@ def test_no_op_with_a_backend_is_missing_here():
 @pytest.mark.parametrize("name", EVERY_OP)
 def test_the_kernel_on_cpu_tensors_is_refused_by_name(name, monkeypatch):
     """Outside of the interpreter; Triton's own error would speak of drivers."""
-    monkeypatch.setattr(registration, "INTERPRETED", False)
+    monkeypatch.setattr(dispatch, "INTERPRETED", False)
     wanted = (
         r"backend is 'triton' and the tensors are on cpu; the kernels run on a CUDA GPU: .* give backend='reference'"
     )

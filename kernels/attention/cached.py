@@ -36,9 +36,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..registration import custom_op, keep_output, refuse_gradients, resolve_backend
+from ..dispatch import aligned, custom_op, keep_output, refuse_gradients, resolve_backend
 from ..slots import is_in_pool, rows_of_slots
-from ..tile import aligned
 from .backward import launch_backward
 from .cached_keys import Cache
 from .forward import launch_forward

@@ -3,8 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..registration import custom_op, keep_output, resolve_backend
-from ..tile import aligned
+from ..dispatch import aligned, custom_op, keep_output, resolve_backend
 from .backward import launch_backward
 from .forward import launch_forward
 from .reference import causal_attention_ref

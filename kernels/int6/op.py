@@ -29,8 +29,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..registration import custom_op, resolve_backend
-from ..tile import is_hopper
+from ..dispatch import custom_op, is_hopper, resolve_backend
 from .backward import dequantize_tiles, warp_backward
 from .forward import add_parts, permute_inputs, tile_forward, warp_forward
 from .layout import COLUMNS, Int6Matrix, packed_shape

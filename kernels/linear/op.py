@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..registration import custom_op, resolve_backend
+from ..dispatch import custom_op, resolve_backend
 from .product import DTYPES, launch_product
 
 

@@ -8,8 +8,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..dispatch import aligned, empty_aligned, is_aligned, multiprocessors
 from ..rms_norm import EPS
-from ..tile import halves, is_aligned, multiprocessors, tiled
+from ..tile import halves, tiled
 from .turns import launch_heads, launch_slope, takes
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -239,16 +240,16 @@ def launch_product(
     if not x.numel() or not weight.numel():
         return x.new_zeros(shape)
     result = x.new_empty(shape)  # not a view: autograd refuses an in-place change of a view that an op returned
-    x = aligned_rows(x.reshape(-1, inputs))
+    x = aligned(x.reshape(-1, inputs))
     rows, processors = x.size(0), multiprocessors(x.device)
     cos, sin, gain, rstd, queries, keys, head_dim = heads or (None, None, None, None, 0, 0, 0)
     tile = pick_tile(x.dtype, epilogue, rows, outputs, processors, head_dim)
     tiles = tile_count(tile, rows, outputs)
     flat = result.view(rows, outputs)
-    out = flat if is_aligned(flat) else empty_rows(x, rows, outputs)
-    weight = aligned_rows(weight)
+    out = flat if is_aligned(flat) else empty_aligned(x, rows, outputs)
+    weight = aligned(weight)
     if epilogue == SLOPE:
-        kept = aligned_rows(kept.reshape(-1, outputs))
+        kept = aligned(kept.reshape(-1, outputs))
     in_turns = takes(x, outputs, head_dim)
     if epilogue == SLOPE and transposed and in_turns:
         launch_slope(x, weight, kept, out)
@@ -267,14 +268,3 @@ def launch_product(
     if out is not flat:
         flat.copy_(out)
     return result
-
-
-def empty_rows(like: Tensor, rows: int, columns: int) -> Tensor:
-    """[rows, columns] that the copy engine can reach: each row starts at a multiple of 16 bytes."""
-    step = 16 // like.itemsize
-    return like.new_empty(rows, triton.cdiv(columns, step) * step)[:, :columns]
-
-
-def aligned_rows(rows: Tensor) -> Tensor:
-    """`rows` [M, N] if the copy engine can reach them, else a copy."""
-    return rows if is_aligned(rows) else empty_rows(rows, *rows.shape).copy_(rows)

@@ -21,6 +21,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from ..dispatch import multiprocessors
 from ..pingpong import (
     ACC,
     BLOCK,
@@ -35,7 +36,6 @@ from ..pingpong import (
     tiled,
 )
 from ..rms_norm import EPS as RMS_EPS
-from ..tile import multiprocessors
 
 
 @gluon.jit

@@ -7,8 +7,8 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ..dispatch import aligned
 from ..linear.product import FACTORS, launch_product
-from ..tile import aligned
 from . import turns
 from .backward import adapter_gradient, hidden_gradient, scale_rows
 from .forward import sweep

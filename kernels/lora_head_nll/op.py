@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..registration import custom_op, resolve_backend
+from ..dispatch import custom_op, resolve_backend
 from ..slots import is_in_pool
 from .launch import is_packed, launchable, outputs
 from .reference import check_softcap, lora_head_nll_ref, softcap_nll_ref

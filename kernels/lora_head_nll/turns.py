@@ -17,6 +17,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma
 
+from ..dispatch import multiprocessors
 from ..pingpong import (
     ACC,
     BLOCK,
@@ -30,7 +31,6 @@ from ..pingpong import (
     runs_on,
     tiled,
 )
-from ..tile import multiprocessors
 from .forward import end_of_row
 
 

@@ -5,9 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..dispatch import aligned, custom_op
 from ..linear.op import linear_dweight
-from ..registration import custom_op
-from ..tile import aligned
 from .adapters import Adapters, adapters_of, launch_pack, packed_adapters
 from .backward import launch_backward
 from .forward import launch_forward

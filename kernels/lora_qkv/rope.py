@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..registration import custom_op, keep_output, refuse_gradients
-from ..tile import UNIT, aligned, off_unit
+from ..dispatch import aligned, custom_op, keep_output, refuse_gradients
+from ..tile import UNIT, off_unit
 from .adapters import unpacked
 from .forward import launch_forward, pick_forward_config
 from .heads import Rotary

@@ -7,8 +7,9 @@ import torch
 import triton
 import triton.language as tl
 
+from ..dispatch import multiprocessors
 from ..linear.product import relu, times_slope
-from ..tile import halves, multiprocessors
+from ..tile import halves
 
 PIECES = 8
 """Pieces, side by side, in which a tile leaves: shared memory for one of them is enough."""

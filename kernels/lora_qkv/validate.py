@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..registration import resolve_backend
+from ..dispatch import resolve_backend
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MOST_RANK = 128

@@ -6,7 +6,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ..registration import check_backend, custom_op
+from ..dispatch import check_backend, custom_op
 from .edges import apply_updates, fill_arena, measure
 from .pieces import PIECE, Layouts, Pieces, pieces_of
 from .plan import Plan, Shapes, plan_of, result_layout

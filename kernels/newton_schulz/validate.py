@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..registration import resolve_backend
+from ..dispatch import resolve_backend
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 

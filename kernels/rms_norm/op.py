@@ -4,7 +4,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ..registration import custom_op, resolve_backend
+from ..dispatch import custom_op, resolve_backend
 from .backward import SPLITS_AT_ONCE, add_splits, backward
 from .forward import SPLIT, forward, pick_config
 from .reference import EPS, ResidualNorm, residual_norm_ref, rms_norm_ref

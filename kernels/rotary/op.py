@@ -4,7 +4,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ..registration import custom_op, refuse_gradients, resolve_backend
+from ..dispatch import custom_op, refuse_gradients, resolve_backend
 from ..rms_norm import EPS
 from .backward import backward
 from .forward import forward, pick_config
