@@ -24,11 +24,11 @@ from torch import Tensor
 from .attention import HEAD_DIMS, cached_attention_ref, causal_attention_ref
 from .attention.backward import Rotary as Projected
 from .attention.backward import launch_backward as attention_backward
-from .attention.cached import cached_op, validate_cache
+from .attention.cached import validate_cache
 from .attention.cached_keys import Cache
 from .attention.forward import launch_forward as attention_forward
-from .attention.op import causal_op
-from .dispatch import aligned, custom_op, keep_output
+from .attention.op import attention_op
+from .dispatch import aligned, custom_op, empty_grad, keep_output
 from .lora_qkv.forward import launch_forward
 from .lora_qkv.heads import Rotary
 from .lora_qkv.op import adapters_and_packed, fake_outputs, fake_packed, gradients, saved
@@ -231,7 +231,7 @@ def _op(
     adapters, packed = adapters_and_packed(x, lora_a, lora_b, slots, sizes)
     made = launch_forward(aligned(x), aligned(weight), adapters, sizes, Rotary(cos, sin, gain, head_dim))
     out = x.new_empty(x.size(0), tail, sizes[0])
-    cache = _cache(cache_k, cache_v, cache_slots, filled, window)
+    cache = Cache.of(cache_k, cache_v, cache_slots, filled, window)
     _, lse = attention_forward(*_heads(made.outs, head_dim), tail, *_heads([out], head_dim), cache=cache)
     return [out, lse, *made.outs, made.xa, *packed, made.rstd_q, made.rstd_k]
 
@@ -270,9 +270,11 @@ def _backward_op(
     head_dim = 2 * cos.size(-1)
     dout, out = _heads((aligned(dout), out), head_dim)
     projected = Projected(cos, sin, gain, rstd_q, rstd_k, is_unit)
-    cache = _cache(cache_k, cache_v, cache_slots, filled, window)
-    douts = attention_backward(dout, *_heads((q, k, v), head_dim), out, lse, projected, cache=cache)[:3]
-    return tuple(dout.flatten(2) for dout in douts)
+    cache = Cache.of(cache_k, cache_v, cache_slots, filled, window)
+    grads = [empty_grad(part) for part in (q, k, v)]
+    heads, dheads = _heads((q, k, v), head_dim), _heads(grads, head_dim)
+    attention_backward(dout, *heads, out, lse, dheads, projected, cache=cache)
+    return tuple(grads)
 
 
 @_backward_op.register_fake
@@ -298,16 +300,11 @@ def _backward(ctx, douts):
     out, lse, q, k, v, cos, *others = ctx.saved_tensors[6:-4]
     cache = *ctx.saved_tensors[-4:], ctx.window
     if ctx.is_changed():
-        heads = _heads((q, k, v), 2 * cos.size(-1))
-        out = (causal_op(*heads, out.size(1)) if cache[0] is None else cached_op(*heads, *cache))[0].flatten(2)
+        out = attention_op(*_heads((q, k, v), 2 * cos.size(-1)), out.size(1), None, *cache)[0].flatten(2)
     return *gradients(ctx, _backward_op(douts[0], out, lse, q, k, v, cos, *others, ctx.is_unit, *cache)), *(None,) * 15
 
 
 _op.register_autograd(_backward, setup_context=_setup)
-
-
-def _cache(k, v, slots, filled, window) -> Cache | None:
-    return None if k is None else Cache(k, v, slots.contiguous(), filled.contiguous(), window)
 
 
 def _heads(tensors: Sequence[Tensor], head_dim: int) -> list[Tensor]:

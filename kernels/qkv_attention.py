@@ -22,7 +22,7 @@ from torch import Tensor
 from .attention import HEAD_DIMS, causal_attention_ref
 from .attention.backward import Rotary, launch_backward
 from .attention.forward import launch_forward
-from .attention.op import causal_op, checked_start
+from .attention.op import attention_op, checked_start
 from .dispatch import aligned, custom_op, keep_output, refuse_gradients
 from .linear.op import linear_dweight, linear_dx, runs_kernel
 from .linear.product import HEADS, Heads, launch_product
@@ -108,12 +108,11 @@ def _backward_op(
     start: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """The gradients of the stacked projections [B, S, N] and of the gain."""
-    dqkv, heads = torch.empty_like(qkv), sizes[0] // head_dim
+    dqkv, dgain, heads = torch.empty_like(qkv), torch.empty_like(gain), sizes[0] // head_dim
     rotary = Rotary(cos, sin, gain, rstd[..., :heads], rstd[..., heads:], is_unit)
     split = _split(qkv, sizes, head_dim)
     dout, out = (t.unflatten(-1, (-1, head_dim)) for t in (aligned(dout), out))
-    into = tuple(_split(dqkv, sizes, head_dim))
-    *_, dgain = launch_backward(dout, *split, out, lse, rotary, into=into, trains_gain=True, start=start)
+    launch_backward(dout, *split, out, lse, _split(dqkv, sizes, head_dim), rotary, dgain, start=start)
     return dqkv, dgain
 
 
@@ -147,7 +146,7 @@ def _autograd(ctx, dout, *_):
     if dout is None:
         return (None,) * 10
     if ctx.is_changed():
-        out = causal_op(*_split(qkv, ctx.sizes, ctx.head_dim), ctx.tail, start)[0].flatten(2)
+        out = attention_op(*_split(qkv, ctx.sizes, ctx.head_dim), ctx.tail, start)[0].flatten(2)
     dqkv, dgain = _backward_op(dout, out, qkv, rstd, lse, cos, sin, gain, ctx.sizes, ctx.head_dim, ctx.is_unit, start)
     dx = linear_dx(dqkv, weight) if needs_x else None
     dweight = linear_dweight(dqkv, x) if needs_weight else None
