@@ -200,26 +200,35 @@ def test_nothing_to_do_is_done():
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"x": torch.zeros(5, 48)}, r"x is \[5, 48\]; wanted: \[B, S, D\]"),
+        ({"x": torch.zeros(5, 48)}, r"x is float32 \[5, 48\]; wanted bfloat16, float16 or float32 \[B, S, D\]"),
         (
             {"branch": torch.zeros(2, 5, 32)},
-            r"branch is torch.float32 \[2, 5, 32\]; wanted: torch.float32 \[2, 5, 48\]",
+            r"branch is float32 \[2, 5, 32\]; wanted float32 \[2, 5, 48\]",
         ),
-        ({"x0": torch.zeros(2, 5, 48, dtype=torch.float16)}, "x0 is torch.float16"),
-        ({"scale": torch.zeros(47)}, r"scale is \[47\]; wanted: \[48\]"),
-        ({"scale": torch.zeros(48, dtype=torch.float16)}, "scale is torch.float16; the kernel wants float32"),
-        ({"mix": torch.zeros(48)}, r"mix is \[48\]; wanted: \[2, 48\]"),
-        ({"bias": torch.zeros(3, 48)}, r"bias is \[3, 48\]; wanted: \[2, 48\]"),
+        (
+            {"x0": torch.zeros(2, 5, 48, dtype=torch.float16)},
+            r"x0 is float16 \[2, 5, 48\]; wanted float32",
+        ),
+        ({"scale": torch.zeros(47)}, r"scale is float32 \[47\]; wanted float32 \[48\]"),
+        ({"scale": torch.zeros(48, dtype=torch.float16)}, r"scale is float16 \[48\]; wanted float32 \[48\]"),
+        ({"mix": torch.zeros(48)}, r"mix is float32 \[48\]; wanted float32 \[2, 48\]"),
+        ({"bias": torch.zeros(3, 48)}, r"bias is float32 \[3, 48\]; wanted float32 \[2, 48\]"),
         ({"skip": None}, "pushed is given without skip"),
         ({"x0": None}, "mix is given without x0"),
         ({"branch": None}, "scale is given without branch"),
-        ({"slots": torch.zeros(3, dtype=torch.int32)}, r"slots are torch.int32 \[3\]; wanted: int32 or int64 \[2\]"),
-        ({"slots": torch.zeros(2)}, "slots are torch.float32"),
-        ({"bias": None, "slots": torch.zeros(2)}, "slots are given without bias"),
-        ({"scale": torch.zeros(48, device="meta")}, "scale is on meta and x on cpu"),
-        ({"bias_grad": torch.zeros(3, 48)}, r"bias_grad is \[3, 48\]; wanted: rows like those of bias"),
-        ({"bias_grad": torch.zeros(2, 48, dtype=torch.float16)}, "bias_grad is torch.float16 on cpu; wanted: float32"),
-        ({"bias_grad": torch.zeros(2, 48), "backend": "reference"}, "bias_grad: the reference has no backward"),
+        ({"slots": torch.zeros(3, dtype=torch.int32)}, r"slots is int32 \[3\]; wanted int32 or int64 \[2\]"),
+        ({"slots": torch.zeros(2)}, r"slots is float32 \[2\]; wanted int32 or int64 \[2\]"),
+        ({"bias": None, "slots": torch.zeros(2)}, "slots is given without bias"),
+        ({"scale": torch.zeros(48, device="meta")}, r"scale is float32 \[48\] on meta; wanted float32 \[48\] on cpu"),
+        ({"bias_grad": torch.zeros(3, 48)}, r"bias_grad is float32 \[3, 48\]; wanted float32 \[2, 48\]"),
+        (
+            {"bias_grad": torch.zeros(2, 48, dtype=torch.float16)},
+            r"bias_grad is float16 .*; wanted float32 \[2, 48\]",
+        ),
+        (
+            {"bias_grad": torch.zeros(2, 48), "backend": "reference"},
+            "bias_grad is given, and the reference has no",
+        ),
         ({"backend": "cuda"}, "backend is 'cuda'"),
     ],
 )
@@ -230,9 +239,9 @@ def test_bad_boundaries_are_refused(change, says):
 
 def test_bad_widths_and_dtypes_are_refused():
     for size in (8, 24, 4112):
-        with pytest.raises(ValueError, match=f"D is {size}; the kernel wants a multiple of 16 up to 4096"):
+        with pytest.raises(ValueError, match=f"D is {size}; wanted a positive multiple of 16 up to 4096"):
             rms_norm(torch.zeros(2, size), backend="triton")
-    with pytest.raises(ValueError, match="x is torch.float64; the kernel wants bfloat16"):
+    with pytest.raises(ValueError, match=r"x is float64 \[2, 16\]; wanted bfloat16, float16 or float32 \[..., D\]"):
         rms_norm(torch.zeros(2, 16, dtype=torch.float64), backend="triton")
     with pytest.raises(ValueError, match="backend is 'gpu'"):
         rms_norm(torch.zeros(2, 16), backend="gpu")
@@ -365,11 +374,12 @@ def test_the_ops_are_registered_as_torch_wants_it():
     torch.library.opcheck(torch.ops.klora.residual_norm, (t["x"], *[None] * 10, False, False, False))
     plain = [tensor.detach() for tensor in order]
     rstd = torch.rand(2, 3)
-    backward = torch.ops.klora.residual_norm_backward
-    given = torch.zeros(3, 16), torch.zeros_like(plain[0])
-    torch.library.opcheck(backward, (*plain[:1] * 4, rstd, *plain, *given, True, [True] * 6))
-    nothing = [None] * 11
-    torch.library.opcheck(backward, (plain[0], None, None, plain[0], rstd, *nothing, False, [True] + [False] * 5))
+    backward = torch.ops.klora.residual_norm_backward_
+    given = [torch.zeros(3, 16), torch.zeros_like(plain[0])]
+    grads = [torch.zeros_like(plain[place]) for place in (0, 1, 5, 2, 7, 6)]
+    torch.library.opcheck(backward, (*plain[:1] * 4, rstd, *plain, *grads, *given, True))
+    nothing = [None] * 9
+    torch.library.opcheck(backward, (plain[0], None, None, plain[0], rstd, *nothing, grads[0], *[None] * 7, False))
     qkv, gain, dq, dk = heads(S=3)
     cos, sin = rotary_tables(3, 16, 100.0)
     q, k = qkv[..., :64].unflatten(-1, (4, 16)), qkv[..., 64:96].unflatten(-1, (2, 16))

@@ -54,24 +54,9 @@ def rstd_of(left, right, EPS: tl.constexpr, D: tl.constexpr):
 
 @triton.jit
 def _rotate(
-    x_ptr,
-    out_ptr,
-    gain_ptr,
-    stride_b,
-    stride_s,
-    stride_h,
-    cos,
-    sin,
-    document,
-    first,
-    tokens,
-    EPS: tl.constexpr,
-    H: tl.constexpr,
-    D: tl.constexpr,
-    HEADS: tl.constexpr,
-    TOKENS: tl.constexpr,
-    HALF: tl.constexpr,
-):
+    x_ptr, out_ptr, gain_ptr, stride_b, stride_s, stride_h, cos, sin, document, first, tokens,
+    EPS: tl.constexpr, H: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, TOKENS: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
     x_ptr += document.to(tl.int64) * stride_b + first.to(tl.int64) * stride_s
     out_ptr += (document.to(tl.int64) * tokens + first) * (H * D)
     token = tl.arange(0, TOKENS)[None, :, None]
@@ -92,68 +77,20 @@ def _rotate(
 
 @triton.jit
 def forward(
-    q_ptr,
-    k_ptr,
-    cos_ptr,
-    sin_ptr,
-    gain_ptr,
-    q_out_ptr,
-    k_out_ptr,
-    tokens,
-    q_stride_b,
-    q_stride_s,
-    q_stride_h,
-    k_stride_b,
-    k_stride_s,
-    k_stride_h,
-    EPS: tl.constexpr,
-    H: tl.constexpr,
-    G: tl.constexpr,
-    D: tl.constexpr,
-    HEADS: tl.constexpr,
-    HEADS_K: tl.constexpr,
-    TOKENS: tl.constexpr,
-    HALF: tl.constexpr,
-):
+    q_ptr, k_ptr, cos_ptr, sin_ptr, gain_ptr, q_out_ptr, k_out_ptr, tokens, q_stride_b, q_stride_s, q_stride_h,
+    k_stride_b, k_stride_s, k_stride_h,
+    EPS: tl.constexpr, H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, HEADS_K: tl.constexpr,
+    TOKENS: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
     blocks = tl.cdiv(tokens, TOKENS)
     document = tl.program_id(0) // blocks
     first = (tl.program_id(0) % blocks) * TOKENS
     cos, sin = tables(cos_ptr, sin_ptr, first, tokens, D, TOKENS, HALF)
     _rotate(
-        q_ptr,
-        q_out_ptr,
-        gain_ptr,
-        q_stride_b,
-        q_stride_s,
-        q_stride_h,
-        cos,
-        sin,
-        document,
-        first,
-        tokens,
-        EPS,
-        H,
-        D,
-        HEADS,
-        TOKENS,
-        HALF,
-    )
+        q_ptr, q_out_ptr, gain_ptr, q_stride_b, q_stride_s, q_stride_h, cos, sin, document, first, tokens, EPS, H, D,
+        HEADS, TOKENS, HALF,
+    )  # fmt: skip
     _rotate(
-        k_ptr,
-        k_out_ptr,
-        None,
-        k_stride_b,
-        k_stride_s,
-        k_stride_h,
-        cos,
-        sin,
-        document,
-        first,
-        tokens,
-        EPS,
-        G,
-        D,
-        HEADS_K,
-        TOKENS,
-        HALF,
-    )
+        k_ptr, k_out_ptr, None, k_stride_b, k_stride_s, k_stride_h, cos, sin, document, first, tokens, EPS, G, D,
+        HEADS_K, TOKENS, HALF,
+    )  # fmt: skip
