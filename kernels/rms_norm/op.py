@@ -208,7 +208,7 @@ def rms_norm(x: Tensor, *, backend: str | None = None) -> Tensor:
     if _takes_reference(x, ("...", "D"), backend):
         return rms_norm_ref(x)
     rows = x.reshape(1, -1, x.size(-1)).contiguous()
-    return _op(rows, *(None,) * 10, adds_x0=False, stores_x_out=False, stores_x_in=False)[2].view(x.shape)
+    return _op(rows, *(None,) * 10, False, False, False)[2].view(x.shape)
 
 
 def residual_norm(
@@ -281,10 +281,8 @@ def residual_norm(
         t if t is None else t.contiguous() for t in (x, branch, scale, pushed, skip, mix, x0)
     )
     bias = bias if bias is None or bias.stride(1) == 1 else bias.contiguous()
-    x_out, x_in, n, _ = _op(
-        x, branch, scale, bias, slots, pushed, skip, mix, x0, bias_grad, x0_grad, adds_x0,
-        stores_x_out=push and not is_plain, stores_x_in=not last and not is_plain,
-    )  # fmt: skip
+    stored = push and not is_plain, not last and not is_plain
+    x_out, x_in, n, _ = _op(x, branch, scale, bias, slots, pushed, skip, mix, x0, bias_grad, x0_grad, adds_x0, *stored)
     if is_plain:
         x_out = x_in = x
     return ResidualNorm(x_out if push else None, None if last else x_in, n)
