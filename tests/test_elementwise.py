@@ -309,13 +309,21 @@ def test_rotary_at_gain_zero_has_the_gradient_of_gain():
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"q": torch.zeros(2, 5, 64)}, r"q is \[2, 5, 64\]; wanted: \[B, S, H, d\]"),
-        ({"q": torch.zeros(2, 5, 4, 15)}, "even d"),
-        ({"k": torch.zeros(2, 4, 2, 16)}, r"k is torch.float32 \[2, 4, 2, 16\]; wanted, beside q"),
-        ({"k": torch.zeros(2, 5, 2, 16, dtype=torch.float16)}, "k is torch.float16"),
-        ({"cos": torch.zeros(6, 8)}, r"cos is \[6, 8\] on cpu; wanted: \[5, 8\] on cpu"),
-        ({"sin": torch.zeros(5, 8, dtype=torch.float64)}, "sin is torch.float64; the kernel wants float32"),
-        ({"gain": torch.zeros(2)}, r"gain is \[2\]"),
+        (
+            {"q": torch.zeros(2, 5, 64)},
+            r"q is float32 \[2, 5, 64\]; wanted .* \[B, S, H, d\]",
+        ),
+        ({"q": torch.zeros(2, 5, 4, 15), "k": torch.zeros(2, 5, 2, 15)}, "wanted an even d"),
+        ({"q": torch.zeros(2, 5, 0, 16)}, "at least one head of each"),
+        ({"k": torch.zeros(2, 5, 0, 16)}, "at least one head of each"),
+        ({"k": torch.zeros(2, 4, 2, 16)}, r"k is float32 \[2, 4, 2, 16\]; wanted float32 \[2, 5, G, 16\]"),
+        (
+            {"k": torch.zeros(2, 5, 2, 16, dtype=torch.float16)},
+            r"k is float16 .*; wanted float32 \[2, 5, G, 16\]",
+        ),
+        ({"cos": torch.zeros(6, 8)}, r"cos is float32 \[6, 8\]; wanted float32 \[5, 8\]"),
+        ({"sin": torch.zeros(5, 8, dtype=torch.float64)}, r"sin is float64 \[5, 8\]; wanted float32 \[5, 8\]"),
+        ({"gain": torch.zeros(2)}, r"gain is float32 \[2\]; wanted float32 \[4\]"),
         ({"k": torch.zeros(2, 5, 2, 16, device="meta")}, "k is .* on meta"),
         ({"backend": "cuda"}, "backend is 'cuda'"),
     ],
@@ -325,7 +333,7 @@ def test_bad_rotary_arguments_are_refused(change, says):
     good = {"q": torch.zeros(2, 5, 4, 16), "k": torch.zeros(2, 5, 2, 16), "cos": table, "sin": table}
     with pytest.raises(ValueError, match=says):
         norm_rotary(**{**good, "gain": torch.zeros(4), "backend": "triton", **change})
-    with pytest.raises(ValueError, match="q is torch.float64"):
+    with pytest.raises(ValueError, match=r"q is float64 .*; wanted bfloat16, float16 or float32 \[B, S, H, d\]"):
         norm_rotary(good["q"].double(), good["k"].double(), table, table, backend="triton")
 
 
@@ -385,7 +393,8 @@ def test_the_ops_are_registered_as_torch_wants_it():
     q, k = qkv[..., :64].unflatten(-1, (4, 16)), qkv[..., 64:96].unflatten(-1, (2, 16))
     leaves = [tensor.detach().requires_grad_() for tensor in (q, k)]
     torch.library.opcheck(torch.ops.klora.norm_rotary, (*leaves, cos, sin, gain.requires_grad_()))
-    torch.library.opcheck(torch.ops.klora.norm_rotary_backward, (dq, dk, q, k, cos, sin, gain.detach(), True))
+    plain = q, k, cos, sin, gain.detach(), torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(gain.detach())
+    torch.library.opcheck(torch.ops.klora.norm_rotary_backward_, (dq, dk, *plain))
     u = torch.randn(3, 5)
     torch.library.opcheck(torch.ops.klora.relu_squared, (u.clone().requires_grad_(),))
     torch.library.opcheck(torch.ops.klora.relu_squared_backward, (u, u))
