@@ -7,8 +7,9 @@ No Triton is imported here: references and packages without kernels may import i
 """
 
 import functools
+import inspect
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any
 
@@ -49,12 +50,15 @@ def resolve_backend(backend: str | None, tensor: Tensor) -> str:
 # Registration
 
 
-def custom_op(name: str, *, mutates_args: str | Iterable[str]) -> Callable[[Callable], Any]:
+def custom_op(name: str, *, mutates_args: str | Sequence[str]) -> Callable[[Callable], Any]:
     """As `torch.library.custom_op`; the function runs with the GPU of its first tensor as the current one.
 
     Triton launches on the current GPU, whichever the tensors are on: without this a process that holds tensors on
-    several would read the memory of one from another. An op that only writes what its caller gives it, and returns
-    nothing, needs no fake.
+    several would read the memory of one from another.
+
+    A function that returns nothing, such as a backward that writes what its caller gives it, needs no fake and has no
+    gradient of its own: a second derivative is refused. It skips two of custom_op's three Python calls, which take
+    longer than a launch.
     """
 
     def register(function: Callable) -> Any:
@@ -63,9 +67,34 @@ def custom_op(name: str, *, mutates_args: str | Iterable[str]) -> Callable[[Call
             with device_of(*arguments, *options.values()):
                 return function(*arguments, **options)
 
+        if inspect.signature(function).return_annotation is None:
+            return _writing_op(name, on_device, mutates_args)
         return torch.library.custom_op(name, on_device, mutates_args=mutates_args)
 
     return register
+
+
+_LIBRARIES: list[torch.library.Library] = []
+"""An op is gone with its library."""
+
+
+def _writing_op(name: str, function: Callable, mutates_args: Sequence[str]) -> Callable[..., None]:
+    namespace, own_name = name.split("::")
+    library = torch.library.Library(namespace, "FRAGMENT")
+    _LIBRARIES.append(library)
+    tags = torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order
+    library.define(own_name + torch.library.infer_schema(function, mutates_args=mutates_args), tags=tags)
+    written = [i for i, argument in enumerate(inspect.signature(function).parameters) if argument in mutates_args]
+
+    def write(*arguments: Any) -> None:
+        if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in arguments):
+            raise RuntimeError(f"{name} has no gradient of its own: second derivatives are not possible")
+        function(*arguments)
+        torch.autograd.graph.increment_version([arguments[i] for i in written if arguments[i] is not None])
+
+    library.impl(own_name, write, "CompositeExplicitAutograd")
+    torch.library.register_fake(name, lambda *arguments: None, lib=library)
+    return getattr(getattr(torch.ops, namespace), own_name).default
 
 
 def device_of(*arguments: Any) -> AbstractContextManager:
@@ -116,16 +145,22 @@ def expect(
     """
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} is {tensor!r}; wanted a tensor, {_wanted(shape, dtypes, device)}")
-    sizes, given = shape, tensor.shape
-    if shape and shape[0] == "...":
-        sizes, given = shape[1:], given[max(0, len(given) - len(shape) + 1) :]
-    fits = len(sizes) == len(given) and all(a == b for a, b in zip(sizes, given, strict=True) if not isinstance(a, str))
     is_there = device is None or tensor.device == device
-    if not fits or not is_there or (dtypes and tensor.dtype not in dtypes):
-        place = "" if is_there else f" on {tensor.device}"
-        raise ValueError(
-            f"{name} is {describe(tensor)}{place}; wanted {_wanted(shape, dtypes, None if is_there else device)}"
-        )
+    if is_there and (not dtypes or tensor.dtype in dtypes) and _fits(tensor.shape, shape):
+        return
+    place = "" if is_there else f" on {tensor.device}"
+    wanted = _wanted(shape, dtypes, None if is_there else device)
+    raise ValueError(f"{name} is {describe(tensor)}{place}; wanted {wanted}")
+
+
+def _fits(given: torch.Size, shape: Sequence[int | str]) -> bool:
+    if given == shape:
+        return True
+    if shape and shape[0] == "...":
+        shape, given = shape[1:], given[max(0, len(given) - len(shape) + 1) :]
+    return len(shape) == len(given) and all(
+        isinstance(wanted, str) or wanted == size for wanted, size in zip(shape, given, strict=True)
+    )
 
 
 def _wanted(shape: Sequence[int | str], dtypes: Sequence[torch.dtype], device: torch.device | None) -> str:

@@ -198,11 +198,6 @@ def _lora_adam(
     )
 
 
-@_lora_adam.register_fake
-def _(params, grads, exp_avg, exp_avg_sq, step, lr, group_lr, slots, low, decay, beta1, beta2, eps):
-    return None
-
-
 def check_distinct_slots(slots: Tensor, count: int) -> None:
     """Raise ValueError unless `slots` int [n] are -1 or distinct rows of a pool of `count`.
 

@@ -25,3 +25,28 @@ def off_unit(cos, sin):
 def halves(tile, M: tl.constexpr, N: tl.constexpr):
     """The left and the right half of `tile` [M, N]."""
     return tl.split(tile.reshape(M, 2, N // 2).permute(0, 2, 1))
+
+
+@triton.jit
+def rotate(left, right, cos, sin):
+    """The halves of heads, turned by the angles of the tables."""
+    return left * cos - right * sin, right * cos + left * sin
+
+
+@triton.jit
+def unrotate(left, right, cos, sin):
+    """As :func:`rotate`, by the opposite angles; for tables of length 1 its inverse."""
+    return left * cos + right * sin, right * cos - left * sin
+
+
+@triton.jit
+def norm_rotate(left, right, cos, sin, gain, HEAD: tl.constexpr, EPS: tl.constexpr, IS_EXACT: tl.constexpr):
+    """Heads [M, heads, HEAD/2] twice, normed, rotated and times `gain` [heads]; and 1 / rms of each [M, heads].
+
+    The approximate rsqrt would be the largest error of fp32: IS_EXACT does without it.
+    """
+    square = tl.sum(left * left + right * right, 2) * (1.0 / HEAD) + EPS
+    rstd = tl.div_rn(1.0, tl.sqrt_rn(square)) if IS_EXACT else tl.rsqrt(square)
+    scale = (rstd * gain[None, :])[:, :, None]
+    left, right = rotate(left, right, cos, sin)
+    return left * scale, right * scale, rstd

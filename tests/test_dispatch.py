@@ -1,5 +1,6 @@
 """What every op shares: it runs on the GPU of its tensors, refuses in one wording, copies what is not aligned."""
 
+import re
 from contextlib import nullcontext
 from pathlib import Path
 from unittest.mock import Mock
@@ -63,7 +64,7 @@ def test_the_schema_and_the_result_are_the_functions_own():
 
 def test_no_op_is_registered_without_its_device():
     sources = Path(klora.kernels.__file__).parent.rglob("*.py")
-    direct = [path.name for path in sources if "torch.library.custom_op(" in path.read_text()]
+    direct = [path.name for path in sources if re.search(r"torch\.library\.(custom_op|Library)\(", path.read_text())]
     assert direct == ["dispatch.py"]
 
 
@@ -176,3 +177,22 @@ def test_an_op_that_writes_what_it_is_given_needs_no_fake():
 
     for wanted in (False, True):
         assert torch.equal(torch.compile(half, fullgraph=True, backend="aot_eager")(x, wanted), x / 2)
+
+
+def test_a_second_derivative_is_refused_where_an_op_writes_its_results():
+    x = torch.rand(2, 3, 16, requires_grad=True)
+    out = klora.kernels.rms_norm(x, backend="triton")
+    with pytest.raises(RuntimeError, match="residual_norm_backward_ has no gradient of its own"):
+        torch.autograd.grad(out.sum(), x, create_graph=True)
+
+
+def test_a_written_tensor_counts_the_change():
+    @custom_op("klora_test::zeroed_", mutates_args=("out",))
+    def zeroed_(x: torch.Tensor, out: torch.Tensor) -> None:
+        out.zero_()
+
+    x, leaf = torch.ones(2), torch.ones(2, requires_grad=True)
+    square = (leaf * x).sum()
+    zeroed_(leaf.detach(), x)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        square.backward()

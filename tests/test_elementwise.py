@@ -200,26 +200,35 @@ def test_nothing_to_do_is_done():
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"x": torch.zeros(5, 48)}, r"x is \[5, 48\]; wanted: \[B, S, D\]"),
+        ({"x": torch.zeros(5, 48)}, r"x is float32 \[5, 48\]; wanted bfloat16, float16 or float32 \[B, S, D\]"),
         (
             {"branch": torch.zeros(2, 5, 32)},
-            r"branch is torch.float32 \[2, 5, 32\]; wanted: torch.float32 \[2, 5, 48\]",
+            r"branch is float32 \[2, 5, 32\]; wanted float32 \[2, 5, 48\]",
         ),
-        ({"x0": torch.zeros(2, 5, 48, dtype=torch.float16)}, "x0 is torch.float16"),
-        ({"scale": torch.zeros(47)}, r"scale is \[47\]; wanted: \[48\]"),
-        ({"scale": torch.zeros(48, dtype=torch.float16)}, "scale is torch.float16; the kernel wants float32"),
-        ({"mix": torch.zeros(48)}, r"mix is \[48\]; wanted: \[2, 48\]"),
-        ({"bias": torch.zeros(3, 48)}, r"bias is \[3, 48\]; wanted: \[2, 48\]"),
+        (
+            {"x0": torch.zeros(2, 5, 48, dtype=torch.float16)},
+            r"x0 is float16 \[2, 5, 48\]; wanted float32",
+        ),
+        ({"scale": torch.zeros(47)}, r"scale is float32 \[47\]; wanted float32 \[48\]"),
+        ({"scale": torch.zeros(48, dtype=torch.float16)}, r"scale is float16 \[48\]; wanted float32 \[48\]"),
+        ({"mix": torch.zeros(48)}, r"mix is float32 \[48\]; wanted float32 \[2, 48\]"),
+        ({"bias": torch.zeros(3, 48)}, r"bias is float32 \[3, 48\]; wanted float32 \[2, 48\]"),
         ({"skip": None}, "pushed is given without skip"),
         ({"x0": None}, "mix is given without x0"),
         ({"branch": None}, "scale is given without branch"),
-        ({"slots": torch.zeros(3, dtype=torch.int32)}, r"slots are torch.int32 \[3\]; wanted: int32 or int64 \[2\]"),
-        ({"slots": torch.zeros(2)}, "slots are torch.float32"),
-        ({"bias": None, "slots": torch.zeros(2)}, "slots are given without bias"),
-        ({"scale": torch.zeros(48, device="meta")}, "scale is on meta and x on cpu"),
-        ({"bias_grad": torch.zeros(3, 48)}, r"bias_grad is \[3, 48\]; wanted: rows like those of bias"),
-        ({"bias_grad": torch.zeros(2, 48, dtype=torch.float16)}, "bias_grad is torch.float16 on cpu; wanted: float32"),
-        ({"bias_grad": torch.zeros(2, 48), "backend": "reference"}, "bias_grad: the reference has no backward"),
+        ({"slots": torch.zeros(3, dtype=torch.int32)}, r"slots is int32 \[3\]; wanted int32 or int64 \[2\]"),
+        ({"slots": torch.zeros(2)}, r"slots is float32 \[2\]; wanted int32 or int64 \[2\]"),
+        ({"bias": None, "slots": torch.zeros(2)}, "slots is given without bias"),
+        ({"scale": torch.zeros(48, device="meta")}, r"scale is float32 \[48\] on meta; wanted float32 \[48\] on cpu"),
+        ({"bias_grad": torch.zeros(3, 48)}, r"bias_grad is float32 \[3, 48\]; wanted float32 \[2, 48\]"),
+        (
+            {"bias_grad": torch.zeros(2, 48, dtype=torch.float16)},
+            r"bias_grad is float16 .*; wanted float32 \[2, 48\]",
+        ),
+        (
+            {"bias_grad": torch.zeros(2, 48), "backend": "reference"},
+            "bias_grad is given, and the reference has no",
+        ),
         ({"backend": "cuda"}, "backend is 'cuda'"),
     ],
 )
@@ -230,9 +239,9 @@ def test_bad_boundaries_are_refused(change, says):
 
 def test_bad_widths_and_dtypes_are_refused():
     for size in (8, 24, 4112):
-        with pytest.raises(ValueError, match=f"D is {size}; the kernel wants a multiple of 16 up to 4096"):
+        with pytest.raises(ValueError, match=f"D is {size}; wanted a positive multiple of 16 up to 4096"):
             rms_norm(torch.zeros(2, size), backend="triton")
-    with pytest.raises(ValueError, match="x is torch.float64; the kernel wants bfloat16"):
+    with pytest.raises(ValueError, match=r"x is float64 \[2, 16\]; wanted bfloat16, float16 or float32 \[..., D\]"):
         rms_norm(torch.zeros(2, 16, dtype=torch.float64), backend="triton")
     with pytest.raises(ValueError, match="backend is 'gpu'"):
         rms_norm(torch.zeros(2, 16), backend="gpu")
@@ -300,13 +309,21 @@ def test_rotary_at_gain_zero_has_the_gradient_of_gain():
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"q": torch.zeros(2, 5, 64)}, r"q is \[2, 5, 64\]; wanted: \[B, S, H, d\]"),
-        ({"q": torch.zeros(2, 5, 4, 15)}, "even d"),
-        ({"k": torch.zeros(2, 4, 2, 16)}, r"k is torch.float32 \[2, 4, 2, 16\]; wanted, beside q"),
-        ({"k": torch.zeros(2, 5, 2, 16, dtype=torch.float16)}, "k is torch.float16"),
-        ({"cos": torch.zeros(6, 8)}, r"cos is \[6, 8\] on cpu; wanted: \[5, 8\] on cpu"),
-        ({"sin": torch.zeros(5, 8, dtype=torch.float64)}, "sin is torch.float64; the kernel wants float32"),
-        ({"gain": torch.zeros(2)}, r"gain is \[2\]"),
+        (
+            {"q": torch.zeros(2, 5, 64)},
+            r"q is float32 \[2, 5, 64\]; wanted .* \[B, S, H, d\]",
+        ),
+        ({"q": torch.zeros(2, 5, 4, 15), "k": torch.zeros(2, 5, 2, 15)}, "wanted an even d"),
+        ({"q": torch.zeros(2, 5, 0, 16)}, "at least one head of each"),
+        ({"k": torch.zeros(2, 5, 0, 16)}, "at least one head of each"),
+        ({"k": torch.zeros(2, 4, 2, 16)}, r"k is float32 \[2, 4, 2, 16\]; wanted float32 \[2, 5, G, 16\]"),
+        (
+            {"k": torch.zeros(2, 5, 2, 16, dtype=torch.float16)},
+            r"k is float16 .*; wanted float32 \[2, 5, G, 16\]",
+        ),
+        ({"cos": torch.zeros(6, 8)}, r"cos is float32 \[6, 8\]; wanted float32 \[5, 8\]"),
+        ({"sin": torch.zeros(5, 8, dtype=torch.float64)}, r"sin is float64 \[5, 8\]; wanted float32 \[5, 8\]"),
+        ({"gain": torch.zeros(2)}, r"gain is float32 \[2\]; wanted float32 \[4\]"),
         ({"k": torch.zeros(2, 5, 2, 16, device="meta")}, "k is .* on meta"),
         ({"backend": "cuda"}, "backend is 'cuda'"),
     ],
@@ -316,7 +333,7 @@ def test_bad_rotary_arguments_are_refused(change, says):
     good = {"q": torch.zeros(2, 5, 4, 16), "k": torch.zeros(2, 5, 2, 16), "cos": table, "sin": table}
     with pytest.raises(ValueError, match=says):
         norm_rotary(**{**good, "gain": torch.zeros(4), "backend": "triton", **change})
-    with pytest.raises(ValueError, match="q is torch.float64"):
+    with pytest.raises(ValueError, match=r"q is float64 .*; wanted bfloat16, float16 or float32 \[B, S, H, d\]"):
         norm_rotary(good["q"].double(), good["k"].double(), table, table, backend="triton")
 
 
@@ -365,17 +382,19 @@ def test_the_ops_are_registered_as_torch_wants_it():
     torch.library.opcheck(torch.ops.klora.residual_norm, (t["x"], *[None] * 10, False, False, False))
     plain = [tensor.detach() for tensor in order]
     rstd = torch.rand(2, 3)
-    backward = torch.ops.klora.residual_norm_backward
-    given = torch.zeros(3, 16), torch.zeros_like(plain[0])
-    torch.library.opcheck(backward, (*plain[:1] * 4, rstd, *plain, *given, True, [True] * 6))
-    nothing = [None] * 11
-    torch.library.opcheck(backward, (plain[0], None, None, plain[0], rstd, *nothing, False, [True] + [False] * 5))
+    backward = torch.ops.klora.residual_norm_backward_
+    given = [torch.zeros(3, 16), torch.zeros_like(plain[0])]
+    grads = [torch.zeros_like(plain[place]) for place in (0, 1, 5, 2, 7, 6)]
+    torch.library.opcheck(backward, (*plain[:1] * 4, rstd, *plain, *grads, *given, True))
+    nothing = [None] * 9
+    torch.library.opcheck(backward, (plain[0], None, None, plain[0], rstd, *nothing, grads[0], *[None] * 7, False))
     qkv, gain, dq, dk = heads(S=3)
     cos, sin = rotary_tables(3, 16, 100.0)
     q, k = qkv[..., :64].unflatten(-1, (4, 16)), qkv[..., 64:96].unflatten(-1, (2, 16))
     leaves = [tensor.detach().requires_grad_() for tensor in (q, k)]
     torch.library.opcheck(torch.ops.klora.norm_rotary, (*leaves, cos, sin, gain.requires_grad_()))
-    torch.library.opcheck(torch.ops.klora.norm_rotary_backward, (dq, dk, q, k, cos, sin, gain.detach(), True))
+    plain = q, k, cos, sin, gain.detach(), torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(gain.detach())
+    torch.library.opcheck(torch.ops.klora.norm_rotary_backward_, (dq, dk, *plain))
     u = torch.randn(3, 5)
     torch.library.opcheck(torch.ops.klora.relu_squared, (u.clone().requires_grad_(),))
     torch.library.opcheck(torch.ops.klora.relu_squared_backward, (u, u))

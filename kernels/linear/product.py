@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..dispatch import aligned, empty_aligned, is_aligned, multiprocessors
 from ..rms_norm import EPS
-from ..tile import halves, tiled
+from ..tile import halves, norm_rotate, tiled
 from .turns import launch_heads, launch_slope, takes
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -130,12 +130,10 @@ def _finish_heads(
         offsets = (row % S)[:, None] * (HEAD // 2) + tl.arange(0, HEAD // 2)[None, :]
         cos, sin = tl.load(cos_ptr + offsets)[:, None, :], tl.load(sin_ptr + offsets)[:, None, :]
         gain = tl.load(gain_ptr + head, mask=head < Q, other=1.0)
-        square = tl.sum(left * left + right * right, 2) * (1.0 / HEAD) + EPS
-        rstd = tl.div_rn(1.0, tl.sqrt_rn(square)) if out_d.dtype == tl.float32 else tl.rsqrt(square)
+        is_exact: tl.constexpr = out_d.dtype == tl.float32
+        first, second, rstd = norm_rotate(left, right, cos, sin, gain, HEAD, EPS, is_exact)
         places = rstd_ptr + row.to(tl.int64)[:, None] * (Q + G) + head[None, :]
         tl.store(places, rstd, mask=(row < ROWS)[:, None] & is_rotated[None, :])
-        scale = (rstd * gain[None, :])[:, :, None]
-        first, second = (left * cos - right * sin) * scale, (right * cos + left * sin) * scale
         if (Q + G) * HEAD % N == 0:
             left, right = first, second
         else:

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..dispatch import aligned, custom_op, keep_output, refuse_gradients
-from ..tile import UNIT, off_unit
+from ..tile import UNIT, off_unit, unrotate
 from .adapters import unpacked
 from .forward import launch_forward, pick_forward_config
 from .heads import Rotary
@@ -21,7 +21,7 @@ TOKENS = 64
 
 
 @triton.jit
-def _unrotate(
+def _head_gradient(
     dout_ptr, out_ptr, rstd_ptr, dx_ptr, gain, cos, sin, offsets, mask, rstd_offsets, stride_b, stride_s, b, token,
     head, D: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
@@ -41,8 +41,9 @@ def _unrotate(
     dleft, dright = dleft - left * share[:, None], dright - right * share[:, None]
     factor = (tl.load(rstd_ptr + rstd_offsets, mask, other=0.0) * gain)[:, None]
     dtype = dx_ptr.dtype.element_ty
-    tl.store(dx_ptr + offsets, ((dleft * cos + dright * sin) * factor).to(dtype), mask[:, None])
-    tl.store(dx_ptr + HALF + offsets, ((dright * cos - dleft * sin) * factor).to(dtype), mask[:, None])
+    dleft, dright = unrotate(dleft, dright, cos, sin)
+    tl.store(dx_ptr + offsets, (dleft * factor).to(dtype), mask[:, None])
+    tl.store(dx_ptr + HALF + offsets, (dright * factor).to(dtype), mask[:, None])
 
 
 @triton.jit(do_not_specialize=["S"])
@@ -67,14 +68,14 @@ def _heads_backward_kernel(
     if head < H:
         gain = tl.load(gain_ptr + head)
         offsets = row[:, None] * (H * D) + head * D + tl.arange(0, HALF)
-        _unrotate(
+        _head_gradient(
             dq_out_ptr, q_ptr, rstd_q_ptr, dq_ptr, gain, cos, sin, offsets, mask, row * H + head, q_stride_b,
             q_stride_s, b, token, head, D, HALF,
         )  # fmt: skip
     else:
         head -= H
         offsets = row[:, None] * (G * D) + head * D + tl.arange(0, HALF)
-        _unrotate(
+        _head_gradient(
             dk_out_ptr, k_ptr, rstd_k_ptr, dk_ptr, 1.0, cos, sin, offsets, mask, row * G + head, k_stride_b,
             k_stride_s, b, token, head, D, HALF,
         )  # fmt: skip
