@@ -90,7 +90,9 @@ def _writing_op(name: str, function: Callable, mutates_args: Sequence[str]) -> C
         if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in arguments):
             raise RuntimeError(f"{name} has no gradient of its own: second derivatives are not possible")
         function(*arguments)
-        torch.autograd.graph.increment_version([arguments[i] for i in written if arguments[i] is not None])
+        for argument in (arguments[i] for i in written if i < len(arguments)):
+            if argument is not None:
+                torch.autograd.graph.increment_version(argument)
 
     library.impl(own_name, write, "CompositeExplicitAutograd")
     torch.library.register_fake(name, lambda *arguments: None, lib=library)
