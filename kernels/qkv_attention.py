@@ -23,10 +23,11 @@ from .attention import HEAD_DIMS, causal_attention_ref
 from .attention.backward import Rotary, launch_backward
 from .attention.forward import launch_forward
 from .attention.op import causal_op, checked_start
-from .dispatch import aligned, custom_op, keep_output, refuse_gradients
-from .linear.op import linear_dweight, linear_dx, runs_kernel
+from .dispatch import aligned, custom_op, dtypes_of, expect, keep_output, resolve_backend
+from .linear.op import linear_dweight, linear_dx
 from .linear.product import HEADS, Heads, launch_product
 from .rotary import norm_rotary_ref
+from .rotary.op import expect_tables
 
 
 def qkv_attention_ref(
@@ -186,33 +187,22 @@ def qkv_attention(
 
     Example: out = qkv_attention(x, weight, cos, sin, gain, sizes, head_dim=16)
     """
-    sizes, length = list(sizes), x.size(1) if x.dim() == 3 else 0
-    if x.dim() != 3 or weight.dim() != 2 or x.size(2) != weight.size(1) or weight.size(0) != sum(sizes):
-        raise ValueError(
-            f"x is {list(x.shape)} and weight {list(weight.shape)}; wanted: [B, S, D] and [{sum(sizes)}, D]"
-        )
+    backend, sizes = resolve_backend(backend, x), list(sizes)
+    expect("x", x, ("B", "S", "D"), dtypes_of(backend))
+    expect("weight", weight, (sum(sizes), x.size(2)), (x.dtype,), x.device)
     if len(sizes) != 3 or any(n % head_dim or not n for n in sizes) or sizes[1] != sizes[2] or sizes[0] % sizes[1]:
         raise ValueError(
             f"sizes are {sizes}; wanted: heads of {head_dim}, as many of v as of k, a multiple of them of q"
         )
-    for name, table, shape in (
-        ("cos", cos, [length, head_dim // 2]),
-        ("sin", sin, [length, head_dim // 2]),
-        ("gain", gain, [sizes[0] // head_dim]),
-    ):
-        if list(table.shape) != shape or table.device != x.device:
-            raise ValueError(f"{name} is {list(table.shape)} on {table.device}; wanted: {shape} on {x.device}")
-    refuse_gradients("detach the tables", cos=cos, sin=sin)
+    length = x.size(1)
+    expect_tables(cos, sin, gain, (length, head_dim // 2), sizes[0] // head_dim, x.device, backend)
     tail = length if tail is None else tail
     if not 0 <= tail <= length:
         raise ValueError(f"tail is {tail}; allowed: 0 to S, {length}")
     start = checked_start(start, x)
-    if not runs_kernel(backend, x=x, weight=weight):
+    if backend == "reference":
         return qkv_attention_ref(x, weight, cos, sin, gain, sizes, head_dim, tail, start=start)
     if not takes(x.dtype, head_dim):
-        raise ValueError(f"head_dim is {head_dim} in {x.dtype}; the kernel wants 16, 32, 64 or, in 16 bits, 128")
-    for name, table in (("cos", cos), ("sin", sin), ("gain", gain)):
-        if table.dtype != torch.float32:
-            raise ValueError(f"{name} is {table.dtype}; the kernel wants float32")
+        raise ValueError(f"head_dim is {head_dim} in {x.dtype}; wanted 16, 32, 64 or, in 16 bits, 128")
     tables = (table.contiguous() for table in (cos, sin, gain))
     return _op(x, weight, *tables, sizes, head_dim, tail, unit_tables, start)[0]

@@ -243,11 +243,6 @@ def _muon_apply(
         apply_updates(parameters, updates, scales, lr_on_device, weight_decay_on_device, pieces)
 
 
-@_muon_apply.register_fake
-def _(parameters, updates, lr, weight_decay, lr_on_device, weight_decay_on_device, scale):
-    return None
-
-
 def newton_schulz(
     matrices: Tensor | Sequence[Tensor],
     steps: int = 5,
