@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from .lora_linear import lora_linear, lora_linear_ref
     from .lora_mlp import lora_mlp, lora_mlp_ref
     from .lora_qkv import lora_qkv, lora_qkv_ref, lora_qkv_rope, lora_qkv_rope_ref
-    from .mlp import relu_squared, relu_squared_mlp, relu_squared_mlp_ref, relu_squared_ref
+    from .mlp import relu_squared_mlp, relu_squared_mlp_ref, relu_squared_ref
     from .newton_schulz import muon_apply_, muon_updates, newton_schulz, newton_schulz_ref
     from .qkv_attention import qkv_attention, qkv_attention_ref
     from .rms_norm import ResidualNorm, residual_norm, residual_norm_ref, rms_norm, rms_norm_ref
@@ -112,7 +112,6 @@ __all__ = [
     "qkv_attention_ref",
     "quantize_int6",
     "quantize_int6_ref",
-    "relu_squared",
     "relu_squared_mlp",
     "relu_squared_mlp_ref",
     "relu_squared_ref",

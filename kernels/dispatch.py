@@ -22,6 +22,8 @@ variable count for nothing."""
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 """What kernels read and write; each op says what it sums in."""
+FLOATS = (*DTYPES, torch.float64)
+"""What references take."""
 INTEGERS = (torch.int32, torch.int64)
 """Of slots, tokens and targets."""
 
@@ -45,6 +47,11 @@ def resolve_backend(backend: str | None, tensor: Tensor) -> str:
             "TRITON_INTERPRET=1 before klora is imported"
         )
     return backend or ("triton" if tensor.is_cuda else "reference")
+
+
+def dtypes_of(backend: str) -> tuple[torch.dtype, ...]:
+    """What this backend takes."""
+    return DTYPES if backend == "triton" else FLOATS
 
 
 # Registration
@@ -87,16 +94,22 @@ def _writing_op(name: str, function: Callable, mutates_args: Sequence[str]) -> C
     written = [i for i, argument in enumerate(inspect.signature(function).parameters) if argument in mutates_args]
 
     def write(*arguments: Any) -> None:
-        if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in arguments):
+        if torch.is_grad_enabled() and _requires_grad(arguments):
             raise RuntimeError(f"{name} has no gradient of its own: second derivatives are not possible")
         function(*arguments)
-        for argument in (arguments[i] for i in written if i < len(arguments)):
-            if argument is not None:
-                torch.autograd.graph.increment_version(argument)
+        for i in written:
+            if arguments[i] is not None:
+                torch.autograd.graph.increment_version(arguments[i])
 
     library.impl(own_name, write, "CompositeExplicitAutograd")
     torch.library.register_fake(name, lambda *arguments: None, lib=library)
     return getattr(getattr(torch.ops, namespace), own_name).default
+
+
+def _requires_grad(arguments: Sequence) -> bool:
+    return any(
+        _requires_grad(a) if isinstance(a, list) else isinstance(a, Tensor) and a.requires_grad for a in arguments
+    )
 
 
 def device_of(*arguments: Any) -> AbstractContextManager:
@@ -166,7 +179,7 @@ def _fits(given: torch.Size, shape: Sequence[int | str]) -> bool:
 
 
 def _wanted(shape: Sequence[int | str], dtypes: Sequence[torch.dtype], device: torch.device | None) -> str:
-    *others, last = [_name(dtype) for dtype in dtypes] or [""]
+    *others, last = [_name(dtype) for dtype in dict.fromkeys(dtypes)] or [""]
     kinds = f"{', '.join(others)} or {last} " if others else f"{last} ".lstrip()
     return f"{kinds}[{', '.join(map(str, shape))}]" + ("" if device is None else f" on {device}")
 
@@ -179,8 +192,8 @@ def expect_multiples(step: int, most: int | None = None, **sizes: int) -> None:
     """ValueError unless every size is a positive multiple of `step`, up to `most`."""
     for name, size in sizes.items():
         if size < 1 or size % step or size > (most or size):
-            limit = "" if most is None else f" up to {most}"
-            raise ValueError(f"{name} is {size}; wanted a positive multiple of {step}{limit}")
+            kind = "number" if step == 1 else f"multiple of {step}"
+            raise ValueError(f"{name} is {size}; wanted a positive {kind}" + (f" up to {most}" if most else ""))
 
 
 def expect_one_of(name: str, value: Any, allowed: Sequence) -> None:

@@ -288,7 +288,7 @@ def test_a_step_runs_the_kernels_once_over_the_chunk():
     engine.prepare()
     with Ops() as ops:
         engine._steps[0, 4, True]()
-    blocks = {"lora_attention", "lora_attention_backward", "lora_qkv_backward_into", "cache_write_"}
+    blocks = {"lora_attention", "lora_attention_backward_", "lora_backward_", "cache_write_"}
     assert {name: ops.seen[name] for name in blocks} == dict.fromkeys(blocks, 10)
     assert ops.seen["bigram_embedding"] == ops.seen["lora_adam_"] == ops.seen["lora_head_nll_grads_"] == 1
 

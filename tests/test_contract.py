@@ -41,7 +41,6 @@ from klora.kernels import (
     norm_rotary,
     qkv_attention,
     quantize_int6,
-    relu_squared,
     relu_squared_mlp,
     residual_norm,
     rms_norm,
@@ -110,7 +109,6 @@ def ops(B: int = 2, S: int = 5, dtype: torch.dtype = torch.float32) -> dict[str,
     vectors = {"scale": randn(D, **fp32), "skip": randn(D, **fp32), "mix": randn(2, D, **fp32)}
     return {
         "linear": Op(linear, {"x": x, "weight": weight}),
-        "relu_squared": Op(relu_squared, {"u": x}, per_document=("u",)),
         "relu_squared_mlp": Op(relu_squared_mlp, {"x": x, "up": randn(48, D), "down": randn(D, 48)}),
         "rms_norm": Op(rms_norm, {"x": x}),
         "residual_norm": Op(

@@ -36,12 +36,12 @@ driver._active, dispatch.INTERPRETED, CPU = NoGPU(), True, torch.device("cpu")
 
 COMPILED = """
 import dataclasses, json
-from klora.kernels import linear, relu_squared
+from klora.kernels import linear, rms_norm
 from klora.kernels.precompile import compile_all, is_cached, recorded
 
 def work():
     x = torch.ones(32, 64, dtype=torch.bfloat16)
-    relu_squared(linear(x, x, backend="triton"), backend="triton")
+    rms_norm(linear(x, x, backend="triton"), backend="triton")
 
 if __name__ == "__main__":
     found = recorded(work)

@@ -13,8 +13,6 @@ from ..rms_norm import EPS
 from ..tile import halves, norm_rotate, tiled
 from .turns import launch_heads, launch_slope, takes
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-
 STORE, SQUARE, SLOPE, HEADS, FACTORS = "store", "square", "slope", "heads", "factors"
 """Epilogues of a tile: as it is; relu(tile)^2; the tile times the slope of relu(u)^2; heads normed and rotated; each
 row times its factor."""
@@ -227,17 +225,18 @@ def launch_product(
     kept: Tensor | None = None,
     heads: Heads | None = None,
     factors: Tensor | None = None,
+    result: Tensor | None = None,
 ) -> Tensor:
-    """x [..., K] by weight [N, K] (`transposed`: [K, N]) -> [..., N].
+    """x [..., K] by weight [N, K] (`transposed`: [K, N]) -> [..., N], written to `result` if it is given, contiguous.
 
     `kept` [..., N] is for two epilogues: "square" writes the tile itself to it, if it is given; "slope" reads relu(u)^2
     from it, or u in fp16. `heads` is for the epilogue "heads", `factors` fp32, one a row of x, for "factors".
     """
     outputs, inputs = weight.shape[::-1] if transposed else weight.shape
-    shape = *x.shape[:-1], outputs
+    if result is None:  # not a view: autograd refuses an in-place change of a view that an op returned
+        result = x.new_empty(*x.shape[:-1], outputs)
     if not x.numel() or not weight.numel():
-        return x.new_zeros(shape)
-    result = x.new_empty(shape)  # not a view: autograd refuses an in-place change of a view that an op returned
+        return result.zero_()
     x = aligned(x.reshape(-1, inputs))
     rows, processors = x.size(0), multiprocessors(x.device)
     cos, sin, gain, rstd, queries, keys, head_dim = heads or (None, None, None, None, 0, 0, 0)
@@ -255,10 +254,10 @@ def launch_product(
         launch_heads(x, weight, out, (cos, sin, gain, rstd), queries, keys, head_dim)
     else:
         m, n, k, piece = tile.block_m, tile.block_n, tile.block_k, tile.block_n // tile.pieces
-        length = 1 if cos is None else len(cos)
         _product_kernel[(min(processors * tile.programs, tiles),)](
-            tiled(x, m, k), tiled(weight, *((k, n) if transposed else (n, k))), tiled(out, m, piece),
-            None if kept is None else tiled(kept, m, piece), cos, sin, gain, rstd, factors, tiles, length, rows,
+            x_d=tiled(x, m, k), w_d=tiled(weight, *((k, n) if transposed else (n, k))), out_d=tiled(out, m, piece),
+            kept_d=None if kept is None else tiled(kept, m, piece), cos_ptr=cos, sin_ptr=sin, gain_ptr=gain,
+            rstd_ptr=rstd, factors_ptr=factors, TILES=tiles, S=1 if cos is None else len(cos), ROWS=rows,
             N=outputs, K=inputs, BM=m, BN=n, BK=k, PIECES=tile.pieces, TRANSPOSED=transposed, EPILOGUE=epilogue,
             HEAD=head_dim, Q=queries, G=keys, EPS=EPS,
             num_warps=tile.warps, num_stages=tile.stages,

@@ -29,7 +29,7 @@ from ..pingpong import (
     make_ring,
     multiply_tile,
     runs_on,
-    tiled,
+    swizzled,
 )
 from .forward import end_of_row
 
@@ -188,8 +188,8 @@ def launch_sweep(
     totals, z_targets = (nll.new_empty(shares, rows) for _ in range(2))
     constants = softcap, softcap / temperature, 1 / temperature
     _sweep[(min(processors, pairs * shares),)](
-        tiled(h, block, depth), tiled(weight, block, depth), tiled(e, block, block), targets, totals, z_targets,
-        rows, pairs, *constants, SHARES=shares, TILES=triton.cdiv(tiles, shares), V=vocabulary,
+        swizzled(h, block, depth), swizzled(weight, block, depth), swizzled(e, block, block), targets, totals,
+        z_targets, rows, pairs, *constants, SHARES=shares, TILES=triton.cdiv(tiles, shares), V=vocabulary,
         STEPS=triton.cdiv(width, depth), num_warps=4, maxnreg=168,
     )  # fmt: skip
     _finish_rows[(triton.cdiv(rows, 256),)](

@@ -9,7 +9,7 @@ from torch import Tensor
 from ..tile import halves, norm_rotate
 
 
-class Rotary(NamedTuple):
+class HeadTables(NamedTuple):
     """Tables [S, head_dim/2] or each document's own [B, S, head_dim/2], gain [query heads]; fp32 and contiguous."""
 
     cos: Tensor
