@@ -278,7 +278,7 @@ def lora_cached_attention(
     given = x, weight, lora_a, lora_b, cos, sin, gain
     backend, sizes, slots = _expect(*given, slots, sizes, head_dim, grads, backend, own_tables=True)
     shape = [*x.shape[:2], sizes[1] // head_dim, head_dim]
-    validateCache.of(cache_k, cache_v, cache_slots, filled, window, shape, x, "cache_slots")
+    validate_cache(cache_k, cache_v, cache_slots, filled, window, shape, x, "cache_slots")
     cache = cache_k, cache_v, cache_slots, filled, window
     if backend == "reference":
         return lora_cached_attention_ref(*given, *cache, tuple(sizes), head_dim, slots)
