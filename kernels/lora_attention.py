@@ -23,6 +23,7 @@ from torch import Tensor
 from .attention import HEAD_DIMS, cached_attention_ref, causal_attention_ref
 from .attention.backward import Rotary
 from .attention.backward import launch_backward as attention_backward
+from .attention.cached import validate_cache
 from .attention.cached_keys import Cache
 from .attention.forward import launch_forward as attention_forward
 from .attention.op import attention_op, checked_tail
