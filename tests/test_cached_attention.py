@@ -424,7 +424,7 @@ for d in (64, 128):
     cache = Cache(held, held, index, index, 1024)
     out, lse = forward.launch_forward(q, k, k, 32, cache=cache)
     backward.launch_backward(out, q, k, k, out, lse, [torch.empty_like(t) for t in (q, k, k)], cache=cache)
-    cached._write_op._init_fn(held, held, k, k, index, index, index)
+    cached._write_op(held, held, k, k, index, index, index)
 """
 
 
