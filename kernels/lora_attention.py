@@ -23,10 +23,10 @@ from torch import Tensor
 from .attention import HEAD_DIMS, cached_attention_ref, causal_attention_ref
 from .attention.backward import Rotary
 from .attention.backward import launch_backward as attention_backward
-from .attention.cached import cached_op, validate_cache
+from .attention.cached import validate_cache
 from .attention.cached_keys import Cache
 from .attention.forward import launch_forward as attention_forward
-from .attention.op import causal_op
+from .attention.op import attention_op, checked_tail
 from .dispatch import aligned, custom_op, empty_grad, expect_one_of, keep_output
 from .lora_qkv.forward import empty_projected, launch_forward
 from .lora_qkv.heads import HeadTables
@@ -123,7 +123,7 @@ def _op(
     """out, and what the backward wants: logsumexp, q, k, v, xa, packed adapters, 1 / rms of the heads of q and k."""
     made = launch_forward(x, weight, lora_a, lora_b, slots, sizes, HeadTables(cos, sin, gain, head_dim))
     out = x.new_empty(x.size(0), tail, sizes[0])
-    cache = _cache(cache_k, cache_v, cache_slots, filled, window)
+    cache = Cache.of(cache_k, cache_v, cache_slots, filled, window)
     _, lse = attention_forward(*_heads(made.outs, head_dim), tail, *_heads([out], head_dim), cache=cache)
     return [out, lse, *made.flat()]
 
@@ -160,12 +160,10 @@ def _backward_op(
 ) -> None:
     """Writes the gradients of the three projections."""
     head_dim = 2 * cos.size(-1)
-    dout, out, q, k, v, *into = _heads((aligned(dout), out, q, k, v, dq, dk, dv), head_dim)
-    rotary, cache = (
-        Rotary(cos, sin, gain, rstd_q, rstd_k, is_unit),
-        _cache(cache_k, cache_v, cache_slots, filled, window),
-    )
-    attention_backward(dout, q, k, v, out, lse, rotary, into=tuple(into), cache=cache)
+    dout, out, q, k, v, *grads = _heads((aligned(dout), out, q, k, v, dq, dk, dv), head_dim)
+    rotary = Rotary(cos, sin, gain, rstd_q, rstd_k, is_unit)
+    cache = Cache.of(cache_k, cache_v, cache_slots, filled, window)
+    attention_backward(dout, q, k, v, out, lse, grads, rotary, cache=cache)
 
 
 def _setup(ctx, inputs, output):
@@ -185,18 +183,13 @@ def _backward(ctx, douts):
     saved, (*cache, out, lse, q, k, v, cos, sin, gain, rstd_q, rstd_k) = Saved.split(ctx.saved_tensors)
     cache = *cache, ctx.window
     if ctx.is_changed():
-        heads = _heads((q, k, v), 2 * cos.size(-1))
-        out = (causal_op(*heads, out.size(1)) if cache[0] is None else cached_op(*heads, *cache))[0].flatten(2)
+        out = attention_op(*_heads((q, k, v), 2 * cos.size(-1)), out.size(1), None, *cache)[0].flatten(2)
     grads = empty_grad(q), empty_grad(k), empty_grad(v)
     _backward_op(douts[0], out, lse, q, k, v, cos, sin, gain, rstd_q, rstd_k, ctx.is_unit, *cache, *grads)
     return *gradients(saved, ctx.lora, ctx.needs_input_grad[:4], grads), *(None,) * 15
 
 
 _op.register_autograd(_backward, setup_context=_setup)
-
-
-def _cache(k, v, slots, filled, window) -> Cache | None:
-    return None if k is None else Cache(k, v, slots.contiguous(), filled.contiguous(), window)
 
 
 def _heads(tensors: Sequence[Tensor], head_dim: int) -> list[Tensor]:
@@ -236,9 +229,7 @@ def lora_attention(
     """
     given = x, weight, lora_a, lora_b, cos, sin, gain
     backend, sizes, slots = _expect(*given, slots, sizes, head_dim, grads, backend)
-    tail = x.size(1) if tail is None else tail
-    if not 0 <= tail <= x.size(1):
-        raise ValueError(f"tail is {tail}; allowed: 0 to S, {x.size(1)}")
+    tail = checked_tail(tail, x.size(1))
     if backend == "reference":
         return lora_attention_ref(*given, tuple(sizes), head_dim, slots, tail)
     tables = (table.contiguous() for table in (cos, sin, gain))

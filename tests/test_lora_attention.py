@@ -197,7 +197,7 @@ def test_over_a_cache_what_it_does_not_take_is_refused():
     for change, says in (
         ({"cos": call["cos"][0]}, r"cos is float32 \[20, 8\]; wanted .*\[2, 20, 8\]"),
         ({"window": 51}, "window is 51; allowed"),
-        ({"cache_k": call["cache_k"][..., :8]}, r"cache_k is .*; wanted torch.float32 \[slots, capacity, 2, 16\]"),
+        ({"cache_k": call["cache_k"][..., :8]}, r"cache_k is .*; wanted float32 \[slots, capacity, 2, 16\]"),
         ({"cache_slots": call["cache_slots"][:1]}, r"cache_slots is int32 \[1\]"),
     ):
         with pytest.raises(ValueError, match=says):
