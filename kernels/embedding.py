@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .bigram import BOS, bigram_hash_ref
+from .bigram import BOS_ID, bigram_hash_ref
 from .dispatch import custom_op, resolve_backend
 from .rms_norm import EPS, rms_norm_ref
 
@@ -48,7 +48,7 @@ def bigram_embedding_ref(tokens: Tensor, embed: Tensor, bigram: Tensor, gate: Te
     rows = bigram_hash_ref(tokens, bigram.size(0))
     n = rms_norm_ref(F.embedding(tokens, embed) + F.embedding(rows, bigram)).to(dtype)
     before = torch.cat([torch.zeros_like(n[:, :1]), n[:, :-1]], dim=1)
-    before = before.masked_fill((tokens == BOS)[..., None], 0.0)
+    before = before.masked_fill((tokens == BOS_ID)[..., None], 0.0)
     return torch.lerp(n, before, torch.sigmoid(gate).to(dtype))
 
 
@@ -168,7 +168,7 @@ def _sum_by_row(de: Tensor, rows: Tensor, count: int) -> Tensor:
 
 def _sizes(embed: Tensor, bigram: Tensor) -> dict[str, int | float]:
     width = embed.size(1)
-    return {"HASHES": bigram.size(0), "D": width, "N": triton.next_power_of_2(width), "EPS": EPS, "BOS": BOS}
+    return {"HASHES": bigram.size(0), "D": width, "N": triton.next_power_of_2(width), "EPS": EPS, "BOS": BOS_ID}
 
 
 @custom_op("klora::bigram_embedding", mutates_args=())
