@@ -32,7 +32,7 @@ if TYPE_CHECKING:
         unpack_int6_ref,
     )
     from .linear import linear, linear_ref
-    from .lora_adam import check_distinct_slots, lora_adam_, lora_adam_ref_
+    from .lora_adam import lora_adam_, lora_adam_ref_
     from .lora_attention import (
         lora_attention,
         lora_attention_ref,
@@ -73,7 +73,6 @@ __all__ = [
     "cached_attention_ref",
     "causal_attention",
     "causal_attention_ref",
-    "check_distinct_slots",
     "check_slots",
     "check_targets",
     "dequantize_int6_ref",

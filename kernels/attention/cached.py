@@ -119,12 +119,12 @@ def _write_op(
 ) -> None:
     batch, length, groups, width = k.shape
     if k.numel() and cache_k.numel():
-        ring = dict(zip("slot_stride cell_stride group_stride cell_stride_d".split(), cache_k.stride(), strict=True))
         _write_kernel[(triton.cdiv(length, TOKENS), groups, batch)](
             cache_k_ptr=cache_k, cache_v_ptr=cache_v, k_ptr=k.contiguous(), v_ptr=v.contiguous(),
             slots_ptr=slots.contiguous(), filled_ptr=filled.contiguous(), count_ptr=count.contiguous(),
-            SLOTS=cache_k.size(0), CAPACITY=cache_k.size(1), T=length, **ring,
-            G=groups, D=width, TOKENS=TOKENS, num_warps=4,
+            SLOTS=cache_k.size(0), CAPACITY=cache_k.size(1), T=length,
+            slot_stride=cache_k.stride(0), cell_stride=cache_k.stride(1), group_stride=cache_k.stride(2),
+            cell_stride_d=cache_k.stride(3), G=groups, D=width, TOKENS=TOKENS, num_warps=4,
         )  # fmt: skip
 
 

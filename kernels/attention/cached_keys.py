@@ -37,10 +37,10 @@ class Cache(NamedTuple):
         return dict(zip(NO_CACHE, (*self[:4], *sizes, *self.k.stride()), strict=True))
 
 
-NO_CACHE = dict.fromkeys(
-    "cache_k_ptr cache_v_ptr slots_ptr filled_ptr SLOTS CAPACITY WINDOW slot_stride cell_stride group_stride "
-    "cell_stride_d".split()
-)
+NO_CACHE = dict.fromkeys((
+    "cache_k_ptr", "cache_v_ptr", "slots_ptr", "filled_ptr", "SLOTS", "CAPACITY", "WINDOW",
+    "slot_stride", "cell_stride", "group_stride", "cell_stride_d",
+))  # fmt: skip
 """The arguments of a kernel without a cache."""
 
 

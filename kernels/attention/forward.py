@@ -115,14 +115,11 @@ def spans(start_ptr, b, t, position, seen_by_all, T, OFFSET, BM: tl.constexpr, B
 def load_keys(
     keys, PART: tl.constexpr, n, MASK: tl.constexpr, IS_RING: tl.constexpr, BN: tl.constexpr, D: tl.constexpr
 ):  # fmt: skip
-    """A block [BN, D] of keys (PART 0) or values (PART 1), from the n-th on: of a ring, or of the chunk itself, which is
-    (k_d, v_d, document, head, positions of the rows, starts of their documents).
+    """A block [BN, D] of keys (PART 0) or values (PART 1), from the n-th on: of a ring, or of the chunk itself, whose
+    `keys` are k_d, v_d, document, head, positions of the rows, starts of their documents.
     """
-    if IS_RING:
-        block = load_cells(keys[PART], keys, n, MASK, BN, D)
-    else:
-        block = load(keys[PART], keys[2], keys[3], n, 1, BN, D)
-    return block
+    x = keys[PART]
+    return load_cells(x, keys, n, MASK, BN, D) if IS_RING else load(x, keys[2], keys[3], n, 1, BN, D)
 
 
 @triton.jit
