@@ -38,7 +38,7 @@ def pick_forward_config(dtype: torch.dtype, rank: int) -> ForwardConfig:
     if padded_rank(rank) > 16:
         return ForwardConfig(128, 128, 64, 8, 3, 64)  # R up to 64 fits registers and shared memory
     # NVIDIA H100, 65536 x 512 x 1024: 0.128 ms; 4 stages 0.132; cuBLAS without adapters 0.110. A form of it with norm
-    # and rotation 0.170; those in a launch after it 0.210. Heads of 64 spill nothing, of 32 1.0 KB, of 128 1.2 KB.
+    # and rotation 0.170; those in a launch after it 0.210. Heads of 64 spill nothing, of 32 1.1 KB, of 128 1.0 KB.
     return ForwardConfig(128, 256, 64, 8, 3, 128)
 
 
