@@ -14,7 +14,7 @@ if TYPE_CHECKING:
         causal_attention_ref,
         pick_attention,
     )
-    from .bigram import BOS, bigram_hash_ref
+    from .bigram import BOS_ID, bigram_hash_ref
     from .embedding import bigram_embedding, bigram_embedding_ref
     from .int6 import (
         Int6Linear,
@@ -59,7 +59,7 @@ if TYPE_CHECKING:
     from .slots import check_slots
 
 __all__ = [
-    "BOS",
+    "BOS_ID",
     "Int6Linear",
     "Int6Matrix",
     "Int6Weight",

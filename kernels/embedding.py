@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .bigram import BOS, bigram_hash_ref
+from .bigram import BOS_ID, bigram_hash_ref
 from .dispatch import (
     DTYPES,
     INTEGERS,
@@ -58,7 +58,7 @@ def bigram_embedding_ref(tokens: Tensor, embed: Tensor, bigram: Tensor, gate: Te
     rows = bigram_hash_ref(tokens, bigram.size(0))
     n = rms_norm_ref(F.embedding(tokens, embed) + F.embedding(rows, bigram)).to(dtype)
     before = torch.cat([torch.zeros_like(n[:, :1]), n[:, :-1]], dim=1)
-    before = before.masked_fill((tokens == BOS)[..., None], 0.0)
+    before = before.masked_fill((tokens == BOS_ID)[..., None], 0.0)
     return torch.lerp(n, before, torch.sigmoid(gate).to(dtype))
 
 
@@ -180,7 +180,8 @@ def _shared(tokens: Tensor, embed: Tensor, bigram: Tensor, gate: Tensor) -> dict
     width = embed.size(1)
     return dict(
         tokens_ptr=tokens, embed_ptr=embed, bigram_ptr=bigram, gate_ptr=gate, S=tokens.size(1), V=embed.size(0),
-        HASHES=bigram.size(0), D=width, N=triton.next_power_of_2(width), ROWS=ROWS, EPS=EPS, BOS=BOS, num_warps=WARPS,
+        HASHES=bigram.size(0), D=width, N=triton.next_power_of_2(width), ROWS=ROWS, EPS=EPS, BOS=BOS_ID,
+        num_warps=WARPS,
     )  # fmt: skip
 
 

@@ -160,10 +160,10 @@ def _backward_op(
 ) -> None:
     """Writes the gradients of the three projections."""
     head_dim = 2 * cos.size(-1)
-    dout, out, q, k, v, *into = _heads((aligned(dout), out, q, k, v, dq, dk, dv), head_dim)
+    dout, out, q, k, v, *grads = _heads((aligned(dout), out, q, k, v, dq, dk, dv), head_dim)
     rotary = Rotary(cos, sin, gain, rstd_q, rstd_k, is_unit)
     cache = Cache.of(cache_k, cache_v, cache_slots, filled, window)
-    attention_backward(dout, q, k, v, out, lse, into, rotary, cache=cache)
+    attention_backward(dout, q, k, v, out, lse, grads, rotary, cache=cache)
 
 
 def _setup(ctx, inputs, output):

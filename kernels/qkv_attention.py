@@ -93,7 +93,7 @@ def _(x, weight, cos, sin, gain, sizes, head_dim, tail, is_unit, start):
     )
 
 
-@custom_op("klora::qkv_attention_backward", mutates_args=("dqkv", "dgain"))
+@custom_op("klora::qkv_attention_backward_", mutates_args=("dqkv", "dgain"))
 def _backward_op(
     dout: Tensor,
     out: Tensor,
@@ -108,14 +108,14 @@ def _backward_op(
     is_unit: bool,
     start: Tensor | None,
     dqkv: Tensor,
-    dgain: Tensor,
+    dgain: Tensor | None,
 ) -> None:
     """Writes the gradients of the stacked projections [B, S, N] and of the gain."""
     heads = sizes[0] // head_dim
     rotary = Rotary(cos, sin, gain, rstd[..., :heads], rstd[..., heads:], is_unit)
+    split, grads = (_split(t, sizes, head_dim) for t in (qkv, dqkv))
     dout, out = (t.unflatten(-1, (-1, head_dim)) for t in (aligned(dout), out))
-    parts, grads = (_split(t, sizes, head_dim) for t in (qkv, dqkv))
-    launch_backward(dout, *parts, out, lse, grads, rotary, dgain, start=start)
+    launch_backward(dout, *split, out, lse, grads, rotary, dgain, start=start)
 
 
 def takes(dtype: torch.dtype, head_dim: int) -> bool:
@@ -144,12 +144,12 @@ def _autograd(ctx, dout, *_):
         return (None,) * 10
     if ctx.is_changed():
         out = attention_op(*_split(qkv, ctx.sizes, ctx.head_dim), ctx.tail, start)[0].flatten(2)
-    dqkv, dgain = empty_grad(qkv), empty_grad(gain)
     about = ctx.sizes, ctx.head_dim, ctx.is_unit, start
+    dqkv, dgain = empty_grad(qkv), empty_grad(gain, needs_gain)
     _backward_op(dout, out, qkv, rstd, lse, cos, sin, gain, *about, dqkv, dgain)
     dx = linear_dx(dqkv, weight) if needs_x else None
     dweight = linear_dweight(dqkv, x) if needs_weight else None
-    return dx, dweight, None, None, dgain if needs_gain else None, *(None,) * 5
+    return dx, dweight, None, None, dgain, *(None,) * 5
 
 
 _op.register_autograd(_autograd, setup_context=_setup)

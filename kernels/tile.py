@@ -29,7 +29,7 @@ def halves(tile, M: tl.constexpr, N: tl.constexpr):
 
 @triton.jit
 def rotate(left, right, cos, sin):
-    """The halves of heads, turned by the angles of the tables."""
+    """The halves of heads, rotated by the angles of the tables."""
     return left * cos - right * sin, right * cos + left * sin
 
 

@@ -400,8 +400,10 @@ def test_slots_are_int32_or_int64_of_one_device(name, backend):
     op, slots = OPS[name], OPS[name].more["slots"]
     same(op(backend, slots=slots.int()), op(backend))
     for wrong in (slots.short(), slots.float(), slots.bool(), slots.to("meta"), slots[:1], slots[None]):
-        with pytest.raises(ValueError, match="slots|one device"):
+        with pytest.raises(ValueError, match="slots is .*; wanted int32 or int64"):
             op(backend, slots=wrong)
+    with pytest.raises(TypeError, match=r"slots is \[2, 1\]; wanted a tensor, int32 or int64 \[2\]"):
+        op(backend, slots=[2, 1])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

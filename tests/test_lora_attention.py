@@ -100,10 +100,29 @@ def test_opcheck():
     leaves[1] = leaves[1].detach()
     rest = (call["cos"], call["sin"], call["gain"], call["slots"], list(call["sizes"]), 16, 8, None, None, True)
     torch.library.opcheck(torch.ops.klora.lora_attention.default, (*leaves, *rest, *WITHOUT_CACHE))
+    out, lse, q, k, v, _, _, _, *rstds = (
+        t.detach() for t in torch.ops.klora.lora_attention(*leaves, *rest, *WITHOUT_CACHE)
+    )
+    grads = (torch.zeros_like(t) for t in (q, k, v))
+    given = (out, out, lse, q, k, v, *rest[:3], *rstds, True, *WITHOUT_CACHE, *grads)
+    torch.library.opcheck(torch.ops.klora.lora_attention_backward_.default, given)
     call, _ = cached(length=17, slots=[1, 0], count=2)
     rest = (call["cos"], call["sin"], *rest[2:6], 17, *rest[7:])
     cache = (call[name].nan_to_num() if call[name].is_floating_point() else call[name] for name in CACHE)
     torch.library.opcheck(torch.ops.klora.lora_attention.default, (*leaves, *rest, *cache, call["window"]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("low", [False, True])
+def test_compile_with_fullgraph_gives_the_same_bits(low):
+    call, dout = drawn(length=9, slots=[1, 0], count=2, dtype=torch.float16 if low else torch.float32)
+    compiled = torch.compile(lora_attention, fullgraph=True, backend="aot_eager")
+    results = (
+        differentiated(lambda f=f, **given: f(**given, backend="triton"), call, dout)
+        for f in (lora_attention, compiled)
+    )
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other) and one.any()
 
 
 # Over a cache

@@ -279,6 +279,14 @@ def test_opcheck(slots, needs, dtype):
     x, weight, a, b, slots, sizes = inputs(2, 5, slots=slots, dtype=dtype)[0]
     leaves = x.requires_grad_(needs[0]), weight, a.requires_grad_(needs[1]), b
     torch.library.opcheck(torch.ops.klora.lora_qkv.default, (*leaves, slots, list(sizes), None, None))
+    leaves = [t.detach() for t in leaves]
+    q, k, v, xa, *packed = torch.ops.klora.lora_qkv(*leaves, slots, list(sizes), None, None)
+    is_packed = a.dtype != x.dtype
+    read = packed if is_packed else leaves[2:]
+    given = [q, k, v], *leaves[:2], *read, xa, slots, None, b.size(2), is_packed
+    grads = [torch.zeros_like(t) for t in (leaves[0], *leaves[2:])]
+    torch.library.opcheck(torch.ops.klora.lora_backward_.default, (*given, *grads))
+    torch.library.opcheck(torch.ops.klora.lora_backward_.default, (*given, grads[0], None, None))
 
 
 @pytest.mark.parametrize("into_pool", [False, True])

@@ -159,6 +159,21 @@ def test_the_op_is_registered_as_torch_wants_it():
     leaves = [t.requires_grad_() for t in (x, weight)]
     given = (*leaves, cos, sin, gain.requires_grad_(), list(sizes), head_dim, 9, True, None)
     torch.library.opcheck(torch.ops.klora.qkv_attention.default, given)
+    out, qkv, rstd, lse = (t.detach() for t in torch.ops.klora.qkv_attention(*given))
+    tables = cos, sin, gain.detach(), list(sizes), head_dim, True, None
+    for dgain in (torch.zeros_like(gain.detach()), None):
+        grads = torch.zeros_like(qkv), dgain
+        torch.library.opcheck(
+            torch.ops.klora.qkv_attention_backward_.default, (out, out, qkv, rstd, lse, *tables, *grads)
+        )
+
+
+@pytest.mark.slow
+def test_compile_with_fullgraph_gives_the_same_bits():
+    inputs, sizes, head_dim = draw(length=9)
+    compiled = torch.compile(qkv_attention, fullgraph=True, backend="aot_eager")
+    results = (run(f, inputs, sizes, head_dim, torch.float32, backend="triton") for f in (qkv_attention, compiled))
+    assert all(torch.equal(one, other) and one.any() for one, other in zip(*results, strict=True))
 
 
 @pytest.mark.gpu

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..dispatch import round_up
 from ..dot import multiply, multiply_add
-from ..tile import UNIT, halves, off_unit, tiled
+from ..tile import UNIT, halves, off_unit, tiled, unrotate
 from .cached_keys import NO_CACHE, Cache, ring_of
 from .forward import (
     LOG2_E,
@@ -83,7 +83,8 @@ def _unrotate(
             x_left, x_right = halves(x, ROWS, D)
             excess = along[:, None] * (1.0 - 1.0 / (cos * cos + sin * sin))
             left, right = left + x_left * excess, right + x_right * excess
-    return tl.join(left * cos + right * sin, right * cos - left * sin).permute(0, 2, 1).reshape(ROWS, D)
+    left, right = unrotate(left, right, cos, sin)
+    return tl.join(left, right).permute(0, 2, 1).reshape(ROWS, D)
 
 
 @triton.jit

@@ -36,6 +36,7 @@ from ..pingpong import (
     swizzled,
 )
 from ..rms_norm import EPS as RMS_EPS
+from ..tile import rotate
 
 
 @gluon.jit
@@ -60,8 +61,9 @@ def _with_heads(
         places = rstd_ptr + row.to(gl.int64)[:, None] * (Q + G) + head[None, :]
         gl.store(places, rstd, mask=(row < ROWS)[:, None] & is_rotated)
         scale = (rstd * gain[None, :])[:, :, None]
-        first = (left * cos - right * sin) * scale
-        second = (right * cos + left * sin) * scale
+        first, second = rotate(left, right, cos, sin)
+        first *= scale
+        second *= scale
         if (Q + G) * HEAD % BLOCK:
             first = gl.where(is_rotated[:, :, None], first, left)
             second = gl.where(is_rotated[:, :, None], second, right)

@@ -257,19 +257,20 @@ def launch_backward(
     (batch, length, width), rank, groups = x.shape, adapters.rank, len(grads)
     stacked, padded = stacked_rank(rank, groups), padded_rank(rank)
     sizes = [grad.size(2) for grad in grads]
-    by_projection = of_three(("NQ", "NK", "NV"), sizes, 0)
+    nq, nk, nv = of_three(sizes, 0)
     config = pick_backward_config(x.dtype, rank, groups)
     parts = 1 if is_stacked(rank, groups) else groups
     t = x.new_empty(batch, length, parts * stacked)
     ready = torch.cuda.current_stream(x.device).record_event() if x.is_cuda else None
     m, d, n = config.block_m, config.block_d, config.block_n
     tiles = batch * triton.cdiv(length, m) * (1 if dx is None else triton.cdiv(width, d))
+    q_d, k_d, v_d = of_three([tiled(grad, 1, m, n) for grad in grads])
     _dx_kernel[(programs(x.device, tiles),)](
-        **of_three(("q_d", "k_d", "v_d"), [tiled(grad, 1, m, n) for grad in grads]), w_d=tiled(weight, n, d),
+        q_d=q_d, k_d=k_d, v_d=v_d, w_d=tiled(weight, n, d),
         a_ptr=adapters.a, b_d=tiled(adapters.b, 1, n, stacked), slots_ptr=adapters.slots,
         dx_d=tiled(x if dx is None else dx, 1, m, d // PIECES),
         kept_d=None if kept is None else tiled(kept, 1, m, d // PIECES), t_ptr=t, a_stride=adapters.a.stride(0),
-        S=length, TILES=tiles, COUNT=adapters.a.size(0), **by_projection, D=width, R=rank, RT=stacked, BM=m, BD=d,
+        S=length, TILES=tiles, COUNT=adapters.a.size(0), NQ=nq, NK=nk, NV=nv, D=width, R=rank, RT=stacked, BM=m, BD=d,
         BN=n, STACKED=is_stacked(rank, groups), PACKED=adapters.is_packed, WITH_DX=dx is not None,
         num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
@@ -279,10 +280,11 @@ def launch_backward(
     with _beside(x.device, ready):
         n, s = config.db_n, config.db_s
         tiles = batch * sum(triton.cdiv(size, n) for size in sizes)
+        q_d, k_d, v_d = of_three([tiled(grad, 1, s, n) for grad in grads])
         _db_kernel[(programs(x.device, tiles),)](
-            **of_three(("q_d", "k_d", "v_d"), [tiled(grad, 1, s, n) for grad in grads]), xa_d=tiled(xa, 1, s, padded),
+            q_d=q_d, k_d=k_d, v_d=v_d, xa_d=tiled(xa, 1, s, padded),
             db_ptr=db, slots_ptr=slots, db_stride=db.stride(0), count=db.size(0), B=batch, S=length, TILES=tiles,
-            **by_projection, R=rank, RP=padded, BN=n, BS=s, BP=batch_pow2,
+            NQ=nq, NK=nk, NV=nv, R=rank, RP=padded, BN=n, BS=s, BP=batch_pow2,
             num_warps=config.db_warps, num_stages=config.db_stages,
         )  # fmt: skip
     d, s, rows = config.da_d, config.da_s, max(64, stacked)  # 64: the fewest rows of a Hopper matrix instruction

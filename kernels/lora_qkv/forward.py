@@ -38,7 +38,7 @@ def pick_forward_config(dtype: torch.dtype, rank: int) -> ForwardConfig:
     if padded_rank(rank) > 16:
         return ForwardConfig(128, 128, 64, 8, 3, 64)  # R up to 64 fits registers and shared memory
     # NVIDIA H100, 65536 x 512 x 1024: 0.128 ms; 4 stages 0.132; cuBLAS without adapters 0.110. A form of it with norm
-    # and rotation 0.170; those in a launch after it 0.210. Heads of 64 spill nothing, of 32 1.0 KB, of 128 1.2 KB.
+    # and rotation 0.170; those in a launch after it 0.210. Heads of 64 spill nothing, of 32 1.1 KB, of 128 1.0 KB.
     return ForwardConfig(128, 256, 64, 8, 3, 128)
 
 
@@ -227,18 +227,20 @@ def launch_forward(
     packed = None if lora_a.dtype == x.dtype else (made.packed_a, made.packed_b)
     adapters = adapters_of(x, lora_a, lora_b, slots, sizes, packed)
     cos, sin, gain = heads[:3] if heads else (None, None, None)
+    rstd_q, rstd_k = made.rstds or (None, None)
     if made.xa.numel():
         padded, config = padded_rank(rank), pick_forward_config(x.dtype, rank)
         m, n, k = config.block_m, config.block_n, config.block_k
         tiles = batch * triton.cdiv(length, m) * sum(triton.cdiv(size, n) for size in sizes)
+        q_d, k_d, v_d = of_three([tiled(out, 1, m, n // PIECES) for out in made.outs])
+        nq, nk, nv = of_three(sizes, 0)
         _forward_kernel[(programs(x.device, tiles),)](
             x_d=tiled(aligned(x), 1, m, k), w_d=tiled(aligned(weight), n, k), a_d=tiled(adapters.a, 1, padded, k),
             b_ptr=adapters.b, slots_ptr=adapters.slots,
-            **of_three(("q_d", "k_d", "v_d"), [tiled(out, 1, m, n // PIECES) for out in made.outs]),
-            xa_ptr=made.xa, u_ptr=u, cos_ptr=cos, sin_ptr=sin, gain_ptr=gain,
-            **of_three(("rstd_q_ptr", "rstd_k_ptr"), made.rstds), table_stride=heads.table_stride if heads else None,
+            q_d=q_d, k_d=k_d, v_d=v_d, xa_ptr=made.xa, u_ptr=u, cos_ptr=cos, sin_ptr=sin, gain_ptr=gain,
+            rstd_q_ptr=rstd_q, rstd_k_ptr=rstd_k, table_stride=heads.table_stride if heads else None,
             b_stride=adapters.b.stride(0), S=length, TILES=tiles, COUNT=adapters.b.size(0),
-            **of_three(("NQ", "NK", "NV"), sizes, 0), D=width, R=rank, RT=adapters.b.size(2),
+            NQ=nq, NK=nk, NV=nv, D=width, R=rank, RT=adapters.b.size(2),
             STACKED=adapters.is_packed and is_stacked(rank, groups), RP=padded, BM=m, BN=n, BK=k, HEAD=head_dim,
             HEADS=heads_at_once(n, head_dim), EPS=EPS, SQUARED=squared,
             num_warps=config.warps, num_stages=config.stages,

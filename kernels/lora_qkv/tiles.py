@@ -15,9 +15,9 @@ PIECES = 8
 """Pieces, side by side, in which a tile leaves: shared memory for one of them is enough."""
 
 
-def of_three(names: Sequence[str], projections: Sequence, none: Any = None) -> dict[str, Any]:
-    """Arguments of q, k and v by their `names` in a kernel: those of three projections, or one product as q."""
-    return dict(zip(names, (*projections, none, none), strict=False))
+def of_three(projections: Sequence, nothing: Any = None) -> Sequence:
+    """What the kernels take for q, k and v: as it is, or the one product as q."""
+    return (*projections, nothing, nothing) if len(projections) == 1 else projections
 
 
 def programs(device: torch.device, tiles: int) -> int:

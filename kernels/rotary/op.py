@@ -10,18 +10,15 @@ from .backward import backward
 from .forward import forward, pick_config
 from .reference import norm_rotary_ref
 
-Q, K, DQ, DK = (tuple(f"{name}_stride_{axis}" for axis in "bsh") for name in ("q", "k", "dq", "dk"))
-"""The kernels' names of outer strides."""
 
-
-def _launch(kernel, q: Tensor, k: Tensor, strided: dict[tuple[str, ...], Tensor], **tensors: Tensor | None) -> None:
-    """Run `kernel` over all tokens, with `tensors` and the outer strides of `strided`."""
+def _launch(kernel, q: Tensor, k: Tensor, **arguments: Tensor | int | None) -> None:
+    """Run `kernel` over all tokens, with its own `arguments`."""
     batch, tokens, heads, head_dim = q.shape
     config = pick_config(max(heads, k.size(2)), head_dim)
-    for names, tensor in strided.items():
-        tensors.update(zip(names, tensor.stride(), strict=False))
+    (q_b, q_s, q_h, _), (k_b, k_s, k_h, _) = q.stride(), k.stride()
     kernel[(batch * triton.cdiv(tokens, config.tokens),)](
-        **tensors, q_ptr=q, k_ptr=k, tokens=tokens, EPS=EPS, H=heads, G=k.size(2), D=head_dim,
+        **arguments, q_ptr=q, k_ptr=k, tokens=tokens, q_stride_b=q_b, q_stride_s=q_s, q_stride_h=q_h, k_stride_b=k_b,
+        k_stride_s=k_s, k_stride_h=k_h, EPS=EPS, H=heads, G=k.size(2), D=head_dim,
         HEADS=min(config.heads, triton.next_power_of_2(heads)),
         HEADS_K=min(config.heads, triton.next_power_of_2(k.size(2))),
         TOKENS=config.tokens, HALF=config.half, num_warps=config.num_warps,
@@ -38,8 +35,7 @@ def _op(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, gain: Tensor | None) -> 
     q_out, k_out = q.new_empty(q.shape), k.new_empty(k.shape)
     if q.numel():
         q, k = _with_whole_heads(q), _with_whole_heads(k)
-        tables = {"cos_ptr": cos, "sin_ptr": sin, "gain_ptr": gain}
-        _launch(forward, q, k, {Q: q, K: k}, **tables, q_out_ptr=q_out, k_out_ptr=k_out)
+        _launch(forward, q, k, cos_ptr=cos, sin_ptr=sin, gain_ptr=gain, q_out_ptr=q_out, k_out_ptr=k_out)
     return q_out, k_out
 
 
@@ -67,9 +63,12 @@ def _backward_op(
         sums = cos.new_empty(q.size(0) * triton.cdiv(q.size(1), tokens), q.size(2))
     if q.numel():
         dq_out, dk_out, q, k = (_with_whole_heads(t) for t in (dq_out, dk_out, q, k))
-        tables = {"cos_ptr": cos, "sin_ptr": sin, "gain_ptr": gain}
-        douts = {"dq_out_ptr": dq_out, "dk_out_ptr": dk_out, "dq_ptr": dq, "dk_ptr": dk, "sums_ptr": sums}
-        _launch(backward, q, k, {DQ: dq_out, DK: dk_out, Q: q, K: k}, **tables, **douts)
+        (q_b, q_s, q_h, _), (k_b, k_s, k_h, _) = dq_out.stride(), dk_out.stride()
+        _launch(
+            backward, q, k, dq_out_ptr=dq_out, dk_out_ptr=dk_out, cos_ptr=cos, sin_ptr=sin, gain_ptr=gain, dq_ptr=dq,
+            dk_ptr=dk, sums_ptr=sums, dq_stride_b=q_b, dq_stride_s=q_s, dq_stride_h=q_h, dk_stride_b=k_b,
+            dk_stride_s=k_s, dk_stride_h=k_h,
+        )  # fmt: skip
     if dgain is not None:
         torch.sum(sums, 0, out=dgain)
 
