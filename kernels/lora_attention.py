@@ -26,7 +26,7 @@ from .attention.backward import launch_backward as attention_backward
 from .attention.cached import validate_cache
 from .attention.cached_keys import Cache
 from .attention.forward import launch_forward as attention_forward
-from .attention.op import attention_op, checked_tail
+from .attention.op import WITHOUT_CACHE, cached_op, causal_op, checked_tail
 from .dispatch import aligned, custom_op, empty_grad, expect_one_of, keep_output
 from .lora_qkv.forward import empty_projected, launch_forward
 from .lora_qkv.heads import HeadTables
@@ -34,9 +34,6 @@ from .lora_qkv.op import Lora, Saved, gradients
 from .lora_qkv.reference import lora_qkv_rope_ref
 from .lora_qkv.rope import expect_heads
 from .lora_qkv.validate import expect_projections
-
-WITHOUT_CACHE = (None, None, None, None, 0)
-"""The last arguments of the registered ops where there is no cache."""
 
 
 def lora_attention_ref(
@@ -183,7 +180,8 @@ def _backward(ctx, douts):
     saved, (*cache, out, lse, q, k, v, cos, sin, gain, rstd_q, rstd_k) = Saved.split(ctx.saved_tensors)
     cache = *cache, ctx.window
     if ctx.is_changed():
-        out = attention_op(*_heads((q, k, v), 2 * cos.size(-1)), out.size(1), None, *cache)[0].flatten(2)
+        heads = _heads((q, k, v), 2 * cos.size(-1))
+        out = (causal_op(*heads, None, out.size(1)) if cache[0] is None else cached_op(*heads, *cache))[0].flatten(2)
     grads = empty_grad(q), empty_grad(k), empty_grad(v)
     _backward_op(douts[0], out, lse, q, k, v, cos, sin, gain, rstd_q, rstd_k, ctx.is_unit, *cache, *grads)
     return *gradients(saved, ctx.lora, ctx.needs_input_grad[:4], grads), *(None,) * 15

@@ -22,7 +22,7 @@ from torch import Tensor
 from .attention import HEAD_DIMS, causal_attention_ref
 from .attention.backward import Rotary, launch_backward
 from .attention.forward import launch_forward
-from .attention.op import attention_op, checked_start, checked_tail
+from .attention.op import causal_op, checked_start, checked_tail
 from .dispatch import aligned, custom_op, dtypes_of, empty_grad, expect, keep_output, resolve_backend
 from .linear.op import linear_dweight, linear_dx
 from .linear.product import HEADS, Heads, launch_product
@@ -143,7 +143,7 @@ def _autograd(ctx, dout, *_):
     if dout is None:
         return (None,) * 10
     if ctx.is_changed():
-        out = attention_op(*_split(qkv, ctx.sizes, ctx.head_dim), ctx.tail, start)[0].flatten(2)
+        out = causal_op(*_split(qkv, ctx.sizes, ctx.head_dim), start, ctx.tail)[0].flatten(2)
     about = ctx.sizes, ctx.head_dim, ctx.is_unit, start
     dqkv, dgain = empty_grad(qkv), empty_grad(gain, needs_gain)
     _backward_op(dout, out, qkv, rstd, lse, cos, sin, gain, *about, dqkv, dgain)

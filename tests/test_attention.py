@@ -12,6 +12,7 @@ from klora.bench.tolerance import assert_as_exact
 from klora.kernels.attention import causal_attention, causal_attention_ref, document_starts, why_not
 from klora.kernels.attention.backward import Rotary, launch_backward
 from klora.kernels.attention.forward import launch_forward
+from klora.kernels.attention.op import WITHOUT_CACHE
 from klora.kernels.rms_norm import EPS
 from klora.kernels.rotary import norm_rotary, norm_rotary_ref, rotary_tables
 from torch import Tensor
@@ -277,14 +278,14 @@ def test_what_the_kernel_alone_does_not_take_is_refused_by_it_alone():
 def check_registration(device):
     for tail in (20, 7):
         leaves = [t.requires_grad_() for t in draw(S=20, device=device)[:3]]
-        op = torch.ops.klora.attention
-        torch.library.opcheck(op.default, (*leaves, tail))
+        op = torch.ops.klora.causal_attention
+        torch.library.opcheck(op.default, (*leaves, None, tail))
         q, k, v = (t.detach() for t in leaves)
-        out, lse = op(q, k, v, tail)
+        out, lse = op(q, k, v, None, tail)
         into = [torch.empty_like(t) for t in (q, k, v)]
-        given = out, q, k, v, out, lse, *[None] * 5, 0, *into
+        given = out, q, k, v, out, lse, None, *WITHOUT_CACHE, *into
         torch.library.opcheck(torch.ops.klora.attention_backward.default, given)
-        torch.library.opcheck(op.default, (*leaves, tail, starts_of([[3, 8]] * 2, 20, device)))
+        torch.library.opcheck(op.default, (*leaves, starts_of([[3, 8]] * 2, 20, device), tail))
 
 
 def check_compiled(device, backend):

@@ -362,10 +362,9 @@ def check_registration(device):
     call, dout = draw(device=device)
     leaves = [call[name].detach().requires_grad_() for name in NAMES]
     rest = [call[name].nan_to_num() for name in ("cache_k", "cache_v")] + [call["slots"], call["filled"], 50]
-    about = call["q"].size(1), None, *rest
-    torch.library.opcheck(torch.ops.klora.attention.default, (*leaves, *about))
+    torch.library.opcheck(torch.ops.klora.cached_attention.default, (*leaves, *rest))
     tensors = [t.detach() for t in leaves]
-    out, lse = torch.ops.klora.attention(*tensors, *about)
+    out, lse = torch.ops.klora.cached_attention(*tensors, *rest)
     given = dout, *tensors, out, lse, None, *rest, *(torch.empty_like(t) for t in tensors)
     torch.library.opcheck(torch.ops.klora.attention_backward.default, given)
     torch.library.opcheck(

@@ -38,7 +38,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..dispatch import INTEGERS, custom_op, describe, expect, refuse_gradients, resolve_backend
 from ..slots import is_in_pool, rows_of_slots
-from .op import attention_op, check_heads, check_qkv
+from .op import cached_op, check_heads, check_qkv
 
 TOKENS = 32
 """Tokens of one head that a program of the writing launch copies."""
@@ -187,7 +187,7 @@ def cached_attention(
     validate_cache(cache_k, cache_v, slots, filled, window, k.shape, k)
     if backend == "reference":
         return cached_attention_ref(q, k, v, cache_k, cache_v, slots, filled, window).contiguous()
-    return attention_op(q, k, v, q.size(1), None, cache_k, cache_v, slots, filled, window)[0]
+    return cached_op(q, k, v, cache_k, cache_v, slots, filled, window)[0]
 
 
 def cache_write_(

@@ -1,4 +1,4 @@
-"""The registered op, its autograd, the checks that attention over a cache shares, and the public function."""
+"""The registered ops, their autograd, the checks that attention over a cache shares, and the public function."""
 
 import torch
 from torch import Tensor
@@ -10,30 +10,32 @@ from .forward import launch_forward
 from .reference import causal_attention_ref
 
 HEAD_DIMS = (16, 32, 64, 128)
+WITHOUT_CACHE = (None, None, None, None, 0)
+"""What ops that may have a cache take where there is none."""
 
 
-@custom_op("klora::attention", mutates_args=())
-def attention_op(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    tail: int,
-    start: Tensor | None = None,
-    cache_k: Tensor | None = None,
-    cache_v: Tensor | None = None,
-    slots: Tensor | None = None,
-    filled: Tensor | None = None,
-    window: int = 0,
+@custom_op("klora::causal_attention", mutates_args=())
+def causal_op(q: Tensor, k: Tensor, v: Tensor, start: Tensor | None, tail: int) -> tuple[Tensor, Tensor]:
+    """out, and the logsumexp that the backward wants."""
+    return launch_forward(aligned(q), aligned(k), aligned(v), tail, start=start)
+
+
+@custom_op("klora::cached_attention", mutates_args=())
+def cached_op(
+    q: Tensor, k: Tensor, v: Tensor, cache_k: Tensor, cache_v: Tensor, slots: Tensor, filled: Tensor, window: int
 ) -> tuple[Tensor, Tensor]:
-    """out, and the logsumexp that the backward wants; over a cache, if there is one, too."""
+    """As :func:`causal_op`, over a cache too. An op of its own: each argument costs PyTorch's autograd 3 us a call."""
     cache = Cache.of(cache_k, cache_v, slots, filled, window)
-    return launch_forward(aligned(q), aligned(k), aligned(v), tail, cache=cache, start=start)
+    return launch_forward(aligned(q), aligned(k), aligned(v), q.size(1), cache=cache)
 
 
-@attention_op.register_fake
-def _(q, k, v, tail, *_):
+def _fake(q: Tensor, tail: int) -> tuple[Tensor, Tensor]:
     batch, _, heads, width = q.shape
     return q.new_empty(batch, tail, heads, width), q.new_empty(batch, heads, tail, dtype=torch.float32)
+
+
+causal_op.register_fake(lambda q, k, v, start, tail: _fake(q, tail))
+cached_op.register_fake(lambda q, *_: _fake(q, q.size(1)))
 
 
 @custom_op("klora::attention_backward", mutates_args=("dq", "dk", "dv"))
@@ -60,25 +62,29 @@ def _backward_op(
 
 
 def _setup(ctx, inputs, output):
-    q, k, v, ctx.tail, *others, ctx.window = inputs
+    *tensors, ctx.number = inputs
     out, ctx.is_changed = keep_output(output[0])
-    ctx.save_for_backward(q, k, v, out, output[1], *others)
+    ctx.save_for_backward(out, output[1], *tensors)
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, dout, _):
+    out, lse, q, k, v, *others = ctx.saved_tensors
+    nothing = (None,) * (len(others) + 1)
     if dout is None:
-        return (None,) * 10
-    q, k, v, out, lse, *others = ctx.saved_tensors
+        return None, None, None, *nothing
+    is_cached = len(others) > 1
     if ctx.is_changed():
-        out = attention_op(q, k, v, ctx.tail, *others, ctx.window)[0]
+        out = (cached_op if is_cached else causal_op)(q, k, v, *others, ctx.number)[0]
     grads = [empty_grad(t) for t in (q, k, v)]
-    _backward_op(dout, q, k, v, out, lse, *others, ctx.window, *grads)
-    return *(g if needed else None for g, needed in zip(grads, ctx.needs_input_grad, strict=False)), *(None,) * 7
+    about = (None, *others, ctx.number) if is_cached else (*others, *WITHOUT_CACHE)
+    _backward_op(dout, q, k, v, out, lse, *about, *grads)
+    return *(g if needed else None for g, needed in zip(grads, ctx.needs_input_grad, strict=False)), *nothing
 
 
-attention_op.register_autograd(_backward, setup_context=_setup)
+for op in (causal_op, cached_op):
+    op.register_autograd(_backward, setup_context=_setup)
 
 
 def check_heads(name: str, x: Tensor, backend: str) -> None:
@@ -147,4 +153,4 @@ def causal_attention(
     tail, start = checked_tail(tail, q.size(1)), checked_start(start, q)
     if backend == "reference":
         return causal_attention_ref(q, k, v, start=start)[:, q.size(1) - tail :].contiguous()
-    return attention_op(q, k, v, tail, start)[0]
+    return causal_op(q, k, v, start, tail)[0]
