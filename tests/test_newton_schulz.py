@@ -513,6 +513,20 @@ def test_it_compiles_whole():
     torch.testing.assert_close(compiled(matrices), newton_schulz(matrices, 1, backend="triton")[1] * 2)
 
 
+def test_the_tiles_of_a_gpu_are_picked_while_it_is_compiled(monkeypatch):
+    """By its multiprocessors, which are asked and not traced."""
+    counts = iter([132, 132, 20])
+    monkeypatch.setattr(op, "multiprocessors", lambda device: next(counts))
+    shapes = (Shapes(60, 256, 512, "gram"),)
+
+    def panel(x):
+        return x * pick_config(shapes, torch.bfloat16, torch.device("cuda")).panel
+
+    assert pick_config(shapes, torch.bfloat16, torch.device("cuda")).panel == 64
+    assert torch.compile(panel, fullgraph=True, backend="eager")(torch.ones(1)) == 64
+    assert pick_config(shapes, torch.bfloat16, torch.device("cuda")).panel == 128
+
+
 # ---- on a GPU
 
 SHAPES = [(20, 512, 512), (3, 1536, 512), (3, 512, 1536), (4, 256, 512), (2, 100, 333), (1, 1, 7), (2, 640, 1000)]

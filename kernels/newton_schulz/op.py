@@ -35,6 +35,12 @@ def pick_form(rows: int, columns: int) -> str:
     return "gram" if max(rows, columns) >= 2 * min(rows, columns) else "standard"
 
 
+@torch.compiler.assume_constant_result
+def _processors(device: torch.device) -> int:
+    """Of the GPU; torch.compile, which traces no question to a device, takes the answer."""
+    return multiprocessors(device)
+
+
 def pick_config(shapes: Sequence[Shapes], dtype: torch.dtype, device: torch.device) -> NewtonSchulzConfig:
     """Tiles for these shapes, where results are of `dtype`. Milliseconds on an NVIDIA H200, fill included."""
     if device.type != "cuda":  # the interpreter: few large tiles
@@ -44,7 +50,7 @@ def pick_config(shapes: Sequence[Shapes], dtype: torch.dtype, device: torch.devi
     side = 128
     blocks = [(round_up(min(s.rows, s.columns), side) // side, s.count) for s in shapes]
     tiles = sum(count * m * (m + 1) // 2 for m, count in blocks)  # of a symmetric product of all matrices
-    if tiles < 2 * multiprocessors(device):
+    if tiles < 2 * _processors(device):
         # Too few: smaller tiles. One 512 x 512: 0.075, with 128 x 128 0.111.
         return NewtonSchulzConfig(panel=64, block_k=64, num_warps=4, num_stages=4)
     if tiles < 1024:
