@@ -513,18 +513,14 @@ def test_it_compiles_whole():
     torch.testing.assert_close(compiled(matrices), newton_schulz(matrices, 1, backend="triton")[1] * 2)
 
 
-def test_the_tiles_of_a_gpu_are_picked_while_it_is_compiled(monkeypatch):
-    """By its multiprocessors, which are asked and not traced."""
-    counts = iter([132, 132, 20])
-    monkeypatch.setattr(op, "multiprocessors", lambda device: next(counts))
-    shapes = (Shapes(60, 256, 512, "gram"),)
+def test_the_tiles_of_a_gpu_are_picked_while_it_is_compiled():
+    gpu, shapes = torch.device("cuda"), (Shapes(60, 256, 512, "gram"),)
 
     def panel(x):
-        return x * pick_config(shapes, torch.bfloat16, torch.device("cuda")).panel
+        return x * pick_config(shapes, torch.bfloat16, gpu).panel
 
-    assert pick_config(shapes, torch.bfloat16, torch.device("cuda")).panel == 64
     assert torch.compile(panel, fullgraph=True, backend="eager")(torch.ones(1)) == 64
-    assert pick_config(shapes, torch.bfloat16, torch.device("cuda")).panel == 128
+    assert pick_config((Shapes(88, 256, 512, "gram"),), torch.bfloat16, gpu).panel == 128
 
 
 # ---- on a GPU

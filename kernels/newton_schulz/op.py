@@ -6,7 +6,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ..dispatch import check_backend, custom_op, multiprocessors, round_up
+from ..dispatch import check_backend, custom_op, round_up
 from .edges import apply_updates, fill_arena, measure
 from .pieces import PIECE, Layouts, Pieces, pieces_of
 from .plan import Plan, Shapes, plan_of, result_layout
@@ -35,10 +35,10 @@ def pick_form(rows: int, columns: int) -> str:
     return "gram" if max(rows, columns) >= 2 * min(rows, columns) else "standard"
 
 
-@torch.compiler.assume_constant_result
-def _processors(device: torch.device) -> int:
-    """Of the GPU; torch.compile, which traces no question to a device, takes the answer."""
-    return multiprocessors(device)
+HOPPER = 132
+"""Multiprocessors of a full one; smaller ones get the same tiles. A constant: torch.compile traces :func:`pick_config`,
+and would not trace a question to the device.
+"""
 
 
 def pick_config(shapes: Sequence[Shapes], dtype: torch.dtype, device: torch.device) -> NewtonSchulzConfig:
@@ -50,7 +50,7 @@ def pick_config(shapes: Sequence[Shapes], dtype: torch.dtype, device: torch.devi
     side = 128
     blocks = [(round_up(min(s.rows, s.columns), side) // side, s.count) for s in shapes]
     tiles = sum(count * m * (m + 1) // 2 for m, count in blocks)  # of a symmetric product of all matrices
-    if tiles < 2 * _processors(device):
+    if tiles < 2 * HOPPER:
         # Too few: smaller tiles. One 512 x 512: 0.075, with 128 x 128 0.111.
         return NewtonSchulzConfig(panel=64, block_k=64, num_warps=4, num_stages=4)
     if tiles < 1024:
