@@ -1,4 +1,4 @@
-"""Group `elementwise`: norms, residual stream, rotary and squared ReLU, forward and backward, as adaptation runs them.
+"""Group `elementwise`: norms, residual stream and rotary, forward and backward, as adaptation runs them.
 
 Weights are frozen, so that the gradients are those of the activations and of the documents' biases; `trained` has the
 gradients of the vectors as well. The products around these ops are left out.
@@ -7,16 +7,14 @@ gradients of the vectors as well. The products around these ops are left out.
 import torch
 from torch import Tensor
 
-from ..kernels.mlp import relu_squared, relu_squared_ref
 from ..kernels.rms_norm import residual_norm, residual_norm_ref
 from ..kernels.rotary import norm_rotary, norm_rotary_ref, rotary_tables
 from .entry import Call, Entry, Shape, Tensors, Variant
 
 STREAM = {"64x1024": {"B": 64, "S": 1024, "D": 512}}
 HEADS = {"64x1024": {"B": 64, "S": 1024, "H": 8, "G": 4, "d": 64}}
-HIDDEN = {"64x1024": {"B": 64, "S": 1024, "D": 512, "hidden": 1536}}
-TOY = {"B": 2, "S": 9, "D": 32, "H": 4, "G": 2, "d": 16, "hidden": 48}
-GATE = {"B": 4, "S": 1000, "D": 512, "H": 8, "G": 4, "d": 64, "hidden": 1536}
+TOY = {"B": 2, "S": 9, "D": 32, "H": 4, "G": 2, "d": 16}
+GATE = {"B": 4, "S": 1000, "D": 512, "H": 8, "G": 4, "d": 64}
 
 ATTENTION = ("x", "branch", "scale")
 BETWEEN = (*ATTENTION, "bias", "mix", "x0")
@@ -110,20 +108,6 @@ def _rotary_bytes(shape: Shape, itemsize: int) -> int:
     return 5 * tokens * both * itemsize + 8 * shape["S"] * shape["d"]
 
 
-def _draw_hidden(shape: Shape, device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Tensors:
-    size = shape["B"] * shape["S"], shape["hidden"]
-    return tuple(torch.randn(size, device=device, generator=generator).to(dtype) for _ in range(2))
-
-
-def _activation(function: Call) -> Call:
-    def run(u: Tensor, dout: Tensor) -> Tensors:
-        leaf = u.detach().requires_grad_()
-        out = function(leaf)
-        return out, torch.autograd.grad(out, leaf, dout)[0]
-
-    return run
-
-
 ENTRIES = (
     _boundary("residual_norm_after_attention", ATTENTION, 9),
     _boundary("residual_norm_between_blocks", BETWEEN, 10),
@@ -148,17 +132,5 @@ ENTRIES = (
         ),
         bytes=_rotary_bytes,
         flops=lambda shape: 20 * shape["B"] * shape["S"] * (shape["H"] + shape["G"]) * shape["d"],
-    ),
-    Entry(
-        group="elementwise",
-        op="relu_squared",
-        shapes=HIDDEN,
-        toy=TOY,
-        gate=GATE,
-        draw=_draw_hidden,
-        truth=lambda shape, *inputs: _activation(relu_squared_ref)(*inputs),
-        variants=_variants(_activation, relu_squared_ref, relu_squared),
-        bytes=lambda shape, itemsize: 5 * itemsize * shape["B"] * shape["S"] * shape["hidden"],
-        flops=lambda shape: 5 * shape["B"] * shape["S"] * shape["hidden"],
     ),
 )

@@ -30,7 +30,7 @@ import typer
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from ..kernels import BOS
+from ..kernels import BOS_ID
 from ..model.gpt import GPT
 from ..model.storage import write_text
 from ..ttt.documents import Document
@@ -69,7 +69,7 @@ def drawn(lengths: Sequence[int], vocabulary: int = 1024) -> list[Document]:
     draw = np.random.default_rng(1)
     parts = [draw.integers(3, vocabulary, length).astype(np.uint16) for length in lengths]
     for part in parts:
-        part[0] = BOS
+        part[0] = BOS_ID
     return [Document(str(index), part, bytes=1) for index, part in enumerate(parts)]
 
 

@@ -35,7 +35,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels import (
-    BOS,
+    BOS_ID,
     bigram_hash_ref,
     causal_attention_ref,
     newton_schulz_ref,
@@ -174,7 +174,7 @@ def _bigram(model: GPT, tokens: Tensor) -> Tensor:
 
 def _smear(model: GPT, x: Tensor, tokens: Tensor) -> Tensor:
     before = torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], dim=1)
-    before = before.masked_fill((tokens == BOS)[..., None], 0.0)
+    before = before.masked_fill((tokens == BOS_ID)[..., None], 0.0)
     return torch.lerp(x, before, torch.sigmoid(model.smear.gate).to(x.dtype))
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..kernels import BOS, softcap_nll_ref
+from ..kernels import BOS_ID, softcap_nll_ref
 from ..model import network
 from ..model.config import ModelConfig
 from ..model.gpt import GPT
@@ -41,7 +41,7 @@ def _config(shape: Shape) -> TTTConfig:
 def _draw(shape: Shape, device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Tensors:
     size = shape["B"], shape["tokens"]
     tokens = torch.randint(3, model_config(shape).vocab_size, size, device=device, generator=generator)
-    tokens[:, 0] = BOS
+    tokens[:, 0] = BOS_ID
     return (tokens,)
 
 
@@ -121,7 +121,7 @@ def _draw_corpus(shape: Shape, device: torch.device, dtype: torch.dtype, generat
     lengths = corpus_lengths(shape)
     vocabulary = model_config(shape).vocab_size
     tokens = torch.randint(3, vocabulary, (int(lengths.sum()),), device=device, generator=generator)
-    tokens[torch.from_numpy(lengths.cumsum() - lengths).to(device)] = BOS
+    tokens[torch.from_numpy(lengths.cumsum() - lengths).to(device)] = BOS_ID
     return (tokens,)
 
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
         causal_attention_ref,
         pick_attention,
     )
-    from .bigram import BOS, bigram_hash_ref
+    from .bigram import BOS_ID, bigram_hash_ref
     from .embedding import bigram_embedding, bigram_embedding_ref
     from .int6 import (
         Int6Linear,
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
         unpack_int6_ref,
     )
     from .linear import linear, linear_ref
-    from .lora_adam import check_distinct_slots, lora_adam_, lora_adam_ref_
+    from .lora_adam import lora_adam_, lora_adam_ref_
     from .lora_attention import (
         lora_attention,
         lora_attention_ref,
@@ -50,15 +50,16 @@ if TYPE_CHECKING:
     )
     from .lora_linear import lora_linear, lora_linear_ref
     from .lora_mlp import lora_mlp, lora_mlp_ref
-    from .lora_qkv import check_slots, lora_qkv, lora_qkv_ref, lora_qkv_rope, lora_qkv_rope_ref
-    from .mlp import relu_squared, relu_squared_mlp, relu_squared_mlp_ref, relu_squared_ref
+    from .lora_qkv import lora_qkv, lora_qkv_ref, lora_qkv_rope, lora_qkv_rope_ref
+    from .mlp import relu_squared_mlp, relu_squared_mlp_ref, relu_squared_ref
     from .newton_schulz import muon_apply_, muon_updates, newton_schulz, newton_schulz_ref
     from .qkv_attention import qkv_attention, qkv_attention_ref
     from .rms_norm import ResidualNorm, residual_norm, residual_norm_ref, rms_norm, rms_norm_ref
     from .rotary import norm_rotary, norm_rotary_ref, ntk_base, rotary_tables
+    from .slots import check_slots
 
 __all__ = [
-    "BOS",
+    "BOS_ID",
     "Int6Linear",
     "Int6Matrix",
     "Int6Weight",
@@ -72,7 +73,6 @@ __all__ = [
     "cached_attention_ref",
     "causal_attention",
     "causal_attention_ref",
-    "check_distinct_slots",
     "check_slots",
     "check_targets",
     "dequantize_int6_ref",
@@ -112,7 +112,6 @@ __all__ = [
     "qkv_attention_ref",
     "quantize_int6",
     "quantize_int6_ref",
-    "relu_squared",
     "relu_squared_mlp",
     "relu_squared_mlp_ref",
     "relu_squared_ref",

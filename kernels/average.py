@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .registration import device_of
+from .dispatch import device_of
 
 BLOCK = 2048
 
@@ -40,4 +40,6 @@ def update_averages_(ema: Tensor, total: Tensor, values: Tensor, weights: Tensor
             total.add_(values, alpha=b)
         return
     with device_of(values):
-        _update[(triton.cdiv(len(values), BLOCK),)](ema, total, values, weights, len(values), BLOCK=BLOCK, num_warps=8)
+        _update[(triton.cdiv(len(values), BLOCK),)](
+            ema_ptr=ema, total_ptr=total, w_ptr=values, weights_ptr=weights, N=len(values), BLOCK=BLOCK, num_warps=8
+        )

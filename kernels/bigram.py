@@ -9,7 +9,7 @@ BOS itself: nothing of one document reaches the next. Moves 16 bytes a token.
 import torch
 from torch import Tensor
 
-BOS = 1
+BOS_ID = 1
 """Token id that starts a document."""
 
 
@@ -26,4 +26,4 @@ def bigram_hash_ref(tokens: Tensor, rows: int, previous: Tensor | None = None) -
     before[..., 1:] = tokens[..., :-1]
     before[..., :1] = -1 if previous is None else previous[..., None]
     rows_hashed = torch.bitwise_xor(36313 * tokens, 27191 * before) % (rows - 1)
-    return torch.where((before < 0) | (tokens == BOS), rows - 1, rows_hashed)
+    return torch.where((before < 0) | (tokens == BOS_ID), rows - 1, rows_hashed)

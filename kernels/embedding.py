@@ -18,17 +18,27 @@ same bits in every run. de is rounded to `dtype` before it is summed.
 BigramHash and SmearGate: see the model's design.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .bigram import BOS, bigram_hash_ref
-from .registration import custom_op, resolve_backend
+from .bigram import BOS_ID, bigram_hash_ref
+from .dispatch import (
+    DTYPES,
+    INTEGERS,
+    custom_op,
+    empty_grad,
+    expect,
+    expect_one_of,
+    refuse_in_reference,
+    resolve_backend,
+)
 from .rms_norm import EPS, rms_norm_ref
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 ROWS, WARPS = 4, 4
 """Tokens of a tile: with D 512, a row belongs to one warp."""
 TOKENS = 64
@@ -48,7 +58,7 @@ def bigram_embedding_ref(tokens: Tensor, embed: Tensor, bigram: Tensor, gate: Te
     rows = bigram_hash_ref(tokens, bigram.size(0))
     n = rms_norm_ref(F.embedding(tokens, embed) + F.embedding(rows, bigram)).to(dtype)
     before = torch.cat([torch.zeros_like(n[:, :1]), n[:, :-1]], dim=1)
-    before = before.masked_fill((tokens == BOS)[..., None], 0.0)
+    before = before.masked_fill((tokens == BOS_ID)[..., None], 0.0)
     return torch.lerp(n, before, torch.sigmoid(gate).to(dtype))
 
 
@@ -154,21 +164,25 @@ def _sum_rows(
     tl.store(out_ptr + row.to(tl.int64) * D + column, tl.sum(total, 0), mask=column < D)
 
 
-def _sum_by_row(de: Tensor, rows: Tensor, count: int) -> Tensor:
-    """de [tokens, D], rows int [tokens] -> fp32 [count, D], the sum of de over the tokens of each row."""
-    width = de.size(1)
-    out = de.new_empty(count, width, dtype=torch.float32)
+def _sum_by_row(de: Tensor, rows: Tensor, out: Tensor) -> None:
+    """Write out fp32 [count, D]: the sum of de [tokens, D] over the tokens of each row, by `rows` int [tokens]."""
+    count, width = out.shape
     ordered, order = torch.sort(rows, stable=True)
     starts = torch.searchsorted(ordered, torch.arange(count + 1, device=rows.device, dtype=rows.dtype))
     _sum_rows[(count, triton.cdiv(width, COLUMNS))](
-        de, order, starts, out, D=width, SEGMENT=SEGMENT, COLUMNS=COLUMNS, num_warps=4
-    )
-    return out
+        de_ptr=de, order_ptr=order, starts_ptr=starts, out_ptr=out, D=width, SEGMENT=SEGMENT, COLUMNS=COLUMNS,
+        num_warps=4,
+    )  # fmt: skip
 
 
-def _sizes(embed: Tensor, bigram: Tensor) -> dict[str, int | float]:
+def _shared(tokens: Tensor, embed: Tensor, bigram: Tensor, gate: Tensor) -> dict[str, Any]:
+    """What both directions take."""
     width = embed.size(1)
-    return {"HASHES": bigram.size(0), "D": width, "N": triton.next_power_of_2(width), "EPS": EPS, "BOS": BOS}
+    return dict(
+        tokens_ptr=tokens, embed_ptr=embed, bigram_ptr=bigram, gate_ptr=gate, S=tokens.size(1), V=embed.size(0),
+        HASHES=bigram.size(0), D=width, N=triton.next_power_of_2(width), ROWS=ROWS, EPS=EPS, BOS=BOS_ID,
+        num_warps=WARPS,
+    )  # fmt: skip
 
 
 @custom_op("klora::bigram_embedding", mutates_args=())
@@ -179,9 +193,7 @@ def _op(
     batch, length = tokens.shape
     out = embed.new_empty(batch, length, embed.size(1), dtype=dtype)
     if out.numel():
-        _forward[(batch * triton.cdiv(length, ROWS),)](
-            tokens, embed, bigram, gate, out, length, embed.size(0), **_sizes(embed, bigram), ROWS=ROWS, num_warps=WARPS
-        )
+        _forward[(batch * triton.cdiv(length, ROWS),)](out_ptr=out, **_shared(tokens, embed, bigram, gate))
     return out
 
 
@@ -190,30 +202,33 @@ def _(tokens, embed, bigram, gate, dtype, x0_grad):
     return embed.new_empty(*tokens.shape, embed.size(1), dtype=dtype)
 
 
-@custom_op("klora::bigram_embedding_backward", mutates_args=())
+@custom_op("klora::bigram_embedding_backward", mutates_args=("dembed", "dbigram", "dgate"))
 def _backward_op(
-    dout: Tensor, more: Tensor | None, tokens: Tensor, embed: Tensor, bigram: Tensor, gate: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dE, dG and dgate."""
-    (batch, length), width = tokens.shape, embed.size(1)
+    dout: Tensor,
+    more: Tensor | None,
+    tokens: Tensor,
+    embed: Tensor,
+    bigram: Tensor,
+    gate: Tensor,
+    dembed: Tensor,
+    dbigram: Tensor,
+    dgate: Tensor,
+) -> None:
     if not dout.numel():
-        return torch.zeros_like(embed), torch.zeros_like(bigram), torch.zeros_like(gate)
-    de = torch.empty_like(dout, memory_format=torch.contiguous_format)
-    blocks = batch * triton.cdiv(length, TOKENS)
-    sums = gate.new_empty(blocks, width)
+        for grad in (dembed, dbigram, dgate):
+            grad.zero_()
+        return
+    de = empty_grad(dout)
+    blocks = tokens.size(0) * triton.cdiv(tokens.size(1), TOKENS)
+    sums = gate.new_empty(blocks, embed.size(1))
     _backward[(blocks,)](
-        dout.contiguous(), more, tokens, embed, bigram, gate, de, sums, length, embed.size(0),
-        **_sizes(embed, bigram), ROWS=ROWS, STEPS=TOKENS // ROWS, num_warps=WARPS,
+        dout_ptr=dout.contiguous(), more_ptr=more, de_ptr=de, sums_ptr=sums, STEPS=TOKENS // ROWS,
+        **_shared(tokens, embed, bigram, gate),
     )  # fmt: skip
     de, opened = de.flatten(0, 1), torch.sigmoid(gate)
-    dembed = _sum_by_row(de, tokens.flatten(), embed.size(0))
-    dbigram = _sum_by_row(de, bigram_hash_ref(tokens, bigram.size(0)).flatten().to(tokens.dtype), bigram.size(0))
-    return dembed, dbigram, opened * (1 - opened) * sums.sum(0)
-
-
-@_backward_op.register_fake
-def _(dout, more, tokens, embed, bigram, gate):
-    return torch.empty_like(embed), torch.empty_like(bigram), torch.empty_like(gate)
+    _sum_by_row(de, tokens.flatten(), dembed)
+    _sum_by_row(de, bigram_hash_ref(tokens, bigram.size(0)).flatten().to(tokens.dtype), dbigram)
+    torch.mul(opened * (1 - opened), sums.sum(0), out=dgate)
 
 
 def _setup(ctx, inputs, output):
@@ -222,7 +237,8 @@ def _setup(ctx, inputs, output):
 
 
 def _autograd(ctx, dout):
-    grads = _backward_op(dout, ctx.x0_grad, *ctx.saved_tensors)
+    grads = [empty_grad(t) for t in ctx.saved_tensors[1:]]
+    _backward_op(dout, ctx.x0_grad, *ctx.saved_tensors, *grads)
     needed = ctx.needs_input_grad[1:4]
     return None, *(grad if wanted else None for grad, wanted in zip(grads, needed, strict=True)), None, None
 
@@ -254,26 +270,20 @@ def bigram_embedding(
     Example: x0 = bigram_embedding(tokens, embed, bigram, gate, torch.float32)
     """
     backend = resolve_backend(backend, tokens)
-    if tokens.dim() != 2 or tokens.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"tokens are {tokens.dtype} {list(tokens.shape)}; wanted: int32 or int64 [B, S]")
-    if embed.dim() != 2 or bigram.dim() != 2 or bigram.size(1) != embed.size(1) or bigram.size(0) < 2:
-        raise ValueError(f"embed is {list(embed.shape)} and bigram {list(bigram.shape)}; wanted: [V, D] and [rows, D]")
-    if list(gate.shape) != [embed.size(1)]:
-        raise ValueError(f"gate is {list(gate.shape)}; wanted: {[embed.size(1)]}")
-    for name, tensor in (("embed", embed), ("bigram", bigram), ("gate", gate)):
-        if tensor.device != tokens.device:
-            raise ValueError(f"{name} is on {tensor.device} and tokens on {tokens.device}; all must be on one device")
+    kinds, device = (torch.float32,) if backend == "triton" else (), tokens.device
+    expect("tokens", tokens, ("B", "S"), INTEGERS)
+    expect("embed", embed, ("V", "D"), kinds, device)
+    expect("bigram", bigram, ("rows", embed.size(1)), kinds, device)
+    expect("gate", gate, embed.shape[1:], kinds, device)
+    if bigram.size(0) < 2:
+        raise ValueError(f"bigram has {bigram.size(0)} rows; wanted at least 2")
     if backend == "reference":
-        if x0_grad is not None:
-            raise ValueError("x0_grad: the reference has no backward of its own to read it; use backend='triton'")
+        refuse_in_reference(x0_grad=x0_grad)
         return bigram_embedding_ref(tokens, embed, bigram, gate, dtype)
-    for name, tensor in (("embed", embed), ("bigram", bigram), ("gate", gate)):
-        if tensor.dtype != torch.float32:
-            raise ValueError(f"{name} is {tensor.dtype}; the kernel wants float32")
-    shape = [*tokens.shape, embed.size(1)]
-    if x0_grad is not None and (list(x0_grad.shape) != shape or x0_grad.dtype != dtype or not x0_grad.is_contiguous()):
-        raise ValueError(f"x0_grad is {x0_grad.dtype} {list(x0_grad.shape)}; wanted: {dtype} {shape}, contiguous")
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype is {dtype}; the kernel wants bfloat16, float16 or float32")
+    expect_one_of("dtype", dtype, DTYPES)
+    if x0_grad is not None:
+        expect("x0_grad", x0_grad, (*tokens.shape, embed.size(1)), (dtype,), device)
+        if not x0_grad.is_contiguous():
+            raise ValueError(f"x0_grad has strides {x0_grad.stride()}; wanted contiguous")
     tables = (table.contiguous() for table in (embed, bigram, gate))
     return _op(tokens.contiguous(), *tables, dtype, x0_grad)

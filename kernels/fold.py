@@ -22,8 +22,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .dispatch import device_of
 from .int6.reference import CODE_MAX, SMALLEST_SCALE, rounded_scale
-from .registration import device_of
 
 BLOCK = 512
 MOST_CODE, LEAST_SCALE = tl.constexpr(float(CODE_MAX)), tl.constexpr(SMALLEST_SCALE)
@@ -142,9 +142,9 @@ def fold_rows_(
         return
     is_on, scales, clip = grid or (None, None, None)
     with device_of(weight):
-        rows = weight.size(0) * weight.size(1)
-        _fold[(rows,)](
-            weight, scale, depth, copy, is_on, scales, clip, *weight.shape[1:], BLOCK=BLOCK, num_warps=4
+        _fold[(weight.size(0) * weight.size(1),)](
+            w_ptr=weight, s_ptr=scale, d_ptr=depth, out_ptr=copy, is_on_ptr=is_on, scales_ptr=scales, clip=clip,
+            D=weight.size(1), K=weight.size(2), BLOCK=BLOCK, num_warps=4,
         )  # fmt: skip
 
 
@@ -163,8 +163,9 @@ def unfold_rows_(
         torch.mul(depth[:, None], (grad * values).sum(-1), out=dscale)
         grad.mul_((depth[:, None] * scale)[..., None])
         return
-    scales = None if grid is None else grid.scales
     with device_of(weight):
         _unfold[(scale.numel(),)](
-            grad, weight, scale, depth, dscale, scales, *weight.shape[1:], BLOCK=BLOCK, num_warps=4
+            grad_ptr=grad, w_ptr=weight, s_ptr=scale, d_ptr=depth, ds_ptr=dscale,
+            scales_ptr=None if grid is None else grid.scales, D=weight.size(1), K=weight.size(2), BLOCK=BLOCK,
+            num_warps=4,
         )  # fmt: skip

@@ -9,11 +9,10 @@ params, grads, exp_avg, exp_avg_sq [slots, P] fp32, all but grads updated in pla
 (AdamW: decoupled, towards zero), if there is any. With b1 = 0 the step is g's, and m is neither read nor written.
 
 `slots` int [n], without repeats, chooses the rows that take part; the others keep their bits. An entry of -1, or of any
-other row that does not exist, chooses none: a captured graph can hold a batch with empty places. `low` [slots, P], bf16
-or fp16, gets the chosen rows of params, rounded: kernels that want adapters in their inputs' dtype read it, and need no
-launch to convert them. Kingma and Ba 2015; Loshchilov and Hutter 2019.
+other row that does not exist, chooses none: a captured graph can hold a batch with empty places. Kingma and Ba 2015;
+Loshchilov and Hutter 2019.
 
-28 bytes (30 with `low`; 8 less with b1 = 0) and about 15 operations a parameter: it runs at the speed of memory
+28 bytes (8 less with b1 = 0) and about 15 operations a parameter: it runs at the speed of memory
 (group_lr and decay, shared by all slots, stay in cache). Everything is fp32; the two bias corrections are computed in
 fp64, once a program, because 1 - b^t of a small t loses digits. Many programs work on one slot, all need its old
 counter, and exactly one may advance it: each program adds 2^32 to the counter when it is done, and the one that comes
@@ -29,7 +28,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .registration import custom_op, resolve_backend
+from .dispatch import INTEGERS, custom_op, expect, resolve_backend
 from .slots import is_in_pool
 
 
@@ -45,14 +44,12 @@ def lora_adam_ref_(
     slots: Tensor | slice = slice(None),
     betas: tuple[float, float] = (0.9, 0.95),
     eps: float = 1e-10,
-    low: Tensor | None = None,
     decay: Tensor | None = None,
 ) -> None:
     """One Adam step of the chosen `slots` (an int tensor, or a slice), with `betas` and `eps`, in place. No autograd.
 
     `params`, `grads`, `exp_avg`, `exp_avg_sq` [slots, P] and `lr` [slots], `group_lr` and `decay` [P] of one float
-    dtype; `step` int64 [slots]. `low` [slots, P], where it is given, gets the chosen rows of params in its own dtype.
-    With a first beta of 0 exp_avg is left alone.
+    dtype; `step` int64 [slots]. With a first beta of 0 exp_avg is left alone.
 
     Example: lora_adam_ref_(params, grads, exp_avg, exp_avg_sq, step, lr, group_lr, slots)
     """
@@ -71,8 +68,6 @@ def lora_adam_ref_(
     count = step[slots].to(params.dtype)[:, None]
     denominator = (square / (1 - beta2**count)).sqrt_().add_(eps)
     params[slots] -= lr[slots][:, None] * group_lr * (mean / (1 - beta1**count)) / denominator
-    if low is not None:
-        low[slots] = params[slots].to(low.dtype)
 
 
 @dataclass(frozen=True)
@@ -100,7 +95,6 @@ def _adam(
     lr_ptr,
     group_lr_ptr,
     slots_ptr,
-    low_ptr,
     decay_ptr,
     count,
     size,
@@ -140,8 +134,6 @@ def _adam(
             grad = mean * _correction(BETA1, t)
         param -= rate * tl.div_rn(grad, denominator)
         tl.store(params_ptr + offsets, param, mask=mask)
-        if low_ptr is not None:
-            tl.store(low_ptr + offsets, param.to(low_ptr.dtype.element_ty), mask=mask)
         # No warp of this program may still be about to read the counter when the program says that it is done.
         tl.debug_barrier()
         done = tl.atomic_add(step_ptr + slot, 4294967296) >> 32
@@ -156,7 +148,7 @@ def _correction(BETA: tl.constexpr, t):
     return (1.0 / (1.0 - power)).to(tl.float32)
 
 
-@custom_op("klora::lora_adam_", mutates_args=("params", "exp_avg", "exp_avg_sq", "step", "low"))
+@custom_op("klora::lora_adam_", mutates_args=("params", "exp_avg", "exp_avg_sq", "step"))
 def _lora_adam(
     params: Tensor,
     grads: Tensor,
@@ -166,7 +158,6 @@ def _lora_adam(
     lr: Tensor,
     group_lr: Tensor | None,
     slots: Tensor | None,
-    low: Tensor | None,
     decay: Tensor | None,
     beta1: float,
     beta2: float,
@@ -178,43 +169,10 @@ def _lora_adam(
         return
     config = pick_config()
     _adam[(triton.cdiv(size, config.block), rows)](
-        params,
-        grads,
-        exp_avg,
-        exp_avg_sq,
-        step,
-        lr,
-        group_lr,
-        slots,
-        low,
-        decay,
-        count,
-        size,
-        eps,
-        BETA1=beta1,
-        BETA2=beta2,
-        BLOCK=config.block,
-        num_warps=config.num_warps,
-    )
-
-
-@_lora_adam.register_fake
-def _(params, grads, exp_avg, exp_avg_sq, step, lr, group_lr, slots, low, decay, beta1, beta2, eps):
-    return None
-
-
-def check_distinct_slots(slots: Tensor, count: int) -> None:
-    """Raise ValueError unless `slots` int [n] are -1 or distinct rows of a pool of `count`.
-
-    It reads the device: for debugging.
-
-    Example: check_distinct_slots(slots, count=3)
-    """
-    chosen = slots[slots != -1]
-    if chosen.numel() and not 0 <= int(chosen.min()) <= int(chosen.max()) < count:
-        raise ValueError(f"slots go from {int(chosen.min())} to {int(chosen.max())}; allowed: -1 and 0 to {count - 1}")
-    if len(chosen.unique()) < len(chosen):
-        raise ValueError(f"slots {slots.tolist()} name a slot twice")
+        params_ptr=params, grads_ptr=grads, exp_avg_ptr=exp_avg, exp_avg_sq_ptr=exp_avg_sq, step_ptr=step, lr_ptr=lr,
+        group_lr_ptr=group_lr, slots_ptr=slots, decay_ptr=decay, count=count, size=size, eps=eps,
+        BETA1=beta1, BETA2=beta2, BLOCK=config.block, num_warps=config.num_warps,
+    )  # fmt: skip
 
 
 @torch.no_grad()
@@ -230,7 +188,6 @@ def lora_adam_(
     betas: tuple[float, float] = (0.9, 0.95),
     eps: float = 1e-10,
     *,
-    low: Tensor | None = None,
     decay: Tensor | None = None,
     backend: str | None = None,
 ) -> None:
@@ -239,11 +196,10 @@ def lora_adam_(
     `params`, `grads`, `exp_avg` and `exp_avg_sq` are float32 [slots, P], `step` int64 [slots], `lr` float32 [slots].
     All but grads and lr are updated; exp_avg is not where the first of `betas` is 0. `group_lr` float32 [P] multiplies
     the learning rate of each parameter, and `decay` float32 [P] is its decoupled weight decay: lr decay p is taken from
-    p first. `low`, bfloat16 or float16 [slots, P], gets the chosen rows of params, rounded. `betas` lie in [0, 1),
-    `eps` is at least 0. Parameters may require gradients.
+    p first. `betas` lie in [0, 1), `eps` is at least 0. Parameters may require gradients.
 
     An entry of `slots` outside the pool is skipped. A slot named twice spoils its counter for good, and with it all its
-    later steps. :func:`check_distinct_slots` finds both.
+    later steps. check_slots(slots, count, distinct=True) finds both.
 
     `backend` is "reference" or "triton"; None takes the reference on a CPU and the kernel on a GPU. The kernel wants
     contiguous tensors.
@@ -251,11 +207,9 @@ def lora_adam_(
 
     Example: lora_adam_(params, grads, exp_avg, exp_avg_sq, step, lr, slots)
     """
-    if params.dim() != 2:
-        raise ValueError(f"params is {_describe(params)}; wanted: [slots, P]")
     reference = resolve_backend(backend, params) == "reference"
-    floats = (params.dtype,) if reference else (torch.float32,)
-    pool, row = tuple(params.shape), (params.size(1),)
+    expect("params", params, ("slots", "P"))
+    floats, pool = (params.dtype,) if reference else (torch.float32,), params.shape
     for name, tensor, shape, dtypes in (
         ("params", params, pool, floats),
         ("grads", grads, pool, floats),
@@ -263,17 +217,13 @@ def lora_adam_(
         ("exp_avg_sq", exp_avg_sq, pool, floats),
         ("step", step, pool[:1], (torch.int64,)),
         ("lr", lr, pool[:1], floats),
-        ("group_lr", group_lr, row, floats),
-        ("decay", decay, row, floats),
-        ("low", low, pool, (torch.bfloat16, torch.float16)),
-        ("slots", slots, None, (torch.int32, torch.int64)),
+        ("group_lr", group_lr, pool[1:], floats),
+        ("decay", decay, pool[1:], floats),
+        ("slots", slots, ("n",), INTEGERS),
     ):
         if tensor is None:
             continue
-        shape = shape or (tensor.numel(),)
-        if tuple(tensor.shape) != shape or tensor.dtype not in dtypes or tensor.device != params.device:
-            kinds = " or ".join(str(dtype) for dtype in dtypes)
-            raise ValueError(f"{name} is {_describe(tensor)}; wanted: {kinds} {list(shape)} on {params.device}")
+        expect(name, tensor, shape, dtypes, params.device)
         if not reference and not tensor.is_contiguous():
             raise ValueError(f"{name} has strides {tensor.stride()}; the kernel wants contiguous tensors")
     if not all(0 <= beta < 1 for beta in betas) or eps < 0:
@@ -281,10 +231,6 @@ def lora_adam_(
     if reference:
         group_lr = params.new_ones(params.size(1)) if group_lr is None else group_lr
         chosen = slice(None) if slots is None else slots
-        lora_adam_ref_(params, grads, exp_avg, exp_avg_sq, step, lr, group_lr, chosen, betas, eps, low, decay)
+        lora_adam_ref_(params, grads, exp_avg, exp_avg_sq, step, lr, group_lr, chosen, betas, eps, decay)
     else:
-        _lora_adam(params, grads, exp_avg, exp_avg_sq, step, lr, group_lr, slots, low, decay, *betas, eps)
-
-
-def _describe(tensor: Tensor) -> str:
-    return f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}"
+        _lora_adam(params, grads, exp_avg, exp_avg_sq, step, lr, group_lr, slots, decay, *betas, eps)

@@ -18,27 +18,22 @@ Refused: what either op refuses. That includes a gradient of cos, sin or gain.
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from .attention import HEAD_DIMS, cached_attention_ref, causal_attention_ref
-from .attention.backward import Rotary as Projected
+from .attention.backward import Rotary
 from .attention.backward import launch_backward as attention_backward
-from .attention.cached import cached_op, validate_cache
+from .attention.cached import validate_cache
 from .attention.cached_keys import Cache
 from .attention.forward import launch_forward as attention_forward
-from .attention.op import causal_op
-from .lora_qkv.forward import launch_forward
-from .lora_qkv.heads import Rotary
-from .lora_qkv.op import adapters_and_packed, fake_outputs, fake_packed, gradients, saved
+from .attention.op import WITHOUT_CACHE, cached_op, causal_op, checked_tail
+from .dispatch import aligned, custom_op, empty_grad, expect_one_of, keep_output
+from .lora_qkv.forward import empty_projected, launch_forward
+from .lora_qkv.heads import HeadTables
+from .lora_qkv.op import Lora, Saved, gradients
 from .lora_qkv.reference import lora_qkv_rope_ref
-from .lora_qkv.rope import validate_heads
-from .lora_qkv.validate import validate
-from .registration import custom_op, keep_output
-from .tile import aligned
-
-WITHOUT_CACHE = (None, None, None, None, 0)
-"""The last arguments of the registered ops where there is no cache."""
+from .lora_qkv.rope import expect_heads
+from .lora_qkv.validate import expect_projections
 
 
 def lora_attention_ref(
@@ -100,6 +95,105 @@ def lora_cached_attention_ref(
     return out.flatten(2), k.detach(), v.detach()
 
 
+@custom_op("klora::lora_attention", mutates_args=())
+def _op(
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    gain: Tensor,
+    slots: Tensor | None,
+    sizes: list[int],
+    head_dim: int,
+    tail: int,
+    grad_a: Tensor | None,
+    grad_b: Tensor | None,
+    is_unit: bool,
+    cache_k: Tensor | None,
+    cache_v: Tensor | None,
+    cache_slots: Tensor | None,
+    filled: Tensor | None,
+    window: int,
+) -> list[Tensor]:
+    """out, and what the backward wants: logsumexp, q, k, v, xa, packed adapters, 1 / rms of the heads of q and k."""
+    made = launch_forward(x, weight, lora_a, lora_b, slots, sizes, HeadTables(cos, sin, gain, head_dim))
+    out = x.new_empty(x.size(0), tail, sizes[0])
+    cache = Cache.of(cache_k, cache_v, cache_slots, filled, window)
+    _, lse = attention_forward(*_heads(made.outs, head_dim), tail, *_heads([out], head_dim), cache=cache)
+    return [out, lse, *made.flat()]
+
+
+@_op.register_fake
+def _(x, weight, lora_a, lora_b, cos, sin, gain, slots, sizes, head_dim, tail, grad_a, grad_b, is_unit, *cache):
+    out = x.new_empty(x.size(0), tail, sizes[0])
+    lse = cos.new_empty(x.size(0), sizes[0] // head_dim, tail)
+    return [out, lse, *empty_projected(x, lora_a, lora_b, sizes, head_dim).flat()]
+
+
+@custom_op("klora::lora_attention_backward_", mutates_args=("dq", "dk", "dv"))
+def _backward_op(
+    dout: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    gain: Tensor,
+    rstd_q: Tensor,
+    rstd_k: Tensor,
+    is_unit: bool,
+    cache_k: Tensor | None,
+    cache_v: Tensor | None,
+    cache_slots: Tensor | None,
+    filled: Tensor | None,
+    window: int,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+) -> None:
+    """Writes the gradients of the three projections."""
+    head_dim = 2 * cos.size(-1)
+    dout, out, q, k, v, *grads = _heads((aligned(dout), out, q, k, v, dq, dk, dv), head_dim)
+    rotary = Rotary(cos, sin, gain, rstd_q, rstd_k, is_unit)
+    cache = Cache.of(cache_k, cache_v, cache_slots, filled, window)
+    attention_backward(dout, q, k, v, out, lse, grads, rotary, cache=cache)
+
+
+def _setup(ctx, inputs, output):
+    x, weight, lora_a, lora_b, cos, sin, gain, slots, _, _, _, grad_a, grad_b, ctx.is_unit, *cache, ctx.window = inputs
+    out, lse, q, k, v, xa, packed_a, packed_b, rstd_q, rstd_k = output
+    out, ctx.is_changed = keep_output(out)
+    saved = Saved.of(x, weight, lora_a, lora_b, slots, xa, packed_a, packed_b)
+    ctx.save_for_backward(*saved, *cache, out, lse, q, k, v, cos, sin, gain, rstd_q, rstd_k)
+    ctx.lora = Lora.of(lora_a, lora_b, grad_a, grad_b)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, douts):
+    if douts[0] is None:
+        return (None,) * 19
+    saved, (*cache, out, lse, q, k, v, cos, sin, gain, rstd_q, rstd_k) = Saved.split(ctx.saved_tensors)
+    cache = *cache, ctx.window
+    if ctx.is_changed():
+        heads = _heads((q, k, v), 2 * cos.size(-1))
+        out = (causal_op(*heads, None, out.size(1)) if cache[0] is None else cached_op(*heads, *cache))[0].flatten(2)
+    grads = empty_grad(q), empty_grad(k), empty_grad(v)
+    _backward_op(douts[0], out, lse, q, k, v, cos, sin, gain, rstd_q, rstd_k, ctx.is_unit, *cache, *grads)
+    return *gradients(saved, ctx.lora, ctx.needs_input_grad[:4], grads), *(None,) * 15
+
+
+_op.register_autograd(_backward, setup_context=_setup)
+
+
+def _heads(tensors: Sequence[Tensor], head_dim: int) -> list[Tensor]:
+    return [tensor.unflatten(-1, (-1, head_dim)) for tensor in tensors]
+
+
 def lora_attention(
     x: Tensor,
     weight: Tensor,
@@ -131,14 +225,11 @@ def lora_attention(
 
     Example: out = lora_attention(x, weight, lora_a, lora_b, cos, sin, gain, slots, sizes, head_dim=16)
     """
-    backend, sizes, slots = validate(x, weight, lora_a, lora_b, slots, sizes, grads, backend)
-    validate_heads(x, lora_a, cos, sin, gain, sizes, head_dim, backend)
-    _validate_attention(sizes, head_dim, backend)
-    tail = x.size(1) if tail is None else tail
-    if not 0 <= tail <= x.size(1):
-        raise ValueError(f"tail is {tail}; allowed: 0 to S, {x.size(1)}")
+    given = x, weight, lora_a, lora_b, cos, sin, gain
+    backend, sizes, slots = _expect(*given, slots, sizes, head_dim, grads, backend)
+    tail = checked_tail(tail, x.size(1))
     if backend == "reference":
-        return lora_attention_ref(x, weight, lora_a, lora_b, cos, sin, gain, tuple(sizes), head_dim, slots, tail)
+        return lora_attention_ref(*given, tuple(sizes), head_dim, slots, tail)
     tables = (table.contiguous() for table in (cos, sin, gain))
     about = slots, sizes, head_dim, tail, *(grads or (None, None)), unit_tables
     return _op(x, weight, lora_a, lora_b, *tables, *about, *WITHOUT_CACHE)[0]
@@ -183,133 +274,27 @@ def lora_cached_attention(
         x, weight, lora_a, lora_b, own_cos, own_sin, gain, cache_k, cache_v, slots, filled, window=12, slots=slots,
         sizes=sizes, head_dim=16)
     """
-    backend, sizes, slots = validate(x, weight, lora_a, lora_b, slots, sizes, grads, backend)
-    validate_heads(x, lora_a, cos, sin, gain, sizes, head_dim, backend, own_tables=True)
-    _validate_attention(sizes, head_dim, backend)
+    given = x, weight, lora_a, lora_b, cos, sin, gain
+    backend, sizes, slots = _expect(*given, slots, sizes, head_dim, grads, backend, own_tables=True)
     shape = [*x.shape[:2], sizes[1] // head_dim, head_dim]
     validate_cache(cache_k, cache_v, cache_slots, filled, window, shape, x, "cache_slots")
     cache = cache_k, cache_v, cache_slots, filled, window
     if backend == "reference":
-        return lora_cached_attention_ref(
-            x, weight, lora_a, lora_b, cos, sin, gain, *cache, tuple(sizes), head_dim, slots
-        )
+        return lora_cached_attention_ref(*given, *cache, tuple(sizes), head_dim, slots)
     tables = (table.contiguous() for table in (cos, sin, gain))
     about = slots, sizes, head_dim, x.size(1), *(grads or (None, None)), unit_tables
     out, _, _, k, v, *_ = _op(x, weight, lora_a, lora_b, *tables, *about, *cache)
     return out, *_heads((k, v), head_dim)
 
 
-def _validate_attention(sizes, head_dim, backend) -> None:
+def _expect(
+    x, weight, lora_a, lora_b, cos, sin, gain, slots, sizes, head_dim, grads, backend, own_tables=False
+) -> tuple[str, list[int], Tensor | None]:
+    """The backend that runs, the sizes and contiguous slots; raises on what it does not take but tail and cache."""
+    backend, sizes, slots = expect_projections(x, weight, lora_a, lora_b, slots, sizes, grads, backend)
+    expect_heads(x, lora_b, cos, sin, gain, sizes, head_dim, backend, own_tables)
     if sizes[1] != sizes[2] or sizes[0] % sizes[1]:
         raise ValueError(f"sizes is {tuple(sizes)}; wanted as many heads of v as of k, and a multiple of them of q")
-    if backend == "triton" and head_dim not in HEAD_DIMS:
-        raise ValueError(f"head_dim is {head_dim}; the kernel wants one of {', '.join(map(str, HEAD_DIMS))}")
-
-
-@custom_op("klora::lora_attention", mutates_args=())
-def _op(
-    x: Tensor,
-    weight: Tensor,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    gain: Tensor,
-    slots: Tensor | None,
-    sizes: list[int],
-    head_dim: int,
-    tail: int,
-    grad_a: Tensor | None,
-    grad_b: Tensor | None,
-    is_unit: bool,
-    cache_k: Tensor | None,
-    cache_v: Tensor | None,
-    cache_slots: Tensor | None,
-    filled: Tensor | None,
-    window: int,
-) -> list[Tensor]:
-    """out, and what the backward wants: logsumexp, q, k, v, xa, packed adapters, 1 / rms of the heads of q and k."""
-    adapters, packed = adapters_and_packed(x, lora_a, lora_b, slots, sizes)
-    made = launch_forward(aligned(x), aligned(weight), adapters, sizes, Rotary(cos, sin, gain, head_dim))
-    out = x.new_empty(x.size(0), tail, sizes[0])
-    cache = _cache(cache_k, cache_v, cache_slots, filled, window)
-    _, lse = attention_forward(*_heads(made.outs, head_dim), tail, *_heads([out], head_dim), cache=cache)
-    return [out, lse, *made.outs, made.xa, *packed, made.rstd_q, made.rstd_k]
-
-
-@_op.register_fake
-def _(x, weight, lora_a, lora_b, cos, sin, gain, slots, sizes, head_dim, tail, grad_a, grad_b, is_unit, *cache):
-    out = x.new_empty(x.size(0), tail, sizes[0])
-    lse = cos.new_empty(x.size(0), sizes[0] // head_dim, tail)
-    rstds = (cos.new_empty(*x.shape[:2], size // head_dim) for size in sizes[:2])
-    return [out, lse, *fake_outputs(x, sizes, lora_a.size(2)), *fake_packed(x, weight, lora_a), *rstds]
-
-
-@custom_op("klora::lora_attention_backward", mutates_args=())
-def _backward_op(
-    dout: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    gain: Tensor,
-    rstd_q: Tensor,
-    rstd_k: Tensor,
-    is_unit: bool,
-    cache_k: Tensor | None,
-    cache_v: Tensor | None,
-    cache_slots: Tensor | None,
-    filled: Tensor | None,
-    window: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of the three projections."""
-    if not dout.numel():
-        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    head_dim = 2 * cos.size(-1)
-    dout, out = _heads((aligned(dout), out), head_dim)
-    projected = Projected(cos, sin, gain, rstd_q, rstd_k, is_unit)
-    cache = _cache(cache_k, cache_v, cache_slots, filled, window)
-    douts = attention_backward(dout, *_heads((q, k, v), head_dim), out, lse, projected, cache=cache)[:3]
-    return tuple(dout.flatten(2) for dout in douts)
-
-
-@_backward_op.register_fake
-def _(dout, out, lse, q, k, v, cos, sin, gain, rstd_q, rstd_k, is_unit, *cache):
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-
-
-def _setup(ctx, inputs, output):
-    x, weight, lora_a, lora_b, cos, sin, gain, slots, _, _, _, grad_a, grad_b, ctx.is_unit, *cache, ctx.window = inputs
-    out, lse, q, k, v, xa, packed_a, packed_b, rstd_q, rstd_k = output
-    out, ctx.is_changed = keep_output(out)
-    attended = out, lse, q, k, v, cos, sin, gain, rstd_q, rstd_k, *cache
-    ctx.save_for_backward(*saved(x, weight, lora_a, lora_b, slots, xa, packed_a, packed_b), *attended)
-    ctx.lora = lora_a.size(0), lora_a.size(2), lora_a.dtype
-    ctx.grads = grad_a, grad_b
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
-
-
-def _backward(ctx, douts):
-    if douts[0] is None:
-        return (None,) * 19
-    out, lse, q, k, v, cos, *others = ctx.saved_tensors[6:-4]
-    cache = *ctx.saved_tensors[-4:], ctx.window
-    if ctx.is_changed():
-        heads = _heads((q, k, v), 2 * cos.size(-1))
-        out = (causal_op(*heads, out.size(1)) if cache[0] is None else cached_op(*heads, *cache))[0].flatten(2)
-    return *gradients(ctx, _backward_op(douts[0], out, lse, q, k, v, cos, *others, ctx.is_unit, *cache)), *(None,) * 15
-
-
-_op.register_autograd(_backward, setup_context=_setup)
-
-
-def _cache(k, v, slots, filled, window) -> Cache | None:
-    return None if k is None else Cache(k, v, slots.contiguous(), filled.contiguous(), window)
-
-
-def _heads(tensors: Sequence[Tensor], head_dim: int) -> list[Tensor]:
-    return [tensor.unflatten(-1, (-1, head_dim)) for tensor in tensors]
+    if backend == "triton":
+        expect_one_of("head_dim", head_dim, HEAD_DIMS)
+    return backend, sizes, slots

@@ -14,15 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .linear.op import linear_dweight
-from .lora_qkv.adapters import Adapters
-from .lora_qkv.forward import launch_forward
-from .lora_qkv.op import adapters_and_packed, fake_packed, launch
-from .lora_qkv.tiles import padded_rank
-from .lora_qkv.validate import validate_product
-from .registration import custom_op, resolve_backend
+from .dispatch import custom_op, dtypes_of, expect, resolve_backend
+from .lora_qkv.forward import empty_projected, launch_forward
+from .lora_qkv.op import Lora, Saved, gradients
+from .lora_qkv.validate import expect_product
 from .slots import rows_of_slots
-from .tile import aligned
 
 
 def lora_linear_ref(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, slots: Tensor | None = None) -> Tensor:
@@ -37,6 +33,43 @@ def lora_linear_ref(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, s
     if slots is not None:
         lora_a, lora_b = rows_of_slots(lora_a, slots), rows_of_slots(lora_b, slots)
     return torch.baddbmm(F.linear(x, weight), torch.bmm(x, lora_a.to(x.dtype).mT), lora_b.to(x.dtype).mT)
+
+
+@custom_op("klora::lora_linear", mutates_args=())
+def _op(
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    slots: Tensor | None,
+    grad_a: Tensor | None,
+    grad_b: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """y, and what the backward wants: x A^T, and the adapters that had to be rounded (else empty)."""
+    return launch_forward(x, weight, lora_a, lora_b, slots, [weight.size(0)]).flat()
+
+
+@_op.register_fake
+def _(x, weight, lora_a, lora_b, slots, grad_a, grad_b):
+    return empty_projected(x, lora_a, lora_b, [weight.size(0)]).flat()
+
+
+def _setup(ctx, inputs, output):
+    x, weight, lora_a, lora_b, slots, *grads = inputs
+    ctx.save_for_backward(*Saved.of(x, weight, lora_a, lora_b, slots, *output[1:]))
+    ctx.lora = Lora.of(lora_a, lora_b, *grads)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, dy, *_):
+    if dy is None:
+        return (None,) * 7
+    saved, _ = Saved.split(ctx.saved_tensors)
+    return *gradients(saved, ctx.lora, ctx.needs_input_grad[:4], [dy]), *(None,) * 3
+
+
+_op.register_autograd(_backward, setup_context=_setup)
 
 
 def lora_linear(
@@ -62,105 +95,9 @@ def lora_linear(
     Example: y = lora_linear(x, up, up_a, up_b, slots)
     """
     backend = resolve_backend(backend, x)
-    given = {"x": x, "weight": weight, "lora_a": lora_a, "lora_b": lora_b}
-    validate_product(given, x.size(-1) if x.dim() else 0, slots, grads, backend)
+    expect("x", x, ("B", "S", "K"), dtypes_of(backend))
+    given = {"lora_a": lora_a, "lora_b": lora_b}
+    slots = expect_product("weight", weight, given, x.size(2), x, slots, grads, backend)
     if backend == "reference":
         return lora_linear_ref(x, weight, lora_a, lora_b, slots)
-    slots = None if slots is None else slots.contiguous()
     return _op(x, weight, lora_a, lora_b, slots, *(grads or (None, None)))[0]
-
-
-@custom_op("klora::lora_linear", mutates_args=())
-def _op(
-    x: Tensor,
-    weight: Tensor,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    slots: Tensor | None,
-    grad_a: Tensor | None,
-    grad_b: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """y, and what the backward wants: x A^T, and the adapters that had to be rounded (else empty)."""
-    adapters, packed = _adapters(x, weight, lora_a, lora_b, slots)
-    made = launch_forward(aligned(x), aligned(weight), adapters, [weight.size(0)])
-    return *made.outs, made.xa, *packed
-
-
-@_op.register_fake
-def _(x, weight, lora_a, lora_b, slots, grad_a, grad_b):
-    return x.new_empty(*x.shape[:2], weight.size(0)), fake_xa(x, lora_a), *fake_packed(x, weight, lora_a)
-
-
-def _adapters(x, weight, lora_a, lora_b, slots) -> tuple[Adapters, tuple[Tensor, Tensor]]:
-    return adapters_and_packed(x, lora_a, lora_b, slots, [weight.size(0)])
-
-
-def fake_xa(x: Tensor, lora_a: Tensor) -> Tensor:
-    return x.new_empty(*x.shape[:2], padded_rank(lora_a.size(1)))
-
-
-@custom_op("klora::lora_linear_backward_", mutates_args=("da", "db"))
-def backward_op(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    a: Tensor,
-    b: Tensor,
-    xa: Tensor,
-    slots: Tensor | None,
-    da: Tensor | None,
-    db: Tensor | None,
-    rank: int,
-    is_packed: bool,
-    needs_dx: bool,
-) -> Tensor:
-    """dx, empty where it is not needed; dA and dB, where they are wanted, go to the rows that `slots` name."""
-    dx = torch.empty_like(x, memory_format=torch.contiguous_format) if needs_dx else None
-    launch((dy,), x, weight, a, b, xa, rank, slots, dx, da, db, is_packed)
-    return x.new_empty(0) if dx is None else dx
-
-
-@backward_op.register_fake
-def _(dy, x, weight, a, b, xa, slots, da, db, rank, is_packed, needs_dx):
-    return torch.empty_like(x, memory_format=torch.contiguous_format) if needs_dx else x.new_empty(0)
-
-
-def fresh_gradients(x: Tensor, lora_a: Tensor, lora_b: Tensor, slots: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Memory for dA and dB: of zeros where a slot may be named by no document."""
-    fresh = torch.empty_like if slots is None and x.numel() else torch.zeros_like
-    da, db = (fresh(lora, memory_format=torch.contiguous_format) for lora in (lora_a, lora_b))
-    return da, db
-
-
-def _setup(ctx, inputs, output):
-    x, weight, lora_a, lora_b, slots, *ctx.grads = inputs
-    _, xa, *packed = output
-    ctx.is_packed = lora_a.dtype != x.dtype
-    ctx.save_for_backward(x, weight, lora_a, lora_b, slots, xa, *packed)
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
-
-
-def _backward(ctx, dy, *_):
-    x, weight, lora_a, lora_b, slots, xa, *packed = ctx.saved_tensors
-    if dy is None:
-        return (None,) * 7
-    needs_dx, needs_dweight, needs_a, needs_b = ctx.needs_input_grad[:4]
-    da, db = ctx.grads
-    into_pool = da is not None
-    if not into_pool and (needs_a or needs_b):
-        da, db = fresh_gradients(x, lora_a, lora_b, slots)
-    dx = None
-    if needs_dx or da is not None:
-        read = packed if ctx.is_packed else (lora_a, lora_b)
-        dx = backward_op(dy, x, weight, *read, xa, slots, da, db, lora_b.size(2), ctx.is_packed, needs_dx)
-    return (
-        dx if needs_dx else None,
-        linear_dweight(dy, x) if needs_dweight else None,
-        da if needs_a and not into_pool else None,
-        db if needs_b and not into_pool else None,
-        *(None,) * 3,
-    )
-
-
-_op.register_autograd(_backward, setup_context=_setup)

@@ -18,15 +18,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .dispatch import custom_op, dtypes_of, expect, expect_slots, resolve_backend
 from .linear.op import linear_dweight, linear_dx
-from .linear.product import SLOPE, SQUARE, launch_product
-from .lora_linear import backward_op, fake_xa, fresh_gradients, lora_linear_ref
-from .lora_qkv.forward import launch_forward
-from .lora_qkv.op import adapters_and_packed, fake_packed, launch
-from .lora_qkv.validate import describe, validate_product
-from .mlp import relu_squared_ref
-from .registration import custom_op, resolve_backend
-from .tile import aligned
+from .linear.product import SQUARE, launch_product
+from .lora_linear import lora_linear_ref
+from .lora_qkv.forward import empty_projected, launch_forward
+from .lora_qkv.op import Lora, Saved, gradients
+from .lora_qkv.validate import expect_product
+from .mlp import mlp_du, relu_squared_ref
 
 
 def lora_mlp_ref(
@@ -49,58 +48,6 @@ def lora_mlp_ref(
     u = F.linear(x, up) if up_a is None else lora_linear_ref(x, up, up_a, up_b, slots)
     a = relu_squared_ref(u)
     return F.linear(a, down) if down_a is None else lora_linear_ref(a, down, down_a, down_b, slots)
-
-
-def lora_mlp(
-    x: Tensor,
-    up: Tensor,
-    down: Tensor,
-    up_a: Tensor | None = None,
-    up_b: Tensor | None = None,
-    down_a: Tensor | None = None,
-    down_b: Tensor | None = None,
-    slots: Tensor | None = None,
-    *,
-    up_grads: tuple[Tensor, Tensor] | None = None,
-    down_grads: tuple[Tensor, Tensor] | None = None,
-    backend: str | None = None,
-) -> Tensor:
-    """out [B, S, D] of `x` [B, S, D]: W2 relu(W1 x)^2 with `up` (W1) [hidden, D] and `down` (W2) [D, hidden], adapted.
-
-    `up_a` [slots, R1, D] and `up_b` [slots, hidden, R1] are the adapters of up, `down_a` [slots, R2, hidden] and
-    `down_b` [slots, D, R2] those of down; None is none on that matrix. Adapters, `slots`, and `up_grads` and
-    `down_grads`, where the backward writes dA and dB, are as of :func:`lora_linear`. All inputs get gradients.
-
-    `backend` is "reference" or "triton"; None takes the reference on a CPU and the kernel on a GPU. The kernel takes
-    bfloat16, float16 or float32, ranks up to 128, and D and hidden that are multiples of 16.
-    ValueError: other shapes, dtypes, ranks or backends, tensors on several devices, half an adapter, gradients of an
-    adapter that is not there, or with the reference.
-
-    Example: out = lora_mlp(x, up, down, up_a, up_b, down_a, down_b, slots)
-    """
-    backend = resolve_backend(backend, x)
-    width, hidden = x.size(-1) if x.dim() else 0, up.size(0) if up.dim() else 0
-    if x.dim() != 3 or up.dim() != 2 or up.size(1) != width or list(down.shape) != [width, hidden]:
-        raise ValueError(
-            f"x is {describe(x)}, up {describe(up)} and down {describe(down)}; wanted [B, S, D], [hidden, {width}] and "
-            f"[{width}, hidden]"
-        )
-    if len({(tensor.dtype, tensor.device) for tensor in (x, up, down)}) != 1:
-        kinds = ", ".join(f"{tensor.dtype} on {tensor.device}" for tensor in (x, up, down))
-        raise ValueError(f"x, up and down are {kinds}; wanted one dtype and one device")
-    for name, weight, a, b, grads in (("up", up, up_a, up_b, up_grads), ("down", down, down_a, down_b, down_grads)):
-        if (a is None) != (b is None) or (a is None and grads is not None):
-            raise ValueError(f"{name}_a, {name}_b and {name}_grads: wanted A with B, and gradients with both")
-        if a is not None:
-            given = {"x": x, name: weight, f"{name}_a": a, f"{name}_b": b}
-            validate_product(given, weight.size(1), slots, grads, backend)
-    adapters = up_a, up_b, down_a, down_b
-    if up_a is None and down_a is None:
-        raise ValueError("no adapter is given; relu_squared_mlp is the MLP without one")
-    if backend == "reference":
-        return lora_mlp_ref(x, up, down, *adapters, slots)
-    slots = None if slots is None else slots.contiguous()
-    return _op(x, up, down, *adapters, slots, *(up_grads or (None, None)), *(down_grads or (None, None)))[0]
 
 
 @custom_op("klora::lora_mlp", mutates_args=())
@@ -131,109 +78,106 @@ def _op(
 def _(x, up, down, up_a, up_b, down_a, down_b, slots, up_grad_a, up_grad_b, down_grad_a, down_grad_b):
     a = x.new_empty(*x.shape[:2], up.size(0))
     u = x.new_empty(a.shape if x.dtype == torch.float16 else 0)
-    kept = [
-        x.new_empty(0) if lora is None else made
-        for inputs, weight, lora in ((x, up, up_a), (a, down, down_a))
-        for made in ((None,) * 3 if lora is None else (fake_xa(inputs, lora), *fake_packed(inputs, weight, lora)))
-    ]
+    kept = []
+    for inputs, weight, lora_a, lora_b in ((x, up, up_a, up_b), (a, down, down_a, down_b)):
+        made = _nothing(x) if lora_a is None else empty_projected(inputs, lora_a, lora_b, [weight.size(0)]).flat()[1:]
+        kept.extend(made)
     return [x.new_empty(x.shape), a, u, *kept]
 
 
-def _product(x, weight, lora_a, lora_b, slots, squared=False, u=None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _nothing(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """In place of x A^T and the packed adapters."""
+    return x.new_empty(0), x.new_empty(0), x.new_empty(0)
+
+
+def _product(x, weight, lora_a, lora_b, slots, squared=False, u=None) -> tuple[Tensor, ...]:
     """The product (squared: relu(u)^2 of it, and u), x A^T and the packed adapters."""
-    if lora_a is None:
-        rows = None if u is None else u.view(-1, u.size(2))
-        out = launch_product(x, weight, **({"epilogue": SQUARE, "kept": rows} if squared else {}))
-        return out, *(x.new_empty(0) for _ in range(3))
-    adapters, packed = adapters_and_packed(x, lora_a, lora_b, slots, [weight.size(0)])
-    made = launch_forward(aligned(x), aligned(weight), adapters, [weight.size(0)], squared=squared, u=u)
-    return *made.outs, made.xa, *packed
-
-
-@custom_op("klora::lora_mlp_du_", mutates_args=("da", "db"))
-def _du_op(
-    dout: Tensor,
-    kept: Tensor,
-    a: Tensor,
-    down: Tensor,
-    lora_a: Tensor | None,
-    lora_b: Tensor | None,
-    xa: Tensor,
-    slots: Tensor | None,
-    da: Tensor | None,
-    db: Tensor | None,
-    rank: int,
-    is_packed: bool,
-    needs_du: bool,
-) -> Tensor:
-    """du [B, S, hidden] of dout [B, S, D], empty where it is not needed; dA2 and dB2 go to the rows of `da` and `db`.
-
-    `kept` is u in fp16, else a.
-    """
-    if lora_a is None:
-        return launch_product(dout, down, transposed=True, epilogue=SLOPE, kept=kept)
-    du = a.new_empty(a.shape) if needs_du else None
-    launch((dout,), a, down, lora_a, lora_b, xa, rank, slots, du, da, db, is_packed, kept if needs_du else None)
-    return a.new_empty(0) if du is None else du
-
-
-@_du_op.register_fake
-def _(dout, kept, a, down, lora_a, lora_b, xa, slots, da, db, rank, is_packed, needs_du):
-    return a.new_empty(a.shape if needs_du else 0)
+    if lora_a is not None:
+        return launch_forward(x, weight, lora_a, lora_b, slots, [weight.size(0)], squared=squared, u=u).flat()
+    rows = None if u is None else u.view(-1, u.size(2))
+    out = launch_product(x, weight, **({"epilogue": SQUARE, "kept": rows} if squared else {}))
+    return out, *_nothing(x)
 
 
 def _setup(ctx, inputs, output):
     x, up, down, up_a, up_b, down_a, down_b, slots, *grads = inputs
-    _, a, u, *kept = output
-    ctx.up_grads, ctx.down_grads = grads[:2], grads[2:]
-    ctx.save_for_backward(x, up, down, up_a, up_b, down_a, down_b, slots, a, u, *kept)
+    _, a, u, *made = output
+    of_up = Saved.of(x, up, up_a, up_b, slots, *made[:3])
+    ctx.save_for_backward(*of_up, *Saved.of(a, down, down_a, down_b, slots, *made[3:]), u)
+    ctx.up = None if up_a is None else Lora.of(up_a, up_b, *grads[:2])
+    ctx.down = None if down_a is None else Lora.of(down_a, down_b, *grads[2:])
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, douts):
-    x, up, down, up_a, up_b, down_a, down_b, slots, a, u, *kept = ctx.saved_tensors
     dout, needs = douts[0], ctx.needs_input_grad
     if dout is None:
         return (None,) * 12
-    up_grads, up_own = _where(ctx.up_grads, x, up_a, up_b, slots, needs[3] or needs[4])
-    down_grads, down_own = _where(ctx.down_grads, x, down_a, down_b, slots, needs[5] or needs[6])
-    needs_du = needs[0] or needs[1] or up_grads[0] is not None
-    du = dx = None
-    if needs_du or down_grads[0] is not None:
-        read = *_read(x, down_a, down_b, *kept[3:]), slots, *down_grads
-        du = _du_op(dout, u if u.numel() else a, a, down, *read, *_about(x, down_a), needs_du)
-    if up_a is not None and (needs[0] or up_grads[0] is not None):
-        read = *_read(x, up_a, up_b, *kept[:3]), slots, *up_grads
-        dx = backward_op(du, x, up, *read, *_about(x, up_a), needs[0])
-    elif needs[0]:
-        dx = linear_dx(du, up)
-    return (
-        dx if needs[0] else None,
-        linear_dweight(du, x) if needs[1] else None,
-        linear_dweight(dout, a) if needs[2] else None,
-        *(grad if wanted and up_own else None for grad, wanted in zip(up_grads, needs[3:5], strict=True)),
-        *(grad if wanted and down_own else None for grad, wanted in zip(down_grads, needs[5:7], strict=True)),
-        *(None,) * 5,
-    )
+    of_up, others = Saved.split(ctx.saved_tensors)
+    of_down, (u,) = Saved.split(others)
+    is_pooled = ctx.up is not None and ctx.up.grad_a is not None
+    needs_du = any(needs[i] for i in (0, 1, 3, 4)) or is_pooled
+    kept = u if u.numel() else of_down.x
+    du, ddown, *ddown_lora = _matrix_gradients(of_down, ctx.down, (needs_du, needs[2], *needs[5:7]), dout, kept)
+    dx, dup, *dup_lora = _matrix_gradients(of_up, ctx.up, (*needs[:2], *needs[3:5]), du)
+    return dx, dup, ddown, *dup_lora, *ddown_lora, *(None,) * 5
 
 
-def _where(grads, x, lora_a, lora_b, slots, needed: bool) -> tuple[tuple[Tensor | None, ...], bool]:
-    """Where dA and dB go, and whether they are autograd's."""
-    if lora_a is None or grads[0] is not None or not needed:
-        return tuple(grads), False
-    return fresh_gradients(x, lora_a, lora_b, slots), True
-
-
-def _read(x, lora_a, lora_b, xa, packed_a, packed_b) -> tuple[Tensor | None, Tensor | None, Tensor]:
-    """The adapters that the backward reads, and x A^T."""
-    is_packed = lora_a is not None and lora_a.dtype != x.dtype
-    return *((packed_a, packed_b) if is_packed else (lora_a, lora_b)), xa
-
-
-def _about(x, lora_a) -> tuple[int, bool]:
-    """rank, is_packed"""
-    return (0, False) if lora_a is None else (lora_a.size(1), lora_a.dtype != x.dtype)
+def _matrix_gradients(saved, lora, needs, dout, kept=None) -> tuple[Tensor | None, ...]:
+    """Of the inputs of one matrix (`kept`: of u, whose relu(u)^2 they are), the matrix, A and B."""
+    if lora is not None:
+        return gradients(saved, lora, needs, [dout], kept)
+    dx = None
+    if needs[0]:
+        dx = linear_dx(dout, saved.weight) if kept is None else mlp_du(dout, kept, saved.weight)
+    return dx, linear_dweight(dout, saved.x) if needs[1] else None, None, None
 
 
 _op.register_autograd(_backward, setup_context=_setup)
+
+
+def lora_mlp(
+    x: Tensor,
+    up: Tensor,
+    down: Tensor,
+    up_a: Tensor | None = None,
+    up_b: Tensor | None = None,
+    down_a: Tensor | None = None,
+    down_b: Tensor | None = None,
+    slots: Tensor | None = None,
+    *,
+    up_grads: tuple[Tensor, Tensor] | None = None,
+    down_grads: tuple[Tensor, Tensor] | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """out [B, S, D] of `x` [B, S, D]: W2 relu(W1 x)^2 with `up` (W1) [hidden, D] and `down` (W2) [D, hidden], adapted.
+
+    `up_a` [slots, R1, D] and `up_b` [slots, hidden, R1] are the adapters of up, `down_a` [slots, R2, hidden] and
+    `down_b` [slots, D, R2] those of down; None is none on that matrix. Adapters, `slots`, and `up_grads` and
+    `down_grads`, where the backward writes dA and dB, are as of :func:`lora_linear`. All inputs get gradients.
+
+    `backend` is "reference" or "triton"; None takes the reference on a CPU and the kernel on a GPU. The kernel takes
+    bfloat16, float16 or float32, ranks up to 128, and D and hidden that are multiples of 16.
+    ValueError: other shapes, dtypes, ranks or backends, tensors on several devices, half an adapter, gradients of an
+    adapter that is not there, or with the reference.
+
+    Example: out = lora_mlp(x, up, down, up_a, up_b, down_a, down_b, slots)
+    """
+    backend = resolve_backend(backend, x)
+    expect("x", x, ("B", "S", "D"), dtypes_of(backend))
+    width = x.size(2)
+    expect("up", up, ("hidden", width), (x.dtype,), x.device)
+    expect("down", down, (width, up.size(0)), (x.dtype,), x.device)
+    for name, weight, a, b, grads in (("up", up, up_a, up_b, up_grads), ("down", down, down_a, down_b, down_grads)):
+        if (a is None) != (b is None) or (a is None and grads is not None):
+            raise ValueError(f"{name}_a, {name}_b and {name}_grads: wanted A with B, and gradients with both")
+        if a is not None:
+            given = {f"{name}_a": a, f"{name}_b": b}
+            expect_product(name, weight, given, weight.size(1), x, slots, grads, backend)
+    if up_a is None and down_a is None:
+        raise ValueError("no adapter is given; relu_squared_mlp is the MLP without one")
+    adapters = up_a, up_b, down_a, down_b, expect_slots(slots, x.size(0), x.device)
+    if backend == "reference":
+        return lora_mlp_ref(x, up, down, *adapters)
+    return _op(x, up, down, *adapters, *(up_grads or (None, None)), *(down_grads or (None, None)))[0]

@@ -15,17 +15,13 @@ has: du is more exact than from a rounded u. Only fp16, whose a would lose every
 frozen weights nothing else is kept.
 """
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from .linear.op import linear_dweight, linear_dx, runs_kernel
-from .linear.product import SLOPE, SQUARE, empty_rows, launch_product
-from .registration import custom_op
+from .dispatch import custom_op, dtypes_of, empty_aligned, expect, resolve_backend
+from .linear.op import linear_dweight, linear_dx
+from .linear.product import SLOPE, SQUARE, launch_product
 
 
 def relu_squared_mlp_ref(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
@@ -46,111 +42,33 @@ def relu_squared_ref(u: Tensor) -> Tensor:
     return F.relu(u).square()
 
 
-@dataclass(frozen=True)
-class ReluSquaredConfig:
-    block: int
-    num_warps: int
-
-
-def pick_config() -> ReluSquaredConfig:
-    """The launch for every size: two loads of 16 bytes a lane and tensor, in 16-bit dtypes."""
-    return ReluSquaredConfig(block=2048, num_warps=4)
-
-
-@triton.jit
-def _forward(u_ptr, out_ptr, size, BLOCK: tl.constexpr):
-    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    u = tl.load(u_ptr + offsets, mask=offsets < size, other=0.0).to(tl.float32)
-    # Not max(u, 0): a NaN stays one.
-    u = tl.where(u <= 0.0, 0.0, u)
-    tl.store(out_ptr + offsets, (u * u).to(out_ptr.dtype.element_ty), mask=offsets < size)
-
-
-@triton.jit
-def _backward(dout_ptr, u_ptr, du_ptr, size, BLOCK: tl.constexpr):
-    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    u = tl.load(u_ptr + offsets, mask=offsets < size, other=0.0).to(tl.float32)
-    dout = tl.load(dout_ptr + offsets, mask=offsets < size, other=0.0).to(tl.float32)
-    du = tl.where(u <= 0.0, 0.0, 2.0 * u * dout)
-    tl.store(du_ptr + offsets, du.to(du_ptr.dtype.element_ty), mask=offsets < size)
-
-
-def _launch(kernel, *tensors: Tensor) -> None:
-    size, config = tensors[0].numel(), pick_config()
-    if size:
-        kernel[(triton.cdiv(size, config.block),)](*tensors, size, BLOCK=config.block, num_warps=config.num_warps)
-
-
-@custom_op("klora::relu_squared", mutates_args=())
-def _relu_squared(u: Tensor) -> Tensor:
-    out = u.new_empty(u.shape)
-    _launch(_forward, u.contiguous(), out)
-    return out
-
-
-@_relu_squared.register_fake
-def _(u):
-    return u.new_empty(u.shape)
-
-
-@custom_op("klora::relu_squared_backward", mutates_args=())
-def _relu_squared_backward(dout: Tensor, u: Tensor) -> Tensor:
-    du = u.new_empty(u.shape)
-    _launch(_backward, dout.contiguous(), u.contiguous(), du)
-    return du
-
-
-@_relu_squared_backward.register_fake
-def _(dout, u):
-    return u.new_empty(u.shape)
-
-
-def _setup_context(ctx, inputs, output):
-    ctx.save_for_backward(*inputs)
-
-
-_relu_squared.register_autograd(
-    lambda ctx, dout: _relu_squared_backward(dout, *ctx.saved_tensors), setup_context=_setup_context
-)
-
-
-def relu_squared(u: Tensor, *, backend: str | None = None) -> Tensor:
-    """relu(u)^2 for `u` of any shape, in its dtype, with a gradient. The kernel takes bfloat16, float16 or float32.
-
-    `backend` is "reference" or "triton"; None takes the reference on a CPU and the kernel on a GPU.
-    ValueError: another dtype or backend.
-
-    Example: a = relu_squared(x)
-    """
-    return _relu_squared(u) if runs_kernel(backend, u=u) else relu_squared_ref(u)
-
-
 @custom_op("klora::relu_squared_mlp", mutates_args=())
-def _mlp(x: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _op(x: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """out, a [..., hidden], and in fp16 u [..., hidden], else nothing."""
-    u = empty_rows(x, x.shape[:-1].numel(), up.size(0)) if x.dtype == torch.float16 else None
+    u = empty_aligned(x, x.shape[:-1].numel(), up.size(0)) if x.dtype == torch.float16 else None
     a = launch_product(x, up, epilogue=SQUARE, kept=u)
     return launch_product(a, down), a, x.new_empty(0) if u is None else u.contiguous().view(a.shape)
 
 
-@_mlp.register_fake
+@_op.register_fake
 def _(x, up, down):
     a = x.new_empty(*x.shape[:-1], up.size(0))
     return x.new_empty(x.shape), a, x.new_empty(a.shape if x.dtype == torch.float16 else 0)
 
 
-@custom_op("klora::relu_squared_mlp_du", mutates_args=())
-def _mlp_du(dout: Tensor, kept: Tensor, down: Tensor) -> Tensor:
+@custom_op("klora::relu_squared_mlp_du_", mutates_args=("du",))
+def _du_op(dout: Tensor, kept: Tensor, down: Tensor, du: Tensor) -> None:
+    launch_product(dout, down, transposed=True, epilogue=SLOPE, kept=kept, result=du)
+
+
+def mlp_du(dout: Tensor, kept: Tensor, down: Tensor) -> Tensor:
     """du [..., hidden] of dout [..., D] and `kept` [..., hidden]: u in fp16, else a."""
-    return launch_product(dout, down, transposed=True, epilogue=SLOPE, kept=kept)
+    du = dout.new_empty(kept.shape)
+    _du_op(dout, kept, down, du)
+    return du
 
 
-@_mlp_du.register_fake
-def _(dout, kept, down):
-    return dout.new_empty(kept.shape)
-
-
-def _setup_mlp(ctx, inputs, output):
+def _setup(ctx, inputs, output):
     (x, up, down), (_, a, u) = inputs, output
     needs_x, needs_up, needs_down = ctx.needs_input_grad[:3]
     kept = u if x.dtype == torch.float16 else a
@@ -161,16 +79,16 @@ def _setup_mlp(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def _mlp_backward(ctx, dout, *_):
+def _backward(ctx, dout, *_):
     x, up, down, kept, a = ctx.saved_tensors
     if dout is None:
         return None, None, None
-    du = None if kept is None else _mlp_du(dout, kept, down)
+    du = None if kept is None else mlp_du(dout, kept, down)
     dx = linear_dx(du, up) if ctx.needs_input_grad[0] else None
     return dx, None if x is None else linear_dweight(du, x), None if a is None else linear_dweight(dout, a)
 
 
-_mlp.register_autograd(_mlp_backward, setup_context=_setup_mlp)
+_op.register_autograd(_backward, setup_context=_setup)
 
 
 def relu_squared_mlp(x: Tensor, up: Tensor, down: Tensor, *, backend: str | None = None) -> Tensor:
@@ -184,12 +102,8 @@ def relu_squared_mlp(x: Tensor, up: Tensor, down: Tensor, *, backend: str | None
 
     Example: out = relu_squared_mlp(x, up, down)
     """
-    width = x.size(-1) if x.dim() else 0
-    if not x.dim() or up.dim() != 2 or up.size(1) != width or list(down.shape) != [width, up.size(0)]:
-        raise ValueError(
-            f"up is {list(up.shape)} and down {list(down.shape)}; wanted, for x {list(x.shape)}: [hidden, {width}] and "
-            f"[{width}, hidden]"
-        )
-    if runs_kernel(backend, x=x, up=up, down=down):
-        return _mlp(x, up, down)[0]
-    return relu_squared_mlp_ref(x, up, down)
+    backend = resolve_backend(backend, x)
+    expect("x", x, ("...", "D"), dtypes_of(backend))
+    expect("up", up, ("hidden", x.size(-1)), (x.dtype,), x.device)
+    expect("down", down, (x.size(-1), up.size(0)), (x.dtype,), x.device)
+    return relu_squared_mlp_ref(x, up, down) if backend == "reference" else _op(x, up, down)[0]

@@ -17,7 +17,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from .tile import is_hopper
+from .dispatch import is_hopper
 
 BLOCK = gl.constexpr(128)
 DEPTH = gl.constexpr(64)
@@ -88,6 +88,6 @@ def runs_on(x: Tensor) -> bool:
     return x.is_cuda and x.dtype != torch.float32 and is_hopper(x.device)
 
 
-def tiled(tensor: Tensor, *block: int) -> TensorDescriptor:
-    """How the copy engine moves blocks of `tensor` to and from shared memory."""
+def swizzled(tensor: Tensor, *block: int) -> TensorDescriptor:
+    """How the copy engine moves blocks of `tensor` to and from shared memory that is swizzled."""
     return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), list(block), SWIZZLED)

@@ -22,12 +22,12 @@ from torch import Tensor
 from .attention import HEAD_DIMS, causal_attention_ref
 from .attention.backward import Rotary, launch_backward
 from .attention.forward import launch_forward
-from .attention.op import causal_op, checked_start
-from .linear.op import linear_dweight, linear_dx, runs_kernel
+from .attention.op import causal_op, checked_start, checked_tail
+from .dispatch import aligned, custom_op, dtypes_of, empty_grad, expect, keep_output, resolve_backend
+from .linear.op import linear_dweight, linear_dx
 from .linear.product import HEADS, Heads, launch_product
-from .registration import custom_op, keep_output, refuse_gradients
 from .rotary import norm_rotary_ref
-from .tile import aligned
+from .rotary.op import expect_tables
 
 
 def qkv_attention_ref(
@@ -93,7 +93,7 @@ def _(x, weight, cos, sin, gain, sizes, head_dim, tail, is_unit, start):
     )
 
 
-@custom_op("klora::qkv_attention_backward", mutates_args=())
+@custom_op("klora::qkv_attention_backward_", mutates_args=("dqkv", "dgain"))
 def _backward_op(
     dout: Tensor,
     out: Tensor,
@@ -107,20 +107,15 @@ def _backward_op(
     head_dim: int,
     is_unit: bool,
     start: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """The gradients of the stacked projections [B, S, N] and of the gain."""
-    dqkv, heads = torch.empty_like(qkv), sizes[0] // head_dim
+    dqkv: Tensor,
+    dgain: Tensor | None,
+) -> None:
+    """Writes the gradients of the stacked projections [B, S, N] and of the gain."""
+    heads = sizes[0] // head_dim
     rotary = Rotary(cos, sin, gain, rstd[..., :heads], rstd[..., heads:], is_unit)
-    split = _split(qkv, sizes, head_dim)
+    split, grads = (_split(t, sizes, head_dim) for t in (qkv, dqkv))
     dout, out = (t.unflatten(-1, (-1, head_dim)) for t in (aligned(dout), out))
-    into = tuple(_split(dqkv, sizes, head_dim))
-    *_, dgain = launch_backward(dout, *split, out, lse, rotary, into=into, trains_gain=True, start=start)
-    return dqkv, dgain
-
-
-@_backward_op.register_fake
-def _(dout, out, qkv, rstd, lse, cos, sin, gain, sizes, head_dim, is_unit, start):
-    return torch.empty_like(qkv), torch.empty_like(gain)
+    launch_backward(dout, *split, out, lse, grads, rotary, dgain, start=start)
 
 
 def takes(dtype: torch.dtype, head_dim: int) -> bool:
@@ -148,11 +143,13 @@ def _autograd(ctx, dout, *_):
     if dout is None:
         return (None,) * 10
     if ctx.is_changed():
-        out = causal_op(*_split(qkv, ctx.sizes, ctx.head_dim), ctx.tail, start)[0].flatten(2)
-    dqkv, dgain = _backward_op(dout, out, qkv, rstd, lse, cos, sin, gain, ctx.sizes, ctx.head_dim, ctx.is_unit, start)
+        out = causal_op(*_split(qkv, ctx.sizes, ctx.head_dim), start, ctx.tail)[0].flatten(2)
+    about = ctx.sizes, ctx.head_dim, ctx.is_unit, start
+    dqkv, dgain = empty_grad(qkv), empty_grad(gain, needs_gain)
+    _backward_op(dout, out, qkv, rstd, lse, cos, sin, gain, *about, dqkv, dgain)
     dx = linear_dx(dqkv, weight) if needs_x else None
     dweight = linear_dweight(dqkv, x) if needs_weight else None
-    return dx, dweight, None, None, dgain if needs_gain else None, *(None,) * 5
+    return dx, dweight, None, None, dgain, *(None,) * 5
 
 
 _op.register_autograd(_autograd, setup_context=_setup)
@@ -187,33 +184,19 @@ def qkv_attention(
 
     Example: out = qkv_attention(x, weight, cos, sin, gain, sizes, head_dim=16)
     """
-    sizes, length = list(sizes), x.size(1) if x.dim() == 3 else 0
-    if x.dim() != 3 or weight.dim() != 2 or x.size(2) != weight.size(1) or weight.size(0) != sum(sizes):
-        raise ValueError(
-            f"x is {list(x.shape)} and weight {list(weight.shape)}; wanted: [B, S, D] and [{sum(sizes)}, D]"
-        )
+    backend, sizes = resolve_backend(backend, x), list(sizes)
+    expect("x", x, ("B", "S", "D"), dtypes_of(backend))
+    expect("weight", weight, (sum(sizes), x.size(2)), (x.dtype,), x.device)
     if len(sizes) != 3 or any(n % head_dim or not n for n in sizes) or sizes[1] != sizes[2] or sizes[0] % sizes[1]:
         raise ValueError(
             f"sizes are {sizes}; wanted: heads of {head_dim}, as many of v as of k, a multiple of them of q"
         )
-    for name, table, shape in (
-        ("cos", cos, [length, head_dim // 2]),
-        ("sin", sin, [length, head_dim // 2]),
-        ("gain", gain, [sizes[0] // head_dim]),
-    ):
-        if list(table.shape) != shape or table.device != x.device:
-            raise ValueError(f"{name} is {list(table.shape)} on {table.device}; wanted: {shape} on {x.device}")
-    refuse_gradients("detach the tables", cos=cos, sin=sin)
-    tail = length if tail is None else tail
-    if not 0 <= tail <= length:
-        raise ValueError(f"tail is {tail}; allowed: 0 to S, {length}")
-    start = checked_start(start, x)
-    if not runs_kernel(backend, x=x, weight=weight):
+    length = x.size(1)
+    expect_tables(cos, sin, gain, (length, head_dim // 2), sizes[0] // head_dim, x.device, backend)
+    tail, start = checked_tail(tail, length), checked_start(start, x)
+    if backend == "reference":
         return qkv_attention_ref(x, weight, cos, sin, gain, sizes, head_dim, tail, start=start)
     if not takes(x.dtype, head_dim):
-        raise ValueError(f"head_dim is {head_dim} in {x.dtype}; the kernel wants 16, 32, 64 or, in 16 bits, 128")
-    for name, table in (("cos", cos), ("sin", sin), ("gain", gain)):
-        if table.dtype != torch.float32:
-            raise ValueError(f"{name} is {table.dtype}; the kernel wants float32")
+        raise ValueError(f"head_dim is {head_dim} in {x.dtype}; wanted 16, 32, 64 or, in 16 bits, 128")
     tables = (table.contiguous() for table in (cos, sin, gain))
     return _op(x, weight, *tables, sizes, head_dim, tail, unit_tables, start)[0]

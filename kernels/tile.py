@@ -1,8 +1,5 @@
-"""What kernels on the copy engine share: descriptors, tensors that it can reach, and a tile cut in half."""
+"""What kernels that read tiles share: how the copy engine moves one, a tile cut in half, and tables of unit length."""
 
-from functools import cache
-
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -12,30 +9,6 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 def tiled(tensor: Tensor, *block: int) -> TensorDescriptor:
     """How the copy engine moves blocks of `tensor`: outside of it, it reads zeros and stores nothing."""
     return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), list(block))
-
-
-def is_aligned(tensor: Tensor) -> bool:
-    """Whether the copy engine can reach it: innermost stride 1, other strides and address multiples of 16 bytes."""
-    steps = [tensor.data_ptr(), *(stride * tensor.itemsize for stride in tensor.stride()[:-1])]
-    return tensor.stride(-1) == 1 and all(step > 0 and step % 16 == 0 for step in steps)
-
-
-def aligned(tensor: Tensor) -> Tensor:
-    """`tensor` if the copy engine can reach it or nothing is in it, else a contiguous copy."""
-    fits = not tensor.numel() or is_aligned(tensor)
-    return tensor if fits else tensor.clone(memory_format=torch.contiguous_format)
-
-
-@cache
-def multiprocessors(device: torch.device) -> int:
-    """Of a GPU; elsewhere 2, so that the interpreter walks several tiles a program."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
-
-
-@cache
-def is_hopper(device: torch.device) -> bool:
-    """Whether this GPU has Hopper's tensor cores and copy engine."""
-    return torch.cuda.get_device_capability(device)[0] == 9
 
 
 UNIT = tl.constexpr(2.0**-21)
@@ -52,3 +25,28 @@ def off_unit(cos, sin):
 def halves(tile, M: tl.constexpr, N: tl.constexpr):
     """The left and the right half of `tile` [M, N]."""
     return tl.split(tile.reshape(M, 2, N // 2).permute(0, 2, 1))
+
+
+@triton.jit
+def rotate(left, right, cos, sin):
+    """The halves of heads, rotated by the angles of the tables."""
+    return left * cos - right * sin, right * cos + left * sin
+
+
+@triton.jit
+def unrotate(left, right, cos, sin):
+    """As :func:`rotate`, by the opposite angles; for tables of length 1 its inverse."""
+    return left * cos + right * sin, right * cos - left * sin
+
+
+@triton.jit
+def norm_rotate(left, right, cos, sin, gain, HEAD: tl.constexpr, EPS: tl.constexpr, IS_EXACT: tl.constexpr):
+    """Heads [M, heads, HEAD/2] twice, normed, rotated and times `gain` [heads]; and 1 / rms of each [M, heads].
+
+    The approximate rsqrt would be the largest error of fp32: IS_EXACT does without it.
+    """
+    square = tl.sum(left * left + right * right, 2) * (1.0 / HEAD) + EPS
+    rstd = tl.div_rn(1.0, tl.sqrt_rn(square)) if IS_EXACT else tl.rsqrt(square)
+    scale = (rstd * gain[None, :])[:, :, None]
+    left, right = rotate(left, right, cos, sin)
+    return left * scale, right * scale, rstd

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import torch
 
-from ..kernels import BOS
+from ..kernels import BOS_ID
 from ..kernels.attention import document_starts
 from .gpt import GPT
 from .parallel import Ranks
@@ -52,7 +52,7 @@ def validation_bpb(
         tokens = torch.from_numpy(tokens.astype("int64"))
         targets = tokens[1:].view(count, length)
         inputs = tokens[:-1].view(count, length).to(ranks.device)
-        start = document_starts(inputs, BOS) if document_mask else None
+        start = document_starts(inputs, BOS_ID) if document_mask else None
         nll = model.nll(inputs, targets.to(ranks.device), start=start).cpu().double()
         sums += torch.stack([nll[targets != tokenizer.bos_id].sum(), bytes_of.sum().double()])
     nats, text_bytes = ranks.sum_(sums.to(ranks.device)).tolist()

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from ..kernels import BOS, softcap_nll
+from ..kernels import BOS_ID, softcap_nll
 from ..kernels.attention import document_starts
 from . import network
 from .average import WeightAverages
@@ -128,7 +128,7 @@ class FusedStep:
     def _gradients(self, first: bool) -> None:
         inputs, targets = self.tokens[:, :-1].contiguous(), self.tokens[:, 1:].contiguous()
         weights, stored = self.stored.weights, self.stored
-        start = document_starts(inputs, BOS) if self.config.document_mask else None
+        start = document_starts(inputs, BOS_ID) if self.config.document_mask else None
         with torch.enable_grad():
             with phase("forward"):
                 hidden = network.hidden(weights, inputs, self.rotary, backend=self.model.backend, start=start)

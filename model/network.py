@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels import (
-    BOS,
+    BOS_ID,
     bigram_embedding,
     bigram_hash_ref,
     causal_attention,
@@ -126,7 +126,7 @@ class KVCache:
         rows = bigram_hash_ref(tokens, weights.config.bigram_rows, self.last_token)
         x = rms_norm_ref(F.embedding(tokens, weights.embed) + F.embedding(rows, weights.bigram)).to(weights.dtype)
         first = torch.zeros_like(x[:, :1]) if self.last_x is None else self.last_x[:, None]
-        before = torch.cat([first, x[:, :-1]], dim=1).masked_fill((tokens == BOS)[..., None], 0.0)
+        before = torch.cat([first, x[:, :-1]], dim=1).masked_fill((tokens == BOS_ID)[..., None], 0.0)
         self.last_token, self.last_x = tokens[:, -1], x[:, -1]
         return torch.lerp(x, before, torch.sigmoid(weights.gate).to(x.dtype))
 

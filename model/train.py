@@ -29,7 +29,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from ..errors import KloraError
-from ..kernels import BOS
+from ..kernels import BOS_ID
 from ..kernels.attention import document_starts
 from ..version import __version__
 from .attention import choose_attention
@@ -168,7 +168,7 @@ class EagerStep:
         total, tokens = torch.zeros((), device=device), 0
         for rows in batches:
             rows = rows.to(device, non_blocking=True)
-            start = document_starts(rows[:, :-1], BOS) if config.document_mask else None
+            start = document_starts(rows[:, :-1], BOS_ID) if config.document_mask else None
             with phase("forward"):
                 nll = self.model.nll(rows[:, :-1], rows[:, 1:], start=start, int6_clip=int6_clip)
                 loss = nll.sum() / config.batch_tokens

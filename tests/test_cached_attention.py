@@ -315,14 +315,14 @@ def refused(function, good, change, says):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"q": torch.zeros(3, 20, 64)}, r"q is float32 \[3, 20, 64\]; wanted \[B, T, H, d\]"),
-        ({"k": torch.zeros(3, 20, 3, 16)}, "with a G that divides q's 4 heads"),
-        ({"v": torch.zeros(3, 19, 2, 16)}, r"v is float32 \[3, 19, 2, 16\] on cpu; wanted: torch.float32"),
-        ({"cache_k": torch.zeros(4, 30, 1, 16)}, r"cache_k is .*; wanted torch.float32 \[slots, capacity, 2, 16\]"),
-        ({"cache_v": torch.zeros(4, 31, 2, 16)}, "cache_v is .* of one shape"),
+        ({"q": torch.zeros(3, 20, 64)}, r"q is float32 \[3, 20, 64\]; wanted .* \[B, S, H, d\]"),
+        ({"k": torch.zeros(3, 20, 3, 16)}, "k has 3 heads; wanted a divisor of q's 4"),
+        ({"v": torch.zeros(3, 19, 2, 16)}, r"v is float32 \[3, 19, 2, 16\]; wanted float32 \[3, 20, 2, 16\]"),
+        ({"cache_k": torch.zeros(4, 30, 1, 16)}, r"cache_k is .*; wanted float32 \[slots, capacity, 2, 16\]"),
+        ({"cache_v": torch.zeros(4, 31, 2, 16)}, r"cache_v is .*; wanted float32 \[4, 30, 2, 16\]"),
         ({"cache_v": torch.zeros(4, 30, 2, 16, dtype=torch.float16)}, "cache_v is float16"),
         ({"cache_v": torch.zeros(4, 2, 30, 16).transpose(1, 2)}, "cache_k has strides .* allocate both alike"),
-        ({"slots": torch.zeros(3)}, r"slots is float32 \[3\] on cpu; wanted int32 or int64 \[3\]"),
+        ({"slots": torch.zeros(3)}, r"slots is float32 \[3\]; wanted int32 or int64 \[3\]"),
         ({"filled": torch.zeros(2, dtype=torch.int32)}, r"filled is int32 \[2\]"),
         ({"window": 51}, "window is 51; allowed, beside chunks of 20 tokens and a capacity of 30: 20 to 50"),
         ({"window": 19}, "window is 19"),
@@ -337,15 +337,15 @@ def test_bad_arguments_of_a_write_are_refused():
     call = draw()[0]
     good = {n: call[n] for n in ("cache_k", "cache_v", "k", "v", "slots", "filled")} | {"count": call["filled"]}
     refused(cache_write_, good, {"count": torch.zeros(3)}, r"count is float32 \[3\]")
-    refused(cache_write_, good, {"k": torch.zeros(3, 20, 32)}, r"k is float32 \[3, 20, 32\]; wanted \[B, T, G, d\]")
+    refused(cache_write_, good, {"k": torch.zeros(3, 20, 32)}, r"k is float32 \[3, 20, 32\]; wanted \[B, S, H, d\]")
     refused(cache_write_, good, {"v": torch.zeros(3, 21, 2, 16)}, "v is")
     refused(cache_write_, good, {"backend": "x"}, "backend is 'x'")
 
 
 def test_what_the_kernel_alone_does_not_take_is_refused_by_it_alone():
     for more, says in (
-        ({"d": 24}, "d is 24; the kernel wants one of 16, 32, 64, 128"),
-        ({"dtype": torch.float64}, "the tensors are torch.float64; the kernel wants bfloat16"),
+        ({"d": 24}, "d is 24; wanted one of 16, 32, 64, 128"),
+        ({"dtype": torch.float64}, "q is float64 .*; wanted bfloat16, float16 or float32"),
     ):
         call, _ = draw(**more)
         cached_attention(**call)
@@ -365,7 +365,8 @@ def check_registration(device):
     torch.library.opcheck(torch.ops.klora.cached_attention.default, (*leaves, *rest))
     tensors = [t.detach() for t in leaves]
     out, lse = torch.ops.klora.cached_attention(*tensors, *rest)
-    torch.library.opcheck(torch.ops.klora.cached_attention_backward.default, (dout, *tensors, out, lse, *rest))
+    given = dout, *tensors, out, lse, None, *rest, *(torch.empty_like(t) for t in tensors)
+    torch.library.opcheck(torch.ops.klora.attention_backward.default, given)
     torch.library.opcheck(
         torch.ops.klora.cache_write_.default, (*rest[:2], *tensors[1:], *rest[2:4], torch.full_like(rest[2], 9))
     )
@@ -421,8 +422,8 @@ for d in (64, 128):
     held, index = torch.zeros(3, 1024, 4, d, dtype=torch.bfloat16), torch.zeros(2, dtype=torch.int32)
     cache = Cache(held, held, index, index, 1024)
     out, lse = forward.launch_forward(q, k, k, 32, cache=cache)
-    backward.launch_backward(out, q, k, k, out, lse, cache=cache)
-    cached._write_op._init_fn(held, held, k, k, index, index, index)
+    backward.launch_backward(out, q, k, k, out, lse, [torch.empty_like(t) for t in (q, k, k)], cache=cache)
+    cached._write_op(held, held, k, k, index, index, index)
 """
 
 

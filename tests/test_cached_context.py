@@ -10,7 +10,7 @@ from conftest import SMALL, randomized
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from klora.bench.tolerance import allowed_error, relative_error
-from klora.kernels import BOS, bigram_embedding_ref, rms_norm_ref
+from klora.kernels import BOS_ID, bigram_embedding_ref, rms_norm_ref
 from klora.model.config import ConfigError, preset
 from klora.model.gpt import GPT
 from klora.model.weights import frozen_weights
@@ -233,7 +233,7 @@ def test_a_chunks_embedding_is_the_whole_documents(position):
     for at in (0, position):
         x0 = context.embedded(weights, tokens[None, at : at + 5], "reference")
         assert torch.equal(x0, whole[:, at : at + 3])
-    assert int(tokens[2]) == BOS
+    assert int(tokens[2]) == BOS_ID
 
 
 def test_a_document_beyond_the_longest_is_refused():
@@ -288,7 +288,7 @@ def test_a_step_runs_the_kernels_once_over_the_chunk():
     engine.prepare()
     with Ops() as ops:
         engine._steps[0, 4, True]()
-    blocks = {"lora_attention", "lora_attention_backward", "lora_qkv_backward_into", "cache_write_"}
+    blocks = {"lora_attention", "lora_attention_backward_", "lora_backward_", "cache_write_"}
     assert {name: ops.seen[name] for name in blocks} == dict.fromkeys(blocks, 10)
     assert ops.seen["bigram_embedding"] == ops.seen["lora_adam_"] == ops.seen["lora_head_nll_grads_"] == 1
 

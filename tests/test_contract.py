@@ -21,6 +21,7 @@ from klora.kernels import (
     cache_write_,
     cached_attention,
     causal_attention,
+    dispatch,
     int6_linear,
     int6_linear_dx,
     linear,
@@ -40,8 +41,6 @@ from klora.kernels import (
     norm_rotary,
     qkv_attention,
     quantize_int6,
-    registration,
-    relu_squared,
     relu_squared_mlp,
     residual_norm,
     rms_norm,
@@ -110,7 +109,6 @@ def ops(B: int = 2, S: int = 5, dtype: torch.dtype = torch.float32) -> dict[str,
     vectors = {"scale": randn(D, **fp32), "skip": randn(D, **fp32), "mix": randn(2, D, **fp32)}
     return {
         "linear": Op(linear, {"x": x, "weight": weight}),
-        "relu_squared": Op(relu_squared, {"u": x}, per_document=("u",)),
         "relu_squared_mlp": Op(relu_squared_mlp, {"x": x, "up": randn(48, D), "down": randn(D, 48)}),
         "rms_norm": Op(rms_norm, {"x": x}),
         "residual_norm": Op(
@@ -402,8 +400,10 @@ def test_slots_are_int32_or_int64_of_one_device(name, backend):
     op, slots = OPS[name], OPS[name].more["slots"]
     same(op(backend, slots=slots.int()), op(backend))
     for wrong in (slots.short(), slots.float(), slots.bool(), slots.to("meta"), slots[:1], slots[None]):
-        with pytest.raises(ValueError, match="slots|one device"):
+        with pytest.raises(ValueError, match="slots is .*; wanted int32 or int64"):
             op(backend, slots=wrong)
+    with pytest.raises(TypeError, match=r"slots is \[2, 1\]; wanted a tensor, int32 or int64 \[2\]"):
+        op(backend, slots=[2, 1])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -497,7 +497,7 @@ def test_no_op_with_a_backend_is_missing_here():
 @pytest.mark.parametrize("name", EVERY_OP)
 def test_the_kernel_on_cpu_tensors_is_refused_by_name(name, monkeypatch):
     """Outside of the interpreter; Triton's own error would speak of drivers."""
-    monkeypatch.setattr(registration, "INTERPRETED", False)
+    monkeypatch.setattr(dispatch, "INTERPRETED", False)
     wanted = (
         r"backend is 'triton' and the tensors are on cpu; the kernels run on a CUDA GPU: .* give backend='reference'"
     )

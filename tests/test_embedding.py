@@ -3,14 +3,14 @@
 import pytest
 import torch
 from klora.bench.tolerance import assert_as_exact
-from klora.kernels import BOS
+from klora.kernels import BOS_ID
 from klora.kernels.embedding import bigram_embedding, bigram_embedding_ref
 
 
 def draw(batch, length, vocabulary=50, rows=32, width=48, seed=0, dtype=torch.int64):
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(2, vocabulary, (batch, length), generator=generator)
-    tokens[tokens % 7 == 0] = BOS
+    tokens[tokens % 7 == 0] = BOS_ID
     tables = (torch.randn(size, generator=generator) for size in ((vocabulary, width), (rows, width), (width,)))
     return tokens.to(dtype), *tables, torch.randn(batch, length, width, generator=generator)
 
@@ -39,7 +39,7 @@ def test_outputs_and_gradients_are_as_near_to_float64_as_the_reference_s(shape, 
 
 def test_nothing_crosses_bos_and_unknown_tokens_read_zeros():
     tokens, embed, bigram, gate, _ = draw(1, 12)
-    tokens[0, 6] = BOS
+    tokens[0, 6] = BOS_ID
     other = tokens.clone()
     other[0, :6] = 3
     first, second = (bigram_embedding(t, embed, bigram, gate, torch.float32, backend="triton") for t in (tokens, other))
@@ -51,11 +51,11 @@ def test_nothing_crosses_bos_and_unknown_tokens_read_zeros():
 
 def test_wrong_arguments_are_refused():
     tokens, embed, bigram, gate, _ = draw(1, 4)
-    with pytest.raises(ValueError, match=r"tokens are torch.float32 \[1, 4\]; wanted: int32 or int64"):
+    with pytest.raises(ValueError, match=r"tokens is float32 \[1, 4\]; wanted int32 or int64"):
         bigram_embedding(tokens.float(), embed, bigram, gate, torch.float32)
-    with pytest.raises(ValueError, match=r"gate is \[47\]; wanted: \[48\]"):
+    with pytest.raises(ValueError, match=r"gate is float32 \[47\]; wanted \[48\]"):
         bigram_embedding(tokens, embed, bigram, gate[1:], torch.float32)
-    with pytest.raises(ValueError, match="dtype is torch.float64; the kernel wants"):
+    with pytest.raises(ValueError, match="dtype is torch.float64; wanted one of torch.bfloat16"):
         bigram_embedding(tokens, embed, bigram, gate, torch.float64, backend="triton")
 
 

@@ -438,11 +438,11 @@ def test_a_step_is_shapes_alone_and_runs_the_kernels_once_where_they_are_needed(
         "linear": 10,
         "relu_squared_mlp": 10,
         "lora_head_nll_grads_": 1,
-        "residual_norm_backward": 20,  # none below block 0
-        "lora_qkv_backward_into": 10,
-        "lora_attention_backward": 10,
-        "linear_dx": 20,
-        "relu_squared_mlp_du": 10,
+        "residual_norm_backward_": 20,  # none below block 0
+        "lora_backward_": 10,
+        "lora_attention_backward_": 10,
+        "linear_dx_": 20,
+        "relu_squared_mlp_du_": 10,
         "lora_adam_": 1,
     }
     all_seven = {"targets": "q,k,v,o,up,down,head", "lora_rank": 64, "head_rank": 80}
@@ -450,15 +450,19 @@ def test_a_step_is_shapes_alone_and_runs_the_kernels_once_where_they_are_needed(
     engine.prepare()
     with Ops() as ops:
         engine._steps[3, 4, True]()
-    replaced = {"linear": "lora_linear", "relu_squared_mlp": "lora_mlp", "linear_dx": "lora_linear_backward_"}
-    replaced["relu_squared_mlp_du"] = "lora_mlp_du_"
-    assert ops.seen == {replaced.get(name, name): count for name, count in seen.items()}
+    replaced = {"linear": "lora_linear", "relu_squared_mlp": "lora_mlp"}
+    replaced |= dict.fromkeys(("linear_dx_", "relu_squared_mlp_du_"), "lora_backward_")
+    expected = Counter()
+    for name, count in seen.items():
+        expected[replaced.get(name, name)] += count
+    assert ops.seen == expected
     engine = Engine(model, TTTConfig(batch=4, targets="o"), 5000, rows=(), capture=False, backend="triton")
     engine.prepare()
     with Ops() as ops:
         engine._steps[3, 4, True]()
-    none = "lora_attention", "lora_qkv_backward_into", "lora_attention_backward", "lora_mlp"
+    none = "lora_attention", "lora_qkv", "lora_attention_backward_", "lora_mlp"
     assert ops.seen["qkv_attention"] == 10 and not any(ops.seen[name] for name in none)
+    assert ops.seen["lora_linear"] == ops.seen["lora_backward_"] == 10
     assert ops.seen["lora_head_nll_grads_"] == 1
 
 

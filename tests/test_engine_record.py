@@ -8,7 +8,7 @@ import torch
 import typer
 from conftest import SMALL, randomized
 from klora.bench import engine
-from klora.kernels import BOS
+from klora.kernels import BOS_ID
 from klora.ttt.protocols import CACHED, RECOMPUTED, START, TARGETS, TTTConfig
 
 CONFIG = TTTConfig(chunk=16, window=64, min_tokens=2, lora_rank=2, head_rank=3, deadline=0.0, batch=4)
@@ -28,7 +28,9 @@ def small(monkeypatch):
 
 def test_documents_are_the_same_every_time_and_start_with_bos():
     one, other = engine.drawn([30, 40]), engine.drawn([30, 40])
-    assert [len(d.tokens) for d in one] == [30, 40] and all(d.tokens[0] == BOS and d.tokens[1:].min() > 2 for d in one)
+    assert [len(d.tokens) for d in one] == [30, 40] and all(
+        d.tokens[0] == BOS_ID and d.tokens[1:].min() > 2 for d in one
+    )
     assert all(np.array_equal(a.tokens, b.tokens) for a, b in zip(one, other, strict=True))
 
 

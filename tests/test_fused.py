@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import SMALL, randomized
 from klora.bench.tolerance import assert_as_exact
-from klora.kernels import BOS, dequantize_int6_ref, quantize_int6_ref
+from klora.kernels import BOS_ID, dequantize_int6_ref, quantize_int6_ref
 from klora.kernels.attention import document_starts
 from klora.kernels.average import update_averages_
 from klora.kernels.fold import Int6Grid, fold_rows_, unfold_rows_
@@ -42,7 +42,7 @@ def eager_steps(model, config, steps):
         given = {"int6_clip": config.qat_clip if is_quantized(config, index, 0.0) else 0.0}
         for rows in batches:
             if config.document_mask:
-                given["start"] = document_starts(rows[:, :-1], BOS)
+                given["start"] = document_starts(rows[:, :-1], BOS_ID)
             loss = model.nll(rows[:, :-1], rows[:, 1:], **given).sum() / config.batch_tokens
             loss.backward()
             total += loss.item()
@@ -56,7 +56,7 @@ def drawn(steps: int, micro_batches: int, rows: int = 2, length: int = 64) -> li
     """Token rows of each micro-batch of each step, in documents of some ten tokens."""
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(3, 300, (steps, micro_batches, rows, length + 1), generator=generator)
-    return [list(step) for step in tokens.masked_fill(tokens < 30, BOS)]
+    return [list(step) for step in tokens.masked_fill(tokens < 30, BOS_ID)]
 
 
 OPTIONS = ({}, {"document_mask": True}, {"qat_share": 0.5}, {"document_mask": True, "qat_share": 1.0})
@@ -197,13 +197,13 @@ def test_nothing_of_one_document_reaches_the_next(backend):
     model.backend = backend
     (rows,) = drawn(1, 1)[0]
     rows = rows[:1]
-    rows[0, :40] = rows[0, :40].masked_fill(rows[0, :40] == BOS, 5)
-    rows[0, 21] = BOS
+    rows[0, :40] = rows[0, :40].masked_fill(rows[0, :40] == BOS_ID, 5)
+    rows[0, 21] = BOS_ID
     other = rows.clone()
     other[0, 3:21] = 7
     with torch.no_grad():
         for mask, is_same in ((True, True), (False, False)):
-            starts = (document_starts(t, BOS) if mask else None for t in (rows, other))
+            starts = (document_starts(t, BOS_ID) if mask else None for t in (rows, other))
             one, two = (model.hidden(t, start=start) for t, start in zip((rows, other), starts, strict=True))
             assert torch.equal(one[:, 21:], two[:, 21:]) == is_same
             assert not torch.equal(one[:, :21], two[:, :21])

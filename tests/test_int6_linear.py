@@ -247,13 +247,13 @@ class TestInputs:
             (
                 torch.randn(2, 63),
                 None,
-                r"x is torch.float32 \[2, 63\]; this weight takes bf16, fp16 or fp32 \[..., 64\]",
+                r"x is float32 \[2, 63\]; wanted bfloat16, float16 or float32 \[..., 64\]",
             ),
-            (torch.randn(2, 64).double(), None, "x is torch.float64"),
-            (torch.tensor(1.0), None, r"x is torch.float32 \[\]"),
-            (torch.randn(2, 64), torch.randn(31), r"bias is torch.float32 \[31\]"),
-            (torch.randn(2, 64), torch.randn(32).half(), "bias is torch.float16"),
-            (torch.randn(2, 64, device="meta"), None, "they take one device"),
+            (torch.randn(2, 64).double(), None, "x is float64"),
+            (torch.tensor(1.0), None, r"x is float32 \[\]"),
+            (torch.randn(2, 64), torch.randn(31), r"bias is float32 \[31\]; wanted float32 \[32\]"),
+            (torch.randn(2, 64), torch.randn(32).half(), "bias is float16"),
+            (torch.randn(2, 64, device="meta"), None, "weight.packed is .* on cpu; wanted .* on meta"),
         ],
     )
     def test_bad_input_is_refused(self, x, bias, message):
@@ -263,7 +263,7 @@ class TestInputs:
     def test_other_backends_are_refused(self):
         with pytest.raises(ValueError, match="backend is 'cuda'; allowed: None, 'reference', 'triton'"):
             int6_linear(torch.randn(1, 64), matrix(32, 64), backend="cuda")
-        with pytest.raises(ValueError, match=r"dout is torch.float32 \[1, 64\]"):
+        with pytest.raises(ValueError, match=r"dout is float32 \[1, 64\]; wanted .* \[..., 32\]"):
             int6_linear_dx(torch.randn(1, 64), matrix(32, 64))
 
 
@@ -426,6 +426,11 @@ def test_every_number_of_rows_has_a_config_that_fits_it(pick):
                         assert loads % config.split == 0
 
 
+def test_a_contraction_is_shared_by_as_many_programs_as_the_gpu_runs():
+    splits = [pick_config(16, 8192, 8192, torch.bfloat16, processors=count).split for count in (66, 132, 264)]
+    assert splits == [1, 2, 4]
+
+
 COMPILED_FOR_HOPPER = """
 import torch
 from klora.kernels.int6 import quantize_int6, wide
@@ -444,7 +449,7 @@ class Compiled:
     def check(self, compiled):
         assert compiled.asm["ptx"].count("wgmma.mma_async") == 4 and compiled.metadata.shared <= 232_448
 
-driver._active, wide.processors, kernel, wide.wide_product = NoGPU(), lambda device: 132, wide.wide_product, Compiled()
+driver._active, wide.multiprocessors, kernel, wide.wide_product = NoGPU(), lambda _: 132, wide.wide_product, Compiled()
 weight = quantize_int6(torch.randn(256, 512))
 for dtype, backward, split in ((torch.bfloat16, False, 1), (torch.bfloat16, True, 1), (torch.float16, False, 2)):
     x = torch.zeros(300, 256 if backward else 512, dtype=dtype)

@@ -89,7 +89,7 @@ def test_what_it_does_not_take_is_refused():
         lora_attention(**{**call, "tail": 38})
     with pytest.raises(ValueError, match=r"sizes is \(64, 32, 16\); wanted as many heads of v as of k"):
         lora_attention(**drawn(sizes=(64, 32, 16))[0])
-    with pytest.raises(ValueError, match="head_dim is 8; the kernel wants one of 16, 32, 64, 128"):
+    with pytest.raises(ValueError, match="head_dim is 8; wanted one of 16, 32, 64, 128"):
         lora_attention(**drawn(head_dim=8)[0], backend="triton")
 
 
@@ -100,10 +100,29 @@ def test_opcheck():
     leaves[1] = leaves[1].detach()
     rest = (call["cos"], call["sin"], call["gain"], call["slots"], list(call["sizes"]), 16, 8, None, None, True)
     torch.library.opcheck(torch.ops.klora.lora_attention.default, (*leaves, *rest, *WITHOUT_CACHE))
+    out, lse, q, k, v, _, _, _, *rstds = (
+        t.detach() for t in torch.ops.klora.lora_attention(*leaves, *rest, *WITHOUT_CACHE)
+    )
+    grads = (torch.zeros_like(t) for t in (q, k, v))
+    given = (out, out, lse, q, k, v, *rest[:3], *rstds, True, *WITHOUT_CACHE, *grads)
+    torch.library.opcheck(torch.ops.klora.lora_attention_backward_.default, given)
     call, _ = cached(length=17, slots=[1, 0], count=2)
     rest = (call["cos"], call["sin"], *rest[2:6], 17, *rest[7:])
     cache = (call[name].nan_to_num() if call[name].is_floating_point() else call[name] for name in CACHE)
     torch.library.opcheck(torch.ops.klora.lora_attention.default, (*leaves, *rest, *cache, call["window"]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("low", [False, True])
+def test_compile_with_fullgraph_gives_the_same_bits(low):
+    call, dout = drawn(length=9, slots=[1, 0], count=2, dtype=torch.float16 if low else torch.float32)
+    compiled = torch.compile(lora_attention, fullgraph=True, backend="aot_eager")
+    results = (
+        differentiated(lambda f=f, **given: f(**given, backend="triton"), call, dout)
+        for f in (lora_attention, compiled)
+    )
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other) and one.any()
 
 
 # Over a cache
@@ -195,9 +214,9 @@ def test_over_a_cache_gradients_go_into_a_pool_where_one_is_given():
 def test_over_a_cache_what_it_does_not_take_is_refused():
     call, _ = cached()
     for change, says in (
-        ({"cos": call["cos"][0]}, r"cos is \[20, 8\] on .*; wanted \[2, 20, 8\]"),
+        ({"cos": call["cos"][0]}, r"cos is float32 \[20, 8\]; wanted .*\[2, 20, 8\]"),
         ({"window": 51}, "window is 51; allowed"),
-        ({"cache_k": call["cache_k"][..., :8]}, r"cache_k is .*; wanted torch.float32 \[slots, capacity, 2, 16\]"),
+        ({"cache_k": call["cache_k"][..., :8]}, r"cache_k is .*; wanted float32 \[slots, capacity, 2, 16\]"),
         ({"cache_slots": call["cache_slots"][:1]}, r"cache_slots is int32 \[1\]"),
     ):
         with pytest.raises(ValueError, match=says):

@@ -100,7 +100,7 @@ def test_only_the_gradients_that_are_wanted(wanted):
 def test_ranks_up_to_128_and_none_above(rank):
     given = product(inputs(1, 9, ranks=(1, rank)))
     assert_as_exact_as_plain_pytorch(lora_linear, lora_linear_ref, given)
-    with pytest.raises(ValueError, match="R is 129; allowed: up to 128"):
+    with pytest.raises(ValueError, match="R is 129; wanted a positive number up to 128"):
         results(lora_linear, product(inputs(1, 2, ranks=(1, 129))), backend="triton")
 
 
@@ -177,25 +177,32 @@ def test_a_row_that_is_not_finite_leaves_a_nan_where_pytorch_does():
 
 GIVEN = {name: t for name, t in inputs().items() if name != "dout"}
 BAD = {
-    "up float32 \\[48, 16\\]": {"up": GIVEN["up"][:, :16]},
-    "wanted \\[B, S, D\\]": {"x": GIVEN["x"][0]},
-    "x, up and down are .*wanted one dtype and one device": {"up": GIVEN["up"].half()},
-    "up_a is float32 \\[3, 8, 16\\].*wanted \\[slots, R, 32\\]": {"up_a": GIVEN["up_a"][..., :16]},
-    "down_b float32 \\[3, 32, 2\\]": {"down_b": GIVEN["down_b"][..., :2]},
-    "2 adapters are not one for each of 3": {"up_a": GIVEN["up_a"][:2], "up_b": GIVEN["up_b"][:2]},
+    "up is float32 \\[48, 16\\]; wanted float32 \\[hidden, 32\\]": {"up": GIVEN["up"][:, :16]},
+    "x is float32 .*; wanted bfloat16, float16 or float32 \\[B, S, D\\]": {"x": GIVEN["x"][0]},
+    "up is float16 .*; wanted float32": {"up": GIVEN["up"].half()},
+    "up_a is float32 \\[3, 8, 16\\]; wanted float32 \\[slots, R, 32\\]": {"up_a": GIVEN["up_a"][..., :16]},
+    "down_b is float32 \\[3, 32, 2\\]": {"down_b": GIVEN["down_b"][..., :2]},
+    "2 slots are not one for each of 3": {"up_a": GIVEN["up_a"][:2], "up_b": GIVEN["up_b"][:2]},
     "slots is float32 \\[3\\]": {"slots": torch.zeros(3, device=DEVICE)},
     "up_a, up_b and up_grads: wanted A with B": {"up_b": None},
     "down_a, down_b and down_grads: wanted": {"down_a": None, "down_b": None, "down_grads": (GIVEN["up_a"],) * 2},
     "no adapter is given; relu_squared_mlp": dict.fromkeys((*UP, *DOWN)),
-    "grads are float32": {"up_grads": (GIVEN["up_b"], GIVEN["up_a"])},
-    "use backend='triton'": {"backend": "reference", "up_grads": (GIVEN["up_a"], GIVEN["up_b"])},
+    "grads.0. is float32": {"up_grads": (GIVEN["up_b"], GIVEN["up_a"])},
+    "grads is given, and the reference has no backward": {
+        "backend": "reference",
+        "up_grads": (GIVEN["up_a"], GIVEN["up_b"]),
+    },
     "backend is 'cuda'": {"backend": "cuda"},
-    "wanted both torch.float32": {"up_a": GIVEN["up_a"].half(), "up_b": GIVEN["up_b"].half()},
-    "one of up_a and up_b": {"up_a": GIVEN["up_a"].half()},
-    "wanted one device": {"up_a": GIVEN["up_a"].to("meta")},
-    "multiples of 16": {"up": GIVEN["up"][:40], "up_b": GIVEN["up_b"][:, :40], "down": GIVEN["down"][:, :40],
-                        "down_a": GIVEN["down_a"][..., :40]},
-}  # fmt: skip
+    "up_a is float16 .*; wanted float32": {"up_a": GIVEN["up_a"].half(), "up_b": GIVEN["up_b"].half()},
+    "up_b is float16 .*; wanted float32": {"up_b": GIVEN["up_b"].half()},
+    "up_a is .* on meta; wanted .* on": {"up_a": GIVEN["up_a"].to("meta")},
+    "N of up is 40; wanted a positive mult.*16": {
+        "up": GIVEN["up"][:40],
+        "up_b": GIVEN["up_b"][:, :40],
+        "down": GIVEN["down"][:, :40],
+        "down_a": GIVEN["down_a"][..., :40],
+    },
+}
 
 
 @pytest.mark.parametrize(("message", "changed"), BAD.items(), ids=range(len(BAD)))

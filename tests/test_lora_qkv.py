@@ -89,7 +89,7 @@ def test_tiles_that_span_more_than_one_block_of_every_dimension():
 def test_ranks_up_to_128_and_none_above(rank, dtype):
     given, douts = inputs(1, 9, rank=rank, dtype=dtype)
     assert_as_exact_as_plain_pytorch(given, douts)
-    with pytest.raises(ValueError, match="R is 129; allowed: up to 128"):
+    with pytest.raises(ValueError, match="R is 129; wanted a positive number up to 128"):
         ours(*inputs(1, 9, rank=129)[0])
 
 
@@ -216,24 +216,25 @@ def test_three_equal_projections_need_no_sizes_and_the_cpu_takes_the_reference()
 
 X, WEIGHT, A, B, _, _ = inputs()[0]
 BAD = {
-    "x \\[B, S, D\\]|wanted \\[B, S, D\\]": {"x": X[0]},
-    "weight float32 \\[64, 16\\]": {"weight": WEIGHT[:, :16]},
+    "x is float32 .*; wanted bfloat16, float16 or float32 \\[B, S, D\\]": {"x": X[0]},
+    "weight is float32 \\[64, 16\\]; wanted float32 \\[Nq.Nk.Nv, 32\\]": {"weight": WEIGHT[:, :16]},
     "64 rows are not three equal": {"sizes": None},
     "sizes is \\(32, 32, 16\\)": {"sizes": (32, 32, 16)},
     "sizes is \\(64, 0, 0\\)": {"sizes": (64, 0, 0)},
     "lora_a is float32 \\[3, 2, 8, 32\\]": {"lora_a": A[:, :2]},
-    "lora_b float32 \\[3, 64, 7\\]": {"lora_b": B[..., :7]},
-    "2 adapters are not one for each of 3": {"lora_a": A[:2], "lora_b": B[:2]},
+    "lora_b is float32 \\[3, 64, 7\\]; wanted float32 \\[3, 64, 8\\]": {"lora_b": B[..., :7]},
+    "2 slots are not one for each of 3": {"lora_a": A[:2], "lora_b": B[:2]},
     "slots is float32 \\[3\\]": {"slots": torch.zeros(3, device=DEVICE)},
     "slots is int32 \\[2\\]": {"slots": torch.zeros(2, dtype=torch.int32, device=DEVICE)},
     "backend is 'cuda'": {"backend": "cuda"},
-    "wanted one dtype": {"weight": WEIGHT.half()},
-    "wanted both torch.float32": {"lora_a": A.half(), "lora_b": B.half()},
-    "wanted one device": {"lora_a": A.to("meta")},
-    "multiples of 16": {"x": X[..., :24], "weight": WEIGHT[:, :24], "lora_a": A[..., :24]},
-    "D is 0 .*wanted positive multiples of 16": {"x": X[..., :0], "weight": WEIGHT[:, :0], "lora_a": A[..., :0]},
+    "weight is float16 .*; wanted float32": {"weight": WEIGHT.half()},
+    "lora_a is float16 .*; wanted float32": {"lora_a": A.half(), "lora_b": B.half()},
+    "lora_b is float16 .*; wanted float32": {"lora_b": B.half()},
+    "lora_a is .* on meta; wanted .* on": {"lora_a": A.to("meta")},
+    "D is 24; wanted a positive multiple of 16": {"x": X[..., :24], "weight": WEIGHT[:, :24], "lora_a": A[..., :24]},
+    "D is 0; wanted a positive multiple of 16": {"x": X[..., :0], "weight": WEIGHT[:, :0], "lora_a": A[..., :0]},
     "0 rows are not three equal": {"weight": WEIGHT[:0], "lora_b": B[:, :0], "sizes": None},
-    "grads are": {"grads": (A, B.half())},
+    "grads.1. is float16": {"grads": (A, B.half())},
 }
 
 
@@ -278,6 +279,14 @@ def test_opcheck(slots, needs, dtype):
     x, weight, a, b, slots, sizes = inputs(2, 5, slots=slots, dtype=dtype)[0]
     leaves = x.requires_grad_(needs[0]), weight, a.requires_grad_(needs[1]), b
     torch.library.opcheck(torch.ops.klora.lora_qkv.default, (*leaves, slots, list(sizes), None, None))
+    leaves = [t.detach() for t in leaves]
+    q, k, v, xa, *packed = torch.ops.klora.lora_qkv(*leaves, slots, list(sizes), None, None)
+    is_packed = a.dtype != x.dtype
+    read = packed if is_packed else leaves[2:]
+    given = [q, k, v], *leaves[:2], *read, xa, slots, None, b.size(2), is_packed
+    grads = [torch.zeros_like(t) for t in (leaves[0], *leaves[2:])]
+    torch.library.opcheck(torch.ops.klora.lora_backward_.default, (*given, *grads))
+    torch.library.opcheck(torch.ops.klora.lora_backward_.default, (*given, grads[0], None, None))
 
 
 @pytest.mark.parametrize("into_pool", [False, True])

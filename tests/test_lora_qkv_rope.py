@@ -84,7 +84,7 @@ def test_every_output_and_gradient_is_as_exact_as_plain_pytorch(
 def test_the_widest_head_is_rotated_as_a_whole():
     assert_as_exact_as_plain_pytorch(1, 20, sizes=(384, 128, 32), head_dim=128, dtype=torch.float16)
     call, _ = draw(1, 3, sizes=(256, 256, 32), head_dim=256, dtype=torch.float16)
-    with pytest.raises(ValueError, match="head_dim is 256; the kernel wants a power of two up to 128"):
+    with pytest.raises(ValueError, match="head_dim is 256; wanted a power of two up to 128"):
         lora_qkv_rope(**call, backend="triton")
 
 
@@ -134,10 +134,10 @@ def test_no_documents_or_no_tokens(batch, length):
     ("change", "says"),
     [
         ({"head_dim": 24}, "head_dim is 24 and sizes .*; wanted an even divisor of the first two"),
-        ({"cos": torch.zeros(5, 7, device=DEVICE)}, r"cos is \[5, 7\] on .*; wanted \[5, 8\]"),
-        ({"sin": torch.zeros(4, 8, device=DEVICE)}, r"sin is \[4, 8\]"),
-        ({"gain": torch.zeros(2, device=DEVICE)}, r"gain is \[2\] on .*; wanted \[4\]"),
-        ({"gain": torch.zeros(4, device=DEVICE).double()}, "gain is torch.float64; the kernel wants float32"),
+        ({"cos": torch.zeros(5, 7, device=DEVICE)}, r"cos is float32 \[5, 7\]; wanted float32 \[5, 8\]"),
+        ({"sin": torch.zeros(4, 8, device=DEVICE)}, r"sin is float32 \[4, 8\]; wanted float32 \[5, 8\]"),
+        ({"gain": torch.zeros(2, device=DEVICE)}, r"gain is float32 \[2\]; wanted float32 \[4\]"),
+        ({"gain": torch.zeros(4, device=DEVICE).double()}, r"gain is float64 \[4\]; wanted float32 \[4\]"),
         ({"backend": "cuda"}, "backend is 'cuda'"),
     ],
 )
@@ -162,7 +162,8 @@ def test_opcheck():
     arguments = (*leaves, *tables, call["slots"], list(call["sizes"]), call["head_dim"], None, None)
     torch.library.opcheck(torch.ops.klora.lora_qkv_rope.default, arguments)
     q, k, *_, rstd_q, rstd_k = (t.detach() for t in torch.ops.klora.lora_qkv_rope(*arguments))
-    torch.library.opcheck(torch.ops.klora.lora_qkv_rope_heads_backward.default, (dq, dk, q, k, rstd_q, rstd_k, *tables))
+    given = dq, dk, q, k, rstd_q, rstd_k, *tables, torch.zeros_like(q), torch.zeros_like(k)
+    torch.library.opcheck(torch.ops.klora.lora_qkv_rope_heads_backward_.default, given)
 
 
 def test_compile_with_fullgraph_gives_the_same_bits():

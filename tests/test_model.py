@@ -9,7 +9,7 @@ import pickle
 import pytest
 import torch
 from conftest import SMALL, randomized
-from klora.kernels import BOS, ntk_base, rotary_tables
+from klora.kernels import BOS_ID, ntk_base, rotary_tables
 from klora.model import gpt
 from klora.model.config import PRESETS, ConfigError, ModelConfig, TrainConfig, allowed_values, preset
 from klora.model.generate import generate_tokens
@@ -30,7 +30,7 @@ def naive_logits(model: GPT, tokens: list[int]) -> torch.Tensor:
         base *= (len(tokens) / config.train_length) ** (d / (d - 2))
     embedded = []
     for i, t in enumerate(tokens):
-        if i == 0 or t == BOS:
+        if i == 0 or t == BOS_ID:
             row = config.bigram_rows - 1
         else:
             row = ((36313 * t) ^ (27191 * tokens[i - 1])) % (config.bigram_rows - 1)
@@ -39,7 +39,7 @@ def naive_logits(model: GPT, tokens: list[int]) -> torch.Tensor:
     gate = torch.sigmoid(model.smear.gate)
     x0 = []
     for i, t in enumerate(tokens):
-        before = torch.zeros_like(gate) if i == 0 or t == BOS else embedded[i - 1]
+        before = torch.zeros_like(gate) if i == 0 or t == BOS_ID else embedded[i - 1]
         x0.append((1 - gate) * embedded[i] + gate * before)
     x, stack, skip = list(x0), [], 0
     for index, block in enumerate(model.blocks):
@@ -92,8 +92,8 @@ def test_batched_forward_equals_the_plain_loop_in_float64(blocks, length):
     config = ModelConfig(**{**SMALL.to_dict(), "blocks": blocks, "train_length": 16})
     model = randomized(config, torch.float64)
     tokens = torch.randint(3, config.vocab_size, (2, length))
-    tokens[:, 0] = BOS
-    tokens[1, 7] = BOS
+    tokens[:, 0] = BOS_ID
+    tokens[1, 7] = BOS_ID
     expected = torch.stack([naive_logits(model, row.tolist()) for row in tokens])
     torch.testing.assert_close(model.logits(tokens), expected, rtol=1e-10, atol=1e-10)
 
@@ -111,7 +111,7 @@ def test_smear_and_bigram_do_not_cross_bos(small_model):
     for block in small_model.blocks:
         block.o.zero_()
     tokens = torch.randint(3, 300, (1, 16))
-    tokens[0, 8] = BOS
+    tokens[0, 8] = BOS_ID
     other = tokens.clone()
     other[0, :8] = torch.randint(3, 300, (8,))
     first, second = small_model.hidden(tokens), small_model.hidden(other)
@@ -134,7 +134,7 @@ def test_future_tokens_do_not_change_the_past(small_model):
 def test_a_cache_gives_what_the_whole_sequence_gives(small_model, total):
     small_model.double()
     tokens = torch.randint(3, 300, (2, total))
-    tokens[1, 20] = BOS
+    tokens[1, 20] = BOS_ID
     whole = small_model.logits(tokens)
     cache = small_model.cache(batch=2, length=total)
     steps = [small_model.logits(tokens[:, :15], cache)]

@@ -209,19 +209,26 @@ def test_what_a_graph_reads_outlives_the_caches(monkeypatch):
     assert len(found) == 4, "a plan and its pieces; the pieces of what is applied, and their scales"
 
 
+def filled(tensors, pieces, arena):
+    """The arena with normalised `tensors` in it."""
+    norms = arena.new_empty(sum(map(len, tensors)), 2, dtype=torch.float32), arena.new_empty((), dtype=torch.int32)
+    measure(tensors, None, 0.0, True, pieces, *norms)
+    fill_arena(tensors, None, 0.0, True, pieces, *norms, arena)
+    return arena
+
+
 @pytest.mark.parametrize("form", ["standard", "gram"])
 def test_every_product_of_symmetric_matrices_is_symmetric_to_the_bit(form):
     """Nothing of the arena is uninitialised either: it starts as NaN."""
     tensors = [torch.randn(2, 130, 200)]
-    config = pick_config((), torch.float32, on_gpu=False)
+    config = pick_config((), torch.float32, torch.device("cpu"))
     shapes = (Shapes(2, 130, 200, form),)
     plan = plan_of(shapes, 3, "jordan", config.panel, torch.device("cpu"))
     layouts = ((tuple(tensors[0].size()), tuple(tensors[0].stride())),)
     pieces = pieces_of(layouts, config.panel, plan.starts, torch.device("cpu"))
     arena = torch.full((plan.arena_rows, config.panel), math.nan)
     result = torch.full((plan.result_rows, plan.result_columns), math.nan)
-    fill_arena(tensors, None, 0.0, True, pieces, arena, *measure(tensors, None, 0.0, True, pieces))
-    run_products(plan, arena, result, config)
+    run_products(plan, filled(tensors, pieces, arena), result, config)
     m, n, panel = 192, 256, config.panel
     rows = m * m // panel
     written = {p.result for together in PROGRAMS[form][0](3, "jordan") for p in together if p.kind in (GRAM, SYMMETRIC)}
@@ -487,12 +494,14 @@ def test_three_numbers_are_coefficients_of_every_step(backend):
 def test_the_operators_pass_opcheck():
     wide, tall = torch.randn(2, 20, 30), torch.randn(1, 30, 20)
     op = torch.ops.klora
-    torch.library.opcheck(op.newton_schulz, ([wide, tall], 1, "jordan", [False, True], torch.float32))
+    result = torch.empty(64 * 3, 64)
+    torch.library.opcheck(op.newton_schulz, ([wide, tall], 1, "jordan", "standard,gram", result))
     lists = [wide[:1], tall], [torch.randn_like(wide[:1]), torch.randn_like(tall)]
-    rest = (0.9, None, True, 1, "jordan", [False, False], torch.float32)
-    torch.library.opcheck(op.muon_norms, (*lists, *rest))
-    measured = op.muon_norms(*lists, *rest)
-    torch.library.opcheck(op.muon_updates, (*lists, *measured, torch.zeros((), dtype=torch.int64), *rest))
+    about = *lists, 0.9, None, True, 1, "jordan", "standard,standard"
+    norms = torch.empty(2, 2), torch.empty((), dtype=torch.int32)
+    torch.library.opcheck(op.muon_norms, (*about, torch.float32, *norms))
+    op.muon_norms(*about, torch.float32, *norms)
+    torch.library.opcheck(op.muon_updates, (*about, *norms, torch.zeros((), dtype=torch.int64), result[:128]))
     torch.library.opcheck(op.muon_apply, ([tall], [torch.randn_like(tall)], 0.1, 0.0, None, None, "original"))
 
 
@@ -502,6 +511,16 @@ def test_it_compiles_whole():
         lambda m: newton_schulz(m, 1, backend="triton")[1] * 2, fullgraph=True, backend="aot_eager"
     )
     torch.testing.assert_close(compiled(matrices), newton_schulz(matrices, 1, backend="triton")[1] * 2)
+
+
+def test_the_tiles_of_a_gpu_are_picked_while_it_is_compiled():
+    gpu, shapes = torch.device("cuda"), (Shapes(60, 256, 512, "gram"),)
+
+    def panel(x):
+        return x * pick_config(shapes, torch.bfloat16, gpu).panel
+
+    assert torch.compile(panel, fullgraph=True, backend="eager")(torch.ones(1)) == 64
+    assert pick_config((Shapes(88, 256, 512, "gram"),), torch.bfloat16, gpu).panel == 128
 
 
 # ---- on a GPU
@@ -577,7 +596,7 @@ class TestOnGpu:
     def test_one_launch_and_a_launch_a_set_give_the_same_bits(self):
         tensors = [torch.randn(shape, device="cuda").bfloat16() for shape in SHAPES]
         shapes = tuple(Shapes(*shape, pick_form(*shape[1:])) for shape in SHAPES)
-        chained = pick_config(shapes, torch.bfloat16, on_gpu=True)
+        chained = pick_config(shapes, torch.bfloat16, tensors[0].device)
         assert chained.chained
         in_steps = NewtonSchulzConfig(panel=chained.panel, block_k=64, num_warps=8, num_stages=3, registers=128)
         layouts = tuple((tuple(t.size()), tuple(t.stride())) for t in tensors)
@@ -587,8 +606,7 @@ class TestOnGpu:
             pieces = pieces_of(layouts, config.panel, plan.starts, tensors[0].device)
             arena = torch.full((plan.arena_rows, config.panel), math.nan, device="cuda", dtype=torch.float16)
             results.append(torch.zeros(plan.result_rows, plan.result_columns, device="cuda", dtype=torch.bfloat16))
-            fill_arena(tensors, None, 0.0, True, pieces, arena, *measure(tensors, None, 0.0, True, pieces))
-            run_products(plan, arena, results[-1], config)
+            run_products(plan, filled(tensors, pieces, arena), results[-1], config)
         assert results[0].any() and torch.equal(*results)
 
     def test_launches_whose_blocks_wait_for_each_other_may_meet(self):

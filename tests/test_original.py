@@ -13,7 +13,7 @@ from klora.bench.gate import check
 from klora.bench.original import adapt_original_batch, constant, original_batches, original_ttt, stretched_cosine
 from klora.bench.step import ENTRIES as STEP
 from klora.bench.ttt import ENTRIES as TTT_ENTRIES
-from klora.kernels import BOS
+from klora.kernels import BOS_ID
 from klora.model.config import TrainConfig
 from klora.model.optimizers import FlatGradients, Optimizers
 from klora.ttt.documents import Document
@@ -25,7 +25,7 @@ TTT = TTTConfig(chunk=16, window=64, min_tokens=32, lora_rank=2, head_rank=3, ep
 
 def document(targets: int, seed: int = 0) -> Document:
     tokens = np.random.default_rng(seed).integers(3, SMALL.vocab_size, targets + 1).astype(np.uint16)
-    tokens[0] = BOS
+    tokens[0] = BOS_ID
     return Document(f"{seed}-{targets}", tokens, bytes=2 * targets)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from conftest import SMALL, randomized
 from forks import Forked
-from klora.kernels import BOS
+from klora.kernels import BOS_ID
 from klora.ttt import token_gains
 from klora.ttt.base import BaseNll
 from klora.ttt.documents import Document
@@ -336,7 +336,7 @@ TTT = TTTConfig(chunk=16, window=64, min_tokens=32, lora_rank=2, head_rank=3, ep
 
 def scored_document(targets, seed=0, name=None, text_bytes=None):
     tokens = np.random.default_rng(seed).integers(3, SMALL.vocab_size, targets + 1).astype(np.uint16)
-    tokens[0] = BOS
+    tokens[0] = BOS_ID
     return Document(name or f"{seed}-{targets}", tokens, 2 * targets if text_bytes is None else text_bytes)
 
 
@@ -356,7 +356,7 @@ def gained(gains, config=TTT, **settings):
 
 
 def letters(ids):
-    return [b"" if i == BOS else bytes([97 + int(i) % 26]) for i in ids]
+    return [b"" if i == BOS_ID else bytes([97 + int(i) % 26]) for i in ids]
 
 
 def with_gains(folder, scored, token_bytes=letters):

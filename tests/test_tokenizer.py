@@ -11,6 +11,7 @@ import sentencepiece
 from conftest import documents, words
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from klora.kernels import BOS_ID
 from klora.model import tokenizer as tokenizer_module
 from klora.model.corpus import Corpus, CorpusError, Document
 from klora.model.tokenizer import Tokenizer, TokenizerError
@@ -383,3 +384,7 @@ def test_texts_train_as_the_documents_that_hold_them_do():
     assert Tokenizer.train(texts, vocab_size=400).to_bytes() == as_documents.to_bytes()
     joined = "\n".join(texts)
     assert Tokenizer.train(joined, 400).to_bytes() == Tokenizer.train([joined], 400).to_bytes()
+
+
+def test_documents_start_with_the_same_token_for_the_kernels_and_the_tokenizer():
+    assert tokenizer_module.BOS_ID == BOS_ID

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from conftest import SMALL, randomized
 from klora.bench.eager import Batch
-from klora.kernels import BOS, lora_adam_ref_
+from klora.kernels import BOS_ID, lora_adam_ref_
 from klora.model import weights
 from klora.model.config import ConfigError, preset
 from klora.ttt import pipeline
@@ -40,7 +40,7 @@ TTT = TTTConfig(chunk=16, window=64, min_tokens=32, lora_rank=2, head_rank=3, ep
 
 def document(targets: int, seed: int = 0) -> Document:
     tokens = np.random.default_rng(seed).integers(3, SMALL.vocab_size, targets + 1).astype(np.uint16)
-    tokens[0] = BOS
+    tokens[0] = BOS_ID
     return Document(f"{seed}-{targets}", tokens, bytes=2 * targets)
 
 
@@ -95,7 +95,7 @@ def chunk_nats(doc: Document, config: TTTConfig) -> list[float]:
 @pytest.mark.slow
 def test_adaptation_learns_a_repeating_document(tmp_path):
     tokens = np.tile(np.arange(10, 26, dtype=np.uint16), 40)
-    tokens[0] = BOS
+    tokens[0] = BOS_ID
     result = score([Document("loop", tokens, 1000)], tmp_path, TTT.override({"steps_per_chunk": 4}))
     assert result.documents[0].adapted_nats < 0.8 * result.documents[0].base_nats
 

@@ -21,7 +21,7 @@ GPU = torch.device("cuda")
 
 NO_GPU = """
 import torch
-from klora.kernels import registration
+from klora.kernels import dispatch
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
@@ -30,18 +30,18 @@ class NoGPU:  # as much of a driver as recording and compiling ask of it
     get_current_device = staticmethod(lambda: 0)
     get_current_stream = staticmethod(lambda device: 0)
 
-driver._active, registration.INTERPRETED, CPU = NoGPU(), True, torch.device("cpu")
+driver._active, dispatch.INTERPRETED, CPU = NoGPU(), True, torch.device("cpu")
 """
 """Kernels can be asked for on CPU tensors, and none of them could be launched."""
 
 COMPILED = """
 import dataclasses, json
-from klora.kernels import linear, relu_squared
+from klora.kernels import linear, rms_norm
 from klora.kernels.precompile import compile_all, is_cached, recorded
 
 def work():
     x = torch.ones(32, 64, dtype=torch.bfloat16)
-    relu_squared(linear(x, x, backend="triton"), backend="triton")
+    rms_norm(linear(x, x, backend="triton"), backend="triton")
 
 if __name__ == "__main__":
     found = recorded(work)

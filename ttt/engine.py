@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from ..kernels.attention import HEAD_DIMS
-from ..kernels.registration import device_of
+from ..kernels.dispatch import device_of
 from ..model.config import ModelConfig
 from ..model.gpt import GPT
 from ..model.ranges import phase

@@ -1,7 +1,7 @@
 """The backward launches: dq and delta, then dk and dv; both may end in the gradients of the projections.
 
 With `rotary`, q = gain * rotate(n) and k = rotate(n) are normed and rotated heads of projections x, n = x * rstd, and
-the launches return the gradients of x instead of those of q and k. mean(dq * q) / gain is that of n with its gradient,
+the launches write the gradients of x instead of those of q and k. mean(dq * q) / gain is that of n with its gradient,
 for tables of any length: the norm's part is taken before the rotation is undone:
 
     dx = rotated back(rstd * (gain * dq - q / l / gain * mean(dq * q)))       l = cos^2 + sin^2 of the element's pair
@@ -10,18 +10,30 @@ for tables of any length: the norm's part is taken before the rotation is undone
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ..dispatch import round_up
 from ..dot import multiply, multiply_add
-from ..tile import UNIT, halves, off_unit
-from .cached_keys import NO_CACHE, Cache, add_dq_of_cache
-from .forward import LOG2_E, by_heads, load, packed_heads, pick_config, place, row_at, sees, spans, store
+from ..tile import UNIT, halves, off_unit, tiled, unrotate
+from .cached_keys import NO_CACHE, Cache, ring_of
+from .forward import (
+    LOG2_E,
+    by_heads,
+    load,
+    load_keys,
+    packed_heads,
+    pick_config,
+    place,
+    row_at,
+    seen_keys,
+    spans,
+    store,
+)
 
 MOST_QUERIES = 64
 """In a tile: `rows` is written in whole blocks. It makes 16 bytes at least of each of its rows."""
@@ -71,22 +83,23 @@ def _unrotate(
             x_left, x_right = halves(x, ROWS, D)
             excess = along[:, None] * (1.0 - 1.0 / (cos * cos + sin * sin))
             left, right = left + x_left * excess, right + x_right * excess
-    return tl.join(left * cos + right * sin, right * cos - left * sin).permute(0, 2, 1).reshape(ROWS, D)
+    left, right = unrotate(left, right, cos, sin)
+    return tl.join(left, right).permute(0, 2, 1).reshape(ROWS, D)
 
 
 @triton.jit
-def _dq_loop(
-    dq, q, dout, lse, delta, k_d, v_d, b, g, position, start, first, last, scale,
-    MASK: tl.constexpr, BN: tl.constexpr, D: tl.constexpr,
+def _add_dq(
+    dq, q, dout, lse, delta, keys, first, last, scale,
+    MASK: tl.constexpr, IS_RING: tl.constexpr, BN: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     for n in tl.range(first, last, BN):
-        k = load(k_d, b, g, n, 1, BN, D)
-        v = load(v_d, b, g, n, 1, BN, D)
+        k = load_keys(keys, 0, n, MASK, IS_RING, BN, D)
+        v = load_keys(keys, 1, n, MASK, IS_RING, BN, D)
         s = multiply(q, k.T)
         dp = multiply(dout, v.T)
         p = tl.math.exp2(s * scale - lse[:, None])
         if MASK:
-            p = tl.where(sees(position, start, n, BN), p, 0.0)
+            p = tl.where(seen_keys(keys, n, IS_RING, BN), p, 0.0)
         ds = p * (dp - delta[:, None])
         dq = multiply_add(ds.to(k.dtype), k, dq)
     return dq
@@ -120,18 +133,22 @@ def _dq_kernel(
     q = load(q_d, b, h, OFFSET + t, HEADS, BM, D)
     dq = tl.zeros((HEADS * BM, D), tl.float32)
     if cache_k_ptr is not None:
-        dq = add_dq_of_cache(
-            dq, q, dout, lse, delta, cache_k_ptr, cache_v_ptr, slots_ptr, filled_ptr, SLOTS, CAPACITY, WINDOW,
-            slot_stride, cell_stride, group_stride, cell_stride_d, b, g, T, scale, BN, D,
+        ring = ring_of(
+            cache_k_ptr, cache_v_ptr, slots_ptr, filled_ptr, SLOTS, CAPACITY, WINDOW, slot_stride, cell_stride,
+            group_stride, cell_stride_d, b, g, T, BN,
         )  # fmt: skip
+        dq = _add_dq(dq, q, dout, lse, delta, ring, 0, ring[4], scale, False, True, BN, D)
+        dq = _add_dq(dq, q, dout, lse, delta, ring, ring[4], ring[3], scale, True, True, BN, D)
     seen_by_all = (OFFSET + t + 1) // BN * BN
     start, clear = None, 0
     if start_ptr is not None:
         start, first, clear = spans(start_ptr, b, t, position, seen_by_all, T, OFFSET, BM, BN)
-        dq = _dq_loop(dq, q, dout, lse, delta, k_d, v_d, b, g, position, start, first, clear, scale, True, BN, D)
-    dq = _dq_loop(dq, q, dout, lse, delta, k_d, v_d, b, g, position, start, clear, seen_by_all, scale, False, BN, D)
+    keys = k_d, v_d, b, g, position, start
+    if start_ptr is not None:
+        dq = _add_dq(dq, q, dout, lse, delta, keys, first, clear, scale, True, False, BN, D)
+    dq = _add_dq(dq, q, dout, lse, delta, keys, clear, seen_by_all, scale, False, False, BN, D)
     last = OFFSET + tl.minimum(t + BM, T)
-    dq = _dq_loop(dq, q, dout, lse, delta, k_d, v_d, b, g, position, start, seen_by_all, last, scale, True, BN, D)
+    dq = _add_dq(dq, q, dout, lse, delta, keys, seen_by_all, last, scale, True, False, BN, D)
     dq *= softmax_scale
     if cos_ptr is not None:
         head = h + r // BM
@@ -266,58 +283,61 @@ def launch_backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
+    grads: Sequence[Tensor],
     rotary: Rotary | None = None,
-    into: tuple[Tensor, Tensor, Tensor] | None = None,
-    trains_gain: bool = False,
+    dgain: Tensor | None = None,
     cache: Cache | None = None,
     start: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """(dq [B, S, H, d], dk, dv [B, S, G, d], dgain [H]) from dout [B, T, H, d] and what the forward kept.
-
-    The first three are `into`, or contiguous; the last is None unless `trains_gain`, and 0 where the gain is 0.
+) -> None:
+    """Write `grads`, dq [B, S, H, d], dk and dv [B, S, G, d], from dout [B, T, H, d] and what the forward kept.
 
     T is the number of queries with an output; before them dq is zero. With `rotary`, dq and dk belong to
-    the projections that q and k were normed and rotated from. `cache` and `start` are the forward's, as they were then;
-    the cache gets no gradient.
+    the projections that q and k were normed and rotated from; with `dgain` [H], that of the gain is written too, 0
+    where the gain is 0. `cache` and `start` are the forward's, as they were then; the cache gets no gradient.
     """
     (batch, length, heads, width), groups, tail = q.shape, k.size(2), dout.size(1)
-    dq, dk, dv = into or (q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape))
+    dq, dk, dv = grads
     dq[:, : length - tail].zero_()
     if not dout.numel():
-        return dq, dk.zero_(), dv.zero_(), torch.zeros_like(rotary.gain) if trains_gain else None
-    rows = lse.new_empty(batch, heads, 2, triton.cdiv(tail, MOST_QUERIES) * MOST_QUERIES)
+        for grad in (dk, dv, dgain):
+            if grad is not None:
+                grad.zero_()
+        return
+    rows = lse.new_empty(batch, heads, 2, round_up(tail, MOST_QUERIES))
     rotary = rotary or Rotary(None, None, None, None, None)
-    cos, sin, gain, rstd_q, rstd_k, is_unit = rotary
-    strides = [0 if rstd is None else rstd.stride(1) for rstd in (rstd_q, rstd_k)]
-    packed, scale, softmax_scale = packed_heads(heads, groups), LOG2_E / math.sqrt(width), 1 / math.sqrt(width)
+    strides = [0 if rstd is None else rstd.stride(1) for rstd in (rotary.rstd_q, rotary.rstd_k)]
+    packed = packed_heads(heads, groups)
+    shared = dict(
+        cos_ptr=rotary.cos, sin_ptr=rotary.sin, start_ptr=start, table_stride=rotary.table_stride,
+        scale=LOG2_E / math.sqrt(width), softmax_scale=1 / math.sqrt(width), T=tail, OFFSET=length - tail,
+        H=heads, G=groups, D=width, HEADS=packed, IS_UNIT=rotary.is_unit,
+    )  # fmt: skip
 
     config = pick_config("dq", q.dtype, width)
     queries, keys = config.rows // packed, config.keys
     blocks = triton.cdiv(tail, queries)
-    sums = lse.new_empty(batch, heads, blocks) if trains_gain else None
+    sums = None if dgain is None else lse.new_empty(batch, heads, blocks)
     _dq_kernel[(blocks * batch * heads // packed,)](
-        by_heads(q, packed, queries), by_heads(k, 1, keys), by_heads(v, 1, keys), by_heads(out, packed, queries),
-        by_heads(dout, packed, queries), by_heads(dq, packed, queries), lse, rows, cos, sin, gain, rstd_q,
-        sums, start, *(cache.arguments() if cache else NO_CACHE), scale, softmax_scale, tail, length - tail, blocks,
-        rows.size(3), strides[0], rotary.table_stride,
-        H=heads, G=groups, D=width, HEADS=packed, BM=queries, BN=keys, IS_UNIT=is_unit,
+        q_d=by_heads(q, packed, queries), k_d=by_heads(k, 1, keys), v_d=by_heads(v, 1, keys),
+        out_d=by_heads(out, packed, queries), dout_d=by_heads(dout, packed, queries),
+        dq_d=by_heads(dq, packed, queries), lse_ptr=lse, rows_ptr=rows, gain_ptr=rotary.gain, rstd_ptr=rotary.rstd_q,
+        sums_ptr=sums, **(cache.arguments() if cache else NO_CACHE), BLOCKS=blocks, padded=rows.size(3),
+        rstd_stride=strides[0], BM=queries, BN=keys, **shared,
         num_warps=config.warps, num_stages=config.stages, maxnreg=config.registers,
     )  # fmt: skip
 
     config = pick_config("dkdv", q.dtype, width)
     queries, keys = config.rows // packed, config.keys
     blocks = triton.cdiv(length, keys)
-    flat = rows.view(-1, rows.size(3))
-    rows_d = TensorDescriptor(flat, list(flat.shape), list(flat.stride()), [2 * packed, queries])
     _dkdv_kernel[(blocks * batch * groups,)](
-        by_heads(q, packed, queries), by_heads(k, 1, keys), by_heads(v, 1, keys), by_heads(dout, packed, queries),
-        rows_d, by_heads(dk, 1, keys), by_heads(dv, 1, keys), cos, sin, rstd_k, start,
-        scale, softmax_scale, tail, length - tail, blocks, strides[1], rotary.table_stride,
-        H=heads, G=groups, D=width, HEADS=packed, BM=queries, BN=keys, IS_UNIT=is_unit,
+        q_d=by_heads(q, packed, queries), k_d=by_heads(k, 1, keys), v_d=by_heads(v, 1, keys),
+        dout_d=by_heads(dout, packed, queries), rows_d=tiled(rows.view(-1, rows.size(3)), 2 * packed, queries),
+        dk_d=by_heads(dk, 1, keys), dv_d=by_heads(dv, 1, keys), rstd_ptr=rotary.rstd_k, BLOCKS=blocks,
+        rstd_stride=strides[1], BM=queries, BN=keys, **shared,
         num_warps=config.warps, num_stages=config.stages, maxnreg=config.registers,
     )  # fmt: skip
-    if not trains_gain:
-        return dq, dk, dv, None
-    dgain = torch.empty_like(gain)
-    _gain_kernel[(heads,)](sums, gain, dgain, batch, sums.size(2), H=heads, BLOCK=1024, num_warps=4)
-    return dq, dk, dv, dgain
+    if dgain is not None:
+        _gain_kernel[(heads,)](
+            sums_ptr=sums, gain_ptr=rotary.gain, dgain_ptr=dgain, B=batch, BLOCKS=sums.size(2), H=heads, BLOCK=1024,
+            num_warps=4,
+        )  # fmt: skip

@@ -36,13 +36,9 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..registration import custom_op, keep_output, refuse_gradients, resolve_backend
+from ..dispatch import INTEGERS, custom_op, describe, expect, refuse_gradients, resolve_backend
 from ..slots import is_in_pool, rows_of_slots
-from ..tile import aligned
-from .backward import launch_backward
-from .cached_keys import Cache
-from .forward import launch_forward
-from .op import DTYPES, HEAD_DIMS
+from .op import cached_op, check_heads, check_qkv
 
 TOKENS = 32
 """Tokens of one head that a program of the writing launch copies."""
@@ -124,69 +120,37 @@ def _write_op(
     batch, length, groups, width = k.shape
     if k.numel() and cache_k.numel():
         _write_kernel[(triton.cdiv(length, TOKENS), groups, batch)](
-            cache_k, cache_v, k.contiguous(), v.contiguous(), slots.contiguous(), filled.contiguous(),
-            count.contiguous(), *cache_k.shape[:2], length, *cache_k.stride(),
-            G=groups, D=width, TOKENS=TOKENS, num_warps=4,
+            cache_k_ptr=cache_k, cache_v_ptr=cache_v, k_ptr=k.contiguous(), v_ptr=v.contiguous(),
+            slots_ptr=slots.contiguous(), filled_ptr=filled.contiguous(), count_ptr=count.contiguous(),
+            SLOTS=cache_k.size(0), CAPACITY=cache_k.size(1), T=length,
+            slot_stride=cache_k.stride(0), cell_stride=cache_k.stride(1), group_stride=cache_k.stride(2),
+            cell_stride_d=cache_k.stride(3), G=groups, D=width, TOKENS=TOKENS, num_warps=4,
         )  # fmt: skip
 
 
-@custom_op("klora::cached_attention", mutates_args=())
-def cached_op(
-    q: Tensor, k: Tensor, v: Tensor, cache_k: Tensor, cache_v: Tensor, slots: Tensor, filled: Tensor, window: int
-) -> tuple[Tensor, Tensor]:
-    """out, and the logsumexp that the backward wants."""
-    cache = Cache(cache_k, cache_v, slots.contiguous(), filled.contiguous(), window)
-    return launch_forward(aligned(q), aligned(k), aligned(v), q.size(1), cache=cache)
-
-
-@cached_op.register_fake
-def _(q, k, v, cache_k, cache_v, slots, filled, window):
-    batch, length, heads, _ = q.shape
-    return q.new_empty(q.shape), q.new_empty(batch, heads, length, dtype=torch.float32)
-
-
-@custom_op("klora::cached_attention_backward", mutates_args=())
-def _backward_op(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    cache_k: Tensor,
-    cache_v: Tensor,
-    slots: Tensor,
-    filled: Tensor,
-    window: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    cache = Cache(cache_k, cache_v, slots.contiguous(), filled.contiguous(), window)
-    return launch_backward(aligned(dout), aligned(q), aligned(k), aligned(v), out, lse, cache=cache)[:3]
-
-
-@_backward_op.register_fake
-def _(dout, q, k, v, out, lse, cache_k, cache_v, slots, filled, window):
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-
-
-def _setup(ctx, inputs, output):
-    out, ctx.is_changed = keep_output(output[0])
-    ctx.save_for_backward(*inputs[:7], out, output[1])
-    ctx.window = inputs[7]
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
-
-
-def _backward(ctx, dout, _):
-    if dout is None:
-        return (None,) * 8
-    *inputs, out, lse = ctx.saved_tensors
-    if ctx.is_changed():
-        out = cached_op(*inputs, ctx.window)[0]
-    grads = _backward_op(dout, *inputs[:3], out, lse, *inputs[3:], ctx.window)
-    return *(grad if needed else None for grad, needed in zip(grads, ctx.needs_input_grad, strict=False)), *(None,) * 5
-
-
-cached_op.register_autograd(_backward, setup_context=_setup)
+def validate_cache(cache_k, cache_v, slots, filled, window, shape, like, slots_name="slots") -> None:
+    """Raises ValueError on a cache that no backend takes beside keys of `shape` [B, T, G, d], of the dtype and device
+    of `like`, whose first dimension is B too.
+    """
+    refuse_gradients("detach it", cache_k=cache_k, cache_v=cache_v)
+    length, *heads = shape[1:]
+    expect("cache_k", cache_k, ("slots", "capacity", *heads), (like.dtype,), like.device)
+    expect("cache_v", cache_v, cache_k.shape, (like.dtype,), like.device)
+    strides = cache_k.stride()
+    if strides != cache_v.stride():
+        raise ValueError(
+            f"cache_k has strides {strides}, cache_v {cache_v.stride()}; wanted the same: allocate both alike"
+        )
+    if sum((size - 1) * stride for size, stride in zip(cache_k.shape[1:], strides[1:], strict=True)) >= 2**31:
+        raise ValueError(f"cache_k is {describe(cache_k)}; allowed: slots of fewer than 2^31 numbers")
+    expect(slots_name, slots, like.shape[:1], INTEGERS, like.device)
+    expect("filled", filled, like.shape[:1], INTEGERS, like.device)
+    capacity = cache_k.size(1)
+    if not length <= window <= length + capacity:
+        raise ValueError(
+            f"window is {window}; allowed, beside chunks of {length} tokens and a capacity of {capacity}: "
+            f"{length} to {length + capacity}"
+        )
 
 
 def cached_attention(
@@ -219,14 +183,10 @@ def cached_attention(
 
     Example: out = cached_attention(q, k, v, cache_k, cache_v, slots, filled, window=12)
     """
-    backend = resolve_backend(backend, q)
-    if q.dim() != 4 or not q.size(2):
-        raise ValueError(f"q is {_describe(q)}; wanted [B, T, H, d] with at least one head")
-    _validate_chunk(k, v, q.size(2), list(q.shape), q.dtype, q.device)
+    backend = check_qkv(q, k, v, backend)
     validate_cache(cache_k, cache_v, slots, filled, window, k.shape, k)
     if backend == "reference":
         return cached_attention_ref(q, k, v, cache_k, cache_v, slots, filled, window).contiguous()
-    _validate_kernel(q)
     return cached_op(q, k, v, cache_k, cache_v, slots, filled, window)[0]
 
 
@@ -256,70 +216,12 @@ def cache_write_(
     Example: cache_write_(cache_k, cache_v, k, v, slots, filled, count)
     """
     backend = resolve_backend(backend, k)
-    if k.dim() != 4 or not k.size(2):
-        raise ValueError(f"k is {_describe(k)}; wanted [B, T, G, d] with at least one head")
-    _validate_chunk(k, v, k.size(2), list(k.shape), k.dtype, k.device)
+    check_heads("k", k, backend)
+    expect("v", v, k.shape, (k.dtype,), k.device)
     tensors = [t.detach() for t in (cache_k, cache_v, k, v, slots, filled, count)]
     validate_cache(*tensors[:2], slots, filled, k.size(1), k.shape, k)
-    _validate_index("count", count, k)
+    expect("count", count, k.shape[:1], INTEGERS, k.device)
     if backend == "reference":
         cache_write_ref_(*tensors)
     else:
-        _validate_kernel(k)
         _write_op(*tensors)
-
-
-def validate_cache(cache_k, cache_v, slots, filled, window, shape, like, slots_name="slots") -> None:
-    """Raises ValueError on a cache that no backend takes beside keys of `shape` [B, T, G, d], of the dtype and device
-    of `like`, whose first dimension is B too.
-    """
-    refuse_gradients("detach it", cache_k=cache_k, cache_v=cache_v)
-    length, *heads = shape[1:]
-    for name, cache in (("cache_k", cache_k), ("cache_v", cache_v)):
-        fits = cache.dim() == 4 and list(cache.shape[2:]) == heads and cache.shape == cache_k.shape
-        if not fits or cache.dtype != like.dtype or cache.device != like.device:
-            raise ValueError(
-                f"{name} is {_describe(cache)} on {cache.device}; wanted {like.dtype} [slots, capacity, "
-                f"{', '.join(map(str, heads))}] on {like.device}, of one shape for keys and values"
-            )
-    if cache_k.stride() != cache_v.stride():
-        raise ValueError(
-            f"cache_k has strides {cache_k.stride()}, cache_v {cache_v.stride()}; wanted the same: allocate both alike"
-        )
-    if sum((size - 1) * stride for size, stride in zip(cache_k.shape[1:], cache_k.stride()[1:], strict=True)) >= 2**31:
-        raise ValueError(f"cache_k is {_describe(cache_k)}; allowed: slots of fewer than 2^31 numbers")
-    _validate_index(slots_name, slots, like)
-    _validate_index("filled", filled, like)
-    capacity = cache_k.size(1)
-    if not length <= window <= length + capacity:
-        raise ValueError(
-            f"window is {window}; allowed, beside chunks of {length} tokens and a capacity of {capacity}: "
-            f"{length} to {length + capacity}"
-        )
-
-
-def _validate_chunk(k, v, heads, shape, dtype, device) -> None:
-    if k.dim() != 4 or not k.size(2) or heads % k.size(2):
-        raise ValueError(f"k is {_describe(k)}; wanted [B, T, G, d] with a G that divides q's {heads} heads")
-    wanted = [*shape[:2], k.size(2), shape[3]]
-    for name, tensor in (("k", k), ("v", v)):
-        if list(tensor.shape) != wanted or tensor.dtype != dtype or tensor.device != device:
-            raise ValueError(f"{name} is {_describe(tensor)} on {tensor.device}; wanted: {dtype} {wanted} on {device}")
-
-
-def _validate_index(name, tensor, like) -> None:
-    if tensor.shape != like.shape[:1] or tensor.dtype not in (torch.int32, torch.int64) or tensor.device != like.device:
-        raise ValueError(
-            f"{name} is {_describe(tensor)} on {tensor.device}; wanted int32 or int64 [{like.size(0)}] on {like.device}"
-        )
-
-
-def _validate_kernel(x) -> None:
-    if x.dtype not in DTYPES:
-        raise ValueError(f"the tensors are {x.dtype}; the kernel wants bfloat16, float16 or float32")
-    if x.size(3) not in HEAD_DIMS:
-        raise ValueError(f"d is {x.size(3)}; the kernel wants one of {', '.join(map(str, HEAD_DIMS))}")
-
-
-def _describe(tensor: Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"

@@ -13,7 +13,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..dot import multiply, multiply_add
-from .cached_keys import NO_CACHE, Cache, attend_cache
+from .cached_keys import NO_CACHE, Cache, load_cells, ring_of
 
 LOG2_E = math.log2(math.e)
 LARGEST = tl.constexpr(60.0)
@@ -112,22 +112,39 @@ def spans(start_ptr, b, t, position, seen_by_all, T, OFFSET, BM: tl.constexpr, B
 
 
 @triton.jit
+def load_keys(
+    keys, PART: tl.constexpr, n, MASK: tl.constexpr, IS_RING: tl.constexpr, BN: tl.constexpr, D: tl.constexpr
+):  # fmt: skip
+    """A block [BN, D] of keys (PART 0) or values (PART 1), from the n-th on: of a ring, or of the chunk itself, whose
+    `keys` are k_d, v_d, document, head, positions of the rows, starts of their documents.
+    """
+    x = keys[PART]
+    return load_cells(x, keys, n, MASK, BN, D) if IS_RING else load(x, keys[2], keys[3], n, 1, BN, D)
+
+
+@triton.jit
+def seen_keys(keys, n, IS_RING: tl.constexpr, BN: tl.constexpr):
+    """Which of that block's keys the rows see."""
+    return (n + tl.arange(0, BN) < keys[3])[None, :] if IS_RING else sees(keys[4], keys[5], n, BN)
+
+
+@triton.jit
 def _attend(
-    acc, total, top, q, k_d, v_d, b, g, position, start, first, last, scale,
-    MASK: tl.constexpr, BN: tl.constexpr, D: tl.constexpr,
+    acc, total, top, q, keys, first, last, scale,
+    MASK: tl.constexpr, IS_RING: tl.constexpr, BN: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     """The keys from `first` to `last` joined to what a tile has seen: acc and total are relative to 2^top. The eight
     columns of `total` are all the sum of p: the tensor cores add faster than the lanes do.
     """
     for n in tl.range(first, last, BN):
-        k = load(k_d, b, g, n, 1, BN, D)
+        k = load_keys(keys, 0, n, MASK, IS_RING, BN, D)
         s = multiply(q, k.T)
         if MASK:
-            s = tl.where(sees(position, start, n, BN), s, float("-inf"))
+            s = tl.where(seen_keys(keys, n, IS_RING, BN), s, float("-inf"))
         new_top = tl.maximum(top, tl.max(s, 1) * scale)
         p = tl.math.exp2(s * scale - new_top[:, None])
         rescale = tl.math.exp2(top - new_top)
-        v = load(v_d, b, g, n, 1, BN, D)
+        v = load_keys(keys, 1, n, MASK, IS_RING, BN, D)
         p = p.to(v.dtype)
         total = multiply_add(p, tl.full((BN, 8), 1.0, p.dtype), total * rescale[:, None])
         acc = multiply_add(p, v, acc * rescale[:, None])
@@ -137,17 +154,16 @@ def _attend(
 
 @triton.jit
 def _attend_bounded(
-    acc, total, top, q, k_d, v_d, b, g, position, start, first, last, scale,
-    MASK: tl.constexpr, BN: tl.constexpr, D: tl.constexpr,
+    acc, total, top, q, keys, first, last, scale, MASK: tl.constexpr, BN: tl.constexpr, D: tl.constexpr
 ):  # fmt: skip
     """As :func:`_attend` where 2^top is known to bound every score: nothing is rescaled on the way."""
     for n in tl.range(first, last, BN):
-        k = load(k_d, b, g, n, 1, BN, D)
+        k = load_keys(keys, 0, n, MASK, False, BN, D)
         s = multiply(q, k.T)
         p = tl.math.exp2(s * scale - top[:, None])
         if MASK:
-            p = tl.where(sees(position, start, n, BN), p, 0.0)
-        v = load(v_d, b, g, n, 1, BN, D)
+            p = tl.where(seen_keys(keys, n, False, BN), p, 0.0)
+        v = load_keys(keys, 1, n, MASK, False, BN, D)
         p = p.to(v.dtype)
         total = multiply_add(p, tl.full((BN, 8), 1.0, p.dtype), total)
         acc = multiply_add(p, v, acc)
@@ -185,20 +201,15 @@ def _forward_kernel(
     start, clear = None, 0
     if start_ptr is not None:
         start, first, clear = spans(start_ptr, b, t, position, seen_by_all, T, OFFSET, BM, BN)
+    keys = k_d, v_d, b, g, position, start
     searches = True
     if gain_ptr is not None:
         bound = tl.abs(tl.load(gain_ptr + h + tl.arange(0, HEADS * BM) // BM)) * (1.02 * D * scale)
         if tl.max(bound) < LARGEST:
             if start_ptr is not None:
-                acc, total = _attend_bounded(
-                    acc, total, bound, q, k_d, v_d, b, g, position, start, first, clear, scale, True, BN, D
-                )
-            acc, total = _attend_bounded(
-                acc, total, bound, q, k_d, v_d, b, g, position, start, clear, seen_by_all, scale, False, BN, D
-            )
-            acc, total = _attend_bounded(
-                acc, total, bound, q, k_d, v_d, b, g, position, start, seen_by_all, last, scale, True, BN, D
-            )
+                acc, total = _attend_bounded(acc, total, bound, q, keys, first, clear, scale, True, BN, D)
+            acc, total = _attend_bounded(acc, total, bound, q, keys, clear, seen_by_all, scale, False, BN, D)
+            acc, total = _attend_bounded(acc, total, bound, q, keys, seen_by_all, last, scale, True, BN, D)
             top = bound
             whole = (tl.max(total, 1) > 0.0) & (tl.max(total, 1) < float("inf"))
             searches = tl.min(whole.to(tl.int32)) == 0
@@ -208,20 +219,16 @@ def _forward_kernel(
             total = tl.zeros((HEADS * BM, 8), tl.float32)
             top = tl.full((HEADS * BM,), LEAST, tl.float32)
         if cache_k_ptr is not None:
-            acc, total, top = attend_cache(
-                acc, total, top, q, cache_k_ptr, cache_v_ptr, slots_ptr, filled_ptr, SLOTS, CAPACITY, WINDOW,
-                slot_stride, cell_stride, group_stride, cell_stride_d, b, g, T, scale, BN, D,
+            ring = ring_of(
+                cache_k_ptr, cache_v_ptr, slots_ptr, filled_ptr, SLOTS, CAPACITY, WINDOW, slot_stride, cell_stride,
+                group_stride, cell_stride_d, b, g, T, BN,
             )  # fmt: skip
+            acc, total, top = _attend(acc, total, top, q, ring, 0, ring[4], scale, False, True, BN, D)
+            acc, total, top = _attend(acc, total, top, q, ring, ring[4], ring[3], scale, True, True, BN, D)
         if start_ptr is not None:
-            acc, total, top = _attend(
-                acc, total, top, q, k_d, v_d, b, g, position, start, first, clear, scale, True, BN, D
-            )
-        acc, total, top = _attend(
-            acc, total, top, q, k_d, v_d, b, g, position, start, clear, seen_by_all, scale, False, BN, D
-        )
-        acc, total, top = _attend(
-            acc, total, top, q, k_d, v_d, b, g, position, start, seen_by_all, last, scale, True, BN, D
-        )
+            acc, total, top = _attend(acc, total, top, q, keys, first, clear, scale, True, False, BN, D)
+        acc, total, top = _attend(acc, total, top, q, keys, clear, seen_by_all, scale, False, False, BN, D)
+        acc, total, top = _attend(acc, total, top, q, keys, seen_by_all, last, scale, True, False, BN, D)
     total = tl.max(total, 1)
     tl.store(lse_ptr + row_at(b, h, t, T, H, HEADS, BM), top + tl.math.log2(total), mask=query < T)
     store(out_d, acc * (1.0 / total)[:, None], b, h, t, HEADS, BM, D)
@@ -254,10 +261,10 @@ def launch_forward(
         queries, keys = config.rows // packed, config.keys
         blocks = triton.cdiv(tail, queries)
         _forward_kernel[(blocks * batch * heads // packed,)](
-            by_heads(q, packed, queries), by_heads(k, 1, keys), by_heads(v, 1, keys), by_heads(out, packed, queries),
-            lse, gain, start, *(cache.arguments() if cache else NO_CACHE), LOG2_E / math.sqrt(width), tail,
-            length - tail, blocks,
-            H=heads, G=groups, D=width, HEADS=packed, BM=queries, BN=keys,
+            q_d=by_heads(q, packed, queries), k_d=by_heads(k, 1, keys), v_d=by_heads(v, 1, keys),
+            out_d=by_heads(out, packed, queries), lse_ptr=lse, gain_ptr=gain, start_ptr=start,
+            **(cache.arguments() if cache else NO_CACHE), scale=LOG2_E / math.sqrt(width), T=tail,
+            OFFSET=length - tail, BLOCKS=blocks, H=heads, G=groups, D=width, HEADS=packed, BM=queries, BN=keys,
             num_warps=config.warps, num_stages=config.stages, maxnreg=config.registers,
         )  # fmt: skip
     return out, lse

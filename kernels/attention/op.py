@@ -1,16 +1,127 @@
-"""The registered ops, their autograd, and the public function."""
+"""The registered ops, their autograd, the checks that attention over a cache shares, and the public function."""
 
 import torch
 from torch import Tensor
 
-from ..registration import custom_op, keep_output, resolve_backend
-from ..tile import aligned
+from ..dispatch import DTYPES, aligned, custom_op, empty_grad, expect, expect_one_of, keep_output, resolve_backend
 from .backward import launch_backward
+from .cached_keys import Cache
 from .forward import launch_forward
 from .reference import causal_attention_ref
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 HEAD_DIMS = (16, 32, 64, 128)
+WITHOUT_CACHE = (None, None, None, None, 0)
+"""What ops that may have a cache take where there is none."""
+
+
+@custom_op("klora::causal_attention", mutates_args=())
+def causal_op(q: Tensor, k: Tensor, v: Tensor, start: Tensor | None, tail: int) -> tuple[Tensor, Tensor]:
+    """out, and the logsumexp that the backward wants."""
+    return launch_forward(aligned(q), aligned(k), aligned(v), tail, start=start)
+
+
+@custom_op("klora::cached_attention", mutates_args=())
+def cached_op(
+    q: Tensor, k: Tensor, v: Tensor, cache_k: Tensor, cache_v: Tensor, slots: Tensor, filled: Tensor, window: int
+) -> tuple[Tensor, Tensor]:
+    """As :func:`causal_op`, over a cache too. An op of its own: each argument costs PyTorch's autograd 3 us a call."""
+    cache = Cache.of(cache_k, cache_v, slots, filled, window)
+    return launch_forward(aligned(q), aligned(k), aligned(v), q.size(1), cache=cache)
+
+
+def _fake(q: Tensor, tail: int) -> tuple[Tensor, Tensor]:
+    batch, _, heads, width = q.shape
+    return q.new_empty(batch, tail, heads, width), q.new_empty(batch, heads, tail, dtype=torch.float32)
+
+
+causal_op.register_fake(lambda q, k, v, start, tail: _fake(q, tail))
+cached_op.register_fake(lambda q, *_: _fake(q, q.size(1)))
+
+
+@custom_op("klora::attention_backward", mutates_args=("dq", "dk", "dv"))
+def _backward_op(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    start: Tensor | None,
+    cache_k: Tensor | None,
+    cache_v: Tensor | None,
+    slots: Tensor | None,
+    filled: Tensor | None,
+    window: int,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+) -> None:
+    cache = Cache.of(cache_k, cache_v, slots, filled, window)
+    inputs = (aligned(t) for t in (dout, q, k, v))
+    launch_backward(*inputs, out, lse, (dq, dk, dv), cache=cache, start=start)
+
+
+def _setup(ctx, inputs, output):
+    *tensors, ctx.number = inputs
+    out, ctx.is_changed = keep_output(output[0])
+    ctx.save_for_backward(out, output[1], *tensors)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, dout, _):
+    out, lse, q, k, v, *others = ctx.saved_tensors
+    nothing = (None,) * (len(others) + 1)
+    if dout is None:
+        return None, None, None, *nothing
+    is_cached = len(others) > 1
+    if ctx.is_changed():
+        out = (cached_op if is_cached else causal_op)(q, k, v, *others, ctx.number)[0]
+    grads = [empty_grad(t) for t in (q, k, v)]
+    about = (None, *others, ctx.number) if is_cached else (*others, *WITHOUT_CACHE)
+    _backward_op(dout, q, k, v, out, lse, *about, *grads)
+    return *(g if needed else None for g, needed in zip(grads, ctx.needs_input_grad, strict=False)), *nothing
+
+
+for op in (causal_op, cached_op):
+    op.register_autograd(_backward, setup_context=_setup)
+
+
+def check_heads(name: str, x: Tensor, backend: str) -> None:
+    """ValueError unless `x` is [B, S, H, d] with heads that the backend takes."""
+    takes_kernel = backend == "triton"
+    expect(name, x, ("B", "S", "H", "d"), DTYPES if takes_kernel else ())
+    if not x.size(2):
+        raise ValueError(f"{name} has no heads; wanted at least one")
+    if takes_kernel:
+        expect_one_of("d", x.size(3), HEAD_DIMS)
+
+
+def check_qkv(q: Tensor, k: Tensor, v: Tensor, backend: str | None) -> str:
+    """The backend that runs; ValueError for q [B, S, H, d], k or v [B, S, G, d] that it does not take."""
+    backend = resolve_backend(backend, q)
+    check_heads("q", q, backend)
+    expect("k", k, (*q.shape[:2], "G", q.size(3)), (q.dtype,), q.device)
+    if not k.size(2) or q.size(2) % k.size(2):
+        raise ValueError(f"k has {k.size(2)} heads; wanted a divisor of q's {q.size(2)}")
+    expect("v", v, k.shape, (q.dtype,), q.device)
+    return backend
+
+
+def checked_tail(tail: int | None, length: int) -> int:
+    """`tail`, or the length where it is None; ValueError for one that is longer."""
+    tail = length if tail is None else tail
+    if not 0 <= tail <= length:
+        raise ValueError(f"tail is {tail}; allowed: 0 to S, {length}")
+    return tail
+
+
+def checked_start(start: Tensor | None, x: Tensor) -> Tensor | None:
+    """`start`, contiguous; ValueError unless it is int32 [B, S] beside x [B, S, ...]."""
+    if start is None:
+        return None
+    expect("start", start, x.shape[:2], (torch.int32,), x.device)
+    return start.contiguous()
 
 
 def causal_attention(
@@ -38,92 +149,8 @@ def causal_attention(
 
     Example: out = causal_attention(q, k, v)
     """
-    tail, backend = _validate(q, k, v, tail, backend)
-    start = checked_start(start, q)
+    backend = check_qkv(q, k, v, backend)
+    tail, start = checked_tail(tail, q.size(1)), checked_start(start, q)
     if backend == "reference":
         return causal_attention_ref(q, k, v, start=start)[:, q.size(1) - tail :].contiguous()
-    return causal_op(q, k, v, tail, start)[0]
-
-
-def checked_start(start: Tensor | None, x: Tensor) -> Tensor | None:
-    """`start`, contiguous; ValueError unless it is int32 [B, S] beside x [B, S, ...]."""
-    if start is None:
-        return None
-    if start.dtype != torch.int32 or start.shape != x.shape[:2] or start.device != x.device:
-        raise ValueError(
-            f"start is {_describe(start)} on {start.device}; wanted int32 {list(x.shape[:2])} on {x.device}, the index "
-            "of the first token of each token's document"
-        )
-    return start.contiguous()
-
-
-@custom_op("klora::causal_attention", mutates_args=())
-def causal_op(q: Tensor, k: Tensor, v: Tensor, tail: int, start: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """out, and the logsumexp that the backward wants."""
-    return launch_forward(aligned(q), aligned(k), aligned(v), tail, start=start)
-
-
-@causal_op.register_fake
-def _(q, k, v, tail, start=None):
-    batch, _, heads, width = q.shape
-    lse = q.new_empty(batch, heads, tail, dtype=torch.float32)
-    return q.new_empty(batch, tail, heads, width), lse
-
-
-@custom_op("klora::causal_attention_backward", mutates_args=())
-def _backward_op(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, start: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    return launch_backward(aligned(dout), aligned(q), aligned(k), aligned(v), out, lse, start=start)[:3]
-
-
-@_backward_op.register_fake
-def _(dout, q, k, v, out, lse, start):
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-
-
-def _setup(ctx, inputs, output):
-    q, k, v, ctx.tail, start = inputs
-    out, ctx.is_changed = keep_output(output[0])
-    ctx.save_for_backward(q, k, v, out, output[1], start)
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
-
-
-def _backward(ctx, dout, _):
-    if dout is None:
-        return (None,) * 5
-    q, k, v, out, lse, start = ctx.saved_tensors
-    out = causal_op(q, k, v, ctx.tail, start)[0] if ctx.is_changed() else out
-    grads = _backward_op(dout, q, k, v, out, lse, start)
-    return *(grad if needed else None for grad, needed in zip(grads, ctx.needs_input_grad, strict=False)), None, None
-
-
-causal_op.register_autograd(_backward, setup_context=_setup)
-
-
-def _validate(q, k, v, tail, backend) -> tuple[int, str]:
-    """(queries wanted, the backend that runs); raises ValueError on what no backend takes."""
-    backend = resolve_backend(backend, q)
-    if q.dim() != 4 or not q.size(2):
-        raise ValueError(f"q is {_describe(q)}; wanted [B, S, H, d] with at least one head")
-    if k.dim() != 4 or not k.size(2) or q.size(2) % k.size(2):
-        raise ValueError(f"k is {_describe(k)}; wanted [B, S, G, d] with a G that divides q's {q.size(2)} heads")
-    wanted = [*q.shape[:2], k.size(2), q.size(3)]
-    for name, tensor in (("k", k), ("v", v)):
-        if list(tensor.shape) != wanted or tensor.dtype != q.dtype or tensor.device != q.device:
-            raise ValueError(
-                f"{name} is {_describe(tensor)} on {tensor.device}; wanted, beside q: {q.dtype} {wanted} on {q.device}"
-            )
-    tail = q.size(1) if tail is None else tail
-    if not 0 <= tail <= q.size(1):
-        raise ValueError(f"tail is {tail}; allowed: 0 to S, {q.size(1)}")
-    if backend == "triton" and q.dtype not in DTYPES:
-        raise ValueError(f"q is {q.dtype}; the kernel wants bfloat16, float16 or float32")
-    if backend == "triton" and q.size(3) not in HEAD_DIMS:
-        raise ValueError(f"d is {q.size(3)}; the kernel wants one of {', '.join(map(str, HEAD_DIMS))}")
-    return tail, backend
-
-
-def _describe(tensor: Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+    return causal_op(q, k, v, start, tail)[0]

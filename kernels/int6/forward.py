@@ -20,7 +20,6 @@ def warp_forward(
     groups,
     dtype: tl.constexpr,
     GROUP: tl.constexpr,
-    BIAS: tl.constexpr,
     LOG_WARPS: tl.constexpr,
 ):
     """M <= 8. A program has one tile row; its warps take the tile columns in turn, and their sums are added.
@@ -79,7 +78,7 @@ def warp_forward(
     out = over_warps(acc, LOG_WARPS)
     if GROUP == 0:
         out *= tl.load(scale_ptr + n, mask=n < N, other=0.0).to(tl.float32)
-    if BIAS:
+    if bias_ptr is not None:
         out += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)
     tl.store(out_ptr + m * N + n, out.to(dtype), mask=(m < M) & (n < N))
 
@@ -122,7 +121,6 @@ def tile_forward(
     tile_columns,
     groups,
     GROUP: tl.constexpr,
-    BIAS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     R: tl.constexpr,
     SPLIT: tl.constexpr,
@@ -164,19 +162,19 @@ def tile_forward(
     if SPLIT > 1:
         tl.store(out_ptr + tl.program_id(1).to(tl.int64) * M * N + offsets, acc, mask=mask)
     else:
-        if BIAS:
+        if bias_ptr is not None:
             acc += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
         tl.store(out_ptr + offsets, acc.to(dtype), mask=mask)
 
 
 @triton.jit(do_not_specialize=["M"])
-def add_parts(parts_ptr, bias_ptr, out_ptr, M, N, SPLIT: tl.constexpr, BIAS: tl.constexpr, BLOCK: tl.constexpr):
+def add_parts(parts_ptr, bias_ptr, out_ptr, M, N, SPLIT: tl.constexpr, BLOCK: tl.constexpr):
     """out [M, N] = the sum of parts fp32 [SPLIT, M, N] in their order (+ bias)."""
     total = M.to(tl.int64) * N
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     acc = tl.zeros([BLOCK], tl.float32)
     for part in tl.static_range(SPLIT):
         acc += tl.load(parts_ptr + part * total + offsets, mask=offsets < total, other=0.0)
-    if BIAS:
+    if bias_ptr is not None:
         acc += tl.load(bias_ptr + offsets % N, mask=offsets < total, other=0.0).to(tl.float32)
     tl.store(out_ptr + offsets, acc.to(out_ptr.dtype.element_ty), mask=offsets < total)

@@ -29,15 +29,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..registration import custom_op, resolve_backend
-from ..tile import is_hopper
+from ..dispatch import DTYPES, custom_op, expect, is_hopper, multiprocessors, resolve_backend
 from .backward import dequantize_tiles, warp_backward
 from .forward import add_parts, permute_inputs, tile_forward, warp_forward
 from .layout import COLUMNS, Int6Matrix, packed_shape
 from .wide import wide
 
 Backend = Literal["reference", "triton"]
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 TRITON_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
@@ -58,8 +56,12 @@ class Int6Config:
     """tile, wide: steps in flight"""
 
 
+H100 = 132
+"""Multiprocessors of the GPU on which the numbers below were measured."""
+
+
 def pick_config(
-    M: int, N: int, K: int, dtype: torch.dtype, assembly: bool = True, can_be_wide: bool = True
+    M: int, N: int, K: int, dtype: torch.dtype, assembly: bool = True, can_be_wide: bool = True, processors: int = H100
 ) -> Int6Config:
     """The forward's kernel for M rows; without `assembly` (the interpreter) there are no warp and no wide kernels.
 
@@ -67,34 +69,34 @@ def pick_config(
     Microseconds on one NVIDIA H100 (bf16, L2 cold, graph replay) are of 8192x8192, 4096x14336 and 14336x4096 (N x K).
     """
     tile_rows, tile_columns = packed_shape(N, K)[:2]
-    blocks = -(-tile_rows // 4)
+    blocks, programs = -(-tile_rows // 4), 1 << processors.bit_length()  # about two a multiprocessor
     if assembly and dtype == torch.float32:
         return Int6Config("dense")  # tensor cores have no fp32 product: what cuBLAS does with it is as good as it gets
     if assembly and M <= 8 and K % 8 == 0:
         # M=1 at 4 / 8 / 16 warps: 21.0 / 19.3 / 20.5, 30.4 / 19.4 / 18.1, 17.4 / 18.1 / 19.0
-        wanted = 16 if tile_rows <= 264 else 8 if tile_rows <= 528 else 4
+        wanted = 16 if tile_rows <= 2 * processors else 8 if tile_rows <= 4 * processors else 4
         most = 1 << max(2, (tile_columns // 4).bit_length() - 1)  # four tiles a warp; matrices of 512 are best at 4
         return Int6Config("warp", num_warps=min(wanted, most))
     if M <= 16:
         # M=16 at split 1 / 2 / 4: 28.9 / 25.8 / 26.7, 39.8 / 27.5 / 23.2, 22.2 / 24.6 / 26.2
-        return Int6Config("tile", block_m=16, split=max(1, min(4, 256 // blocks, tile_columns)), stages=4)
+        return Int6Config("tile", block_m=16, split=max(1, min(4, programs // blocks, tile_columns)), stages=4)
     if M <= 32:
         # only on an NVIDIA H200: at 8192x8192 split 4 23.6, split 2 26.7
         return Int6Config("tile", block_m=32, split=min(4 if tile_rows <= 512 else 2, tile_columns))
     if M <= 64:
         # M=64 at split 1 / 2 / 4: 36.7 / 30.4 / 34.2, 60.2 / 33.9 / 28.5, 26.3 / 32.5 / 40.5
-        return Int6Config("tile", block_m=64, split=max(1, min(4, 256 // blocks, tile_columns)), stages=4)
-    wide = _wide(M, N, K, tile_columns) if assembly and can_be_wide else None
+        return Int6Config("tile", block_m=64, split=max(1, min(4, programs // blocks, tile_columns)), stages=4)
+    wide = _wide(M, N, K, tile_columns, processors) if assembly and can_be_wide else None
     if wide and 128 < M < 8192:
         # at 8192x8192: M=256 53.9 (tile 76.8, dense 121.8), M=1024 180 (dense 239), M=4096 735 - 795 (dense 848)
         return wide
     if M <= 384:
-        return Int6Config("tile", block_m=128, split=max(1, min(4, 128 // blocks, tile_columns)))
+        return Int6Config("tile", block_m=128, split=max(1, min(4, programs // 2 // blocks, tile_columns)))
     return Int6Config("dense")  # 66 of dequantising at 8192x8192
 
 
 def pick_config_dx(
-    M: int, N: int, K: int, dtype: torch.dtype, assembly: bool = True, can_be_wide: bool = True
+    M: int, N: int, K: int, dtype: torch.dtype, assembly: bool = True, can_be_wide: bool = True, processors: int = H100
 ) -> Int6Config:
     """The backward's kernel for M rows; arguments and microseconds as of `pick_config`."""
     tile_rows, tile_columns = packed_shape(N, K)[:2]
@@ -102,24 +104,25 @@ def pick_config_dx(
         return Int6Config("dense")
     if M <= 16 and N % 2 == 0:
         # M=16 at split 2 / 4 / 8: 31.6 / 24.7 / 28.5, 23.5 / 26.6 / 33.4, 48.9 / 28.3 / 22.9
-        split = max(1, min(8, 256 // tile_columns, tile_rows // 8))  # two programs of 8 warps fit an SM
+        programs = 1 << processors.bit_length()  # two of 8 warps fit a multiprocessor
+        split = max(1, min(8, programs // tile_columns, tile_rows // 8))
         return Int6Config("warp", num_warps=8, eights=1 if M <= 8 else 2, split=split)
-    wide = _wide(M, K, N, -(-tile_rows // 8)) if can_be_wide else None
+    wide = _wide(M, K, N, -(-tile_rows // 8), processors) if can_be_wide else None
     if wide and M < 2048:
         # at 8192x8192, in an earlier form: M=256 61 (dequantising 66 and cuBLAS 52), M=1024 206 - 216 (66 and 180)
         return wide
     return Int6Config("dense")  # M=4096 808, wide 785 - 919
 
 
-def _wide(M: int, features: int, contraction: int, loads: int) -> Int6Config | None:
-    """The wide kernel for a result [M, features], split into at most 132 blocks; None where it is no use.
+def _wide(M: int, features: int, contraction: int, loads: int, processors: int) -> Int6Config | None:
+    """The wide kernel for a result [M, features], split into at most a block a processor; None where it is no use.
 
     TMA copies rows of a multiple of 16 bytes. Smaller weights were not measured: dequantising those costs little.
     """
     if features % 8 or contraction % 8 or features * contraction < 1 << 24:
         return None
     blocks = -(-features // 128) * -(-M // 256)
-    split = max(n for n in (1, 2, 4) if n == 1 or (loads % n == 0 and blocks * n <= 132))
+    split = max(n for n in (1, 2, 4) if n == 1 or (loads % n == 0 and blocks * n <= processors))
     return Int6Config("wide", block_m=256, split=split, stages=4)
 
 
@@ -133,62 +136,123 @@ def int6_linear_ref(x: Tensor, weight: Int6Matrix, bias: Tensor | None = None) -
     return F.linear(x, weight.dequantize(x.dtype), bias)
 
 
-def int6_linear(x: Tensor, weight: Int6Matrix, bias: Tensor | None = None, backend: Backend | None = None) -> Tensor:
-    """`x` [..., K] by `weight` [N, K] -> x W_hat^T + bias [..., N], in x's dtype: bfloat16, float16 or float32.
-
-    `bias` is [N] in x's dtype, or None. x and bias get gradients; the weight has none.
-
-    `backend` is "reference" or "triton"; None takes the reference on a CPU and the kernel on a GPU.
-    ValueError: another K, dtype, device or backend, a bias that is not [N] in x's dtype.
-
-    Example: out = int6_linear(x, matrix)
-    """
-    rows, columns = weight.shape
-    if x.dim() == 0 or x.size(-1) != columns or x.dtype not in DTYPES:
-        raise ValueError(f"x is {x.dtype} {list(x.shape)}; this weight takes bf16, fp16 or fp32 [..., {columns}]")
-    if bias is not None and (bias.dtype != x.dtype or tuple(bias.shape) != (rows,)):
-        raise ValueError(f"bias is {bias.dtype} {list(bias.shape)}; with this weight and x it is {x.dtype} [{rows}]")
-    if bias is not None and bias.device != x.device:
-        raise ValueError(f"bias is on {bias.device} and x on {x.device}; they take one device")
-    if _backend(backend, x, weight) == "reference":
-        return int6_linear_ref(x, weight, bias)
-    out = int6_product(x.reshape(-1, columns), weight.packed, weight.scale, bias, rows)
-    return out.view(*x.shape[:-1], rows)
+def _groups(scale: Tensor, columns: int) -> tuple[int, int]:
+    """Scales of a row and the inputs of each; 0 inputs stands for one scale a row."""
+    return (1, 0) if scale.dim() == 1 else (scale.size(1), columns // scale.size(1))
 
 
-def int6_linear_dx(dout: Tensor, weight: Int6Matrix, backend: Backend | None = None) -> Tensor:
-    """`dout` [..., N] by `weight` [N, K] -> dx [..., K] in dout's dtype: the backward of :func:`int6_linear`.
-
-    dout is bfloat16, float16 or float32. The kernel has no gradient of its own.
-
-    `backend` is "reference" or "triton"; None takes the reference on a CPU and the kernel on a GPU.
-    ValueError: another N, dtype, device or backend.
-
-    Example: dx = int6_linear_dx(dout, matrix)
-    """
-    rows, columns = weight.shape
-    if dout.dim() == 0 or dout.size(-1) != rows or dout.dtype not in DTYPES:
-        raise ValueError(f"dout is {dout.dtype} {list(dout.shape)}; this weight takes bf16, fp16 or fp32 [..., {rows}]")
-    if _backend(backend, dout, weight) == "reference":
-        return dout @ weight.dequantize(dout.dtype)
-    dx = int6_product_dx(dout.reshape(-1, rows), weight.packed, weight.scale, columns)
-    return dx.view(*dout.shape[:-1], columns)
+def _takes_assembly(tensor: Tensor) -> bool:
+    return tensor.is_cuda and tensor.dtype != torch.float32
 
 
-def _backend(backend: Backend | None, x: Tensor, weight: Int6Matrix) -> Backend:
-    backend = resolve_backend(backend, x)
-    if weight.packed.device != x.device or weight.scale.device != x.device:
-        devices = f"activations are on {x.device}, codes on {weight.packed.device}, scales on {weight.scale.device}"
-        raise ValueError(f"{devices}; they take one device")
-    return backend
+def _scales_fit(x: Tensor, scale: Tensor) -> bool:
+    """Whether a kernel may round a scale to x's dtype before it multiplies: fp16 has no place for the smallest ones."""
+    return x.dtype != torch.float16 or scale.dtype == torch.float16
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """x contiguous; a copy where it does not start at 16 bytes, of which the kernels' loads are."""
+    x = x.contiguous()
+    return x.clone() if x.data_ptr() % 16 else x
+
+
+def _config(pick, x: Tensor, rows: int, columns: int, packed: Tensor, scale: Tensor) -> Int6Config:
+    """What :func:`pick_config` or :func:`pick_config_dx` picks for x and these parts of a weight [rows, columns]."""
+    if not _scales_fit(x, scale):
+        return Int6Config("dense")
+    aligned = packed.data_ptr() % 16 == 0 and scale.data_ptr() % 16 == 0  # of which TMA's copies are
+    can_be_wide = aligned and scale.dim() == 1 and scale.dtype == torch.float16 and x.is_cuda and is_hopper(x.device)
+    processors = multiprocessors(x.device) if x.is_cuda else H100
+    return pick(x.size(0), rows, columns, x.dtype, x.is_cuda, can_be_wide, processors)
+
+
+def _add(parts: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    M, N = out.shape
+    add_parts[(triton.cdiv(M * N, 1024),)](
+        parts_ptr=parts, bias_ptr=bias, out_ptr=out, M=M, N=N, SPLIT=parts.size(0), BLOCK=1024, num_warps=4
+    )
+
+
+def _forward(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, rows: int, config: Int6Config) -> Tensor:
+    (M, K), bias = x.shape, None if bias is None else bias.contiguous()
+    tile_rows, tile_columns = packed_shape(rows, K)[:2]
+    if M == 0:
+        return x.new_empty(M, rows)
+    if config.kernel == "dense":
+        return F.linear(x, dequantize(packed, scale, (rows, K), x.dtype), bias)
+    if config.kernel == "wide":
+        blocks = config.split, config.block_m, config.stages
+        out, parts = wide(_aligned(x), packed, scale, bias, (rows, K), False, *blocks)
+        if parts is not None:
+            _add(parts, bias, out)
+        return out
+    out, x = x.new_empty(M, rows), x.contiguous()
+    groups, size = _groups(scale, K)
+    weight = dict(packed_ptr=packed, scale_ptr=scale, N=rows, tile_columns=tile_columns, groups=groups, GROUP=size)
+    if config.kernel == "warp":
+        warp_forward[(tile_rows,)](
+            x_ptr=_aligned(x).view(torch.int32), bias_ptr=bias, out_ptr=out, M=M, K=K, **weight,
+            dtype=TRITON_DTYPES[x.dtype], LOG_WARPS=config.num_warps.bit_length() - 1, num_warps=config.num_warps,
+        )  # fmt: skip
+        return out
+    slots = x.new_empty(M, tile_columns * COLUMNS)
+    block = min(1024, triton.next_power_of_2(slots.size(1)))
+    permute_inputs[(M, triton.cdiv(slots.size(1), block))](
+        x_ptr=x, out_ptr=slots, K=K, tile_columns=tile_columns, BLOCK=block, num_warps=4
+    )
+    parts = out if config.split == 1 else x.new_empty(config.split, M, rows, dtype=torch.float32)
+    tile_forward[(triton.cdiv(M, config.block_m) * triton.cdiv(tile_rows, 4), config.split)](
+        x_ptr=slots, bias_ptr=bias if config.split == 1 else None, out_ptr=parts, M=M, tile_rows=tile_rows, **weight,
+        BLOCK_M=config.block_m, R=4, SPLIT=config.split, STAGES=config.stages, ASM=_takes_assembly(x),
+        num_warps=config.num_warps,
+    )  # fmt: skip
+    if config.split > 1:
+        _add(parts, bias, out)
+    return out
+
+
+def _backward(dout: Tensor, packed: Tensor, scale: Tensor, columns: int, config: Int6Config) -> Tensor:
+    M, rows = dout.shape
+    tile_rows, tile_columns = packed_shape(rows, columns)[:2]
+    if M == 0:
+        return dout.new_empty(M, columns)
+    if config.kernel == "dense":
+        return dout @ dequantize(packed, scale, (rows, columns), dout.dtype)
+    if config.kernel == "wide":
+        blocks = config.split, config.block_m, config.stages
+        dx, parts = wide(_aligned(dout), packed, scale, None, (rows, columns), True, *blocks)
+        if parts is not None:
+            _add(parts, None, dx)
+        return dx
+    dx, parts = dout.new_empty(M, columns), dout.new_empty(config.split, M, columns, dtype=torch.float32)
+    groups, size = _groups(scale, columns)
+    warp_backward[(tile_columns, config.split)](
+        dout_ptr=_aligned(dout).view(torch.int32), packed_ptr=packed, scale_ptr=scale, parts_ptr=parts, M=M, N=rows,
+        K=columns, tile_rows=tile_rows, tile_columns=tile_columns, groups=groups, dtype=TRITON_DTYPES[dout.dtype],
+        GROUP=size, EIGHTS=config.eights, LOG_WARPS=config.num_warps.bit_length() - 1, SPLIT=config.split,
+        num_warps=config.num_warps,
+    )  # fmt: skip
+    _add(parts, None, dx)
+    return dx
+
+
+def dequantize(packed: Tensor, scale: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    """w_hat [N, K] in `dtype` by the kernel; the same bits as `Int6Matrix.dequantize`."""
+    out = packed.new_empty(shape, dtype=dtype)
+    tile_rows, tile_columns = packed_shape(*shape)[:2]
+    groups, size = _groups(scale, shape[1])
+    dequantize_tiles[(tile_columns, triton.cdiv(tile_rows, 2))](
+        packed_ptr=packed, scale_ptr=scale, out_ptr=out, N=shape[0], K=shape[1], tile_rows=tile_rows,
+        tile_columns=tile_columns, groups=groups, GROUP=size, R=2,
+        ASM=_takes_assembly(out) and _scales_fit(out, scale), num_warps=4,
+    )  # fmt: skip
+    return out
 
 
 @custom_op("klora::int6_product", mutates_args=())
 def int6_product(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, rows: int) -> Tensor:
     """x [M, K] -> [M, rows]."""
-    config = pick_config(x.size(0), rows, x.size(1), x.dtype, x.is_cuda, _can_be_wide(x, packed, scale))
-    config = config if _scales_fit(x, scale) else Int6Config("dense")
-    return _forward(x, packed, scale, bias, rows, config)
+    return _forward(x, packed, scale, bias, rows, _config(pick_config, x, rows, x.size(1), packed, scale))
 
 
 @int6_product.register_fake
@@ -199,9 +263,7 @@ def _(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, rows: int) 
 @custom_op("klora::int6_product_dx", mutates_args=())
 def int6_product_dx(dout: Tensor, packed: Tensor, scale: Tensor, columns: int) -> Tensor:
     """dout [M, N] -> dx [M, columns]."""
-    can_be_wide = _can_be_wide(dout, packed, scale)
-    config = pick_config_dx(dout.size(0), dout.size(1), columns, dout.dtype, dout.is_cuda, can_be_wide)
-    config = config if _scales_fit(dout, scale) else Int6Config("dense")
+    config = _config(pick_config_dx, dout, dout.size(1), columns, packed, scale)
     return _backward(dout, packed, scale, columns, config)
 
 
@@ -226,116 +288,46 @@ def _gradients(ctx, dout: Tensor):
 int6_product.register_autograd(_gradients, setup_context=_setup_context)
 
 
-def _forward(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, rows: int, config: Int6Config) -> Tensor:
-    M, K = x.shape
-    tile_rows, tile_columns = packed_shape(rows, K)[:2]
-    if M == 0:
-        return x.new_empty(M, rows)
-    if config.kernel == "dense":
-        return F.linear(x, dequantize(packed, scale, (rows, K), x.dtype), bias)
-    if config.kernel == "wide":
-        bias = None if bias is None else bias.contiguous()
-        out, parts = wide(
-            _aligned(x), packed, scale, bias, (rows, K), False, config.split, config.block_m, config.stages
-        )
-        if parts is not None:
-            _add(parts, scale if bias is None else bias, out, bias is not None)
-        return out
-    out = x.new_empty(M, rows)
-    x = x.contiguous()
-    groups, size = _groups(scale, K)
-    meta = {"GROUP": size, "BIAS": bias is not None}
-    bias = scale if bias is None else bias.contiguous()  # never read
-    if config.kernel == "warp":
-        warp_forward[(tile_rows,)](
-            _words(x), packed, scale, bias, out, M, rows, K, tile_columns, groups,
-            dtype=TRITON_DTYPES[x.dtype], LOG_WARPS=config.num_warps.bit_length() - 1, num_warps=config.num_warps,
-            **meta,
-        )  # fmt: skip
-        return out
-    slots = x.new_empty(M, tile_columns * COLUMNS)
-    block = min(1024, triton.next_power_of_2(slots.size(1)))
-    permute_inputs[(M, triton.cdiv(slots.size(1), block))](x, slots, K, tile_columns, BLOCK=block, num_warps=4)
-    into = out if config.split == 1 else x.new_empty(config.split, M, rows, dtype=torch.float32)
-    tile_forward[(triton.cdiv(M, config.block_m) * triton.cdiv(tile_rows, 4), config.split)](
-        slots, packed, scale, bias, into, M, rows, tile_rows, tile_columns, groups,
-        BLOCK_M=config.block_m, R=4, SPLIT=config.split, STAGES=config.stages, ASM=_assembly(x),
-        num_warps=config.num_warps, **meta,
-    )  # fmt: skip
-    if config.split > 1:
-        _add(into, bias, out, meta["BIAS"])
-    return out
+def _resolve(backend: Backend | None, x: Tensor, weight: Int6Matrix) -> Backend:
+    """The backend that runs; ValueError unless x and both parts of the weight are on one device."""
+    expect("weight.packed", weight.packed, weight.packed.shape, device=x.device)
+    expect("weight.scale", weight.scale, weight.scale.shape, device=x.device)
+    return resolve_backend(backend, x)
 
 
-def _backward(dout: Tensor, packed: Tensor, scale: Tensor, columns: int, config: Int6Config) -> Tensor:
-    M, rows = dout.shape
-    tile_rows, tile_columns = packed_shape(rows, columns)[:2]
-    if M == 0:
-        return dout.new_empty(M, columns)
-    if config.kernel == "dense":
-        return dout @ dequantize(packed, scale, (rows, columns), dout.dtype)
-    if config.kernel == "wide":
-        shape = rows, columns
-        dx, parts = wide(_aligned(dout), packed, scale, None, shape, True, config.split, config.block_m, config.stages)
-        if parts is not None:
-            _add(parts, scale, dx, False)
-        return dx
-    dx = dout.new_empty(M, columns)
-    groups, size = _groups(scale, columns)
-    parts = dout.new_empty(config.split, M, columns, dtype=torch.float32)
-    warp_backward[(tile_columns, config.split)](
-        _words(dout), packed, scale, parts, M, rows, columns, tile_rows, tile_columns, groups,
-        dtype=TRITON_DTYPES[dout.dtype], GROUP=size, EIGHTS=config.eights,
-        LOG_WARPS=config.num_warps.bit_length() - 1, SPLIT=config.split, num_warps=config.num_warps,
-    )  # fmt: skip
-    _add(parts, scale, dx, False)
-    return dx
+def int6_linear(x: Tensor, weight: Int6Matrix, bias: Tensor | None = None, backend: Backend | None = None) -> Tensor:
+    """`x` [..., K] by `weight` [N, K] -> x W_hat^T + bias [..., N], in x's dtype: bfloat16, float16 or float32.
+
+    `bias` is [N] in x's dtype, or None. x and bias get gradients; the weight has none.
+
+    `backend` is "reference" or "triton"; None takes the reference on a CPU and the kernel on a GPU.
+    ValueError: another K, dtype, device or backend, a bias that is not [N] in x's dtype.
+
+    Example: out = int6_linear(x, matrix)
+    """
+    rows, columns = weight.shape
+    expect("x", x, ("...", columns), DTYPES)
+    if bias is not None:
+        expect("bias", bias, (rows,), (x.dtype,), x.device)
+    if _resolve(backend, x, weight) == "reference":
+        return int6_linear_ref(x, weight, bias)
+    out = int6_product(x.reshape(-1, columns), weight.packed, weight.scale, bias, rows)
+    return out.view(*x.shape[:-1], rows)
 
 
-def dequantize(packed: Tensor, scale: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    """w_hat [N, K] in `dtype` by the kernel; the same bits as `Int6Matrix.dequantize`."""
-    out = packed.new_empty(shape, dtype=dtype)
-    tile_rows, tile_columns = packed_shape(*shape)[:2]
-    groups, size = _groups(scale, shape[1])
-    dequantize_tiles[(tile_columns, triton.cdiv(tile_rows, 2))](
-        packed, scale, out, *shape, tile_rows, tile_columns, groups, GROUP=size, R=2,
-        ASM=_assembly(out) and _scales_fit(out, scale), num_warps=4,
-    )  # fmt: skip
-    return out
+def int6_linear_dx(dout: Tensor, weight: Int6Matrix, backend: Backend | None = None) -> Tensor:
+    """`dout` [..., N] by `weight` [N, K] -> dx [..., K] in dout's dtype: the backward of :func:`int6_linear`.
 
+    dout is bfloat16, float16 or float32. The kernel has no gradient of its own.
 
-def _can_be_wide(x: Tensor, packed: Tensor, scale: Tensor) -> bool:
-    aligned = packed.data_ptr() % 16 == 0 and scale.data_ptr() % 16 == 0  # of which TMA's copies are
-    return aligned and scale.dim() == 1 and scale.dtype == torch.float16 and x.is_cuda and is_hopper(x.device)
+    `backend` is "reference" or "triton"; None takes the reference on a CPU and the kernel on a GPU.
+    ValueError: another N, dtype, device or backend.
 
-
-def _scales_fit(x: Tensor, scale: Tensor) -> bool:
-    """Whether a kernel may round a scale to x's dtype before it multiplies: fp16 has no place for the smallest ones."""
-    return x.dtype != torch.float16 or scale.dtype == torch.float16
-
-
-def _add(parts: Tensor, bias: Tensor, out: Tensor, has_bias: bool) -> None:
-    M, N = out.shape
-    add_parts[(triton.cdiv(M * N, 1024),)](
-        parts, bias, out, M, N, SPLIT=parts.size(0), BIAS=has_bias, BLOCK=1024, num_warps=4
-    )
-
-
-def _groups(scale: Tensor, columns: int) -> tuple[int, int]:
-    """Scales of a row and the inputs of each; 0 inputs stands for one scale a row."""
-    return (1, 0) if scale.dim() == 1 else (scale.size(1), columns // scale.size(1))
-
-
-def _assembly(tensor: Tensor) -> bool:
-    return tensor.is_cuda and tensor.dtype != torch.float32
-
-
-def _aligned(x: Tensor) -> Tensor:
-    """x contiguous; a copy where it does not start at 16 bytes, of which the kernels' loads are."""
-    x = x.contiguous()
-    return x.clone() if x.data_ptr() % 16 else x
-
-
-def _words(x: Tensor) -> Tensor:
-    """x [M, K] as int32 [M, K/2]."""
-    return _aligned(x).view(torch.int32)
+    Example: dx = int6_linear_dx(dout, matrix)
+    """
+    rows, columns = weight.shape
+    expect("dout", dout, ("...", rows), DTYPES)
+    if _resolve(backend, dout, weight) == "reference":
+        return dout @ weight.dequantize(dout.dtype)
+    dx = int6_product_dx(dout.reshape(-1, rows), weight.packed, weight.scale, columns)
+    return dx.view(*dout.shape[:-1], columns)

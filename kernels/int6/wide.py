@@ -12,8 +12,6 @@ Gluon, for Triton has no way to say which warps do what; it has no interpreter. 
 row, applied to the sum forward and to the codes backward; F and C multiples of 8.
 """
 
-from functools import cache
-
 import torch
 import triton
 import triton.language as tl
@@ -29,6 +27,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from ..dispatch import multiprocessors
 from .unpack import TILES, block_of, following, items_of_this_program, unpack
 
 BLOCK_F = tl.constexpr(128)
@@ -203,19 +202,16 @@ def wide(
     parts = x.new_empty(split, M, F, dtype=torch.float32) if split > 1 else None
     blocks_f, blocks_m = triton.cdiv(F, BLOCK_F.value), triton.cdiv(M, block_m)
     slice_m = min(32, block_m)
-    wide_product[(min(processors(x.device), blocks_f * blocks_m * split),)](
-        TensorDescriptor(x, [M, C], [C, 1], [block_m, DEPTH.value], SWIZZLED),
-        TensorDescriptor(packed, [tile_rows, tile_columns * 384], [tile_columns * 384, 1], [TILES.value, 128], WORDS),
-        TensorDescriptor(scale, [1, shape[0]], [shape[0], 1], [1, 128], SCALES),
-        TensorDescriptor(out, [M, F], [F, 1], [slice_m, BLOCK_F.value], SWIZZLED),
-        scale if parts is None else parts, scale, scale if bias is None else bias,
-        M, F, blocks_f, blocks_m, loads // split,
+    wide_product[(min(multiprocessors(x.device), blocks_f * blocks_m * split),)](
+        x_desc=TensorDescriptor(x, [M, C], [C, 1], [block_m, DEPTH.value], SWIZZLED),
+        words_desc=TensorDescriptor(
+            packed, [tile_rows, tile_columns * 384], [tile_columns * 384, 1], [TILES.value, 128], WORDS
+        ),
+        scale_desc=TensorDescriptor(scale, [1, shape[0]], [shape[0], 1], [1, 128], SCALES),
+        out_desc=TensorDescriptor(out, [M, F], [F, 1], [slice_m, BLOCK_F.value], SWIZZLED),
+        parts_ptr=scale if parts is None else parts, scale_ptr=scale, bias_ptr=scale if bias is None else bias,
+        M=M, F=F, blocks_f=blocks_f, blocks_m=blocks_m, loads=loads // split,
         BACKWARD=backward, BIAS=bias is not None and split == 1, SPLIT=split, GROUP_M=8, BLOCK_M=block_m,
         STAGES=stages, SLOTS=2, SLICE=slice_m, num_warps=8, maxnreg=168,
     )  # fmt: skip
     return out, parts
-
-
-@cache
-def processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -3,8 +3,8 @@
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..registration import custom_op, resolve_backend
-from .product import DTYPES, launch_product
+from ..dispatch import custom_op, dtypes_of, expect, resolve_backend
+from .product import launch_product
 
 
 def linear_ref(x: Tensor, weight: Tensor) -> Tensor:
@@ -26,9 +26,10 @@ def linear(x: Tensor, weight: Tensor, *, backend: str | None = None) -> Tensor:
 
     Example: out = linear(x, weight)
     """
-    if weight.dim() != 2 or not x.dim() or x.size(-1) != weight.size(1):
-        raise ValueError(f"x is {list(x.shape)} and weight {list(weight.shape)}; wanted: [..., K] and [N, K]")
-    return _linear(x, weight) if runs_kernel(backend, x=x, weight=weight) else linear_ref(x, weight)
+    backend = resolve_backend(backend, x)
+    expect("x", x, ("...", "K"), dtypes_of(backend))
+    expect("weight", weight, ("N", x.size(-1)), (x.dtype,), x.device)
+    return linear_ref(x, weight) if backend == "reference" else _linear(x, weight)
 
 
 @custom_op("klora::linear", mutates_args=())
@@ -41,15 +42,16 @@ def _(x, weight):
     return x.new_empty(*x.shape[:-1], weight.size(0))
 
 
-@custom_op("klora::linear_dx", mutates_args=())
+@custom_op("klora::linear_dx_", mutates_args=("dx",))
+def _dx_op(dout: Tensor, weight: Tensor, dx: Tensor) -> None:
+    launch_product(dout, weight, transposed=True, result=dx)
+
+
 def linear_dx(dout: Tensor, weight: Tensor) -> Tensor:
     """dout [..., N] by weight [N, K] -> dout W [..., K]."""
-    return launch_product(dout, weight, transposed=True)
-
-
-@linear_dx.register_fake
-def _(dout, weight):
-    return dout.new_empty(*dout.shape[:-1], weight.size(1))
+    dx = dout.new_empty(*dout.shape[:-1], weight.size(1))
+    _dx_op(dout, weight, dx)
+    return dx
 
 
 def linear_dweight(dout: Tensor, x: Tensor) -> Tensor:
@@ -69,17 +71,3 @@ def _backward(ctx, dout):
 
 
 _linear.register_autograd(_backward, setup_context=_setup_context)
-
-
-def runs_kernel(backend: str | None, **operands: Tensor) -> bool:
-    """Whether the kernel runs, and not the reference; raises ValueError on what neither takes, or the kernel."""
-    first = next(iter(operands.values()))
-    backend = resolve_backend(backend, first)
-    given = ", ".join(f"{name} is {tensor.dtype} on {tensor.device}" for name, tensor in operands.items())
-    if len({(tensor.dtype, tensor.device) for tensor in operands.values()}) > 1:
-        raise ValueError(f"{given}; all must have one dtype and one device")
-    if backend == "reference":
-        return False
-    if first.dtype not in DTYPES:
-        raise ValueError(f"{given}; the kernel wants bfloat16, float16 or float32")
-    return True

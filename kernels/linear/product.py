@@ -8,11 +8,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..dispatch import aligned, empty_aligned, is_aligned, multiprocessors
 from ..rms_norm import EPS
-from ..tile import halves, is_aligned, multiprocessors, tiled
+from ..tile import halves, norm_rotate, tiled
 from .turns import launch_heads, launch_slope, takes
-
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 STORE, SQUARE, SLOPE, HEADS, FACTORS = "store", "square", "slope", "heads", "factors"
 """Epilogues of a tile: as it is; relu(tile)^2; the tile times the slope of relu(u)^2; heads normed and rotated; each
@@ -129,12 +128,10 @@ def _finish_heads(
         offsets = (row % S)[:, None] * (HEAD // 2) + tl.arange(0, HEAD // 2)[None, :]
         cos, sin = tl.load(cos_ptr + offsets)[:, None, :], tl.load(sin_ptr + offsets)[:, None, :]
         gain = tl.load(gain_ptr + head, mask=head < Q, other=1.0)
-        square = tl.sum(left * left + right * right, 2) * (1.0 / HEAD) + EPS
-        rstd = tl.div_rn(1.0, tl.sqrt_rn(square)) if out_d.dtype == tl.float32 else tl.rsqrt(square)
+        is_exact: tl.constexpr = out_d.dtype == tl.float32
+        first, second, rstd = norm_rotate(left, right, cos, sin, gain, HEAD, EPS, is_exact)
         places = rstd_ptr + row.to(tl.int64)[:, None] * (Q + G) + head[None, :]
         tl.store(places, rstd, mask=(row < ROWS)[:, None] & is_rotated[None, :])
-        scale = (rstd * gain[None, :])[:, :, None]
-        first, second = (left * cos - right * sin) * scale, (right * cos + left * sin) * scale
         if (Q + G) * HEAD % N == 0:
             left, right = first, second
         else:
@@ -228,27 +225,28 @@ def launch_product(
     kept: Tensor | None = None,
     heads: Heads | None = None,
     factors: Tensor | None = None,
+    result: Tensor | None = None,
 ) -> Tensor:
-    """x [..., K] by weight [N, K] (`transposed`: [K, N]) -> [..., N].
+    """x [..., K] by weight [N, K] (`transposed`: [K, N]) -> [..., N], written to `result` if it is given, contiguous.
 
     `kept` [..., N] is for two epilogues: "square" writes the tile itself to it, if it is given; "slope" reads relu(u)^2
     from it, or u in fp16. `heads` is for the epilogue "heads", `factors` fp32, one a row of x, for "factors".
     """
     outputs, inputs = weight.shape[::-1] if transposed else weight.shape
-    shape = *x.shape[:-1], outputs
+    if result is None:  # not a view: autograd refuses an in-place change of a view that an op returned
+        result = x.new_empty(*x.shape[:-1], outputs)
     if not x.numel() or not weight.numel():
-        return x.new_zeros(shape)
-    result = x.new_empty(shape)  # not a view: autograd refuses an in-place change of a view that an op returned
-    x = aligned_rows(x.reshape(-1, inputs))
+        return result.zero_()
+    x = aligned(x.reshape(-1, inputs))
     rows, processors = x.size(0), multiprocessors(x.device)
     cos, sin, gain, rstd, queries, keys, head_dim = heads or (None, None, None, None, 0, 0, 0)
     tile = pick_tile(x.dtype, epilogue, rows, outputs, processors, head_dim)
     tiles = tile_count(tile, rows, outputs)
     flat = result.view(rows, outputs)
-    out = flat if is_aligned(flat) else empty_rows(x, rows, outputs)
-    weight = aligned_rows(weight)
+    out = flat if is_aligned(flat) else empty_aligned(x, rows, outputs)
+    weight = aligned(weight)
     if epilogue == SLOPE:
-        kept = aligned_rows(kept.reshape(-1, outputs))
+        kept = aligned(kept.reshape(-1, outputs))
     in_turns = takes(x, outputs, head_dim)
     if epilogue == SLOPE and transposed and in_turns:
         launch_slope(x, weight, kept, out)
@@ -256,10 +254,10 @@ def launch_product(
         launch_heads(x, weight, out, (cos, sin, gain, rstd), queries, keys, head_dim)
     else:
         m, n, k, piece = tile.block_m, tile.block_n, tile.block_k, tile.block_n // tile.pieces
-        length = 1 if cos is None else len(cos)
         _product_kernel[(min(processors * tile.programs, tiles),)](
-            tiled(x, m, k), tiled(weight, *((k, n) if transposed else (n, k))), tiled(out, m, piece),
-            None if kept is None else tiled(kept, m, piece), cos, sin, gain, rstd, factors, tiles, length, rows,
+            x_d=tiled(x, m, k), w_d=tiled(weight, *((k, n) if transposed else (n, k))), out_d=tiled(out, m, piece),
+            kept_d=None if kept is None else tiled(kept, m, piece), cos_ptr=cos, sin_ptr=sin, gain_ptr=gain,
+            rstd_ptr=rstd, factors_ptr=factors, TILES=tiles, S=1 if cos is None else len(cos), ROWS=rows,
             N=outputs, K=inputs, BM=m, BN=n, BK=k, PIECES=tile.pieces, TRANSPOSED=transposed, EPILOGUE=epilogue,
             HEAD=head_dim, Q=queries, G=keys, EPS=EPS,
             num_warps=tile.warps, num_stages=tile.stages,
@@ -267,14 +265,3 @@ def launch_product(
     if out is not flat:
         flat.copy_(out)
     return result
-
-
-def empty_rows(like: Tensor, rows: int, columns: int) -> Tensor:
-    """[rows, columns] that the copy engine can reach: each row starts at a multiple of 16 bytes."""
-    step = 16 // like.itemsize
-    return like.new_empty(rows, triton.cdiv(columns, step) * step)[:, :columns]
-
-
-def aligned_rows(rows: Tensor) -> Tensor:
-    """`rows` [M, N] if the copy engine can reach them, else a copy."""
-    return rows if is_aligned(rows) else empty_rows(rows, *rows.shape).copy_(rows)

@@ -21,6 +21,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from ..dispatch import multiprocessors
 from ..pingpong import (
     ACC,
     BLOCK,
@@ -32,10 +33,10 @@ from ..pingpong import (
     make_ring,
     multiply_tile,
     runs_on,
-    tiled,
+    swizzled,
 )
 from ..rms_norm import EPS as RMS_EPS
-from ..tile import multiprocessors
+from ..tile import rotate
 
 
 @gluon.jit
@@ -60,8 +61,9 @@ def _with_heads(
         places = rstd_ptr + row.to(gl.int64)[:, None] * (Q + G) + head[None, :]
         gl.store(places, rstd, mask=(row < ROWS)[:, None] & is_rotated)
         scale = (rstd * gain[None, :])[:, :, None]
-        first = (left * cos - right * sin) * scale
-        second = (right * cos + left * sin) * scale
+        first, second = rotate(left, right, cos, sin)
+        first *= scale
+        second *= scale
         if (Q + G) * HEAD % BLOCK:
             first = gl.where(is_rotated[:, :, None], first, left)
             second = gl.where(is_rotated[:, :, None], second, right)
@@ -186,8 +188,8 @@ def launch_slope(x: Tensor, weight: Tensor, kept: Tensor, out: Tensor) -> None:
 
     All of one 16-bit dtype and reached by the copy engine: rows at multiples of 16 bytes.
     """
-    weight_d = tiled(weight, DEPTH.value, BLOCK.value)
-    _launch(x, weight_d, kept, out, (None,) * 4, length=1, IS_U=x.dtype == torch.float16, HEAD=0, Q=0, G=0)
+    weight_d = swizzled(weight, DEPTH.value, BLOCK.value)
+    _launch(x, weight_d, kept, out, (None,) * 4, IS_U=x.dtype == torch.float16, HEAD=0, Q=0, G=0)
 
 
 def launch_heads(
@@ -203,8 +205,8 @@ def launch_heads(
 
     `tables` are cos, sin, gain and rstd of :class:`product.Heads`. 16-bit tensors as for :func:`launch_slope`.
     """
-    weight_d = tiled(weight, BLOCK.value, DEPTH.value)
-    _launch(x, weight_d, out, out, tables, len(tables[0]), IS_U=False, HEAD=head_dim, Q=queries, G=keys)
+    weight_d = swizzled(weight, BLOCK.value, DEPTH.value)
+    _launch(x, weight_d, out, out, tables, IS_U=False, HEAD=head_dim, Q=queries, G=keys)
 
 
 def _launch(
@@ -213,15 +215,16 @@ def _launch(
     kept: Tensor,
     out: Tensor,
     tables: tuple[Tensor | None, ...],
-    length: int,
     **constants: int,
 ) -> None:
     (rows, inputs), outputs, block, depth = x.shape, out.size(1), BLOCK.value, DEPTH.value
     tiles = _tiles(rows, outputs)
+    cos, sin, gain, rstd = tables
     _product[(min(multiprocessors(x.device), tiles),)](
-        tiled(x, block, depth), weight_d, tiled(kept, block, block), tiled(out, block, block), *tables, length, rows,
-        tiles, ACROSS=triton.cdiv(outputs, block), STEPS=triton.cdiv(inputs, depth), EPS=RMS_EPS, **constants,
-        num_warps=4, maxnreg=168,
+        x_desc=swizzled(x, block, depth), w_desc=weight_d, kept_desc=swizzled(kept, block, block),
+        out_desc=swizzled(out, block, block), cos_ptr=cos, sin_ptr=sin, gain_ptr=gain, rstd_ptr=rstd,
+        S=1 if cos is None else len(cos), ROWS=rows, tiles=tiles, ACROSS=triton.cdiv(outputs, block),
+        STEPS=triton.cdiv(inputs, depth), EPS=RMS_EPS, **constants, num_warps=4, maxnreg=168,
     )  # fmt: skip
 
 

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 import torch
 import triton
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ..dispatch import aligned, empty_aligned, is_packed, padded_rank
 from ..linear.product import FACTORS, launch_product
-from ..tile import aligned
+from ..tile import tiled
 from . import turns
 from .backward import adapter_gradient, hidden_gradient, scale_rows
 from .forward import sweep
@@ -70,15 +70,14 @@ def pick_config(dtype: torch.dtype, rank: int) -> LoraHeadNllConfig:
     )
 
 
-def outputs(h: Tensor, weight: Tensor, lora_a: Tensor | None, keep: bool) -> tuple[Tensor, ...]:
+def empty_outputs(h: Tensor, weight: Tensor, lora_a: Tensor | None, keep: bool) -> tuple[Tensor, ...]:
     """Empty tensors: nll [B, S], the logsumexp in two terms [2, B, S], E [B, S, V], u and E B [B, S, padded R]."""
     rows = h.shape[:2]
     nll, lse = (h.new_empty(size, dtype=torch.float32) for size in (rows, (2, *rows)))
     if not keep:
         return nll, lse, *(h.new_empty(0) for _ in range(3))
-    rank = 0 if lora_a is None else max(16, triton.next_power_of_2(lora_a.size(1)))
-    # A row of E starts on 16 bytes: tensor descriptors want it.
-    e = h.new_empty(*rows, triton.cdiv(weight.size(0), 8) * 8)[..., : weight.size(0)]
+    rank = 0 if lora_a is None else padded_rank(lora_a.size(1))
+    e = empty_aligned(h, *rows, weight.size(0))
     return nll, lse, e, *(h.new_empty((*rows, rank), dtype=torch.float32) for _ in range(2))
 
 
@@ -94,6 +93,13 @@ class Head:
     targets: Tensor
     softcap: float
     temperature: float
+
+    @classmethod
+    def of(cls, h, weight, lora_a, lora_b, slots, targets, softcap: float, temperature: float) -> "Head":
+        """Every tensor in a layout that the kernels take, copied only where it is in none."""
+        lora_a, lora_b = (t if t is None or is_packed(t) else t.contiguous() for t in (lora_a, lora_b))
+        slots = None if slots is None else slots.contiguous()
+        return cls(aligned(h), aligned(weight), lora_a, lora_b, slots, targets.contiguous(), softcap, temperature)
 
     @property
     def is_capped(self) -> bool:
@@ -114,159 +120,112 @@ class Head:
         return 0 if self.lora_a is None else self.lora_a.size(1)
 
     @property
-    def constants(self) -> dict:
-        return {
-            "DTYPE": getattr(triton.language, str(self.h.dtype).removeprefix("torch.")),
-            "V": self.weight.size(0),
-            "D": self.weight.size(1),
-            "RANK": self.rank,
-            "RANK_PADDED": max(16, triton.next_power_of_2(self.rank)),
-        }
-
-    def strides(self, a: Tensor | None, b: Tensor | None) -> tuple[int, int]:
-        return (0, 0) if a is None else (a.stride(0), b.stride(0))
-
-    @property
     def pool(self) -> int:
         return 0 if self.lora_a is None else self.lora_a.size(0)
 
-    def forward(self, keep: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """nll, logsumexp, and for the gradients E [B, S, V], u [B, S, R] and E B (empty without `keep`)."""
-        nll, lse, e, u, du = outputs(self.h, self.weight, self.lora_a, keep)
-        if nll.numel():
-            normalise = keep and self.is_normalised
-            # Slots ask for bits that do not depend on the rest of the batch, with adapters or without.
-            is_plain = not self.rank and self.slots is None and self.is_capped
-            if keep and not normalise and is_plain and turns.takes(self.h):
-                turns.launch_sweep(self.h, self.weight, self.targets, nll, lse, e, self.softcap, self.temperature)
-                return nll, lse, e, u, du
-            self._sweep(nll, lse, e, u, du, keep=keep and not normalise, has_lse=False)
-            if normalise:
-                self._sweep(nll, lse, e, u, du, keep=True, has_lse=True)
-        return nll, lse, e, u, du
+    def shared(self, tile: Tile) -> dict:
+        """What the kernels over h and the vocabulary take alike."""
+        return dict(
+            slots_ptr=self.slots, S=self.h.size(1), DTYPE=getattr(triton.language, str(self.h.dtype).split(".")[1]),
+            V=self.weight.size(0), D=self.weight.size(1), RANK=self.rank, RANK_PADDED=padded_rank(max(1, self.rank)),
+            num_warps=tile.num_warps, num_stages=tile.num_stages,
+        )  # fmt: skip
+
+    def forward(self, outputs: tuple[Tensor, ...], keep: bool) -> None:
+        """Write `outputs`, as of :func:`empty_outputs`; with `keep` those that the gradients want too."""
+        nll, lse, e, u, du = outputs
+        if not nll.numel():
+            return
+        normalise = keep and self.is_normalised
+        # Slots ask for bits that do not depend on the rest of the batch, with adapters or without.
+        is_plain = not self.rank and self.slots is None and self.is_capped
+        if keep and not normalise and is_plain and turns.takes(self.h):
+            turns.launch_sweep(self.h, self.weight, self.targets, nll, lse, e, self.softcap, self.temperature)
+            return
+        self._sweep(nll, lse, e, u, du, keep=keep and not normalise, has_lse=False)
+        if normalise:
+            self._sweep(nll, lse, e, u, du, keep=True, has_lse=True)
 
     def _sweep(self, nll: Tensor, lse: Tensor, e: Tensor, u: Tensor, du: Tensor, keep: bool, has_lse: bool) -> None:
         config = pick_config(self.h.dtype, self.rank)
         tile = config.sweep if keep else config.score
         batch, tokens, width = self.h.shape
+        a, b, softcap = self.lora_a, self.lora_b, self.softcap if self.is_capped else 1.0
         sweep[triton.cdiv(tokens, tile.m), batch](
-            TensorDescriptor.from_tensor(self.h, [1, tile.m, tile.k]),
-            TensorDescriptor.from_tensor(self.weight, [tile.n, tile.k]),
-            self.lora_a,
-            self.lora_b,
-            self.slots,
-            self.targets,
-            nll,
-            *lse,
-            e,
-            u,
-            du,
-            tokens,
-            width,
-            e.stride(-2) if keep else 0,
-            self.pool,
-            *self.strides(self.lora_a, self.lora_b),
-            self.softcap if self.is_capped else 1.0,
-            (self.softcap if self.is_capped else 1.0) / self.temperature,
-            1 / self.temperature,
-            **self.constants,
-            KEEP=keep,
-            HAS_LSE=has_lse,
-            BOUNDED=self.is_bounded,
-            CAPPED=self.is_capped,
-            BLOCK_S=tile.m,
-            BLOCK_V=tile.n,
-            BLOCK_D=tile.k,
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
-        )
+            h_desc=tiled(self.h, 1, tile.m, tile.k), weight_desc=tiled(self.weight, tile.n, tile.k),
+            lora_a_ptr=a, lora_b_ptr=b, targets_ptr=self.targets, nll_ptr=nll, lse_ptr=lse[0], top_ptr=lse[1],
+            e_ptr=e, u_ptr=u, du_ptr=du, width=width, stride_e=e.stride(-2) if keep else 0, slots=self.pool,
+            stride_a=0 if a is None else a.stride(0), stride_b=0 if b is None else b.stride(0),
+            softcap=softcap, gain=softcap / self.temperature, scale=1 / self.temperature,
+            KEEP=keep, HAS_LSE=has_lse, BOUNDED=self.is_bounded, CAPPED=self.is_capped,
+            BLOCK_S=tile.m, BLOCK_V=tile.n, BLOCK_D=tile.k, **self.shared(tile),
+        )  # fmt: skip
 
-    def hidden_gradient(self, dnll: Tensor, lse: Tensor, e: Tensor, du: Tensor) -> Tensor:
+    def backward(
+        self,
+        dnll: Tensor,
+        lse: Tensor,
+        e: Tensor,
+        u: Tensor,
+        du: Tensor,
+        dh: Tensor,
+        dweight: Tensor | None,
+        dlora_a: Tensor | None,
+        dlora_b: Tensor | None,
+        fill: bool,
+    ) -> None:
+        """Write dh [B, S, D], and what else is given; with `fill` also zeros for the slots that no row names."""
+        dnll = dnll.contiguous()
+        if not self.h.numel():
+            for grad in (dweight, dlora_a, dlora_b) if fill else ():
+                if grad is not None:
+                    grad.zero_()
+            return
+        row_lse = None if self.is_normalised else lse[0]
+        if self.lora_a is not None:
+            self._adapter_gradient(dnll, row_lse, e, u, du, dlora_a, dlora_b, fill)
+        if dweight is not None:
+            scaled, factors = self._scaled_rows(dnll, row_lse)
+            torch.mm(e.flatten(0, 1).T, scaled, out=dweight)
+            if self.lora_a is None:
+                launch_product(
+                    e.flatten(0, 1), self.weight, transposed=True, epilogue=FACTORS, factors=factors,
+                    result=dh.view(scaled.shape),
+                )  # fmt: skip
+                return
+        self._hidden_gradient(dnll, row_lse, e, du, dh)
+
+    def _hidden_gradient(self, dnll: Tensor, lse: Tensor | None, e: Tensor, du: Tensor, dh: Tensor) -> None:
         tile = pick_config(self.h.dtype, self.rank).hidden
         batch, tokens, width = self.h.shape
-        dh = torch.empty(batch, tokens, width, dtype=self.h.dtype, device=self.h.device)
         hidden_gradient[triton.cdiv(width, tile.n), triton.cdiv(tokens, tile.m), batch](
-            TensorDescriptor.from_tensor(e, [1, tile.m, tile.k]),
-            TensorDescriptor.from_tensor(self.weight, [tile.k, tile.n]),
-            self.lora_a,
-            self.slots,
-            dnll,
-            None if self.is_normalised else lse[0],
-            du,
-            dh,
-            tokens,
-            self.pool,
-            self.strides(self.lora_a, self.lora_b)[0],
-            **self.constants,
-            BLOCK_S=tile.m,
-            BLOCK_D=tile.n,
-            BLOCK_V=tile.k,
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
-        )
-        return dh
+            e_desc=tiled(e, 1, tile.m, tile.k), weight_desc=tiled(self.weight, tile.k, tile.n),
+            lora_a_ptr=self.lora_a, dnll_ptr=dnll, lse_ptr=lse, du_ptr=du, dh_ptr=dh, slots=self.pool,
+            stride_a=0 if self.lora_a is None else self.lora_a.stride(0),
+            BLOCK_S=tile.m, BLOCK_D=tile.n, BLOCK_V=tile.k, **self.shared(tile),
+        )  # fmt: skip
 
-    def adapter_gradient(
-        self, dnll: Tensor, lse: Tensor, e: Tensor, u: Tensor, du: Tensor, da: Tensor, db: Tensor, fill: bool
+    def _adapter_gradient(
+        self, dnll: Tensor, lse: Tensor | None, e: Tensor, u: Tensor, du: Tensor, da: Tensor, db: Tensor, fill: bool
     ) -> None:
-        """Write dA [slots, R, D] and dB [slots, V, R]; with `fill` also the zeros of slots that no row names."""
+        """dA [slots, R, D] and dB [slots, V, R]."""
         tile = pick_config(self.h.dtype, self.rank).adapter
-        (batch, tokens, width), vocabulary = self.h.shape, self.weight.size(0)
+        (batch, _, width), vocabulary = self.h.shape, self.weight.size(0)
         adapter_gradient[triton.cdiv(vocabulary, tile.m) + triton.cdiv(width, tile.m), self.pool](
-            self.h,
-            e,
-            u,
-            du,
-            self.slots,
-            dnll,
-            None if self.is_normalised else lse[0],
-            da,
-            db,
-            batch,
-            tokens,
-            self.h.stride(0),
-            self.h.stride(1),
-            e.stride(-2),
-            *self.strides(da, db),
-            **self.constants,
-            ROWS=triton.next_power_of_2(batch),
-            FILL=fill,
-            BLOCK_S=tile.k,
-            BLOCK_N=tile.m,
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
-        )
+            h_ptr=self.h, e_ptr=e, u_ptr=u, du_ptr=du, dnll_ptr=dnll, lse_ptr=lse, da_ptr=da, db_ptr=db, B=batch,
+            stride_hb=self.h.stride(0), stride_hs=self.h.stride(1), stride_e=e.stride(-2), stride_da=da.stride(0),
+            stride_db=db.stride(0), ROWS=triton.next_power_of_2(batch), FILL=fill, BLOCK_S=tile.k, BLOCK_N=tile.m,
+            **self.shared(tile),
+        )  # fmt: skip
 
-    def plain_gradients(self, dnll: Tensor, lse: Tensor, e: Tensor) -> tuple[Tensor, Tensor]:
-        """dh [B, S, D] and dweight [V, D] of a head without adapters."""
+    def _scaled_rows(self, dnll: Tensor, lse: Tensor | None) -> tuple[Tensor, Tensor]:
+        """h times the factors of E's rows [B S, D], and these factors."""
         rows, width = self.h.shape[:2].numel(), self.h.size(2)
-        scaled, block = self.h.new_empty(rows, width), max(1, 2048 // triton.next_power_of_2(width))
-        factors = self.h.new_empty(rows, dtype=torch.float32)
+        scaled, factors = self.h.new_empty(rows, width), self.h.new_empty(rows, dtype=torch.float32)
+        padded = triton.next_power_of_2(width)
+        block = max(1, 2048 // padded)
         scale_rows[(triton.cdiv(rows, block),)](
-            self.h.contiguous(),
-            dnll,
-            None if self.is_normalised else lse[0],
-            scaled,
-            factors,
-            rows,
-            D=width,
-            N=triton.next_power_of_2(width),
-            BLOCK=block,
-            num_warps=4,
-        )
-        e = e.flatten(0, 1)
-        dh = launch_product(e, self.weight, transposed=True, epilogue=FACTORS, factors=factors)
-        return dh.view(self.h.shape), e.T @ scaled
-
-
-def launchable(h, weight, lora_a, lora_b, slots, targets, softcap: float, temperature: float) -> Head:
-    """The head with every tensor in a layout that the kernels take, copied only where it is in none."""
-    h, weight = aligned(h), aligned(weight)
-    lora_a, lora_b = (t if t is None or is_packed(t) else t.contiguous() for t in (lora_a, lora_b))
-    slots = None if slots is None else slots.contiguous()
-    return Head(h, weight, lora_a, lora_b, slots, targets.contiguous(), softcap, temperature)
-
-
-def is_packed(t: Tensor) -> bool:
-    """Whether each slot's matrix is contiguous; slots may lie any number of elements apart."""
-    return t[:1].is_contiguous()
+            h_ptr=self.h.contiguous(), dnll_ptr=dnll, lse_ptr=lse, out_ptr=scaled, factors_ptr=factors, rows=rows,
+            D=width, N=padded, BLOCK=block, num_warps=4,
+        )  # fmt: skip
+        return scaled, factors

@@ -17,6 +17,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma
 
+from ..dispatch import multiprocessors
 from ..pingpong import (
     ACC,
     BLOCK,
@@ -28,9 +29,8 @@ from ..pingpong import (
     make_ring,
     multiply_tile,
     runs_on,
-    tiled,
+    swizzled,
 )
-from ..tile import multiprocessors
 from .forward import end_of_row
 
 
@@ -90,17 +90,8 @@ def _load(
             for group in range(2):
                 m = (item // SHARES * 2 + group) * BLOCK
                 for k in range(STEPS):
-                    load_step(
-                        h_desc,
-                        weight_desc,
-                        [m, k * DEPTH],
-                        [tile * BLOCK, k * DEPTH],
-                        inputs,
-                        weights,
-                        loaded,
-                        empty,
-                        step,
-                    )
+                    place, columns = [m, k * DEPTH], [tile * BLOCK, k * DEPTH]
+                    load_step(h_desc, weight_desc, place, columns, inputs, weights, loaded, empty, step)
                     step += 1
 
 
@@ -186,13 +177,14 @@ def launch_sweep(
     pairs, tiles, processors = triton.cdiv(rows, 2 * block), triton.cdiv(vocabulary, block), multiprocessors(h.device)
     shares = pick_shares(pairs, tiles, processors)
     totals, z_targets = (nll.new_empty(shares, rows) for _ in range(2))
-    constants = softcap, softcap / temperature, 1 / temperature
+    shared = dict(
+        targets_ptr=targets, totals_ptr=totals, z_targets_ptr=z_targets, rows=rows, softcap=softcap,
+        gain=softcap / temperature, scale=1 / temperature, V=vocabulary, SHARES=shares, num_warps=4,
+    )  # fmt: skip
     _sweep[(min(processors, pairs * shares),)](
-        tiled(h, block, depth), tiled(weight, block, depth), tiled(e, block, block), targets, totals, z_targets,
-        rows, pairs, *constants, SHARES=shares, TILES=triton.cdiv(tiles, shares), V=vocabulary,
-        STEPS=triton.cdiv(width, depth), num_warps=4, maxnreg=168,
+        h_desc=swizzled(h, block, depth), weight_desc=swizzled(weight, block, depth), e_desc=swizzled(e, block, block),
+        pairs=pairs, TILES=triton.cdiv(tiles, shares), STEPS=triton.cdiv(width, depth), maxnreg=168, **shared,
     )  # fmt: skip
     _finish_rows[(triton.cdiv(rows, 256),)](
-        targets, totals, z_targets, nll, *lse, e, rows, e.stride(0), *constants, V=vocabulary, SHARES=shares, N=256,
-        num_warps=4,
-    )  # fmt: skip
+        nll_ptr=nll, lse_ptr=lse[0], top_ptr=lse[1], e_ptr=e, stride_e=e.stride(0), N=256, **shared
+    )

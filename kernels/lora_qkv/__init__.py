@@ -29,10 +29,11 @@ of its batch. Ranks up to 128, D and sizes multiples of 16, any S; tuned for ran
 from typing import TYPE_CHECKING
 
 from ...lazy import lazy_exports
+from ..slots import check_slots
 from .reference import lora_qkv_ref, lora_qkv_rope_ref
 
 if TYPE_CHECKING:
-    from .op import check_slots, lora_qkv
+    from .op import lora_qkv
     from .rope import lora_qkv_rope
 
 __all__ = ["check_slots", "lora_qkv", "lora_qkv_ref", "lora_qkv_rope", "lora_qkv_rope_ref"]

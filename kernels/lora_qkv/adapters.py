@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..dispatch import is_aligned, is_packed
 from .tiles import is_stacked, stacked_rank
 
 
@@ -30,23 +31,26 @@ class Adapters(NamedTuple):
 
 
 def adapters_of(
-    lora_a: Tensor, lora_b: Tensor, slots: Tensor | None, batch: int, sizes: Sequence[int], dtype: torch.dtype
+    x: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    slots: Tensor | None,
+    sizes: Sequence[int],
+    packed: tuple[Tensor, Tensor] | None = None,
 ) -> Adapters:
-    """Those of a batch of documents, in place where the kernels can read them: of this dtype, on 16 bytes."""
-    if lora_a.dtype == dtype and _is_readable(lora_a) and _is_readable(lora_b):
+    """Those of x's documents, in place where the kernels can read them: of x's dtype, on 16 bytes; else in `packed`."""
+    is_readable = all(lora.size(0) and is_packed(lora) and is_aligned(lora) for lora in (lora_a, lora_b))
+    if lora_a.dtype == x.dtype and is_readable:
         return Adapters(lora_a.flatten(1, -2), lora_b, lora_b.size(2), slots)
-    return packed_adapters(*launch_pack(lora_a, lora_b, slots, batch, sizes, dtype), lora_b.size(2))
+    packed = packed or empty_packed(x, lora_b, len(sizes))
+    _launch_pack(lora_a, lora_b, slots, sizes, *packed)
+    return Adapters(*packed, lora_b.size(2), None)
 
 
-def packed_adapters(packed_a: Tensor, packed_b: Tensor, rank: int) -> Adapters:
-    """Those that :func:`launch_pack` made."""
-    return Adapters(packed_a, packed_b, rank, None)
-
-
-def _is_readable(lora: Tensor) -> bool:
-    """Whether it has a slot, each is contiguous, and every row and slot starts on 16 bytes."""
-    starts = [lora.data_ptr(), lora.stride(0) * lora.itemsize, lora.size(-1) * lora.itemsize]
-    return lora.size(0) > 0 and lora[0].is_contiguous() and lora.stride(0) > 0 and not any(s % 16 for s in starts)
+def empty_packed(x: Tensor, lora_b: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """Memory for the adapters of x's documents: A [B, 3R, D], or [B, R, D], and B [B, N, RT], in x's dtype."""
+    (batch, _, width), (_, rows, rank) = x.shape, lora_b.shape
+    return x.new_empty(batch, groups * rank, width), x.new_empty(batch, rows, stacked_rank(rank, groups))
 
 
 PACK = 4096
@@ -79,27 +83,24 @@ def _pack_kernel(
         tl.store(packed_b_ptr + b * N * RT + i, lora_b, n < N)
 
 
-def launch_pack(
-    lora_a: Tensor, lora_b: Tensor, slots: Tensor | None, batch: int, sizes: Sequence[int], dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """A of the batch's documents [B, 3R, D], or [B, R, D], and B [B, N, RT], rounded to `dtype`."""
-    lora_a, lora_b = (lora if lora[:1].is_contiguous() else lora.contiguous() for lora in (lora_a, lora_b))
-    groups, (_, rows, rank) = len(sizes), lora_b.shape
-    width, stacked = lora_a.size(-1), stacked_rank(rank, groups)
-    numbers = groups * rank * width
-    packed_a = torch.empty(batch, groups * rank, width, device=lora_a.device, dtype=dtype)
-    packed_b = torch.empty(batch, rows, stacked, device=lora_a.device, dtype=dtype)
+def _launch_pack(
+    lora_a: Tensor, lora_b: Tensor, slots: Tensor | None, sizes: Sequence[int], packed_a: Tensor, packed_b: Tensor
+) -> None:
+    """Writes what :func:`empty_packed` made."""
+    lora_a, lora_b = (lora if is_packed(lora) else lora.contiguous() for lora in (lora_a, lora_b))
+    (batch, rows, stacked), rank, groups = packed_b.shape, lora_b.size(2), len(sizes)
+    numbers = packed_a.size(1) * packed_a.size(2)
     if batch:
         _pack_kernel[(triton.cdiv(numbers, PACK) + triton.cdiv(rows * stacked, PACK), batch)](
-            lora_a, lora_b, packed_a, packed_b, slots, lora_a.stride(0), lora_b.stride(0), lora_a.size(0),
-            numbers, rows, NQ=sizes[0], NK=sizes[-2 % groups], R=rank, RT=stacked, STACKED=is_stacked(rank, groups),
-            BLOCK=PACK, num_warps=8,
+            a_ptr=lora_a, b_ptr=lora_b, packed_a_ptr=packed_a, packed_b_ptr=packed_b, slots_ptr=slots,
+            a_stride=lora_a.stride(0), b_stride=lora_b.stride(0), count=lora_a.size(0), A=numbers, N=rows,
+            NQ=sizes[0], NK=sizes[-2 % groups], R=rank, RT=stacked, STACKED=is_stacked(rank, groups), BLOCK=PACK,
+            num_warps=8,
         )  # fmt: skip
-    return packed_a, packed_b
 
 
 def unpacked(packed_a: Tensor, packed_b: Tensor, rank: int, sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """A [B, 3, R, D] and B [B, N, R] of what :func:`launch_pack` made."""
+    """A [B, 3, R, D] and B [B, N, R] of what was packed."""
     parts = packed_b.split(list(sizes), dim=1)
     places = [i * rank if is_stacked(rank, 3) else 0 for i in range(3)]
     lora_b = torch.cat([part[..., i : i + rank] for i, part in zip(places, parts, strict=True)], dim=1)

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..dispatch import padded_rank
 from ..dot import multiply_add
 from ..tile import tiled
 from .adapters import Adapters
@@ -18,7 +19,6 @@ from .tiles import (
     cleared,
     is_stacked,
     of_three,
-    padded_rank,
     programs,
     slot_in_pool,
     stacked_rank,
@@ -257,18 +257,21 @@ def launch_backward(
     (batch, length, width), rank, groups = x.shape, adapters.rank, len(grads)
     stacked, padded = stacked_rank(rank, groups), padded_rank(rank)
     sizes = [grad.size(2) for grad in grads]
+    nq, nk, nv = of_three(sizes, 0)
     config = pick_backward_config(x.dtype, rank, groups)
     parts = 1 if is_stacked(rank, groups) else groups
     t = x.new_empty(batch, length, parts * stacked)
     ready = torch.cuda.current_stream(x.device).record_event() if x.is_cuda else None
     m, d, n = config.block_m, config.block_d, config.block_n
     tiles = batch * triton.cdiv(length, m) * (1 if dx is None else triton.cdiv(width, d))
+    q_d, k_d, v_d = of_three([tiled(grad, 1, m, n) for grad in grads])
     _dx_kernel[(programs(x.device, tiles),)](
-        *of_three([tiled(grad, 1, m, n) for grad in grads], None), tiled(weight, n, d), adapters.a,
-        tiled(adapters.b, 1, n, stacked), adapters.slots, tiled(x if dx is None else dx, 1, m, d // PIECES),
-        None if kept is None else tiled(kept, 1, m, d // PIECES), t, adapters.a.stride(0), length, tiles,
-        adapters.a.size(0), *of_three(sizes, 0), D=width, R=rank, RT=stacked, BM=m, BD=d, BN=n,
-        STACKED=is_stacked(rank, groups), PACKED=adapters.is_packed, WITH_DX=dx is not None,
+        q_d=q_d, k_d=k_d, v_d=v_d, w_d=tiled(weight, n, d),
+        a_ptr=adapters.a, b_d=tiled(adapters.b, 1, n, stacked), slots_ptr=adapters.slots,
+        dx_d=tiled(x if dx is None else dx, 1, m, d // PIECES),
+        kept_d=None if kept is None else tiled(kept, 1, m, d // PIECES), t_ptr=t, a_stride=adapters.a.stride(0),
+        S=length, TILES=tiles, COUNT=adapters.a.size(0), NQ=nq, NK=nk, NV=nv, D=width, R=rank, RT=stacked, BM=m, BD=d,
+        BN=n, STACKED=is_stacked(rank, groups), PACKED=adapters.is_packed, WITH_DX=dx is not None,
         num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
     if da is None:
@@ -277,15 +280,16 @@ def launch_backward(
     with _beside(x.device, ready):
         n, s = config.db_n, config.db_s
         tiles = batch * sum(triton.cdiv(size, n) for size in sizes)
+        q_d, k_d, v_d = of_three([tiled(grad, 1, s, n) for grad in grads])
         _db_kernel[(programs(x.device, tiles),)](
-            *of_three([tiled(grad, 1, s, n) for grad in grads], None), tiled(xa, 1, s, padded), db, slots,
-            db.stride(0), db.size(0), batch, length, tiles, *of_three(sizes, 0), R=rank, RP=padded, BN=n, BS=s,
-            BP=batch_pow2,
+            q_d=q_d, k_d=k_d, v_d=v_d, xa_d=tiled(xa, 1, s, padded),
+            db_ptr=db, slots_ptr=slots, db_stride=db.stride(0), count=db.size(0), B=batch, S=length, TILES=tiles,
+            NQ=nq, NK=nk, NV=nv, R=rank, RP=padded, BN=n, BS=s, BP=batch_pow2,
             num_warps=config.db_warps, num_stages=config.db_stages,
         )  # fmt: skip
     d, s, rows = config.da_d, config.da_s, max(64, stacked)  # 64: the fewest rows of a Hopper matrix instruction
     _da_kernel[(triton.cdiv(width, d) * parts, batch)](
-        tiled(t, 1, s, rows), tiled(x, 1, s, d), da, slots, da.stride(0), da.size(0), batch, length,
-        D=width, ROWS=groups * rank // parts, RT=rows, STEP=stacked, PARTS=parts, BD=d, BS=s, BP=batch_pow2,
-        num_warps=config.da_warps, num_stages=config.da_stages,
+        t_d=tiled(t, 1, s, rows), x_d=tiled(x, 1, s, d), da_ptr=da, slots_ptr=slots, da_stride=da.stride(0),
+        count=da.size(0), B=batch, S=length, D=width, ROWS=groups * rank // parts, RT=rows, STEP=stacked, PARTS=parts,
+        BD=d, BS=s, BP=batch_pow2, num_warps=config.da_warps, num_stages=config.da_stages,
     )  # fmt: skip

@@ -11,12 +11,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..dispatch import aligned, padded_rank
 from ..dot import multiply_add
 from ..rms_norm import EPS
 from ..tile import tiled
-from .adapters import Adapters
-from .heads import Rotary, gains, heads_at_once, norm_rotate_by_quarters, norm_rotate_whole
-from .tiles import PIECES, cleared, eighths, is_stacked, of_three, padded_rank, programs, slot_in_pool, store_squares
+from .adapters import adapters_of, empty_packed
+from .heads import HeadTables, gains, heads_at_once, norm_rotate_by_quarters, norm_rotate_whole
+from .tiles import PIECES, cleared, eighths, is_stacked, of_three, programs, slot_in_pool, store_squares
 
 
 @dataclass(frozen=True)
@@ -37,19 +38,38 @@ def pick_forward_config(dtype: torch.dtype, rank: int) -> ForwardConfig:
     if padded_rank(rank) > 16:
         return ForwardConfig(128, 128, 64, 8, 3, 64)  # R up to 64 fits registers and shared memory
     # NVIDIA H100, 65536 x 512 x 1024: 0.128 ms; 4 stages 0.132; cuBLAS without adapters 0.110. A form of it with norm
-    # and rotation 0.170; those in a launch after it 0.210. Heads of 64 spill nothing, of 32 1.0 KB, of 128 1.2 KB.
+    # and rotation 0.170; those in a launch after it 0.210. Heads of 64 spill nothing, of 32 1.1 KB, of 128 1.0 KB.
     return ForwardConfig(128, 256, 64, 8, 3, 128)
 
 
 class Projected(NamedTuple):
-    """q, k, v [B, S, N_p], or one product, and x A^T [B, S, 3 padded R] (or padded R), rounded to x's dtype; with a
-    Rotary, 1 / rms of each head of q and k [B, S, heads] in fp32, else None.
-    """
+    """What the forward makes; for a forward's fake, too."""
 
     outs: list[Tensor]
+    """q, k and v [B, S, N_p], or the one product"""
     xa: Tensor
-    rstd_q: Tensor | None = None
-    rstd_k: Tensor | None = None
+    """x A^T [B, S, 3 padded R], or padded R, rounded to x's dtype"""
+    packed_a: Tensor
+    """the adapters that had to be rounded to x's dtype (:func:`empty_packed`), else empty"""
+    packed_b: Tensor
+    rstds: list[Tensor]
+    """with HeadTables, 1 / rms of each head of q and of k [B, S, heads] in fp32"""
+
+    def flat(self) -> tuple[Tensor, ...]:
+        return *self.outs, self.xa, self.packed_a, self.packed_b, *self.rstds
+
+
+def empty_projected(x: Tensor, lora_a: Tensor, lora_b: Tensor, sizes: Sequence[int], head_dim: int = 0) -> Projected:
+    """Memory for what :func:`launch_forward` makes."""
+    batch, length, _ = x.shape
+    packed = (x.new_empty(0), x.new_empty(0)) if lora_a.dtype == x.dtype else empty_packed(x, lora_b, len(sizes))
+    heads = [size // head_dim for size in sizes[:2]] if head_dim else []
+    return Projected(
+        [x.new_empty(batch, length, size) for size in sizes],
+        x.new_empty(batch, length, len(sizes) * padded_rank(lora_b.size(2))),
+        *packed,
+        [x.new_empty(batch, length, count, dtype=torch.float32) for count in heads],
+    )
 
 
 @triton.jit
@@ -189,35 +209,40 @@ def _forward_kernel(
 def launch_forward(
     x: Tensor,
     weight: Tensor,
-    adapters: Adapters,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    slots: Tensor | None,
     sizes: Sequence[int],
-    rotary: Rotary | None = None,
+    heads: HeadTables | None = None,
     squared: bool = False,
     u: Tensor | None = None,
 ) -> Projected:
-    """Everything that the forward makes; with `rotary`, q and k are normed, rotated and q is times the gain.
+    """Everything that the forward makes; with `heads`, q and k are normed, rotated and q is times the gain.
 
     One size is one product. `squared`: the product is u, of which relu(u)^2 is returned; `u` [B, S, N] gets it itself.
     """
-    (batch, length, width), rank, groups = x.shape, adapters.rank, len(sizes)
-    padded, config = padded_rank(rank), pick_forward_config(x.dtype, rank)
-    outs = [x.new_empty(batch, length, size) for size in sizes]
-    xa = x.new_empty(batch, length, groups * padded)
-    head, rstds = 0, [None, None]
-    if rotary:
-        head = rotary.head_dim
-        rstds = [x.new_empty(batch, length, size // head, dtype=torch.float32) for size in sizes[:2]]
-    if xa.numel():
+    (batch, length, width), rank, groups = x.shape, lora_b.size(2), len(sizes)
+    head_dim = heads.head_dim if heads else 0
+    made = empty_projected(x, lora_a, lora_b, sizes, head_dim)
+    packed = None if lora_a.dtype == x.dtype else (made.packed_a, made.packed_b)
+    adapters = adapters_of(x, lora_a, lora_b, slots, sizes, packed)
+    cos, sin, gain = heads[:3] if heads else (None, None, None)
+    rstd_q, rstd_k = made.rstds or (None, None)
+    if made.xa.numel():
+        padded, config = padded_rank(rank), pick_forward_config(x.dtype, rank)
         m, n, k = config.block_m, config.block_n, config.block_k
         tiles = batch * triton.cdiv(length, m) * sum(triton.cdiv(size, n) for size in sizes)
+        q_d, k_d, v_d = of_three([tiled(out, 1, m, n // PIECES) for out in made.outs])
+        nq, nk, nv = of_three(sizes, 0)
         _forward_kernel[(programs(x.device, tiles),)](
-            tiled(x, 1, m, k), tiled(weight, n, k), tiled(adapters.a, 1, padded, k), adapters.b, adapters.slots,
-            *of_three([tiled(out, 1, m, n // PIECES) for out in outs], None), xa, u,
-            *(rotary[:3] if rotary else (None, None, None)), *rstds, rotary.table_stride if rotary else None,
-            adapters.b.stride(0), length, tiles, adapters.b.size(0), *of_three(sizes, 0),
-            D=width, R=rank, RT=adapters.b.size(2), STACKED=adapters.is_packed and is_stacked(rank, groups),
-            RP=padded, BM=m, BN=n, BK=k,
-            HEAD=head, HEADS=heads_at_once(n, head), EPS=EPS, SQUARED=squared,
+            x_d=tiled(aligned(x), 1, m, k), w_d=tiled(aligned(weight), n, k), a_d=tiled(adapters.a, 1, padded, k),
+            b_ptr=adapters.b, slots_ptr=adapters.slots,
+            q_d=q_d, k_d=k_d, v_d=v_d, xa_ptr=made.xa, u_ptr=u, cos_ptr=cos, sin_ptr=sin, gain_ptr=gain,
+            rstd_q_ptr=rstd_q, rstd_k_ptr=rstd_k, table_stride=heads.table_stride if heads else None,
+            b_stride=adapters.b.stride(0), S=length, TILES=tiles, COUNT=adapters.b.size(0),
+            NQ=nq, NK=nk, NV=nv, D=width, R=rank, RT=adapters.b.size(2),
+            STACKED=adapters.is_packed and is_stacked(rank, groups), RP=padded, BM=m, BN=n, BK=k, HEAD=head_dim,
+            HEADS=heads_at_once(n, head_dim), EPS=EPS, SQUARED=squared,
             num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
-    return Projected(outs, xa, *rstds)
+    return made

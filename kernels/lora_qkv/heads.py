@@ -6,10 +6,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..tile import halves
+from ..tile import halves, norm_rotate
 
 
-class Rotary(NamedTuple):
+class HeadTables(NamedTuple):
     """Tables [S, head_dim/2] or each document's own [B, S, head_dim/2], gain [query heads]; fp32 and contiguous."""
 
     cos: Tensor
@@ -48,12 +48,8 @@ def _norm_rotate(
     """
     HEADS: tl.constexpr = N // HEAD
     left, right = tl.split(tile.reshape(M, HEADS, 2, HEAD // 2).permute(0, 1, 3, 2))
-    square = tl.sum(left * left + right * right, 2) * (1.0 / HEAD) + EPS
-    rstd = tl.div_rn(1.0, tl.sqrt_rn(square)) if dtype == tl.float32 else tl.rsqrt(square)
-    scale = (rstd * gain[None, :])[:, :, None]
-    cos, sin = cos[:, None, :], sin[:, None, :]
-    rotated_left = ((left * cos - right * sin) * scale).to(dtype)
-    rotated_right = ((right * cos + left * sin) * scale).to(dtype)
+    left, right, rstd = norm_rotate(left, right, cos[:, None, :], sin[:, None, :], gain, HEAD, EPS, dtype == tl.float32)
+    rotated_left, rotated_right = left.to(dtype), right.to(dtype)
     if HEADS == 1:
         first, second = rotated_left.reshape(M, N // 2), rotated_right.reshape(M, N // 2)
     else:

@@ -2,26 +2,26 @@
 
 from collections.abc import Sequence
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..registration import custom_op, keep_output, refuse_gradients
-from ..tile import UNIT, aligned, off_unit
+from ..dispatch import custom_op, empty_grad, keep_output, refuse_gradients
+from ..rotary.op import expect_tables
+from ..tile import UNIT, off_unit, unrotate
 from .adapters import unpacked
-from .forward import launch_forward, pick_forward_config
-from .heads import Rotary
-from .op import adapters_and_packed, fake_outputs, fake_packed, gradients, saved
+from .forward import empty_projected, launch_forward, pick_forward_config
+from .heads import HeadTables
+from .op import Lora, Saved, gradients, with_zeros
 from .reference import lora_qkv_rope_ref
-from .validate import validate
+from .validate import expect_projections
 
 TOKENS = 64
 """Tokens of one head in a program of the backward."""
 
 
 @triton.jit
-def _unrotate(
+def _head_gradient(
     dout_ptr, out_ptr, rstd_ptr, dx_ptr, gain, cos, sin, offsets, mask, rstd_offsets, stride_b, stride_s, b, token,
     head, D: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
@@ -41,8 +41,9 @@ def _unrotate(
     dleft, dright = dleft - left * share[:, None], dright - right * share[:, None]
     factor = (tl.load(rstd_ptr + rstd_offsets, mask, other=0.0) * gain)[:, None]
     dtype = dx_ptr.dtype.element_ty
-    tl.store(dx_ptr + offsets, ((dleft * cos + dright * sin) * factor).to(dtype), mask[:, None])
-    tl.store(dx_ptr + HALF + offsets, ((dright * cos - dleft * sin) * factor).to(dtype), mask[:, None])
+    dleft, dright = unrotate(dleft, dright, cos, sin)
+    tl.store(dx_ptr + offsets, (dleft * factor).to(dtype), mask[:, None])
+    tl.store(dx_ptr + HALF + offsets, (dright * factor).to(dtype), mask[:, None])
 
 
 @triton.jit(do_not_specialize=["S"])
@@ -67,17 +68,94 @@ def _heads_backward_kernel(
     if head < H:
         gain = tl.load(gain_ptr + head)
         offsets = row[:, None] * (H * D) + head * D + tl.arange(0, HALF)
-        _unrotate(
+        _head_gradient(
             dq_out_ptr, q_ptr, rstd_q_ptr, dq_ptr, gain, cos, sin, offsets, mask, row * H + head, q_stride_b,
             q_stride_s, b, token, head, D, HALF,
         )  # fmt: skip
     else:
         head -= H
         offsets = row[:, None] * (G * D) + head * D + tl.arange(0, HALF)
-        _unrotate(
+        _head_gradient(
             dk_out_ptr, k_ptr, rstd_k_ptr, dk_ptr, 1.0, cos, sin, offsets, mask, row * G + head, k_stride_b,
             k_stride_s, b, token, head, D, HALF,
         )  # fmt: skip
+
+
+@custom_op("klora::lora_qkv_rope", mutates_args=())
+def _op(
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    gain: Tensor,
+    slots: Tensor | None,
+    sizes: list[int],
+    head_dim: int,
+    grad_a: Tensor | None,
+    grad_b: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """q, k, v, and what the backward wants: xa, packed adapters, 1 / rms of the heads of q and k."""
+    return launch_forward(x, weight, lora_a, lora_b, slots, sizes, HeadTables(cos, sin, gain, head_dim)).flat()
+
+
+@_op.register_fake
+def _(x, weight, lora_a, lora_b, cos, sin, gain, slots, sizes, head_dim, grad_a, grad_b):
+    return empty_projected(x, lora_a, lora_b, sizes, head_dim).flat()
+
+
+@custom_op("klora::lora_qkv_rope_heads_backward_", mutates_args=("dq", "dk"))
+def _heads_backward_op(
+    dq_out: Tensor,
+    dk_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    rstd_q: Tensor,
+    rstd_k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    gain: Tensor,
+    dq: Tensor,
+    dk: Tensor,
+) -> None:
+    """Writes the gradients of q and k before norm, rotation and gain."""
+    heads, groups, head_dim = rstd_q.size(2), rstd_k.size(2), 2 * cos.size(1)
+    if q.numel():
+        dq_out, dk_out = (dout if dout.stride(2) == 1 else dout.contiguous() for dout in (dq_out, dk_out))
+        _heads_backward_kernel[(triton.cdiv(q.size(1), TOKENS), heads + groups, q.size(0))](
+            dq_out_ptr=dq_out, dk_out_ptr=dk_out, q_ptr=q, k_ptr=k, rstd_q_ptr=rstd_q, rstd_k_ptr=rstd_k, cos_ptr=cos,
+            sin_ptr=sin, gain_ptr=gain, dq_ptr=dq, dk_ptr=dk, q_stride_b=dq_out.stride(0), q_stride_s=dq_out.stride(1),
+            k_stride_b=dk_out.stride(0), k_stride_s=dk_out.stride(1), S=q.size(1),
+            H=heads, G=groups, D=head_dim, TOKENS=TOKENS, num_warps=4,
+        )  # fmt: skip
+
+
+def _setup(ctx, inputs, output):
+    x, weight, lora_a, lora_b, cos, sin, gain, slots, ctx.sizes, _, *grads = inputs
+    q, k, _, xa, packed_a, packed_b, rstd_q, rstd_k = output
+    (q, ctx.is_q_changed), (k, ctx.is_k_changed) = keep_output(q), keep_output(k)
+    saved = Saved.of(x, weight, lora_a, lora_b, slots, xa, packed_a, packed_b)
+    ctx.save_for_backward(*saved, q, k, rstd_q, rstd_k, cos, sin, gain)
+    ctx.lora = Lora.of(lora_a, lora_b, *grads)
+    ctx.mark_non_differentiable(*output[3:])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, *douts):
+    saved, (q, k, *heads) = Saved.split(ctx.saved_tensors)
+    if ctx.is_q_changed() or ctx.is_k_changed():
+        x, weight, a, b, _, slots = saved
+        if ctx.lora.dtype != x.dtype:
+            (a, b), slots = unpacked(a, b, ctx.lora.b_shape[2], ctx.sizes), None
+        q, k, *_ = _op(x, weight, a, b, *heads[2:], slots, ctx.sizes, 2 * heads[2].size(1), None, None)
+    dq_out, dk_out, dv = with_zeros(saved.x, douts[:3], ctx.sizes)
+    dq, dk = empty_grad(q), empty_grad(k)
+    _heads_backward_op(dq_out, dk_out, q, k, *heads, dq, dk)
+    return *gradients(saved, ctx.lora, ctx.needs_input_grad[:4], (dq, dk, dv)), *(None,) * 8
+
+
+_op.register_autograd(_backward, setup_context=_setup)
 
 
 def lora_qkv_rope(
@@ -112,111 +190,31 @@ def lora_qkv_rope(
 
     Example: q, k, v = lora_qkv_rope(x, weight, lora_a, lora_b, cos, sin, gain, slots, sizes, head_dim=16)
     """
-    backend, sizes, slots = validate(x, weight, lora_a, lora_b, slots, sizes, grads, backend)
-    validate_heads(x, lora_a, cos, sin, gain, sizes, head_dim, backend)
+    backend, sizes, slots = expect_projections(x, weight, lora_a, lora_b, slots, sizes, grads, backend)
+    expect_heads(x, lora_b, cos, sin, gain, sizes, head_dim, backend)
     if backend == "reference":
         return lora_qkv_rope_ref(x, weight, lora_a, lora_b, cos, sin, gain, tuple(sizes), head_dim, slots)
     tables = (table.contiguous() for table in (cos, sin, gain))
     return _op(x, weight, lora_a, lora_b, *tables, slots, sizes, head_dim, *(grads or (None, None)))[:3]
 
 
-@custom_op("klora::lora_qkv_rope", mutates_args=())
-def _op(
+def expect_heads(
     x: Tensor,
-    weight: Tensor,
-    lora_a: Tensor,
     lora_b: Tensor,
     cos: Tensor,
     sin: Tensor,
     gain: Tensor,
-    slots: Tensor | None,
-    sizes: list[int],
+    sizes: Sequence[int],
     head_dim: int,
-    grad_a: Tensor | None,
-    grad_b: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """q, k, v, and what the backward wants: xa, packed adapters, 1 / rms of the heads of q and k."""
-    adapters, packed = adapters_and_packed(x, lora_a, lora_b, slots, sizes)
-    made = launch_forward(aligned(x), aligned(weight), adapters, sizes, Rotary(cos, sin, gain, head_dim))
-    return *made.outs, made.xa, *packed, made.rstd_q, made.rstd_k
-
-
-@_op.register_fake
-def _(x, weight, lora_a, lora_b, cos, sin, gain, slots, sizes, head_dim, grad_a, grad_b):
-    rstds = (cos.new_empty(*x.shape[:2], size // head_dim) for size in sizes[:2])
-    return *fake_outputs(x, sizes, lora_a.size(2)), *fake_packed(x, weight, lora_a), *rstds
-
-
-@custom_op("klora::lora_qkv_rope_heads_backward", mutates_args=())
-def _heads_backward_op(
-    dq: Tensor,
-    dk: Tensor,
-    q: Tensor,
-    k: Tensor,
-    rstd_q: Tensor,
-    rstd_k: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    gain: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """The gradients of q and k before norm, rotation and gain."""
-    heads, groups, head_dim = rstd_q.size(2), rstd_k.size(2), 2 * cos.size(1)
-    outs = torch.empty_like(q), torch.empty_like(k)
-    if q.numel():
-        dq, dk = (dout if dout.stride(2) == 1 else dout.contiguous() for dout in (dq, dk))
-        _heads_backward_kernel[(triton.cdiv(q.size(1), TOKENS), heads + groups, q.size(0))](
-            dq, dk, q, k, rstd_q, rstd_k, cos, sin, gain, *outs, *dq.stride()[:2], *dk.stride()[:2], q.size(1),
-            H=heads, G=groups, D=head_dim, TOKENS=TOKENS, num_warps=4,
-        )  # fmt: skip
-    return outs
-
-
-@_heads_backward_op.register_fake
-def _(dq, dk, q, k, rstd_q, rstd_k, cos, sin, gain):
-    return torch.empty_like(q), torch.empty_like(k)
-
-
-def _setup(ctx, inputs, output):
-    x, weight, lora_a, lora_b, cos, sin, gain, slots, sizes, _, grad_a, grad_b = inputs
-    q, k, _, xa, packed_a, packed_b, rstd_q, rstd_k = output
-    (q, ctx.is_q_changed), (k, ctx.is_k_changed) = keep_output(q), keep_output(k)
-    heads = q, k, rstd_q, rstd_k, cos, sin, gain
-    ctx.save_for_backward(*saved(x, weight, lora_a, lora_b, slots, xa, packed_a, packed_b), *heads)
-    ctx.lora = lora_a.size(0), lora_a.size(2), lora_a.dtype
-    ctx.grads, ctx.sizes = (grad_a, grad_b), sizes
-    ctx.mark_non_differentiable(*output[3:])
-    ctx.set_materialize_grads(False)
-
-
-def _backward(ctx, *douts):
-    (x, weight, a, b, _, slots), (q, k, *heads) = ctx.saved_tensors[:6], ctx.saved_tensors[6:]
-    if ctx.is_q_changed() or ctx.is_k_changed():
-        lora = (a, b, slots) if a.dim() == 4 else (*unpacked(a, b, ctx.lora[1], ctx.sizes), None)
-        cos, sin, gain = heads[2:]
-        q, k, *_ = _op(x, weight, *lora[:2], cos, sin, gain, lora[2], ctx.sizes, 2 * cos.size(1), None, None)
-    dq, dk, dv = (x.new_zeros(*x.shape[:2], n) if d is None else d for d, n in zip(douts[:3], ctx.sizes, strict=True))
-    return *gradients(ctx, (*_heads_backward_op(dq, dk, q, k, *heads), dv)), *(None,) * 8
-
-
-_op.register_autograd(_backward, setup_context=_setup)
-
-
-def validate_heads(x, lora_a, cos, sin, gain, sizes, head_dim, backend, own_tables=False) -> None:
-    """Raises ValueError on heads and tables that the backend does not take; `own_tables`: each document has its own."""
-    refuse_gradients("detach it", cos=cos, sin=sin)
+    backend: str,
+    own_tables: bool = False,
+) -> None:
+    """Raises on heads and tables that the backend does not take; `own_tables`: each document has its own."""
     refuse_gradients("detach it, or use lora_qkv and norm_rotary", gain=gain)
     if head_dim < 2 or head_dim % 2 or any(size % head_dim for size in sizes[:2]):
         raise ValueError(f"head_dim is {head_dim} and sizes {tuple(sizes)}; wanted an even divisor of the first two")
-    table = [*x.shape[:2], head_dim // 2] if own_tables else [x.size(1), head_dim // 2]
-    for name, tensor, shape in (
-        ("cos", cos, table),
-        ("sin", sin, table),
-        ("gain", gain, [sizes[0] // head_dim]),
-    ):
-        if list(tensor.shape) != shape or tensor.device != x.device:
-            raise ValueError(f"{name} is {list(tensor.shape)} on {tensor.device}; wanted {shape} on {x.device}")
-        if backend == "triton" and tensor.dtype != torch.float32:
-            raise ValueError(f"{name} is {tensor.dtype}; the kernel wants float32")
-    widest = pick_forward_config(x.dtype, lora_a.size(2)).widest_head
+    shape = (*x.shape[:2], head_dim // 2) if own_tables else (x.size(1), head_dim // 2)
+    expect_tables(cos, sin, gain, shape, sizes[0] // head_dim, x.device, backend)
+    widest = pick_forward_config(x.dtype, lora_b.size(2)).widest_head
     if backend == "triton" and (head_dim & (head_dim - 1) or head_dim > widest):
-        raise ValueError(f"head_dim is {head_dim}; the kernel wants a power of two up to {widest}")
+        raise ValueError(f"head_dim is {head_dim}; wanted a power of two up to {widest}")

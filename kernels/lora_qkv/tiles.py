@@ -7,26 +7,22 @@ import torch
 import triton
 import triton.language as tl
 
+from ..dispatch import multiprocessors, padded_rank
 from ..linear.product import relu, times_slope
-from ..tile import halves, multiprocessors
+from ..tile import halves
 
 PIECES = 8
 """Pieces, side by side, in which a tile leaves: shared memory for one of them is enough."""
 
 
-def of_three(projections: Sequence, none: Any) -> tuple:
+def of_three(projections: Sequence, nothing: Any = None) -> Sequence:
     """What the kernels take for q, k and v: as it is, or the one product as q."""
-    return (*projections, none, none) if len(projections) == 1 else tuple(projections)
+    return (*projections, nothing, nothing) if len(projections) == 1 else projections
 
 
-def programs(device: torch.device, tiles: int, beside: int = 1) -> int:
-    """`beside` programs a multiprocessor, or one a tile where there are fewer tiles."""
-    return min(multiprocessors(device) * beside, tiles)
-
-
-def padded_rank(rank: int) -> int:
-    """R as the tensor cores take it: a power of two, at least 16."""
-    return max(16, triton.next_power_of_2(rank))
+def programs(device: torch.device, tiles: int) -> int:
+    """One a multiprocessor, or one a tile where there are fewer tiles."""
+    return min(multiprocessors(device), tiles)
 
 
 def is_stacked(rank: int, groups: int) -> bool:

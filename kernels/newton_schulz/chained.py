@@ -29,6 +29,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from ..dispatch import multiprocessors
 from .plan import CHAIN_FIELDS, Plan
 
 _barrier = getattr(gl, "barrier", None) or gl.thread_barrier  # Triton 3.7 renames it
@@ -328,23 +329,16 @@ def _chained(
 def run_chained(plan: Plan, arena: Tensor, result: Tensor, block_k: int, stages: int) -> None:
     """All products of a chained `plan` in `arena` fp16 [arena_rows, panel]; `result` is of 16 bits."""
     panel = arena.size(1)
-    blocks = ((arena, panel, block_k), (arena, block_k, panel), (arena, panel, panel), (result, panel, panel))
-    layouts = [gl.NVMMASharedLayout.get_default_for([rows, columns], gl.float16) for _, rows, columns in blocks]
-    descriptors = [
-        TensorDescriptor.from_tensor(tensor, [rows, columns], layout)
-        for (tensor, rows, columns), layout in zip(blocks, layouts, strict=True)
-    ]
-    multiprocessors = torch.cuda.get_device_properties(arena.device).multi_processor_count
+    blocks = {
+        "rows": (arena, panel, block_k), "columns": (arena, block_k, panel),
+        "squares": (arena, panel, panel), "result": (result, panel, panel),
+    }  # fmt: skip
+    descriptors = {
+        name: TensorDescriptor.from_tensor(tensor, block, gl.NVMMASharedLayout.get_default_for(block, gl.float16))
+        for name, (tensor, *block) in blocks.items()
+    }
     done = torch.zeros(len(plan.starts), dtype=torch.int32, device=arena.device)
-    _chained[(min(multiprocessors, len(plan.tiles)),)](
-        *descriptors,
-        plan.tiles,
-        plan.factors,
-        done,
-        len(plan.tiles),
-        STAGES=stages,
-        FIELDS=CHAIN_FIELDS,
-        REGISTERS=REGISTERS,
-        num_warps=4,
-        launch_cooperative_grid=True,
-    )
+    _chained[(min(multiprocessors(arena.device), len(plan.tiles)),)](
+        **descriptors, table=plan.tiles, factors=plan.factors, done=done, total=len(plan.tiles),
+        STAGES=stages, FIELDS=CHAIN_FIELDS, REGISTERS=REGISTERS, num_warps=4, launch_cooperative_grid=True,
+    )  # fmt: skip

@@ -9,17 +9,21 @@ matrices are finite. So whether the step is taken is known before anything is wr
 momentum are read twice and momentum is written once, whichever kernel writes it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .pieces import MATRIX_FIELDS, PIECE, Pieces
-from .reference import EPS, SHRINK
+from . import pieces as layout
+from . import reference
+from .pieces import Pieces
 
-TINY = 1e-30
+PIECE, FIELDS = tl.constexpr(layout.PIECE), tl.constexpr(layout.MATRIX_FIELDS)
+SHRINK = tl.constexpr(reference.SHRINK)
+TINY = tl.constexpr(1e-30)
 """Entries below it count as zeros in a norm, to which EPS is added anyway; the inverse of any other is finite."""
 
 
@@ -36,13 +40,13 @@ def _pointers(tensors, which, offsets, DTYPE: tl.constexpr, VECTOR: tl.constexpr
 
 
 @triton.jit
-def _place(table, matrices, piece, FIELDS: tl.constexpr, PIECE: tl.constexpr):
+def _place(table_ptr, matrices_ptr, piece):
     """Tensor, matrix, offsets of a piece's elements, and which of them exist."""
-    which = tl.load(table + piece * 4)
-    matrix = tl.load(table + piece * 4 + 1)
-    row = tl.multiple_of(tl.load(table + piece * 4 + 2), PIECE)
-    column = tl.multiple_of(tl.load(table + piece * 4 + 3), PIECE)
-    about = matrices + matrix * FIELDS
+    which = tl.load(table_ptr + piece * 4)
+    matrix = tl.load(table_ptr + piece * 4 + 1)
+    row = tl.multiple_of(tl.load(table_ptr + piece * 4 + 2), PIECE)
+    column = tl.multiple_of(tl.load(table_ptr + piece * 4 + 3), PIECE)
+    about = matrices_ptr + matrix * FIELDS
     r = row + tl.arange(0, PIECE)
     c = column + tl.arange(0, PIECE)
     return which, matrix, about, row, column, r, c
@@ -60,49 +64,23 @@ def _offsets(about, r, c, UNIT: tl.constexpr, VECTOR: tl.constexpr):
 
 
 @triton.jit
-def _direction(
-    g,
-    m,
-    rate,
-    MOMENTUM: tl.constexpr,
-    NESTEROV: tl.constexpr,
-    MOMENTUM_DTYPE: tl.constexpr,
-    SHRINK: tl.constexpr,
-):
+def _direction(g, m, rate, NESTEROV: tl.constexpr, MOMENTUM_DTYPE: tl.constexpr):
     """SHRINK times what is orthogonalised, and the momentum mu m + g as it is stored."""
     x = SHRINK * g
-    if MOMENTUM:
-        m = (rate * m + g).to(MOMENTUM_DTYPE)
-        if NESTEROV:
-            x += SHRINK * rate * m.to(tl.float32)
-        else:
-            x = SHRINK * m.to(tl.float32)
+    m = (rate * m + g).to(MOMENTUM_DTYPE)
+    if NESTEROV:
+        x += SHRINK * rate * m.to(tl.float32)
+    else:
+        x = SHRINK * m.to(tl.float32)
     return x, m
 
 
 @triton.jit
 def _measure(
-    tensors,
-    momenta,
-    table,
-    matrices,
-    parts,
-    finite,
-    rate,
-    first,
-    FIELDS: tl.constexpr,
-    PIECE: tl.constexpr,
-    DTYPE: tl.constexpr,
-    MOMENTUM_DTYPE: tl.constexpr,
-    UNIT: tl.constexpr,
-    VECTOR: tl.constexpr,
-    MOMENTUM: tl.constexpr,
-    NESTEROV: tl.constexpr,
-    SHRINK: tl.constexpr,
-    TINY: tl.constexpr,
-    RATE_ON_DEVICE: tl.constexpr,
-    DEPENDENT: tl.constexpr,
-):
+    tensors, momenta, table_ptr, matrices_ptr, parts_ptr, finite_ptr, rate, first,
+    DTYPE: tl.constexpr, MOMENTUM_DTYPE: tl.constexpr, UNIT: tl.constexpr, VECTOR: tl.constexpr,
+    NESTEROV: tl.constexpr, RATE_ON_DEVICE: tl.constexpr, DEPENDENT: tl.constexpr,
+):  # fmt: skip
     """Largest magnitude of a piece and sum of squares in its units, which is NaN if an entry is not finite.
 
     `finite` becomes 1.
@@ -110,159 +88,119 @@ def _measure(
     piece = first + tl.program_id(0)
     if DEPENDENT:
         tl.extra.cuda.gdc_wait()
-    tl.store(finite, 1, mask=piece == 0)
-    which, matrix, about, row, column, r, c = _place(table, matrices, piece, FIELDS, PIECE)
+    tl.store(finite_ptr, 1, mask=piece == 0)
+    which, matrix, about, row, column, r, c = _place(table_ptr, matrices_ptr, piece)
     offsets, exists = _offsets(about, r, c, UNIT, VECTOR)
     g = tl.load(_pointers(tensors, which, offsets, DTYPE, VECTOR), mask=exists, other=0.0).to(tl.float32)
-    m = g
-    if MOMENTUM:
+    if momenta is None:
+        x = SHRINK * g
+    else:
         if RATE_ON_DEVICE:
             rate = tl.load(rate)
         pointer = _pointers(momenta, which, offsets, MOMENTUM_DTYPE, VECTOR)
         m = tl.load(pointer, mask=exists, other=0.0).to(tl.float32)
-    x, _ = _direction(g, m, rate, MOMENTUM, NESTEROV, MOMENTUM_DTYPE, SHRINK)
+        x, _ = _direction(g, m, rate, NESTEROV, MOMENTUM_DTYPE)
     largest = tl.max(tl.abs(x))
     x = x / tl.where(largest > TINY, largest, 1.0)
-    tl.store(parts + piece * 2, largest)
-    tl.store(parts + piece * 2 + 1, tl.sum(x * x))
+    tl.store(parts_ptr + piece * 2, largest)
+    tl.store(parts_ptr + piece * 2 + 1, tl.sum(x * x))
     if DEPENDENT:
         tl.extra.cuda.gdc_launch_dependents()
 
 
 @triton.jit
 def _inverse_norm(
-    matrices,
-    parts,
-    inverses,
-    finite,
-    eps,
-    FIELDS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    TINY: tl.constexpr,
-    DEPENDENT: tl.constexpr,
-):
+    matrices_ptr, parts_ptr, inverses_ptr, finite_ptr, eps, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr
+):  # fmt: skip
     """Two factors whose product is 1 / (norm + eps) of a matrix; both zero where it is not finite, as `finite` then."""
     matrix = tl.program_id(0)
-    first = tl.load(matrices + matrix * FIELDS + 9)
-    count = tl.load(matrices + matrix * FIELDS + 10)
+    first = tl.load(matrices_ptr + matrix * FIELDS + 9)
+    count = tl.load(matrices_ptr + matrix * FIELDS + 10)
     if DEPENDENT:
         tl.extra.cuda.gdc_wait()
     largest = tl.full((BLOCK,), TINY, tl.float32)
     for start in range(0, count, BLOCK):
         index = start + tl.arange(0, BLOCK)
-        largest = tl.maximum(largest, tl.load(parts + (first + index) * 2, mask=index < count, other=0.0))
+        largest = tl.maximum(largest, tl.load(parts_ptr + (first + index) * 2, mask=index < count, other=0.0))
     inverse = 1.0 / tl.max(largest)
     squares = tl.zeros((BLOCK,), tl.float32)
     broken = tl.zeros((BLOCK,), tl.int32)
     for start in range(0, count, BLOCK):
         index = start + tl.arange(0, BLOCK)
-        share = tl.load(parts + (first + index) * 2, mask=index < count, other=0.0) * inverse
-        of_piece = tl.load(parts + (first + index) * 2 + 1, mask=index < count, other=0.0)
+        share = tl.load(parts_ptr + (first + index) * 2, mask=index < count, other=0.0) * inverse
+        of_piece = tl.load(parts_ptr + (first + index) * 2 + 1, mask=index < count, other=0.0)
         squares += share * share * of_piece
         broken = tl.where(of_piece == of_piece, broken, 1)
     is_finite = tl.max(broken) == 0
     norm = tl.sqrt(tl.sum(squares)) + eps * inverse
-    tl.store(inverses + matrix * 2, tl.where(is_finite, inverse, 0.0))
-    tl.store(inverses + matrix * 2 + 1, tl.where(is_finite, 1.0 / norm, 0.0))
-    tl.store(finite, 0, mask=is_finite == 0)
+    tl.store(inverses_ptr + matrix * 2, tl.where(is_finite, inverse, 0.0))
+    tl.store(inverses_ptr + matrix * 2 + 1, tl.where(is_finite, 1.0 / norm, 0.0))
+    tl.store(finite_ptr, 0, mask=is_finite == 0)
     if DEPENDENT:
         tl.extra.cuda.gdc_launch_dependents()
 
 
 @triton.jit
 def _fill(
-    tensors,
-    momenta,
-    table,
-    matrices,
-    inverses,
-    finite,
-    skipped,
-    arena,
-    rate,
-    first,
-    FIELDS: tl.constexpr,
-    PIECE: tl.constexpr,
-    PANEL: tl.constexpr,
-    DTYPE: tl.constexpr,
-    MOMENTUM_DTYPE: tl.constexpr,
-    UNIT: tl.constexpr,
-    VECTOR: tl.constexpr,
-    MOMENTUM: tl.constexpr,
-    NESTEROV: tl.constexpr,
-    SHRINK: tl.constexpr,
-    RATE_ON_DEVICE: tl.constexpr,
-    COUNTS: tl.constexpr,
-    DEPENDENT: tl.constexpr,
-):
+    tensors, momenta, table_ptr, matrices_ptr, inverses_ptr, finite_ptr, skipped_ptr, arena_ptr, rate, first,
+    PANEL: tl.constexpr, DTYPE: tl.constexpr, MOMENTUM_DTYPE: tl.constexpr, UNIT: tl.constexpr, VECTOR: tl.constexpr,
+    NESTEROV: tl.constexpr, RATE_ON_DEVICE: tl.constexpr, DEPENDENT: tl.constexpr,
+):  # fmt: skip
     """Write a normalised piece into the arena, short side first; zeros where it has no element.
 
-    With MOMENTUM, m <- mu m + g if `finite` is 1; else m stays, the arena gets NaN, and with COUNTS one is added to
-    `skipped`. The last pieces first: they were measured last, and are still in L2.
+    With momenta, m <- mu m + g if `finite` is 1; else m stays, the arena gets NaN, and one is added to `skipped`, if
+    there is one. The last pieces first: they were measured last, and are still in L2.
     """
     piece = first + tl.num_programs(0) - 1 - tl.program_id(0)
-    which, matrix, about, row, column, r, c = _place(table, matrices, piece, FIELDS, PIECE)
+    which, matrix, about, row, column, r, c = _place(table_ptr, matrices_ptr, piece)
     offsets, exists = _offsets(about, r, c, UNIT, VECTOR)
     if DEPENDENT:
         tl.extra.cuda.gdc_wait()
-    one = tl.load(inverses + matrix * 2)
-    two = tl.load(inverses + matrix * 2 + 1)
+    one = tl.load(inverses_ptr + matrix * 2)
+    two = tl.load(inverses_ptr + matrix * 2 + 1)
     g = tl.load(_pointers(tensors, which, offsets, DTYPE, VECTOR), mask=exists, other=0.0).to(tl.float32)
-    if MOMENTUM:
+    if momenta is None:
+        x = tl.where(one > 0.0, SHRINK * g * one * two, 0.0)
+    else:
         if RATE_ON_DEVICE:
             rate = tl.load(rate)
         pointer = _pointers(momenta, which, offsets, MOMENTUM_DTYPE, VECTOR)
         m = tl.load(pointer, mask=exists, other=0.0).to(tl.float32)
-        is_taken = tl.load(finite) > 0
-        x, m = _direction(g, m, rate, MOMENTUM, NESTEROV, MOMENTUM_DTYPE, SHRINK)
+        is_taken = tl.load(finite_ptr) > 0
+        x, m = _direction(g, m, rate, NESTEROV, MOMENTUM_DTYPE)
         tl.store(pointer, m, mask=exists & is_taken)
         x = tl.where(is_taken, x * one * two, float("nan"))
-        if COUNTS:
+        if skipped_ptr is not None:
             is_counted = (tl.program_id(0) == 0) & (is_taken == 0)
-            tl.store(skipped, tl.load(skipped, mask=is_counted, other=0) + 1, mask=is_counted)
-    else:
-        x = tl.where(one > 0.0, SHRINK * g * one * two, 0.0)
-    x = x.to(arena.dtype.element_ty)
+            tl.store(skipped_ptr, tl.load(skipped_ptr, mask=is_counted, other=0) + 1, mask=is_counted)
+    x = x.to(arena_ptr.dtype.element_ty)
     index = tl.arange(0, PIECE)
     square = index[:, None] * PANEL + index[None, :]
     first_row = tl.load(about + 5)
     if tl.load(about + 6) == 0:
         target = (first_row + column // PANEL * tl.load(about + 7) + row) * PANEL + column % PANEL
-        tl.store(arena + tl.multiple_of(target, PIECE) + square, x)
+        tl.store(arena_ptr + tl.multiple_of(target, PIECE) + square, x)
     else:
         target = (first_row + row // PANEL * tl.load(about + 8) + column) * PANEL + row % PANEL
-        tl.store(arena + tl.multiple_of(target, PIECE) + square, x.T)
+        tl.store(arena_ptr + tl.multiple_of(target, PIECE) + square, x.T)
     if DEPENDENT:
         tl.extra.cuda.gdc_launch_dependents()
 
 
 @triton.jit
 def _apply(
-    parameters,
-    updates,
-    table,
-    matrices,
-    scales,
-    lr,
-    decay,
-    first,
-    FIELDS: tl.constexpr,
-    PIECE: tl.constexpr,
-    DTYPE: tl.constexpr,
-    UPDATE_DTYPE: tl.constexpr,
-    UNIT: tl.constexpr,
-    VECTOR: tl.constexpr,
-    RATE_ON_DEVICE: tl.constexpr,
-    DEPENDENT: tl.constexpr,
-):
+    parameters, updates, table_ptr, matrices_ptr, scales_ptr, lr, decay, first,
+    DTYPE: tl.constexpr, UPDATE_DTYPE: tl.constexpr, UNIT: tl.constexpr, VECTOR: tl.constexpr,
+    RATE_ON_DEVICE: tl.constexpr, DEPENDENT: tl.constexpr,
+):  # fmt: skip
     """W <- (1 - lr * decay) W - lr * scale * u of one piece; W stays where u is NaN."""
     piece = first + tl.program_id(0)
-    which, matrix, about, row, column, r, c = _place(table, matrices, piece, FIELDS, PIECE)
+    which, matrix, about, row, column, r, c = _place(table_ptr, matrices_ptr, piece)
     offsets, exists = _offsets(about, r, c, UNIT, VECTOR)
     if RATE_ON_DEVICE:
         lr = tl.load(lr)
         decay = tl.load(decay)
-    scale = tl.load(scales + matrix)
+    scale = tl.load(scales_ptr + matrix)
     if DEPENDENT:
         tl.extra.cuda.gdc_wait()
     from_update = r.to(tl.int64)[:, None] * tl.load(about + 5) + c[None, :]
@@ -283,12 +221,35 @@ def _access(tensors: Sequence[Tensor]) -> tuple[bool, int]:
     if any(t.stride(-1) != 1 for t in tensors):
         return False, 1
     sizes = {16 // t.itemsize for t in tensors}
-    vector = min(sizes)
     whole = all(
         t.data_ptr() % 16 == 0 and t.size(-1) % max(sizes) == 0 and all(s % max(sizes) == 0 for s in t.stride()[:-1])
         for t in tensors
     )
-    return True, vector if whole else 1
+    return True, min(sizes) if whole else 1
+
+
+def _launches(pieces: Pieces, *lists: Sequence[Tensor] | None) -> Iterator[tuple]:
+    """Of each launch: its grid, what every kernel takes, and its part of each list."""
+    for start, count, first, programs in pieces.launches:
+        shared = {"table_ptr": pieces.table, "matrices_ptr": pieces.matrices, "first": first}
+        shared |= _dependent(pieces.table)
+        yield (programs,), shared, *(None if one is None else tuple(one[start : start + count]) for one in lists)
+
+
+def _dependent(tensor: Tensor) -> dict[str, bool]:
+    """Options of every launch here: on a GPU, each is a programmatic dependent of the one before."""
+    return {"DEPENDENT": True, "launch_pdl": True} if tensor.is_cuda else {"DEPENDENT": False}
+
+
+def _constants(
+    tensors: Sequence[Tensor], momenta: Sequence[Tensor] | None, momentum: float | Tensor, nesterov: bool
+) -> dict[str, Any]:
+    """What measuring and filling share."""
+    unit, vector = _access([*tensors, *(momenta or ())])
+    dtypes = {"DTYPE": _TRITON[tensors[0].dtype], "MOMENTUM_DTYPE": _TRITON[(momenta or tensors)[0].dtype]}
+    return {
+        **dtypes, "UNIT": unit, "VECTOR": vector, "NESTEROV": nesterov, "RATE_ON_DEVICE": isinstance(momentum, Tensor)
+    }  # fmt: skip
 
 
 def measure(
@@ -297,34 +258,23 @@ def measure(
     momentum: float | Tensor,
     nesterov: bool,
     pieces: Pieces,
-) -> tuple[Tensor, Tensor]:
-    """Factors fp32 [M, 2] that normalise the matrices, or the directions of momentum with them; whether all are finite.
+    inverses: Tensor,
+    finite: Tensor,
+) -> None:
+    """Write factors that normalise the matrices, or the directions of momentum with them, and whether all are finite.
 
-    The second is an int32 scalar. With momenta, a matrix is finite if mu m + g is.
+    `inverses` is fp32 [M, 2], `finite` an int32 scalar. With momenta, a matrix is finite if mu m + g is.
     """
-    device = pieces.table.device
-    parts = torch.empty(len(pieces.table), 2, device=device)
-    inverses = torch.empty(len(pieces.matrices), 2, device=device)
-    finite = torch.empty((), device=device, dtype=torch.int32)
-    shared = _shared(tensors, momenta, momentum, nesterov)
-    for start, count, first, programs in pieces.launches:
-        some, others = _some(tensors, momenta, start, count)
-        _measure[(programs,)](
-            some, others, pieces.table, pieces.matrices, parts, finite, momentum, first, TINY=TINY, **shared
+    parts = inverses.new_empty(len(pieces.table), 2)
+    constants = _constants(tensors, momenta, momentum, nesterov)
+    for grid, shared, some, others in _launches(pieces, tensors, momenta):
+        _measure[grid](
+            tensors=some, momenta=others, parts_ptr=parts, finite_ptr=finite, rate=momentum, **shared, **constants
         )
     _inverse_norm[(len(pieces.matrices),)](
-        pieces.matrices,
-        parts,
-        inverses,
-        finite,
-        EPS * SHRINK,
-        FIELDS=MATRIX_FIELDS,
-        BLOCK=512,
-        TINY=TINY,
-        DEPENDENT=device.type == "cuda",
-        **_launch(device),
-    )
-    return inverses, finite
+        matrices_ptr=pieces.matrices, parts_ptr=parts, inverses_ptr=inverses, finite_ptr=finite,
+        eps=reference.EPS * reference.SHRINK, BLOCK=512, **_dependent(inverses),
+    )  # fmt: skip
 
 
 def fill_arena(
@@ -333,9 +283,9 @@ def fill_arena(
     momentum: float | Tensor,
     nesterov: bool,
     pieces: Pieces,
-    arena: Tensor,
     inverses: Tensor,
     finite: Tensor,
+    arena: Tensor,
     skipped: Tensor | None = None,
 ) -> None:
     """Put what :func:`measure` measured into `arena`, normalised.
@@ -343,58 +293,13 @@ def fill_arena(
     Momentum is updated in place if `finite`, an int32 scalar, is 1; else the arena gets NaN, and one is added to
     `skipped`, an int64.
     """
-    shared = _shared(tensors, momenta, momentum, nesterov)
-    for start, count, first, programs in pieces.launches:
-        some, others = _some(tensors, momenta, start, count)
-        _fill[(programs,)](
-            some,
-            others,
-            pieces.table,
-            pieces.matrices,
-            inverses,
-            finite,
-            finite if skipped is None else skipped,
-            arena,
-            momentum,
-            first,
-            PANEL=arena.size(1),
-            COUNTS=skipped is not None and start == 0,
-            **shared,
-        )
-
-
-def _launch(device: torch.device) -> dict[str, bool]:
-    """Options of every launch here: on a GPU, each is a programmatic dependent of the one before."""
-    return {"launch_pdl": True} if device.type == "cuda" else {}
-
-
-def _some(
-    tensors: Sequence[Tensor], momenta: Sequence[Tensor] | None, start: int, count: int
-) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """The tensors of a launch, and their momenta; without any, the tensors twice, of which the second is not read."""
-    some = tuple(tensors[start : start + count])
-    return some, some if momenta is None else tuple(momenta[start : start + count])
-
-
-def _shared(
-    tensors: Sequence[Tensor], momenta: Sequence[Tensor] | None, momentum: float | Tensor, nesterov: bool
-) -> dict[str, object]:
-    """Arguments that measuring and filling share."""
-    unit, vector = _access([*tensors, *(momenta or ())])
-    return {
-        "FIELDS": MATRIX_FIELDS,
-        "PIECE": PIECE,
-        "DTYPE": _TRITON[tensors[0].dtype],
-        "MOMENTUM_DTYPE": _TRITON[(momenta or tensors)[0].dtype],
-        "UNIT": unit,
-        "VECTOR": vector,
-        "MOMENTUM": momenta is not None,
-        "NESTEROV": nesterov,
-        "SHRINK": SHRINK,
-        "RATE_ON_DEVICE": isinstance(momentum, Tensor),
-        "DEPENDENT": tensors[0].is_cuda,
-        **_launch(tensors[0].device),
-    }
+    constants = _constants(tensors, momenta, momentum, nesterov)
+    for grid, shared, some, others in _launches(pieces, tensors, momenta):
+        _fill[grid](
+            tensors=some, momenta=others, inverses_ptr=inverses, finite_ptr=finite, skipped_ptr=skipped,
+            arena_ptr=arena, rate=momentum, PANEL=arena.size(1), **shared, **constants,
+        )  # fmt: skip
+        skipped = None  # it is counted once
 
 
 def apply_updates(
@@ -407,24 +312,10 @@ def apply_updates(
 ) -> None:
     """Update parameters [1, rows, columns] with updates of the same shapes, whose columns lie side by side."""
     unit, vector = _access(parameters)
-    _, update_vector = _access(updates)
-    for start, count, first, programs in pieces.launches:
-        _apply[(programs,)](
-            tuple(parameters[start : start + count]),
-            tuple(updates[start : start + count]),
-            pieces.table,
-            pieces.matrices,
-            scales,
-            lr,
-            decay,
-            first,
-            FIELDS=MATRIX_FIELDS,
-            PIECE=PIECE,
-            DTYPE=_TRITON[parameters[0].dtype],
-            UPDATE_DTYPE=_TRITON[updates[0].dtype],
-            UNIT=unit,
-            VECTOR=min(vector, update_vector),
-            RATE_ON_DEVICE=isinstance(lr, Tensor),
-            DEPENDENT=scales.is_cuda,
-            **_launch(scales.device),
-        )
+    vector = min(vector, _access(updates)[1])
+    for grid, shared, some, others in _launches(pieces, parameters, updates):
+        _apply[grid](
+            parameters=some, updates=others, scales_ptr=scales, lr=lr, decay=decay, UNIT=unit, VECTOR=vector,
+            DTYPE=_TRITON[parameters[0].dtype], UPDATE_DTYPE=_TRITON[updates[0].dtype],
+            RATE_ON_DEVICE=isinstance(lr, Tensor), **shared,
+        )  # fmt: skip

@@ -6,7 +6,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ..registration import check_backend, custom_op
+from ..dispatch import check_backend, custom_op, round_up
 from .edges import apply_updates, fill_arena, measure
 from .pieces import PIECE, Layouts, Pieces, pieces_of
 from .plan import Plan, Shapes, plan_of, result_layout
@@ -35,17 +35,23 @@ def pick_form(rows: int, columns: int) -> str:
     return "gram" if max(rows, columns) >= 2 * min(rows, columns) else "standard"
 
 
-def pick_config(shapes: Sequence[Shapes], dtype: torch.dtype, on_gpu: bool) -> NewtonSchulzConfig:
+HOPPER = 132
+"""Multiprocessors of a full one; smaller ones get the same tiles. A constant: torch.compile traces :func:`pick_config`,
+and would not trace a question to the device.
+"""
+
+
+def pick_config(shapes: Sequence[Shapes], dtype: torch.dtype, device: torch.device) -> NewtonSchulzConfig:
     """Tiles for these shapes, where results are of `dtype`. Milliseconds on an NVIDIA H200, fill included."""
-    if not on_gpu:  # the interpreter: few large tiles
+    if device.type != "cuda":  # the interpreter: few large tiles
         return NewtonSchulzConfig(panel=64, block_k=64, num_warps=4, num_stages=1)
     if dtype == torch.float32:  # no tensor cores; not tuned
         return NewtonSchulzConfig(panel=64, block_k=32, num_warps=4, num_stages=2)
     side = 128
-    blocks = [(-(-min(s.rows, s.columns) // side), s.count) for s in shapes]
+    blocks = [(round_up(min(s.rows, s.columns), side) // side, s.count) for s in shapes]
     tiles = sum(count * m * (m + 1) // 2 for m, count in blocks)  # of a symmetric product of all matrices
-    if tiles < 264:
-        # Too few for the 132 multiprocessors: smaller tiles. One 512 x 512: 0.075, with 128 x 128 0.111.
+    if tiles < 2 * HOPPER:
+        # Too few: smaller tiles. One 512 x 512: 0.075, with 128 x 128 0.111.
         return NewtonSchulzConfig(panel=64, block_k=64, num_warps=4, num_stages=4)
     if tiles < 1024:
         # The gaps between launches weigh: chained. `seed`'s 60 on an NVIDIA H100, products alone: 0.354, with 4 stages
@@ -74,12 +80,7 @@ def _lasting(tables: tuple, device: torch.device) -> tuple:
 
 @lru_cache(maxsize=256)
 def _layout(
-    layouts: Layouts,
-    steps: int,
-    coefficients: str,
-    forms: tuple[str, ...],
-    config: NewtonSchulzConfig,
-    device: torch.device,
+    layouts: Layouts, steps: int, coefficients: str, forms: str, config: NewtonSchulzConfig, device: torch.device
 ) -> tuple[Plan, Pieces]:
     plan = plan_of(_shapes(layouts, forms), steps, coefficients, config.panel, device, config.chained)
     return plan, pieces_of(layouts, config.panel, plan.starts, device)
@@ -91,12 +92,9 @@ def _targets(layouts: Layouts, pitches: tuple[int, ...], scale: str, device: tor
     return pieces_of(layouts, PIECE, pitches, device), scales.to(device)
 
 
-def _shapes(layouts: Layouts, forms: Sequence[str]) -> tuple[Shapes, ...]:
-    return tuple(Shapes(*size, form) for (size, _), form in zip(layouts, forms, strict=True))
-
-
-def _names(gram: Sequence[bool]) -> list[str]:
-    return ["gram" if is_gram else "standard" for is_gram in gram]
+def _shapes(layouts: Layouts, forms: str) -> tuple[Shapes, ...]:
+    """`forms`: one for each tensor, with commas."""
+    return tuple(Shapes(*size, form) for (size, _), form in zip(layouts, forms.split(","), strict=True))
 
 
 def _layouts(tensors: Sequence[Tensor]) -> Layouts:
@@ -104,63 +102,49 @@ def _layouts(tensors: Sequence[Tensor]) -> Layouts:
 
 
 def _tables(
-    tensors: Sequence[Tensor], steps: int, coefficients: str, forms: Sequence[str], dtype: torch.dtype
+    tensors: Sequence[Tensor], steps: int, coefficients: str, forms: str, dtype: torch.dtype
 ) -> tuple[NewtonSchulzConfig, Plan, Pieces]:
     """How tensors [B, rows, columns] are orthogonalised."""
     layouts, device = _layouts(tensors), tensors[0].device
     check_device(device)
-    config = pick_config(_shapes(layouts, forms), dtype, tensors[0].is_cuda)
-    plan, pieces = _lasting(_layout(layouts, steps, coefficients, tuple(forms), config, device), device)
+    config = pick_config(_shapes(layouts, forms), dtype, device)
+    plan, pieces = _lasting(_layout(layouts, steps, coefficients, forms, config, device), device)
     return config, plan, pieces
 
 
-def _arena(config: NewtonSchulzConfig, plan: Plan, dtype: torch.dtype, device: torch.device) -> Tensor:
-    inner = torch.float32 if dtype == torch.float32 else torch.float16
-    return torch.empty(plan.arena_rows, config.panel, device=device, dtype=inner)
+def _empty_arena(config: NewtonSchulzConfig, plan: Plan, result: Tensor) -> Tensor:
+    inner = torch.float32 if result.dtype == torch.float32 else torch.float16
+    return result.new_empty(plan.arena_rows, config.panel, dtype=inner)
 
 
-def _multiplied(config: NewtonSchulzConfig, plan: Plan, arena: Tensor, dtype: torch.dtype) -> Tensor:
-    """Orthogonal matrices of what `arena` holds, packed; :func:`_unpack` finds them."""
-    result = torch.empty(plan.result_rows, plan.result_columns, device=arena.device, dtype=dtype)
-    run_products(plan, arena, result, config)
-    return result
+def _empty_norms(tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Two factors for each matrix, and whether all are finite: what :func:`measure` writes."""
+    matrices = sum(t.size(0) for t in tensors)
+    return tensors[0].new_empty(matrices, 2, dtype=torch.float32), tensors[0].new_empty((), dtype=torch.int32)
 
 
-def _empty_result(tensors: Sequence[Tensor], forms: Sequence[str], dtype: torch.dtype) -> Tensor:
+def _empty_result(tensors: Sequence[Tensor], forms: str, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
+    """A packed result, and its views in the shapes of tensors [B, rows, columns]."""
     shapes = _shapes(_layouts(tensors), forms)
-    config = pick_config(shapes, dtype, tensors[0].is_cuda)
-    _, rows, columns = result_layout(shapes, config.panel)
-    return tensors[0].new_empty(rows, columns, dtype=dtype)
-
-
-def _unpack(result: Tensor, tensors: Sequence[Tensor], forms: Sequence[str]) -> list[Tensor]:
-    """Views of the packed result in the shapes of tensors [B, rows, columns]."""
-    shapes = _shapes(_layouts(tensors), forms)
-    unit = pick_config(shapes, result.dtype, result.is_cuda).panel
-    firsts, _, _ = result_layout(shapes, unit)
-    views = []
+    unit = pick_config(shapes, dtype, tensors[0].device).panel
+    firsts, rows, columns = result_layout(shapes, unit)
+    packed, views = tensors[0].new_empty(rows, columns, dtype=dtype), []
     for first, s in zip(firsts, shapes, strict=True):
-        height = -(-s.rows // unit) * unit
-        views.append(result[first : first + s.count * height].view(s.count, height, -1)[:, : s.rows, : s.columns])
-    return views
+        height = round_up(s.rows, unit)
+        views.append(packed[first : first + s.count * height].view(s.count, height, -1)[:, : s.rows, : s.columns])
+    return packed, views
 
 
-@custom_op("klora::newton_schulz", mutates_args=())
-def _newton_schulz(
-    matrices: list[Tensor], steps: int, coefficients: str, gram: list[bool], dtype: torch.dtype
-) -> Tensor:
-    config, plan, pieces = _tables(matrices, steps, coefficients, _names(gram), dtype)
-    arena = _arena(config, plan, dtype, matrices[0].device)
-    fill_arena(matrices, None, 0.0, True, pieces, arena, *measure(matrices, None, 0.0, True, pieces))
-    return _multiplied(config, plan, arena, dtype)
+@custom_op("klora::newton_schulz", mutates_args=("result",))
+def _newton_schulz(matrices: list[Tensor], steps: int, coefficients: str, forms: str, result: Tensor) -> None:
+    config, plan, pieces = _tables(matrices, steps, coefficients, forms, result.dtype)
+    arena, norms = _empty_arena(config, plan, result), _empty_norms(matrices)
+    measure(matrices, None, 0.0, True, pieces, *norms)
+    fill_arena(matrices, None, 0.0, True, pieces, *norms, arena)
+    run_products(plan, arena, result, config)
 
 
-@_newton_schulz.register_fake
-def _(matrices, steps, coefficients, gram, dtype):
-    return _empty_result(matrices, _names(gram), dtype)
-
-
-@custom_op("klora::muon_norms", mutates_args=())
+@custom_op("klora::muon_norms", mutates_args=("inverses", "finite"))
 def _muon_norms(
     gradients: list[Tensor],
     momenta: list[Tensor],
@@ -169,58 +153,36 @@ def _muon_norms(
     nesterov: bool,
     steps: int,
     coefficients: str,
-    gram: list[bool],
+    forms: str,
     dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
+    inverses: Tensor,
+    finite: Tensor,
+) -> None:
     rate = momentum if momentum_on_device is None else momentum_on_device
-    _, _, pieces = _tables(gradients, steps, coefficients, _names(gram), dtype)
-    return measure(gradients, momenta, rate, nesterov, pieces)
+    _, _, pieces = _tables(gradients, steps, coefficients, forms, dtype)
+    measure(gradients, momenta, rate, nesterov, pieces, inverses, finite)
 
 
-@_muon_norms.register_fake
-def _(gradients, momenta, momentum, momentum_on_device, nesterov, steps, coefficients, gram, dtype):
-    first = gradients[0]
-    return first.new_empty(len(gradients), 2, dtype=torch.float32), first.new_empty((), dtype=torch.int32)
-
-
-@custom_op("klora::muon_updates", mutates_args=("momenta", "skipped"))
+@custom_op("klora::muon_updates", mutates_args=("momenta", "skipped", "result"))
 def _muon_updates(
     gradients: list[Tensor],
     momenta: list[Tensor],
-    inverses: Tensor,
-    finite: Tensor,
-    skipped: Tensor | None,
     momentum: float,
     momentum_on_device: Tensor | None,
     nesterov: bool,
     steps: int,
     coefficients: str,
-    gram: list[bool],
-    dtype: torch.dtype,
-) -> Tensor:
+    forms: str,
+    inverses: Tensor,
+    finite: Tensor,
+    skipped: Tensor | None,
+    result: Tensor,
+) -> None:
     rate = momentum if momentum_on_device is None else momentum_on_device
-    config, plan, pieces = _tables(gradients, steps, coefficients, _names(gram), dtype)
-    arena = _arena(config, plan, dtype, gradients[0].device)
-    fill_arena(gradients, momenta, rate, nesterov, pieces, arena, inverses, finite, skipped)
-    return _multiplied(config, plan, arena, dtype)
-
-
-@_muon_updates.register_fake
-def _(
-    gradients,
-    momenta,
-    inverses,
-    finite,
-    skipped,
-    momentum,
-    momentum_on_device,
-    nesterov,
-    steps,
-    coefficients,
-    gram,
-    dtype,
-):
-    return _empty_result(gradients, _names(gram), dtype)
+    config, plan, pieces = _tables(gradients, steps, coefficients, forms, result.dtype)
+    arena = _empty_arena(config, plan, result)
+    fill_arena(gradients, momenta, rate, nesterov, pieces, inverses, finite, arena, skipped)
+    run_products(plan, arena, result, config)
 
 
 @custom_op("klora::muon_apply", mutates_args=("parameters",))
@@ -233,19 +195,11 @@ def _muon_apply(
     weight_decay_on_device: Tensor | None,
     scale: str,
 ) -> None:
-    layouts = _layouts(parameters)
     strides, device = tuple(u.stride(-2) for u in updates), parameters[0].device
     check_device(device)
-    pieces, scales = _lasting(_targets(layouts, strides, scale, device), device)
-    if lr_on_device is None:
-        apply_updates(parameters, updates, scales, lr, weight_decay, pieces)
-    else:
-        apply_updates(parameters, updates, scales, lr_on_device, weight_decay_on_device, pieces)
-
-
-@_muon_apply.register_fake
-def _(parameters, updates, lr, weight_decay, lr_on_device, weight_decay_on_device, scale):
-    return None
+    pieces, scales = _lasting(_targets(_layouts(parameters), strides, scale, device), device)
+    rates = (lr, weight_decay) if lr_on_device is None else (lr_on_device, weight_decay_on_device)
+    apply_updates(parameters, updates, scales, *rates, pieces)
 
 
 def newton_schulz(
@@ -286,16 +240,22 @@ def newton_schulz(
         return results[0] if is_one else results
     flat = [t.detach().reshape(-1, *t.shape[-2:]) for t in tensors]
     full = [t for t in flat if t.numel()]
-    views = iter(())
+    views = []
     if full:
-        forms = [form or pick_form(*t.shape[-2:]) for t in full]
-        packed = _newton_schulz(full, steps, spelled(coefficients), [f == "gram" for f in forms], dtype)
-        views = iter(_unpack(packed, full, forms))
-    results = [
-        next(views).reshape(t.shape) if t.numel() else torch.empty(t.shape, dtype=dtype, device=t.device)
-        for t in tensors
-    ]
+        forms = ",".join(form or pick_form(*t.shape[-2:]) for t in full)
+        packed, views = _empty_result(full, forms, dtype)
+        _newton_schulz(full, steps, spelled(coefficients), forms, packed)
+    made = iter(views)
+    results = [next(made).reshape(t.shape) if t.numel() else t.new_empty(t.shape, dtype=dtype) for t in tensors]
     return results[0] if is_one else results
+
+
+def _laid_out_as(tensor: Tensor, other: Tensor) -> Tensor:
+    """`tensor` with the strides of `other`: itself where it has them."""
+    if tensor.stride() == other.stride():
+        return tensor
+    copy = torch.empty_strided(other.shape, other.stride(), dtype=tensor.dtype, device=tensor.device)
+    return copy.copy_(tensor)
 
 
 class MuonDirections:
@@ -326,11 +286,16 @@ class MuonDirections:
         self.momentum = checked_rate("momentum", momentum, first.device)
         self.settings = nesterov, steps, spelled(coefficients)
         self.runs_kernel = takes_kernel(first, backend, momenta[0].dtype)
-        if self.runs_kernel:
-            self.forms = [pick_form(*t.shape) for t in self.gradients]
-            self.inverses, self.finite = _muon_norms(*self._lists(), *self._rest())
-        else:
+        if not self.runs_kernel:
             self.advanced, self.finite = muon_advanced_ref(self.gradients, self.momenta, self.momentum)
+            return
+        lists = [[t[None] for t in some] for some in (self.gradients, self.momenta)]
+        rate = (0.0, self.momentum) if isinstance(self.momentum, Tensor) else (self.momentum, None)
+        self.forms = ",".join(pick_form(*t.shape) for t in self.gradients)
+        self.arguments = *lists, *rate, *self.settings, self.forms
+        self.dtype = torch.float16 if first.is_cuda else torch.float32
+        self.inverses, self.finite = _empty_norms(lists[0])
+        _muon_norms(*self.arguments, self.dtype, self.inverses, self.finite)
 
     def updates(self, finite: Tensor | None = None, skipped: Tensor | None = None) -> list[Tensor]:
         """Advance the momenta in place and return the updates; or if `finite` is 0, leave them and return NaN.
@@ -344,18 +309,9 @@ class MuonDirections:
             return muon_directions_ref(
                 self.gradients, self.momenta, self.advanced, finite, self.momentum, *self.settings
             )
-        lists = self._lists()
-        packed = _muon_updates(*lists, self.inverses, finite, skipped, *self._rest())
-        return [view[0] for view in _unpack(packed, lists[0], self.forms)]
-
-    def _lists(self) -> tuple[list[Tensor], list[Tensor]]:
-        return [g[None] for g in self.gradients], [m[None] for m in self.momenta]
-
-    def _rest(self) -> tuple:
-        """What both operators take after their tensors."""
-        number, on_device = (0.0, self.momentum) if isinstance(self.momentum, Tensor) else (self.momentum, None)
-        dtype = torch.float16 if self.gradients[0].is_cuda else torch.float32
-        return number, on_device, *self.settings, [f == "gram" for f in self.forms], dtype
+        packed, views = _empty_result(self.arguments[0], self.forms, self.dtype)
+        _muon_updates(*self.arguments, self.inverses, finite, skipped, packed)
+        return [view[0] for view in views]
 
 
 def muon_updates(
@@ -431,11 +387,3 @@ def muon_apply_(
     flat = [p.detach()[None] for p in parameters]
     side_by_side = [u.detach() if u.stride(-1) == 1 else u.detach().contiguous() for u in updates]
     _muon_apply(flat, [u[None] for u in side_by_side], *rates, *on_device, scale)
-
-
-def _laid_out_as(tensor: Tensor, other: Tensor) -> Tensor:
-    """`tensor` with the strides of `other`: itself where it has them."""
-    if tensor.stride() == other.stride():
-        return tensor
-    copy = torch.empty_strided(other.shape, other.stride(), dtype=tensor.dtype, device=tensor.device)
-    return copy.copy_(tensor)

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..dispatch import round_up
+
 PIECE = 64
 MOST_TENSORS = 64
 """Tensors a launch: three pointers of each are kernel arguments, of which CUDA takes 4 KiB."""
@@ -39,7 +41,7 @@ def pieces_of(layouts: Layouts, unit: int, targets: Sequence[int], device: torch
     for index, ((count, rows, columns), strides) in enumerate(layouts):
         if index % MOST_TENSORS == 0:
             launches.append([index, 0, first, 0])
-        padded = [-(-side // unit) * unit for side in (rows, columns)]
+        padded = [round_up(side, unit) for side in (rows, columns)]
         r, c = torch.meshgrid(*(torch.arange(0, side, PIECE) for side in padded), indexing="ij")
         for q in range(count):
             about = (targets[len(matrices)], int(rows > columns))

@@ -21,6 +21,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from ..dispatch import round_up
 from .reference import coefficients_of
 
 GRAM, SYMMETRIC, APPLY = 0, 1, 2
@@ -124,12 +125,8 @@ def result_layout(shapes: tuple[Shapes, ...], unit: int) -> tuple[list[int], int
     firsts, rows = [], 0
     for s in shapes:
         firsts.append(rows)
-        rows += s.count * _padded(s.rows, unit)
-    return firsts, rows, max(_padded(s.columns, unit) for s in shapes)
-
-
-def _padded(side: int, unit: int) -> int:
-    return -(-side // unit) * unit
+        rows += s.count * round_up(s.rows, unit)
+    return firsts, rows, max(round_up(s.columns, unit) for s in shapes)
 
 
 @lru_cache(maxsize=256)
@@ -140,7 +137,7 @@ def plan_of(
     firsts, result_rows, result_columns = result_layout(shapes, panel)
     grids, starts, arena = [], [], 0
     for s, first in zip(shapes, firsts, strict=True):
-        m, n = (_padded(side, panel) for side in sorted((s.rows, s.columns)))
+        m, n = (round_up(side, panel) for side in sorted((s.rows, s.columns)))
         grid = _Grid(m, n, panel, arena, PROGRAMS[s.form][1], first, s.is_tall, len(starts), s.count)
         starts += [grid.base(q) for q in range(s.count)]
         arena = grid.base(s.count)

@@ -15,8 +15,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ..tile import tiled
 from .chained import run_chained
 from .plan import FIELDS, Plan
 
@@ -136,23 +136,18 @@ def run_products(plan: Plan, arena: Tensor, result: Tensor, config: NewtonSchulz
     if config.chained:
         run_chained(plan, arena, result, bk, config.num_stages)
         return
-    blocks = ((arena, panel, bk), (arena, bk, panel), (arena, panel, panel), (result, panel, panel))
-    descriptors = [TensorDescriptor.from_tensor(tensor, [rows, columns]) for tensor, rows, columns in blocks]
-    on_gpu = arena.is_cuda
     options = {}
-    if on_gpu:
+    if arena.is_cuda:
         options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "launch_pdl": True}
         if config.registers:
             options["maxnreg"] = config.registers
+    blocks = {
+        "rows": tiled(arena, panel, bk), "columns": tiled(arena, bk, panel),
+        "squares": tiled(arena, panel, panel), "result": tiled(result, panel, panel),
+    }  # fmt: skip
     for first, count in plan.launches:
         _products[(count,)](
-            *descriptors,
-            plan.tiles[first:],
-            plan.factors[first:],
-            BK=bk,
-            PANEL=panel,
-            FIELDS=FIELDS,
-            PRECISION="ieee" if arena.dtype == torch.float32 else "tf32",
-            DEPENDENT=on_gpu,
-            **options,
-        )
+            **blocks, tiles=plan.tiles[first:], factors=plan.factors[first:],
+            BK=bk, PANEL=panel, FIELDS=FIELDS, PRECISION="ieee" if arena.dtype == torch.float32 else "tf32",
+            DEPENDENT=arena.is_cuda, **options,
+        )  # fmt: skip

@@ -5,15 +5,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..registration import resolve_backend
-
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+from ..dispatch import DTYPES, is_hopper, resolve_backend
 
 
 def pick_backend(device: torch.device) -> str:
     """'triton' where the kernels run, which is on Hopper; 'reference' elsewhere."""
-    runs = device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
-    return "triton" if runs else "reference"
+    return "triton" if is_hopper(device) else "reference"
 
 
 def takes_kernel(tensor: Tensor, backend: str | None, other: torch.dtype) -> bool:

@@ -11,43 +11,16 @@ SPLITS_AT_ONCE = 32
 
 @triton.jit
 def backward(
-    dn_ptr,
-    dx_in_ptr,
-    dx_out_ptr,
-    n_ptr,
-    rstd_ptr,
-    x_ptr,
-    branch_ptr,
-    scale_ptr,
-    bias_ptr,
-    slots_ptr,
-    pushed_ptr,
-    skip_ptr,
-    mix_ptr,
-    x0_ptr,
-    dx_ptr,
-    dbranch_ptr,
-    dpushed_ptr,
-    dx0_ptr,
-    sums_ptr,
-    tokens,
-    pool,
-    bias_stride,
-    BIAS: tl.constexpr,
-    SCALE: tl.constexpr,
-    MIX: tl.constexpr,
-    SKIP: tl.constexpr,
-    ADDS: tl.constexpr,
-    D: tl.constexpr,
-    CHUNKS: tl.constexpr,
-    ROWS: tl.constexpr,
-    CHUNK: tl.constexpr,
-    STEPS: tl.constexpr,
-):
+    dn_ptr, dx_in_ptr, dx_out_ptr, n_ptr, rstd_ptr, x_ptr, branch_ptr, scale_ptr, bias_ptr, slots_ptr, pushed_ptr,
+    skip_ptr, mix_ptr, x0_ptr, dx_ptr, dbranch_ptr, dpushed_ptr, dx0_ptr, sums_ptr, tokens, pool, bias_stride,
+    BIAS: tl.constexpr, SCALE: tl.constexpr, MIX: tl.constexpr, SKIP: tl.constexpr, ADDS: tl.constexpr,
+    D: tl.constexpr, CHUNKS: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, STEPS: tl.constexpr,
+):  # fmt: skip
     """Gradients of SPLIT = ROWS * STEPS tokens; BIAS, SCALE, MIX, SKIP say whose sums go to sums_ptr, in that order.
 
-    The sum for `keep` wants the stream before the mix. In 16 bits it comes from what is read anyway, as x_in = n / rstd
-    and keep * stream = x_in - restore * x0, unless a factor is so small beside the other that digits would be lost.
+    The sum for `mix_x` wants the stream before the mix. In 16 bits it comes from what is read anyway, as x_in =
+    n / rstd and mix_x * stream = x_in - mix_x0 * x0, unless a factor is so small beside the other that digits would be
+    lost.
     """
     splits = tl.cdiv(tokens, ROWS * STEPS)
     document = tl.program_id(0) // splits
@@ -59,11 +32,11 @@ def backward(
     if skip_ptr is not None:
         skip = tl.load(skip_ptr + column, mask=wide, other=0.0)
     if mix_ptr is not None:
-        keep = tl.load(mix_ptr + column, mask=wide, other=0.0)
-        restore = tl.load(mix_ptr + D + column, mask=wide, other=0.0)
+        mix_x = tl.load(mix_ptr + column, mask=wide, other=0.0)
+        mix_x0 = tl.load(mix_ptr + D + column, mask=wide, other=0.0)
     if MIX:
         is_exact = n_ptr.dtype.element_ty == tl.float32
-        smallest = tl.min(tl.where(wide, tl.abs(keep) - 0.25 * tl.abs(restore), 1.0))
+        smallest = tl.min(tl.where(wide, tl.abs(mix_x) - 0.25 * tl.abs(mix_x0), 1.0))
         divides = (smallest > 1e-3) & (not is_exact)
     if MIX and bias_ptr is not None:
         bias = bias_row(bias_ptr, slots_ptr, document, pool, bias_stride, column, D)
@@ -72,8 +45,8 @@ def backward(
     if SCALE:
         dscale = tl.zeros((ROWS, CHUNKS, CHUNK), tl.float32)
     if MIX:
-        dkeep = tl.zeros((ROWS, CHUNKS, CHUNK), tl.float32)
-        drestore = tl.zeros((ROWS, CHUNKS, CHUNK), tl.float32)
+        dmix_x = tl.zeros((ROWS, CHUNKS, CHUNK), tl.float32)
+        dmix_x0 = tl.zeros((ROWS, CHUNKS, CHUNK), tl.float32)
     if SKIP:
         dskip = tl.zeros((ROWS, CHUNKS, CHUNK), tl.float32)
     row_of_batch = document.to(tl.int64) * tokens + first
@@ -109,15 +82,15 @@ def backward(
                     value += bias
                 if pushed_ptr is not None:
                     value += skip * tl.load(pushed_ptr + base + offsets, mask=mask, other=0.0).to(tl.float32)
-            dkeep += grad * value
-            drestore += grad * tl.load(x0_ptr + base + offsets, mask=mask, other=0.0).to(tl.float32)
+            dmix_x += grad * value
+            dmix_x0 += grad * tl.load(x0_ptr + base + offsets, mask=mask, other=0.0).to(tl.float32)
         if dx0_ptr is not None:
-            dx0 = restore * grad
+            dx0 = mix_x0 * grad
             if ADDS:
                 dx0 += tl.load(dx0_ptr + base + offsets, mask=mask, other=0.0).to(tl.float32)
             tl.store(dx0_ptr + base + offsets, dx0.to(dx0_ptr.dtype.element_ty), mask=mask)
         if mix_ptr is not None:
-            grad *= keep
+            grad *= mix_x
         if SKIP:
             dskip += grad * pushed
         if dpushed_ptr is not None:
@@ -141,10 +114,10 @@ def backward(
         place += tl.num_programs(0)
     if MIX:
         if divides:
-            dkeep = (dkeep - restore * drestore) / keep
-        _store_sum(sums_ptr, place, dkeep, column, D)
+            dmix_x = (dmix_x - mix_x0 * dmix_x0) / mix_x
+        _store_sum(sums_ptr, place, dmix_x, column, D)
         place += tl.num_programs(0)
-        _store_sum(sums_ptr, place, drestore, column, D)
+        _store_sum(sums_ptr, place, dmix_x0, column, D)
         place += tl.num_programs(0)
     if SKIP:
         _store_sum(sums_ptr, place, dskip, column, D)
@@ -157,17 +130,9 @@ def _store_sum(sums_ptr, place, tile, column, D: tl.constexpr):
 
 @triton.jit
 def add_splits(
-    sums_ptr,
-    out_ptr,
-    slots_ptr,
-    batch,
-    splits,
-    pool,
-    out_stride,
-    D: tl.constexpr,
-    SPLITS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    sums_ptr, out_ptr, slots_ptr, batch, splits, pool, out_stride,
+    D: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """out[row] = sum of sums[row, :splits]; with slots out[slot] = that of all rows that name the slot, in order.
 
     Rows of `out` lie out_stride apart; what no row names is left alone. The first row that names a slot does the work

@@ -61,29 +61,11 @@ def mean_of_rows(tile, D: tl.constexpr):
 
 @triton.jit
 def forward(
-    x_ptr,
-    branch_ptr,
-    scale_ptr,
-    bias_ptr,
-    slots_ptr,
-    pushed_ptr,
-    skip_ptr,
-    mix_ptr,
-    x0_ptr,
-    x_out_ptr,
-    x_in_ptr,
-    n_ptr,
-    rstd_ptr,
-    tokens,
-    pool,
-    bias_stride,
-    EPS: tl.constexpr,
-    D: tl.constexpr,
-    CHUNKS: tl.constexpr,
-    ROWS: tl.constexpr,
-    CHUNK: tl.constexpr,
+    x_ptr, branch_ptr, scale_ptr, bias_ptr, slots_ptr, pushed_ptr, skip_ptr, mix_ptr, x0_ptr, x_out_ptr, x_in_ptr,
+    n_ptr, rstd_ptr, tokens, pool, bias_stride,
+    EPS: tl.constexpr, D: tl.constexpr, CHUNKS: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
     STEPS: tl.constexpr,
-):
+):  # fmt: skip
     splits = tl.cdiv(tokens, ROWS * STEPS)
     document = tl.program_id(0) // splits
     first = (tl.program_id(0) % splits) * (ROWS * STEPS)
@@ -96,8 +78,8 @@ def forward(
     if pushed_ptr is not None:
         skip = tl.load(skip_ptr + column, mask=wide, other=0.0)
     if mix_ptr is not None:
-        keep = tl.load(mix_ptr + column, mask=wide, other=0.0)
-        restore = tl.load(mix_ptr + D + column, mask=wide, other=0.0)
+        mix_x = tl.load(mix_ptr + column, mask=wide, other=0.0)
+        mix_x0 = tl.load(mix_ptr + D + column, mask=wide, other=0.0)
     row_of_batch = document.to(tl.int64) * tokens + first
     base = row_of_batch * D
     for step in range(STEPS):
@@ -116,7 +98,7 @@ def forward(
         if pushed_ptr is not None:
             value += skip * tl.load(pushed_ptr + base + offsets, mask=mask, other=0.0).to(tl.float32)
         if mix_ptr is not None:
-            value = keep * value + restore * tl.load(x0_ptr + base + offsets, mask=mask, other=0.0).to(tl.float32)
+            value = mix_x * value + mix_x0 * tl.load(x0_ptr + base + offsets, mask=mask, other=0.0).to(tl.float32)
         if x_in_ptr is not None:
             tl.store(x_in_ptr + base + offsets, value.to(x_in_ptr.dtype.element_ty), mask=mask)
         square = mean_of_rows(value * value, D)

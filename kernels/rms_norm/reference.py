@@ -62,6 +62,6 @@ def residual_norm_ref(
         x_out = x_out + rows.to(x.dtype)[:, None]
     x_in = x_out if pushed is None else x_out + skip.to(x.dtype) * pushed
     if mix is not None:
-        keep, restore = mix.to(x.dtype)
-        x_in = keep * x_in + restore * x0
+        mix_x, mix_x0 = mix.to(x.dtype)
+        x_in = mix_x * x_in + mix_x0 * x0
     return ResidualNorm(x_out if push else None, None if last else x_in, rms_norm_ref(x_in))

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import triton
 import triton.language as tl
 
+from ..tile import rotate
+
 
 @dataclass(frozen=True)
 class NormRotaryConfig:
@@ -38,8 +40,8 @@ def tables(cos_ptr, sin_ptr, first, tokens, D: tl.constexpr, TOKENS: tl.constexp
 
 
 @triton.jit
-def halves(ptr, offsets, mask, D: tl.constexpr):
-    """Both halves of each head, in fp32."""
+def load_halves(ptr, offsets, mask, D: tl.constexpr):
+    """Both load_halves of each head, in fp32."""
     left = tl.load(ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     right = tl.load(ptr + D // 2 + offsets, mask=mask, other=0.0).to(tl.float32)
     return left, right
@@ -53,25 +55,10 @@ def rstd_of(left, right, EPS: tl.constexpr, D: tl.constexpr):
 
 
 @triton.jit
-def _rotate(
-    x_ptr,
-    out_ptr,
-    gain_ptr,
-    stride_b,
-    stride_s,
-    stride_h,
-    cos,
-    sin,
-    document,
-    first,
-    tokens,
-    EPS: tl.constexpr,
-    H: tl.constexpr,
-    D: tl.constexpr,
-    HEADS: tl.constexpr,
-    TOKENS: tl.constexpr,
-    HALF: tl.constexpr,
-):
+def _norm_rotate(
+    x_ptr, out_ptr, gain_ptr, stride_b, stride_s, stride_h, cos, sin, document, first, tokens,
+    EPS: tl.constexpr, H: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, TOKENS: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
     x_ptr += document.to(tl.int64) * stride_b + first.to(tl.int64) * stride_s
     out_ptr += (document.to(tl.int64) * tokens + first) * (H * D)
     token = tl.arange(0, TOKENS)[None, :, None]
@@ -79,81 +66,34 @@ def _rotate(
     for start in range(0, H, HEADS):
         head = start + tl.arange(0, HEADS)[:, None, None]
         mask = (first + token < tokens) & (column < D // 2) & (head < H)
-        left, right = halves(x_ptr, token * stride_s + head * stride_h + column, mask, D)
+        left, right = load_halves(x_ptr, token * stride_s + head * stride_h + column, mask, D)
         factor = rstd_of(left, right, EPS, D)
         if gain_ptr is not None:
             heads = start + tl.arange(0, HEADS)
             factor *= tl.load(gain_ptr + heads, mask=heads < H, other=0.0)[:, None, None]
         offsets = token * (H * D) + head * D + column
         dtype = out_ptr.dtype.element_ty
-        tl.store(out_ptr + offsets, ((left * cos - right * sin) * factor).to(dtype), mask=mask)
-        tl.store(out_ptr + D // 2 + offsets, ((right * cos + left * sin) * factor).to(dtype), mask=mask)
+        left, right = rotate(left, right, cos, sin)
+        tl.store(out_ptr + offsets, (left * factor).to(dtype), mask=mask)
+        tl.store(out_ptr + D // 2 + offsets, (right * factor).to(dtype), mask=mask)
 
 
 @triton.jit
 def forward(
-    q_ptr,
-    k_ptr,
-    cos_ptr,
-    sin_ptr,
-    gain_ptr,
-    q_out_ptr,
-    k_out_ptr,
-    tokens,
-    q_stride_b,
-    q_stride_s,
-    q_stride_h,
-    k_stride_b,
-    k_stride_s,
-    k_stride_h,
-    EPS: tl.constexpr,
-    H: tl.constexpr,
-    G: tl.constexpr,
-    D: tl.constexpr,
-    HEADS: tl.constexpr,
-    HEADS_K: tl.constexpr,
-    TOKENS: tl.constexpr,
-    HALF: tl.constexpr,
-):
+    q_ptr, k_ptr, cos_ptr, sin_ptr, gain_ptr, q_out_ptr, k_out_ptr, tokens, q_stride_b, q_stride_s, q_stride_h,
+    k_stride_b, k_stride_s, k_stride_h,
+    EPS: tl.constexpr, H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, HEADS_K: tl.constexpr,
+    TOKENS: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
     blocks = tl.cdiv(tokens, TOKENS)
     document = tl.program_id(0) // blocks
     first = (tl.program_id(0) % blocks) * TOKENS
     cos, sin = tables(cos_ptr, sin_ptr, first, tokens, D, TOKENS, HALF)
-    _rotate(
-        q_ptr,
-        q_out_ptr,
-        gain_ptr,
-        q_stride_b,
-        q_stride_s,
-        q_stride_h,
-        cos,
-        sin,
-        document,
-        first,
-        tokens,
-        EPS,
-        H,
-        D,
-        HEADS,
-        TOKENS,
-        HALF,
-    )
-    _rotate(
-        k_ptr,
-        k_out_ptr,
-        None,
-        k_stride_b,
-        k_stride_s,
-        k_stride_h,
-        cos,
-        sin,
-        document,
-        first,
-        tokens,
-        EPS,
-        G,
-        D,
-        HEADS_K,
-        TOKENS,
-        HALF,
-    )
+    _norm_rotate(
+        q_ptr, q_out_ptr, gain_ptr, q_stride_b, q_stride_s, q_stride_h, cos, sin, document, first, tokens, EPS, H, D,
+        HEADS, TOKENS, HALF,
+    )  # fmt: skip
+    _norm_rotate(
+        k_ptr, k_out_ptr, None, k_stride_b, k_stride_s, k_stride_h, cos, sin, document, first, tokens, EPS, G, D,
+        HEADS_K, TOKENS, HALF,
+    )  # fmt: skip

@@ -4,33 +4,25 @@ import torch
 import triton
 from torch import Tensor
 
-from ..registration import custom_op, refuse_gradients, resolve_backend
+from ..dispatch import DTYPES, custom_op, describe, empty_grad, expect, refuse_gradients, resolve_backend
 from ..rms_norm import EPS
 from .backward import backward
 from .forward import forward, pick_config
 from .reference import norm_rotary_ref
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
-
-def _launch(kernel, q: Tensor, k: Tensor, tensors: tuple[Tensor | None, ...], strided: tuple[Tensor, ...]) -> None:
-    """Run `kernel` over all tokens: `tensors`, the number of tokens, the outer strides of `strided`."""
+def _launch(kernel, q: Tensor, k: Tensor, **arguments: Tensor | int | None) -> None:
+    """Run `kernel` over all tokens, with its own `arguments`."""
     batch, tokens, heads, head_dim = q.shape
     config = pick_config(max(heads, k.size(2)), head_dim)
+    (q_b, q_s, q_h, _), (k_b, k_s, k_h, _) = q.stride(), k.stride()
     kernel[(batch * triton.cdiv(tokens, config.tokens),)](
-        *tensors,
-        tokens,
-        *(stride for tensor in strided for stride in tensor.stride()[:3]),
-        EPS=EPS,
-        H=heads,
-        G=k.size(2),
-        D=head_dim,
+        **arguments, q_ptr=q, k_ptr=k, tokens=tokens, q_stride_b=q_b, q_stride_s=q_s, q_stride_h=q_h, k_stride_b=k_b,
+        k_stride_s=k_s, k_stride_h=k_h, EPS=EPS, H=heads, G=k.size(2), D=head_dim,
         HEADS=min(config.heads, triton.next_power_of_2(heads)),
         HEADS_K=min(config.heads, triton.next_power_of_2(k.size(2))),
-        TOKENS=config.tokens,
-        HALF=config.half,
-        num_warps=config.num_warps,
-    )
+        TOKENS=config.tokens, HALF=config.half, num_warps=config.num_warps,
+    )  # fmt: skip
 
 
 def _with_whole_heads(tensor: Tensor) -> Tensor:
@@ -39,21 +31,21 @@ def _with_whole_heads(tensor: Tensor) -> Tensor:
 
 
 @custom_op("klora::norm_rotary", mutates_args=())
-def _norm_rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, gain: Tensor | None) -> tuple[Tensor, Tensor]:
+def _op(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, gain: Tensor | None) -> tuple[Tensor, Tensor]:
     q_out, k_out = q.new_empty(q.shape), k.new_empty(k.shape)
     if q.numel():
         q, k = _with_whole_heads(q), _with_whole_heads(k)
-        _launch(forward, q, k, (q, k, cos, sin, gain, q_out, k_out), (q, k))
+        _launch(forward, q, k, cos_ptr=cos, sin_ptr=sin, gain_ptr=gain, q_out_ptr=q_out, k_out_ptr=k_out)
     return q_out, k_out
 
 
-@_norm_rotary.register_fake
+@_op.register_fake
 def _(q, k, cos, sin, gain):
     return q.new_empty(q.shape), k.new_empty(k.shape)
 
 
-@custom_op("klora::norm_rotary_backward", mutates_args=())
-def _norm_rotary_backward(
+@custom_op("klora::norm_rotary_backward_", mutates_args=("dq", "dk", "dgain"))
+def _backward_op(
     dq_out: Tensor,
     dk_out: Tensor,
     q: Tensor,
@@ -61,27 +53,24 @@ def _norm_rotary_backward(
     cos: Tensor,
     sin: Tensor,
     gain: Tensor | None,
-    wants_dgain: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    dq, dk = q.new_empty(q.shape), k.new_empty(k.shape)
-    dgain = cos.new_empty(q.size(2) if wants_dgain else 0)
-    if not q.numel():
-        return dq, dk, dgain.zero_()
-    dq_out, dk_out, q, k = (_with_whole_heads(t) for t in (dq_out, dk_out, q, k))
+    dq: Tensor,
+    dk: Tensor,
+    dgain: Tensor | None,
+) -> None:
     sums = None
-    if wants_dgain:
+    if dgain is not None:
         tokens = pick_config(max(q.size(2), k.size(2)), q.size(3)).tokens
         sums = cos.new_empty(q.size(0) * triton.cdiv(q.size(1), tokens), q.size(2))
-    tensors = dq_out, dk_out, q, k, cos, sin, gain, dq, dk, sums
-    _launch(backward, q, k, tensors, (dq_out, dk_out, q, k))
-    if wants_dgain:
+    if q.numel():
+        dq_out, dk_out, q, k = (_with_whole_heads(t) for t in (dq_out, dk_out, q, k))
+        (q_b, q_s, q_h, _), (k_b, k_s, k_h, _) = dq_out.stride(), dk_out.stride()
+        _launch(
+            backward, q, k, dq_out_ptr=dq_out, dk_out_ptr=dk_out, cos_ptr=cos, sin_ptr=sin, gain_ptr=gain, dq_ptr=dq,
+            dk_ptr=dk, sums_ptr=sums, dq_stride_b=q_b, dq_stride_s=q_s, dq_stride_h=q_h, dk_stride_b=k_b,
+            dk_stride_s=k_s, dk_stride_h=k_h,
+        )  # fmt: skip
+    if dgain is not None:
         torch.sum(sums, 0, out=dgain)
-    return dq, dk, dgain
-
-
-@_norm_rotary_backward.register_fake
-def _(dq_out, dk_out, q, k, cos, sin, gain, wants_dgain):
-    return q.new_empty(q.shape), k.new_empty(k.shape), cos.new_empty(q.size(2) if wants_dgain else 0)
 
 
 def _setup_context(ctx, inputs, output):
@@ -89,12 +78,14 @@ def _setup_context(ctx, inputs, output):
 
 
 def _autograd(ctx, dq_out, dk_out):
+    q, k, cos, sin, gain = ctx.saved_tensors
     wants_q, wants_k, _, _, wants_dgain = ctx.needs_input_grad
-    dq, dk, dgain = _norm_rotary_backward(dq_out, dk_out, *ctx.saved_tensors, wants_dgain)
-    return dq if wants_q else None, dk if wants_k else None, None, None, dgain if wants_dgain else None
+    dq, dk, dgain = empty_grad(q), empty_grad(k), cos.new_empty(q.size(2)) if wants_dgain else None
+    _backward_op(dq_out, dk_out, q, k, cos, sin, gain, dq, dk, dgain)
+    return dq if wants_q else None, dk if wants_k else None, None, None, dgain
 
 
-_norm_rotary.register_autograd(_autograd, setup_context=_setup_context)
+_op.register_autograd(_autograd, setup_context=_setup_context)
 
 
 def norm_rotary(
@@ -112,26 +103,30 @@ def norm_rotary(
 
     Example: q, k = norm_rotary(q, k, cos, sin, gain)
     """
-    refuse_gradients("detach it", cos=cos, sin=sin)
     backend = resolve_backend(backend, q)
-    if q.dim() != 4 or q.size(3) % 2 or not q.size(2):
-        raise ValueError(f"q is {list(q.shape)}; wanted: [B, S, H, d] with an even d and at least one head")
-    if k.dim() != 4 or k.shape[:2] != q.shape[:2] or k.size(3) != q.size(3) or k.dtype != q.dtype or not k.size(2):
-        wanted = [*q.shape[:2], "G", q.size(3)]
-        raise ValueError(f"k is {k.dtype} {list(k.shape)}; wanted, beside q: {q.dtype} {wanted}")
-    for name, tensor, shape in (
-        ("cos", cos, [q.size(1), q.size(3) // 2]),
-        ("sin", sin, [q.size(1), q.size(3) // 2]),
-        ("gain", gain, [q.size(2)]),
-        ("k", k, list(k.shape)),
-    ):
-        if tensor is not None and (list(tensor.shape) != shape or tensor.device != q.device):
-            raise ValueError(f"{name} is {list(tensor.shape)} on {tensor.device}; wanted: {shape} on {q.device}")
+    expect("q", q, ("B", "S", "H", "d"), DTYPES if backend == "triton" else ())
+    batch, tokens, heads, head_dim = q.shape
+    expect("k", k, (batch, tokens, "G", head_dim), (q.dtype,), q.device)
+    if head_dim % 2 or not heads or not k.size(2):
+        raise ValueError(f"q is {describe(q)} and k {describe(k)}; wanted an even d and at least one head of each")
+    expect_tables(cos, sin, gain, (tokens, head_dim // 2), heads, q.device, backend)
     if backend == "reference":
         return norm_rotary_ref(q, cos, sin, gain), norm_rotary_ref(k, cos, sin)
-    if q.dtype not in DTYPES:
-        raise ValueError(f"q is {q.dtype}; the kernel wants bfloat16, float16 or float32")
-    for name, tensor in (("cos", cos), ("sin", sin), ("gain", gain)):
-        if tensor is not None and tensor.dtype != torch.float32:
-            raise ValueError(f"{name} is {tensor.dtype}; the kernel wants float32")
-    return _norm_rotary(q, k, cos.contiguous(), sin.contiguous(), None if gain is None else gain.contiguous())
+    return _op(q, k, cos.contiguous(), sin.contiguous(), None if gain is None else gain.contiguous())
+
+
+def expect_tables(
+    cos: Tensor,
+    sin: Tensor,
+    gain: Tensor | None,
+    shape: tuple[int, ...],
+    heads: int,
+    device: torch.device,
+    backend: str,
+) -> None:
+    """Raise unless cos and sin have this shape and no gradient, and gain is [heads]; for the kernel in float32."""
+    refuse_gradients("detach it", cos=cos, sin=sin)
+    dtypes = (torch.float32,) if backend == "triton" else ()
+    for name, tensor, wanted in (("cos", cos, shape), ("sin", sin, shape), ("gain", gain, (heads,))):
+        if tensor is not None or name != "gain":
+            expect(name, tensor, wanted, dtypes, device)

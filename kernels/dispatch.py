@@ -1,0 +1,289 @@
+"""What every op needs before it launches: registration, backend, checks in one wording, alignment, device facts.
+
+A check raises ValueError, for what is no tensor at all TypeError: what was given, what is wanted. It costs a comparison
+where nothing is wrong, and torch.compile traces it.
+
+No Triton is imported here: references and packages without kernels may import it.
+"""
+
+import functools
+import inspect
+import os
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
+from typing import Any
+
+import torch
+from torch import Tensor
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "y", "yes", "on", "true")
+"""Whether Triton's interpreter runs the kernels. Triton decides it where a kernel is defined, so later changes of the
+variable count for nothing."""
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+"""What kernels read and write; each op says what it sums in."""
+FLOATS = (*DTYPES, torch.float64)
+"""What references take."""
+INTEGERS = (torch.int32, torch.int64)
+"""Of slots, tokens and targets."""
+
+
+def check_backend(backend: str | None) -> None:
+    """ValueError where there is no such backend."""
+    if backend not in (None, "reference", "triton"):
+        raise ValueError(f"backend is {backend!r}; allowed: None, 'reference', 'triton'")
+
+
+def resolve_backend(backend: str | None, tensor: Tensor) -> str:
+    """The backend that runs on `tensor`: "triton" or "reference"; None is the kernel on a GPU, else the reference.
+
+    ValueError: any other, or the kernel for a tensor that it cannot reach.
+    """
+    check_backend(backend)
+    if backend == "triton" and not (tensor.is_cuda or tensor.is_meta or INTERPRETED):
+        raise ValueError(
+            f"backend is 'triton' and the tensors are on {tensor.device}; the kernels run on a CUDA GPU: move the "
+            "tensors there, or give backend='reference' or None. To debug the kernels without a GPU, set "
+            "TRITON_INTERPRET=1 before klora is imported"
+        )
+    return backend or ("triton" if tensor.is_cuda else "reference")
+
+
+def dtypes_of(backend: str) -> tuple[torch.dtype, ...]:
+    """What this backend takes."""
+    return DTYPES if backend == "triton" else FLOATS
+
+
+# Registration
+
+
+def custom_op(name: str, *, mutates_args: str | Sequence[str]) -> Callable[[Callable], Any]:
+    """As `torch.library.custom_op`; the function runs with the GPU of its first tensor as the current one.
+
+    Triton launches on the current GPU, whichever the tensors are on: without this a process that holds tensors on
+    several would read the memory of one from another.
+
+    A function that returns nothing, such as a backward that writes what its caller gives it, needs no fake and has no
+    gradient of its own: a second derivative is refused. It skips two of custom_op's three Python calls, which take
+    longer than a launch.
+    """
+
+    def register(function: Callable) -> Any:
+        @functools.wraps(function)
+        def on_device(*arguments: Any, **options: Any) -> Any:
+            with device_of(*arguments, *options.values()):
+                return function(*arguments, **options)
+
+        if inspect.signature(function).return_annotation is None:
+            return _writing_op(name, on_device, mutates_args)
+        return torch.library.custom_op(name, on_device, mutates_args=mutates_args)
+
+    return register
+
+
+_LIBRARIES: list[torch.library.Library] = []
+"""An op is gone with its library."""
+
+
+def _writing_op(name: str, function: Callable, mutates_args: Sequence[str]) -> Callable[..., None]:
+    namespace, own_name = name.split("::")
+    library = torch.library.Library(namespace, "FRAGMENT")
+    _LIBRARIES.append(library)
+    tags = torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order
+    library.define(own_name + torch.library.infer_schema(function, mutates_args=mutates_args), tags=tags)
+    written = [i for i, argument in enumerate(inspect.signature(function).parameters) if argument in mutates_args]
+
+    def write(*arguments: Any) -> None:
+        if torch.is_grad_enabled() and _requires_grad(arguments):
+            raise RuntimeError(f"{name} has no gradient of its own: second derivatives are not possible")
+        function(*arguments)
+        for i in written:
+            if arguments[i] is not None:
+                torch.autograd.graph.increment_version(arguments[i])
+
+    library.impl(own_name, write, "CompositeExplicitAutograd")
+    torch.library.register_fake(name, lambda *arguments: None, lib=library)
+    return getattr(getattr(torch.ops, namespace), own_name).default
+
+
+def _requires_grad(arguments: Sequence) -> bool:
+    return any(
+        _requires_grad(a) if isinstance(a, list) else isinstance(a, Tensor) and a.requires_grad for a in arguments
+    )
+
+
+def device_of(*arguments: Any) -> AbstractContextManager:
+    """Makes the GPU of the first tensor among the arguments, or in a list among them, the current one."""
+    for argument in arguments:
+        first = argument[0] if isinstance(argument, Sequence) and argument else argument
+        if isinstance(first, Tensor):
+            return torch.cuda.device(first.device) if first.is_cuda else nullcontext()
+    return nullcontext()
+
+
+def keep_output(output: Tensor) -> tuple[Tensor, Callable[[], bool]]:
+    """What of an op's output its backward saves, and what then says whether the output's user has changed it in place.
+
+    Autograd refuses a saved tensor that was changed. What is saved here is another tensor over the same memory, and the
+    output's count of changes is read from a third, which holds no memory: the backward makes the output again.
+    """
+    counter = output.detach()
+    with suppress(RuntimeError):  # where a dispatch mode knows no such assignment, it holds the memory after all
+        counter.data = output.new_empty(0)
+    before = counter._version
+    return output.data, lambda: counter._version != before
+
+
+def empty_grad(tensor: Tensor, wanted: bool = True) -> Tensor | None:
+    """Where a backward writes the gradient of `tensor`: contiguous; None where it is not wanted."""
+    return torch.empty_like(tensor, memory_format=torch.contiguous_format) if wanted else None
+
+
+# Checks
+
+
+def describe(tensor: Tensor) -> str:
+    """Such as "float64 [2, 3]"."""
+    return f"{_name(tensor.dtype)} {list(tensor.shape)}"
+
+
+def expect(
+    name: str,
+    tensor: Tensor,
+    shape: Sequence[int | str],
+    dtypes: Sequence[torch.dtype] = (),
+    device: torch.device | None = None,
+) -> None:
+    """Raise unless `tensor` has this shape, and where they are given one of these dtypes and this device.
+
+    A number in `shape` has to be met, a name stands for any size, "..." in front for any dimensions: ("...", "D").
+    """
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} is {tensor!r}; wanted a tensor, {_wanted(shape, dtypes, device)}")
+    is_there = device is None or tensor.device == device
+    if is_there and (not dtypes or tensor.dtype in dtypes) and _fits(tensor.shape, shape):
+        return
+    place = "" if is_there else f" on {tensor.device}"
+    wanted = _wanted(shape, dtypes, None if is_there else device)
+    raise ValueError(f"{name} is {describe(tensor)}{place}; wanted {wanted}")
+
+
+def _fits(given: torch.Size, shape: Sequence[int | str]) -> bool:
+    if given == shape:
+        return True
+    if shape and shape[0] == "...":
+        shape, given = shape[1:], given[max(0, len(given) - len(shape) + 1) :]
+    return len(shape) == len(given) and all(
+        isinstance(wanted, str) or wanted == size for wanted, size in zip(shape, given, strict=True)
+    )
+
+
+def _wanted(shape: Sequence[int | str], dtypes: Sequence[torch.dtype], device: torch.device | None) -> str:
+    *others, last = [_name(dtype) for dtype in dict.fromkeys(dtypes)] or [""]
+    kinds = f"{', '.join(others)} or {last} " if others else f"{last} ".lstrip()
+    return f"{kinds}[{', '.join(map(str, shape))}]" + ("" if device is None else f" on {device}")
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def expect_multiples(step: int, most: int | None = None, **sizes: int) -> None:
+    """ValueError unless every size is a positive multiple of `step`, up to `most`."""
+    for name, size in sizes.items():
+        if size < 1 or size % step or size > (most or size):
+            kind = "number" if step == 1 else f"multiple of {step}"
+            raise ValueError(f"{name} is {size}; wanted a positive {kind}" + (f" up to {most}" if most else ""))
+
+
+def expect_one_of(name: str, value: Any, allowed: Sequence) -> None:
+    """ValueError unless `value` is one of `allowed`."""
+    if value not in allowed:
+        raise ValueError(f"{name} is {value!r}; wanted one of {', '.join(map(str, allowed))}")
+
+
+def expect_slots(slots: Tensor | None, batch: int, device: torch.device, pool: int | None = None) -> Tensor | None:
+    """`slots` int32 or int64 [batch], contiguous. Without them, a `pool` that is given is one slot a document."""
+    if slots is not None:
+        expect("slots", slots, (batch,), INTEGERS, device)
+        return slots.contiguous()
+    if pool not in (None, batch):
+        raise ValueError(f"slots is missing, and {pool} slots are not one for each of {batch} documents")
+    return None
+
+
+def expect_rows(name: str, grad: Tensor, like: Tensor, dtypes: Sequence[torch.dtype]) -> None:
+    """Raise unless `grad`, a pool's, has the shape and device of `like`, one of `dtypes`, and contiguous slots."""
+    expect(name, grad, like.shape, dtypes, like.device)
+    if not is_packed(grad):
+        raise ValueError(f"{name} has strides {list(grad.stride())}; wanted each slot contiguous")
+
+
+def refuse_gradients(instead: str, **tensors: Tensor | None) -> None:
+    """Raise ValueError where a tensor requires a gradient that the op, whichever its backend, does not give."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"{name} requires a gradient, and gets none here; {instead}")
+
+
+def refuse_in_reference(**tensors: Any) -> None:
+    """ValueError where the reference was given what only the kernels' backward reads or writes."""
+    for name, given in tensors.items():
+        if given is not None:
+            raise ValueError(f"{name} is given, and the reference has no backward of its own; wanted backend='triton'")
+
+
+# Alignment
+
+
+def round_up(size: int, step: int) -> int:
+    """The first multiple of `step` from `size` on."""
+    return -(-size // step) * step
+
+
+def padded_rank(rank: int) -> int:
+    """R as the tensor cores take it: a power of two, at least 16."""
+    return max(16, 1 << (rank - 1).bit_length())
+
+
+def is_packed(tensor: Tensor) -> bool:
+    """Whether each tensor[i] is contiguous; they may lie any distance apart."""
+    return tensor[:1].is_contiguous()
+
+
+def is_aligned(tensor: Tensor) -> bool:
+    """Whether the copy engine can reach it: innermost stride 1, other strides and address multiples of 16 bytes."""
+    steps = [tensor.data_ptr(), *(stride * tensor.itemsize for stride in tensor.stride()[:-1])]
+    return tensor.stride(-1) == 1 and all(step > 0 and step % 16 == 0 for step in steps)
+
+
+def aligned(tensor: Tensor) -> Tensor:
+    """`tensor` if the copy engine can reach it or nothing is in it, else a copy that it can reach."""
+    fits = not tensor.numel() or is_aligned(tensor)
+    return tensor if fits else empty_aligned(tensor, *tensor.shape).copy_(tensor)
+
+
+def empty_aligned(like: Tensor, *shape: int) -> Tensor:
+    """An empty tensor that the copy engine can reach: each row starts at a multiple of 16 bytes."""
+    return like.new_empty(*shape[:-1], round_up(shape[-1], 16 // like.itemsize))[..., : shape[-1]]
+
+
+# The device
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Of a GPU; elsewhere 2, so that the interpreter walks several tiles a program."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
+@functools.cache
+def l2_bytes(device: torch.device) -> int:
+    """Of a GPU's L2 cache; elsewhere 50 MiB, which is Hopper's."""
+    return torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 50 << 20
+
+
+@functools.cache
+def is_hopper(device: torch.device) -> bool:
+    """Whether this is a GPU with Hopper's tensor cores and copy engine."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
