@@ -41,6 +41,10 @@ def adapted_linear(
     return y if bias is None else y + bias
 
 
+GOLDEN = 0x9E3779B9
+"""Added so that keys of zeros are no fixed point of the hash."""
+
+
 def drop(x: Tensor, rate: float, *key: Tensor | int) -> Tensor:
     """x [B, S, K] with its elements dropped at `rate`, the others divided by 1 - rate.
 
@@ -49,9 +53,10 @@ def drop(x: Tensor, rate: float, *key: Tensor | int) -> Tensor:
     """
     hashed = torch.zeros(len(x), dtype=torch.int64, device=x.device)
     for part in key:
-        hashed = _mix(hashed + part)
+        hashed = _mix(hashed + part + GOLDEN)
     elements = torch.arange(x.shape[1:].numel(), device=x.device).view(x.shape[1:])
-    bits = _mix(_mix(hashed + 1)[:, None, None] ^ _mix(elements + hashed[:, None, None]))
+    first, second = (key[:, None, None] for key in (hashed, _mix(hashed + GOLDEN)))
+    bits = _mix(_mix(elements + first) + second)
     return torch.where(bits >= round(rate * 2**32), x / (1 - rate), 0.0)
 
 
