@@ -2,8 +2,9 @@
 
     y_b = x_b W^T + bias + s_b B_b (A_b drop(x_b))        s = alpha / rank, b a row of the batch
 
-attach.py finds the linears and gives them back; pool.py holds the adapters; linear.py is the product; adapters.py names
-them; peft.py reads and writes PEFT's files; optimizer.py is Adam on the pool. Only base="int6" needs klora.model.
+find.py finds the linears, attach.py takes them and gives them back; pool.py holds the adapters, adapters.py names them;
+linear.py is the product; peft.py reads and writes PEFT's files; optimizer.py is Adam on the pool. Only base="int6"
+needs klora.model.
 """
 
 from typing import TYPE_CHECKING

@@ -26,6 +26,8 @@ class Adapters:
 
     `lora.adapters` is one. Each takes a slot of the pool. LoraError, and nothing changed: an unknown name or one
     that is taken, no free slot, a rank above the pool's, a target that is not attached, a file that does not fit.
+
+    Example: adapters: Adapters = lora.adapters
     """
 
     def __init__(self, pool: Pool, ranks: Mapping[str, int], alpha: float | None, seed: int, base_name: str | None):

@@ -18,6 +18,8 @@ class LoraAdam:
 
     `lr` fp32 [slots] and `steps` int64 [slots] are the slots' own; exp_avg and exp_avg_sq are fp32 [slots, P]. A new,
     reset or loaded adapter starts with zero moments, at step 0, at the learning rate that was given here.
+
+    Example: optimizer: LoraAdam = lora.optimizer(lr=1e-3, weight_decay=0.01)
     """
 
     def __init__(self, adapters: "Adapters", lr: float, betas: tuple[float, float], eps: float, weight_decay: float):

@@ -5,10 +5,8 @@ import io
 import itertools
 import json
 import pickle
-import re
 from collections import OrderedDict
 
-import klora.lora
 import pytest
 import torch
 from klora import KloraError
@@ -945,8 +943,3 @@ class TestFiles:
         (folder / "adapter_config.json").write_text("{")
         with pytest.raises(LoraError, match="adapter_config.json cannot be read"):
             lora.adapters.load("a", folder)
-
-
-def test_every_name_of_the_package_says_how_it_is_used():
-    for name in klora.lora.__all__:
-        assert re.search(r"^ *Example: ", getattr(klora.lora, name).__doc__, re.M) or name in ("Adapters", "LoraAdam")

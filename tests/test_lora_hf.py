@@ -1,7 +1,11 @@
 """klora.lora on Hugging Face's models: against the oracle, and against PEFT in both directions."""
 
+import contextlib
+import inspect
 import json
+import re
 
+import klora.lora
 import pytest
 import torch
 from klora.bench.tolerance import relative_error
@@ -55,6 +59,40 @@ def test_mixed_adapters_are_those_of_the_oracle(family):
     model = build(family, torch.float64)
     lora = two_adapters(model, FAMILIES[family][1])
     assert_exact(model, lora, ["wide", None, "narrow", "wide"], TOKENS)
+
+
+def usage_lines() -> list:
+    """What is exported, and the public methods of its classes that a user calls."""
+    public = {name: getattr(klora.lora, name) for name in klora.lora.__all__}
+    methods = {
+        f"{name}.{attribute}": value
+        for name, thing in public.items()
+        if isinstance(thing, type)
+        for attribute, value in vars(thing).items()
+        if not attribute.startswith("_") and inspect.isfunction(value)
+    }
+    called_by_the_package = ("Adapters.slot_of", "LoraAdam.clear")
+    return [
+        pytest.param(name, thing, id=name)
+        for name, thing in (public | methods).items()
+        if name not in called_by_the_package
+    ]
+
+
+@pytest.mark.parametrize(("name", "thing"), usage_lines())
+def test_every_name_has_a_usage_line_that_runs_as_it_is_printed(name, thing, tmp_path, monkeypatch):
+    (line,) = re.findall(r"^ *Example: (.+)$", thing.__doc__, re.M)
+    assert name.rpartition(".")[2] in line
+    monkeypatch.chdir(tmp_path)
+    model, names = build(), {name: getattr(klora.lora, name) for name in klora.lora.__all__}
+    if name not in ("attach", "LoraError"):
+        lora = attach(model, slots=4, targets=("q_proj", "v_proj"))
+        for adapter in ("alice", "bob"):
+            lora.adapters.create(adapter)
+        names |= {"lora": lora, "optimizer": lora.optimizer()}
+        lora.adapters.save("alice", "alice-lora")
+        torch.save(names["optimizer"].state_dict(), "adam.pt")
+    exec(line, names | {"model": model, "tokens": TOKENS[:2], "torch": torch, "contextlib": contextlib})
 
 
 @families
