@@ -97,7 +97,7 @@ class Lora:
     `adapters` creates, loads and saves them, `rows` says which row of a batch uses which, `optimizer` trains them,
     `merge` puts one into the weights, `detach` gives the model back. Without `rows` the model is the base model.
 
-    Example: with lora.rows(["alice", "bob"]): loss = model(tokens, labels=tokens).loss
+    Example: lora: Lora = attach(model, slots=4)
     """
 
     def __init__(
