@@ -93,12 +93,12 @@ class Adapters:
         """
         adapter = self[name]
         self.pool.clear(adapter.slot)
-        draw = torch.Generator().manual_seed(adapter.seed)
+        draw = torch.Generator("cpu").manual_seed(adapter.seed)
         for index, place in self._places(adapter):
             rank = adapter.ranks[place.name]
-            lora_a = (2 * torch.rand(rank, place.inputs, generator=draw) - 1) / place.inputs**0.5
-            scale = adapter.alphas[place.name] / rank
-            self.pool.write(adapter.slot, index, lora_a, torch.zeros(place.outputs, rank), scale)
+            uniform = torch.rand(rank, place.inputs, generator=draw, dtype=torch.float32, device="cpu")
+            lora_b, scale = self.pool.params.new_zeros(place.outputs, rank), adapter.alphas[place.name] / rank
+            self.pool.write(adapter.slot, index, (2 * uniform - 1) / place.inputs**0.5, lora_b, scale)
 
     def delete(self, name: str) -> None:
         """Empty its slot for another adapter.

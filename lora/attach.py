@@ -23,7 +23,7 @@ BASES = {"dense": None, "bf16": torch.bfloat16, "int6": None}
 """What the base weights are, and the dtype that is asked of them."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Rows:
     """The slot of each row of a batch, int64 [B]; with dropout what else draws its mask, int64 [B] too."""
 
@@ -31,6 +31,8 @@ class Rows:
     step: Tensor | None = None
     nth: Tensor | None = None
     """how many rows before it have its slot"""
+    was_run: bool = False
+    """whether a forward has used them"""
 
 
 class Site:
@@ -43,10 +45,11 @@ class Site:
         self.lora, self.index, self.module = lora, index, module
         self.place = lora.pool.places[index]
 
-    def forward(self, x: Tensor) -> Tensor:
-        lora, module, pool = self.lora, self.module, self.lora.pool
+    def forward(self, input: Tensor) -> Tensor:
+        lora, module, pool, x = self.lora, self.module, self.lora.pool, input
+        if not torch.compiler.is_compiling():
+            self._check_recomputing()
         if lora.current is None:
-            self._refuse_recomputing()
             return type(module).forward(module, x)
         slots = lora.current.slots
         self._check(x, slots)
@@ -82,13 +85,16 @@ class Site:
                 f"{self.place.name} got {x.device} and the adapters are on {slots.device}; move the model, then attach"
             )
 
-    def _refuse_recomputing(self) -> None:
-        """Gradient checkpointing runs a forward again in the backward: with no rows it would be another function."""
-        if self.lora.was_used and not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+    def _check_recomputing(self) -> None:
+        """Gradient checkpointing runs a forward again in the backward: with other rows it would be another function."""
+        rows, in_backward = self.lora.current, torch._C._current_graph_task_id() != -1
+        if in_backward and self.lora.was_used and (rows is None or not rows.was_run):
             raise LoraError(
-                f"{self.place.name} is computed again by gradient checkpointing, outside `with lora.rows(...)`; call "
-                "backward() inside it"
+                f"{self.place.name} is computed again by gradient checkpointing, outside of the `with lora.rows(...)` "
+                "of its forward; call backward() inside it"
             )
+        if rows is not None and not in_backward:
+            rows.was_run = True
 
 
 class Lora:
@@ -136,7 +142,8 @@ class Lora:
                 raise LoraError(f"rows is {slots.dtype} {list(slots.shape)}; wanted: int32 or int64 [B]")
             slots = slots if slots.is_cuda else slots.tolist()
         if not isinstance(slots, Tensor):
-            slots = torch.tensor([self.adapters.slot_of(slot) for slot in slots], dtype=torch.int64)
+            numbers = [self.adapters.slot_of(slot) for slot in slots]
+            slots = torch.tensor(numbers, dtype=torch.int64, device=pool.device)
         outer, self.current = self.current, self._rows(slots.to(pool.device, torch.int64), step)
         self.was_used = True
         try:

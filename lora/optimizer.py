@@ -30,7 +30,7 @@ class LoraAdam:
             )
         self.adapters, self.betas, self.eps, self.first_lr = adapters, tuple(betas), eps, float(lr)
         pool = self.pool = adapters.pool
-        self.lr = torch.full((pool.slots,), float(lr), device=pool.device)
+        self.lr = torch.full((pool.slots,), float(lr), dtype=torch.float32, device=pool.device)
         self.steps = torch.zeros(pool.slots, dtype=torch.int64, device=pool.device)
         self.exp_avg, self.exp_avg_sq = (torch.zeros_like(pool.params) for _ in range(2))
         self.decay = torch.full_like(pool.params[0], weight_decay) if weight_decay else None

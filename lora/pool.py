@@ -52,8 +52,8 @@ class Pool:
         self.slots, self.places, self.device = slots, places, device
         size = sum(_aligned(rows * columns) for place in places for rows, columns in place.sizes)
         with torch.inference_mode(False):
-            self.params, self.grads = (torch.zeros(slots, size, device=device) for _ in range(2))
-            self.scale = torch.zeros(slots, len(places), device=device)
+            self.params, self.grads = (torch.zeros(slots, size, dtype=torch.float32, device=device) for _ in range(2))
+            self.scale = torch.zeros(slots, len(places), dtype=torch.float32, device=device)
             self.uses = torch.zeros(slots, dtype=torch.int64, device=device)
             self._make_leaves()
         self.optimizers: WeakSet = WeakSet()

@@ -60,13 +60,16 @@ ROWS = ["big", "small", None, "big"]
 
 def randomize(lora) -> None:
     """Numbers in every A and B: an adapter whose B is zero hides what it is multiplied by."""
-    draw = torch.Generator().manual_seed(2)
+    draw = torch.Generator("cpu").manual_seed(2)
     for name in lora.adapters:
         adapter = lora.adapters[name]
         for index, place in enumerate(lora.pool.places):
             if place.name in adapter.ranks:
                 rank, device = adapter.ranks[place.name], lora.pool.device
-                a, b = torch.randn(rank, place.inputs, generator=draw), torch.randn(place.outputs, rank, generator=draw)
+                a, b = (
+                    torch.randn(size, generator=draw, device="cpu")
+                    for size in ((rank, place.inputs), (place.outputs, rank))
+                )
                 scale = adapter.alphas[place.name] / rank
                 lora.pool.write(adapter.slot, index, a.to(device) / 4, b.to(device) / 4, scale)
 
@@ -551,6 +554,15 @@ class TestWithTheRestOfPyTorch:
         with pytest.raises(LoraError, match=r"blocks.1.up is computed again by gradient checkpointing.*backward\(\)"):
             loss.backward()
 
+    def test_checkpointing_within_other_rows_is_refused_by_name(self):
+        model = Tiny()
+        lora = two_adapters(model)
+        model.checkpointed = {"use_reentrant": False}
+        with lora.rows(ROWS):
+            loss = model(TOKENS).sum()
+        with pytest.raises(LoraError, match="outside of the `with lora.rows"), lora.rows(ROWS[::-1]):
+            loss.backward()
+
     def test_checkpointing_of_the_base_model_works(self):
         model = Tiny()
         attach(model, slots=1, targets=["up"], freeze=False)
@@ -579,6 +591,7 @@ class TestWithTheRestOfPyTorch:
             plain[0] = plain[0] + scale * (x[0] @ a.mT @ b.mT)
         assert_as_exact([out], [torch.stack(exact)], [torch.stack(plain)], margin=1.5)
 
+    @pytest.mark.slow
     def test_compiled_whole(self):
         model = Tiny().double()
         lora = two_adapters(model)
@@ -590,6 +603,49 @@ class TestWithTheRestOfPyTorch:
         torch.testing.assert_close(compiled(TOKENS), model(TOKENS))
         with lora.rows(ROWS):
             assert not torch.allclose(compiled(TOKENS), ours, atol=1e-3)
+
+    @pytest.mark.slow
+    def test_other_rows_do_not_compile_again(self):
+        model = Tiny()
+        lora, compiles = two_adapters(model), []
+
+        def backend(graph, _):
+            compiles.append(graph)
+            return graph.forward
+
+        compiled = torch.compile(model, fullgraph=True, backend=backend)
+        for rows in (ROWS, ROWS[::-1], torch.tensor([1, 1, 0, -1]), [None] * 4):
+            with lora.rows(rows):
+                assert torch.equal(compiled(TOKENS), model(TOKENS))
+        assert len(compiles) == 1
+
+    def test_another_default_device_and_dtype(self):
+        model = Tiny()
+        torch.set_default_dtype(torch.float64)
+        try:
+            with torch.device("meta"):
+                lora = two_adapters(model)
+                optimizer = lora.optimizer(lr=0.1)
+                with lora.rows(ROWS):
+                    model(TOKENS).square().sum().backward()
+                optimizer.step()
+                optimizer.step(["big"])
+        finally:
+            torch.set_default_dtype(torch.float32)
+        assert lora.pool.params.dtype == torch.float32 and optimizer.steps.tolist() == [2, 1, 0]
+
+    def test_a_model_that_was_moved_is_refused(self):
+        model = Tiny()
+        lora = two_adapters(model)
+        message = "blocks.0.up got meta and the adapters are on cpu; move the model, then attach"
+        with pytest.raises(LoraError, match=message), lora.rows(ROWS):
+            model.to("meta")(TOKENS.to("meta"))
+
+    def test_a_linear_takes_its_input_by_name(self):
+        model = one_linear()
+        lora, x = adapters_on_one(model), torch.randn(2, 3, 16)
+        with lora.rows(["big", "small"]):
+            assert torch.equal(model.up(input=x), model.up(x))
 
     def test_hooks_are_called_around_the_adapted_linear(self):
         model = Tiny()
