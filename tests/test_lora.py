@@ -512,6 +512,29 @@ class TestDropout:
             assert torch.equal(model(TOKENS), whole)
         assert not torch.allclose(dropped[0], whole[0], atol=1e-3)
 
+    def test_equal_rows_and_equal_linears_draw_masks_of_their_own(self):
+        class Pair(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.one = nn.Linear(16, 16)
+                self.other = copy.deepcopy(self.one)
+
+            def forward(self, x):
+                return self.one(x), self.other(x)
+
+        model, x = Pair(), torch.randn(1, 5, 16).expand(2, -1, -1)
+        lora = attach(model, slots=1, targets=["one", "other"], dropout=0.5)
+        lora.adapters.create("a")
+        for index in (0, 1):
+            lora.pool.write(0, index, torch.ones(8, 16), torch.ones(16, 8), 1.0)
+        with lora.rows(["a", "a"]):
+            one, other = model(x)
+        assert not torch.allclose(one, other) and not torch.allclose(one[0], one[1])
+        model.eval()
+        with lora.rows(["a", "a"]):
+            one, other = model(x)
+        assert torch.equal(one, other)
+
     def test_the_same_step_draws_the_same_and_the_next_another(self):
         model = Tiny()
         lora = two_adapters(model, dropout=0.3)
@@ -757,6 +780,19 @@ class TestInt6:
         lora.detach()
         assert snapshot(model) == before
         assert_same_numbers(model, numbers)
+
+    @pytest.mark.gpu
+    @pytest.mark.skipif(not CUDA, reason="no CUDA GPU")
+    def test_on_a_gpu_the_dense_weights_wait_on_the_host(self):
+        model = one_linear(256, 512).to("cuda", torch.bfloat16)
+        linear, weight = model.up, model.up.weight.detach().clone()
+        used = torch.cuda.memory_allocated()
+        lora = attach(model, slots=1, rank={"up": 1}, base="int6")
+        pool = sum(t.nbytes for t in (lora.pool.params, lora.pool.grads))
+        assert torch.cuda.memory_allocated() - pool < used - weight.nbytes // 2
+        assert linear.weight.device.type == "cpu"
+        lora.detach()
+        assert model.up is linear and torch.equal(linear.weight, weight)
 
     def test_merge_keeps_what_was_trained(self):
         model = Tiny(**self.SIZES)

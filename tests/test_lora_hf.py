@@ -134,6 +134,7 @@ def assert_equal_to_peft(family, lora, name, folder) -> None:
 def test_peft_reads_what_we_save(family, name, tmp_path):
     lora = two_adapters(build(family, torch.float64), FAMILIES[family][1])
     lora.adapters.save(name, tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["fan_in_fan_out"] is (family == "GPT2")
     assert_equal_to_peft(family, lora, name, tmp_path)
 
 
