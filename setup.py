@@ -6,7 +6,7 @@ from pathlib import Path
 from setuptools import setup
 from setuptools.command.editable_wheel import editable_wheel
 
-SUBPACKAGES = ("kernels", "model", "ttt", "bench", "cli")
+SUBPACKAGES = ("kernels", "lora", "model", "ttt", "bench", "cli")
 HERE = Path(__file__).parent
 OPS = sorted(path.parent.name for path in HERE.glob("kernels/*/__init__.py"))
 """Ops of more than one file: folders of their own in kernels/."""
@@ -58,6 +58,8 @@ setup(
             "jsonschema>=4.18",
             "ruff>=0.14",
             "setuptools>=70.1",
+            "transformers>=5",
+            "peft>=0.19",
         ],
         "bench": ["pytest-benchmark>=5", "jsonschema>=4.18"],
         "flash-attn": ["flash-attn>=2.7"],

@@ -6,6 +6,7 @@ import inspect
 import os
 import random
 import re
+import sys
 import time
 import tracemalloc
 from pathlib import Path
@@ -22,6 +23,10 @@ from klora.model.config import ModelConfig
 from klora.model.corpus import Document
 from klora.model.gpt import GPT
 from klora.model.tokenizer import Tokenizer
+
+ROOT = Path(__file__).resolve().parent.parent
+# `python -m pytest` puts the current folder first. There transformers would take kernels/ for the package of that name.
+sys.path[:] = [path for path in sys.path if Path(path).resolve() != ROOT]
 
 SMALL = ModelConfig(
     vocab_size=300,

@@ -117,7 +117,7 @@ for where, code in json.load(open("snippets.json")):
 def test_every_python_snippet_runs_from_a_wheel(tmp_path, tokenizer):
     source, site = tmp_path / "source", tmp_path / "site"
     ignored = shutil.ignore_patterns("__pycache__", "results", "*.egg-info")
-    for folder in ("kernels", "model", "ttt", "bench", "cli", "src"):
+    for folder in ("kernels", "lora", "model", "ttt", "bench", "cli", "src"):
         shutil.copytree(ROOT / folder, source / folder, ignore=ignored)
     for file in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / file, source / file)

@@ -101,7 +101,9 @@ PRIVATE = re.compile(r"(?<![a-z])(told|turned|heat|fade|mine|rooms?|plain statem
 """Words that this project once had for describe, rotated, temperature, rescale, own, package, reference."""
 
 
-@pytest.mark.parametrize("package", ["klora.kernels", "klora.model", "klora.ttt", "klora.cli", "klora.bench"])
+@pytest.mark.parametrize(
+    "package", ["klora.kernels", "klora.lora", "klora.model", "klora.ttt", "klora.cli", "klora.bench"]
+)
 def test_the_words_of_a_package_are_those_of_the_field(package):
     (folder,) = importlib.import_module(package).__path__
     files = sorted(Path(folder).rglob("*.py"))

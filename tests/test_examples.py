@@ -80,6 +80,36 @@ def test_int6_is_smaller_close_saved_and_undone(device, tmp_path):
 
 
 @on_both_devices
+def test_ten_unlike_adapters_learn_their_own_tasks_at_once(device, tmp_path):
+    pytest.importorskip("transformers")
+    printed = run("ten_adapters_at_once.py", device, tmp_path)
+    each = numbers(rf"rank +{NUMBER}, {NUMBER} linears: loss {NUMBER} -> {NUMBER}", printed)
+    assert each[::4] == list(range(4, 14)) and set(each[1::4]) == {8, 10, 12}
+    assert all(after < before - 0.5 for before, after in zip(each[2::4], each[3::4], strict=True))
+    (others,) = numbers(rf"each other's adapters: loss {NUMBER}", printed)
+    assert others > max(each[3::4]) + 0.5
+
+
+@on_both_devices
+def test_a_peft_checkpoint_goes_in_and_out_with_equal_outputs(device, tmp_path):
+    pytest.importorskip("peft")
+    printed = run("peft_checkpoint_in_and_out.py", device, tmp_path)
+    assert all(0 <= difference < 1e-5 for difference in numbers(rf"difference {NUMBER}", printed))
+    (moved,) = numbers(rf"trained: {NUMBER} from", printed)
+    assert moved > 1e-3 and "detached, the base model's logits: True" in printed
+
+
+@on_both_devices
+def test_adapters_learn_over_a_base_at_six_bits(device, tmp_path):
+    pytest.importorskip("transformers")
+    printed = run("lora_on_an_int6_base.py", device, tmp_path)
+    dense, int6 = numbers(rf"{NUMBER} bytes of dense weights, {NUMBER} at six bits", printed)
+    assert int6 < 0.4 * dense
+    losses = numbers(rf"loss {NUMBER}", printed)
+    assert losses[-1] < losses[0] - 0.5 and "detached, the dense weights: True" in printed
+
+
+@on_both_devices
 def test_adapting_beats_the_model_as_it_is_on_every_unseen_document(device, tmp_path):
     printed = run("score_and_adapt.py", device, tmp_path)
     first, last = numbers(rf"loss {NUMBER} nats", printed)
@@ -106,7 +136,7 @@ def test_an_example_uses_public_names_only(name):
     imports = [node for node in ast.walk(ast.parse((EXAMPLES / name).read_text())) if isinstance(node, ast.ImportFrom)]
     for node in imports:
         if node.module.startswith("klora"):
-            assert node.module in ("klora", "klora.kernels", "klora.model", "klora.ttt"), node.module
+            assert node.module in ("klora", "klora.kernels", "klora.lora", "klora.model", "klora.ttt"), node.module
             public = importlib.import_module(node.module).__all__
             assert {alias.name for alias in node.names} <= set(public)
 

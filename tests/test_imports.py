@@ -17,9 +17,9 @@ import torch
 from forks import Forked
 from klora.cli.app import COMMANDS, command_of
 
-SUBPACKAGES = ("kernels", "model", "ttt", "bench", "cli")
+SUBPACKAGES = ("kernels", "lora", "model", "ttt", "bench", "cli")
 HEAVY = ("torch", "numpy", "triton", "sympy", "torch._dynamo", "torch._inductor", "matplotlib", "rich")
-LAZY = ("klora", "klora.kernels", "klora.model", "klora.ttt") + tuple(
+LAZY = ("klora", "klora.kernels", "klora.lora", "klora.model", "klora.ttt") + tuple(
     f"klora.kernels.{path.parent.name}"
     for path in sorted(Path(importlib.import_module("klora.kernels").__file__).parent.glob("*/__init__.py"))
 )
@@ -51,11 +51,13 @@ def test_what_an_import_loads():
     references = "from klora.kernels import lora_qkv_ref, lora_qkv_rope_ref, lora_head_nll_ref, pick_attention"
     by_torch, by_references = python(f"""loaded = lambda: [name for name in {HEAVY} if name in sys.modules]
 import torch; by_torch = loaded()
-import klora.kernels, klora.model, klora.ttt; {references}
+import klora.kernels, klora.lora, klora.model, klora.ttt; {references}
 print(json.dumps([by_torch, loaded()]))""")
     assert {"triton", "torch._dynamo"}.isdisjoint(by_torch), "this test shows nothing where torch loads them itself"
     assert by_references == by_torch
-    assert "torch._dynamo" not in loaded_by("from klora.kernels import *; from klora.model import *")
+    assert "torch._dynamo" not in loaded_by(
+        "from klora.kernels import *; from klora.lora import *; from klora.model import *"
+    )
 
 
 @pytest.mark.slow
@@ -123,7 +125,7 @@ def test_the_packages_are_there_with_klora_alone():
         "import klora\nprint(json.dumps([klora.kernels.BOS_ID, klora.ttt.ttt_preset().lr, klora.model.GPT.__name__]))"
     )
     assert python_with_torch(code) == [1, klora.ttt.ttt_preset().lr, "GPT"]
-    assert {"kernels", "model", "ttt"} <= set(dir(klora))
+    assert {"kernels", "lora", "model", "ttt"} <= set(dir(klora))
 
 
 @pytest.mark.slow

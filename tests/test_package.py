@@ -14,12 +14,12 @@ import klora
 import pytest
 
 ROOT = Path(__file__).parent.parent
-SUBPACKAGES = ("kernels", "model", "ttt", "bench", "cli")
+SUBPACKAGES = ("kernels", "lora", "model", "ttt", "bench", "cli")
 PROBE = """
 import importlib, pathlib, klora
 from importlib.metadata import entry_points, version
-for name in ("klora", "klora.kernels", "klora.model", "klora.ttt", "klora.bench", "klora.cli", "klora.kernels.int6"):
-    print(pathlib.Path(importlib.import_module(name).__file__).resolve().parent)
+for name in ("", ".kernels", ".lora", ".model", ".ttt", ".bench", ".cli", ".kernels.int6"):
+    print(pathlib.Path(importlib.import_module(f"klora{name}").__file__).resolve().parent)
 from klora.install import pip_install
 print(pip_install("bench"))
 assert version("klora-kernels") == klora.__version__
@@ -92,7 +92,7 @@ def test_a_wheel_installs_every_package_and_the_command(source, borrowed, tmp_pa
     python = python_in_fresh_environment(tmp_path / "venv", borrowed, str(wheel))
     for cwd in (tmp_path, source, source.parent):  # a clone does not go before what is installed
         *folders, advice, command = output_of(python, "-c", PROBE, env=borrowed, cwd=cwd).splitlines()
-        assert len(folders) == 7 and all(folder.startswith(str((tmp_path / "venv").resolve())) for folder in folders)
+        assert len(folders) == 8 and all(folder.startswith(str((tmp_path / "venv").resolve())) for folder in folders)
         assert command == "['klora.cli:main']" and advice.endswith("pip install 'klora-kernels[bench]'")
     expected = f"klora {klora.__version__}\n"
     assert output_of(tmp_path / "venv" / "bin" / "klora", "--version", env=borrowed) == expected
@@ -123,13 +123,24 @@ def test_constraints_pin_every_dependency_and_the_tested_pair():
     pins = dict(line.split("==") for line in lines if line and not line.startswith("#"))
     assert pins["torch"] == "2.13.0" and pins["triton"] == "3.7.1"
     setup = (ROOT / "setup.py").read_text()
-    for name in ("numpy", "sentencepiece", "zstandard", "safetensors", "nvtx", "typer", "rich", "matplotlib"):
+    for name in (
+        "numpy",
+        "sentencepiece",
+        "zstandard",
+        "safetensors",
+        "nvtx",
+        "typer",
+        "rich",
+        "matplotlib",
+        "transformers",
+        "peft",
+    ):
         assert name in pins and f'"{name}>=' in setup
 
 
 def test_packages_import_only_what_their_place_allows():
-    """kernels import no other package; model imports kernels; ttt both; nothing imports bench or cli."""
-    allowed = {"kernels": set(), "model": {"kernels"}, "ttt": {"kernels", "model"}}
+    """kernels import no other package; model imports kernels; lora and ttt both; nothing imports bench or cli."""
+    allowed = {"kernels": set(), "lora": {"kernels", "model"}, "model": {"kernels"}, "ttt": {"kernels", "model"}}
     for package, others in allowed.items():
         others = others | {package}  # a message may name what is its own
         for path in (ROOT / package).rglob("*.py"):

@@ -9,6 +9,7 @@ from .version import __version__
 
 if TYPE_CHECKING:
     from . import kernels as kernels
+    from . import lora as lora
     from . import model as model
     from . import ttt as ttt
     from .language_model import LanguageModel, load

@@ -1,0 +1,115 @@
+"""The pool: every adapter is one flat row of fp32 parameters, whatever its rank, alpha and targets.
+
+A row holds A [R, K] and B [N, R] of one linear after the other, as PEFT's files do: the scale s = alpha / rank is kept
+beside them. R is the linear's rank in the pool, the largest that an adapter may have there. An adapter of a smaller
+rank has rows of zeros in A and columns of zeros in B, and one without that linear has nothing but zeros. Each is a
+factor of the other's gradient, which is therefore zero, and Adam moves neither: it is the smaller rank, exactly.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from weakref import WeakSet
+
+import torch
+from torch import Tensor
+
+from ..errors import KloraError
+
+
+class LoraError(KloraError, ValueError):
+    """A model that adapters do not fit, an adapter that does not exist, or a file of another model.
+
+    Example: with contextlib.suppress(LoraError): attach(model, targets=("no_such_linear",))
+    """
+
+
+@dataclass(frozen=True)
+class Place:
+    """A linear of the model, `inputs` to `outputs` features, whose adapters have rank `rank` or less."""
+
+    name: str
+    target: str
+    """what it was found by: the end of its name"""
+    is_conv1d: bool
+    inputs: int
+    outputs: int
+    rank: int
+
+    @property
+    def sizes(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """of A and B"""
+        return (self.rank, self.inputs), (self.outputs, self.rank)
+
+
+class Pool:
+    """params and grads fp32 [slots, P], scale fp32 [slots, linears], and A and B of each linear as leaves over them.
+
+    The leaves are views of params. A hook adds their gradients to grads, so that Adam takes all adapters in one launch.
+    `uses` int64 [slots] counts how often a slot was named for training; dropout draws by it.
+    """
+
+    def __init__(self, slots: int, places: list[Place], device: torch.device):
+        self.slots, self.places, self.device = slots, places, device
+        size = sum(_aligned(rows * columns) for place in places for rows, columns in place.sizes)
+        with torch.inference_mode(False):
+            self.params, self.grads = (torch.zeros(slots, size, dtype=torch.float32, device=device) for _ in range(2))
+            self.scale = torch.zeros(slots, len(places), dtype=torch.float32, device=device)
+            self.uses = torch.zeros(slots, dtype=torch.int64, device=device)
+            self._make_leaves()
+        self.optimizers: WeakSet = WeakSet()
+
+    def _make_leaves(self) -> None:
+        self.leaves: list[tuple[Tensor, Tensor]] = []
+        start = 0
+        for place in self.places:
+            pair = []
+            for rows, columns in place.sizes:
+                stop = start + rows * columns
+                leaf, grad = (whole[:, start:stop].unflatten(1, (rows, columns)) for whole in (self.params, self.grads))
+                leaf = leaf.detach().requires_grad_()
+                leaf.register_post_accumulate_grad_hook(partial(_move_gradient, grad))
+                pair.append(leaf)
+                start += _aligned(rows * columns)
+            self.leaves.append(tuple(pair))
+
+    def __getstate__(self) -> dict:
+        """Without the leaves: pickle and deepcopy would part them from their pool."""
+        return {name: value for name, value in vars(self).items() if name != "leaves"} | {"optimizers": None}
+
+    def __setstate__(self, state: dict) -> None:
+        vars(self).update(state, optimizers=WeakSet())
+        self._make_leaves()
+
+    @torch.no_grad()
+    def write(self, slot: int, index: int, a: Tensor, b: Tensor, scale: float) -> None:
+        """Put A [r, K] and B [N, r] of linear `index` into an empty slot."""
+        rank = len(a)
+        lora_a, lora_b = self.leaves[index]
+        lora_a[slot, :rank].copy_(a)
+        lora_b[slot, :, :rank].copy_(b)
+        self.scale[slot, index] = scale
+
+    def read(self, slot: int, index: int, rank: int) -> tuple[Tensor, Tensor]:
+        """Copies of A [rank, K] and B [N, rank]."""
+        lora_a, lora_b = self.leaves[index]
+        return lora_a.detach()[slot, :rank].clone(), lora_b.detach()[slot, :, :rank].clone()
+
+    @torch.no_grad()
+    def clear(self, slot: int) -> None:
+        """An empty slot: parameters, gradients, and what optimizers keep of it."""
+        for tensor in (self.params, self.grads, self.scale, self.uses):
+            tensor[slot] = 0
+        for optimizer in self.optimizers:
+            optimizer.clear(slot)
+
+
+@torch.no_grad()
+def _move_gradient(total: Tensor, leaf: Tensor) -> None:
+    """To the pool. It is not the leaf's .grad itself: autograd warns of gradients that are not contiguous."""
+    total.add_(leaf.grad)
+    leaf.grad = None
+
+
+def _aligned(numbers: int) -> int:
+    """Up to 16 bytes: kernels read A and B where they lie."""
+    return -(-numbers // 4) * 4

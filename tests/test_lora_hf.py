@@ -1,0 +1,270 @@
+"""klora.lora on Hugging Face's models: against the oracle, and against PEFT in both directions."""
+
+import contextlib
+import inspect
+import json
+import re
+
+import klora.lora
+import pytest
+import torch
+from klora.bench.tolerance import relative_error
+from klora.lora import LoraError, attach
+from oracles.adapted import adapted_rows
+from test_lora import assert_exact, assert_same_numbers, parts, randomize, snapshot
+
+transformers = pytest.importorskip("transformers", reason="pip install -e '.[test]' brings transformers")
+peft = pytest.importorskip("peft", reason="pip install -e '.[test]' brings peft")
+
+SIZES = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+IDS = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
+GPT2 = {"vocab_size": 96, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 32}
+DROPS = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+FAMILIES = {
+    "Llama": (SIZES | HEADS | IDS, LINEARS),
+    "Qwen2": (SIZES | IDS | {"num_attention_heads": 4, "num_key_value_heads": 2}, LINEARS),
+    "Mistral": (SIZES | HEADS | IDS, LINEARS),
+    "Gemma": (SIZES | HEADS | IDS, LINEARS),
+    "GPT2": (GPT2 | DROPS | {"bos_token_id": 0, "eos_token_id": 1}, ("c_attn", "c_proj", "c_fc")),
+}
+TOKENS = torch.randint(96, (4, 6), generator=torch.Generator().manual_seed(0))
+families = pytest.mark.parametrize("family", FAMILIES)
+
+
+def build(family: str = "Llama", dtype: torch.dtype = torch.float32, **more):
+    """A tiny model with random weights, the same at every call."""
+    config = getattr(transformers, f"{family}Config")(**FAMILIES[family][0] | more)
+    name = "GPT2LMHeadModel" if family == "GPT2" else f"{family}ForCausalLM"
+    torch.manual_seed(0)
+    model = getattr(transformers, name)(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model.to(dtype)
+
+
+def two_adapters(model, targets, rank: int = 6, **options):
+    """ "wide" on all targets, "narrow" on the first alone, with other ranks and alphas."""
+    lora = attach(model, slots=3, targets=targets, rank=rank, **options)
+    lora.adapters.create("wide", rank={target: 2 + i % 4 for i, target in enumerate(targets)}, alpha=5)
+    lora.adapters.create("narrow", rank=3, alpha=0.75, targets=targets[:1])
+    randomize(lora)
+    return lora
+
+
+@families
+def test_mixed_adapters_are_those_of_the_oracle(family):
+    model = build(family, torch.float64)
+    lora = two_adapters(model, FAMILIES[family][1])
+    assert_exact(model, lora, ["wide", None, "narrow", "wide"], TOKENS)
+
+
+def usage_lines() -> list:
+    """What is exported, and the public methods of its classes that a user calls."""
+    public = {name: getattr(klora.lora, name) for name in klora.lora.__all__}
+    methods = {
+        f"{name}.{attribute}": value
+        for name, thing in public.items()
+        if isinstance(thing, type)
+        for attribute, value in vars(thing).items()
+        if not attribute.startswith("_") and inspect.isfunction(value)
+    }
+    called_by_the_package = ("Adapters.slot_of", "LoraAdam.clear")
+    return [
+        pytest.param(name, thing, id=name)
+        for name, thing in (public | methods).items()
+        if name not in called_by_the_package
+    ]
+
+
+@pytest.mark.parametrize(("name", "thing"), usage_lines())
+def test_every_name_has_a_usage_line_that_runs_as_it_is_printed(name, thing, tmp_path, monkeypatch):
+    (line,) = re.findall(r"^ *Example: (.+)$", thing.__doc__, re.M)
+    assert name.rpartition(".")[2] in line
+    monkeypatch.chdir(tmp_path)
+    model, names = build(), {name: getattr(klora.lora, name) for name in klora.lora.__all__}
+    if name not in ("attach", "Lora", "LoraError"):
+        lora = attach(model, slots=4, targets=("q_proj", "v_proj"))
+        for adapter in ("alice", "bob"):
+            lora.adapters.create(adapter)
+        names |= {"lora": lora, "optimizer": lora.optimizer()}
+        lora.adapters.save("alice", "alice-lora")
+        torch.save(names["optimizer"].state_dict(), "adam.pt")
+    exec(line, names | {"model": model, "tokens": TOKENS[:2], "torch": torch, "contextlib": contextlib})
+
+
+@families
+def test_detach_gives_the_model_back(family):
+    model = build(family)
+    before, numbers = snapshot(model), {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    lora = two_adapters(model, FAMILIES[family][1])
+    with lora.rows(["wide"] * 4):
+        model(TOKENS, labels=TOKENS).loss.backward()
+    lora.detach()
+    assert snapshot(model) == before
+    assert_same_numbers(model, numbers)
+
+
+@families
+def test_merge(family):
+    model = build(family)
+    lora = two_adapters(model, FAMILIES[family][1])
+    with lora.rows(["wide"] * 4), torch.no_grad():
+        wanted = model(TOKENS).logits
+    torch.testing.assert_close(lora.merge("wide")(TOKENS).logits, wanted, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def assert_equal_to_peft(family, lora, name, folder) -> None:
+    """The adapter gives in our model, in PEFT's (which reads the folder) and in the oracle the same logits.
+
+    In float64, but for our scales and for RMS norms, which Hugging Face computes in fp32.
+    """
+    with lora.rows([name] * len(TOKENS)):
+        ours = lora.model(TOKENS).logits
+    exact, _ = adapted_rows(build(family), [parts(lora, name)] * len(TOKENS), TOKENS)
+    theirs = peft.PeftModel.from_pretrained(build(family, torch.float64), folder).double()(TOKENS).logits
+    assert relative_error(ours, exact) < 1e-6 and relative_error(theirs, exact) < 1e-6
+
+
+@families
+@pytest.mark.parametrize("name", ["wide", "narrow"])
+def test_peft_reads_what_we_save(family, name, tmp_path):
+    lora = two_adapters(build(family, torch.float64), FAMILIES[family][1])
+    lora.adapters.save(name, tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["fan_in_fan_out"] is (family == "GPT2")
+    assert_equal_to_peft(family, lora, name, tmp_path)
+
+
+CONFIGS = {
+    "plain": {},
+    "patterns": {"rank_pattern": {"{last}": 2}, "alpha_pattern": {"{last}": 9, "0.{nested}": 1}},
+    "stabilised": {"use_rslora": True},
+    "one layer": {"layers_to_transform": [1]},
+    "regex": {"target_modules": r".*\.1\..*\.({all})"},
+}
+
+
+@families
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_we_read_what_peft_saves(family, kind, tmp_path):
+    targets = FAMILIES[family][1]
+    names = {"last": targets[-1], "nested": "mlp." + targets[-1], "all": "|".join(targets)}
+
+    def filled(value):
+        if isinstance(value, dict):
+            return {filled(key): number for key, number in value.items()}
+        for name, text in names.items():
+            value = value.replace("{" + name + "}", text) if isinstance(value, str) else value
+        return value
+
+    options = {"target_modules": list(targets)} | {name: filled(value) for name, value in CONFIGS[kind].items()}
+    theirs = peft.get_peft_model(
+        build(family),
+        peft.LoraConfig(r=4, lora_alpha=6, init_lora_weights=False, fan_in_fan_out=family == "GPT2", **options),
+    )
+    theirs.save_pretrained(tmp_path)
+    lora = attach(build(family, torch.float64), slots=2, targets=targets, rank=5)
+    lora.adapters.load("theirs", tmp_path)
+    assert_equal_to_peft(family, lora, "theirs", tmp_path)
+    lora.adapters.save("theirs", tmp_path / "again")
+    assert_equal_to_peft(family, lora, "theirs", tmp_path / "again")
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"hidden_size": 64}, r"A \[4, 64\] and B .* of model.layers.0.self_attn.q_proj"),
+        ({"num_hidden_layers": 3}, "has an adapter of model.layers.2.self_attn.[qv]_proj, .*another model"),
+        ({"num_hidden_layers": 1}, "nothing for model.layers.1.self_attn.q_proj, .*another model"),
+    ],
+)
+def test_a_peft_file_of_another_model_is_refused(more, message, tmp_path):
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"])
+    peft.get_peft_model(build(**more), config).save_pretrained(tmp_path)
+    lora = attach(build(), slots=1)
+    with pytest.raises(LoraError, match=message):
+        lora.adapters.load("theirs", tmp_path)
+    assert not len(lora.adapters) and not lora.pool.params.any()
+
+
+def test_a_model_that_peft_has_wrapped_is_refused():
+    model = peft.get_peft_model(build(), peft.LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(LoraError, match="q_proj is a Linear; adapters go on nn.Linear and Conv1D|q_proj is a"):
+        attach(model, targets=["q_proj"])
+
+
+def test_a_tied_head_is_refused():
+    with pytest.raises(LoraError, match="the weight of lm_head is tied to model.embed_tokens.weight"):
+        attach(build(tie_word_embeddings=True), targets=["lm_head"])
+
+
+def test_conv1d_at_six_bits_is_refused():
+    with pytest.raises(
+        LoraError, match="transformer.h.0.attn.c_attn stays dense: a Conv1D holds its weight transposed"
+    ):
+        attach(build("GPT2"), targets=["c_attn"], base="int6")
+
+
+def test_int6_trains_on_a_llama_and_refuses_to_be_saved_by_it(tmp_path):
+    model = build(hidden_size=64, intermediate_size=64)
+    lora = attach(model, slots=1, rank=4, base="int6")
+    lora.adapters.create("one")
+    optimizer = lora.optimizer(lr=0.05)
+    losses = []
+    for _ in range(8):
+        with lora.rows(["one"] * 4):
+            loss = model(TOKENS, labels=TOKENS).loss
+            loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.1
+    with pytest.raises(RuntimeError, match="six bits"):
+        model.save_pretrained(tmp_path)
+    lora.detach().save_pretrained(tmp_path)
+
+
+def test_gradient_checkpointing_gives_the_same_gradients():
+    grads = []
+    for checkpointing in (False, True):
+        model = build().train()
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        lora = two_adapters(model, LINEARS, dropout=0.2)
+        with lora.rows(["wide", None, "narrow", "wide"]):
+            model(TOKENS, labels=TOKENS).loss.backward()
+        grads.append(lora.pool.grads)
+    assert torch.equal(*grads) and grads[0][:2].any(1).all()
+
+
+def test_generation_with_a_cache_uses_each_rows_adapter():
+    model = build().eval()
+    lora = two_adapters(model, LINEARS)
+    options = {"max_new_tokens": 5, "do_sample": False, "min_new_tokens": 5}
+    mask = torch.ones(2, 6, dtype=torch.long)
+    with lora.rows(["wide", "narrow"]):
+        both = model.generate(TOKENS[:2], attention_mask=mask, **options)
+        with pytest.raises(LoraError, match=r"batch of 4 and rows\(\) named 2.*generate\(\) repeats"):
+            model.generate(TOKENS[:2], attention_mask=mask, num_beams=2, **options)
+    for name, prompt, line in zip(("wide", "narrow"), TOKENS, both, strict=False):
+        with lora.rows([name]):
+            assert torch.equal(model.generate(prompt[None], attention_mask=mask[:1], **options)[0], line)
+
+
+def test_saving_the_model_writes_the_base_model(tmp_path):
+    model = build()
+    lora = two_adapters(model, LINEARS)
+    model.save_pretrained(tmp_path)
+    again = transformers.LlamaForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(again(TOKENS).logits, lora.detach()(TOKENS).logits)
+
+
+def test_the_config_names_the_base_model(tmp_path):
+    model = build()
+    model.config.name_or_path = "somebody/some-model"
+    two_adapters(model, LINEARS).adapters.save("narrow", tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "somebody/some-model" and config["target_modules"] == ["q_proj"]
