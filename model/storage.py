@@ -6,7 +6,7 @@ A file is written beside its final name, synced, then renamed over it.
 import os
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
@@ -80,6 +80,14 @@ def require_writable(path: Path, size: int = 0) -> None:
             f"{path} needs {size:,} bytes and {folder} has {free.f_bavail * free.f_frsize:,} free; "
             "make space or give a path on another disk"
         )
+
+
+def differences(stored: Any, given: Mapping[str, Any]) -> str:
+    """Which of the settings `given` are others in `stored`, for people; empty where it cannot be said."""
+    if not isinstance(stored, dict):
+        return ""
+    names = [name for name in given if name in stored and stored[name] != given[name]]
+    return ", ".join(f"{name} is {stored[name]!s:.40} there and {given[name]!s:.40} here" for name in names)
 
 
 def load_matplotlib() -> None:

@@ -13,7 +13,7 @@ from klora.model import prepare as prepare_module
 from klora.model import shards as shards_module
 from klora.model.corpus import Corpus, CorpusError
 from klora.model.prepare import prepare, prepared_from_shards
-from klora.model.shards import RowSampler, ShardError, ShardWriter, TokenStream, find_shards, read_shard
+from klora.model.shards import RowSampler, Shard, ShardError, ShardWriter, TokenStream, find_shards
 from klora.model.tokenizer import Tokenizer, TokenizerError
 from test_tokenizer import CONTEST, model_with
 
@@ -33,7 +33,8 @@ def test_shard_format(tmp_path):
     header = np.frombuffer(data[:1024], "<i4")
     assert header.tolist() == [20240520, 1, 3] + [0] * 253
     assert data[1024:] == bytes([1, 0, 5, 0, 255, 255])
-    tokens = read_shard(path)
+    shard = Shard(path)
+    tokens = shard.read(0, len(shard))
     assert isinstance(tokens, np.memmap) and tokens.dtype == np.uint16 and tokens.tolist() == [1, 5, 65535]
     with pytest.raises(ValueError, match="read-only"):
         tokens[0] = 2
@@ -46,7 +47,7 @@ def test_writer_streams_over_shards(tmp_path):
         assert list(tmp_path.glob("*.bin")) == []
     assert writer.tokens == 30
     assert writer.paths == [tmp_path / f"fineweb_train_{i:06d}.bin" for i in range(3)] == sorted(tmp_path.iterdir())
-    assert [read_shard(path).tolist() for path in writer.paths] == [list(range(i, i + 10)) for i in (0, 10, 20)]
+    assert [Shard(path).read(0, 10).tolist() for path in writer.paths] == [list(range(i, i + 10)) for i in (0, 10, 20)]
 
 
 def test_a_failed_write_leaves_nothing(tmp_path):
@@ -421,7 +422,7 @@ def test_shards_of_a_tokenizer_that_normalises_are_taken_and_say_so(tmp_path):
 def test_validation_shards_are_looked_through_before_the_work(tmp_path, tokenizer, monkeypatch, token, says):
     """Not only their beginning: training would end with an error after its last step."""
     monkeypatch.setattr(prepare_module, "SAMPLE_TOKENS", 4)
-    monkeypatch.setattr(prepare_module, "SCAN_TOKENS", 8)
+    monkeypatch.setattr(shards_module, "SCAN_TOKENS", 8)
     (tmp_path / "a.model").write_bytes(tokenizer.to_bytes())
     write(tmp_path, [1] + [5] * 30 + [0])
     write(tmp_path, [1] + [5] * 29, split="val", prefix="a")
