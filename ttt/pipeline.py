@@ -435,7 +435,7 @@ class _Run:
             sums = {name: self.engine_facts.get(name, 0) + engine.facts[name] for name in ("rounds", "seconds")}
             self.engine_facts = {**engine.facts, **sums}
             del self.engine_facts["useful_places"]
-        elif not self.engine_facts:
+        elif not self.engine_facts or engine.facts["batch"] < self.engine_facts["batch"]:
             self.engine_facts = engine.facts
 
     def _fits(self, documents: Sequence[Document], work: Callable[[Engine], None]) -> bool:
