@@ -407,9 +407,7 @@ def test_where_the_first_rank_is_lost_the_others_say_how_to_get_the_results(tmp_
     first.beat()
     first.own([first.claim("long").start])
     book = journal(tmp_path, 1)
-    with pytest.raises(
-        LostStore, match="all documents are scored, but the first rank, .* is lost"
-    ):
+    with pytest.raises(LostStore, match="all documents are scored, but the first rank, .* is lost"):
         run(book, StoreQueue(store, 1, 2, patience=1.0))
     book.close()
     resumed = Journal(tmp_path / "journal.jsonl", "run", True, others=[book.path])
