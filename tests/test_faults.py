@@ -185,7 +185,7 @@ def test_ranks_survive_kills(tmp_path, scoring):
             if killer.kills < KILLS:
                 # A rank that is not there yet is waited for: half an hour, as the first one may read journals.
                 for process, name in zip(ranks, ("journal.jsonl", "journal-1.jsonl"), strict=True):
-                    wait_for(lambda path=out / name: is_newer(path, began), process)
+                    wait_for(lambda path=out / name, began=began: is_newer(path, began), process)
                 rank = killer.draw.randrange(2)
                 killer.strike(ranks[rank], least=0.0)
                 killer.end(ranks[1 - rank], 2)
