@@ -147,20 +147,19 @@ class Shard:
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Tokens `start` to `stop` at most, uint16 [n]."""
-        size, at = 2 * (min(stop, self._count) - start), HEADER_BYTES + 2 * start
-        data = bytearray(size)
-        view = memoryview(data)
+        tokens = np.empty(min(stop, self._count) - start, dtype="<u2")
+        left, at = memoryview(tokens).cast("B"), HEADER_BYTES + 2 * start
         try:
-            while len(view) and (count := os.preadv(self._handle, [view], at)):
-                view, at = view[count:], at + count
+            while len(left) and (count := os.preadv(self._handle, [left], at)):
+                left, at = left[count:], at + count
         except OSError as error:
             raise ShardError(f"{self.path}: cannot be read: {error}") from error
-        if len(view):
+        if len(left):
             raise ShardError(
-                f"{self.path} ends before token {start + size // 2:,} of {self._count:,}: it was cut short after it "
+                f"{self.path} ends before token {start + len(tokens):,} of {self._count:,}: it was cut short after it "
                 "was opened; copy it again"
             )
-        return np.frombuffer(data, dtype="<u2")
+        return tokens
 
     def blocks(self) -> Iterator[np.ndarray]:
         """All tokens, SCAN_TOKENS at a time."""
