@@ -137,8 +137,9 @@ class Sample:
         documents = [self.documents[index] for index in adapts]
         engine = engine_of(self.weights, config, documents)
         after = list(before)
-        for index, nats in zip(adapts, engine.adapt(documents, Deadline(0)).nats, strict=True):
-            after[index] = float(nats)
+        adapted = engine.adapt(documents, Deadline(0))
+        for index, nats, diverged in zip(adapts, adapted.nats, adapted.diverged, strict=True):
+            after[index] = math.nan if diverged else float(nats)
         scale = 1 / math.log(2) / self.bytes
         base_bpb, adapted_bpb = math.fsum(before) * scale, math.fsum(after) * scale
         is_long = [document.targets >= LONG for document in self.documents]

@@ -11,6 +11,7 @@ import typer
 from ..model.config import preset
 from ..model.corpus import Corpus
 from ..model.gpt import GPT
+from ..model.lock import locked
 from ..model.parallel import Ranks, pick_device
 from ..model.train import RUN
 from ..ttt.protocols import ttt_preset
@@ -44,8 +45,15 @@ def demo(
     output = Output(as_json)
     ranks = Ranks(0, 1, pick_device(device))
     options.require_folder(out)
-    if not is_demo(out):
-        require_no_run(out)
+    with locked(out, say=output.warn), locked(out / "score", say=output.warn):
+        if not is_demo(out):
+            require_no_run(out)
+        _make(out, seconds, tokens, device, cache, ranks, output, started)
+
+
+def _make(
+    out: Path, seconds: float, tokens: int, device: str, cache: Path, ranks: Ranks, output: Output, started: float
+) -> None:
     chosen = preset("tiny").override({"seconds": seconds})
     corpora = Corpus.stdlib("train"), Corpus.stdlib("validation")
     if ranks.device.type == "cpu":

@@ -9,8 +9,8 @@ import typer
 from ..model.artifact import ArtifactError, ArtifactSummary, is_artifact, save_artifact
 from ..model.checkpoint import CheckpointError
 from ..model.config import ModelConfig
-from ..model.loading import load_run
-from ..model.tokenizer import Tokenizer
+from ..model.loading import load_run, tokenizer_of_run
+from ..model.lock import locked
 from ..model.train import TOKENIZER
 from . import options
 from .console import Output
@@ -55,13 +55,13 @@ def export_run(run: Path, path: Path, budget: int, output: Output) -> ArtifactSu
     tensors, meta = load_run(run)
     config = ModelConfig.from_dict(meta["model"])
     is_of_shards = meta["provenance"].get("sources", {}).get("kind", "shards") == "shards"
-    tokenizer = Tokenizer.from_file(run / TOKENIZER, may_normalise=is_of_shards)
+    tokenizer = tokenizer_of_run(run, may_normalise=is_of_shards)
     if tokenizer.vocab_size != config.vocab_size:
         raise CheckpointError(
             f"{run / TOKENIZER} has {tokenizer.vocab_size} pieces and the model {config.vocab_size}; it not this run's"
         )
     started = time.perf_counter()
-    with output.progress() as show:
+    with locked(path, is_file=True, say=output.warn), output.progress() as show:
         show("choosing clips and compressing", 0, None)
         summary = save_artifact(
             path,

@@ -15,7 +15,8 @@ from ..model.artifact import Artifact, load_artifact
 from ..model.config import ConfigError
 from ..model.corpus import Corpus
 from ..model.loading import WEIGHTS_HELP, model_from_artifact, model_from_run, tokenizer_of
-from ..model.parallel import is_one_of_many, own_device, processes_here
+from ..model.lock import locked
+from ..model.parallel import is_one_of_many, own_device, processes_here, rank_of_many
 from ..model.prepare import tokenizer_beside
 from ..model.shards import TokenStream, find_shards
 from ..model.signals import StopSignals
@@ -30,7 +31,7 @@ from ..ttt.documents import (
     facts_of_texts,
     facts_of_tokens,
 )
-from ..ttt.journal import Journal, fingerprint, has_journals, open_journal, remove_journals
+from ..ttt.journal import Journal, fingerprint, has_journals, open_journal, remove_journals, settings_of
 from ..ttt.pipeline import SCORERS, Interrupted, ScoreRequest, pick_scorer
 from ..ttt.protocols import LEAK_WARNING, ORIGINAL, SCORE_FIRST, TTTConfig, label, ttt_preset
 from ..ttt.queue import PATIENCE, queue_of_processes
@@ -169,27 +170,28 @@ def score(
         raise ConfigError("--sweep was given to several ranks; give it to one process, and its constants to the ranks")
     folder = out or artifact.with_name(f"{artifact.stem}-score")
     options.require_folder(folder)
-    if not overwrite:
-        _require_no_results(folder)
-    if tunes and not (resume or overwrite) and has_journals(folder):  # found out before the sweep, not after it
-        raise ConfigError(f"{folder} holds the journal of an interrupted run; give --resume or --overwrite")
-    result = score_artifact(
-        artifact,
-        (text, jsonl, field, shards),
-        most_tokens,
-        config,
-        folder,
-        prequant,
-        resume,
-        device,
-        output,
-        weights,
-        scorer,
-        patience,
-        overwrite,
-        tunes,
-        warm,
-    )
+    with locked(folder, rank_of_many(), say=output.warn):
+        if not overwrite:
+            _require_no_results(folder)
+        if tunes and not (resume or overwrite) and has_journals(folder):  # found out before the sweep, not after it
+            raise ConfigError(f"{folder} holds the journal of an interrupted run; give --resume or --overwrite")
+        result = score_artifact(
+            artifact,
+            (text, jsonl, field, shards),
+            most_tokens,
+            config,
+            folder,
+            prequant,
+            resume,
+            device,
+            output,
+            weights,
+            scorer,
+            patience,
+            overwrite,
+            tunes,
+            warm,
+        )
     output.result({"out": str(folder), **{k: v for k, v in result.to_json().items() if k != "documents"}})
 
 
@@ -258,9 +260,10 @@ def score_artifact(
                     output.say("stopped in the sweep, of which nothing is kept: the same command begins it again")
                     raise typer.Exit(128 + stop.received) from None
                 seconds["sweep"] = time.perf_counter() - started
-            key = fingerprint(source_of_weights, request.documents, request.config, prequant is not None)
+            of_run = source_of_weights, request.documents, request.config, prequant is not None
+            key, settings = fingerprint(*of_run), settings_of(*of_run)
             resume |= queue.is_restarted
-            with closing(open_journal(folder, key, resume, overwrite, queue.rank, queue.world)) as journal:
+            with closing(open_journal(folder, key, resume, overwrite, queue.rank, queue.world, settings)) as journal:
                 _say_what_is_kept(journal, resume, output)
                 with output.progress() as show:
                     result = pipeline.score(replace(request, journal=journal, progress=_shown(show)))

@@ -13,9 +13,10 @@ from ..model.attention import require_attention
 from ..model.checkpoint import CheckpointError, load_meta, unusable
 from ..model.config import PRESETS, ConfigError, ModelConfig, Preset, TrainConfig, preset
 from ..model.corpus import Corpus
-from ..model.parallel import Ranks, join_ranks
+from ..model.lock import locked
+from ..model.parallel import Ranks, join_ranks, rank_of_many
 from ..model.prepare import Prepared, prepare, prepared_from_shards
-from ..model.storage import attempt
+from ..model.storage import attempt, differences
 from ..model.train import CHECKPOINT, MODEL, RUN, Trainer, TrainResult, compute_dtype
 from . import options
 from .console import Output
@@ -90,15 +91,16 @@ def train(
     options.require_folder(out)
     if resume and overwrite:
         raise ConfigError("--resume goes on with the run in --out and --overwrite starts afresh; give one of them")
-    if not (resume or overwrite):
-        require_no_run(out)
     names_text = bool(text or jsonl or validation_text or validation_jsonl) or validation_share is not None
-    with join_ranks(device) as ranks:
+    with locked(out, rank_of_many(), say=output.warn), join_ranks(device) as ranks:
+        if not (resume or overwrite):
+            require_no_run(out)
         output.is_silent |= not ranks.is_first
         if resume:
             if preset_name or shards or field != "text" or names_text:
                 raise ConfigError(
-                    "--resume takes preset and data from the run; leave out --preset and the options that name text"
+                    f"--resume takes preset and data from the run{_kept_there(out)}; leave out --preset and the "
+                    "options that name text"
                 )
             chosen, data, sources = _stored_run(out, overrides)
         elif shards:
@@ -128,6 +130,15 @@ def train(
             output.result({"run": str(out), **vars(result), "notes": list(data.notes)})
     if result.signal:
         raise typer.Exit(128 + result.signal)
+
+
+def _kept_there(out: Path) -> str:
+    """The preset and the data of the run in `out`, for people; nothing where it does not say."""
+    try:
+        run = json.loads((out / RUN).read_text(encoding="utf-8"))
+        return f" (preset {run['preset']!s:.40}, data {run['data']!s:.200})"
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
 
 
 def require_no_run(out: Path) -> None:
@@ -267,9 +278,6 @@ def _stored_run(out: Path, overrides: dict[str, str]) -> tuple[Preset, Prepared,
     path = out / RUN
     if not path.is_file():
         raise ConfigError(f"there is no run to resume in {out}: {path} is missing")
-    wrong = [name for name in overrides if name not in CHANGEABLE]
-    if wrong:
-        raise ConfigError(f"{wrong[0]} cannot change when a run is resumed; allowed: {', '.join(CHANGEABLE)}")
     try:
         run = json.loads(path.read_text(encoding="utf-8"))
         model, train = dict(run["model"]), dict(run["train"])
@@ -280,4 +288,12 @@ def _stored_run(out: Path, overrides: dict[str, str]) -> tuple[Preset, Prepared,
         stored = Preset(name, ModelConfig.from_dict(model), TrainConfig.from_dict(train), about="resumed")
     except (ConfigError, TypeError) as error:
         raise unusable(path, error, run.get("klora")) from None
-    return stored.override(overrides), prepared_from_shards(data), sources
+    given = stored.override(overrides)
+    before, now = ({**of.model.to_dict(), **of.train.to_dict()} for of in (stored, given))
+    wrong = {name: now[name] for name in overrides if name not in CHANGEABLE and now[name] != before[name]}
+    if wrong:
+        raise ConfigError(
+            f"{', '.join(wrong)} cannot change when a run is resumed ({differences(before, wrong)}); allowed: "
+            f"{', '.join(CHANGEABLE)}"
+        )
+    return given, prepared_from_shards(data), sources

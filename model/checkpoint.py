@@ -1,8 +1,10 @@
 """Weights and training state on disk: safetensors with JSON metadata, written atomically, read without pickle.
 
-A file also names the version of klora that wrote it, so that a later one can say why it does not take the file.
+A file also names the version of klora that wrote it, so that a later one can say why it does not take the file, and a
+SHA-256 of everything else in it: a bit that has flipped is refused, wherever it is.
 """
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -35,28 +37,51 @@ def unusable(path: Path, why: object, version: str | None) -> CheckpointError:
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
-    """Write `tensors` and the JSON-serialisable `meta` to `path`, atomically."""
+    """Write `tensors` and the JSON-serialisable `meta` to `path`, atomically. OSError: the disk does not take it."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    with replacing(path) as temporary:
-        save_file(tensors, temporary, metadata={"klora": json.dumps(meta), "version": __version__})
+    header = {"klora": json.dumps(meta), "version": __version__}
+    try:
+        with replacing(path) as temporary:
+            save_file(tensors, temporary, metadata=header | {"sha256": _checksum(tensors, header)})
+    except (SafetensorError, OSError) as error:
+        raise OSError(f"{path} could not be written ({error})") from None
+
+
+def _checksum(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> str:
+    """SHA-256 over names, types, shapes and values of CPU tensors, and the header without its checksum."""
+    texts = {name: text for name, text in header.items() if name != "sha256"}
+    digest = hashlib.sha256(json.dumps(texts, sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode(errors="surrogatepass"))
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def load_tensors(
-    path: Path, device: torch.device | str = "cpu", fields: Mapping[str, type] = MappingProxyType({})
+    path: Path, fields: Mapping[str, type] = MappingProxyType({})
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What :func:`save_tensors` wrote, with metadata that has `fields` of those types.
+    """What :func:`save_tensors` wrote, on the CPU, with metadata that has `fields` of those types.
 
     Raises CheckpointError for a missing, damaged or foreign file.
     """
     if not path.is_file():
         raise CheckpointError(f"there is no file {path}")
     try:
-        with safe_open(path, framework="pt", device=str(device)) as file:
+        with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no iteration protocol)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from None
-    return tensors, _metadata(path, metadata, fields)
+    meta = _metadata(path, metadata, fields)
+    checksum = metadata.get("sha256")
+    if checksum is None:
+        raise unusable(path, "it has no checksum", metadata.get("version"))
+    if checksum != _checksum(tensors, metadata):
+        raise CheckpointError(
+            f"{path} is damaged: its content does not match its SHA-256; copy it again, or start the run afresh with "
+            "--overwrite"
+        )
+    return tensors, meta
 
 
 def load_meta(path: Path, fields: Mapping[str, type]) -> dict[str, Any]:

@@ -27,12 +27,16 @@ class LossCurve:
         self._say = say
         self._unit = "bits per byte" + (f" of the {bytes_of}" if bytes_of else "")
         self._complaints: set[str] = set()
-        kept = [row for row in self.rows() if int(row["step"]) <= resume_at] if resume_at else []
-        with replacing(self.csv_path) as temporary, open(temporary, "w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            writer.writeheader()
-            writer.writerows(kept)
-        self._file = open(self.csv_path, "a", newline="")  # noqa: SIM115 (held open for the whole run)
+        try:
+            kept = [row for row in self.rows() if int(row["step"]) <= resume_at] if resume_at else []
+            with replacing(self.csv_path) as temporary, open(temporary, "w", newline="") as file:
+                writer = csv.DictWriter(file, COLUMNS)
+                writer.writeheader()
+                writer.writerows(kept)
+            self._file = open(self.csv_path, "a", newline="")  # noqa: SIM115 (held open for the whole run)
+        except OSError as error:
+            self._say_once("rows", f"{self.csv_path} cannot be written ({error}); training goes on without it")
+            self._file = open(os.devnull, "a")  # noqa: SIM115
         self._writer = csv.DictWriter(self._file, COLUMNS)
 
     def add(self, **values: float | int | str) -> None:

@@ -1,16 +1,17 @@
 """A model ready to run, from an artifact or from a run's folder."""
 
+import hashlib
 from pathlib import Path
 
 import torch
 
 from .artifact import Artifact, ArtifactError, load_artifact
-from .checkpoint import CheckpointError, load_tensors, unusable, version_of
+from .checkpoint import CheckpointError, load_meta, load_tensors, unusable, version_of
 from .config import ConfigError, ModelConfig, TrainConfig
 from .gpt import GPT
 from .parallel import pick_device
 from .tokenizer import Tokenizer
-from .train import CHECKPOINT, MODEL, compute_dtype
+from .train import CHECKPOINT, MODEL, TOKENIZER, compute_dtype
 
 WEIGHTS = ("dense", "int6")
 WEIGHTS_HELP = "dense: the artifact's matrices dequantised once; int6: kept at six bits a weight."
@@ -82,6 +83,21 @@ def load_run(run: Path) -> tuple[dict[str, torch.Tensor], dict]:
     if (Path(run) / CHECKPOINT).is_file():
         raise CheckpointError(f"{run} has no {MODEL}: its training did not finish; `klora train --resume --out {run}`")
     raise CheckpointError(f"{run} has no {MODEL}; give the folder of a finished `klora train --out {run}`")
+
+
+def tokenizer_of_run(run: str | Path, may_normalise: bool = True) -> Tokenizer:
+    """The tokenizer of a finished run's folder. CheckpointError where it is not the one that the run was trained with.
+
+    TokenizerError: it is no tokenizer of this library's.
+    """
+    path = Path(run) / TOKENIZER
+    tokenizer = Tokenizer.from_file(path, may_normalise)
+    if (
+        hashlib.sha256(tokenizer.to_bytes()).hexdigest()
+        != load_meta(Path(run) / MODEL, {"tokenizer": str})["tokenizer"]
+    ):
+        raise CheckpointError(f"{path} is damaged, or of another run: it does not match its SHA-256; copy it again")
+    return tokenizer
 
 
 def _device(device: torch.device | str) -> torch.device:

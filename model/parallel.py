@@ -75,6 +75,11 @@ def is_one_of_many() -> bool:
     return "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
+def rank_of_many() -> str:
+    """The number of this process among several; empty for the first one, and for one that is alone."""
+    return os.environ["RANK"].lstrip("0") if is_one_of_many() else ""
+
+
 def processes_here() -> int:
     """How many of them run on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if is_one_of_many() else 1

@@ -8,10 +8,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from .corpus import Corpus, Document
-from .shards import SCAN_TOKENS, ShardError, ShardWriter, find_shards, read_shard
+from .shards import Shard, ShardError, ShardWriter, find_shards
 from .storage import sync_folder, write_bytes, write_text
 from .tokenizer import BOS_ID, Tokenizer
 
@@ -70,24 +68,23 @@ def prepared_from_shards(folder: str | Path) -> Prepared:
     train, validation = find_shards(folder, "train"), find_shards(folder, "val")
     tokenizer = tokenizer_beside(folder)
     for path in train + validation:
-        shard = read_shard(path)
-        highest = int(shard[:SAMPLE_TOKENS].max())
+        head = Shard(path).read(0, SAMPLE_TOKENS)
+        highest = int(head.max())
         if highest >= tokenizer.vocab_size:
             raise ShardError(
                 f"{path} has token {highest}, but the tokenizer beside it has {tokenizer.vocab_size} pieces; "
                 "wanted the tokenizer that made the shard"
             )
-        if path in (train[0], validation[0]) and shard[0] != BOS_ID:
-            raise ShardError(f"{path} starts with token {shard[0]}; wanted BOS, {BOS_ID}")
+        if path in (train[0], validation[0]) and head[0] != BOS_ID:
+            raise ShardError(f"{path} starts with token {head[0]}; wanted BOS, {BOS_ID}")
     controls = sum(_count_controls(path, tokenizer) for path in validation)
     return Prepared(tokenizer, train, validation, folder, tokenizer.notes_on_shards(controls, "the validation shards"))
 
 
 def _count_controls(path: Path, tokenizer: Tokenizer) -> int:
     """Control tokens other than BOS in a shard. TokenizerError for tokens whose bytes are unknown."""
-    shard, controls = read_shard(path), 0
-    for start in range(0, len(shard), SCAN_TOKENS):
-        block = np.array(shard[start : start + SCAN_TOKENS])
+    controls = 0
+    for block in Shard(path).blocks():
         tokenizer.require_known(block, str(path))
         controls += tokenizer.count_controls(block)
     return controls

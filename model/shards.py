@@ -1,16 +1,20 @@
 """Token shards: files of uint16 tokens, the stream they form together, and the order in which training reads it.
 
 A shard is 256 little-endian int32 (magic 20240520, version 1, token count, zeros), then `count` little-endian uint16.
-Documents follow each other, BOS first, and may run over the end of a shard into the next one. Shards are read through
-memory maps: no function here holds more of a corpus than the rows or the document it returns and one block.
+Documents follow each other, BOS first, and may run over the end of a shard into the next one. No function here holds
+more of a corpus than the rows or the document it returns and one block. Shards are read and not mapped: of a file that
+is cut short meanwhile a read says so, and a map ends the process by SIGBUS.
 """
 
 import hashlib
+import os
 import re
+import weakref
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Self
+from typing import NamedTuple, Self
 
 import numpy as np
 import torch
@@ -25,7 +29,7 @@ VERSION = 1
 HEADER_INTS = 256
 HEADER_BYTES = 4 * HEADER_INTS
 SPLITS = ("train", "val")
-SCAN_TOKENS = 2**20  # tokens looked through for BOS at a time: 2 MiB
+SCAN_TOKENS = 2**20  # tokens looked through at a time: 2 MiB
 
 
 class ShardError(KloraError, ValueError):
@@ -113,28 +117,82 @@ class ShardWriter:
         self._file, self._in_shard = None, 0
 
 
-def read_shard(path: str | Path) -> np.memmap:
-    """The tokens of a shard, uint16 [count], mapped read-only. ShardError if it is not a whole shard."""
-    path = Path(path)
-    try:
-        size = path.stat().st_size
-        with open(path, "rb") as file:
-            head = file.read(HEADER_BYTES)
-    except OSError as error:
-        raise ShardError(f"{path}: cannot be read: {error}") from error
-    if len(head) < HEADER_BYTES:
-        raise ShardError(f"{path} has {size} bytes; wanted a header of {HEADER_BYTES} bytes and tokens")
-    magic, version, count = map(int, np.frombuffer(head, dtype="<i4")[:3])
-    if magic != MAGIC:
-        raise ShardError(f"{path} has magic {magic}; wanted {MAGIC}, the mark of a token shard")
-    if version != VERSION:
-        raise ShardError(f"{path} has version {version}; wanted {VERSION}")
-    if count < 1 or size != HEADER_BYTES + 2 * count:
-        raise ShardError(
-            f"{path} has {size} bytes and a header of {count} tokens; wanted at least 1 token and "
-            f"{HEADER_BYTES} + 2 * tokens bytes"
-        )
-    return np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(count,))
+class Shard:
+    """An open shard of `len` tokens. ShardError if it is not a whole one, or where it has become shorter since."""
+
+    def __init__(self, path: str | Path):
+        self.path = path = Path(path)
+        try:
+            self._handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # no pipe is waited for
+            weakref.finalize(self, os.close, self._handle)
+            size, head = os.fstat(self._handle).st_size, os.pread(self._handle, HEADER_BYTES, 0)
+        except OSError as error:
+            raise ShardError(f"{path}: cannot be read: {error}") from error
+        if len(head) < HEADER_BYTES:
+            raise ShardError(f"{path} has {size} bytes; wanted a header of {HEADER_BYTES} bytes and tokens")
+        magic, version, count = map(int, np.frombuffer(head, dtype="<i4")[:3])
+        if magic != MAGIC:
+            raise ShardError(f"{path} has magic {magic}; wanted {MAGIC}, the mark of a token shard")
+        if version != VERSION:
+            raise ShardError(f"{path} has version {version}; wanted {VERSION}")
+        if count < 1 or size != HEADER_BYTES + 2 * count:
+            raise ShardError(
+                f"{path} has {size} bytes and a header of {count} tokens; wanted at least 1 token and "
+                f"{HEADER_BYTES} + 2 * tokens bytes"
+            )
+        self._count = count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Tokens `start` to `stop` at most, uint16 [n]."""
+        tokens = np.empty(min(stop, self._count) - start, dtype="<u2")
+        left, at = memoryview(tokens).cast("B"), HEADER_BYTES + 2 * start
+        try:
+            while len(left) and (count := os.preadv(self._handle, [left], at)):
+                left, at = left[count:], at + count
+        except OSError as error:
+            raise ShardError(f"{self.path}: cannot be read: {error}") from error
+        if len(left):
+            raise ShardError(
+                f"{self.path} ends before token {start + len(tokens):,} of {self._count:,}: it was cut short after it "
+                "was opened; copy it again"
+            )
+        return tokens
+
+    def blocks(self) -> Iterator[np.ndarray]:
+        """All tokens, SCAN_TOKENS at a time."""
+        for start in range(0, self._count, SCAN_TOKENS):
+            yield self.read(start, start + SCAN_TOKENS)
+
+
+class ShardFacts(NamedTuple):
+    """What tells a shard from another one: its name, the number of its tokens and their SHA-256."""
+
+    name: str
+    tokens: int
+    sha256: str
+
+
+def survey(paths: Sequence[str | Path], vocab_size: int, threads: int | None = None) -> list[ShardFacts]:
+    """Read shards from end to end, several at a time. ShardError for a token that a vocabulary of that size has not."""
+
+    def of_one(path: str | Path) -> ShardFacts:
+        shard, digest, at = Shard(path), hashlib.sha256(), 0
+        for block in shard.blocks():
+            if block.max() >= vocab_size:
+                wrong = int((block >= vocab_size).argmax())
+                raise ShardError(
+                    f"{path} has token {block[wrong]} at place {at + wrong:,}, but the tokenizer has {vocab_size} "
+                    "pieces; wanted the tokenizer that made the shard"
+                )
+            digest.update(block)
+            at += len(block)
+        return ShardFacts(shard.path.name, len(shard), digest.hexdigest())
+
+    with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
+        return list(pool.map(of_one, paths))
 
 
 def find_shards(folder: str | Path, split: str) -> list[Path]:
@@ -159,7 +217,7 @@ class TokenStream:
         if not paths:
             raise ShardError("a token stream of no shards; wanted at least one")
         self.paths = [Path(path) for path in paths]
-        self._shards = [read_shard(path) for path in self.paths]
+        self._shards = [Shard(path) for path in self.paths]
         self._starts = np.cumsum([0, *map(len, self._shards)])
 
     def __len__(self) -> int:
@@ -173,7 +231,7 @@ class TokenStream:
         shard = int(np.searchsorted(self._starts, start, side="right")) - 1
         while start < stop:
             base = int(self._starts[shard])
-            part = self._shards[shard][start - base : stop - base]
+            part = self._shards[shard].read(start - base, stop - base)
             parts.append(part)
             start += len(part)
             shard += 1
@@ -188,8 +246,7 @@ class TokenStream:
         name, parts = "", []
         for path, shard in zip(self.paths, self._shards, strict=True):
             index = 0
-            for start in range(0, len(shard), SCAN_TOKENS):
-                block = np.array(shard[start : start + SCAN_TOKENS])
+            for block in shard.blocks():
                 cuts = np.flatnonzero(block == BOS_ID).tolist()
                 head, *pieces = np.split(block, cuts)
                 if len(head) and not name:

@@ -3,10 +3,13 @@
 A file is written beside its final name, synced, then renamed over it.
 """
 
+import glob
 import os
+import socket
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
@@ -21,11 +24,17 @@ def replacing(path: Path) -> Iterator[Path]:
 
     On an exception the temporary file goes and whatever had the name before stays as it was. The rename is atomic on
     one POSIX file system, and the folder is synced too, so that a power cut leaves the old file or the new one. The
-    file gets the permissions of the one it replaces, or those that the umask gives a new one, whoever writes it.
+    file gets the permissions of the one it replaces, or those that the umask gives a new one, whoever writes it. What
+    processes of this machine left half written when they were killed is removed.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    begin = f".{path.name}.{zlib.crc32(socket.gethostname().encode()):08x}."
+    for left in path.parent.glob(f"{glob.escape(begin)}*.partial"):
+        pid = left.name[len(begin) : -len(".partial")]
+        if pid.isdigit() and not _is_alive(int(pid)):
+            left.unlink(missing_ok=True)
+    temporary = path.with_name(f"{begin}{os.getpid()}.partial")
     try:
         temporary.touch()
         mode = (path if path.is_file() else temporary).stat().st_mode & 0o777
@@ -37,6 +46,17 @@ def replacing(path: Path) -> Iterator[Path]:
         sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _is_alive(pid: int) -> bool:
+    """Whether a process of that number runs on this machine."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass  # somebody else's
+    return True
 
 
 def write_bytes(path: Path, *parts: bytes) -> None:
@@ -80,6 +100,14 @@ def require_writable(path: Path, size: int = 0) -> None:
             f"{path} needs {size:,} bytes and {folder} has {free.f_bavail * free.f_frsize:,} free; "
             "make space or give a path on another disk"
         )
+
+
+def differences(stored: Any, given: Mapping[str, Any]) -> str:
+    """Which of the settings `given` are others in `stored`, for people; empty where it cannot be said."""
+    if not isinstance(stored, dict):
+        return ""
+    names = [name for name in given if name in stored and stored[name] != given[name]]
+    return ", ".join(f"{name} is {stored[name]!s:.40} there and {given[name]!s:.40} here" for name in names)
 
 
 def load_matplotlib() -> None:

@@ -3,7 +3,8 @@
 A run lives in one folder: run.json (what was asked for), loss.csv and loss.png (written as it goes),
 checkpoint.safetensors (the latest state), tokenizer.model, and at the end model.safetensors. That is the best on the
 validation split of the last weights, their EMA and their SWA. A run that starts afresh in the folder of another one
-moves that one's files to replaced/ first, and removes them when it has finished.
+moves that one's files to replaced/ first, and removes them when it has finished. A finished run that is resumed keeps
+its weights until there are better ones on the validation split.
 
 The clock counts training only: it stands still while the run validates and writes checkpoints. Between micro-batches
 the run looks for signals and at the clock. A step that a signal or the cap cuts short is left out, as if it had not
@@ -13,6 +14,7 @@ decides, the learning rate depends on the machine's speed, so no two runs are th
 """
 
 import dataclasses
+import hashlib
 import json
 import math
 import time
@@ -25,7 +27,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from ..errors import KloraError
@@ -53,7 +54,7 @@ from .optimizers import FlatGradients, Optimizers
 from .parallel import Ranks, processes_here
 from .prepare import Prepared
 from .ranges import phase
-from .shards import RowSampler, ShardError, TokenStream
+from .shards import RowSampler, ShardError, ShardFacts, TokenStream, survey
 from .signals import StopSignals
 from .storage import require_writable, write_bytes, write_text
 
@@ -65,6 +66,7 @@ REPLACED = "replaced"
 CHECKPOINT_FIELDS = {"step": int, "seconds": float, "loss": float, "sampler": dict, "model": dict} | {
     "ema_updates": int,
     "swa_snapshots": int,
+    "shards": list,
 }
 SLOW_STEP = 2.0
 """Seconds a step from which several ranks agree between micro-batches on whether to stop; it takes a collective."""
@@ -90,7 +92,8 @@ class TrainResult:
     loss: float
     validation_bpb: dict[str, float]
     kept: str
-    """Name in validation_bpb of the weights in model.safetensors; empty when interrupted."""
+    """Name in validation_bpb of the weights in model.safetensors; 'before' are those of the finished run that was
+    resumed; empty when interrupted."""
     attention: str
     """What ran attention, and why."""
     signal: int = 0
@@ -230,8 +233,8 @@ class Trainer:
     `sources` says in JSON values what the text was, for run.json and the artifact's provenance. `say` gets a line for
     people where something is worth knowing and ends nothing. `estimate` tells what a step takes.
     Raises ConfigError where the config does not fit the data, the ranks or the memory, CheckpointError where `resume`
-    finds no usable state, OSError where `folder` cannot be written, NonFiniteLoss where training diverges. Until all
-    that is known nothing in `folder` changes.
+    finds no usable state, ShardError where a shard is damaged or `resume` finds other tokens, OSError where `folder`
+    cannot be written, NonFiniteLoss where training diverges. Until all that is known nothing in `folder` changes.
     """
 
     def __init__(
@@ -291,7 +294,9 @@ class Trainer:
             raise ConfigError(f"the validation shards hold {len(self.validation)} token; allowed: at least 2")
         self.step, self.tokens, self.loss = 0, 0, math.nan
         self.clock = TrainingClock(ranks.device)
-        self.last_checkpoint = 0
+        self.last_checkpoint, self.is_resumed = 0, resume
+        shards = [*data.train, *data.validation]
+        self.shards = survey(shards, data.tokenizer.vocab_size) if ranks.is_first else []
         if resume:
             self._load_checkpoint()
         with self.clock.held():
@@ -407,12 +412,15 @@ class Trainer:
             progress(row)
 
     def _explain_non_finite(self, step: int, norm: float) -> str:
-        saved = f"{self.folder / CHECKPOINT} (step {self.last_checkpoint})" if self.last_checkpoint else "none yet"
         return (
             f"step {step} gave loss {self.loss} and gradient norm {norm}; the weights were not updated with "
-            f"it. Last checkpoint: {saved}. Try smaller learning rates (muon_lr, embed_lr, scalar_lr), a smaller "
+            f"it. {self._kept()}. Try smaller learning rates (muon_lr, embed_lr, scalar_lr), a smaller "
             "grad_clip, or dtype=float32; --resume goes on from the checkpoint."
         )
+
+    def _kept(self) -> str:
+        saved = f"{self.folder / CHECKPOINT} (step {self.last_checkpoint})" if self.last_checkpoint else "none yet"
+        return f"Last checkpoint: {saved}"
 
     def _validate(self, should_stop: Callable[[], bool] = lambda: False) -> float:
         config = self.config
@@ -432,7 +440,7 @@ class Trainer:
         seconds = self.clock.seconds()
         self._try_to_save_checkpoint()
         last = {name: parameter.detach().clone() for name, parameter in self.model.named_parameters()}
-        candidates, scores = {"last": last, **self.averages.candidates()}, {}
+        candidates, scores = {"last": last, **self.averages.candidates(), **self._finished_before()}, {}
         for name, weights in candidates.items():
             self.model.load_state_dict(weights)
             scores[name] = self._validate()
@@ -447,6 +455,7 @@ class Trainer:
         if self.ranks.is_first:
             meta = {
                 "model": self.preset.model.to_dict(),
+                "tokenizer": hashlib.sha256(self.data.tokenizer.to_bytes()).hexdigest(),
                 "provenance": {
                     "preset": self.preset.name,
                     "train": self.config.to_dict(),
@@ -457,17 +466,36 @@ class Trainer:
                     "result": dataclasses.asdict(result),
                 },
             }
-            save_tensors(self.folder / MODEL, dict(self.model.named_parameters()), meta)
+            try:
+                save_tensors(self.folder / MODEL, dict(self.model.named_parameters()), meta)
+            except OSError as error:
+                raise OSError(f"{error}; training is done: make space, then --resume writes the weights") from None
             self._drop_replaced()
             self.curve.close()
         self.ranks.wait()
         return result
 
+    def _finished_before(self) -> dict[str, dict[str, Tensor]]:
+        """The weights that the run left when it had finished earlier, as 'before'; nothing where it had not."""
+        path = self.folder / MODEL
+        if not (self.is_resumed and path.is_file()):
+            return {}
+        try:
+            weights, meta = load_tensors(path, fields={"model": dict})
+        except CheckpointError as error:
+            self.say(f"{error}; it is replaced")
+            return {}
+        return {"before": weights} if meta["model"] == self.preset.model.to_dict() else {}
+
     def _interrupted(self, number: int) -> TrainResult:
         seconds = self.clock.seconds()
-        self._save_checkpoint()
-        if self.curve:
-            self.curve.close()
+        try:
+            self._save_checkpoint()
+        except OSError as error:
+            raise OSError(f"{error}; {self._kept()}; make space, then --resume goes on from there") from None
+        finally:
+            if self.curve:
+                self.curve.close()
         return self._result("interrupted", seconds, {}, "", number)
 
     def _result(self, status: str, seconds: float, scores: dict[str, float], kept: str, number: int = 0) -> TrainResult:
@@ -525,7 +553,7 @@ class Trainer:
         """A disk that is full for now costs a checkpoint, not the run."""
         try:
             self._save_checkpoint()
-        except (OSError, SafetensorError) as error:
+        except OSError as error:
             self.say(f"no checkpoint of step {self.step} ({error}); training goes on, the one before stays")
             self.ranks.wait()
 
@@ -546,6 +574,7 @@ class Trainer:
                 "sampler": self.sampler.state(),
                 "ema_updates": averages.ema_updates,
                 "swa_snapshots": averages.swa_snapshots,
+                "shards": self.shards,
                 "model": self.preset.model.to_dict(),
             }
             save_tensors(self.folder / CHECKPOINT, tensors, meta)
@@ -558,6 +587,8 @@ class Trainer:
         tensors, meta = load_tensors(path, fields=CHECKPOINT_FIELDS)
         if meta["model"] != self.preset.model.to_dict():
             raise CheckpointError(f"{path} holds another model than run.json describes; start the run afresh")
+        if self.ranks.is_first:
+            self._require_same_shards(path, meta["shards"])
         optimizer = without_prefix("optimizer", tensors)
         try:
             self.model.load_state_dict(without_prefix("model", tensors))
@@ -576,6 +607,24 @@ class Trainer:
         self.tokens = meta.get("tokens", self.step * self.config.batch_tokens)
         self.loss = meta["loss"]
         self.clock = TrainingClock(device, meta["seconds"])
+
+    def _require_same_shards(self, path: Path, known: list) -> None:
+        """ShardError unless the shards are those that the checkpoint at `path` was trained on, token for token."""
+        found = [tuple(facts) for facts in self.shards]
+        try:
+            known = [tuple(ShardFacts(*facts)) for facts in known]
+        except TypeError as error:
+            raise unusable(path, error, version_of(path)) from None
+        if known == found:
+            return
+        now = next((facts for facts, then in zip(found, known, strict=False) if facts != then), None)
+        what = (
+            f"{now[0]} holds other tokens" if now else f"{self.data.folder} holds {len(found)} shards, not {len(known)}"
+        )
+        raise ShardError(
+            f"{what} than the run was trained on; put the shards back as they were, or start the run afresh with "
+            "--overwrite"
+        )
 
 
 def _began_with(path: Path) -> str:

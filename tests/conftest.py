@@ -17,11 +17,14 @@ import torch
 # Before anything imports triton: without a GPU its interpreter runs the kernels, with one the tests marked gpu do.
 os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
 
+import numpy as np
 import pytest
 from hypothesis import settings
 from klora.model.config import ModelConfig
 from klora.model.corpus import Document
 from klora.model.gpt import GPT
+from klora.model.prepare import Prepared
+from klora.model.shards import ShardWriter
 from klora.model.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -39,6 +42,14 @@ SMALL = ModelConfig(
     bigram_rows=64,
     bigram_width=8,
 )
+
+
+SENTENCES = [
+    "The fox jumps over the lazy dog while a quick brown hen looks on.",
+    "def adapt(document): return score(document, before=True)",
+    "Seven numbers: 3, 14, 15, 92, 65, 35 and 89; none of them is even, but two.",
+    "Kernels read what they need once and write what they made once.",
+]
 
 
 # The same examples on every machine, and no limit on the time of one: both would make a verdict depend on the machine.
@@ -172,3 +183,20 @@ def small_model() -> GPT:
 @pytest.fixture(scope="session")
 def tokenizer() -> Tokenizer:
     return Tokenizer.train(documents(40), vocab_size=400)
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory) -> Prepared:
+    """Shards of sentences that repeat, and their tokenizer of 320 pieces: small enough to train on in a test."""
+    folder = tmp_path_factory.mktemp("data")
+    rng = np.random.default_rng(0)
+    texts = [" ".join(rng.choice(SENTENCES, 20)) for _ in range(40)]
+    tokenizer = Tokenizer.train([Document(str(i), text) for i, text in enumerate(texts)], 320)
+    paths = {}
+    for split, part in (("train", texts[:30]), ("val", texts[30:])):
+        with ShardWriter(folder, split) as writer:
+            for text in part:
+                writer.add(tokenizer.encode(text))
+        paths[split] = list(writer.paths)
+    (folder / "tokenizer.model").write_bytes(tokenizer.to_bytes())
+    return Prepared(tokenizer, paths["train"], paths["val"], folder)

@@ -27,7 +27,7 @@ from klora.model.parallel import Ranks
 from klora.model.train import Trainer
 from klora.model.weights import frozen_weights
 from test_cli import klora
-from test_train import ALONE, data, small_preset  # noqa: F401
+from test_train import ALONE, small_preset
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -228,7 +228,7 @@ def test_what_is_timed_is_the_whole_piece(monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_choice_is_in_the_result_and_in_run_json(tmp_path, data, monkeypatch):  # noqa: F811
+def test_the_choice_is_in_the_result_and_in_run_json(tmp_path, data, monkeypatch):
     ran = set()
 
     def recorded(q, k, v, backend="math", start=None):
@@ -245,7 +245,7 @@ def test_the_choice_is_in_the_result_and_in_run_json(tmp_path, data, monkeypatch
 
 
 @pytest.mark.parametrize("fused", ["false", "true"])
-def test_a_cpu_takes_what_it_took_and_says_so(tmp_path, data, fused):  # noqa: F811
+def test_a_cpu_takes_what_it_took_and_says_so(tmp_path, data, fused):
     trainer = Trainer(small_preset(fused=fused), data, tmp_path, ALONE)
     assert str(trainer.attention) == "flash: the CPU's blocked kernel"
     assert trainer.model.attention == "flash" and trainer.model.chosen_attention == "klora"

@@ -23,7 +23,7 @@ from klora.model.loading import load_run
 from klora.model.optimizers import FlatGradients, Optimizers
 from klora.model.parallel import Ranks
 from klora.model.train import Trainer, is_quantized
-from test_train import CONFIG, data, losses  # noqa: F401
+from test_train import CONFIG, losses
 
 CPU = torch.device("cpu")
 DEVICES = (
@@ -343,7 +343,7 @@ class TestOnTheGPU:
         return Trainer(preset, prepared, folder, Ranks(0, 1, torch.device("cuda")), resume)
 
     @pytest.mark.parametrize("options", OPTIONS)
-    def test_it_resumes_with_the_same_bits(self, tmp_path, data, options):  # noqa: F811
+    def test_it_resumes_with_the_same_bits(self, tmp_path, data, options):
         whole = self.trainer(tmp_path / "whole", data, **options)
         whole.run()
 
@@ -358,7 +358,7 @@ class TestOnTheGPU:
         assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
         assert torch.equal(whole.stepper.stored.values, parts.stepper.stored.values)
 
-    def test_torchrun_with_one_process_trains_the_same_weights(self, tmp_path, data):  # noqa: F811
+    def test_torchrun_with_one_process_trains_the_same_weights(self, tmp_path, data):
         sets = {"width": 256, "blocks": 2, "heads": 4, "kv_heads": 2, "mlp_hidden": 512, "bigram_width": 16}
         sets |= {"vocab_size": 320, "train_length": 128, "max_steps": 4, "batch_tokens": 512, "micro_batch_tokens": 512}
         sets |= {"attention": "klora", "document_mask": "true", "qat_share": 0.5}

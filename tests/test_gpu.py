@@ -1,5 +1,7 @@
 """What only a GPU can show: the backends that are picked there, and that bf16 stays close to fp32."""
 
+import gc
+
 import pytest
 import torch
 from conftest import randomized
@@ -12,7 +14,8 @@ from klora.ttt.base import BaseNll
 from klora.ttt.engine import engine_of
 from klora.ttt.protocols import TTTConfig
 from klora.ttt.queue import Deadline
-from test_ttt import document
+from klora.ttt.results import ADAPTED, DIVERGED
+from test_ttt import document, poison, score
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")]
 
@@ -89,3 +92,48 @@ def test_a_graph_replay_computes_what_the_call_does_and_its_memory_is_counted():
     assert taken.peak >= x.nbytes > taken.kept
     times = time_interleaved({"graph": [replay], "twice": [lambda: (replay(), replay())]}, device)
     assert 0 < times["graph"].p50 < times["twice"].p50
+
+
+def on_gpu() -> GPT:
+    model = GPT(WIDE)
+    model.load_state_dict(randomized(WIDE).state_dict())
+    model.configure(torch.device("cuda"), torch.bfloat16)
+    return model
+
+
+def test_a_document_that_diverges_falls_back_and_no_other_bit_changes(tmp_path, monkeypatch):
+    documents = [document(n, n) for n in (400, 2000, 640, 1500, 200)]
+    config, model = TTTConfig(deadline=0.0, min_tokens=256), on_gpu()
+    clean = score(documents, tmp_path / "clean", config, model).documents
+    poison(monkeypatch, place=1, after=2)  # the one of 1,500 targets
+    result = score(documents, tmp_path / "poisoned", config, model)
+    assert result.facts["scorer"] == "engine"
+    for index, (found, expected) in enumerate(zip(result.documents, clean, strict=True)):
+        assert index == 3 or found == expected
+    assert (result.documents[3].status, result.documents[3].adapted_tokens) == (DIVERGED, 3 * config.chunk)
+    assert result.documents[3].base_nats == clean[3].base_nats
+
+
+@pytest.mark.parametrize("scorer", ["engine", "uncaptured"])
+def test_memory_that_runs_out_halves_the_batch_aloud_and_changes_no_score(tmp_path, scorer):
+    """A limit on what PyTorch may allocate, of which the estimate knows nothing: 60% of what the batch takes."""
+    documents = [document(1000 + 7 * n, n) for n in range(40)]
+    config, model, said = TTTConfig(deadline=0.0, batch=32), on_gpu(), []
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_reserved()
+    clean = score(documents, tmp_path / "clean", config, model, scorer=scorer)
+    taken = torch.cuda.max_memory_reserved() - before
+    gc.collect()
+    torch.cuda.empty_cache()
+    limit = torch.cuda.memory_reserved() + 0.6 * taken
+    torch.cuda.set_per_process_memory_fraction(limit / torch.cuda.get_device_properties(0).total_memory)
+    try:
+        result = score(documents, tmp_path / "full", config, model, scorer=scorer, say=said.append)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert any("memory ran out with 32 documents side by side; going on with 16" in line for line in said)
+    assert result.facts["engine"]["batch"] < 32
+    for found, expected in zip(result.documents, clean.documents, strict=True):
+        assert (found.adapted_nats, found.status) == (expected.adapted_nats, ADAPTED)
+        assert found.base_nats == pytest.approx(expected.base_nats, rel=1e-3)

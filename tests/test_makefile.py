@@ -39,6 +39,11 @@ def test_the_tests_run_on_every_core_with_a_thread_each_and_are_counted_last(tar
     assert "--cov-fail-under=80" in commands("coverage", tmp_path)
 
 
+def test_faults_kills_fifty_times_unless_told_otherwise(tmp_path):
+    assert "KLORA_FAULTS=50 " in commands("faults", tmp_path) and "tests/test_faults.py" in commands("faults", tmp_path)
+    assert "KLORA_FAULTS=10 " in commands("faults", tmp_path, "KILLS=10")
+
+
 def test_the_readme_and_the_command_say_how_long_the_tests_take(tmp_path):
     readme = (ROOT / "README.md").read_text()
     for target, most in (("test", 8), ("test-fast", 2)):

@@ -10,15 +10,17 @@ import time
 
 import numpy as np
 import pytest
+import torch
 import torch.distributed as dist
 from conftest import SMALL, randomized, wait_for, words
 from forks import Forked
 from klora.model.artifact import save_artifact
 from klora.model.config import ConfigError
+from klora.ttt.engine import Engine
 from klora.ttt.journal import Journal, JournalError, open_journal
 from klora.ttt.pipeline import Interrupted, ScoreRequest, score
 from klora.ttt.queue import LostStore, SharedDeadline, SharedWaiting, StoreQueue, queue_of_processes
-from klora.ttt.results import NOT_ADAPTED, SHORT, DocumentResult
+from klora.ttt.results import DIVERGED, NOT_ADAPTED, SHORT, DocumentResult, NonFiniteScore
 from klora.ttt.schedule import visits_of
 from test_cli import klora
 from test_engine import TTT, model64
@@ -257,7 +259,7 @@ def test_the_documents_of_a_lost_rank_go_to_the_others(tmp_path, alone):
 def test_the_deadline_is_one_decision_and_what_it_leaves_out_is_said(tmp_path, alone):
     store = dist.HashStore()
     boards = [StoreQueue(store, rank, 2) for rank in range(2)]
-    deadlines = [SharedDeadline(boards[0], time.time() - 1), SharedDeadline(boards[1], time.time() + 1000)]
+    deadlines = [SharedDeadline(boards[0], -1.0), SharedDeadline(boards[1], 1000.0)]
     assert not deadlines[1].passed() and deadlines[0].passed() and deadlines[1].passed()
     assert not SharedDeadline(boards[0], None).passed()
     found = together(tmp_path, 2, CONFIG.override({"deadline": "1e-9"}))
@@ -357,6 +359,98 @@ def test_a_store_that_is_gone_is_an_error_that_says_what_to_do(tmp_path):
         run(journal(tmp_path, 0), StoreQueue(GoneStore(), 0, 2))
     with pytest.raises(Interrupted):  # all were stopped, and the store's keeper went first
         run(journal(tmp_path, 0), StoreQueue(GoneStore(), 0, 2), should_stop=lambda: True)
+
+
+def test_a_wall_clock_that_is_off_stops_no_adapting(monkeypatch):
+    """One machine's is an hour ahead of the other's, and is set back while the run goes on."""
+    store = dist.HashStore()
+    monkeypatch.setattr(time, "time", lambda: 3600.0)
+    _, first = StoreQueue(store, 0, 2).begin({}, 100.0, 0.0)
+    monkeypatch.setattr(time, "time", lambda: 7200.0)
+    _, second = StoreQueue(store, 1, 2).begin({}, 100.0, 0.0)
+    assert not first.passed() and not second.passed()
+    assert all(99 < deadline.end - time.perf_counter() <= 100 for deadline in (first, second))
+
+
+class StoppedStore:
+    """A store whose keeper was stopped: it takes a question and gives no answer. `calls` questions are answered."""
+
+    def __init__(self, store, calls: int = 0):
+        self.store, self.calls = store, calls
+
+    def __getattr__(self, name):
+        def call(*arguments):
+            self.calls -= 1
+            if self.calls < 0:
+                threading.Event().wait()
+            return getattr(self.store, name)(*arguments)
+
+        return call
+
+
+@pytest.mark.parametrize("calls", [0, 5, 30])
+def test_a_store_that_stands_still_ends_the_others_after_patience(tmp_path, calls):
+    started = time.monotonic()
+    book = journal(tmp_path, 0)
+    with pytest.raises(LostStore, match=r"is gone \(it has not answered for 0.5 s\); what is scored is kept.*--resume"):
+        run(book, StoreQueue(StoppedStore(dist.HashStore(), calls), 0, 2, patience=0.5))
+    assert time.monotonic() - started < 60
+    book.close()
+    Journal(book.path, "run", resume=True).close()  # whole
+
+
+def test_where_the_first_rank_is_lost_the_others_say_how_to_get_the_results(tmp_path, alone):
+    """It took documents, was stopped, and its store lives on in the launcher."""
+    store = dist.HashStore()
+    first = StoreQueue(store, 0, 2)
+    first.begin({}, 0.0, 0.0)
+    first.beat()
+    first.own([first.claim("long").start])
+    book = journal(tmp_path, 1)
+    with pytest.raises(LostStore, match="all documents are scored, but the first rank, .* is lost"):
+        run(book, StoreQueue(store, 1, 2, patience=1.0))
+    book.close()
+    resumed = Journal(tmp_path / "journal.jsonl", "run", True, others=[book.path])
+    assert len(resumed.done) == len(LENGTHS)
+    np.testing.assert_allclose([resumed.done[i].adapted_nats for i in range(len(LENGTHS))], scores(alone), rtol=1e-12)
+
+
+def test_a_document_that_diverges_costs_no_rank(tmp_path, alone, monkeypatch):
+    """It was taken over by one rank after the other, and each died of it."""
+    launch, longest = Engine._launch, documents()[0].name
+
+    def poisoned(self, number, taken, run):
+        launch(self, number, taken, run)
+        for place, slot, chunk in zip(taken.document, taken.slot, taken.chunk, strict=True):
+            if (place, chunk) == (0, 2):  # the longest document, whichever rank has it
+                self.pool.params[int(slot)] = float("nan")
+
+    monkeypatch.setattr(Engine, "_launch", poisoned)
+    found = together(tmp_path, 2)
+    for result in found.values():
+        assert [d.name for d in result.documents if d.status == DIVERGED] == [longest]
+        assert result.facts["lost_ranks"] == []
+        np.testing.assert_allclose(scores(result)[1:], scores(alone)[1:], rtol=1e-12)
+
+
+def test_a_model_of_no_numbers_ends_all_ranks_at_once(tmp_path):
+    model = model64()
+    with torch.no_grad():
+        model.embed[5:] = float("nan")
+    ended, store = [], dist.HashStore()
+
+    def one(rank: int) -> None:
+        try:
+            run(journal(tmp_path, rank), StoreQueue(store, rank, 2, patience=600.0), model=model)
+        except NonFiniteScore as error:
+            ended.append(str(error))
+
+    threads = [threading.Thread(target=one, args=(rank,)) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=300)
+    assert len(ended) == 2 and all("the unadapted model gives" in text for text in ended)
 
 
 # ---- processes

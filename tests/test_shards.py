@@ -1,6 +1,8 @@
 """Token shards, the order in which training reads them, and their preparation from corpora."""
 
+import hashlib
 import json
+import os
 import signal
 from pathlib import Path
 
@@ -13,7 +15,7 @@ from klora.model import prepare as prepare_module
 from klora.model import shards as shards_module
 from klora.model.corpus import Corpus, CorpusError
 from klora.model.prepare import prepare, prepared_from_shards
-from klora.model.shards import RowSampler, ShardError, ShardWriter, TokenStream, find_shards, read_shard
+from klora.model.shards import RowSampler, Shard, ShardError, ShardWriter, TokenStream, find_shards, survey
 from klora.model.tokenizer import Tokenizer, TokenizerError
 from test_tokenizer import CONTEST, model_with
 
@@ -33,10 +35,9 @@ def test_shard_format(tmp_path):
     header = np.frombuffer(data[:1024], "<i4")
     assert header.tolist() == [20240520, 1, 3] + [0] * 253
     assert data[1024:] == bytes([1, 0, 5, 0, 255, 255])
-    tokens = read_shard(path)
-    assert isinstance(tokens, np.memmap) and tokens.dtype == np.uint16 and tokens.tolist() == [1, 5, 65535]
-    with pytest.raises(ValueError, match="read-only"):
-        tokens[0] = 2
+    shard = Shard(path)
+    tokens = shard.read(0, len(shard))
+    assert tokens.dtype == np.uint16 and tokens.tolist() == [1, 5, 65535]
 
 
 def test_writer_streams_over_shards(tmp_path):
@@ -46,7 +47,7 @@ def test_writer_streams_over_shards(tmp_path):
         assert list(tmp_path.glob("*.bin")) == []
     assert writer.tokens == 30
     assert writer.paths == [tmp_path / f"fineweb_train_{i:06d}.bin" for i in range(3)] == sorted(tmp_path.iterdir())
-    assert [read_shard(path).tolist() for path in writer.paths] == [list(range(i, i + 10)) for i in (0, 10, 20)]
+    assert [Shard(path).read(0, 10).tolist() for path in writer.paths] == [list(range(i, i + 10)) for i in (0, 10, 20)]
 
 
 def test_a_failed_write_leaves_nothing(tmp_path):
@@ -114,6 +115,44 @@ def test_damaged_shards_are_refused(tmp_path, damage, message):
     damage(path)
     with pytest.raises(ShardError, match=rf"fineweb_train_000000\.bin:? {message}"):
         TokenStream([path])
+
+
+def test_a_shard_that_is_cut_short_while_it_is_read_ends_in_a_sentence(tmp_path):
+    """A map of it ended the process by SIGBUS."""
+    paths = [*write(tmp_path, range(1, 5000)), *write(tmp_path, range(1, 100), prefix="b")]
+    stream = TokenStream(paths)
+    sampler = RowSampler(stream, 64, seed=0)
+    os.truncate(paths[0], 1024 + 2 * 100)
+    assert stream.tokens(0, 100).tolist() == list(range(1, 101))
+    says = r"fineweb_train_000000.bin ends before token .* of 4,999: it was cut short after it was opened; copy"
+    for read in (
+        lambda: stream.tokens(50, 101),
+        lambda: stream.tokens(4990, 5010),
+        lambda: list(stream.documents()),
+        lambda: [sampler.next_rows(1) for _ in range(70)],
+    ):
+        with pytest.raises(ShardError, match=says):
+            read()
+    assert stream.tokens(4999, 5001).tolist() == [1, 2]
+
+
+def test_a_pipe_in_the_place_of_a_shard_is_refused_and_not_waited_for(tmp_path):
+    path = tmp_path / "a_train_0.bin"
+    os.mkfifo(path)
+    with pytest.raises(ShardError, match="a_train_0.bin"):
+        TokenStream([path])
+
+
+def test_shards_are_told_apart_by_their_tokens_and_looked_through_to_the_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(shards_module, "SCAN_TOKENS", 10)
+    paths = [*write(tmp_path, range(1, 30)), *write(tmp_path, range(30, 1, -1), prefix="b")]
+    first, second = survey(paths, 31)
+    assert first == ("fineweb_train_000000.bin", 29, hashlib.sha256(np.arange(1, 30, dtype="<u2")).hexdigest())
+    assert second.tokens == 29 and second.sha256 != first.sha256
+    with pytest.raises(ShardError, match="b_train_000000.bin has token 30 at place 0, but the tokenizer has 30 pieces"):
+        survey(paths, 30)
+    with pytest.raises(ShardError, match="fineweb_train_000000.bin has token 25 at place 24, but the tokenizer has"):
+        survey(paths[:1], 25)
 
 
 def test_find_shards_sorts_by_number_and_tells_splits_apart(tmp_path):
@@ -421,7 +460,7 @@ def test_shards_of_a_tokenizer_that_normalises_are_taken_and_say_so(tmp_path):
 def test_validation_shards_are_looked_through_before_the_work(tmp_path, tokenizer, monkeypatch, token, says):
     """Not only their beginning: training would end with an error after its last step."""
     monkeypatch.setattr(prepare_module, "SAMPLE_TOKENS", 4)
-    monkeypatch.setattr(prepare_module, "SCAN_TOKENS", 8)
+    monkeypatch.setattr(shards_module, "SCAN_TOKENS", 8)
     (tmp_path / "a.model").write_bytes(tokenizer.to_bytes())
     write(tmp_path, [1] + [5] * 30 + [0])
     write(tmp_path, [1] + [5] * 29, split="val", prefix="a")

@@ -1,12 +1,10 @@
-"""Training: schedule, averages, checkpoints, resuming, signals, divergence, and several ranks."""
+"""Training: schedule, averages, divergence, estimates, validation and several ranks."""
 
 import csv
 import hashlib
 import json
 import os
-import shutil
 import signal
-import stat
 import subprocess
 import sys
 import time
@@ -17,32 +15,21 @@ import pytest
 import torch
 from conftest import SMALL, randomized
 from forks import Forked
-from klora import __version__
 from klora.kernels import newton_schulz_ref
 from klora.model.average import WeightAverages
-from klora.model.checkpoint import CheckpointError, load_tensors, save_tensors, version_of
+from klora.model.checkpoint import CheckpointError, load_tensors
 from klora.model.config import ConfigError, Preset, TrainConfig
-from klora.model.corpus import Document
-from klora.model.curve import LossCurve
 from klora.model.estimate import state_bytes
 from klora.model.evaluate import validation_bpb
 from klora.model.gpt import GPT
 from klora.model.loading import load_run, model_from_run
 from klora.model.muon import Muon
 from klora.model.parallel import Ranks, pick_device
-from klora.model.prepare import Prepared
 from klora.model.shards import ShardWriter, TokenStream
-from klora.model.storage import require_writable, write_text
-from klora.model.tokenizer import Tokenizer, TokenizerError
+from klora.model.tokenizer import TokenizerError
 from klora.model.train import NonFiniteLoss, Trainer, is_quantized, lr_scale
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
-SENTENCES = [
-    "The fox jumps over the lazy dog while a quick brown hen looks on.",
-    "def adapt(document): return score(document, before=True)",
-    "Seven numbers: 3, 14, 15, 92, 65, 35 and 89; none of them is even, but two.",
-    "Kernels read what they need once and write what they made once.",
-]
 SMALL_MODEL = SMALL.override({"vocab_size": 320})
 CONFIG = TrainConfig(
     seconds=3600.0,
@@ -62,20 +49,9 @@ def small_preset(**overrides) -> Preset:
     return Preset("small", SMALL_MODEL, CONFIG, "for tests").override(overrides)
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Prepared:
-    folder = tmp_path_factory.mktemp("data")
-    rng = np.random.default_rng(0)
-    texts = [" ".join(rng.choice(SENTENCES, 20)) for _ in range(40)]
-    tokenizer = Tokenizer.train([Document(str(i), text) for i, text in enumerate(texts)], 320)
-    paths = {}
-    for split, part in (("train", texts[:30]), ("val", texts[30:])):
-        with ShardWriter(folder, split) as writer:
-            for text in part:
-                writer.add(tokenizer.encode(text))
-        paths[split] = list(writer.paths)
-    (folder / "tokenizer.model").write_bytes(tokenizer.to_bytes())
-    return Prepared(tokenizer, paths["train"], paths["val"], folder)
+def digests(folder: Path) -> dict[str, str]:
+    """Content of every file directly in `folder`, as a hash."""
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.iterdir() if p.is_file()}
 
 
 def losses(folder: Path) -> list[tuple[str, str]]:
@@ -98,82 +74,6 @@ def test_training_learns_and_leaves_a_whole_run(tmp_path, data):
     assert again == pytest.approx(result.validation_bpb[result.kept], rel=1e-6)
     run = json.loads((tmp_path / "run.json").read_text())
     assert run["model"] == SMALL_MODEL.to_dict()
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory, data) -> Path:
-    """The run of the small preset that nothing interrupted."""
-    folder = tmp_path_factory.mktemp("whole")
-    Trainer(small_preset(), data, folder, ALONE).run()
-    return folder
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("stop_at", [1, 5, 9])
-def test_resume_continues_bit_for_bit(tmp_path, data, whole, stop_at):
-    continues_bit_for_bit(tmp_path, data, whole, stop_at, {})
-
-
-@pytest.mark.slow
-def test_resume_continues_bit_for_bit_with_masks_and_quantised(tmp_path, data):
-    options = {"document_mask": True, "qat_share": 0.75}
-    Trainer(small_preset(**options), data, tmp_path / "whole", ALONE).run()
-    continues_bit_for_bit(tmp_path, data, tmp_path / "whole", 5, options)
-
-
-def continues_bit_for_bit(tmp_path, data, whole, stop_at, options):
-    part = tmp_path / "part"
-
-    def interrupt(row):
-        if row["step"] == stop_at:
-            signal.raise_signal(signal.SIGTERM)
-
-    stopped = Trainer(small_preset(**options), data, part, ALONE).run(interrupt)
-    assert stopped.status == "interrupted" and stopped.step == stop_at and stopped.signal == signal.SIGTERM
-    with pytest.raises(CheckpointError, match="its training did not finish"):
-        load_run(part)
-    resumed = Trainer(small_preset(**options), data, part, ALONE, resume=True)
-    assert resumed.step == stop_at
-    resumed.run()
-    assert losses(part) == losses(whole)
-    expected, _ = load_run(whole)
-    got, _ = load_run(part)
-    assert expected.keys() == got.keys()
-    for name in expected:
-        assert torch.equal(expected[name], got[name]), name
-
-
-@pytest.mark.slow
-def test_a_checkpoint_on_the_timer_is_resumed_after_a_kill(tmp_path, data, whole):
-    """Steps after the last checkpoint are done again: loss.csv has each step once, as in the run without the kill."""
-    part = tmp_path / "part"
-
-    class Killed(Exception):
-        pass
-
-    def kill(row):
-        if row["step"] == 4:
-            trainer._save_checkpoint()
-        if row["step"] == 7:
-            raise Killed
-
-    trainer = Trainer(small_preset(), data, part, ALONE)
-    with pytest.raises(Killed):
-        trainer.run(kill)
-    Trainer(small_preset(), data, part, ALONE, resume=True).run()
-    assert losses(part) == losses(whole)
-
-
-@pytest.mark.slow
-def test_checkpoints_are_written_on_the_timer(tmp_path, data):
-    seen = []
-
-    def watch(row):
-        time.sleep(0.02)
-        seen.append((tmp_path / "checkpoint.safetensors").exists())
-
-    Trainer(small_preset(checkpoint_seconds=0.05), data, tmp_path, ALONE).run(watch)
-    assert not seen[0] and seen[-1]
 
 
 @pytest.mark.slow
@@ -325,26 +225,6 @@ def test_what_does_not_fit_is_refused(tmp_path, data):
         pick_device("tpu")
 
 
-def test_an_interrupted_write_leaves_the_old_checkpoint(tmp_path, monkeypatch):
-    path = tmp_path / "state.safetensors"
-    save_tensors(path, {"a": torch.ones(3)}, {"step": 1})
-    monkeypatch.setattr(os, "fsync", lambda handle: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError, match="disk full"):
-        save_tensors(path, {"a": torch.zeros(3)}, {"step": 2})
-    monkeypatch.undo()
-    tensors, meta = load_tensors(path)
-    assert meta == {"step": 1} and tensors["a"].sum() == 3
-    assert [p.name for p in tmp_path.iterdir()] == ["state.safetensors"]
-
-
-def test_foreign_safetensors_are_refused(tmp_path):
-    from safetensors.torch import save_file
-
-    save_file({"a": torch.ones(1)}, tmp_path / "foreign.safetensors")
-    with pytest.raises(CheckpointError, match="was not written by klora"):
-        load_tensors(tmp_path / "foreign.safetensors")
-
-
 def test_validation_counts_every_target_but_bos(data):
     """A model that knows nothing: log2(V) bits a target that is no BOS, over the bytes of the text."""
     model = GPT(SMALL_MODEL)
@@ -405,48 +285,6 @@ def test_two_ranks_train_the_same_weights_as_one(tmp_path, data):
     assert [s for s, _ in losses(together)] == [str(i) for i in range(1, 7)]
 
 
-@pytest.mark.slow
-def test_a_signal_in_the_last_phase_loses_nothing(tmp_path, data):
-    """SIGTERM while the averages are evaluated: the run finishes, and a kill then would have left a checkpoint."""
-    trainer = Trainer(small_preset(), data, tmp_path, ALONE)
-    validate, seen = trainer._validate, []
-
-    def interrupted():
-        seen.append((tmp_path / "checkpoint.safetensors").exists())
-        signal.raise_signal(signal.SIGTERM)
-        return validate()
-
-    trainer._validate = interrupted
-    assert trainer.run().status == "finished" and all(seen) and seen
-    assert (tmp_path / "model.safetensors").exists()
-    longer = Trainer(small_preset(max_steps=15), data, tmp_path, ALONE, resume=True)
-    assert longer.step == 12 and longer.run().step == 15
-
-
-def test_a_torn_row_of_the_curve_is_dropped(tmp_path, data):
-    Trainer(small_preset(max_steps=3), data, tmp_path, ALONE).run()
-    with open(tmp_path / "loss.csv", "a") as file:
-        file.write("2,0.5")
-    assert [row["step"] for row in LossCurve(tmp_path, resume_at=3).rows()] == ["1", "2", "3"]
-
-
-def test_a_second_interrupt_is_obeyed_at_once(tmp_path, data):
-    def interrupt_twice(row):
-        if row["step"] == 2:
-            signal.raise_signal(signal.SIGINT)
-            signal.raise_signal(signal.SIGINT)
-
-    before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt):
-        Trainer(small_preset(), data, tmp_path, ALONE).run(interrupt_twice)
-    assert signal.getsignal(signal.SIGINT) is before
-
-
-def digests(folder: Path) -> dict[str, str]:
-    """Content of every file directly in `folder`, as a hash."""
-    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.iterdir() if p.is_file()}
-
-
 @pytest.mark.parametrize("best", ["last", "ema", "swa"])
 def test_the_best_weights_on_validation_are_kept(tmp_path, data, best):
     trainer = Trainer(small_preset(), data, tmp_path, ALONE)
@@ -496,110 +334,6 @@ curve.close()
     environment = {**os.environ, "MPLBACKEND": "inline-of-somebody"}
     subprocess.run([sys.executable, "-c", script], env=environment, check=True)
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_a_disk_that_fails_costs_rows_and_checkpoints_not_the_run(tmp_path, data, monkeypatch):
-    from klora.model import train as module
-
-    said, save = [], module.save_tensors
-    trainer = Trainer(small_preset(checkpoint_seconds=1e-6), data, tmp_path, ALONE, say=said.append)
-
-    def fail(*args):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(
-        module, "save_tensors", lambda path, *rest: (save if "model" in path.name else fail)(path, *rest)
-    )
-    monkeypatch.setattr(trainer.curve._writer, "writerow", fail)
-    assert trainer.run().status == "finished" and load_run(tmp_path)
-    assert sum("no checkpoint of step" in line and "No space left" in line for line in said) >= 2
-    assert sum("loss.csv" in line for line in said) == 1
-
-
-def test_files_get_the_permissions_of_the_umask_or_of_what_they_replace(tmp_path):
-    def mode(path: Path) -> int:
-        return stat.S_IMODE(path.stat().st_mode)
-
-    before = os.umask(0o027)
-    try:
-        save_tensors(tmp_path / "weights", {"a": torch.ones(1)}, {})
-        write_text(tmp_path / "text", "a")
-        assert mode(tmp_path / "weights") == mode(tmp_path / "text") == 0o640
-        (tmp_path / "weights").chmod(0o604)
-        save_tensors(tmp_path / "weights", {"a": torch.ones(1)}, {})
-        assert mode(tmp_path / "weights") == 0o604
-    finally:
-        os.umask(before)
-
-
-def test_metadata_that_is_damaged_is_a_checkpoint_error(tmp_path, data):
-    from safetensors.torch import save_file
-
-    def rewrite(path: Path, text: str) -> None:
-        tensors, _ = load_tensors(tmp_path / "whole.safetensors")
-        save_file(tensors, path, metadata={"klora": text})
-
-    Trainer(small_preset(max_steps=2), data, tmp_path, ALONE).run()
-    checkpoint, model = tmp_path / "checkpoint.safetensors", tmp_path / "model.safetensors"
-    shutil.copy(checkpoint, tmp_path / "whole.safetensors")
-    whole = load_tensors(checkpoint)[1]
-    for text, says in (
-        ("{", "its metadata is no JSON"),
-        ("[1]", "its metadata has no step"),
-        (json.dumps({**whole, "step": "2"}), "its metadata has no step"),
-        (json.dumps({k: v for k, v in whole.items() if k != "sampler"}), "its metadata has no sampler"),
-    ):
-        rewrite(checkpoint, text)
-        with pytest.raises(CheckpointError, match=says):
-            Trainer(small_preset(), data, tmp_path, ALONE, resume=True)
-    for text in ("}", "null", '{"model": {}}', '{"model": 1, "provenance": {}}'):
-        rewrite(model, text)
-        with pytest.raises(CheckpointError, match="its metadata"):
-            load_run(tmp_path)
-    save_tensors(checkpoint, {"model/embed": torch.ones(2)}, whole)
-    with pytest.raises(CheckpointError, match="is damaged"):
-        Trainer(small_preset(), data, tmp_path, ALONE, resume=True)
-
-
-@pytest.mark.parametrize(("version", "writer"), [("0.0.9", "klora 0.0.9"), (None, "an older klora, from before")])
-def test_a_run_of_another_version_is_refused_with_its_name_and_what_to_do(tmp_path, data, version, writer):
-    """Whichever part has changed: the settings, the checkpoint's metadata or its tensors, the finished weights."""
-    from klora.cli.train import _stored_run
-    from safetensors.torch import save_file
-
-    Trainer(small_preset(max_steps=2), data, tmp_path, ALONE).run()
-    checkpoint, model, run = (tmp_path / name for name in ("checkpoint.safetensors", "model.safetensors", "run.json"))
-    says = f"was written by {writer}.*this is klora {__version__}, which.*{{}}.*go on with the version that wrote it"
-    stamp = {} if version is None else {"version": version}
-    (tensors, meta), (weights, finished) = load_tensors(checkpoint), load_tensors(model)
-    fewer = {name: tensor for name, tensor in tensors.items() if not name.startswith("ema/")}
-    for parts, about in ((tensors, {k: v for k, v in meta.items() if k != "sampler"}), (fewer, meta)):
-        save_file(parts, checkpoint, metadata={"klora": json.dumps(about)} | stamp)
-        with pytest.raises(CheckpointError, match=says.format("")):
-            Trainer(small_preset(), data, tmp_path, ALONE, resume=True)
-    del finished["model"]["bigram_rows"]
-    save_file(weights, model, metadata={"klora": json.dumps(finished)} | stamp)
-    with pytest.raises(CheckpointError, match=says.format("no value for bigram_rows")):
-        load_run(tmp_path)
-    stored = json.loads(run.read_text())
-    assert stored.pop("klora") == __version__ and version_of(checkpoint) == version
-    for part, name in (("train", "attention"), ("model", "bigram_rows")):
-        older = {**stored, part: {k: v for k, v in stored[part].items() if k != name}}
-        run.write_text(json.dumps(older if version is None else {**older, "klora": version}))
-        with pytest.raises(CheckpointError, match=says.format(f"no value for {name}")):
-            _stored_run(tmp_path, {})
-    run.write_text(json.dumps({**older, "klora": __version__}))
-    with pytest.raises(CheckpointError, match="is damaged .*has no value for"):
-        _stored_run(tmp_path, {})
-
-
-@pytest.mark.slow
-def test_a_damaged_curve_does_not_stop_a_resumed_run(tmp_path, data):
-    Trainer(small_preset(max_steps=3), data, tmp_path, ALONE).run()
-    lines = (tmp_path / "loss.csv").read_bytes().splitlines(keepends=True)
-    (tmp_path / "loss.csv").write_bytes(b"".join([*lines[:2], b"x,\x00\xff,,,,,,\r\n", *lines[3:]]))
-    assert Trainer(small_preset(max_steps=5), data, tmp_path, ALONE, resume=True).run().step == 5
-    assert [step for step, _ in losses(tmp_path)] == ["1", "3", "4", "5"]
 
 
 def test_the_estimate_counts_the_state_and_what_autograd_keeps(tmp_path, data):
@@ -692,124 +426,6 @@ def test_the_cap_leaves_out_a_later_step_that_it_cuts(tmp_path, data):
     result = trainer.run(spend)
     assert (result.status, result.step, result.tokens) == ("finished", 2, 512)
     assert state["position"] == 8  # two steps of four rows
-
-
-@pytest.mark.slow
-def test_a_signal_is_heard_between_micro_batches_and_nothing_is_lost(tmp_path, data):
-    whole, part = tmp_path / "whole", tmp_path / "part"
-    preset = small_preset(micro_batch_tokens=64, max_steps=6)
-    Trainer(preset, data, whole, ALONE).run()
-    trainer, calls = Trainer(preset, data, part, ALONE), []
-    nll = trainer.model.nll
-
-    def counted(x, y, **more):
-        calls.append(x)
-        if len(calls) == 10:
-            signal.raise_signal(signal.SIGINT)
-        return nll(x, y, **more)
-
-    trainer.model.nll = counted
-    stopped = trainer.run()
-    assert (stopped.status, stopped.step, len(calls)) == ("interrupted", 2, 10)
-    Trainer(preset, data, part, ALONE, resume=True).run()
-    assert losses(part) == losses(whole)
-
-
-def test_a_signal_is_heard_within_a_validation(tmp_path, data):
-    trainer = Trainer(small_preset(validate_seconds=1e-6, micro_batch_tokens=64), data, tmp_path, ALONE)
-    calls, nll = [], trainer.model.nll
-
-    def counted(x, y, **more):
-        calls.append(torch.is_grad_enabled())
-        if len(calls) == 6:  # the second of the first validation's eight
-            signal.raise_signal(signal.SIGINT)
-        return nll(x, y, **more)
-
-    trainer.model.nll = counted
-    assert trainer.run().status == "interrupted"
-    assert calls == [True] * 4 + [False] * 2
-    assert [row["validation_bpb"] for row in LossCurve(tmp_path, resume_at=1).rows()] == [""]
-
-
-def test_a_second_interrupt_does_not_wait_for_the_operation_in_progress():
-    script = """
-import hashlib, sys
-from klora.model.signals import StopSignals
-with StopSignals(lambda text: print(text, flush=True)):
-    print("ready", flush=True)
-    hashlib.pbkdf2_hmac("sha256", b"", b"", 2**28)  # minutes in one call that no Python handler interrupts
-"""
-    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
-    try:
-        assert process.stdout.readline() == "ready\n"
-        time.sleep(0.2)
-        process.send_signal(signal.SIGINT)
-        assert "Ctrl-C again ends at once" in process.stdout.readline()
-        process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=10) == 130
-    finally:
-        process.kill()
-
-
-def test_signals_outside_the_main_thread_stay_as_they_are(tmp_path, data):
-    from concurrent.futures import ThreadPoolExecutor
-
-    with ThreadPoolExecutor(1) as pool:
-        result = pool.submit(lambda: Trainer(small_preset(max_steps=2), data, tmp_path, ALONE).run()).result()
-    assert result.status == "finished"
-
-
-@pytest.mark.slow
-def test_a_finished_run_stays_until_what_replaces_it_has_finished(tmp_path, data):
-    Trainer(small_preset(max_steps=2), data, tmp_path, ALONE).run()
-    first = load_run(tmp_path)[0]
-
-    class Killed(Exception):
-        pass
-
-    def kill(row):
-        raise Killed
-
-    said = []
-    for seed in (1, 2):  # the second attempt finds an unfinished run, and must keep the finished one
-        with pytest.raises(Killed):
-            Trainer(small_preset(seed=seed), data, tmp_path, ALONE, say=said.append).run(kill)
-        kept = load_run(tmp_path / "replaced")[0]
-        assert all(torch.equal(first[name], kept[name]) for name in first)
-        assert (tmp_path / "replaced" / "tokenizer.model").exists()
-        with pytest.raises(CheckpointError, match="has no model.safetensors"):
-            load_run(tmp_path)
-    assert len(said) == 1 and str(tmp_path / "replaced") in said[0]
-    (tmp_path / "replaced" / "notes.txt").write_text("somebody's")
-    Trainer(small_preset(max_steps=3), data, tmp_path, ALONE).run()
-    assert load_run(tmp_path)[1]["provenance"]["result"]["step"] == 3
-    assert [path.name for path in (tmp_path / "replaced").iterdir()] == ["notes.txt"]
-
-
-@pytest.mark.slow
-def test_resuming_a_finished_run_keeps_its_model_until_the_longer_one_is_done(tmp_path, data):
-    Trainer(small_preset(max_steps=2), data, tmp_path, ALONE).run()
-    model = digests(tmp_path)["model.safetensors"]
-    longer = small_preset(max_steps=4)
-
-    def interrupt(row):
-        assert digests(tmp_path)["model.safetensors"] == model
-        signal.raise_signal(signal.SIGTERM)
-
-    assert Trainer(longer, data, tmp_path, ALONE, resume=True).run(interrupt).status == "interrupted"
-    assert digests(tmp_path)["model.safetensors"] == model
-    assert Trainer(longer, data, tmp_path, ALONE, resume=True).run().step == 4
-    assert digests(tmp_path)["model.safetensors"] != model
-
-
-def test_a_folder_that_cannot_be_written_is_known_before_anything_is_made(tmp_path, data):
-    for path in (Path("/proc/nowhere/run"), Path("/dev/null/run")):
-        with pytest.raises(OSError, match=f"{path} cannot be written"):
-            Trainer(small_preset(), data, path, ALONE)
-    with pytest.raises(OSError, match=r"needs .* bytes and .* free; make space"):
-        require_writable(tmp_path / "a" / "b", 2**60)
-    require_writable(tmp_path / "a" / "b", 1)
-    assert not list(tmp_path.iterdir())
 
 
 class TestFused:

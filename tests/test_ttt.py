@@ -12,19 +12,20 @@ import torch.distributed as dist
 from conftest import SMALL, randomized
 from klora.bench.eager import Batch
 from klora.kernels import BOS_ID, lora_adam_ref_
-from klora.model import weights
+from klora.model import network, weights
 from klora.model.config import ConfigError, preset
+from klora.model.storage import write_text
 from klora.ttt import pipeline
 from klora.ttt.adapters import AdapterLayout
-from klora.ttt.base import MICRO_TOKENS, BaseNll
+from klora.ttt.base import BaseNll
 from klora.ttt.documents import Document, chunk_windows
-from klora.ttt.engine import engine_of
-from klora.ttt.journal import Journal, JournalError, fingerprint
-from klora.ttt.pipeline import Interrupted
+from klora.ttt.engine import Engine, engine_of
+from klora.ttt.journal import Journal, fingerprint, settings_of
 from klora.ttt.protocols import LEAKY, TARGETS, TTTConfig, label, learning_rate, ttt_preset
 from klora.ttt.queue import Deadline, DocumentQueue, StoreQueue
 from klora.ttt.results import (
     ADAPTED,
+    DIVERGED,
     NOT_ADAPTED,
     PARTIAL,
     SHORT,
@@ -33,6 +34,7 @@ from klora.ttt.results import (
     ScoreResult,
     read_documents_csv,
 )
+from klora.ttt.step import EngineStep
 from oracles import eager
 
 TTT = TTTConfig(chunk=16, window=64, min_tokens=32, lora_rank=2, head_rank=3, epochs=2, deadline=0.0, batch=4)
@@ -46,8 +48,10 @@ def document(targets: int, seed: int = 0) -> Document:
 
 def score(documents, tmp_path, config=TTT, model=None, resume=False, **options) -> ScoreResult:
     model = model or randomized()
-    key = fingerprint("artifact", documents, config, False)
-    journal = Journal(tmp_path / "journal.jsonl", key, resume, overwrite=not resume)
+    of_run = "artifact", documents, config, False
+    journal = Journal(
+        tmp_path / "journal.jsonl", fingerprint(*of_run), resume, overwrite=not resume, settings=settings_of(*of_run)
+    )
     try:
         return pipeline.score(pipeline.ScoreRequest(model, documents, config, journal, **options))
     finally:
@@ -183,171 +187,152 @@ def test_nothing_adapted_changes_nothing_where_windows_exceed_the_training_lengt
         assert d.adapted_nats == pytest.approx(d.base_nats, rel=1e-6)
 
 
-def test_a_diverged_adapter_is_an_error_and_not_a_score(tmp_path):
-    with pytest.raises(NonFiniteScore, match=r"adapting '0-100' gave an NLL of nan"):
-        score([document(100)], tmp_path, TTT.override({"lr": 1e38}))
+def poison(monkeypatch, place: int, after: int) -> None:
+    """Let the adapter of the document of that place, longest first, be no numbers after its chunk `after`."""
+    launch = Engine._launch
+
+    def poisoned(self, number, taken, run):
+        launch(self, number, taken, run)
+        for document, slot, chunk in zip(taken.document, taken.slot, taken.chunk, strict=True):
+            if (document, chunk) == (place, after):
+                self.pool.params[int(slot)] = math.nan
+
+    monkeypatch.setattr(Engine, "_launch", poisoned)
 
 
-def test_time_spent_before_an_interruption_counts_against_the_deadline(tmp_path):
-    documents, config = [document(100), document(90, 1)], TTT.override({"deadline": 100.0})
-    journal = Journal(tmp_path / "journal.jsonl", fingerprint("artifact", documents, config, False), resume=False)
-    journal.add_seconds({"adapt": 101.0})
-    journal.close()
-    late = score(documents, tmp_path, config, resume=True)
-    assert [d.status for d in late.documents] == [NOT_ADAPTED, NOT_ADAPTED]
-    more = score(documents, tmp_path, TTT, resume=True)
-    assert [d.status for d in more.documents] == [ADAPTED, ADAPTED]
+@pytest.mark.parametrize("queue", [DocumentQueue, lambda: StoreQueue(dist.HashStore(), 0, 1)], ids=["alone", "store"])
+def test_a_document_that_diverges_falls_back_and_no_other_bit_changes(tmp_path, monkeypatch, queue):
+    """What it scored before stays, as it would if the document ended there; its batch mates are kept as ever."""
+    documents = [document(n, n) for n in (40, 200, 64, 150, 20)]
+    clean = score(documents, tmp_path / "clean", queue=queue()).documents
+    before = chunk_nats(documents[3], TTT)[:3]
+    with monkeypatch.context() as patch:
+        poison(patch, place=1, after=2)  # the one of 150 targets
+        result = score(documents, tmp_path / "poisoned", queue=queue())
+    for index, (found, expected) in enumerate(zip(result.documents, clean, strict=True)):
+        assert index == 3 or found == expected
+    one = result.documents[3]
+    assert (one.status, one.adapted_tokens, one.adapted_share) == (DIVERGED, 48, 48 / 150)
+    assert one.base_nats == clean[3].base_nats and one.adapted_nats != one.base_nats
+    base = BaseNll(randomized(), [documents[3]], TTT)
+    assert one.adapted_nats == pytest.approx(sum(before) + base.of(0, 48)[0], rel=1e-6)
+    assert result.totals()["by_status"] == {ADAPTED: 3, DIVERGED: 1, SHORT: 1} and not result.deadline_hit
+    (note,) = result.to_json()["notes"]
+    assert note.startswith("1 document diverged ('150-150'): from the first target whose adapted NLL is no number, the")
+    resumed = score(documents, tmp_path / "poisoned", resume=True, queue=queue())  # nothing is scored again
+    assert resumed.documents == result.documents
 
 
-@pytest.mark.parametrize(
-    ("line", "says"),
-    [
-        (b"no json", "no JSON"),
-        (b"\xff\xfe", "no JSON"),
-        (b"[" * 100_000, "no JSON"),
-        (b"[1, 2]", "a JSON value of type list, not an object"),
-        (b"{}", "no result of a document"),
-        (b'{"index": 0, "result": {"name": "a"}}', "no result of a document"),
-        (b'{"seconds": {"base": "long"}}', "seconds are no numbers by phase"),
-        (b'{"seconds": 3}', "seconds are no numbers by phase"),
-    ],
-    ids=lambda value: str(value)[:20],
-)
-def test_a_damaged_journal_is_refused_by_line(tmp_path, line, says):
-    score([document(40)], tmp_path)
-    journal = tmp_path / "journal.jsonl"
-    whole = journal.read_bytes()
-    journal.write_bytes(whole + line + b"\n")
-    with pytest.raises(
-        JournalError, match=rf"journal.jsonl, line 3: .*{says}.*; remove that line, or give --overwrite"
-    ):
-        score([document(40)], tmp_path, resume=True)
-    journal.write_bytes(line + b"\n" + whole)
-    with pytest.raises(JournalError, match=r"journal.jsonl, line 1: "):
-        score([document(40)], tmp_path, resume=True)
+def test_a_rate_at_which_all_diverge_leaves_the_first_chunks_and_the_base_model(tmp_path):
+    documents = [document(100), document(90, 1)]
+    for config, reached in ((TTT, 16), (TTT.override({"protocol": "min_nll"}), 16), (TTT, 16)):
+        result = score(documents, tmp_path, config.override({"lr": 1e38}))
+        for d in result.documents:
+            assert math.isfinite(d.adapted_nats) and d.status == DIVERGED
+            assert d.adapted_tokens == (0 if config.is_leaky else reached)
+            assert not config.is_leaky or d.adapted_nats == d.base_nats
+        assert "2 documents diverged" in result.notes[-1]
 
 
-@pytest.mark.parametrize("change", [{"index": -1}, {"index": "0"}, {"index": True}, {"tokens": "40"}, {"name": 3}])
-def test_a_result_of_other_types_is_refused_by_line(tmp_path, change):
-    score([document(40)], tmp_path)
-    journal = tmp_path / "journal.jsonl"
-    first, second = journal.read_text().splitlines()
-    record = json.loads(second)
-    record = {**record, **change} if "index" in change else {**record, "result": {**record["result"], **change}}
-    journal.write_text(f"{first}\n{json.dumps(record)}\n")
-    with pytest.raises(JournalError, match=r"journal.jsonl, line 2: (index|a result whose values are of other types)"):
-        score([document(40)], tmp_path, resume=True)
+def test_where_a_document_diverges_does_not_depend_on_what_follows(tmp_path, monkeypatch):
+    """A document cut after any target keeps every score before it."""
+    whole = document(150, 3)
+    poison(monkeypatch, place=0, after=2)
+    for targets in (150, 100, 49, 48):
+        cut = Document("cut", whole.tokens[: targets + 1], 300)
+        engine = engine_of(randomized().requires_grad_(False), TTT, [cut])
+        adapted = engine.adapt([cut], Deadline(0))
+        assert adapted.targets.tolist() == [48] and adapted.diverged.tolist() == [targets > 48]
+        assert adapted.nats[0] == pytest.approx(sum(chunk_nats(whole, TTT)[:3]), rel=1e-6)
 
 
-def test_finished_work_is_not_lost_without_a_word(tmp_path):
-    """A run that starts afresh where an interrupted one left documents, its own or another's."""
-    documents = [document(n, n) for n in (200, 40, 20)]
-    score(documents, tmp_path)
-    kept = (tmp_path / "journal.jsonl").read_bytes()
-    for key in ("another run", fingerprint("artifact", documents, TTT, False)):
-        with pytest.raises(JournalError, match=r"journal.jsonl: 3 finished documents and 100% of the base pass of an "):
-            Journal(tmp_path / "journal.jsonl", key, resume=False)
-    with pytest.raises(JournalError, match="give --resume to go on from there, or --overwrite to start afresh"):
-        Journal(tmp_path / "journal-5.jsonl", "run", resume=False, others=[tmp_path / "journal.jsonl"])
-    assert (tmp_path / "journal.jsonl").read_bytes() == kept
-    book = Journal(tmp_path / "journal.jsonl", "run", resume=False, overwrite=True)
-    assert not book.done and not book.base_share and not (tmp_path / "journal.base.npy").exists()
-    book.close()
-    Journal(tmp_path / "journal.jsonl", "run", resume=False).close()  # one that holds nothing is in nobody's way
+class Full:
+    """Calls of `method` run out of memory, those of these numbers."""
+
+    def __init__(self, patch, owner, name: str, *numbers: int):
+        self.calls, call = 0, getattr(owner, name)
+
+        def full(*given, **options):
+            self.calls += 1
+            if self.calls in numbers:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore of it")
+            return call(*given, **options)
+
+        patch.setattr(owner, name, full)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("phase", ["base", "prequant"])
-def test_a_base_pass_that_is_stopped_goes_on_from_there(tmp_path, monkeypatch, phase):
-    monkeypatch.setitem(MICRO_TOKENS, "cpu", 64)
-    documents = [document(n, n) for n in (200, 180, 20, 90, 31)]
-    before = randomized(seed=3)
-    whole = score(documents, tmp_path, prequant=before)
-    total, seen = sum(d.targets for d in documents), []
-
-    def stop() -> bool:
-        return len(seen) > 0 and seen[-1][0] == phase and seen[-1][1] > total / 2
-
-    def progress(*at):
-        seen.append(at)
-
-    with pytest.raises(Interrupted, match="0 of 5 documents"):
-        score(documents, tmp_path, prequant=before, should_stop=stop, progress=progress)
-    stopped = seen[-1][1]
-    assert total / 2 < stopped < total
-    seen.clear()
-    resumed = score(documents, tmp_path, prequant=before, resume=True, progress=progress)
-    first = [done for name, done, _ in seen if name == phase]
-    assert first[0] > stopped and first[-1] == total
-    assert phase == "base" or not [done for name, done, _ in seen if name == "base"]
-    for ours, theirs in zip(resumed.documents, whole.documents, strict=True):
-        assert ours.base_nats == pytest.approx(theirs.base_nats, rel=1e-6)
-        assert ours.prequant_nats == pytest.approx(theirs.prequant_nats, rel=1e-6)
-        assert ours.adapted_nats == pytest.approx(theirs.adapted_nats, rel=1e-6)
+@pytest.mark.parametrize("queue", [DocumentQueue, lambda: StoreQueue(dist.HashStore(), 0, 1)], ids=["alone", "store"])
+@pytest.mark.parametrize(("method", "numbers"), [("train", (5, 14)), ("_inputs", (1,))], ids=["twice", "at first"])
+def test_memory_that_runs_out_halves_the_batch_aloud_and_changes_no_score(
+    tmp_path, monkeypatch, queue, method, numbers
+):
+    documents, said = [document(n, n) for n in (40, 200, 64, 150, 20, 33, 90)], []
+    clean = score(documents, tmp_path / "clean", queue=queue())
+    with monkeypatch.context() as patch:
+        Full(patch, EngineStep, method, *numbers)
+        result = score(documents, tmp_path / "full", queue=queue(), say=said.append)
+    assert adapted_nats(result) == pytest.approx(adapted_nats(clean), rel=1e-6)
+    assert [d.status for d in result.documents] == [d.status for d in clean.documents]
+    aloud = [line for line in said if "memory ran out" in line]
+    says = "the GPU's memory ran out with 4 documents side by side; going on with 2, which changes no score (CUDA"
+    assert aloud[0] == f"{says} out of memory. Tried to allocate 2.00 GiB.)" and len(aloud) == len(numbers)
+    assert result.facts["engine"]["batch"] == 4 >> len(numbers) and result.config == clean.config
+    assert len(lines_with_results(tmp_path / "full")) == len(documents)
 
 
-def test_a_killed_base_pass_loses_a_minute_at_most(tmp_path, monkeypatch):
-    """Nothing is caught of a kill: what is kept was written before."""
-    monkeypatch.setitem(MICRO_TOKENS, "cpu", 64)
-    monkeypatch.setattr("klora.ttt.base.KEEP_SECONDS", 0.0)
+def lines_with_results(folder) -> list[str]:
+    return [line for line in (folder / "journal.jsonl").read_text().splitlines() if '"result"' in line]
+
+
+def test_memory_that_one_document_alone_exhausts_is_an_error(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
+        Full(patch, EngineStep, "_inputs", *range(1, 99))
+        score([document(100)], tmp_path)
+
+
+def test_memory_that_runs_out_in_the_base_pass_halves_what_goes_at_a_time(tmp_path, monkeypatch):
+    documents, said = [document(33 + n, n) for n in range(8)], []
+    clean = score(documents, tmp_path / "clean")
+    with monkeypatch.context() as patch:
+        Full(patch, network, "hidden", 1, 2)
+        result = score(documents, tmp_path / "full", say=said.append)
+    for found, expected in zip(result.documents, clean.documents, strict=True):
+        assert found.base_nats == pytest.approx(expected.base_nats, rel=1e-6)
+        assert found.tempered_nats == pytest.approx(expected.tempered_nats, rel=1e-6)
+    assert sum("memory ran out with" in line and "tokens at a time; going on with" in line for line in said) == 2
+    with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
+        Full(patch, network, "hidden", *range(1, 99))
+        score([document(100)], tmp_path / "one")
+
+
+def test_a_shared_adapter_learns_again_where_memory_ran_out(tmp_path, monkeypatch):
+    config = TTTConfig(**{**TTT.to_dict(), "layout": "start", "min_tokens": 512, "phases": 2, "phase_chunks": 2})
+    documents = [document(n, n) for n in (40, 90, 64, 70, 33, 80)]
+    clean = score(documents, tmp_path / "clean", config)
+    for number in (4, 12, 20):
+        with monkeypatch.context() as patch:
+            full = Full(patch, EngineStep, "train", number)
+            result = score(documents, tmp_path / str(number), config)
+        assert full.calls > number and adapted_nats(result) == pytest.approx(adapted_nats(clean), rel=1e-6)
+
+
+def test_results_of_another_run_are_gone_before_the_score_is_there(tmp_path, monkeypatch):
+    """Killed right after score.json."""
+    for name in ("documents.csv", "report.html", "report.png", "score.json"):
+        (tmp_path / name).write_text("another run's")
 
     class Killed(BaseException):
         pass
 
-    def progress(phase, done, total):
-        if done > total / 2:
-            raise Killed
+    def kill(path, text):
+        write_text(path, text)
+        raise Killed
 
+    monkeypatch.setattr("klora.ttt.results.write_text", kill)
     with pytest.raises(Killed):
-        score([document(200), document(20, 1)], tmp_path, progress=progress)
-    book = Journal(
-        tmp_path / "journal.jsonl", fingerprint("artifact", [document(200), document(20, 1)], TTT, False), True
-    )
-    assert 0.2 < book.base_share < 0.9
-
-
-def test_a_damaged_base_pass_is_an_error_that_says_what_to_do(tmp_path):
-    documents = [document(40)]
-    score(documents, tmp_path)
-    array = tmp_path / "journal.base.npy"
-    whole = array.read_bytes()
-    np.save(array, np.zeros((2, 7), np.float32))
-    (tmp_path / "journal.jsonl").write_text((tmp_path / "journal.jsonl").read_text().splitlines()[0] + "\n")
-    with pytest.raises(JournalError, match=r"journal.base.npy is of other documents; give --overwrite"):
-        score(documents, tmp_path, resume=True)
-    for damaged in (whole[:50], b"", b"junk" * 30):
-        array.write_bytes(damaged)
-        with pytest.raises(JournalError, match=r"journal.base.npy is damaged; give --overwrite"):
-            score(documents, tmp_path, resume=True)
-
-
-def test_a_base_pass_that_cannot_be_kept_ends_nothing(tmp_path, monkeypatch):
-    def full(journal, phase):
-        raise OSError("no space left on device")
-
-    monkeypatch.setattr(Journal, "keep_base", full)
-    said = []
-    assert score([document(40)], tmp_path, say=said.append).documents[0].status == ADAPTED
-    assert len(said) == 2 and "the copy of the base pass for --resume could not be made" in said[0]
-
-
-@pytest.mark.slow
-def test_documents_of_a_batch_that_are_through_outlive_a_stop(tmp_path):
-    documents = [document(n, n) for n in (400, 40, 35)]
-    asked = []
-
-    def stop() -> bool:
-        asked.append(True)
-        return len(asked) > 20
-
-    whole = score(documents, tmp_path)
-    with pytest.raises(Interrupted) as interrupted:
-        score(documents, tmp_path, should_stop=stop)
-    assert interrupted.value.done == 2
-    seen = []
-    resumed = score(documents, tmp_path, resume=True, progress=lambda phase, done, total: seen.append((phase, total)))
-    assert set(seen) == {("adapt", 400)}
-    assert adapted_nats(resumed) == pytest.approx(adapted_nats(whole), rel=1e-6)
+        ScoreResult([DocumentResult("a", 10, 20, ADAPTED, 14.0, 13.5, 12.0)], TTT, {}).write(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["score.json"]
+    assert json.loads((tmp_path / "score.json").read_text())["documents"][0]["name"] == "a"
 
 
 def test_a_model_of_no_numbers_is_an_error_and_not_a_score(tmp_path):
@@ -520,41 +505,6 @@ def test_deadline_leaves_the_rest_to_the_base_model_and_says_which(tmp_path, mon
     assert result.totals()["by_status"] == {PARTIAL: 2, NOT_ADAPTED: 3, SHORT: 1}
 
 
-def stop_after(rounds: int):
-    """`should_stop` and `progress` of a run that is stopped after so many rounds of adapting."""
-    seen = []
-    return {
-        "should_stop": lambda: len(seen) >= rounds,
-        "progress": lambda phase, done, total: seen.extend([done] if phase == "adapt" else []),
-    }
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("rounds", [3, 11, 15])
-def test_an_interrupted_run_goes_on_and_gives_the_same_scores(tmp_path, rounds):
-    """What was through is kept, also where the journal's last line was torn."""
-    documents = [document(n, n) for n in (200, 180, 40, 35, 33, 20, 10)]
-    config = TTT.override({"batch": 2})
-    whole = score(documents, tmp_path, config)
-    with pytest.raises(Interrupted) as interrupted:
-        score(documents, tmp_path, config, **stop_after(rounds))
-    lines = [json.loads(line) for line in (tmp_path / "journal.jsonl").read_text().splitlines()]
-    kept = [line["result"]["tokens"] for line in lines if "result" in line]
-    assert interrupted.value.done == len(kept) == {3: 2, 11: 2, 15: 5}[rounds]
-    with open(tmp_path / "journal.jsonl", "a") as file:
-        file.write('{"index": 3, "name": "torn')
-    seen = []
-    resumed = score(documents, tmp_path, config, resume=True, progress=lambda phase, done, total: seen.append(total))
-    assert adapted_nats(resumed) == pytest.approx(adapted_nats(whole), rel=1e-6)
-    assert [d.name for d in resumed.documents] == [d.name for d in documents]
-    assert max(seen) == sum(d.targets for d in documents) - sum(kept)
-
-
-def test_a_stop_after_the_last_document_is_no_interruption(tmp_path):
-    result = score([document(40)], tmp_path, **stop_after(3))
-    assert result.documents[0].status == ADAPTED and result.token_gains.documents == 1
-
-
 @pytest.mark.parametrize("protocol", ["score_first", "min_nll"])
 def test_a_run_gives_the_results_of_the_oracle(tmp_path, protocol):
     documents = [document(n, n) for n in (20, 200, 33, 0, 120, 31)]
@@ -614,13 +564,6 @@ def test_the_eager_scorer_is_gone_and_says_what_is_left():
     ):
         with pytest.raises(ConfigError, match=re.escape(says)):
             pipeline.pick_scorer(scorer, cpu)
-
-
-def test_a_journal_of_another_run_is_refused(tmp_path):
-    score([document(40)], tmp_path)
-    with pytest.raises(JournalError, match="belongs to a run with another artifact"):
-        score([document(40)], tmp_path, TTT.override({"lr": 0.5}), resume=True)
-    assert score([document(40)], tmp_path, TTT.override({"batch": 7}), resume=True).documents[0].status == ADAPTED
 
 
 def test_adapters_have_the_size_and_the_start_that_the_design_gives():

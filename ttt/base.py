@@ -42,7 +42,8 @@ class BaseNll:
 
     `known` is what an interrupted pass over the same documents had found: fp32 [2, n] over their concatenation, NaN for
     targets that it had not reached. A window whose targets are all known is not computed again. `keep` gets such an
-    array every KEEP_SECONDS, before an exception of `tick` goes on, and at the end.
+    array every KEEP_SECONDS, before an exception of `tick` goes on, and at the end. Windows for which a GPU has not the
+    memory go in two halves, which `say` hears of.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class BaseNll:
         backend: str | None = None,
         known: np.ndarray | None = None,
         keep: Callable[[np.ndarray], None] = lambda nll: None,
+        say: Callable[[str], None] = lambda text: None,
     ):
         self.config = config
         targets = np.array([document.targets for document in documents], dtype=np.int64)
@@ -79,7 +81,7 @@ class BaseNll:
         done = int(targets.sum()) - sum(int((windows.length - windows.first).sum()) for windows, _, _ in plans)
         kept_at, is_new = time.monotonic(), False
         for windows, longest, temperature in plans:
-            for targets_sent in _score(weights, on_device, record, windows, longest, temperature, backend):
+            for targets_sent in _score(weights, on_device, record, windows, longest, temperature, backend, say):
                 done, is_new = done + targets_sent, True
                 try:
                     tick(done)
@@ -124,6 +126,7 @@ def _score(
     longest: int,
     temperature: float,
     backend: str | None,
+    say: Callable[[str], None],
 ) -> Iterator[int]:
     """Write the NLL of every target of `windows` into `record`, at temperature 1 and at `temperature`."""
     device = tokens.device
@@ -132,7 +135,8 @@ def _score(
     start, length, first = (
         torch.from_numpy(a).to(device)[:, None] for a in (windows.start, windows.length, windows.first)
     )
-    for rows, padded in _batches_of_one_length(windows.length, MICRO_TOKENS[device.type]):
+
+    def compute(rows: np.ndarray, padded: int) -> None:
         tail = padded - int(windows.first[rows].min())
         chosen = torch.from_numpy(rows).to(device)
         begin, end, scored_from = start[chosen], length[chosen], first[chosen]
@@ -150,7 +154,30 @@ def _score(
             nll = softcap_nll(hidden, weights.head, targets, weights.config.logit_softcap, divisor, backend=backend)
             into = record[0 if divisor == 1.0 else 1 :]
             into.index_copy_(1, place, nll.flatten().float().expand(len(into), -1))
-        yield int((windows.length[rows] - windows.first[rows]).sum())
+
+    def fits(rows: np.ndarray, padded: int) -> bool:
+        """Compute; whether the GPU had the memory for it."""
+        try:
+            compute(rows, padded)
+        except torch.OutOfMemoryError:
+            if len(rows) == 1:
+                raise
+            return False
+        return True
+
+    most = MICRO_TOKENS[device.type]
+    waiting = list(_batches_of_one_length(windows.length, most))[::-1]
+    while waiting:
+        rows, padded = waiting.pop()
+        if len(rows) * padded > most and len(rows) > 1:
+            waiting += [(half, padded) for half in np.array_split(rows, 2)[::-1]]
+        elif fits(rows, padded):
+            yield int((windows.length[rows] - windows.first[rows]).sum())
+        else:
+            torch.cuda.empty_cache()
+            most = len(rows) * padded // 2
+            say(f"the GPU's memory ran out with {len(rows) * padded:,} tokens at a time; going on with {most:,}")
+            waiting.append((rows, padded))
 
 
 def _positions(targets: np.ndarray) -> np.ndarray:

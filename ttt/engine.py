@@ -458,13 +458,23 @@ class Engine:
     def _read(self, run: "Run") -> Adapted:
         """What is recorded: nats of each document in the pass that counts, how many targets, and which pass."""
         record = self.record[: self._records * len(self.tokens)].view(self._records, -1)[:, : run.tokens].cpu().numpy()
-        if not len(run.offsets):
-            return Adapted(np.zeros(0), run.covered(), np.zeros(0, dtype=np.int64))
+        covered, count = run.covered(), len(run.offsets)
+        if not count:
+            return Adapted(np.zeros(0), covered, np.zeros(0, dtype=np.int64), np.zeros(0, dtype=bool))
         totals = np.stack([np.add.reduceat(row, run.offsets, dtype=np.float64) for row in record])
         if self.config.protocol == MIN_NLL:
-            kept = totals.argmin(0)
-            return Adapted(totals[kept, np.arange(len(kept))], run.covered(), kept)
-        return Adapted(totals[0], run.covered(), np.full(len(run.offsets), self.config.passes - 1))
+            kept = np.where(np.isfinite(totals), totals, np.inf).argmin(0)
+            rows = kept
+        else:
+            kept, rows = np.full(count, self.config.passes - 1), np.zeros(count, dtype=np.int64)
+        nats = totals[rows, np.arange(count)]
+        diverged = ~np.isfinite(nats)
+        for place in np.flatnonzero(diverged):
+            begin = run.offsets[place] + 1
+            nll = record[rows[place], begin : begin + run.targets[place]]
+            finite = 0 if self.config.is_leaky else int(np.isfinite(nll).argmin())
+            covered[place], nats[place] = finite, nll[:finite].sum(dtype=np.float64)
+        return Adapted(nats, covered, kept, diverged)
 
 
 class Run:
@@ -552,7 +562,7 @@ class Run:
         """How many targets of each document count."""
         if self.config.is_leaky:
             return np.where(self._passes == self.config.passes, self.targets, 0)
-        return self._reached
+        return self._reached.copy()
 
 
 def engine_of(model: GPT, config: TTTConfig, documents: Sequence[Document], **options: Any) -> Engine:

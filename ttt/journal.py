@@ -1,27 +1,39 @@
 """What a scoring run has finished, on disk at once, so that an interrupted run can go on where it stopped.
 
-`journal.jsonl` has one JSON object a line: which run it is, finished documents, seconds spent. `journal.base.npy` and
-`journal.prequant.npy` beside it hold what the unadapted models said of each target, as far as they had come.
+`journal.jsonl` has one JSON object a line: first which run it is, then finished documents and the time. Every line says
+under which protocol it was written and how many seconds the run had spent by then, so that a kill gives a deadline no
+time back. Its last field, `chain`, is a checksum of the line and of all lines before it: a line that was changed,
+moved, taken out or brought in from another journal is refused by its number. The checksum has no secret. It finds
+damage and mixtures; whoever can run this code can write another journal.
+
+`journal.base.npy` and `journal.prequant.npy` beside it hold what the unadapted models said of each target, as far as
+they had come, and a checksum behind the array.
 """
 
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
 from ..errors import KloraError
-from ..model.storage import replacing, write_text
+from ..model.storage import differences, replacing, write_text
 from .documents import Document
-from .protocols import TTTConfig
-from .results import ADAPTED, SHORT, DocumentResult
+from .protocols import SCORE_FIRST, TTTConfig
+from .results import FINISHED, STATUSES, DocumentResult
 
 PHASES = ("base", "prequant")
 """The passes of unadapted models whose results are kept."""
+
+ROUNDING = 1e-3
+"""How far below zero the NLL of a target may lie by rounding."""
 
 
 class JournalError(KloraError, ValueError):
@@ -33,100 +45,160 @@ class _OtherRun(JournalError):
 
 
 class Journal:
-    """Finished documents of one scoring run, by their index in `done`.
+    """Finished documents of one scoring run, by their index in `done`; `seconds` by phase are those of all its parts.
 
     Documents that a deadline left out are not finished: a run that goes on adapts them, if it is given time. With
     `resume`, `others` are journals of other ranks of the same run, whose documents are done, too. Without it the
     journal starts afresh; JournalError if that would lose finished work and `overwrite` does not say that it may.
 
     `fingerprint` is text that names the run: :func:`fingerprint` makes it of the artifact, the documents and the
-    settings. JournalError, too, where a resumed journal is of another run, or is damaged. Call :meth:`close` at the
-    end.
+    settings. `settings` are what :func:`settings_of` says of them: a journal of another run is refused by those that
+    differ. JournalError, too, where a resumed journal is damaged; OSError where it cannot be written. Call
+    :meth:`close` at the end.
 
     Example: journal = Journal(Path("journal.jsonl"), fingerprint="run 1", resume=False)
     """
 
     def __init__(
-        self, path: Path, fingerprint: str, resume: bool, others: Sequence[Path] = (), overwrite: bool = False
+        self,
+        path: Path,
+        fingerprint: str,
+        resume: bool,
+        others: Sequence[Path] = (),
+        overwrite: bool = False,
+        settings: Mapping[str, Any] = MappingProxyType({}),
     ):
-        self.path = path
+        self.path, self._fingerprint, self._settings = path, fingerprint, dict(settings)
+        self._protocol = self._settings.get("protocol", SCORE_FIRST)
         self.done: dict[int, DocumentResult] = {}
         self.seconds: dict[str, float] = {}
         self._base: dict[str, np.ndarray] = {}
-        records: list[dict[str, Any]] = [{"fingerprint": fingerprint}]
         if resume:
             for known in others:
                 # One that an earlier run left behind holds nothing of this one.
                 with suppress(_OtherRun):
-                    records += self._read(known, fingerprint)[1:]
+                    self._read(known)
             if path.exists():
-                records += self._read(path, fingerprint)[1:]
-                self._base = {phase: _read_array(file) for phase in PHASES if (file := self._array(phase)).exists()}
+                self._read(path)
+                files = {phase: self._array(phase) for phase in PHASES}
+                self._base = {phase: self._checked(file) for phase, file in files.items() if file.exists()}
         elif not overwrite:
             _require_no_work([path, *others], [self._array(phase) for phase in PHASES])
         if not self._base:
             for phase in PHASES:
                 self._array(phase).unlink(missing_ok=True)
         # Written whole again, so that a line torn by the interruption does not stay in the middle of the file.
-        write_text(path, "".join(json.dumps(record) + "\n" for record in records))
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (held open for the whole run)
+        self._chain = ""
+        lines = [self._line({"fingerprint": fingerprint, "settings": self._settings})]
+        lines += [self._line(_record(*item)) for item in self.done.items()]
+        lines += [self._line({})] if self.seconds else []
+        write_text(path, "".join(lines))
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115 (held open for the whole run)
 
     def _array(self, phase: str) -> Path:
         return self.path.with_suffix(f".{phase}.npy")
 
-    def _read(self, path: Path, fingerprint: str) -> list[dict[str, Any]]:
-        """The records of a journal, whose documents and seconds are taken in."""
-        records = []
+    def _line(self, record: dict[str, Any]) -> str:
+        """The next line of the journal."""
+        record = record | {"protocol": self._protocol, "seconds": self.seconds}
+        self._chain = _chained(self._chain, record)
+        return json.dumps(record | {"chain": self._chain}) + "\n"
+
+    def _read(self, path: Path) -> None:
+        """Take in the documents and the seconds of a journal."""
+        chain = ""
         for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
             if not line.endswith(b"\n"):
                 break  # torn by the interruption
             try:
                 record = _parsed(line)
-                if number == 1 and "fingerprint" not in record:
-                    raise ValueError("wanted the run's fingerprint")
-                if number == 1 and record["fingerprint"] != fingerprint:
-                    break
-                if number > 1:
-                    self._take_in(record)
+                if number == 1:
+                    self._require_this_run(path, record)
+                chain = _next_chain(chain, record)
+                if record.get("protocol") != self._protocol:
+                    raise ValueError(f"it is of the protocol {record.get('protocol')!r:.40}, not of {self._protocol}")
+                self._take_in(record)
             except ValueError as error:
+                if isinstance(error, JournalError):
+                    raise
                 raise JournalError(
-                    f"{path}, line {number}: {error}; remove that line, or give --overwrite to start afresh"
+                    f"{path}, line {number}: {error}; remove that line and all after it, or give --overwrite to start "
+                    "afresh"
                 ) from None
-            records.append(record)
-        if not records:
+        if not chain:
+            raise _OtherRun(f"{path} does not say which run it is of; give --overwrite to start afresh")
+
+    def _require_this_run(self, path: Path, record: dict[str, Any]) -> None:
+        if "fingerprint" not in record:
+            raise ValueError("wanted the run's fingerprint")
+        if record["fingerprint"] != self._fingerprint:
+            differing = differences(record.get("settings"), self._settings)
             raise _OtherRun(
-                f"{path} belongs to a run with another artifact, other documents or other settings; "
-                "give the same ones, or --overwrite to start afresh"
+                f"{path} belongs to a run with another artifact, other documents or other settings"
+                f"{': ' + differing if differing else ''}; give the same ones, or --overwrite to start afresh"
             )
-        return records
 
     def _take_in(self, record: dict[str, Any]) -> None:
         """Note what a line says. ValueError for one that no run has written."""
-        if "seconds" in record:
-            seconds = record["seconds"]
-            if not isinstance(seconds, dict) or not all(_is_number(value) for value in seconds.values()):
-                raise ValueError("seconds are no numbers by phase")
-            # They add up over interruptions, and ranks run side by side: the most is the time spent.
-            self.seconds = max(self.seconds, seconds, key=lambda spent: sum(spent.values()))
+        seconds = record.get("seconds")
+        if not isinstance(seconds, dict) or not all(_is_amount(value) for value in seconds.values()):
+            raise ValueError("seconds are no numbers by phase")
+        # They add up over interruptions, and ranks run side by side: the most is the time spent.
+        self.seconds = max(self.seconds, seconds, key=lambda spent: sum(spent.values()))
+        if "result" not in record:
             return
-        index, result = record.get("index"), _result(record.get("result"))
+        index, result = record.get("index"), _result(record["result"])
         if type(index) is not int or index < 0:
             raise ValueError(f"index {index!r} is no document's")
-        if result.status in (SHORT, ADAPTED):
+        if result.status in FINISHED:
             self.done[index] = result
 
-    def _append(self, *records: dict[str, Any]) -> None:
-        self._file.write("".join(json.dumps(record) + "\n" for record in records))
-        self._file.flush()
+    def _checked(self, file: Path) -> np.ndarray:
+        """The array of a file. JournalError where it is not what a run of this fingerprint wrote."""
+        array, checksum = _read_array(file)
+        if checksum != self._checksum(array):
+            raise JournalError(f"{file} is damaged; give --overwrite to start afresh")
+        return array
 
-    def add(self, results: dict[int, DocumentResult]) -> None:
-        """Store finished documents by their index."""
-        self._append(*({"index": i, "result": dataclasses.asdict(result)} for i, result in results.items()))
+    def _checksum(self, array: np.ndarray) -> bytes:
+        return hashlib.sha256(self._fingerprint.encode() + array.tobytes()).digest()
+
+    def _append(self, *records: dict[str, Any]) -> None:
+        """OSError says what is kept: the journal as it was before."""
+        chain, size = self._chain, os.fstat(self._file.fileno()).st_size
+        lines = "".join(map(self._line, records)).encode()
+        try:
+            if self._file.write(lines) != len(lines):
+                raise OSError("only part of it could be written")
+        except OSError as error:
+            self._chain = chain
+            with suppress(OSError):
+                os.ftruncate(self._file.fileno(), size)
+            raise OSError(
+                f"{self.path} could not be written ({error}); what was scored before is kept: make space, then the "
+                "same command with --resume goes on from there"
+            ) from None
+
+    def add(self, results: dict[int, DocumentResult], seconds: Mapping[str, float] | None = None) -> None:
+        """Store finished documents by their index, and the time spent so far by phase."""
+        self.seconds = self.seconds if seconds is None else dict(seconds)
+        self._append(*(_record(index, result) for index, result in results.items()))
         self.done.update(results)
 
-    def add_seconds(self, seconds: dict[str, float]) -> None:
+    def add_seconds(self, seconds: Mapping[str, float]) -> None:
         """Store the time spent so far by phase, for the run that goes on from here."""
-        self._append({"seconds": seconds})
+        self.seconds = dict(seconds)
+        self._append({})
+
+    def require_of(self, documents: Sequence[Document]) -> None:
+        """JournalError unless what is done are results of these documents, as they are."""
+        for index, result in self.done.items():
+            kept = (result.name, result.tokens, result.bytes)
+            if index >= len(documents) or kept != _about(documents[index]):
+                raise JournalError(
+                    f"{self.path} has a result of document {index} ({kept}) that is not the text's; "
+                    "give --overwrite to start afresh"
+                )
 
     def base(self, phase: str, cells: int) -> np.ndarray:
         """What is kept of a pass of an unadapted model: fp32 [2, cells], NaN where nothing is."""
@@ -140,6 +212,7 @@ class Journal:
         """Store what stands in the array that :meth:`base` gave."""
         with replacing(self._array(phase)) as temporary, open(temporary, "wb") as file:
             np.save(file, self._base[phase])
+            file.write(self._checksum(self._base[phase]))
 
     @property
     def base_share(self) -> float:
@@ -172,13 +245,20 @@ class NoJournal(Journal):
 
 
 def open_journal(
-    folder: Path, fingerprint: str, resume: bool, overwrite: bool = False, rank: int = 0, world: int = 1
+    folder: Path,
+    fingerprint: str,
+    resume: bool,
+    overwrite: bool = False,
+    rank: int = 0,
+    world: int = 1,
+    settings: Mapping[str, Any] = MappingProxyType({}),
 ) -> Journal:
     """The journal of one of `world` ranks; the first one's holds what all ranks of an interrupted run had finished."""
     if rank:
-        return Journal(folder / f"journal-{rank}.jsonl", fingerprint, resume, overwrite=overwrite)
+        path = folder / f"journal-{rank}.jsonl"
+        return Journal(path, fingerprint, resume, overwrite=overwrite, settings=settings)
     others = sorted(folder.glob("journal-*.jsonl"))
-    journal = Journal(folder / "journal.jsonl", fingerprint, resume, others, overwrite)
+    journal = Journal(folder / "journal.jsonl", fingerprint, resume, others, overwrite, settings)
     if not resume:
         running = {f"journal-{number}.jsonl" for number in range(world)}
         for left_behind in (path for path in others if path.name not in running):
@@ -186,13 +266,25 @@ def open_journal(
     return journal
 
 
-def fingerprint(artifact_sha256: str, documents: Sequence[Document], config: TTTConfig, prequant: bool) -> str:
-    """What a journal belongs to. The batch size and the deadline change no document's score, and are left out."""
+def settings_of(
+    artifact_sha256: str, documents: Sequence[Document], config: TTTConfig, prequant: bool
+) -> dict[str, Any]:
+    """What a journal belongs to, by name. The batch size and the deadline change no document's score, and are left out.
+
+    The documents are named by a digest of their names and tokens.
+    """
     settings = {name: value for name, value in config.to_dict().items() if name not in ("batch", "deadline")}
-    digest = hashlib.sha256(json.dumps([artifact_sha256, settings, prequant]).encode())
+    digest = hashlib.sha256()
     for document in documents:
         digest.update(document.name.encode(errors="surrogateescape") + b"\0" + document.tokens.tobytes())
-    return digest.hexdigest()
+    texts = f"{len(documents):,} of digest {digest.hexdigest()}"
+    return {"artifact": artifact_sha256, "documents": texts, "prequant": prequant, **settings}
+
+
+def fingerprint(artifact_sha256: str, documents: Sequence[Document], config: TTTConfig, prequant: bool) -> str:
+    """One hash of :func:`settings_of`."""
+    settings = settings_of(artifact_sha256, documents, config, prequant)
+    return hashlib.sha256(json.dumps(settings).encode()).hexdigest()
 
 
 def has_journals(folder: Path) -> bool:
@@ -211,7 +303,7 @@ def _require_no_work(journals: Iterable[Path], arrays: Iterable[Path]) -> None:
     share = 0.0
     for path in arrays:
         with suppress(JournalError, OSError):  # a damaged one holds nothing
-            share = max(share, _share(_read_array(path)))
+            share = max(share, _share(_read_array(path)[0]))
     if finished or share:
         where = ", ".join(map(str, finished)) or str(next(iter(arrays)))
         base = f" and {share:.0%} of the base pass" if share else ""
@@ -227,7 +319,7 @@ def _finished_in(path: Path) -> int:
     for line in path.read_bytes().splitlines() if path.exists() else ():
         with suppress(ValueError):
             record = _parsed(line)
-            if "result" in record and _result(record["result"]).status in (SHORT, ADAPTED):
+            if "result" in record and _result(record["result"]).status in FINISHED:
                 found.add(str(record.get("index")))
     return len(found)
 
@@ -243,15 +335,47 @@ def _parsed(line: bytes) -> dict[str, Any]:
     return record
 
 
+def _record(index: int, result: DocumentResult) -> dict[str, Any]:
+    return {"index": index, "result": dataclasses.asdict(result)}
+
+
+def _about(document: Document) -> tuple[str, int, int]:
+    return document.name, document.targets, document.bytes
+
+
+def _chained(chain: str, record: dict[str, Any]) -> str:
+    """The checksum of a line after one whose checksum is `chain`."""
+    return hashlib.sha256(f"{chain} {json.dumps(record)}".encode()).hexdigest()[:32]
+
+
+def _next_chain(chain: str, record: dict[str, Any]) -> str:
+    """The checksum of a line that follows one whose checksum is `chain`. ValueError where the line has another."""
+    found = record.get("chain")
+    if found is None:
+        raise ValueError("it has no checksum, as no line of this klora")
+    expected = _chained(chain, {name: value for name, value in record.items() if name != "chain"})
+    if found != expected:
+        raise ValueError("its checksum is wrong: it was changed, or it does not belong behind the line before it")
+    return expected
+
+
 def _result(values: Any) -> DocumentResult:
     """A document's result from its JSON form. ValueError where it is none."""
     try:
         result = DocumentResult(**values)
     except TypeError:
         raise ValueError("no result of a document") from None
-    texts, numbers = (result.name, result.status), dataclasses.astuple(dataclasses.replace(result, name=0, status=0))
-    if not all(isinstance(text, str) for text in texts) or not all(_is_number(n) or n is None for n in numbers):
+    counts = result.tokens, result.bytes, result.kept_pass, result.adapted_tokens, result.group
+    nats = [result.base_nats, result.tempered_nats, result.adapted_nats]
+    nats += [] if result.prequant_nats is None else [result.prequant_nats]
+    if not all(isinstance(text, str) for text in (result.name, result.status)) or not all(
+        [*(type(count) is int for count in counts), *map(_is_number, nats)]
+    ):
         raise ValueError("a result whose values are of other types")
+    if result.status not in STATUSES or min(counts) < 0 or result.adapted_tokens > result.tokens:
+        raise ValueError(f"a result that no document can have: {result!r:.300}")
+    if not all(math.isfinite(value) and value >= -ROUNDING * result.tokens for value in nats):
+        raise ValueError(f"a result whose nats are negative or no number: {nats}")
     return result
 
 
@@ -259,15 +383,20 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _read_array(path: Path) -> np.ndarray:
+def _is_amount(value: Any) -> bool:
+    return _is_number(value) and math.isfinite(value) and value >= 0
+
+
+def _read_array(path: Path) -> tuple[np.ndarray, bytes]:
+    """The array of a file and what stands behind it. JournalError where there is none."""
     try:
         with open(path, "rb") as file:
-            array = np.lib.format.read_array(file, allow_pickle=False)
+            array, checksum = np.lib.format.read_array(file, allow_pickle=False), file.read()
     except (ValueError, EOFError):
         array = None
     if array is None or array.dtype != np.float32 or array.ndim != 2:
         raise JournalError(f"{path} is damaged; give --overwrite to start afresh")
-    return array
+    return array, checksum
 
 
 def _share(nll: np.ndarray) -> float:

@@ -11,8 +11,9 @@ document of the next, which waits until all processes are through with the one b
 documents alone: a run that goes on learns it again.
 """
 
+import gc
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -33,7 +34,7 @@ from .journal import Journal, NoJournal
 from .phases import groups_of
 from .protocols import TTTConfig
 from .queue import DocumentQueue, HandsOut, LostStore, Taken
-from .results import Adapted, DocumentResult, ScoreResult, is_short, unadapted, with_adaptation
+from .results import Adapted, DocumentResult, NonFiniteScore, ScoreResult, is_short, unadapted, with_adaptation
 from .token_gains import TokenGains
 
 ENGINE, UNCAPTURED = "engine", "uncaptured"
@@ -47,6 +48,10 @@ is not captured costs nothing to make."""
 
 CPU_EVERY = 1.0
 """Seconds after which documents that are through are handed over on a CPU, where there is no device to wait for."""
+
+TIME_SHARE = 0.01
+"""Share of the time spent so far after which the journal notes it again, at the earliest after a second: what a kill
+gives a deadline back."""
 
 BLOCK = 512
 """Documents that a rank takes at a time where nothing is adapted."""
@@ -106,9 +111,12 @@ class ScoreRequest:
 def score(request: ScoreRequest) -> ScoreResult:
     """Score the documents of a request; of several ranks every one that is not lost gets the whole result.
 
-    Interrupted: the request's `should_stop` said so; the journals hold what was finished. NonFiniteScore: an NLL that
-    is no number. LostStore: the ranks' store is gone. ConfigError: a scorer that does not exist or does not run on the
-    model's device.
+    A document whose adapter gives no number has the base model's score from there on, and the result says so. Where a
+    GPU has not the memory for a batch, the next one is half as large.
+
+    Interrupted: the request's `should_stop` said so; the journals hold what was finished. NonFiniteScore: an NLL of an
+    unadapted model that is no number. LostStore: the ranks' store, or the first rank, is gone. JournalError: a journal
+    of other documents. ConfigError: a scorer that does not exist or does not run on the model's device.
 
     Example: result = score(ScoreRequest(model, [document], ttt_preset()))
     """
@@ -116,14 +124,18 @@ def score(request: ScoreRequest) -> ScoreResult:
     for model in filter(None, (request.model, request.prequant)):
         model.requires_grad_(False)
     run = _Run(request, request.queue or DocumentQueue(), request.journal or NoJournal(), scorer)
+    run.journal.require_of(request.documents)
     try:
         with run.timed("score") if run.queue.is_shared else nullcontext():
             facts = run.everything()
     except (Interrupted, LostStore) as ended:
-        run.journal.add_seconds(run.seconds)
+        run.journal.add_seconds(run.spent)
         # All ranks were asked to stop, and the one that keeps the store was the first to go.
         if isinstance(ended, LostStore) and request.should_stop():
             raise run.interrupted() from None
+        raise
+    except NonFiniteScore as error:  # every rank would come to it
+        run.queue.fail(str(error))
         raise
     results = [run.queue.results[index] for index in range(len(request.documents))]
     if run.gains is not None:
@@ -141,7 +153,7 @@ class _Run:
     def __init__(self, request: ScoreRequest, queue: DocumentQueue, journal: Journal, scorer: str):
         self.documents, self.config, self.scorer = request.documents, request.config, scorer
         self.should_stop, self.say, self.show = request.should_stop, request.say, request.progress
-        self.queue, self.journal, self.seconds, self._is_timed = queue, journal, dict(journal.seconds), False
+        self.queue, self.journal, self.seconds, self._timed = queue, journal, dict(journal.seconds), None
         sizes = np.array([len(document.tokens) for document in self.documents], dtype=np.int64)
         self.ends = np.cumsum(sizes)
         self.begins = self.ends - sizes
@@ -155,6 +167,7 @@ class _Run:
         self.groups = groups_of(self.documents, self.config.phases)
         self.group_of = {index: number for number, group in enumerate(self.groups) for index in group}
         self.engine: Engine | None = None
+        self._note_time_at = 1.0 + sum(self.seconds.values())
         self.learnt = self.targets_before = self.targets_to_adapt = 0
 
     def everything(self) -> dict[str, Any]:
@@ -212,8 +225,15 @@ class _Run:
             documents = [self.documents[index] for index in self.groups[self.learnt]]
             total = sum(document.targets for document in documents)
             with self.timed("learn"):
-                engine = self._engine_for(documents)
-                if engine.learn(documents, ends, lambda done, total=total: self.progress("learn", done, total)):
+                learned = False
+
+                def learn(engine: Engine, documents: Sequence[Document] = documents, total: int = total) -> None:
+                    nonlocal learned
+                    learned = engine.learn(documents, ends, lambda done: self.progress("learn", done, total))
+
+                if not self._fits(documents, learn):
+                    continue
+                if learned:
                     self.learnt += 1
                 elif not self.deadline.passed():
                     raise self.interrupted()  # with half a phase in the shared adapter
@@ -242,7 +262,7 @@ class _Run:
 
     def tick(self) -> None:
         """Between any two pieces of work: a pulse, and an end where one was asked for and something is left to do."""
-        self.queue.beat()
+        self._beat()
         if self.should_stop() and len(self.queue.results) < len(self.documents):
             raise self.interrupted()
 
@@ -252,19 +272,35 @@ class _Run:
 
         A phase inside another is part of that one.
         """
-        if self._is_timed:
+        if self._timed is not None:
             yield
             return
-        self._is_timed, before, started = True, self.seconds.get(phase, 0.0), time.perf_counter()
+        self._timed = phase, time.perf_counter()
         try:
             yield
         finally:
-            self._is_timed = False
-            self.seconds[phase] = before + time.perf_counter() - started
+            self.seconds, self._timed = dict(self.spent), None
+
+    @property
+    def spent(self) -> Mapping[str, float]:
+        """Seconds by phase until now."""
+        if self._timed is None:
+            return self.seconds
+        phase, since = self._timed
+        return self.seconds | {phase: self.seconds.get(phase, 0.0) + time.perf_counter() - since}
+
+    def _beat(self) -> None:
+        """Show that this process is alive, and let the journal know the time."""
+        self.queue.beat()
+        spent = self.spent
+        total = sum(spent.values())
+        if total >= self._note_time_at:
+            self.journal.add_seconds(spent)
+            self._note_time_at = total + max(1.0, TIME_SHARE * total)
 
     def progress(self, phase: str, done: int, total: int) -> None:
         """Show how far this process is; of several, only :meth:`collect` shows how far they all are."""
-        self.queue.beat()
+        self._beat()
         if not self.queue.is_shared:
             self.show(phase, done, total)
 
@@ -312,6 +348,7 @@ class _Run:
             lambda done: tick(phase, done, total),
             known=kept[:, cells],
             keep=keep,
+            say=self.say,
         )
         kept[:, cells] = found.nll, found.tempered
 
@@ -336,7 +373,7 @@ class _Run:
                 results[index] = with_adaptation(
                     results[index], adapted, row, lambda start, index=index: self._nats("base", index, start)[0]
                 )
-        self.journal.add(results)
+        self.journal.add(results, self.spent)
         self.queue.publish(results)
         self.collect()
 
@@ -344,12 +381,22 @@ class _Run:
         """Adapt documents, longest first, and finish them: those that `waiting` hands out, or all of them."""
         if not indices:
             return
+        left = self._adapt(indices, waiting)
+        if left is None:
+            return
+        # Half the documents side by side: first those that were under way, then those that still wait.
+        self.adapt(left)
+        if waiting(lambda places: None) is not None:
+            self.adapt(indices, waiting)
+
+    def _adapt(self, indices: Sequence[int], waiting: Callable[[Taken], HandsOut | None]) -> list[int] | None:
+        """As :meth:`adapt`; where the GPU's memory ran out, the documents that are this process's and not finished."""
         documents, handed = [self.documents[index] for index in indices], set()
 
         def taken(places: list[int]) -> None:
             claimed.extend(places)
             self.queue.own(indices[place] for place in places)
-            self.queue.beat()
+            self._beat()
 
         def finished(places: np.ndarray, adapted: Adapted) -> None:
             handed.update(places.tolist())
@@ -357,8 +404,8 @@ class _Run:
 
         hands_out = waiting(taken)
         claimed: list[int] = [] if hands_out else list(range(len(indices)))
-        with self.timed("adapt"):
-            engine = self._engine_for(documents)
+
+        def work(engine: Engine) -> None:
             adapted = engine.adapt(
                 documents,
                 self.deadline,
@@ -368,19 +415,56 @@ class _Run:
                 finished=finished,
                 every=CPU_EVERY if self._is_on_cpu else self.queue.every,
             )
-            self.targets_before += sum(document.targets for document in documents)
-            rest = np.array([place for place in claimed if place not in handed], dtype=np.int64)
-            if len(rest):
-                self.tick()  # what was stopped is lost; what the deadline left out is finished
-            self.finish([indices[place] for place in rest], adapted.of(rest))
-            if self.gains is not None:
-                attempt("the gain along the documents", lambda: self._keep_gains(engine, indices, adapted), self.say)
+            self._after_adapting(engine, indices, adapted, [place for place in claimed if place not in handed])
+
+        with self.timed("adapt"):
+            if self._fits(documents, work):
+                return None
+        self.targets_before += sum(documents[place].targets for place in handed)
+        return [indices[place] for place in claimed if place not in handed]
+
+    def _after_adapting(self, engine: Engine, indices: Sequence[int], adapted: Adapted, rest: list[int]) -> None:
+        """Finish the places `rest`, and note what the report and the facts want to know."""
+        self.targets_before += sum(self.documents[index].targets for index in indices)
+        if rest:
+            self.tick()  # what was stopped is lost; what the deadline left out is finished
+        self.finish([indices[place] for place in rest], adapted.of(np.array(rest, dtype=np.int64)))
+        if self.gains is not None:
+            attempt("the gain along the documents", lambda: self._keep_gains(engine, indices, adapted), self.say)
         if self.config.phases:  # one engine for all groups, whose facts of a run are those of the last one
             sums = {name: self.engine_facts.get(name, 0) + engine.facts[name] for name in ("rounds", "seconds")}
             self.engine_facts = {**engine.facts, **sums}
             del self.engine_facts["useful_places"]
-        elif not self.engine_facts:
+        elif not self.engine_facts or engine.facts["batch"] < self.engine_facts["batch"]:
             self.engine_facts = engine.facts
+
+    def _fits(self, documents: Sequence[Document], work: Callable[[Engine], None]) -> bool:
+        """Do `work` with an engine for these documents; whether the GPU had the memory for it.
+
+        If not, the next engine has half as many places, which changes no score. With phases the shared adapter, which
+        goes with its engine, learns again what it had learned.
+        """
+        batch = self.config.batch
+        try:
+            engine = self._engine_for(documents)
+            batch = engine.facts["batch"]
+            work(engine)
+            return True
+        except torch.OutOfMemoryError as error:
+            if batch == 1:
+                raise
+            why = str(error).partition("\n")[0]
+        engine = self.engine = None
+        self.config = self.config.override({"batch": batch // 2})
+        gc.collect()
+        torch.cuda.empty_cache()
+        self.say(
+            f"the GPU's memory ran out with {batch} documents side by side; going on with {batch // 2}, which changes "
+            f"no score ({why})"
+        )
+        learnt, self.learnt = self.learnt, 0
+        self.learn_until(learnt)
+        return False
 
     @property
     def _is_on_cpu(self) -> bool:

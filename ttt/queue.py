@@ -11,7 +11,9 @@ There are no collectives: between the first rank's word at the start and its sta
 waits for a certain other one. A rank counts up its own pulse while it works; a rank with nothing left to do watches the
 pulses of those that hold documents without a result, and takes over the documents of one that stood still for
 `patience` seconds. A document that two ranks end up scoring gets the same score from both. The deadline is one time for
-all; the first rank to see it pass tells the others.
+all: each rank counts the seconds that the first one gave it on a clock of its own that nobody sets, and the first rank
+to see it pass tells the others. A store that gives no answer for `patience` seconds counts as gone, and so does a first
+rank that was lost: it alone writes the results, and what is scored is kept.
 
 A document's score depends on that document alone, and with phases on the earlier groups, of which every rank learns the
 same before it takes documents of the next one. So it is the same on any number of ranks.
@@ -19,10 +21,14 @@ same before it takes documents of the next one. So it is the same on any number 
 
 import json
 import os
+import queue
+import threading
 import time
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -31,7 +37,7 @@ import torch.distributed as dist
 from ..errors import KloraError
 from ..model.config import ConfigError
 from ..model.parallel import is_one_of_many
-from .results import DocumentResult
+from .results import DocumentResult, NonFiniteScore
 from .schedule import Waiting
 
 PATIENCE = 60.0
@@ -55,6 +61,14 @@ JOIN = timedelta(minutes=30)
 GONE = (
     "the process that keeps the ranks' store, the first rank or its launcher, is gone ({}); what is scored is kept: "
     "the same command with --resume goes on from there"
+)
+
+
+NO_ANSWER = "it has not answered for {:g} s"
+
+LOST_FIRST = (
+    "all documents are scored, but the first rank, which writes the results, is lost; what is scored is kept: the same "
+    "command with --resume writes them"
 )
 
 
@@ -127,6 +141,9 @@ class DocumentQueue:
     def beat(self) -> None:
         """Show that this process is alive."""
 
+    def fail(self, why: str) -> None:
+        """Tell all processes what ends the run for every one of them."""
+
     def worked(self, seconds: float) -> None:
         """Note that this process has run out of work of its own after `seconds`."""
 
@@ -138,7 +155,7 @@ class DocumentQueue:
 class StoreQueue(DocumentQueue):
     """The queue of several ranks, in a store that all of them reach. `clock` is what pulses are timed with.
 
-    LostStore: the store does not answer.
+    LostStore: the store has not answered for `patience` seconds, or the first rank is lost.
     """
 
     is_shared, every = True, 15.0
@@ -154,7 +171,13 @@ class StoreQueue(DocumentQueue):
     ):
         super().__init__()
         self.is_restarted = is_restarted
-        self.store, self.rank, self.world, self.patience, self.clock = _Store(store), rank, world, patience, clock
+        self.store, self.rank, self.world, self.patience, self.clock = (
+            _Store(store, patience),
+            rank,
+            world,
+            patience,
+            clock,
+        )
         self._read = [0] * world
         self._pulses: dict[int, tuple[bytes, float]] = {}
         self._beaten = -float("inf")
@@ -169,8 +192,8 @@ class StoreQueue(DocumentQueue):
     ) -> tuple[set[int], Deadline]:
         if self.is_first:
             self.publish(done)
-            end = time.time() + seconds - spent if seconds else None
-            self.store.set("begin", json.dumps({"end": end, "done": sorted(done)}))
+            left = seconds - spent if seconds else None
+            self.store.set("begin", json.dumps({"left": left, "done": sorted(done)}))
         # The store's own wait would hear no signal.
         until = self.clock() + JOIN.total_seconds()
         while not self.store.check(["begin"]):
@@ -179,7 +202,7 @@ class StoreQueue(DocumentQueue):
                 raise LostStore(f"the first rank has not begun within {JOIN}; start all ranks at about the same time")
             time.sleep(0.05)
         said = json.loads(self.store.get("begin"))
-        return set(said["done"]), SharedDeadline(self, said["end"])
+        return set(said["done"]), SharedDeadline(self, said["left"])
 
     def waiting(self, taken: Taken, name: str = "long") -> HandsOut:
         return lambda visits: SharedWaiting(visits, self, taken, name)
@@ -235,6 +258,8 @@ class StoreQueue(DocumentQueue):
             self._read[self.rank] = self.store.add(f"batches/{self.rank}", 1)
 
     def collect(self) -> None:
+        if self.store.check(["failed"]):
+            raise NonFiniteScore(self.store.get("failed").decode())
         for rank in range(self.world):
             published = self.store.add(f"batches/{rank}", 0)
             for number in range(self._read[rank], published):
@@ -257,6 +282,9 @@ class StoreQueue(DocumentQueue):
             return False
         return rank != self.rank and self.clock() - since >= self.patience
 
+    def fail(self, why: str) -> None:
+        self.store.set("failed", why)
+
     def worked(self, seconds: float) -> None:
         self.store.set(f"worked/{self.rank}", str(seconds))
 
@@ -266,9 +294,14 @@ class StoreQueue(DocumentQueue):
         return [float(self.store.get(key)) if self.store.check([key]) else None for key in keys]
 
     def leave(self, should_stop: Callable[[], bool] = lambda: False) -> dict[str, Any]:
-        """The first rank, which may keep the store, stays until all have left or are lost, or until it shall stop."""
+        """The first rank, which may keep the store, stays until all have left or are lost, or until it shall stop.
+
+        LostStore for the others where it was lost.
+        """
         lost, seconds = self.lost(), self.seconds_of_ranks()
         self.store.set(f"left/{self.rank}", "")
+        if 0 in lost and not self.is_first:
+            raise LostStore(LOST_FIRST)
         staying = set(range(self.world)) - set(self.lost()) if self.is_first else set()
         while staying and not should_stop():
             staying = {rank for rank in staying if not self.store.check([f"left/{rank}"]) and not self.is_lost(rank)}
@@ -287,32 +320,58 @@ class StoreQueue(DocumentQueue):
 
 
 class _Store:
-    """A store whose errors are LostStore."""
+    """A store whose errors are LostStore, and so is an answer that does not come within `patience` seconds.
 
-    def __init__(self, store: dist.Store):
-        self._store = store
+    A process that is stopped keeps its connections open: a call waits for ever, in a library that no signal reaches.
+    Therefore a thread makes the calls. It is left behind where it waits.
+    """
+
+    def __init__(self, store: dist.Store, patience: float):
+        self._patience, self._is_gone = patience, False
+        self._asked: queue.SimpleQueue = queue.SimpleQueue()
+        self._answers: queue.SimpleQueue = queue.SimpleQueue()
+        threading.Thread(target=_serve, args=(store, self._asked, self._answers), daemon=True).start()
+        weakref.finalize(self, self._asked.put, None)
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
-        call = getattr(self._store, name)
+        return partial(self._answered, name)
 
-        def answered(*arguments: Any) -> Any:
-            try:
-                return call(*arguments)
-            except dist.DistError as error:
-                raise LostStore(GONE.format(error)) from None
+    def _answered(self, name: str, *arguments: Any) -> Any:
+        try:
+            if self._is_gone:  # a late answer would be taken for that of another call
+                raise queue.Empty
+            self._asked.put((name, arguments))
+            answer, error = self._answers.get(timeout=self._patience)
+        except queue.Empty:
+            self._is_gone = True
+            raise LostStore(GONE.format(NO_ANSWER.format(self._patience))) from None
+        if isinstance(error, dist.DistError):
+            raise LostStore(GONE.format(error)) from None
+        if error is not None:
+            raise error
+        return answer
 
-        return answered
+
+def _serve(store: dist.Store, asked: queue.SimpleQueue, answers: queue.SimpleQueue) -> None:
+    """Make the calls that are asked for, until None is."""
+    while (call := asked.get()) is not None:
+        name, arguments = call
+        try:
+            answers.put((getattr(store, name)(*arguments), None))
+        except Exception as error:
+            answers.put((None, error))
 
 
 class SharedDeadline(Deadline):
-    """A deadline at the wall-clock time `end` for all ranks: it has passed for all once one rank saw it pass."""
+    """A deadline for all ranks, in `left` seconds or never: it has passed for all once one rank saw it pass."""
 
-    def __init__(self, queue: StoreQueue, end: float | None):
-        self.queue, self.end, self._passed = queue, end, False
+    def __init__(self, queue: StoreQueue, left: float | None):
+        self.queue, self._passed = queue, False
+        self.end = None if left is None else time.perf_counter() + left
 
     def passed(self) -> bool:
         if not self._passed and self.end is not None:
-            if time.time() >= self.end:
+            if time.perf_counter() >= self.end:
                 self.queue.pass_deadline()
             self._passed = self.queue.deadline_passed()
         return self._passed

@@ -23,7 +23,17 @@ import numpy as np
 
 from ..model.storage import attempt, figure_png, new_figure, write_bytes, write_text
 from .protocols import LEAK_WARNING, LEAKY, label
-from .results import ADAPTED, NOT_ADAPTED, PARTIAL, SHORT, DocumentResult, ScoreResult
+from .results import (
+    ADAPTED,
+    DIVERGED,
+    NOT_ADAPTED,
+    PARTIAL,
+    PICTURE,
+    REPORT,
+    SHORT,
+    DocumentResult,
+    ScoreResult,
+)
 
 TABLE_ROWS, BAR_ROWS, LISTED = 10, 6, 20
 """Most rows of each table of documents, most bars of each sign in the picture, most names the deadline's list gives."""
@@ -109,7 +119,7 @@ def write_report(
     `token_bytes` gives the text of the document that is shown token by token; without it none is shown. Where the
     picture cannot be drawn, there is none, and the page and `say` tell why.
     """
-    page, picture = Path(folder) / "report.html", Path(folder) / "report.png"
+    page, picture = Path(folder) / REPORT, Path(folder) / PICTURE
     missing: list[str] = []
     png = attempt("the picture", lambda: _draw(result), missing.append) or b""
     if png:
@@ -267,7 +277,9 @@ def _documents_table(result: ScoreResult, documents: Sequence[DocumentResult]) -
 
 def _counts(result: ScoreResult) -> str:
     """Documents, tokens and bytes of every status, and of all."""
-    groups = {s: [d for d in result.documents if d.status == s] for s in (SHORT, ADAPTED, PARTIAL, NOT_ADAPTED)}
+    statuses = [SHORT, ADAPTED, PARTIAL, NOT_ADAPTED]
+    statuses += [DIVERGED] if any(d.status == DIVERGED for d in result.documents) else []
+    groups = {s: [d for d in result.documents if d.status == s] for s in statuses}
     rows = [
         (status, f"{len(group):,}", f"{sum(d.tokens for d in group):,}", f"{sum(d.bytes for d in group):,}")
         for status, group in {**groups, "all": result.documents}.items()

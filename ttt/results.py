@@ -30,29 +30,46 @@ if TYPE_CHECKING:
 SCORE = "score.json"
 """Name of the file that holds everything."""
 
+DOCUMENTS, REPORT, PICTURE = "documents.csv", "report.html", "report.png"
+"""Names of the files beside it."""
+
 SHORT, ADAPTED, PARTIAL, NOT_ADAPTED = "short", "adapted", "partly adapted (deadline)", "not adapted (deadline)"
+DIVERGED = "diverged: base model from there"
+"""Of a document whose adapter gave an NLL that is no number: what it scored before counts, and the base model's score
+from that target on. Nothing later has a say in where that is."""
 BASE_ALONE = "base model alone"
 """Of a document that nothing was to adapt to."""
+
+STATUSES = SHORT, ADAPTED, PARTIAL, NOT_ADAPTED, DIVERGED, BASE_ALONE
+FINISHED = SHORT, ADAPTED, DIVERGED
+"""Of documents that a run which goes on does not score again."""
+
+LISTED = 5
+"""Names of diverged documents that a note lists."""
 
 FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "\uff1d", "\uff0b", "\uff0d", "\uff20")
 """What a spreadsheet takes for a formula's start, with the full-width forms of the four signs."""
 
 
 class NonFiniteScore(KloraError, RuntimeError):
-    """An NLL that is no number: the adapter diverged, or the model's weights are not finite."""
+    """An NLL of the unadapted model that is no number: its weights are not finite."""
 
 
 @dataclass(frozen=True)
 class Adapted:
-    """What adapting documents gave: float64 nats [B] (of the targets reached), how many targets, and the pass kept."""
+    """What adapting documents gave: float64 nats [B] (of the targets reached), how many targets, and the pass kept.
+
+    `diverged` bool [B]: whether the next target's NLL is no number; in a leaky protocol no target counts then.
+    """
 
     nats: np.ndarray
     targets: np.ndarray
     kept_pass: np.ndarray
+    diverged: np.ndarray
 
     def of(self, rows: np.ndarray) -> "Adapted":
         """The results of these documents."""
-        return Adapted(self.nats[rows], self.targets[rows], self.kept_pass[rows])
+        return Adapted(self.nats[rows], self.targets[rows], self.kept_pass[rows], self.diverged[rows])
 
 
 @dataclass(frozen=True)
@@ -90,7 +107,7 @@ class DocumentResult:
     @property
     def gain_bpb(self) -> float | None:
         """base - adapted, positive is better; None where nothing was adapted, there is no text, or it is not finite."""
-        if self.status not in (ADAPTED, PARTIAL) or not self.bytes:
+        if self.status not in (ADAPTED, PARTIAL, DIVERGED) or not self.bytes:
             return None
         gain = self.base_bpb - self.adapted_bpb
         return gain if math.isfinite(gain) else None
@@ -139,19 +156,14 @@ def with_adaptation(
 ) -> DocumentResult:
     """`draft` with the targets that were reached scored by the adapted model, and the rest by the base model.
 
-    `base_from` gives the base model's nats from a target on. NonFiniteScore: adapted nats that are no number.
+    `base_from` gives the base model's nats from a target on.
     """
-    reached = int(adapted.targets[row])
+    reached, diverged = int(adapted.targets[row]), bool(adapted.diverged[row])
     if not reached:
-        return draft
-    if not math.isfinite(adapted.nats[row]):
-        raise NonFiniteScore(
-            f"adapting {draft.name!r} gave an NLL of {adapted.nats[row]}; nothing is reported. Try a smaller lr, alpha "
-            "or weight_decay, or a temperature nearer to 1"
-        )
+        return replace(draft, status=DIVERGED) if diverged else draft
     return replace(
         draft,
-        status=ADAPTED if reached == draft.tokens else PARTIAL,
+        status=DIVERGED if diverged else ADAPTED if reached == draft.tokens else PARTIAL,
         adapted_nats=float(adapted.nats[row]) + base_from(reached),
         kept_pass=int(adapted.kept_pass[row]),
         adapted_tokens=reached,
@@ -191,8 +203,10 @@ class ScoreResult:
 
     @property
     def notes(self) -> Sequence[str]:
-        """What a reader of any bits per byte has to know: of its bytes, and with phases what scores depend on."""
-        notes, phases = self.facts.get("notes", ()), self.config.phases
+        """What a reader of any bits per byte has to know: of its bytes, of documents that diverged, and with phases
+        what scores depend on.
+        """
+        notes, phases = [*self.facts.get("notes", ()), *self._note_on_diverged()], self.config.phases
         if not phases:
             return notes
         times = "once" if phases == 1 else f"{phases:,} times"
@@ -201,6 +215,17 @@ class ScoreResult:
             f"scores depend on earlier documents (phases={phases}): {times}, after a group of documents is scored, a "
             "shared adapter learns from it, and all later documents start from there; this is one score of all "
             "documents in the order of their names' hashes, and no document's on its own",
+        ]
+
+    def _note_on_diverged(self) -> list[str]:
+        names = [d.name for d in self.documents if d.status == DIVERGED]
+        if not names:
+            return []
+        listed = ", ".join(map(repr, names[:LISTED])) + (f" and {len(names) - LISTED:,} more" if names[LISTED:] else "")
+        documents = "1 document" if len(names) == 1 else f"{len(names):,} documents"
+        return [
+            f"{documents} diverged ({listed}): from the first target whose adapted NLL is no number, the base model's "
+            "score counts; try a smaller lr, alpha or weight_decay, or a temperature nearer to 1"
         ]
 
     @property
@@ -260,16 +285,18 @@ class ScoreResult:
         }
 
     def write(self, folder: Path) -> None:
-        """Write documents.csv and score.json into `folder`.
+        """Write documents.csv and score.json into `folder`, from which everything of an earlier run goes first.
 
         In the CSV an apostrophe stands before a name that a spreadsheet would run as a formula, and before one that
         starts with an apostrophe itself; :func:`read_documents_csv` takes it away again. The column of the bytes says
         of which text they are, where there are two.
         """
+        for name in (DOCUMENTS, REPORT, PICTURE):  # a kill leaves none of them beside the score of another run
+            (folder / name).unlink(missing_ok=True)
         write_text(folder / SCORE, json.dumps(self.to_json(), indent=1, allow_nan=False) + "\n")
         suffix = f"_{LEAKY}" if self.config.is_leaky else ""
         with (
-            replacing(folder / "documents.csv") as temporary,
+            replacing(folder / DOCUMENTS) as temporary,
             open(temporary, "w", newline="", encoding="utf-8", errors="surrogateescape") as file,
         ):
             writer = csv.writer(file)

@@ -17,7 +17,7 @@ from .documents import Document
 from .journal import NoJournal
 from .pipeline import ScoreRequest, score
 from .protocols import SCORE_FIRST, TTTConfig
-from .results import NonFiniteScore, is_short
+from .results import DIVERGED, is_short
 from .sampling import is_for_tuning
 
 
@@ -80,10 +80,9 @@ def sweep(request: ScoreRequest) -> ScoreRequest:
             progress=progress,
             say=lambda text: None,
         )
-        try:
-            totals = score(one).totals()
-        except NonFiniteScore:  # it diverged
-            totals = {"base_bpb": None, "adapted_bpb": None}
+        totals = score(one).totals()
+        if DIVERGED in totals["by_status"]:
+            totals["adapted_bpb"] = None
         rows.append({"changes": changes, "base_bpb": totals["base_bpb"], "adapted_bpb": totals["adapted_bpb"]})
         request.say(f"sweep: {_described(changes)}: {_number(totals['adapted_bpb'])} bits per byte of the tuning half")
     fair = [row for row in rows if row["adapted_bpb"] is not None]

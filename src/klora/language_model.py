@@ -13,9 +13,8 @@ from .model.artifact import load_artifact
 from .model.config import ConfigError
 from .model.generate import generate_text
 from .model.gpt import GPT
-from .model.loading import model_from_artifact, model_from_run, tokenizer_of
+from .model.loading import model_from_artifact, model_from_run, tokenizer_of, tokenizer_of_run
 from .model.tokenizer import Tokenizer, TokenizerError
-from .model.train import TOKENIZER
 from .ttt.base import BaseNll
 from .ttt.documents import Document, facts_of_texts
 from .ttt.pipeline import ScoreRequest, score
@@ -41,7 +40,7 @@ def load(path: str | Path, device: torch.device | str = "auto", weights: str = "
         return LanguageModel(model_from_artifact(artifact, device, weights), tokenizer_of(artifact))
     if weights != "dense":
         raise ConfigError(f"weights={weights!r} is not possible for a run's folder; allowed: 'dense', or an artifact")
-    return LanguageModel(model_from_run(path, device), Tokenizer.from_file(path / TOKENIZER, may_normalise=True))
+    return LanguageModel(model_from_run(path, device), tokenizer_of_run(path))
 
 
 class LanguageModel:

@@ -51,7 +51,8 @@ def adapt(model, documents, config) -> Adapted:
     totals = np.array([[nll.sum(dtype=np.float64) for nll in token_nll(model, d, config)] for d in documents])
     kept = totals.argmin(1) if config.protocol == "min_nll" else np.full(len(documents), config.passes - 1)
     targets = np.array([document.targets for document in documents])
-    return Adapted(totals[np.arange(len(documents)), kept], targets, kept)
+    nats = totals[np.arange(len(documents)), kept]
+    return Adapted(nats, targets, kept, ~np.isfinite(nats))
 
 
 def _rows(part, factors):
