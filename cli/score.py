@@ -64,7 +64,7 @@ def score(
         typer.Option(
             "--most-tokens",
             min=0,
-            help="Score a sample of this many tokens: whole documents in the order of their names' hashes, "
+            help="Score a sample of this many tokens: whole documents in the order of their texts' hashes, "
             "passing over those that no longer fit; 0: all documents.",
         ),
     ] = 0,
@@ -221,7 +221,7 @@ def score_artifact(
     seconds["load"], started = time.perf_counter() - started, time.perf_counter()
     tokenizer = tokenizer_of(loaded)
     documents = _documents(source, tokenizer, most_tokens, loaded.provenance)
-    of_bytes = facts_of_tokens(documents, tokenizer) if source[-1] else facts_of_texts(tokenizer)
+    of_bytes = facts_of_tokens(documents, tokenizer) if source[-1] else facts_of_texts()
     seconds["tokenize"] = time.perf_counter() - started
     require_writable(folder, SPARE_BYTES + TOKEN_BYTES * sum(document.targets for document in documents))
     queue = queue_of_processes(patience)
@@ -332,6 +332,8 @@ def say_totals(result: ScoreResult, output: Output) -> None:
 
 
 def _why_short(config: TTTConfig) -> str:
+    if not config.learns:
+        return f"at lr={config.lr:g} no step changes anything, and the score is the base model's"
     if config.layout == ORIGINAL:
         return f"with layout=original and min_tokens={config.min_tokens}, none has so many tokens, BOS counted"
     return (

@@ -132,7 +132,9 @@ def _score(
     start, length, first = (
         torch.from_numpy(a).to(device)[:, None] for a in (windows.start, windows.length, windows.first)
     )
-    for rows, padded in _batches_of_one_length(windows.length, MICRO_TOKENS[device.type]):
+    # Several threads of a CPU share out a product's rows by how many there are: a batch would change the last bits.
+    micro_tokens = 1 if device.type == "cpu" and torch.get_num_threads() > 1 else MICRO_TOKENS[device.type]
+    for rows, padded in _batches_of_one_length(windows.length, micro_tokens):
         tail = padded - int(windows.first[rows].min())
         chosen = torch.from_numpy(rows).to(device)
         begin, end, scored_from = start[chosen], length[chosen], first[chosen]

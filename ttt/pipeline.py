@@ -14,7 +14,7 @@ documents alone: a run that goes on learns it again.
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -29,7 +29,7 @@ from ..model.weights import Weights, frozen_weights
 from .base import BaseNll
 from .documents import Document
 from .engine import ROWS, Engine, engine_of, memory_of
-from .journal import Journal, NoJournal
+from .journal import Journal, JournalError, NoJournal
 from .phases import groups_of
 from .protocols import TTTConfig
 from .queue import DocumentQueue, HandsOut, LostStore, Taken
@@ -44,6 +44,9 @@ the same bits. auto: the engine on a GPU, elsewhere uncaptured."""
 CPU_ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48)
 """Numbers of places that steps are made for on a CPU, where an empty place costs as much as a full one and a step that
 is not captured costs nothing to make."""
+
+RESCORED = 1e-5
+"""Relative difference up to which a document that is scored again has the NLL that its journal kept."""
 
 CPU_EVERY = 1.0
 """Seconds after which documents that are through are handed over on a CPU, where there is no device to wait for."""
@@ -84,6 +87,8 @@ class ScoreRequest:
     progress: gets (phase, targets done, targets in all).
     say: hears what the engine chose.
     facts: go into the result, with those of the engine and of the ranks.
+    keeps_nll: whether the result has the NLL of every target; of one process alone. Documents that the journal holds
+    are scored again for it.
 
     Example: request = ScoreRequest(model, [document], ttt_preset())
     """
@@ -99,6 +104,7 @@ class ScoreRequest:
     progress: Callable[[str, int, int], None] = lambda phase, done, total: None
     say: Callable[[str], None] = lambda text: None
     facts: dict[str, Any] = field(default_factory=dict)
+    keeps_nll: bool = False
 
 
 @torch.inference_mode(False)  # adapters are trained here, also for a caller that evaluates
@@ -108,7 +114,8 @@ def score(request: ScoreRequest) -> ScoreResult:
 
     Interrupted: the request's `should_stop` said so; the journals hold what was finished. NonFiniteScore: an NLL that
     is no number. LostStore: the ranks' store is gone. ConfigError: a scorer that does not exist or does not run on the
-    model's device.
+    model's device, or `keeps_nll` on several ranks. JournalError: with `keeps_nll`, a journal that says another NLL of a
+    document than scoring it again.
 
     Example: result = score(ScoreRequest(model, [document], ttt_preset()))
     """
@@ -116,6 +123,9 @@ def score(request: ScoreRequest) -> ScoreResult:
     for model in filter(None, (request.model, request.prequant)):
         model.requires_grad_(False)
     run = _Run(request, request.queue or DocumentQueue(), request.journal or NoJournal(), scorer)
+    if request.keeps_nll and run.queue.is_shared:
+        raise ConfigError("the NLL of every target is not kept by several ranks; score in one process")
+    resumed = sorted(run.journal.done)
     try:
         with run.timed("score") if run.queue.is_shared else nullcontext():
             facts = run.everything()
@@ -132,7 +142,34 @@ def score(request: ScoreRequest) -> ScoreResult:
             run.gains.choose(request.documents, results)
 
         attempt("the choice of a document for the report", choose, run.say)
-    return ScoreResult(results, request.config, run.seconds, request.facts | {"scorer": scorer} | facts, run.gains)
+    nll = None
+    if request.keeps_nll:
+        nll = run.target_nll()
+        for index, found in _scored_again(request, results, resumed).items():
+            nll[index] = found
+    facts = request.facts | {"scorer": scorer, "threads": torch.get_num_threads()} | facts
+    hashes = [document.sha256 for document in request.documents]
+    return ScoreResult(results, request.config, run.seconds, facts, run.gains, hashes, nll)
+
+
+def _scored_again(
+    request: ScoreRequest, results: Sequence[DocumentResult], indices: Sequence[int]
+) -> dict[int, np.ndarray]:
+    """The NLL of every target of documents that an interrupted run had finished, of which its journal keeps the sum."""
+    if not indices:
+        return {}
+    among = range(len(results)) if request.config.phases else indices
+    documents, config = [request.documents[index] for index in among], request.config.override({"deadline": 0.0})
+    again = score(replace(request, documents=documents, config=config, journal=None, prequant=None, queue=None))
+    found = dict(zip(among, zip(again.documents, again.nll, strict=True), strict=True))
+    for index in indices:
+        kept, new = results[index].adapted_nats, found[index][0].adapted_nats
+        if abs(kept - new) > RESCORED * max(abs(new), 1.0):
+            raise JournalError(
+                f"the journal says that {results[index].name!r} has {kept} nats, and scoring it again gives {new}; give "
+                "--overwrite to start afresh"
+            )
+    return {index: found[index][1] for index in indices}
 
 
 class _Run:
@@ -154,6 +191,7 @@ class _Run:
         self.engine_facts: dict[str, Any] = {}
         self.groups = groups_of(self.documents, self.config.phases)
         self.group_of = {index: number for number, group in enumerate(self.groups) for index in group}
+        self.adapted_nll: dict[int, np.ndarray] | None = {} if request.keeps_nll else None
         self.engine: Engine | None = None
         self.learnt = self.targets_before = self.targets_to_adapt = 0
 
@@ -324,6 +362,14 @@ class _Run:
         nll = self._nll(phase)[:, self.begins[index] + 1 + start : self.ends[index]]
         return float(nll[0].sum(dtype=np.float64)), float(nll[1].sum(dtype=np.float64))
 
+    def target_nll(self) -> list[np.ndarray]:
+        """The NLL [targets] of every document that this process scored: the adapted model's, then the base model's."""
+        found, base = [], self._nll("base")[0]
+        for index in range(len(self.documents)):
+            head = self.adapted_nll.get(index, base[:0])
+            found.append(np.concatenate([head, base[self.begins[index] + 1 + len(head) : self.ends[index]]]))
+        return found
+
     def finish(self, indices: Sequence[int], adapted: Adapted | None = None) -> None:
         """Make the results of documents known: the base model's, joined with what adapting them gave."""
         if not indices:
@@ -373,6 +419,10 @@ class _Run:
             if len(rest):
                 self.tick()  # what was stopped is lost; what the deadline left out is finished
             self.finish([indices[place] for place in rest], adapted.of(rest))
+            if self.adapted_nll is not None:
+                read = engine.token_nll(documents, adapted.kept_pass)
+                for index, reached, nll in zip(indices, adapted.targets, read, strict=True):
+                    self.adapted_nll[index] = nll[:reached]
             if self.gains is not None:
                 attempt("the gain along the documents", lambda: self._keep_gains(engine, indices, adapted), self.say)
         if self.config.phases:  # one engine for all groups, whose facts of a run are those of the last one
@@ -392,7 +442,11 @@ class _Run:
             return self.engine
         rows, capture = CPU_ROWS if self._is_on_cpu else ROWS, False if self.scorer == UNCAPTURED else None
         held = self.documents if self.config.phases else documents
-        engine = engine_of(self.weights, self.config, held, rows=rows, capture=capture)
+        config = self.config
+        if self._is_on_cpu and torch.get_num_threads() > 1:
+            # Several threads share out a product's rows by how many there are: a batch would change the last bits.
+            config = config.override({"batch": 1})
+        engine = engine_of(self.weights, config, held, rows=rows, capture=capture)
         self.say(memory_of(engine.facts))
         if self.config.phases:
             self.engine = engine
