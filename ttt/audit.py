@@ -1,9 +1,9 @@
 """Whether a scorer's numbers are a score: anyone's, from its answers alone, and our own models' full softmax.
 
 A scorer takes documents, int arrays that begin with BOS, and gives the NLL in nats of every token after BOS. What makes
-its sum a score: the distribution at a position depends on the text before it and on the model alone; it sums to one over
-the vocabulary, fixed before the target is looked at; a document is scored as if it were alone. The audit changes what
-must not matter and looks for a difference, and what must matter and adds up.
+its sum a score: the distribution at a position depends on the text before it and on the model alone; it sums to one
+over the vocabulary, fixed before the target is looked at; a document is scored as if it were alone. The audit changes
+what must not matter and looks for a difference, and what must matter and adds up.
 
     sum over v of exp(-nll of v after the same text) = 1             of a distribution that does not see its target
     P(sum over targets of (ln V - nll) > ln 1e6) < 1e-6              of uniform random tokens, whatever the scorer does
@@ -38,15 +38,18 @@ SURE = 1e-6
 """Chance that a fair scorer fails the check of random tokens."""
 
 SUMS = 1e-3
-"""How far from 1 probabilities may sum up by rounding: fp32 NLLs of 10 nats, and as many of them as there are tokens."""
+"""How far from 1 probabilities may sum up by rounding: of fp32 NLLs, as many as there are tokens."""
 
 MOST_SWAPPED = 2**18
 """Tokens that the scorer reads for one sum over the vocabulary; where all would be more, some targets are left out."""
 
+SWAPPED = {"cpu": 2**15, "cuda": 2**20}
+"""The same for our own models, by device type: what takes about a minute."""
+
 ALONE = 4
 """Documents that are scored alone, each in a call of its own."""
 
-ROUNDING = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
+ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
 """Nats by which a target's NLL may differ between our own passes, by compute dtype: the same function in other batches,
 as of the base pass for a document that is cut too short to adapt."""
 
@@ -96,7 +99,7 @@ class AuditReport:
     def __str__(self) -> str:
         lines = [f"{'pass' if check.passed else 'FAIL'}  {check.name}: {check.evidence}" for check in self.checks]
         verdict = f"failed: {', '.join(self.failed)}" if self.failed else "every check passed"
-        return "\n".join([*lines, verdict, "not seen by any audit: " + "; ".join(self.unseen)])
+        return "\n".join([*lines, verdict, "not seen here: " + "; ".join(self.unseen)])
 
     def to_json(self) -> dict[str, Any]:
         """The report as JSON values."""
@@ -120,10 +123,10 @@ def audit(
 ) -> AuditReport:
     """Look for what would make a scorer's numbers no score; one line of the report a check, with its evidence.
 
-    scorer: takes a list of int arrays [n], BOS first, and gives a list of arrays [n - 1]: the NLL in nats of tokens 1 to
-    n - 1. It is called some twenty times, with up to `most_swapped` tokens at a time.
-    documents: such arrays, of which one at least has four tokens. A few of some hundred targets see most; a scorer that
-    adapts wants them longer than what it adapts after.
+    scorer: takes a list of int arrays [n], BOS first, and gives a list of arrays [n - 1]: the NLL in nats of tokens 1
+    to n - 1. It is called some twenty times, with up to `most_swapped` tokens at a time.
+    documents: such arrays, of which one at least has four tokens. A few of some hundred targets see most; a scorer
+    that adapts wants them longer than what it adapts after.
     tolerance: nats by which a target's NLL may differ by rounding; 0: bit for bit.
     positions: how many places of each document text is changed after.
     seed: draws them, and the random tokens.
@@ -308,13 +311,13 @@ class _Audit:
         )
 
     def _vocabulary(self) -> Iterator[Check]:
-        """The sum of the probabilities of all tokens as the first and the last target of a document, which ends there,
-        and as one in the middle, with the text after it as it is."""
+        """The sum of the probabilities of all tokens as the first target of a document that ends there, as the last one
+        of as many as can be read for every token, and as one in the middle of the longest, with the text after it."""
         index = int(np.argmax([len(tokens) for tokens in self.documents]))
         tokens = self.documents[index]
-        last, middle = len(tokens) - 1, max((len(tokens) - 1) // 2, 1)
-        for target, end in sorted({(1, 2), (middle, len(tokens)), (last, len(tokens))}):
-            yield self._sum(index, target, tokens[:end])
+        end, middle = min(len(tokens), max(2, self.most_swapped // self.vocab)), max((len(tokens) - 1) // 2, 1)
+        for target, size in sorted({(1, 2), (end - 1, end), (middle, len(tokens))}):
+            yield self._sum(index, target, tokens[:size])
 
     def _sum(self, index: int, target: int, tokens: np.ndarray) -> Check:
         count = min(self.vocab, max(2, self.most_swapped // len(tokens)))
@@ -376,7 +379,7 @@ def _fault(tokens: np.ndarray, nll: np.ndarray) -> str:
 
 
 def scorer_of(model: GPT, config: TTTConfig, scorer: str = "auto") -> Scorer:
-    """The scorer that `klora score` is, for :func:`audit`: every document adapted under `config`, without a deadline."""
+    """The scorer that `klora score` is, for :func:`audit`: documents adapted under `config`, without a deadline."""
     config = config.override({"deadline": 0.0})
 
     def scored(rows: list[np.ndarray]) -> Sequence[np.ndarray]:
@@ -384,6 +387,24 @@ def scorer_of(model: GPT, config: TTTConfig, scorer: str = "auto") -> Scorer:
         return score(ScoreRequest(model, documents, config, scorer=scorer, keeps_nll=True)).nll
 
     return scored
+
+
+def audit_model(
+    model: GPT,
+    config: TTTConfig,
+    documents: Sequence[np.ndarray],
+    *,
+    scorer: str = "auto",
+    tolerance: float,
+    seed: int = 0,
+) -> AuditReport:
+    """:func:`audit` of our own scorer, and the full softmax of an adapted document and of a short one."""
+    vocab, swapped = model.config.vocab_size, SWAPPED[model.embed.device.type]
+    ours = scorer_of(model, config, scorer)
+    report = audit(ours, documents, vocab, tolerance=tolerance, seed=seed, most_swapped=swapped)
+    longest, shortest = max(documents, key=len), documents[0][: min(config.chunk, config.min_tokens) // 2 + 1]
+    checks = [full_softmax(model, config, tokens, tolerance) for tokens in (longest, shortest) if len(tokens) > 1]
+    return replace(report, checks=(*report.checks, *checks))
 
 
 @torch.no_grad()

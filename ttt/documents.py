@@ -50,8 +50,8 @@ def documents_from_texts(texts: Iterable[TextDocument], tokenizer: Tokenizer, th
 
     `texts` are `klora.model.corpus.Document`s of a name and a text, as a Corpus yields them.
 
-    Raises TokenizerError where a text's tokens do not give it back, as of one with U+2581, SentencePiece's own mark of a
-    space, and of one that the tokenizer normalises: bits per byte would be of another text.
+    Raises TokenizerError where a text's tokens do not give it back, as of one with U+2581, SentencePiece's own mark of
+    a space, and of one that the tokenizer normalises: bits per byte would be of another text.
 
     Example: documents = list(documents_from_texts(Corpus.text(["essays"]).documents(), tokenizer))
     """

@@ -114,8 +114,8 @@ def score(request: ScoreRequest) -> ScoreResult:
 
     Interrupted: the request's `should_stop` said so; the journals hold what was finished. NonFiniteScore: an NLL that
     is no number. LostStore: the ranks' store is gone. ConfigError: a scorer that does not exist or does not run on the
-    model's device, or `keeps_nll` on several ranks. JournalError: with `keeps_nll`, a journal that says another NLL of a
-    document than scoring it again.
+    model's device, or `keeps_nll` on several ranks. JournalError: with `keeps_nll`, a journal that says another NLL of
+    a document than scoring it again.
 
     Example: result = score(ScoreRequest(model, [document], ttt_preset()))
     """
@@ -125,7 +125,6 @@ def score(request: ScoreRequest) -> ScoreResult:
     run = _Run(request, request.queue or DocumentQueue(), request.journal or NoJournal(), scorer)
     if request.keeps_nll and run.queue.is_shared:
         raise ConfigError("the NLL of every target is not kept by several ranks; score in one process")
-    resumed = sorted(run.journal.done)
     try:
         with run.timed("score") if run.queue.is_shared else nullcontext():
             facts = run.everything()
@@ -145,7 +144,8 @@ def score(request: ScoreRequest) -> ScoreResult:
     nll = None
     if request.keeps_nll:
         nll = run.target_nll()
-        for index, found in _scored_again(request, results, resumed).items():
+        missing = [i for i, result in enumerate(results) if not run.knows_nll(i, result, nll[i])]
+        for index, found in _scored_again(request, results, missing).items():
             nll[index] = found
     facts = request.facts | {"scorer": scorer, "threads": torch.get_num_threads()} | facts
     hashes = [document.sha256 for document in request.documents]
@@ -155,7 +155,7 @@ def score(request: ScoreRequest) -> ScoreResult:
 def _scored_again(
     request: ScoreRequest, results: Sequence[DocumentResult], indices: Sequence[int]
 ) -> dict[int, np.ndarray]:
-    """The NLL of every target of documents that an interrupted run had finished, of which its journal keeps the sum."""
+    """The NLL of every target of documents of which only the sum is known: from the journal of an interrupted run."""
     if not indices:
         return {}
     among = range(len(results)) if request.config.phases else indices
@@ -166,8 +166,8 @@ def _scored_again(
         kept, new = results[index].adapted_nats, found[index][0].adapted_nats
         if abs(kept - new) > RESCORED * max(abs(new), 1.0):
             raise JournalError(
-                f"the journal says that {results[index].name!r} has {kept} nats, and scoring it again gives {new}; give "
-                "--overwrite to start afresh"
+                f"the journal says that {results[index].name!r} has {kept} nats, and scoring it again gives {new}; "
+                "give --overwrite to start afresh"
             )
     return {index: found[index][1] for index in indices}
 
@@ -369,6 +369,10 @@ class _Run:
             head = self.adapted_nll.get(index, base[:0])
             found.append(np.concatenate([head, base[self.begins[index] + 1 + len(head) : self.ends[index]]]))
         return found
+
+    def knows_nll(self, index: int, result: DocumentResult, nll: np.ndarray) -> bool:
+        """Whether `nll` is what made a result, and not what the base model said instead."""
+        return result.adapted_tokens == len(self.adapted_nll.get(index, ())) and bool(np.isfinite(nll).all())
 
     def finish(self, indices: Sequence[int], adapted: Adapted | None = None) -> None:
         """Make the results of documents known: the base model's, joined with what adapting them gave."""

@@ -168,8 +168,8 @@ class ScoreResult:
     """Every document's result, the config they were scored with, seconds by phase and facts of the run.
 
     Of the facts, `notes` are sentences that belong beside every number; `bytes_of` says of which text the bytes are.
-    `token_gains` is for the report alone, where the run could keep it. `sha256` of each document is that of its text, or
-    of its tokens where there is no text. `nll` has each document's targets [n] in nats, where they were asked for.
+    `token_gains` is for the report alone, where the run could keep it. `sha256` of each document is that of its text,
+    or of its tokens where there is no text. `nll` has each document's targets [n] in nats, where they were asked for.
     """
 
     documents: Sequence[DocumentResult]

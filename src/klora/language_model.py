@@ -105,7 +105,8 @@ class LanguageModel:
 
         Bytes are the text's own in UTF-8.
 
-        TokenizerError: a document that is no text, or that the tokenizer does not keep as it is. NonFiniteScore: an NLL that is no number.
+        TokenizerError: a document that is no text, or that the tokenizer does not keep as it is. NonFiniteScore: an NLL
+        that is no number.
 
         Example: bpb = lm.score("one text").totals()["base_bpb"]
         """
