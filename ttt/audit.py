@@ -80,7 +80,7 @@ class Check:
 class AuditReport:
     """The checks of one audit. `unseen` is what it cannot see.
 
-    Example: passed = AuditReport((Check("targets", True, "12 of 12"),)).passed
+    Example: passed = AuditReport(()).passed
     """
 
     checks: tuple[Check, ...]
@@ -134,7 +134,7 @@ def audit(
     AuditError: documents that are no such arrays, or that nothing can be found out with. What the scorer raises passes
     through.
 
-    Example: report = audit(lambda rows: [np.full(len(row) - 1, 5.0) for row in rows], [np.arange(1, 9)], 128)
+    Example: report = audit(lambda rows: [torch.full((len(row) - 1,), 6.0) for row in rows], [document.tokens], 400)
     """
     return _Audit(scorer, documents, vocab_size, tolerance, positions, most_swapped, seed).report()
 

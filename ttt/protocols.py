@@ -235,8 +235,15 @@ class TTTConfig(Settings):
         return (self.trained_from + 1) * self.chunk
 
     def adapts(self, targets: Any) -> Any:
-        """Whether a document of `targets` targets is adapted, not left to the base model: of an int or of an array."""
-        return targets > self.first_adapted if self.layout == START else targets + 1 >= self.min_tokens
+        """Whether a document of `targets` targets is adapted, not left to the base model: of an int or of an array.
+
+        With the context `cached` a document that outgrows its first window is, too: from there on the base model reads
+        windows anew, and a document that goes on would have been scored from what is kept.
+        """
+        if self.layout == ORIGINAL:
+            return targets + 1 >= self.min_tokens
+        in_sight = self.window // self.chunk * self.chunk
+        return targets > (min(self.first_adapted, in_sight) if self.context == CACHED else self.first_adapted)
 
     def is_left_to_base(self, targets: int, group: int) -> bool:
         """Whether a document of `targets` targets in that group of the phases is left to the base model.
