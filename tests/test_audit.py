@@ -14,7 +14,8 @@ from klora.kernels import BOS
 from klora.model.artifact import save_artifact
 from klora.model.gpt import GPT
 from klora.model.loading import model_from_artifact
-from klora.ttt.audit import UNSEEN, AuditError, audit, full_softmax, scorer_of
+from klora.ttt.audit import ROUNDING as ALLOWED
+from klora.ttt.audit import UNSEEN, AuditError, audit, audit_model, full_softmax, scorer_of
 from klora.ttt.base import BaseNll
 from klora.ttt.documents import Document
 from klora.ttt.engine import engine_of
@@ -344,6 +345,21 @@ def test_score_first_passes(model, context):
     assert report.passed, str(report)
     check = full_softmax(model, config, DOCUMENTS[0], ROUNDING)
     assert check.passed and f"{'adapted' if context == 'recomputed' else 'base'} model" in check.evidence
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("context", ["recomputed", "cached"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_score_first_passes_on_a_gpu(dtype, context):
+    """In captured graphs; the same length gives the same bits, whatever the text after it and beside it is."""
+    on_gpu = randomized(dataclasses.replace(TINY, width=128, mlp_hidden=192))
+    on_gpu.configure(torch.device("cuda"), dtype)
+    config = STRICT.override({"context": context, "chunk": 16, "window": 64})
+    documents = [document(size, size) for size in (90, 50, 12)]
+    report = audit_model(on_gpu.requires_grad_(False), config, documents, scorer="engine", tolerance=ALLOWED[dtype])
+    assert report.passed, str(report)
+    bits = [check for check in report.checks if check.name in ("repeated", "alone", "order", "company", "later text")]
+    assert len(bits) == 5 and all("bit for bit" in check.evidence for check in bits), str(report)
 
 
 @pytest.mark.slow
