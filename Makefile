@@ -9,14 +9,15 @@ MAKEFLAGS += --no-print-directory
 # One process a core, up to four, and one thread in each: tensors in tests are small.
 WORKERS := OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
-.PHONY: help setup demo test test-fast coverage faults lint format clean
+.PHONY: help setup demo test test-fast coverage audit faults lint format clean
 
 help:
 	@echo "make demo       train, export, adapt and report on this machine, in a few minutes on a CPU"
 	@echo "make test       the whole test suite; what needs a GPU is left out without one"
 	@echo "make test-fast  the tests of every package that take less than a second each"
 	@echo "make coverage   the whole suite without a GPU, and which lines of model and ttt it runs; half as long again"
-	@echo "make faults     kill train, export, score and ranks fifty times each, and go on each time; a quarter of an hour"
+	@echo "make audit      planted cheats, strict causality and recomputed scores: the tests behind docs/trust.md"
+	@echo "make faults     kill train, export, score and ranks fifty times each, and go on each time; half an hour"
 	@echo "make lint       ruff check and ruff format --check"
 	@echo "make format     let ruff format and fix"
 	@echo "make setup      what all of them do first: PyTorch, klora and its tools into $(VENV)"
@@ -52,6 +53,9 @@ coverage: setup
 test-fast: setup
 	@echo "the quick tests: about 2 minutes on two cores"
 	$(WORKERS) -m "not gpu and not slow"
+
+audit: setup
+	$(WORKERS) -m "not gpu" tests/test_audit.py tests/test_verify.py
 
 # Its last lines count the kills that were survived; KILLS=10 makes it ten of each.
 faults: setup

@@ -17,6 +17,8 @@ COMMANDS = {
     "train": "Train a model on text, on CPU or GPU, alone or under torchrun.",
     "export": "Quantise a run's weights to int6 and write one artifact that fits the budget.",
     "score": "Score documents in bits per byte, adapting the model to each while it reads it.",
+    "audit": "Look for what would make an artifact's scores no scores: leaks, sums that are not 1, targets left out.",
+    "verify": "Recompute a random share of a stored score and compare it with what score.json says.",
     "warm": "Compile the kernels of training and scoring side by side, before the first run needs them.",
     "generate": "Sample text that goes on from a prompt, token by token over a KV cache, "
     "until a new document would begin.",

@@ -1,5 +1,6 @@
 """`klora score`: an artifact, documents and a protocol to bits per byte and a report."""
 
+import hashlib
 import os
 import time
 from contextlib import closing
@@ -39,6 +40,7 @@ from ..ttt.report import write_report
 from ..ttt.results import SCORE, SHORT, ScoreResult, is_short
 from ..ttt.sampling import sample
 from ..ttt.sweep import sweep
+from ..ttt.verify import write_nll
 from . import options
 from .console import Output
 
@@ -65,7 +67,7 @@ def score(
         typer.Option(
             "--most-tokens",
             min=0,
-            help="Score a sample of this many tokens: whole documents in the order of their names' hashes, "
+            help="Score a sample of this many tokens: whole documents in the order of their texts' hashes, "
             "passing over those that no longer fit; 0: all documents.",
         ),
     ] = 0,
@@ -100,6 +102,14 @@ def score(
     ] = None,
     prequant: Annotated[
         Path | None, typer.Option("--prequant", help="Run folder: also score its weights before quantisation.")
+    ] = None,
+    nll: Annotated[
+        Path | None,
+        typer.Option(
+            "--nll",
+            metavar="FILE",
+            help="Also write what every target cost, in nats, as safetensors; `klora verify` compares with it.",
+        ),
     ] = None,
     set_: options.Set = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on after an interruption.")] = False,
@@ -168,6 +178,8 @@ def score(
         raise ConfigError(f"--sweep was given with the protocol {label(config.protocol)}; allowed: {SCORE_FIRST}")
     if tunes and is_one_of_many():
         raise ConfigError("--sweep was given to several ranks; give it to one process, and its constants to the ranks")
+    if nll and is_one_of_many():
+        raise ConfigError("--nll was given to several ranks; score in one process")
     folder = out or artifact.with_name(f"{artifact.stem}-score")
     options.require_folder(folder)
     with locked(folder, rank_of_many(), say=output.warn):
@@ -191,6 +203,7 @@ def score(
             overwrite,
             tunes,
             warm,
+            nll,
         )
     output.result({"out": str(folder), **{k: v for k, v in result.to_json().items() if k != "documents"}})
 
@@ -211,6 +224,7 @@ def score_artifact(
     overwrite: bool = False,
     tunes: bool = False,
     warm: bool = False,
+    nll: Path | None = None,
 ) -> ScoreResult:
     """Score the documents of `source` (text, jsonl, field, shards), write the results to `folder`, say the totals."""
     seconds: dict[str, float] = {}
@@ -222,8 +236,9 @@ def score_artifact(
     before = model_from_run(prequant, chosen, of=loaded) if prequant else None
     seconds["load"], started = time.perf_counter() - started, time.perf_counter()
     tokenizer = tokenizer_of(loaded)
-    documents = _documents(source, tokenizer, most_tokens, loaded.provenance)
-    of_bytes = facts_of_tokens(documents, tokenizer) if source[-1] else facts_of_texts(tokenizer)
+    every = documents_of(source, tokenizer, loaded.provenance)
+    documents = _sampled(every, most_tokens)
+    of_bytes = facts_of_tokens(documents, tokenizer) if source[-1] else facts_of_texts()
     seconds["tokenize"] = time.perf_counter() - started
     require_writable(folder, SPARE_BYTES + TOKEN_BYTES * sum(document.targets for document in documents))
     queue = queue_of_processes(patience)
@@ -237,7 +252,6 @@ def score_artifact(
         adapted = sum(not is_short(document, config) for document in documents)
         warmed(lambda: scoring(model, config, adapted, weights), chosen, output)
         seconds["warm"] = time.perf_counter() - started
-    source_of_weights = f"{loaded.header['payload_sha256']} {weights}"
     with StopSignals(output.say) as stop:
         request = ScoreRequest(
             model,
@@ -248,7 +262,10 @@ def score_artifact(
             scorer=scorer,
             should_stop=lambda: bool(stop.received),
             say=output.say,
-            facts=_facts(path, loaded, chosen) | {"weights": weights} | of_bytes,
+            facts=_facts(path, loaded, chosen)
+            | {"weights": weights, "source": _facts_of_source(source, every, most_tokens)}
+            | of_bytes,
+            keeps_nll=nll is not None,
         )
         try:
             if tunes:
@@ -260,8 +277,9 @@ def score_artifact(
                     output.say("stopped in the sweep, of which nothing is kept: the same command begins it again")
                     raise typer.Exit(128 + stop.received) from None
                 seconds["sweep"] = time.perf_counter() - started
-            of_run = source_of_weights, request.documents, request.config, prequant is not None
-            key, settings = fingerprint(*of_run), settings_of(*of_run)
+            of_run = " ".join(hashes_of(loaded).values()), request.documents, request.config, prequant is not None
+            more = {"weights": weights, "scorer": scorer}
+            key, settings = fingerprint(*of_run, **more), settings_of(*of_run, **more)
             resume |= queue.is_restarted
             with closing(open_journal(folder, key, resume, overwrite, queue.rank, queue.world, settings)) as journal:
                 _say_what_is_kept(journal, resume, output)
@@ -274,6 +292,9 @@ def score_artifact(
         return result
     result.seconds.update(seconds)
     started = time.perf_counter()
+    if nll:
+        write_nll(nll, result)
+        result.facts["nll"] = {"file": nll.name, "sha256": hashlib.sha256(nll.read_bytes()).hexdigest()}
     result.write(folder)
     page = attempt("the report", lambda: write_report(result, folder, output.warn, tokenizer.token_bytes), output.warn)
     result.seconds["report"] = time.perf_counter() - started
@@ -335,6 +356,8 @@ def say_totals(result: ScoreResult, output: Output) -> None:
 
 
 def _why_short(config: TTTConfig) -> str:
+    if not config.learns:
+        return f"at lr={config.lr:g} no step changes anything, and the score is the base model's"
     if config.layout == ORIGINAL:
         return f"with layout=original and min_tokens={config.min_tokens}, none has so many tokens, BOS counted"
     return (
@@ -343,23 +366,27 @@ def _why_short(config: TTTConfig) -> str:
     )
 
 
-def _documents(source, tokenizer: Tokenizer, most_tokens: int, provenance: dict) -> list[Document]:
-    """The documents to score, in the source's order; with `most_tokens` a sample that no score can influence."""
+def documents_of(source, tokenizer: Tokenizer, provenance: dict) -> list[Document]:
+    """The documents of a source (text, jsonl, field, shards), in its order; without one, the library's held-out part.
+
+    ConfigError, CorpusError or TokenizerError: no such source, or text that the tokenizer does not keep.
+    """
     text, jsonl, field, shards = source
     if shards:
         if tokenizer_beside(shards).to_bytes() != tokenizer.to_bytes():
             raise ConfigError(
                 f"the shards in {shards} were made by another tokenizer than the artifact's; make them again"
             )
-        found = list(documents_from_tokens(TokenStream(find_shards(shards, "val")).documents(), tokenizer))
-    else:
-        corpus = options.corpus_from(text, jsonl, field) or _held_out_stdlib(provenance)
-        found = list(
-            documents_from_texts(corpus.documents(), tokenizer, max(1, (os.cpu_count() or 1) // processes_here()))
-        )
+        return list(documents_from_tokens(TokenStream(find_shards(shards, "val")).documents(), tokenizer))
+    corpus = options.corpus_from(text, jsonl, field) or _held_out_stdlib(provenance)
+    return list(documents_from_texts(corpus.documents(), tokenizer, max(1, (os.cpu_count() or 1) // processes_here())))
+
+
+def _sampled(documents: list[Document], most_tokens: int) -> list[Document]:
+    """The documents to score: all, or with `most_tokens` a sample that no score can influence."""
     if not most_tokens:
-        return found
-    kept = sample(found, most_tokens)
+        return documents
+    kept = sample(documents, most_tokens)
     if not kept:
         raise ConfigError(f"--most-tokens {most_tokens} is less than any document has; allowed: more, or 0 for all")
     return kept
@@ -384,15 +411,42 @@ def _shown(show):
     return lambda phase, done, total: show(names[phase], done, total, "tokens")
 
 
+def _facts_of_source(source, documents: list[Document], most_tokens: int) -> dict[str, Any]:
+    """What was scored: the files' names, what they hold, and of how many tokens a sample was taken; 0: none was."""
+    text, jsonl, field, shards = source
+    kind = "shards" if shards else "text" if text else "jsonl" if jsonl else "stdlib"
+    digest = hashlib.sha256("".join(sorted(document.sha256 for document in documents)).encode())
+    return {
+        "kind": kind,
+        "files": [path.name for path in ([shards] if shards else text or jsonl or [])],
+        **({"field": field} if jsonl else {}),
+        "hashes_are_of": "tokens" if shards else "text",
+        "documents": len(documents),
+        "tokens": sum(document.targets for document in documents),
+        "sha256": digest.hexdigest(),
+        "most_tokens": most_tokens,
+    }
+
+
+def hashes_of(artifact: Artifact) -> dict[str, str]:
+    """What an artifact is: header and payload."""
+    return {name: artifact.header[name] for name in ("header_sha256", "payload_sha256")}
+
+
+def versions() -> dict[str, str]:
+    """The versions that bits depend on."""
+    return {"klora": __version__, "torch": torch.__version__}
+
+
 def _facts(path: Path, artifact: Artifact, device: torch.device) -> dict[str, Any]:
     """What a reader needs to know to trust or repeat the result."""
     return {
         "artifact": {
             "file": path.name,
             "bytes": path.stat().st_size,
-            "payload_sha256": artifact.header["payload_sha256"],
+            **hashes_of(artifact),
             "provenance": artifact.provenance,
         },
         "device": device_name(device),
-        "versions": {"klora": __version__, "torch": torch.__version__},
+        "versions": versions(),
     }

@@ -10,7 +10,8 @@ document's targets sum to its text's UTF-8 length, with one exception: a literal
 from a space, and is counted (1 byte, not 3) and decoded as one.
 
 That holds for models that keep a text as it is. Of one that normalises text (NFKC, folded case, spaces dropped) the
-bytes are those of the normalised text. Token shards may be made by such a model, and every number of theirs says so.
+bytes are those of the normalised text. Token shards may be made by such a model, and every number of theirs says so. A
+text is scored only where its tokens give it back as it is.
 Models that are counted wrong even then (that write spaces behind words or have no piece for them) are refused: every
 model is probed when it is loaded.
 """
@@ -299,15 +300,6 @@ class Tokenizer:
             )
         return tuple(notes)
 
-    def notes_on_text(self) -> tuple[str, ...]:
-        """Sentences that belong beside bits per byte of texts."""
-        if not self.changes:
-            return ()
-        return (
-            "bits per byte are per byte of the original text, of which the tokens hold only what is left when it is "
-            f"normalised: the tokenizer changes {self.changes}",
-        )
-
     def _require_ids(self, ids: np.ndarray) -> None:
         if ids.size and not 0 <= ids.min() <= ids.max() < self.vocab_size:
             raise TokenizerError(f"ids from {ids.min()} to {ids.max()}; allowed: 0 to {self.vocab_size - 1}")
@@ -361,6 +353,11 @@ def every_character() -> str:
 def _is_broken(text: bytes) -> bool:
     """Whether a piece's bytes are only a part of a character."""
     return len(text) == 1 and text >= b"\x80"
+
+
+def first_difference(text: str, found: str) -> str:
+    """Where `found` begins to differ from `text`, to be put behind a sentence; empty where they are equal."""
+    return "" if found == text else f" ({_around(text, found)} is read back as {_around(found, text)})"
 
 
 def _around(text: str, other: str = "") -> str:

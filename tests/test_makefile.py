@@ -44,6 +44,17 @@ def test_faults_kills_fifty_times_unless_told_otherwise(tmp_path):
     assert "KLORA_FAULTS=10 " in commands("faults", tmp_path, "KILLS=10")
 
 
+def test_the_audit_runs_the_tests_that_the_page_names(tmp_path):
+    (last,) = re.findall(r"pytest .*", commands("audit", tmp_path))
+    page = (ROOT / "docs/trust.md").read_text()
+    assert "`make audit`" in page and "tests/test_audit.py tests/test_verify.py" in last
+    written = "".join(
+        (ROOT / "tests" / name).read_text() for name in ("test_audit.py", "test_verify.py", "test_tokenizer.py")
+    )
+    promised = re.findall(r"`(test_\w+)`", page)
+    assert len(promised) >= 9 and all(f"def {name}(" in written for name in promised)
+
+
 def test_the_readme_and_the_command_say_how_long_the_tests_take(tmp_path):
     readme = (ROOT / "README.md").read_text()
     for target, most in (("test", 8), ("test-fast", 2)):

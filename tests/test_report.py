@@ -124,10 +124,19 @@ def test_headline_numbers_and_their_differences(tmp_path):
 
 
 def test_score_first_says_why_it_is_valid_and_nothing_of_a_leak(tmp_path):
-    reader, html = report(tmp_path, result(mixed()))
+    whole = [document("long"), document("tiny", 40, 100, SHORT)]
+    reader, html = report(tmp_path, result(whole, layout="start"))
     assert "Bits per byte under score_first" in reader.text
     assert "Valid score: every chunk's loss is recorded before any update that has seen the chunk" in reader.text
-    assert not re.search("leaky", reader.text, re.IGNORECASE) and 'class="leak"' not in html
+    assert not re.search("leaky|not a valid score", reader.text, re.IGNORECASE) and 'class="leak"' not in html
+
+
+def test_a_score_that_is_not_strictly_causal_or_hit_a_deadline_is_not_called_valid(tmp_path):
+    reader, html = report(tmp_path, result([document("long")]))
+    assert "Not a valid score: with layout=original" in reader.text and "Valid score:" not in reader.text
+    assert "leaky" not in reader.text.lower() and 'class="leak"' not in html
+    reader, _ = report(tmp_path, result([document("late", status=NOT_ADAPTED)], layout="start"))
+    assert "Valid score:" not in reader.text
 
 
 @pytest.mark.parametrize("protocol", [MULTI_EPOCH, MIN_NLL])

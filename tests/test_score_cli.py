@@ -17,7 +17,7 @@ from conftest import SMALL, randomized, words
 from klora.model.artifact import load_artifact, save_artifact
 from klora.model.checkpoint import load_tensors, save_tensors
 from klora.model.shards import ShardWriter
-from klora.model.tokenizer import Tokenizer
+from klora.model.tokenizer import Tokenizer, TokenizerError
 from klora.model.train import MODEL
 from klora.ttt.protocols import ttt_preset
 from klora.ttt.report import write_report
@@ -260,14 +260,15 @@ def test_scores_of_shards_with_control_tokens_say_so(artifact, tokenizer, tmp_pa
 
 
 @pytest.mark.slow
-def test_texts_are_scored_in_their_own_bytes_and_the_tokenizer_is_named(contest_run, texts, tmp_path):
-    arguments = ("score", contest_run.folder / "model.klora", "--text", texts, *SETS, "--out", tmp_path)
-    shown = klora(*arguments)
-    (note,) = contest_run.tokenizer.notes_on_text()
-    assert f"note: {note}" in shown.stdout and "per byte of the original text" in note
-    stored = json.loads((tmp_path / "score.json").read_text())
-    assert (stored["notes"], stored["bytes_of"]) == ([note], "original text")
-    assert stored["totals"]["bytes"] == sum(path.stat().st_size for path in texts.iterdir())
+def test_texts_that_the_tokenizer_does_not_keep_are_refused_by_name(contest_run, texts, tmp_path):
+    score = ("score", contest_run.folder / "model.klora", *SETS, "--out", tmp_path / "out", "--text")
+    refused = klora(*score, texts, check=2)
+    assert "document '=1+1.txt' has" in refused.stderr and "is read back as" in refused.stderr
+    assert "Traceback" not in refused.stderr and not (tmp_path / "out").exists()
+    (tmp_path / "kept.txt").write_text("alpha beta gamma")
+    klora(*score, tmp_path / "kept.txt")
+    stored = json.loads((tmp_path / "out" / "score.json").read_text())
+    assert (stored["notes"], stored["bytes_of"], stored["totals"]["bytes"]) == ([], "text", 16)
 
 
 def test_an_artifact_of_normalised_shards_generates(contest_run):
@@ -332,14 +333,15 @@ def test_pictures_of_normalised_text_say_so(contest_run, tmp_path, monkeypatch):
     assert "validation bits per byte of the normalised text" in drawn.pop()
 
 
-def test_a_loaded_model_says_that_its_tokenizer_normalises(contest_run):
+def test_a_loaded_model_refuses_texts_that_its_tokenizer_does_not_keep(contest_run):
     for name in ("run", "model.klora"):
         model = klora_package.load(contest_run.folder / name)
-        text = "  alpha \n\n ﬁne "
-        for result in (model.score(text), model.adapt(text)):
-            assert result.documents[0].bytes == len(text.encode())
-            assert result.notes == list(contest_run.tokenizer.notes_on_text())
-            assert result.bytes_of == "original text"
+        for scored in (model.score, model.adapt):
+            assert scored("alpha beta").documents[0].bytes == 10
+            with pytest.raises(
+                TokenizerError, match="document 'spaced' has 8 bytes of text, and its tokens stand for 5"
+            ):
+                scored({"spaced": "  alpha "})
 
 
 @pytest.mark.slow

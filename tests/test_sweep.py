@@ -24,11 +24,13 @@ CONFIGS = {
 }
 
 
-def test_the_sample_is_drawn_by_names_alone():
+def test_the_sample_is_drawn_by_texts_alone():
     documents = [document(40 + n, n) for n in range(40)]
     chosen = sample(documents, 500)
     assert sum(d.targets for d in chosen) <= 500 and len(chosen) >= 8
     assert chosen == sample(documents[::-1], 500)[::-1]
+    renamed = sample([dataclasses.replace(d, name=f"other-{d.name}") for d in documents], 500)
+    assert [d.sha256 for d in renamed] == [d.sha256 for d in chosen]
 
 
 def test_bits_per_byte_count_short_documents_and_nothing_changes_without_a_learning_rate(monkeypatch):

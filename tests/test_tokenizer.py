@@ -1,5 +1,6 @@
 """The tokenizer: its training, its round trip, and the count of bytes behind every token."""
 
+import hashlib
 import io
 import json
 import random
@@ -274,20 +275,35 @@ def test_the_probes_hold_every_byte_that_a_text_can_have():
     assert set(tokenizer_module.PROBES["all bytes"].encode()) == set(range(256)) - never
 
 
-def test_documents_are_checked_against_their_text(tokenizer, caplog):
+def test_documents_are_checked_against_their_text(tokenizer):
     """A tokenizer that passed every probe and still loses some text."""
-
-    texts = [Document("good.txt", "alpha beta\n"), Document("marked.txt", "a\u2581b\u2581")]
-    found = list(documents_from_texts(texts, tokenizer))
-    assert [d.bytes for d in found] == [11, 8]
-    assert caplog.messages == [
-        "document 'marked.txt' has the character U+2581 2 times: the tokenizer reads it as a space; its bits per byte "
-        "are over the bytes of the text"
-    ]
+    (found,) = documents_from_texts([Document("good.txt", "alpha beta\n")], tokenizer)
+    assert (found.bytes, found.sha256) == (11, hashlib.sha256(b"alpha beta\n").hexdigest())
+    marked = r"document 'marked.txt' has 8 bytes of text, and its tokens stand for 4 \('a▁b▁' is read back as 'a b '\)"
+    with pytest.raises(TokenizerError, match=marked):
+        list(documents_from_texts([Document("marked.txt", "a\u2581b\u2581")], tokenizer))
     forgetful = Tokenizer(tokenizer.to_bytes())
     forgetful.encode_many = lambda texts, threads: [ids[:1] for ids in tokenizer.encode_many(texts, threads)]
-    with pytest.raises(TokenizerError, match=r"document 'lost.txt' has 14 bytes of text, but its tokens stand for 0"):
+    with pytest.raises(TokenizerError, match=r"document 'lost.txt' has 14 bytes of text, and its tokens stand for 0"):
         list(documents_from_texts([Document("lost.txt", "the last omega")], forgetful))
+    folding = Tokenizer(tokenizer.to_bytes())
+    folding.encode_many = lambda texts, threads: tokenizer.encode_many([text.lower() for text in texts], threads)
+    with pytest.raises(
+        TokenizerError, match=r"document 'upper.txt' .* stand for 5 \('ALPHA' is read back as 'alpha'\)"
+    ):
+        list(documents_from_texts([Document("upper.txt", "ALPHA")], folding))
+
+
+@settings(max_examples=50)
+@given(st.text(st.characters(exclude_categories=["Cs"]), max_size=40), st.booleans())
+def test_a_document_is_exactly_its_text_or_an_error_that_names_it(tokenizer, text, normalises):
+    used = normalising() if normalises else tokenizer
+    try:
+        (found,) = documents_from_texts([Document("some.txt", text)], used)
+    except TokenizerError as error:
+        assert str(error).startswith("document 'some.txt' has ") and (normalises or "\u2581" in text)
+    else:
+        assert used.decode(found.tokens) == text and used.target_bytes(found.tokens).sum() == found.bytes
 
 
 def test_shards_with_tokens_that_stand_for_no_known_text_are_refused(tokenizer):
@@ -350,20 +366,24 @@ def test_a_rule_of_their_own_is_found_though_no_probe_has_its_character(tmp_path
 
 
 def test_a_model_that_keeps_text_has_nothing_to_say(tokenizer):
-    assert tokenizer.changes == "" and tokenizer.notes_on_shards(0) == tokenizer.notes_on_text() == ()
+    assert tokenizer.changes == "" and tokenizer.notes_on_shards(0) == ()
     assert tokenizer.normalise("  a\n ﬁ\u2581") == "  a\n ﬁ "
 
 
-def test_texts_are_counted_in_their_own_bytes_whatever_the_tokenizer_makes_of_them(caplog):
-    theirs = Tokenizer(model_with(**CONTEST), may_normalise=True)
-    text = "  alpha \n\n ﬁne\u2581 "
-    (found,) = documents_from_texts([Document("a.txt", text)], theirs)
-    assert found.bytes == len(text.encode()) > theirs.target_bytes(found.tokens).sum() == len("alpha fine")
-    assert caplog.messages[0] == theirs.notes_on_text()[0] and "per byte of the original text" in caplog.messages[0]
-    forgetful = Tokenizer(theirs.to_bytes(), may_normalise=True)
-    forgetful.encode_many = lambda texts, threads: [ids[:1] for ids in theirs.encode_many(texts, threads)]
-    with pytest.raises(TokenizerError, match=r"document 'lost.txt' has 5 bytes of text, but its tokens stand for 0"):
-        list(documents_from_texts([Document("lost.txt", " alpha  ")], forgetful))
+@cache
+def normalising() -> Tokenizer:
+    return Tokenizer(model_with(**CONTEST), may_normalise=True)
+
+
+@pytest.mark.parametrize("text", ["  alpha \n\n ﬁne\u2581 ", "alpha  beta", " ", "ﬁne"])
+def test_texts_that_a_tokenizer_normalises_are_refused(text):
+    """One of spaces alone has no token at all: its score was 0 bits per byte."""
+    (kept,) = documents_from_texts([Document("a.txt", "alpha beta")], normalising())
+    assert kept.bytes == len("alpha beta")
+    with pytest.raises(
+        TokenizerError, match=r"document 'a.txt' has .* is read back as .*; give a tokenizer that keeps"
+    ):
+        list(documents_from_texts([Document("a.txt", text)], normalising()))
 
 
 def test_control_tokens_in_shards_are_counted_and_lost_text_is_found():

@@ -107,10 +107,10 @@ def test_adaptation_learns_a_repeating_document(tmp_path):
 @pytest.mark.slow
 def test_a_chunk_is_recorded_before_any_update_has_seen_it(tmp_path):
     """With a learning rate of zero, score_first is the base model at the temperature; chunk 0 is so at any rate."""
-    documents = [document(100), document(48, 1)]
-    frozen = score(documents, tmp_path, TTT.override({"lr": 0.0}))
-    for d in frozen.documents:
-        assert d.adapted_nats == pytest.approx(d.tempered_nats, rel=1e-5)
+    config, documents = TTT.override({"lr": 0.0}), [document(100), document(48, 1)]
+    for index, doc in enumerate(documents):
+        tempered = BaseNll(randomized(), documents, config).of(index)[1]
+        assert sum(chunk_nats(doc, config)) == pytest.approx(tempered, rel=1e-5)
     first = chunk_nats(document(100), TTT)[0]
     huge = chunk_nats(document(100), TTT.override({"lr": 1.0}))[0]
     assert first == pytest.approx(huge, rel=1e-6)
@@ -118,7 +118,7 @@ def test_a_chunk_is_recorded_before_any_update_has_seen_it(tmp_path):
 
 def test_temperature_divides_the_logits(tmp_path):
     """At a high temperature every token is equally likely: log V a token. A loss times T would grow with T instead."""
-    hot = score([document(64)], tmp_path, TTT.override({"temperature": 1e6, "lr": 0.0}))
+    hot = score([document(64)], tmp_path, TTT.override({"temperature": 1e6, "lr": 1e-30}))
     assert hot.documents[0].adapted_nats == pytest.approx(64 * math.log(SMALL.vocab_size), rel=1e-4)
 
 
@@ -182,9 +182,9 @@ def test_base_model_sees_the_same_windows_as_the_adapted_one():
 
 def test_nothing_adapted_changes_nothing_where_windows_exceed_the_training_length(tmp_path):
     """The rotary base past the training length is that of a whole window, not of what a window is padded to."""
-    config = TTT.override({"lr": 0.0, "temperature": 1.0, "window": 100})
+    config = TTT.override({"lr": 1e-30, "temperature": 1.0, "window": 100})
     for d in score([document(130), document(97, 1), document(40, 2)], tmp_path, config).documents:
-        assert d.adapted_nats == pytest.approx(d.base_nats, rel=1e-6)
+        assert d.status == ADAPTED and d.adapted_nats == pytest.approx(d.base_nats, rel=1e-6)
 
 
 def poison(monkeypatch, place: int, after: int) -> None:
@@ -438,7 +438,16 @@ def test_leaky_protocols_leak_and_say_so_everywhere(tmp_path, protocol):
     honest.write(tmp_path)
     assert LEAKY not in (tmp_path / "documents.csv").read_text()
     stored = json.loads((tmp_path / "score.json").read_text())
-    assert stored["valid_score"] is True and "label" not in stored
+    assert stored["valid_score"] is False and "label" not in stored
+    (why,) = stored["why_not_valid"]
+    assert why.startswith("not a valid score: with layout=original") and why in stored["notes"]
+    strict = TTTConfig(layout="start", chunk=16, window=64)
+    score(documents, tmp_path, strict).write(tmp_path)
+    stored = json.loads((tmp_path / "score.json").read_text())
+    assert stored["valid_score"] is True and "why_not_valid" not in stored and not stored.get("notes")
+    score(documents, tmp_path, strict.override({"deadline": 1e-9})).write(tmp_path)
+    stored = json.loads((tmp_path / "score.json").read_text())
+    assert stored["valid_score"] is False and "the deadline left text" in stored["why_not_valid"][0]
 
 
 @pytest.mark.slow

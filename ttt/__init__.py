@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from ..lazy import lazy_exports
 
 if TYPE_CHECKING:
+    from .audit import AuditReport, audit
     from .documents import Document, documents_from_texts
     from .journal import Journal
     from .pipeline import ScoreRequest, score
@@ -13,10 +14,12 @@ if TYPE_CHECKING:
     from .sweep import sweep
 
 __all__ = [
+    "AuditReport",
     "Document",
     "Journal",
     "ScoreRequest",
     "TTTConfig",
+    "audit",
     "documents_from_texts",
     "read_documents_csv",
     "score",

@@ -5,7 +5,7 @@ chunks of `chunk`; chunk j is scored inside a window of up to `window` tokens th
 says where it begins: TTTConfig.window_start.
 """
 
-import logging
+import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -13,10 +13,8 @@ from typing import Any
 import numpy as np
 
 from ..model.corpus import Document as TextDocument
-from ..model.tokenizer import SPACE, Tokenizer, TokenizerError
+from ..model.tokenizer import Tokenizer, TokenizerError, first_difference
 from .protocols import START, TTTConfig
-
-log = logging.getLogger(__name__)
 
 ENCODE_BATCH = 256
 """Texts tokenized at a time: bounds memory and feeds the tokenizer's threads."""
@@ -26,12 +24,20 @@ ENCODE_BATCH = 256
 class Document:
     """One document to score: uint16 `tokens` [n + 1] of which the first is BOS, and the UTF-8 bytes of its text.
 
+    `text_sha256` is the hex SHA-256 of the text; empty where a document came as tokens.
+
     Example: document = Document("notes", tokenizer.encode(text), len(text.encode()))
     """
 
     name: str
     tokens: np.ndarray
     bytes: int
+    text_sha256: str = ""
+
+    @property
+    def sha256(self) -> str:
+        """Hex SHA-256 of the text, or of the tokens where there is no text."""
+        return self.text_sha256 or hashlib.sha256(self.tokens.tobytes()).hexdigest()
 
     @property
     def targets(self) -> int:
@@ -44,22 +50,17 @@ def documents_from_texts(texts: Iterable[TextDocument], tokenizer: Tokenizer, th
 
     `texts` are `klora.model.corpus.Document`s of a name and a text, as a Corpus yields them.
 
-    Raises TokenizerError where a text's tokens stand for another number of bytes. There are two exceptions. One is the
-    mark that SentencePiece has for a space: where a text has it, its tokens say a space, and a warning names the
-    document. The other is a tokenizer that normalises: its tokens must stand for the normalised text, and a warning
-    says what it changes.
+    Raises TokenizerError where a text's tokens do not give it back, as of one with U+2581, SentencePiece's own mark of
+    a space, and of one that the tokenizer normalises: bits per byte would be of another text.
 
     Example: documents = list(documents_from_texts(Corpus.text(["essays"]).documents(), tokenizer))
     """
     batch: list[TextDocument] = []
-    for note in tokenizer.notes_on_text():
-        log.warning(note)
 
     def encoded() -> Iterator[Document]:
         tokens = tokenizer.encode_many([document.text for document in batch], threads)
         for document, ids in zip(batch, tokens, strict=True):
-            _check_bytes(document, ids, tokenizer)
-            yield Document(document.name, ids, len(document.text.encode()))
+            yield document_of(document.name, document.text, ids, tokenizer)
 
     for text in texts:
         batch.append(text)
@@ -69,24 +70,16 @@ def documents_from_texts(texts: Iterable[TextDocument], tokenizer: Tokenizer, th
     yield from encoded()
 
 
-def _check_bytes(document: TextDocument, ids: np.ndarray, tokenizer: Tokenizer) -> None:
-    counted, marks = int(tokenizer.target_bytes(ids).sum()), document.text.count(SPACE)
-    if tokenizer.changes:
-        wanted = len(tokenizer.normalise(document.text).encode())
-    else:
-        wanted = len(document.text.encode()) - marks * (len(SPACE.encode()) - 1)
-    if counted != wanted:
+def document_of(name: str, text: str, ids: np.ndarray, tokenizer: Tokenizer) -> Document:
+    """The document of a text and its tokens. TokenizerError where they are not the tokens of exactly this text."""
+    encoded, counted, found = text.encode(), int(tokenizer.target_bytes(ids).sum()), tokenizer.decode(ids)
+    if found != text or counted != len(encoded):
         raise TokenizerError(
-            f"document {document.name!r} has {wanted:,} bytes of text, but its tokens stand for {counted:,}; give the "
-            "tokenizer that keeps this text as it is, or leave the document out"
+            f"document {name!r} has {len(encoded):,} bytes of text, and its tokens stand for {counted:,}"
+            f"{first_difference(text, found)}: its bits per byte would be of another text; give a tokenizer that keeps "
+            "this text as it is, or leave the document out"
         )
-    if marks:
-        log.warning(
-            "document %r has the character U+2581 %d times: the tokenizer reads it as a space; its bits per byte are "
-            "over the bytes of the text",
-            document.name,
-            marks,
-        )
+    return Document(name, ids, len(encoded), hashlib.sha256(encoded).hexdigest())
 
 
 def documents_from_tokens(pairs: Iterable[tuple[str, np.ndarray]], tokenizer: Tokenizer) -> Iterator[Document]:
@@ -100,9 +93,9 @@ def documents_from_tokens(pairs: Iterable[tuple[str, np.ndarray]], tokenizer: To
         yield Document(name, tokens, int(tokenizer.target_bytes(tokens).sum()))
 
 
-def facts_of_texts(tokenizer: Tokenizer) -> dict[str, Any]:
+def facts_of_texts() -> dict[str, Any]:
     """What a result of texts says of its bytes: of which text they are, and sentences that belong beside it."""
-    return {"bytes_of": "original text" if tokenizer.changes else "text", "notes": list(tokenizer.notes_on_text())}
+    return {"bytes_of": "text", "notes": []}
 
 
 def facts_of_tokens(documents: Iterable[Document], tokenizer: Tokenizer) -> dict[str, Any]:

@@ -452,7 +452,8 @@ class Engine:
         run = Run([documents[index] for index in order], self.config)
         record = self.record[: self._records * len(self.tokens)].view(self._records, -1).cpu().numpy()
         rows = np.zeros(len(order), np.int64) if kept_pass is None or self._records == 1 else np.array(kept_pass)[order]
-        found = [record[r, o + 1 : o + 1 + n] for r, o, n in zip(rows, run.offsets, run.targets, strict=True)]
+        # Copies: on a CPU the record is the engine's own, which the next documents overwrite.
+        found = [record[r, o + 1 : o + 1 + n].copy() for r, o, n in zip(rows, run.offsets, run.targets, strict=True)]
         return [found[place] for place in np.argsort(order)]
 
     def _read(self, run: "Run") -> Adapted:

@@ -267,23 +267,26 @@ def open_journal(
 
 
 def settings_of(
-    artifact_sha256: str, documents: Sequence[Document], config: TTTConfig, prequant: bool
+    artifact_sha256: str, documents: Sequence[Document], config: TTTConfig, prequant: bool, **more: str
 ) -> dict[str, Any]:
     """What a journal belongs to, by name. The batch size and the deadline change no document's score, and are left out.
 
-    The documents are named by a digest of their names and tokens.
+    The documents are named by a digest of their names, texts and tokens. `more` is what else a score depends on.
     """
     settings = {name: value for name, value in config.to_dict().items() if name not in ("batch", "deadline")}
     digest = hashlib.sha256()
     for document in documents:
-        digest.update(document.name.encode(errors="surrogateescape") + b"\0" + document.tokens.tobytes())
+        digest.update(document.name.encode(errors="surrogateescape") + b"\0" + document.sha256.encode())
+        digest.update(document.tokens.tobytes())
     texts = f"{len(documents):,} of digest {digest.hexdigest()}"
-    return {"artifact": artifact_sha256, "documents": texts, "prequant": prequant, **settings}
+    return {"artifact": artifact_sha256, "documents": texts, "prequant": prequant, **more, **settings}
 
 
-def fingerprint(artifact_sha256: str, documents: Sequence[Document], config: TTTConfig, prequant: bool) -> str:
+def fingerprint(
+    artifact_sha256: str, documents: Sequence[Document], config: TTTConfig, prequant: bool, **more: str
+) -> str:
     """One hash of :func:`settings_of`."""
-    settings = settings_of(artifact_sha256, documents, config, prequant)
+    settings = settings_of(artifact_sha256, documents, config, prequant, **more)
     return hashlib.sha256(json.dumps(settings).encode()).hexdigest()
 
 

@@ -15,7 +15,7 @@ import gc
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -30,7 +30,7 @@ from ..model.weights import Weights, frozen_weights
 from .base import BaseNll
 from .documents import Document
 from .engine import ROWS, Engine, engine_of, memory_of
-from .journal import Journal, NoJournal
+from .journal import Journal, JournalError, NoJournal
 from .phases import groups_of
 from .protocols import TTTConfig
 from .queue import DocumentQueue, HandsOut, LostStore, Taken
@@ -45,6 +45,9 @@ the same bits. auto: the engine on a GPU, elsewhere uncaptured."""
 CPU_ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48)
 """Numbers of places that steps are made for on a CPU, where an empty place costs as much as a full one and a step that
 is not captured costs nothing to make."""
+
+RESCORED = 1e-5
+"""Relative difference up to which a document that is scored again has the NLL that its journal kept."""
 
 CPU_EVERY = 1.0
 """Seconds after which documents that are through are handed over on a CPU, where there is no device to wait for."""
@@ -89,6 +92,8 @@ class ScoreRequest:
     progress: gets (phase, targets done, targets in all).
     say: hears what the engine chose.
     facts: go into the result, with those of the engine and of the ranks.
+    keeps_nll: whether the result has the NLL of every target; of one process alone. Documents that the journal holds
+    are scored again for it.
 
     Example: request = ScoreRequest(model, [document], ttt_preset())
     """
@@ -104,6 +109,7 @@ class ScoreRequest:
     progress: Callable[[str, int, int], None] = lambda phase, done, total: None
     say: Callable[[str], None] = lambda text: None
     facts: dict[str, Any] = field(default_factory=dict)
+    keeps_nll: bool = False
 
 
 @torch.inference_mode(False)  # adapters are trained here, also for a caller that evaluates
@@ -116,7 +122,8 @@ def score(request: ScoreRequest) -> ScoreResult:
 
     Interrupted: the request's `should_stop` said so; the journals hold what was finished. NonFiniteScore: an NLL of an
     unadapted model that is no number. LostStore: the ranks' store, or the first rank, is gone. JournalError: a journal
-    of other documents. ConfigError: a scorer that does not exist or does not run on the model's device.
+    of other documents, or with `keeps_nll` one that says another NLL of a document than scoring it again. ConfigError:
+    a scorer that does not exist or does not run on the model's device, or `keeps_nll` on several ranks.
 
     Example: result = score(ScoreRequest(model, [document], ttt_preset()))
     """
@@ -125,6 +132,8 @@ def score(request: ScoreRequest) -> ScoreResult:
         model.requires_grad_(False)
     run = _Run(request, request.queue or DocumentQueue(), request.journal or NoJournal(), scorer)
     run.journal.require_of(request.documents)
+    if request.keeps_nll and run.queue.is_shared:
+        raise ConfigError("the NLL of every target is not kept by several ranks; score in one process")
     try:
         with run.timed("score") if run.queue.is_shared else nullcontext():
             facts = run.everything()
@@ -144,7 +153,35 @@ def score(request: ScoreRequest) -> ScoreResult:
             run.gains.choose(request.documents, results)
 
         attempt("the choice of a document for the report", choose, run.say)
-    return ScoreResult(results, request.config, run.seconds, request.facts | {"scorer": scorer} | facts, run.gains)
+    nll = None
+    if request.keeps_nll:
+        nll = run.target_nll()
+        missing = [i for i, result in enumerate(results) if not run.knows_nll(i, result, nll[i])]
+        for index, found in _scored_again(request, results, missing).items():
+            nll[index] = found
+    facts = request.facts | {"scorer": scorer, "threads": torch.get_num_threads()} | facts
+    hashes = [document.sha256 for document in request.documents]
+    return ScoreResult(results, request.config, run.seconds, facts, run.gains, hashes, nll)
+
+
+def _scored_again(
+    request: ScoreRequest, results: Sequence[DocumentResult], indices: Sequence[int]
+) -> dict[int, np.ndarray]:
+    """The NLL of every target of documents of which only the sum is known: from the journal of an interrupted run."""
+    if not indices:
+        return {}
+    among = range(len(results)) if request.config.phases else indices
+    documents, config = [request.documents[index] for index in among], request.config.override({"deadline": 0.0})
+    again = score(replace(request, documents=documents, config=config, journal=None, prequant=None, queue=None))
+    found = dict(zip(among, zip(again.documents, again.nll, strict=True), strict=True))
+    for index in indices:
+        kept, new = results[index].adapted_nats, found[index][0].adapted_nats
+        if abs(kept - new) > RESCORED * max(abs(new), 1.0):
+            raise JournalError(
+                f"the journal says that {results[index].name!r} has {kept} nats, and scoring it again gives {new}; "
+                "give --overwrite to start afresh"
+            )
+    return {index: found[index][1] for index in indices}
 
 
 class _Run:
@@ -166,6 +203,7 @@ class _Run:
         self.engine_facts: dict[str, Any] = {}
         self.groups = groups_of(self.documents, self.config.phases)
         self.group_of = {index: number for number, group in enumerate(self.groups) for index in group}
+        self.adapted_nll: dict[int, np.ndarray] | None = {} if request.keeps_nll else None
         self.engine: Engine | None = None
         self._note_time_at = 1.0 + sum(self.seconds.values())
         self.learnt = self.targets_before = self.targets_to_adapt = 0
@@ -361,6 +399,18 @@ class _Run:
         nll = self._nll(phase)[:, self.begins[index] + 1 + start : self.ends[index]]
         return float(nll[0].sum(dtype=np.float64)), float(nll[1].sum(dtype=np.float64))
 
+    def target_nll(self) -> list[np.ndarray]:
+        """The NLL [targets] of every document that this process scored: the adapted model's, then the base model's."""
+        found, base = [], self._nll("base")[0]
+        for index in range(len(self.documents)):
+            head = self.adapted_nll.get(index, base[:0])
+            found.append(np.concatenate([head, base[self.begins[index] + 1 + len(head) : self.ends[index]]]))
+        return found
+
+    def knows_nll(self, index: int, result: DocumentResult, nll: np.ndarray) -> bool:
+        """Whether `nll` is what made a result, and not what the base model said instead."""
+        return result.adapted_tokens == len(self.adapted_nll.get(index, ())) and bool(np.isfinite(nll).all())
+
     def finish(self, indices: Sequence[int], adapted: Adapted | None = None) -> None:
         """Make the results of documents known: the base model's, joined with what adapting them gave."""
         if not indices:
@@ -429,6 +479,10 @@ class _Run:
         if rest:
             self.tick()  # what was stopped is lost; what the deadline left out is finished
         self.finish([indices[place] for place in rest], adapted.of(np.array(rest, dtype=np.int64)))
+        if self.adapted_nll is not None:
+            read = engine.token_nll([self.documents[index] for index in indices], adapted.kept_pass)
+            for index, reached, nll in zip(indices, adapted.targets, read, strict=True):
+                self.adapted_nll[index] = nll[:reached]
         if self.gains is not None:
             attempt("the gain along the documents", lambda: self._keep_gains(engine, indices, adapted), self.say)
         if self.config.phases:  # one engine for all groups, whose facts of a run are those of the last one
@@ -476,7 +530,11 @@ class _Run:
             return self.engine
         rows, capture = CPU_ROWS if self._is_on_cpu else ROWS, False if self.scorer == UNCAPTURED else None
         held = self.documents if self.config.phases else documents
-        engine = engine_of(self.weights, self.config, held, rows=rows, capture=capture)
+        config = self.config
+        if self._is_on_cpu and torch.get_num_threads() > 1:
+            # Several threads share out a product's rows by how many there are: a batch would change the last bits.
+            config = config.override({"batch": 1})
+        engine = engine_of(self.weights, config, held, rows=rows, capture=capture)
         self.say(memory_of(engine.facts))
         if self.config.phases:
             self.engine = engine

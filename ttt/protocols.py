@@ -2,12 +2,13 @@
 
 | protocol | passes | what is recorded | valid score? |
 |---|---|---|---|
-| score_first | one | a chunk's loss before any update that has seen it | yes |
+| score_first | one | a chunk's loss before any update that has seen it | yes, in the layout `start` |
 | multi_epoch | `epochs` | the last pass: its weights were trained on the same targets | no, LEAKY |
 | min_nll | `epochs` | each document's best pass: hindsight on top of that | no, LEAKY |
 
 The leaky two exist to reproduce earlier work and to show what a leak is worth. Whatever prints or stores their result
-goes through :func:`label`.
+goes through :func:`label`. In the layout `original` a score can depend on how its document goes on: nothing leaks into
+the weights, but it is not strictly causal, and not called valid.
 """
 
 import math
@@ -32,6 +33,10 @@ LEAK_WARNING = (
     "They are not a valid score and must not be reported as one; use score_first."
 )
 
+NOT_CAUSAL = (
+    "not a valid score: with layout=original the last window and what is adapted depend on where a document ends, so "
+    "that a score can depend on text after it; layout=start does not"
+)
 
 MIN_TOKENS = 512
 
@@ -205,6 +210,16 @@ class TTTConfig(Settings):
         return self.protocol != SCORE_FIRST
 
     @property
+    def is_causal(self) -> bool:
+        """Whether a target's score depends on the text up to it alone: one pass in the layout `start`."""
+        return not self.is_leaky and self.layout == START
+
+    @property
+    def learns(self) -> bool:
+        """Whether any step can change an adapter; where none can, the base model's score is the score."""
+        return self.lr > 0 or bool(self.phases and self.phase_lr)
+
+    @property
     def passes(self) -> int:
         """How often a document is read: once, or `epochs` times in a leaky protocol."""
         return self.epochs if self.is_leaky else 1
@@ -220,15 +235,22 @@ class TTTConfig(Settings):
         return (self.trained_from + 1) * self.chunk
 
     def adapts(self, targets: Any) -> Any:
-        """Whether a document of `targets` targets is adapted, not left to the base model: of an int or of an array."""
-        return targets > self.first_adapted if self.layout == START else targets + 1 >= self.min_tokens
+        """Whether a document of `targets` targets is adapted, not left to the base model: of an int or of an array.
+
+        With the context `cached` a document that outgrows its first window is, too: from there on the base model reads
+        windows anew, and a document that goes on would have been scored from what is kept.
+        """
+        if self.layout == ORIGINAL:
+            return targets + 1 >= self.min_tokens
+        in_sight = self.window // self.chunk * self.chunk
+        return targets > (min(self.first_adapted, in_sight) if self.context == CACHED else self.first_adapted)
 
     def is_left_to_base(self, targets: int, group: int) -> bool:
         """Whether a document of `targets` targets in that group of the phases is left to the base model.
 
-        In later groups even the first target is scored by an adapter that has learned.
+        In later groups even the first target is scored by an adapter that has learned. At a rate of zero none has.
         """
-        return not targets if group else not self.adapts(targets)
+        return not self.learns or (not targets if group else not self.adapts(targets))
 
     def temperature_of(self, chunk: int) -> float:
         """What divides the logits of a chunk's targets in a document that is adapted."""

@@ -144,7 +144,7 @@ def _page(result: ScoreResult, png: bytes, missing: str, token_bytes: TokenBytes
         title=escape(f"klora report: {label(config.protocol)}"),
         banner=f'<p class="leak" role="alert">{escape(LEAK_WARNING)}</p>\n' if config.is_leaky else "",
         heading=escape(heading),
-        about=escape("Lower is better." if config.is_leaky else f"Lower is better. {WHY_VALID}"),
+        about=escape("Lower is better." if result.why_not_valid else f"Lower is better. {WHY_VALID}"),
         notes="".join(f"\n<p><b>{escape(_clean(_sentence(note)))}</b></p>" for note in result.notes),
         cards="\n".join(_card(*card) for card in cards),
         differences=_differences(result, totals),

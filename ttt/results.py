@@ -22,7 +22,7 @@ import numpy as np
 from ..errors import KloraError
 from ..model.storage import replacing, write_text
 from .documents import Document
-from .protocols import LEAK_WARNING, LEAKY, TTTConfig, label
+from .protocols import LEAK_WARNING, LEAKY, NOT_CAUSAL, TTTConfig, label
 
 if TYPE_CHECKING:
     from .token_gains import TokenGains
@@ -180,7 +180,8 @@ class ScoreResult:
     """Every document's result, the config they were scored with, seconds by phase and facts of the run.
 
     Of the facts, `notes` are sentences that belong beside every number; `bytes_of` says of which text the bytes are.
-    `token_gains` is for the report alone, where the run could keep it.
+    `token_gains` is for the report alone, where the run could keep it. `sha256` of each document is that of its text,
+    or of its tokens where there is no text. `nll` has each document's targets [n] in nats, where they were asked for.
     """
 
     documents: Sequence[DocumentResult]
@@ -188,6 +189,8 @@ class ScoreResult:
     seconds: dict[str, float]
     facts: dict[str, Any] = field(default_factory=dict)
     token_gains: "TokenGains | None" = field(default=None, compare=False, repr=False)
+    sha256: Sequence[str] = ()
+    nll: Sequence[np.ndarray] | None = field(default=None, compare=False, repr=False)
 
     @property
     def deadline_hit(self) -> bool:
@@ -207,6 +210,8 @@ class ScoreResult:
         what scores depend on.
         """
         notes, phases = [*self.facts.get("notes", ()), *self._note_on_diverged()], self.config.phases
+        if not (self.config.is_leaky or self.config.is_causal):
+            notes = [*notes, NOT_CAUSAL]
         if not phases:
             return notes
         times = "once" if phases == 1 else f"{phases:,} times"
@@ -227,6 +232,17 @@ class ScoreResult:
             f"{documents} diverged ({listed}): from the first target whose adapted NLL is no number, the base model's "
             "score counts; try a smaller lr, alpha or weight_decay, or a temperature nearer to 1"
         ]
+
+    @property
+    def why_not_valid(self) -> list[str]:
+        """Why the score may not be reported as one; empty where it is valid."""
+        reasons = {
+            LEAK_WARNING: self.config.is_leaky,
+            NOT_CAUSAL: not (self.config.is_leaky or self.config.is_causal),
+            "not a valid score: the deadline left text to the base model, and how much depends on the speed of the "
+            "machine and on where documents end": self.deadline_hit,
+        }
+        return [reason for reason, holds in reasons.items() if holds]
 
     @property
     def bytes_of(self) -> str:
@@ -268,12 +284,13 @@ class ScoreResult:
         }
 
     def to_json(self) -> dict[str, Any]:
-        """The whole result as JSON values. `valid_score` is false for a leaky protocol, with the warning beside it."""
+        """The whole result as JSON values. Where `valid_score` is false, `why_not_valid` says why."""
         leak = {"label": LEAKY, "warning": LEAK_WARNING} if self.config.is_leaky else {}
         return {
             "protocol": self.config.protocol,
             "protocol_label": label(self.config.protocol),
-            "valid_score": not self.config.is_leaky,
+            "valid_score": not self.why_not_valid,
+            **({"why_not_valid": self.why_not_valid} if self.why_not_valid else {}),
             "depends_on_earlier_documents": self.config.phases > 0,
             **leak,
             "totals": self.totals(),
@@ -281,8 +298,14 @@ class ScoreResult:
             "config": self.config.to_dict(),
             **self.facts,
             **({"notes": list(self.notes)} if self.notes else {}),
-            "documents": [{**asdict(d), "base_bpb": d.base_bpb, "adapted_bpb": d.adapted_bpb} for d in self.documents],
+            "documents": [
+                {**asdict(d), "base_bpb": d.base_bpb, "adapted_bpb": d.adapted_bpb} | hashed
+                for d, hashed in zip(self.documents, self._hashes(), strict=True)
+            ],
         }
+
+    def _hashes(self) -> list[dict[str, str]]:
+        return [{"sha256": digest} for digest in self.sha256] if self.sha256 else [{}] * len(self.documents)
 
     def write(self, folder: Path) -> None:
         """Write documents.csv and score.json into `folder`, from which everything of an earlier run goes first.

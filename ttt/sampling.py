@@ -23,10 +23,11 @@ def is_for_tuning(document: Document) -> bool:
 def sample(documents: Sequence[Document], tokens: int) -> list[Document]:
     """Whole documents of up to `tokens` targets in all, in the order that they are given.
 
-    They are chosen in the order of their names' hashes, passing over those that no longer fit.
+    They are chosen in the order of their texts' hashes, passing over those that no longer fit: a file that is renamed
+    moves none.
     """
     chosen, total = set(), 0
-    for index in sorted(range(len(documents)), key=lambda index: name_digest(documents[index].name)):
+    for index in sorted(range(len(documents)), key=lambda index: documents[index].sha256):
         if total + documents[index].targets <= tokens:
             chosen.add(index)
             total += documents[index].targets

@@ -16,7 +16,7 @@ from .model.gpt import GPT
 from .model.loading import model_from_artifact, model_from_run, tokenizer_of, tokenizer_of_run
 from .model.tokenizer import Tokenizer, TokenizerError
 from .ttt.base import BaseNll
-from .ttt.documents import Document, facts_of_texts
+from .ttt.documents import Document, document_of, facts_of_texts
 from .ttt.pipeline import ScoreRequest, score
 from .ttt.protocols import SCORE_FIRST, TTTConfig, ttt_preset
 from .ttt.results import BASE_ALONE, ScoreResult, unadapted
@@ -102,9 +102,10 @@ class LanguageModel:
     def score(self, documents: str | Iterable[str] | Mapping[str, str]) -> ScoreResult:
         """Bits per byte of the model as it is: `.totals()["base_bpb"]`, and `base_bpb` of each of `.documents`.
 
-        Bytes are the text's own in UTF-8; `.notes` says where the tokenizer normalises it.
+        Bytes are the text's own in UTF-8.
 
-        TokenizerError: a document that is no text. NonFiniteScore: an NLL that is no number.
+        TokenizerError: a document that is no text, or that the tokenizer does not keep as it is. NonFiniteScore: an NLL
+        that is no number.
 
         Example: bpb = lm.score("one text").totals()["base_bpb"]
         """
@@ -113,7 +114,7 @@ class LanguageModel:
         results = [
             replace(unadapted(document, config, base.of(i)), status=BASE_ALONE) for i, document in enumerate(read)
         ]
-        return ScoreResult(results, config, {}, facts_of_texts(self.tokenizer))
+        return ScoreResult(results, config, {}, facts_of_texts(), sha256=[document.sha256 for document in read])
 
     def adapt(
         self,
@@ -129,21 +130,20 @@ class LanguageModel:
         `settings` are fields of :class:`~klora.ttt.TTTConfig`, such as `chunk=64`. The weights do not change; they
         require no gradient afterwards.
 
-        ConfigError: no such preset, protocol or setting. TokenizerError: a document that is no text. NonFiniteScore: an
-        NLL that is no number, as of an adapter that diverged.
+        ConfigError: no such preset, protocol or setting. TokenizerError: a document that is no text, or that the
+        tokenizer does not keep as it is. NonFiniteScore: an NLL that is no number, as of an adapter that diverged.
 
         Example: totals = lm.adapt({"notes": "one text"}, chunk=64).totals()
         """
         config: TTTConfig = ttt_preset(preset, protocol).override(settings)
-        facts = facts_of_texts(self.tokenizer)
-        return score(ScoreRequest(self.model, self._documents(documents), config, facts=facts))
+        return score(ScoreRequest(self.model, self._documents(documents), config, facts=facts_of_texts()))
 
     def _documents(self, documents: str | Iterable[str] | Mapping[str, str]) -> list[Document]:
         if isinstance(documents, str):
             documents = [documents]
         if not isinstance(documents, Mapping):
             documents = {str(number): text for number, text in enumerate(documents)}
-        return [Document(name, self._encode(text), len(text.encode())) for name, text in documents.items()]
+        return [document_of(name, text, self._encode(text), self.tokenizer) for name, text in documents.items()]
 
     def _encode(self, text: str) -> np.ndarray:
         """BOS and the text's tokens; TokenizerError for what is no text."""

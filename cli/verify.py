@@ -1,0 +1,73 @@
+"""`klora verify`: recompute a share of a stored score."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..model.artifact import load_artifact
+from ..model.config import ConfigError
+from ..model.loading import model_from_artifact, tokenizer_of
+from ..model.parallel import own_device
+from ..model.train import device_name
+from ..ttt.audit import AuditReport, Check
+from ..ttt.verify import RELATIVE, Stored, read_nll
+from ..ttt.verify import verify as verify_stored
+from . import options
+from .audit import finish
+from .console import Output
+from .score import documents_of, hashes_of, versions
+
+
+def verify(
+    result: Annotated[Path, typer.Argument(help="score.json that `klora score` wrote.")],
+    artifact: Annotated[Path, typer.Option("--artifact", help="The artifact that was scored.")],
+    text: options.Text = None,
+    jsonl: options.Jsonl = None,
+    field: options.Field = "text",
+    shards: options.Shards = None,
+    nll: Annotated[
+        Path | None, typer.Option("--nll", metavar="FILE", help="Also compare each target with `klora score --nll`.")
+    ] = None,
+    share: Annotated[
+        float, typer.Option("--share", min=0.0, max=1.0, help="Share of the documents to recompute; at least one is.")
+    ] = 0.05,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Draws the documents.")] = 0,
+    rounding: Annotated[
+        float,
+        typer.Option(
+            "--rounding",
+            min=0.0,
+            help="Share of a document's nats by which they may differ where versions, device, threads or scorer do. "
+            "Where none does, they must be the same to the bit.",
+        ),
+    ] = RELATIVE,
+    device: options.Device = "auto",
+    as_json: options.Json = False,
+) -> None:
+    """Recompute a random share of a stored score and compare it with what score.json says.
+
+    The documents are those that were scored: all of the source, whether or not a sample was. Files may have other
+    names, as a document is known by the hash of its text. Exit status 0 where all is as it says, 1 where it is not.
+
+    Example: klora verify scores/score.json --artifact tiny.klora --jsonl held-out.jsonl
+    """
+    output = Output(as_json)
+    if shards and (text or jsonl):
+        raise ConfigError("--shards was given together with --text or --jsonl; give one of them")
+    options.require_field_is_read(field, jsonl)
+    stored = Stored(result)
+    kept = read_nll(nll, stored) if nll else None
+    loaded, chosen = load_artifact(artifact), own_device(device)
+    here = hashes_of(loaded)
+    same = here == stored.hashes
+    says = "header and payload have the hashes of the result" if same else f"{here} is another than {stored.hashes}"
+    checks = [Check("artifact", same, says)]
+    if same:
+        documents = documents_of((text, jsonl, field, shards), tokenizer_of(loaded), loaded.provenance)
+        model = model_from_artifact(loaded, chosen, stored.weights)
+        setting = {"versions": versions(), "device": device_name(chosen)}
+        about = {"share": share, "seed": seed, "rounding": rounding, "nll": kept}
+        report = verify_stored(stored, model, documents, setting, **about)
+        checks += report.checks
+    finish(output, AuditReport(tuple(checks), report.unseen if same else ("everything else",)), {"result": str(result)})

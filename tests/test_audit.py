@@ -1,0 +1,542 @@
+"""The audit: every planted cheat is refused for its reason, and the honest scorer and what is called valid pass."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import SMALL, randomized
+from forks import Forked
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from klora.kernels import BOS
+from klora.model.artifact import save_artifact
+from klora.model.gpt import GPT
+from klora.model.loading import model_from_artifact
+from klora.ttt.audit import ROUNDING as ALLOWED
+from klora.ttt.audit import UNSEEN, AuditError, audit, audit_model, full_softmax, scorer_of
+from klora.ttt.base import BaseNll
+from klora.ttt.documents import Document
+from klora.ttt.engine import engine_of
+from klora.ttt.phases import groups_of
+from klora.ttt.pipeline import ScoreRequest, score
+from klora.ttt.protocols import TTTConfig
+from klora.ttt.queue import Deadline
+from klora.ttt.results import SHORT
+
+VOCAB = 48
+TINY = dataclasses.replace(SMALL, vocab_size=260, width=16, blocks=2, heads=2, kv_heads=1, mlp_hidden=24)
+STRICT = TTTConfig(layout="start", chunk=8, window=32, lora_rank=2, head_rank=3, lr=0.02, temperature=1.0)
+ROUNDING = 1e-4
+
+
+def document(targets: int, seed: int) -> np.ndarray:
+    """Words that come again and again, so that there is something to learn."""
+    random = np.random.default_rng(seed)
+    words = random.integers(3, VOCAB, (3, 4))
+    tokens = np.concatenate([[BOS], words[random.integers(0, 3, targets)].flatten()[:targets]])
+    return tokens.astype(np.uint16)
+
+
+DOCUMENTS = [document(30, 0), document(17, 1), document(8, 2)]
+
+
+@pytest.fixture(scope="module")
+def model() -> GPT:
+    return randomized(TINY).requires_grad_(False)
+
+
+class Counts:
+    """An honest scorer that adapts: add-half counts of the document so far. Cheats change one thing of it."""
+
+    def __init__(self):
+        self.counts = np.full(VOCAB, 0.5)
+
+    def start(self) -> None:
+        self.counts = np.full(VOCAB, 0.5)
+
+    def distribution(self, tokens: np.ndarray, at: int) -> np.ndarray:
+        return self.counts / self.counts.sum()
+
+    def update(self, tokens: np.ndarray, at: int) -> None:
+        self.counts[tokens[at]] += 1
+
+    def nll(self, tokens: np.ndarray, at: int) -> float:
+        return -float(np.log(self.distribution(tokens, at)[tokens[at]]))
+
+    def document(self, tokens: np.ndarray) -> np.ndarray:
+        self.start()
+        nll = []
+        for at in range(1, len(tokens)):
+            nll.append(self.nll(tokens, at))
+            self.update(tokens, at)
+        return np.array(nll)
+
+    def __call__(self, documents: list[np.ndarray]) -> list[np.ndarray]:
+        return [self.document(tokens) for tokens in documents]
+
+
+class Smaller(Counts):
+    """loss x 0.9: a temperature on the loss."""
+
+    def nll(self, tokens, at):
+        return 0.9 * super().nll(tokens, at)
+
+
+class Raised(Counts):
+    """The target's logit + 5 before the softmax: normalised over the vocabulary, and conditioned on the target."""
+
+    def distribution(self, tokens, at):
+        raised = super().distribution(tokens, at).copy()
+        raised[tokens[at]] *= np.exp(5)
+        return raised / raised.sum()
+
+
+class Hotter(Counts):
+    """A temperature that is chosen for each target by what suits it."""
+
+    def nll(self, tokens, at):
+        logits = np.log(self.distribution(tokens, at))
+        return min(-(logits / t - np.log(np.exp(logits / t).sum()))[tokens[at]] for t in (0.5, 1.0, 2.0))
+
+
+class NeverReset(Counts):
+    """Adapters that are never reset."""
+
+    def start(self):
+        pass
+
+
+class KeptInACall(Counts):
+    """Adapters that are reset for each call, and not for each document."""
+
+    def start(self):
+        pass
+
+    def __call__(self, documents):
+        Counts.start(self)
+        return super().__call__(documents)
+
+
+class AfterUpdate(Counts):
+    """Every target scored after the update that has seen it."""
+
+    def document(self, tokens):
+        self.start()
+        nll = []
+        for at in range(1, len(tokens)):
+            self.update(tokens, at)
+            nll.append(self.nll(tokens, at))
+        return np.array(nll)
+
+
+class AfterItsChunk(Counts):
+    """Every chunk of four scored after the update that has seen it."""
+
+    def document(self, tokens):
+        self.start()
+        nll = []
+        for begin in range(1, len(tokens), 4):
+            chunk = range(begin, min(begin + 4, len(tokens)))
+            for at in chunk:
+                self.update(tokens, at)
+            nll += [self.nll(tokens, at) for at in chunk]
+        return np.array(nll)
+
+
+class BestPass(Counts):
+    """Two passes, of which each document keeps the better."""
+
+    def document(self, tokens):
+        first = super().document(tokens)
+        second = np.array([self.nll(tokens, at) for at in range(1, len(tokens))])
+        return min(first, second, key=np.sum)
+
+
+class RateByLength(Counts):
+    """A schedule that is stretched over the length of the document."""
+
+    def document(self, tokens):
+        self.rate = 1 / len(tokens)
+        return super().document(tokens)
+
+    def update(self, tokens, at):
+        self.counts[tokens[at]] += self.rate
+
+
+class LastFree(Counts):
+    """The last target of a document costs nothing."""
+
+    def document(self, tokens):
+        nll = super().document(tokens)
+        nll[-1:] = 0.0
+        return nll
+
+
+class LastDropped(Counts):
+    """The last target of a document is left out."""
+
+    def document(self, tokens):
+        return super().document(tokens)[:-1]
+
+
+class WithoutBos(Counts):
+    """BOS dropped: the first token is nobody's target."""
+
+    def document(self, tokens):
+        return super().document(tokens[1:])
+
+
+class FirstFree(Counts):
+    """BOS dropped, and a zero in the place of the first target."""
+
+    def document(self, tokens):
+        return np.concatenate([[0.0], super().document(tokens[1:])])[: len(tokens) - 1]
+
+
+class TwoBos(Counts):
+    """BOS duplicated: it is a target itself, an easy one."""
+
+    def document(self, tokens):
+        return super().document(np.concatenate([tokens[:1], tokens]))
+
+
+class Lookahead(Counts):
+    """The distribution reads one token further than the target."""
+
+    def distribution(self, tokens, at):
+        raised = super().distribution(tokens, at).copy()
+        raised[tokens[min(at + 1, len(tokens) - 1)] if at + 1 < len(tokens) else 0] += 0.3
+        return raised / raised.sum()
+
+
+class Remembers(Counts):
+    """A cache of documents that it has scored before, which cost half."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def document(self, tokens):
+        known = tokens.tobytes() in self.seen
+        self.seen.add(tokens.tobytes())
+        return super().document(tokens) * (0.5 if known else 1.0)
+
+
+class FirstIsDearer(Counts):
+    """The first document of a call is scored by another model."""
+
+    def __call__(self, documents):
+        first, *rest = super().__call__(documents)
+        return [first + 0.1, *rest]
+
+
+class NotANumber(Counts):
+    """A NaN, which a sum over finite values would leave out."""
+
+    def document(self, tokens):
+        nll = super().document(tokens)
+        nll[1:2] = np.nan
+        return nll
+
+
+class Certain(Counts):
+    """A bonus that makes some NLLs negative."""
+
+    def nll(self, tokens, at):
+        return super().nll(tokens, at) - 5.0
+
+
+NOT_NORMALISED = "they are no distribution that is fixed before the target is looked at"
+
+CHEATS = {
+    Smaller: ("vocabulary at target 1", NOT_NORMALISED),
+    Raised: ("vocabulary at target 1", NOT_NORMALISED),
+    Hotter: ("vocabulary at target 30", NOT_NORMALISED),
+    NeverReset: ("repeated", "something is kept between calls"),
+    KeptInACall: ("alone", "scores depend on the documents beside them or before them"),
+    AfterUpdate: ("vocabulary at target 1", NOT_NORMALISED),
+    AfterItsChunk: ("later text", "a score depends on text after its target"),
+    BestPass: ("later text", "a score depends on text after its target"),
+    RateByLength: ("length", "a score depends on how long its document is"),
+    LastFree: ("last target", "the last target of a document is not scored like any other"),
+    LastDropped: ("targets", "every token after BOS is a target, and BOS is none"),
+    WithoutBos: ("targets", "every token after BOS is a target, and BOS is none"),
+    FirstFree: ("vocabulary at target 1", NOT_NORMALISED),
+    TwoBos: ("targets", "every token after BOS is a target, and BOS is none"),
+    Lookahead: ("later text", "a score depends on text after its target"),
+    Remembers: ("repeated", "something is kept between calls"),
+    FirstIsDearer: ("order", "scores depend on the order of the documents"),
+    NotANumber: ("targets", "an NLL of nan"),
+    Certain: ("targets", "below 0: a probability above 1"),
+}
+
+
+def test_an_honest_scorer_passes_bit_for_bit():
+    report = audit(Counts(), DOCUMENTS, VOCAB)
+    assert report.passed, str(report)
+    names = [check.name for check in report.checks]
+    assert names[:8] == ["targets", "repeated", "alone", "order", "company", "later text", "length", "last target"]
+    assert names[8:] == [f"vocabulary at target {n}" for n in (1, 15, 30)] + ["random tokens"]
+    assert "bit for bit" in report.checks[1].evidence
+    assert str(report).endswith("not seen here: " + "; ".join(UNSEEN))
+    assert report.to_json()["passed"] is True and len(report.to_json()["checks"]) == len(names)
+
+
+@pytest.mark.parametrize("cheat", CHEATS)
+def test_a_planted_cheat_is_refused_for_its_reason(cheat):
+    report, (name, reason) = audit(cheat(), DOCUMENTS, VOCAB), CHEATS[cheat]
+    assert not report.passed and name in report.failed, str(report)
+    (evidence,) = (check.evidence for check in report.checks if check.name == name)
+    assert reason in evidence and f"FAIL  {name}: " in str(report)
+
+
+def test_random_tokens_alone_show_a_scorer_that_is_not_normalised():
+    """With a vocabulary of which most is left out of the sum, and of which nothing likely was tried."""
+
+    def cheap(documents):
+        return [np.full(len(tokens) - 1, 0.9 * np.log(50_000)) for tokens in documents]
+
+    report = audit(cheap, [document(200, 0)], 50_000, most_swapped=1000)
+    assert report.failed == ("random tokens",) and "by chance once in 1,000,000 at most" in str(report)
+    assert "of 50,000 tokens sum to" in report.checks[-2].evidence
+
+
+def test_a_tolerance_is_stated_and_covers_no_more_than_itself():
+    random = np.random.default_rng(0)
+
+    def noisy(documents):
+        return [nll + random.uniform(0, 1e-5, len(nll)) for nll in Counts()(documents)]
+
+    assert "repeated" in audit(noisy, DOCUMENTS, VOCAB).failed
+    report = audit(noisy, DOCUMENTS, VOCAB, tolerance=2e-5)
+    assert report.passed and "(allowed: 2e-05)" in report.checks[1].evidence
+    assert not audit(noisy, DOCUMENTS, VOCAB, tolerance=1e-7).passed
+
+
+def test_documents_that_show_nothing_are_refused():
+    for documents, says in (
+        ([], "none of 0 documents has four tokens"),
+        ([np.array([1, 5])], "none of 1 documents has four tokens"),
+        ([np.array([1.0, 2.0])], r"document 0 is float64 \[2\]; wanted integers"),
+        ([np.zeros((2, 2), int)], r"document 0 is int64 \[2, 2\]; wanted integers"),
+        ([np.array([1, 5, 6, 48])], "document 0 has tokens from 1 to 48; allowed: 0 to 47"),
+    ):
+        with pytest.raises(AuditError, match=says):
+            audit(Counts(), documents, VOCAB)
+
+
+def test_what_a_scorer_does_to_its_arrays_changes_nothing():
+    def careless(documents):
+        found = Counts()(documents)
+        for tokens in documents:
+            tokens[:] = 0
+        return found
+
+    assert audit(careless, DOCUMENTS, VOCAB).passed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("context", ["recomputed", "cached"])
+def test_score_first_passes(model, context):
+    config = STRICT.override({"context": context})
+    report = audit(scorer_of(model, config), DOCUMENTS, TINY.vocab_size, tolerance=ROUNDING)
+    assert report.passed, str(report)
+    check = full_softmax(model, config, DOCUMENTS[0], ROUNDING)
+    assert check.passed and f"{'adapted' if context == 'recomputed' else 'base'} model" in check.evidence
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("context", ["recomputed", "cached"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_score_first_passes_on_a_gpu(dtype, context):
+    """In captured graphs; the same length gives the same bits, whatever the text after it and beside it is."""
+    on_gpu = randomized(dataclasses.replace(TINY, width=128, mlp_hidden=192))
+    on_gpu.configure(torch.device("cuda"), dtype)
+    config = STRICT.override({"context": context, "chunk": 16, "window": 64})
+    documents = [document(size, size) for size in (90, 50, 12)]
+    report = audit_model(on_gpu.requires_grad_(False), config, documents, scorer="engine", tolerance=ALLOWED[dtype])
+    assert report.passed, str(report)
+    bits = [check for check in report.checks if check.name in ("repeated", "alone", "order", "company", "later text")]
+    assert len(bits) == 5 and all("bit for bit" in check.evidence for check in bits), str(report)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("protocol", ["multi_epoch", "min_nll"])
+def test_the_leaky_protocols_fail_for_their_reason(model, protocol):
+    config = TTTConfig(
+        chunk=8, window=32, min_tokens=16, lora_rank=2, head_rank=3, lr=0.02, protocol=protocol, epochs=3
+    )
+    report = audit(scorer_of(model, config), DOCUMENTS[:2], TINY.vocab_size, tolerance=ROUNDING, most_swapped=4000)
+    assert {"later text", "length", "last target"} <= set(report.failed), str(report)
+    assert "a score depends on text after its target" in str(report)
+
+
+@pytest.mark.slow
+def test_the_layout_original_fails_where_documents_are_cut(model):
+    """It is not leaky, and no later text of the same length matters; and it is not called valid."""
+    config = TTTConfig(chunk=8, window=32, min_tokens=16, lora_rank=2, head_rank=3, lr=0.02)
+    report = audit(scorer_of(model, config), DOCUMENTS[:2], TINY.vocab_size, tolerance=ROUNDING, most_swapped=4000)
+    assert "length" in report.failed and "later text" not in report.failed, str(report)
+    assert not config.is_causal and not config.is_leaky
+
+
+@torch.no_grad()
+def test_the_full_softmax_shows_an_nll_that_is_not_of_it(model, monkeypatch):
+    for tokens, which in ((DOCUMENTS[0], "adapted"), (DOCUMENTS[2], "base")):
+        check = full_softmax(model, STRICT.override({"lr": 0.05}), tokens, ROUNDING)
+        assert check.passed and check.evidence.startswith(f"{which} model") and "all 260 logits" in check.evidence
+    for name in ("klora.ttt.step.head_nll", "klora.ttt.base.softcap_nll"):
+        monkeypatch.setattr(name, smaller(name))
+    for tokens in (DOCUMENTS[0], DOCUMENTS[2]):
+        check = full_softmax(model, STRICT, tokens, ROUNDING)
+        assert not check.passed and "differ from the recorded" in check.evidence
+
+
+def smaller(name: str):
+    """The op of that name with its NLL times 0.9."""
+    module, op = name.rsplit(".", 1)
+    honest = getattr(__import__(module, fromlist=[op]), op)
+    return lambda *arguments, **options: 0.9 * honest(*arguments, **options)
+
+
+@st.composite
+def valid_configs(draw) -> TTTConfig:
+    """Any config that is called valid, in small numbers: every option that could have a say in what a score reads."""
+    chunk = draw(st.integers(3, 10))
+    context = draw(st.sampled_from(["recomputed", "cached"]))
+    targets = draw(st.sampled_from(["q,k,v,head", "q", "v,up,down", "q,k,v,o,up,down,head"]))
+    changes = {
+        "chunk": chunk,
+        "window": chunk + draw(st.integers(0, 20)),
+        "adapt_from": draw(st.integers(0, 20)),
+        "steps_per_chunk": draw(st.integers(1, 2)),
+        "context": context,
+        "targets": targets,
+        "temperature": draw(st.sampled_from([1.0, 0.9])),
+        "lr_warmup": draw(st.sampled_from([0, 20])),
+        "lr_half": draw(st.sampled_from([0, 20])),
+        "weight_decay": draw(st.sampled_from([0.0, 0.5])),
+        "phases": draw(st.sampled_from([0, 0, 2])),
+        "phase_chunks": draw(st.integers(1, 4)),
+        "batch": draw(st.integers(1, 3)),
+        "lr": draw(st.sampled_from([0.0, 0.03])),
+    }
+    return STRICT.override(changes)
+
+
+def nll_of(model: GPT, config: TTTConfig, documents: list[np.ndarray]) -> list[np.ndarray]:
+    named = [Document(str(number), tokens, 1) for number, tokens in enumerate(documents)]
+    result = score(ScoreRequest(model, named, config, keeps_nll=True))
+    assert not result.why_not_valid
+    return result.nll
+
+
+@pytest.mark.slow
+@settings(max_examples=20, phases=[Phase.explicit, Phase.generate])  # shrinking takes minutes
+@given(valid_configs(), st.integers(1, 39), st.integers(0, 2), st.integers(0, 9))
+def test_what_is_called_valid_is_strictly_causal(model, config, cut, which, seed):
+    """Cut after a target, or with other text from there on, a document has the scores that it had up to there.
+
+    To the bit where the same pass scores it: a document that is cut too short to adapt is scored by the base pass.
+    With phases the other documents of its group, and of those before, keep theirs, too.
+    """
+    documents = [document(40, number) for number in range(3)]
+    whole = nll_of(model, config, documents)
+    other = documents[which].copy()
+    other[cut + 1 :] = np.random.default_rng(seed).integers(3, VOCAB, 40 - cut)
+    group_of = {i: g for g, group in enumerate(groups_of([Document(str(i), documents[i], 1) for i in range(3)],
+                config.phases)) for i in group}  # fmt: skip
+    for changed in (other, documents[which][: cut + 1]):
+        found = nll_of(model, config, [*documents[:which], changed, *documents[which + 1 :]])
+        same_pass = config.is_left_to_base(len(changed) - 1, group_of[which]) == config.is_left_to_base(
+            40, group_of[which]
+        )
+        apart = np.abs(found[which][:cut] - whole[which][:cut]).max()
+        assert apart == 0 if same_pass else apart < 2e-5, apart
+        for index in {0, 1, 2} - {which}:
+            if group_of[index] <= group_of[which]:
+                np.testing.assert_array_equal(found[index], whole[index])
+
+
+def test_a_document_that_outgrows_its_first_window_is_scored_from_what_is_kept(model):
+    """Though no step has been taken by then: the base pass, which reads windows anew, gives another number."""
+    config = STRICT.override({"context": "cached", "chunk": 7, "window": 13, "adapt_from": 20})
+    assert [config.adapts(n) for n in (7, 8, 21, 22)] == [False, True, True, True]
+    assert config.override({"context": "recomputed"}).first_adapted == config.first_adapted == 21
+    tokens = document(30, 1)
+    whole, cut = (nll_of(model, config, [tokens[:size]])[0] for size in (31, 16))
+    np.testing.assert_array_equal(cut, whole[:15])
+
+
+@pytest.mark.parametrize(
+    "change", [{"layout": "original", "adapt_from": 0}, {"protocol": "multi_epoch"}, {"protocol": "min_nll"}]
+)
+def test_what_is_not_strictly_causal_is_not_called_valid(model, change):
+    """And it is not: a document that is cut has other scores before."""
+    config = TTTConfig(chunk=8, window=16, min_tokens=8, lora_rank=2, head_rank=3, lr=0.03, epochs=2).override(change)
+    tokens, scores = document(30, 0), []
+    for size in (30, 21):
+        result = score(ScoreRequest(model, [Document("a", tokens[: size + 1], 1)], config, keeps_nll=True))
+        assert result.why_not_valid and result.to_json()["valid_score"] is False
+        scores.append(result.nll[0][:21])
+    assert np.abs(scores[0] - scores[1]).max() > 1e-3
+
+
+@pytest.mark.parametrize("weights", ["dense", "int6"])
+@pytest.mark.parametrize(
+    "change",
+    [{}, {"temperature": 0.9}, {"context": "cached"}, {"phases": 1, "phase_lr": 0.0}, {"weight_decay": 0.5},
+     {"layout": "original", "temperature": 0.98, "min_tokens": 8}, {"protocol": "min_nll", "layout": "original"}],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("scorer", ["uncaptured", pytest.param("engine", marks=pytest.mark.gpu)])
+def test_without_a_learning_rate_the_score_is_the_base_models_to_the_bit(
+    model, tokenizer, tmp_path, change, scorer, weights
+):
+    """In every scorer, whatever the temperature: a step that changes nothing has no first target that it changed."""
+    save_artifact(tmp_path / "a.klora", model.state_dict(), model.config, tokenizer.to_bytes(), {})
+    model = model_from_artifact(tmp_path / "a.klora", "cuda" if scorer == "engine" else "cpu", weights)
+    documents = [Document(str(size), document(size, size), size) for size in (40, 17, 3)]
+    config = STRICT.override({"lr": 0.0}).override(change)
+    result = score(ScoreRequest(model, documents, config, scorer=scorer, keeps_nll=True))
+    assert all(one.adapted_nats == one.base_nats and one.status == SHORT for one in result.documents)
+    base = BaseNll(model, documents, config)
+    np.testing.assert_array_equal(np.concatenate(result.nll), np.concatenate(
+        [base.nll[o + 1 : o + 1 + n] for o, n in zip(base.offsets, base.targets, strict=True)]))  # fmt: skip
+
+
+def test_a_step_at_a_rate_of_zero_changes_no_bit_of_an_adapter(model):
+    """The engine itself, which a score at that rate does not ask: its NLLs are the base model's but for rounding."""
+    doc, config = Document("a", document(40, 0), 1), STRICT.override({"lr": 0.0, "weight_decay": 0.5})
+    engine = engine_of(model, config, [doc])
+    before = engine.pool.params.clone()
+    adapted = engine.adapt([doc], Deadline(0))
+    assert torch.equal(engine.pool.params, before) and engine.pool.step.max() == 4
+    np.testing.assert_allclose(adapted.nats, [BaseNll(model, [doc], config).of(0)[0]], rtol=1e-6)
+
+
+THREADS = f"""
+import sys
+import torch
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+torch.set_num_threads(int(sys.argv[1]))
+from test_audit import *
+documents = [document(size, size) for size in (40, 33, 21, 30)]
+weights = randomized(dataclasses.replace(SMALL, vocab_size=260, blocks=2)).requires_grad_(False)
+together = nll_of(weights, STRICT, documents)
+for some in ([0], [1], [3, 2], [2, 1, 0]):
+    for index, found in zip(some, nll_of(weights, STRICT, [documents[i] for i in some])):
+        assert np.array_equal(found, together[index]), index
+base = [BaseNll(weights, [Document("", documents[i], 1) for i in some], STRICT).nll for some in ([0], [0, 1, 2, 3])]
+assert np.array_equal(base[0], base[1][: len(base[0])])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("threads", [1, 3, 8])
+def test_the_batch_changes_no_bit_with_any_number_of_threads(threads):
+    process = Forked(["-c", THREADS, str(threads)])
+    output, errors = process.communicate()
+    assert process.returncode == 0, errors

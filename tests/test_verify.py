@@ -1,0 +1,271 @@
+"""A stored score that a third party recomputes, and what a resumed run may go on from; `klora audit` on a file."""
+
+import dataclasses
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.numpy
+from conftest import SMALL, randomized, words
+from klora.model.artifact import load_artifact, save_artifact
+from klora.model.corpus import Corpus
+from klora.ttt.documents import documents_from_texts
+from klora.ttt.journal import Journal, fingerprint
+from klora.ttt.pipeline import ScoreRequest, score
+from klora.ttt.protocols import TTTConfig
+from klora.ttt.verify import Stored, VerifyError, read_nll
+from test_cli import klora
+
+SETS = [part for pair in ("chunk=16", "window=64", "adapt_from=32") for part in ("--set", pair)]
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory, tokenizer) -> Path:
+    path = tmp_path_factory.mktemp("artifact") / "model.klora"
+    config = dataclasses.replace(SMALL, vocab_size=tokenizer.vocab_size, blocks=2)
+    save_artifact(path, randomized(config).state_dict(), config, tokenizer.to_bytes(), {"steps": 0})
+    return path
+
+
+@pytest.fixture(scope="module")
+def lines(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("lines") / "some.jsonl"
+    path.write_text("".join(json.dumps({"text": words(seed, 8 + 25 * seed)}) + "\n" for seed in range(5)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def scored(artifact, lines, tmp_path_factory) -> Path:
+    """A folder with score.json and nll.safetensors."""
+    out = tmp_path_factory.mktemp("scored")
+    klora("score", artifact, "--jsonl", lines, "--out", out, *SETS, "--nll", out / "nll.safetensors")
+    return out
+
+
+def verified(scored, artifact, lines, *more, check=0):
+    done = klora("verify", scored / "score.json", "--artifact", artifact, "--jsonl", lines, *more, check=check)
+    assert "Traceback" not in done.stderr
+    return done.stdout.replace("\n", " ")
+
+
+def test_a_score_names_all_that_it_takes_to_compute_it_again(scored, artifact, lines):
+    stored = json.loads((scored / "score.json").read_text())
+    header = load_artifact(artifact).header
+    assert [stored["artifact"][n] for n in ("header_sha256", "payload_sha256")] == [
+        header["header_sha256"],
+        header["payload_sha256"],
+    ]
+    source = stored["source"]
+    assert (source["kind"], source["files"], source["documents"], source["most_tokens"]) == (
+        "jsonl",
+        ["some.jsonl"],
+        5,
+        0,
+    )
+    assert all(len(document["sha256"]) == 64 for document in stored["documents"])
+    assert stored["threads"] == 1 and stored["scorer"] == "uncaptured" and stored["weights"] == "dense"
+    assert {"klora", "torch"} <= stored["versions"].keys() and stored["config"]["chunk"] == 16
+    assert stored["nll"]["file"] == "nll.safetensors" and len(stored["nll"]["sha256"]) == 64
+    nll = read_nll(scored / "nll.safetensors", Stored(scored / "score.json"))
+    for document, found in zip(stored["documents"], nll, strict=True):
+        assert len(found) == document["tokens"]
+        assert found.sum(dtype=np.float64) == pytest.approx(document["adapted_nats"], rel=1e-12)
+
+
+def test_what_was_scored_is_verified_to_the_bit(scored, artifact, lines, tmp_path):
+    """Under another name of the file, too."""
+    renamed = tmp_path / "other.jsonl"
+    shutil.copy(lines, renamed)
+    said = verified(scored, artifact, renamed, "--share", "1", "--nll", scored / "nll.safetensors")
+    assert "pass  recomputed: 5 documents are what they were, to the bit: at most 0 apart" in said
+    assert "pass  targets: each target's NLL is what it was: at most 0 apart" in said and said.strip().endswith(
+        "passed"
+    )
+    machine = klora(
+        "verify", scored / "score.json", "--artifact", artifact, "--jsonl", lines, "--share", "0.3", "--json"
+    )
+    report = json.loads(machine.stdout)
+    assert report["passed"] and "3 documents that were not recomputed" in report["unseen"][0]
+
+
+def forged(scored: Path, folder: Path, change) -> Path:
+    values = json.loads((scored / "score.json").read_text())
+    change(values)
+    (folder / "score.json").write_text(json.dumps(values))
+    return folder
+
+
+def cheaper(values):
+    for document in values["documents"]:
+        document["adapted_nats"] *= 0.9
+    values["totals"]["adapted_bpb"] *= 0.9
+
+
+def one_left_out(values):
+    gone = values["documents"].pop()
+    values["totals"] |= {"documents": 4, "tokens": values["totals"]["tokens"] - gone["tokens"]}
+
+
+def leaky(values):
+    values["config"]["layout"] = "original"
+    values["config"]["adapt_from"] = 0
+
+
+FORGED = {
+    "the total": (lambda v: v["totals"].update(adapted_bpb=1.0), "FAIL  totals: adapted_bpb is 1.0, not"),
+    "nats": (cheaper, "FAIL  recomputed: adapted_nats of 'some.jsonl:"),
+    "a document": (one_left_out, "FAIL  documents: the result is not of all documents: 1 are missing in the result"),
+    "its bytes": (lambda v: v["documents"][0].update(bytes=10**6), "has other tokens or bytes than the result says"),
+    "valid": (leaky, "FAIL  valid_score: valid_score is True under score_first, layout=original, and should be False"),
+    "the sample": (
+        lambda v: v["source"].update(most_tokens=100),
+        "FAIL  documents: the result is not of a sample of 100",
+    ),
+    "versions": (
+        lambda v: (cheaper(v), v["versions"].update(torch="1.0")),
+        "wanted: within a share of 0.001, as versions differ",
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", FORGED)
+def test_a_forged_score_fails_for_its_reason(scored, artifact, lines, tmp_path, what):
+    change, says = FORGED[what]
+    assert says in verified(forged(scored, tmp_path, change), artifact, lines, "--share", "1", check=1)
+
+
+def test_another_version_is_verified_within_the_stated_rounding(scored, artifact, lines, tmp_path):
+    def elsewhere(values):
+        values["threads"], values["device"] = 64, "another"
+        for document in values["documents"]:
+            document["base_nats"] *= 1 + 1e-6
+
+    said = verified(forged(scored, tmp_path, elsewhere), artifact, lines, check=1)
+    assert (
+        "pass  recomputed: 1 documents are what they were, within a share of 0.001, as device, threads differ" in said
+    )
+    assert "FAIL  totals: base_bpb" in said  # which no rounding is allowed to
+
+
+def test_another_artifact_or_other_targets_are_refused(scored, artifact, lines, tmp_path, tokenizer):
+    config = dataclasses.replace(load_artifact(artifact).config, softcap=29.0)
+    other = tmp_path / "other.klora"
+    save_artifact(other, randomized(config).state_dict(), config, tokenizer.to_bytes(), {"steps": 0})
+    assert "FAIL  artifact: " in verified(scored, other, lines, check=1)
+    nll = safetensors.numpy.load_file(scored / "nll.safetensors")
+    with safetensors.safe_open(scored / "nll.safetensors", "numpy") as file:
+        metadata = file.metadata()
+    nll["nll"][40] += 0.5
+    safetensors.numpy.save_file(nll, tmp_path / "nll.safetensors", metadata)
+    said = verified(scored, artifact, lines, "--share", "1", "--nll", tmp_path / "nll.safetensors", check=1)
+    assert "FAIL  sums: " in said and "FAIL  targets: target " in said
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{}", b"[1]", b"\xff", b'{"config": {}}', b"[" * 100_000, b'{"config": {"chunk": 3}}', None]
+)
+def test_a_file_that_is_no_score_is_refused_in_a_sentence(tmp_path, content):
+    path = tmp_path / "score.json"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(VerifyError, match=r"score.json is no score.json of this klora that could be recomputed: "):
+        Stored(path)
+    with pytest.raises(VerifyError, match="is no file of NLLs"):
+        read_nll(path, None)
+
+
+@pytest.mark.parametrize("change", [{"nats": -1.0}, {"nats": float("nan")}, {"nats": "1"}, {"nats": True}])
+def test_numbers_that_are_none_are_refused(scored, tmp_path, change):
+    folder = forged(scored, tmp_path, lambda v: v["documents"][1].update(adapted_nats=change["nats"]))
+    with pytest.raises(VerifyError, match="that could be recomputed: numbers"):
+        Stored(folder / "score.json")
+
+
+def test_a_sample_is_of_texts_and_says_so(artifact, lines, tmp_path):
+    """A file that is renamed moves no document into the sample or out of it."""
+    renamed = tmp_path / "other.jsonl"
+    shutil.copy(lines, renamed)
+    hashes = []
+    for path in (lines, renamed):
+        out = tmp_path / path.stem
+        klora("score", artifact, "--jsonl", path, "--out", out, *SETS, "--most-tokens", "300")
+        stored = json.loads((out / "score.json").read_text())
+        assert stored["source"]["documents"] == 5 and stored["source"]["most_tokens"] == 300
+        hashes.append([document["sha256"] for document in stored["documents"]])
+    assert hashes[0] == hashes[1] and 0 < len(hashes[0]) < 5
+    assert "a sample of 300 tokens" in verified(tmp_path / "some", artifact, renamed)
+
+
+@pytest.mark.parametrize("change", ["softcap", "scorer", "weights", "text"])
+def test_a_run_goes_on_only_with_the_same_model_scorer_and_text(
+    artifact, lines, tmp_path, change, tokenizer, monkeypatch
+):
+    """Softcap is in the header alone, and no weight tells of it."""
+    out, command = tmp_path / "out", ("score", artifact, "--jsonl", lines, *SETS, "--out", tmp_path / "out")
+
+    def stop(*arguments, **options):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("klora.ttt.pipeline.score", stop)
+        klora(*command, check=130)
+    assert (out / "journal.jsonl").exists()
+    if change == "softcap":
+        config = dataclasses.replace(load_artifact(artifact).config, softcap=29.0)
+        other = tmp_path / "other.klora"
+        save_artifact(other, randomized(config).state_dict(), config, tokenizer.to_bytes(), {"steps": 0})
+        assert load_artifact(other).header["payload_sha256"] == load_artifact(artifact).header["payload_sha256"]
+        command = ("score", other, *command[2:])
+    elif change == "scorer":
+        monkeypatch.setattr("klora.cli.score.pick_scorer", lambda scorer, device: "engine")
+    elif change == "weights":
+        command = (*command, "--weights", "int6")
+    else:
+        (tmp_path / "some.jsonl").write_text(lines.read_text().replace("alpha", "delta", 1))
+        command = ("score", artifact, "--jsonl", tmp_path / "some.jsonl", *command[4:])
+    refused = klora(*command, "--resume", check=2)
+    assert "belongs to a run with another artifact, other documents or other settings" in refused.stderr
+
+
+def test_targets_that_an_interrupted_run_had_scored_are_kept_too(lines, tokenizer, tmp_path):
+    """A journal holds sums: what it holds is scored again, and must be what it says."""
+    documents = list(documents_from_texts(Corpus.jsonl([lines]).documents(), tokenizer))
+    config = TTTConfig(layout="start", chunk=16, window=64, adapt_from=32)
+    model = randomized(dataclasses.replace(SMALL, vocab_size=tokenizer.vocab_size, blocks=2))
+    whole = score(ScoreRequest(model, documents, config, keeps_nll=True))
+    key = fingerprint("artifact", documents, config, False)
+
+    def resumed(results):
+        book = Journal(tmp_path / "journal.jsonl", key, resume=False, overwrite=True)
+        book.add(results)
+        try:
+            return score(ScoreRequest(model, documents, config, journal=book, keeps_nll=True))
+        finally:
+            book.close()
+
+    again = resumed({index: whole.documents[index] for index in (0, 3, 4)})
+    for ours, theirs in zip(again.nll, whole.nll, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    other = dataclasses.replace(whole.documents[4], adapted_nats=whole.documents[4].adapted_nats * 0.99)
+    with pytest.raises(ValueError, match="the journal says that 'some.jsonl:5' has .* and scoring it again gives"):
+        resumed({4: other})
+
+
+@pytest.mark.slow
+def test_an_audit_of_a_file_passes_and_says_so(artifact, lines, monkeypatch):
+    monkeypatch.setitem(sys.modules["klora.ttt.audit"].SWAPPED, "cpu", 2**11)
+    report = json.loads(klora("audit", artifact, "--jsonl", lines, *SETS, "--most-tokens", "100", "--json").stdout)
+    assert report["passed"] and report["adapted"] and [c for c in report["checks"] if c["name"] == "full softmax"]
+    sets = [part for pair in ("min_tokens=16", "chunk=16", "window=64", "epochs=2") for part in ("--set", pair)]
+    leaky = ("audit", artifact, "--jsonl", lines, "--protocol", "min_nll", *sets, "--most-tokens", "60")
+    said = klora(*leaky, check=1).stdout
+    assert "auditing min_nll (LEAKY)" in said and "FAIL  later text: " in said and "failed: later text" in said
+
+
+def test_an_audit_wants_documents_on_their_own(artifact, lines):
+    refused = klora("audit", artifact, "--jsonl", lines, "--set", "phases=2", check=2)
+    assert "phases=2 is not possible in an audit" in refused.stderr

@@ -1,0 +1,455 @@
+"""Whether a scorer's numbers are a score: anyone's, from its answers alone, and our own models' full softmax.
+
+A scorer takes documents, int arrays that begin with BOS, and gives the NLL in nats of every token after BOS. What makes
+its sum a score: the distribution at a position depends on the text before it and on the model alone; it sums to one
+over the vocabulary, fixed before the target is looked at; a document is scored as if it were alone. The audit changes
+what must not matter and looks for a difference, and what must matter and adds up.
+
+    sum over v of exp(-nll of v after the same text) = 1             of a distribution that does not see its target
+    P(sum over targets of (ln V - nll) > ln 1e6) < 1e-6              of uniform random tokens, whatever the scorer does
+
+The second is Ville's inequality: under uniform random targets the product of V q(target) is a martingale of mean 1 for
+every distribution q that is fixed before its target.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..errors import KloraError
+from ..kernels.lora_head_nll.reference import softcap_logits_ref
+from ..model import network
+from ..model.gpt import GPT
+from ..model.weights import frozen_weights
+from .base import BaseNll
+from .documents import Document
+from .engine import engine_of
+from .pipeline import ScoreRequest, score
+from .protocols import TTTConfig
+from .queue import Deadline
+
+Scorer = Callable[[list[np.ndarray]], Sequence[np.ndarray]]
+
+SURE = 1e-6
+"""Chance that a fair scorer fails the check of random tokens."""
+
+SUMS = 1e-3
+"""How far from 1 probabilities may sum up by rounding: of fp32 NLLs, as many as there are tokens."""
+
+MOST_SWAPPED = 2**18
+"""Tokens that the scorer reads for one sum over the vocabulary; where all would be more, some targets are left out."""
+
+SWAPPED = {"cpu": 2**15, "cuda": 2**20}
+"""The same for our own models, by device type: what takes about a minute."""
+
+ALONE = 4
+"""Documents that are scored alone, each in a call of its own."""
+
+ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
+"""Nats by which a target's NLL may differ between our own passes, by compute dtype: the same function in other batches,
+as of the base pass for a document that is cut too short to adapt."""
+
+UNSEEN = (
+    "whether the model, or the constants that adapt it, have seen these documents before",
+    "a leak at positions that were not tried: more documents and positions see more",
+    "a scorer that knows that it is audited, or chance in what it does",
+    "a leak below the tolerance",
+    "bits per byte: how many bytes the text has is not the scorer's to say",
+)
+"""What no check here can see."""
+
+
+class AuditError(KloraError, ValueError):
+    """Documents that nothing can be found out with."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One property: its name, whether it holds, and what was seen."""
+
+    name: str
+    passed: bool
+    evidence: str
+
+
+@dataclass(frozen=True)
+class AuditReport:
+    """The checks of one audit. `unseen` is what it cannot see.
+
+    Example: passed = AuditReport(()).passed
+    """
+
+    checks: tuple[Check, ...]
+    unseen: tuple[str, ...] = UNSEEN
+
+    @property
+    def passed(self) -> bool:
+        """Whether every check passed."""
+        return all(check.passed for check in self.checks)
+
+    @property
+    def failed(self) -> tuple[str, ...]:
+        """The names of the checks that did not pass."""
+        return tuple(check.name for check in self.checks if not check.passed)
+
+    def __str__(self) -> str:
+        lines = [f"{'pass' if check.passed else 'FAIL'}  {check.name}: {check.evidence}" for check in self.checks]
+        verdict = f"failed: {', '.join(self.failed)}" if self.failed else "every check passed"
+        return "\n".join([*lines, verdict, "not seen here: " + "; ".join(self.unseen)])
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as JSON values."""
+        return {
+            "passed": self.passed,
+            "failed": list(self.failed),
+            "checks": [asdict(check) for check in self.checks],
+            "unseen": list(self.unseen),
+        }
+
+
+def audit(
+    scorer: Scorer,
+    documents: Sequence[np.ndarray],
+    vocab_size: int,
+    *,
+    tolerance: float = 0.0,
+    positions: int = 4,
+    most_swapped: int = MOST_SWAPPED,
+    seed: int = 0,
+) -> AuditReport:
+    """Look for what would make a scorer's numbers no score; one line of the report a check, with its evidence.
+
+    scorer: takes a list of int arrays [n], BOS first, and gives a list of arrays [n - 1]: the NLL in nats of tokens 1
+    to n - 1. It is called some twenty times, with up to `most_swapped` tokens at a time.
+    documents: such arrays, of which one at least has four tokens. A few of some hundred targets see most; a scorer
+    that adapts wants them longer than what it adapts after.
+    tolerance: nats by which a target's NLL may differ by rounding; 0: bit for bit.
+    positions: how many places of each document text is changed after.
+    seed: draws them, and the random tokens.
+
+    AuditError: documents that are no such arrays, or that nothing can be found out with. What the scorer raises passes
+    through.
+
+    Example: report = audit(lambda rows: [torch.full((len(row) - 1,), 6.0) for row in rows], [document.tokens], 400)
+    """
+    return _Audit(scorer, documents, vocab_size, tolerance, positions, most_swapped, seed).report()
+
+
+class _Audit:
+    """One audit. `whole` is what the scorer said of all documents together, the first time that it was asked."""
+
+    def __init__(self, scorer, documents, vocab_size, tolerance, positions, most_swapped, seed):
+        self.scorer, self.vocab, self.tolerance = scorer, vocab_size, tolerance
+        self.most_swapped, self.random = most_swapped, np.random.default_rng(seed)
+        self.documents = _checked(documents, vocab_size)
+        self.cuts = [(i, cut) for i, tokens in enumerate(self.documents) for cut in self._cuts(len(tokens), positions)]
+        self.whole: list[np.ndarray] = []
+
+    def report(self) -> AuditReport:
+        self.whole = self._scores(self.documents)
+        checks = [self._targets()]
+        if checks[0].passed:
+            checks += [self._repeated(), self._alone(), self._order(), self._company(), self._later_text()]
+            checks += [self._length(), self._last_target(), *self._vocabulary(), self._random_tokens()]
+        return AuditReport(tuple(checks))
+
+    def _scores(self, documents: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """The scorer's answer to copies of documents, in float64: it may keep or change what it is given."""
+        return [np.asarray(nll, dtype=np.float64) for nll in self.scorer([tokens.copy() for tokens in documents])]
+
+    def _cuts(self, tokens: int, positions: int) -> list[int]:
+        """How many targets come before a change: few, half, all but one, and some at random."""
+        if tokens < 3:
+            return []
+        last = tokens - 2
+        return sorted({1, last, max(last // 2, 1), *self.random.integers(1, last + 1, max(positions - 3, 0)).tolist()})
+
+    def _targets(self) -> Check:
+        """Whether there is an NLL of every token after BOS, and no other."""
+        wrong = f"{len(self.whole)} arrays for {len(self.documents)} documents"
+        if len(self.whole) == len(self.documents):
+            wrong = next(filter(None, map(_fault, self.documents, self.whole)), "")
+        total = sum(len(tokens) - 1 for tokens in self.documents)
+        return Check(
+            "targets",
+            not wrong,
+            wrong or f"one finite NLL for each of {total:,} targets of {len(self.documents)} documents",
+        )
+
+    def _same(self, name: str, pairs: Iterator[tuple[str, np.ndarray, np.ndarray]], holds: str, broken: str) -> Check:
+        """Whether scores (where, expected, found) are the same; `broken` says what it means where they are not."""
+        most, where, count = 0.0, "", 0
+        for place, expected, found in pairs:
+            count += len(expected)
+            if len(expected) != len(found):
+                return Check(name, False, f"{place}: {len(found)} NLLs where {len(expected)} were asked for; {broken}")
+            # Not finite on either side is a difference, whatever the other says.
+            apart = np.nan_to_num(np.abs(expected - found), nan=math.inf)
+            if len(apart) and (worst := float(apart.max())) > most:
+                at = int(apart.argmax())
+                most, where = worst, f"{place}, target {at + 1}: {found[at]:.6g} nats, {expected[at]:.6g} before"
+        if most > self.tolerance:
+            return Check(name, False, f"{where}; {broken}")
+        bits = "bit for bit" if most == 0 else f"within {most:.1g} nats (allowed: {self.tolerance:g})"
+        return Check(name, True, f"{count:,} targets {holds}: {bits}")
+
+    def _against(
+        self, documents: Sequence[np.ndarray], of: Sequence[int], says: str, upto: Sequence[int] | None = None
+    ):
+        """(where, what was said of the whole document `of`, what is said now), of the first `upto` targets."""
+        found = self._scores(documents)
+        if len(found) != len(documents):
+            yield f"{len(documents)} documents {says}", np.zeros(len(documents)), np.zeros(len(found))
+            return
+        for row, (index, nll) in enumerate(zip(of, found, strict=True)):
+            if upto is None:
+                yield f"document {index} {says}", self.whole[index], nll
+            else:
+                size = upto[row]
+                yield f"document {index} {says} after target {size}", self.whole[index][:size], nll[:size]
+
+    def _repeated(self) -> Check:
+        every = range(len(self.documents))
+        return self._same(
+            "repeated",
+            self._against(self.documents, every, "scored a second time"),
+            "scored a second time",
+            "something is kept between calls",
+        )
+
+    def _alone(self) -> Check:
+        def pairs():
+            for index in range(min(len(self.documents), ALONE)):
+                yield from self._against([self.documents[index]], [index], "scored alone")
+
+        return self._same("alone", pairs(), "scored alone", "scores depend on the documents beside them or before them")
+
+    def _order(self) -> Check:
+        order = list(range(len(self.documents)))[::-1]
+        return self._same(
+            "order",
+            self._against([self.documents[index] for index in order], order, "in reverse order"),
+            "in reverse order",
+            "scores depend on the order of the documents",
+        )
+
+    def _company(self) -> Check:
+        """The same documents between copies of themselves and random ones."""
+        every = list(range(len(self.documents)))
+        strangers = [self._random(len(tokens)) for tokens in self.documents]
+
+        def pairs():
+            found = self._scores([*strangers, *self.documents, *self.documents])
+            for copy in range(2):
+                for index in every:
+                    nll = found[len(every) * (1 + copy) + index]
+                    yield f"document {index}, copy {copy + 1} in one call", self.whole[index], nll
+
+        return self._same(
+            "company", pairs(), "twice in a call, behind others", "documents of one call learn from one another"
+        )
+
+    def _random(self, tokens: int) -> np.ndarray:
+        """BOS and uniform random tokens."""
+        drawn = self.random.integers(0, self.vocab, tokens).astype(self.documents[0].dtype)
+        drawn[:1] = self.documents[0][0]
+        return drawn
+
+    def _tail(self, index: int, cut: int, tokens: int) -> np.ndarray:
+        """A document up to its target `cut`, and as many random tokens as make it so long; the first is another one."""
+        kept = self.documents[index][: cut + 1]
+        tail = self._random(tokens)[cut + 1 :]
+        if cut + 1 < len(self.documents[index]) and len(tail) and tail[0] == self.documents[index][cut + 1]:
+            tail[0] = (int(tail[0]) + 1) % self.vocab
+        return np.concatenate([kept, tail])
+
+    def _later_text(self) -> Check:
+        """Random tokens after a target, and the target itself again and again: what a look ahead would expect it by."""
+        of, upto = [i for i, _ in self.cuts], [cut for _, cut in self.cuts]
+
+        def pairs():
+            tails = [self._tail(i, cut, len(self.documents[i])) for i, cut in self.cuts]
+            yield from self._against(tails, of, "with random tokens", upto)
+            for tail, cut in zip(tails, upto, strict=True):
+                tail[cut + 1 :] = tail[cut]
+            yield from self._against(tails, of, "with its target repeated", upto)
+
+        return self._same(
+            "later text",
+            pairs(),
+            "before other text of the same length",
+            "a score depends on text after its target",
+        )
+
+    def _length(self) -> Check:
+        """Cut, the last targets left out, which :meth:`_last_target` looks at; and made longer."""
+
+        def pairs():
+            of = [i for i, _ in self.cuts]
+            cut = [self.documents[i][: c + 1] for i, c in self.cuts]
+            yield from self._against(cut, of, "cut", [c - 1 for _, c in self.cuts])
+            every = range(len(self.documents))
+            longer = [self._tail(i, len(t) - 1, 2 * len(t) + 1) for i, t in enumerate(self.documents)]
+            yield from self._against(longer, every, "made longer", [len(t) - 1 for t in self.documents])
+
+        return self._same(
+            "length", pairs(), "of documents cut or made longer", "a score depends on how long its document is"
+        )
+
+    def _last_target(self) -> Check:
+        def pairs():
+            cut = [self.documents[i][: c + 1] for i, c in self.cuts]
+            for (i, c), nll in zip(self.cuts, self._scores(cut), strict=True):
+                yield f"document {i} cut after target {c}, its last target", self.whole[i][c - 1 : c], nll[c - 1 :]
+
+        return self._same(
+            "last target", pairs(), "as last ones", "the last target of a document is not scored like any other"
+        )
+
+    def _vocabulary(self) -> Iterator[Check]:
+        """The sum of the probabilities of all tokens as the first target of a document that ends there, as the last one
+        of as many as can be read for every token, and as one in the middle of the longest, with the text after it."""
+        index = int(np.argmax([len(tokens) for tokens in self.documents]))
+        tokens = self.documents[index]
+        end, middle = min(len(tokens), max(2, self.most_swapped // self.vocab)), max((len(tokens) - 1) // 2, 1)
+        for target, size in sorted({(1, 2), (end - 1, end), (middle, len(tokens))}):
+            yield self._sum(index, target, tokens[:size])
+
+    def _sum(self, index: int, target: int, tokens: np.ndarray) -> Check:
+        count = min(self.vocab, max(2, self.most_swapped // len(tokens)))
+        swapped = [tokens.copy() for _ in range(count)]
+        for one, token in zip(swapped, self._likely(), strict=False):
+            one[target] = token
+        found, name = self._scores(swapped), f"vocabulary at target {target}"
+        if [len(nll) for nll in found] != [len(one) - 1 for one in swapped]:
+            return Check(name, False, "the scorer leaves targets out")
+        total = float(np.exp(-np.array([nll[target - 1] for nll in found])).sum())
+        slack = SUMS + math.expm1(self.tolerance)
+        # Of some tokens only, too much is a proof; too little is not.
+        fits = total <= 1 + slack and (count < self.vocab or total >= 1 - slack)
+        of = f"the probabilities of {'all' if count == self.vocab else f'{count:,} of'} {self.vocab:,} tokens sum to"
+        says = "" if fits else ": they are no distribution that is fixed before the target is looked at"
+        return Check(name, fits, f"{of} {total:.6g} in document {index}{says}")
+
+    def _likely(self) -> np.ndarray:
+        """All tokens, those that the documents have most of first: a part of them holds most of the probability."""
+        counts = np.bincount(np.concatenate(self.documents).astype(np.int64), minlength=self.vocab)
+        return np.lexsort((self.random.random(self.vocab), -counts))
+
+    def _random_tokens(self) -> Check:
+        drawn = [self._random(len(tokens)) for tokens in self.documents]
+        nll = np.concatenate(self._scores(drawn))
+        limit, gained = math.log(1 / SURE) + self.tolerance * len(nll), float((math.log(self.vocab) - nll).sum())
+        fair = gained <= limit
+        says = "" if fair else f": by chance once in {1 / SURE:,.0f} at most"
+        cost = f"{abs(gained):.4g} nats {'less' if gained > 0 else 'more'} than ln {self.vocab} each"
+        return Check("random tokens", fair, f"{len(nll):,} uniform random tokens cost, in all, {cost}{says}")
+
+
+def _checked(documents: Sequence[np.ndarray], vocab_size: int) -> list[np.ndarray]:
+    found = [np.asarray(tokens) for tokens in documents]
+    for number, tokens in enumerate(found):
+        if tokens.ndim != 1 or not np.issubdtype(tokens.dtype, np.integer) or not len(tokens):
+            raise AuditError(
+                f"document {number} is {tokens.dtype} {list(tokens.shape)}; wanted integers [n], BOS and its tokens"
+            )
+        if not 0 <= tokens.min() <= tokens.max() < vocab_size:
+            raise AuditError(
+                f"document {number} has tokens from {tokens.min()} to {tokens.max()}; allowed: 0 to {vocab_size - 1}"
+            )
+    if not any(len(tokens) > 3 for tokens in found):
+        raise AuditError(f"none of {len(found)} documents has four tokens, BOS counted; give longer ones")
+    return found
+
+
+def _fault(tokens: np.ndarray, nll: np.ndarray) -> str:
+    """What is wrong with the NLLs of a document, by their number and their values alone."""
+    wanted = len(tokens) - 1
+    if nll.shape != (wanted,):
+        return f"{list(nll.shape)} NLLs for {wanted} targets: every token after BOS is a target, and BOS is none"
+    if not np.isfinite(nll).all():
+        return f"an NLL of {nll[~np.isfinite(nll)][0]}"
+    if wanted and nll.min() < 0:
+        return f"an NLL of {nll.min():.6g} nats, below 0: a probability above 1"
+    return ""
+
+
+def scorer_of(model: GPT, config: TTTConfig, scorer: str = "auto") -> Scorer:
+    """The scorer that `klora score` is, for :func:`audit`: documents adapted under `config`, without a deadline."""
+    config = config.override({"deadline": 0.0})
+
+    def scored(rows: list[np.ndarray]) -> Sequence[np.ndarray]:
+        documents = [Document(str(number), tokens.astype(np.uint16), 1) for number, tokens in enumerate(rows)]
+        return score(ScoreRequest(model, documents, config, scorer=scorer, keeps_nll=True)).nll
+
+    return scored
+
+
+def audit_model(
+    model: GPT,
+    config: TTTConfig,
+    documents: Sequence[np.ndarray],
+    *,
+    scorer: str = "auto",
+    tolerance: float,
+    seed: int = 0,
+) -> AuditReport:
+    """:func:`audit` of our own scorer, and the full softmax of an adapted document and of a short one."""
+    vocab, swapped = model.config.vocab_size, SWAPPED[model.embed.device.type]
+    ours = scorer_of(model, config, scorer)
+    report = audit(ours, documents, vocab, tolerance=tolerance, seed=seed, most_swapped=swapped)
+    longest, shortest = max(documents, key=len), documents[0][: min(config.chunk, config.min_tokens) // 2 + 1]
+    checks = [full_softmax(model, config, tokens, tolerance) for tokens in (longest, shortest) if len(tokens) > 1]
+    return replace(report, checks=(*report.checks, *checks))
+
+
+@torch.no_grad()
+def full_softmax(model: GPT, config: TTTConfig, tokens: np.ndarray, tolerance: float) -> Check:
+    """Whether the recorded NLLs of a document's last chunk are those of a softmax over the whole vocabulary.
+
+    The logits are computed anew, all of them, from the adapter as it was when that chunk was scored, and normalised in
+    float64. With the context `cached` they are the base model's.
+    """
+    document = Document("audited", tokens.astype(np.uint16), 1)
+    config = config.override({"deadline": 0.0, "phases": 0})
+    weights, targets = frozen_weights(model), document.targets
+    chunk = (targets - 1) // config.chunk
+    first, start = chunk * config.chunk, int(config.window_start(np.array(chunk), np.array(targets)))
+    adapts = config.adapts(targets) and config.learns and config.context != "cached"
+    adapters = head = None
+    if adapts:
+        with torch.enable_grad():
+            engine = engine_of(weights, config.override({"batch": 1}), [document], slots=1)
+            recorded = engine.token_nll([document], engine.adapt([document], Deadline(0)).kept_pass)[0]
+        pool = engine.pool
+        slots = torch.zeros(1, dtype=torch.int32, device=weights.embed.device)
+        adapters, head = pool.layout.adapters(slots, pool.views(pool.params, 1))
+    else:
+        first = start = 0  # one window, which every document begins with
+        targets = min(targets, config.window)
+        recorded = BaseNll(weights, [replace(document, tokens=document.tokens[: targets + 1])], config).nll[1:]
+    on_device = torch.from_numpy(document.tokens.astype(np.int64)).to(weights.embed.device)
+    inputs, longest = on_device[None, start:targets], config.window if adapts or config.is_causal else config.min_tokens
+    cos, sin = weights.rotary(inputs.size(1), longest)
+    rotary = cos[: inputs.size(1)].contiguous(), sin[: inputs.size(1)].contiguous()
+    h = network.hidden(weights, inputs, rotary, adapters, backend="reference")[0, first - start :].double()
+    z = h @ weights.head.double().T
+    if head is not None:
+        z = z + (h @ head.a[0].to(weights.dtype).double().T) @ head.b[0].to(weights.dtype).double().T
+    divisor = config.temperature_of(chunk) if adapts else 1.0
+    logp = softcap_logits_ref(z, weights.config.logit_softcap, divisor).log_softmax(-1)
+    expected = -logp[torch.arange(len(logp)), on_device[first + 1 : targets + 1]].cpu().numpy()
+    apart = float(np.abs(expected - recorded[first:targets]).max())
+    passed = apart <= tolerance
+    of = f"{'adapted' if adapts else 'base'} model, targets {first + 1} to {targets}"
+    says = "differ from the recorded by" if not passed else "agree with the recorded within"
+    return Check(
+        "full softmax",
+        passed,
+        f"{of}: NLLs of a softmax over all {weights.config.vocab_size:,} logits {says} {apart:.1g} nats "
+        f"(allowed: {tolerance:g})",
+    )

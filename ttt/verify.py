@@ -1,0 +1,234 @@
+"""A score that a third party can recompute: what is stored of it, and the comparison with what is computed anew.
+
+`score.json` names the artifact by the hashes of its header and payload, every document by the hash of its text, and the
+options, versions, device, threads and scorer. A file of NLLs beside it has what each target cost.
+"""
+
+import json
+import math
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from ..errors import KloraError
+from ..model.config import ConfigError
+from ..model.gpt import GPT
+from ..model.storage import write_bytes
+from .audit import AuditReport, Check
+from .documents import Document
+from .pipeline import ScoreRequest, score
+from .protocols import TTTConfig
+from .results import FINISHED, ScoreResult, bits_per_byte
+from .sampling import is_for_tuning, sample
+
+NLL_FORMAT = "klora-nll-1"
+
+RELATIVE = 1e-3
+"""Share of a document's nats by which they may differ where versions, device, threads or scorer do."""
+
+SETTING = "versions", "device", "threads", "scorer"
+"""The facts of a result under which the same document has the same bits."""
+
+
+class VerifyError(KloraError, ValueError):
+    """A file that is no result of this library, or that does not belong to the others."""
+
+
+class Stored:
+    """A score.json that was read. VerifyError: a file that is none, or one of an earlier version without hashes."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        try:
+            self.values: dict[str, Any] = json.loads(self.path.read_bytes())
+            self.config = TTTConfig.from_dict(self.values["config"])
+            self.documents: list[dict[str, Any]] = self.values["documents"]
+            artifact = self.values["artifact"]
+            self.hashes = {name: artifact[name] for name in ("header_sha256", "payload_sha256")}
+            self.weights, self.totals, self.source = (self.values[name] for name in ("weights", "totals", "source"))
+            for document in self.documents:
+                if not isinstance(document["name"], str) or not isinstance(document["sha256"], str):
+                    raise TypeError("a document without a name and a hash")
+                numbers = [document[name] for name in ("tokens", "bytes", "base_nats", "adapted_nats")]
+                if not all(type(n) in (int, float) and math.isfinite(n) and n >= 0 for n in numbers):
+                    raise TypeError(f"numbers {numbers} of {document['name']!r:.60}")
+            same = isinstance(self.totals, dict) and isinstance(self.source, dict) and isinstance(self.weights, str)
+            if not same or not all(isinstance(self.source[name], int) for name in ("documents", "most_tokens")):
+                raise TypeError("fields of other types")
+        except (OSError, KeyError, TypeError, ValueError, AttributeError, RecursionError, ConfigError) as error:
+            says = f"no field {error}" if isinstance(error, KeyError) else error
+            raise VerifyError(f"{path} is no score.json of this klora that could be recomputed: {says}") from None
+
+
+def write_nll(path: str | Path, result: ScoreResult) -> None:
+    """Write what each target cost: tensors `nll` fp32 [targets], document after document, and `offsets` int64
+    [documents + 1], in safetensors format, with the documents' hashes as metadata.
+
+    ValueError: a result that has not kept them.
+    """
+    if result.nll is None:
+        raise ValueError("the result has no NLL of every target; score with keeps_nll=True")
+    offsets = np.concatenate([[0], np.cumsum([len(nll) for nll in result.nll])]).astype(np.int64)
+    nll = np.concatenate([*result.nll, np.zeros(0, np.float32)]).astype(result.nll[0].dtype if result.nll else "f4")
+    metadata = {"format": NLL_FORMAT, "sha256": json.dumps(list(result.sha256))}
+    write_bytes(Path(path), safetensors.numpy.save({"nll": nll, "offsets": offsets}, metadata))
+
+
+def read_nll(path: str | Path, stored: Stored) -> list[np.ndarray]:
+    """The NLL of each target of the documents of a stored score. VerifyError: no such file, or another result's."""
+    try:
+        with safetensors.safe_open(path, "numpy") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != NLL_FORMAT:
+                raise ValueError(f"its format is {metadata.get('format')!r:.60}")
+            hashes, nll, offsets = json.loads(metadata["sha256"]), file.get_tensor("nll"), file.get_tensor("offsets")
+        fits = offsets.shape == (len(hashes) + 1,) and nll.ndim == 1 and nll.dtype in (np.float32, np.float64)
+        fits = fits and offsets.dtype == np.int64 and offsets[0] == 0 and offsets[-1] == len(nll)
+        if not fits or (np.diff(offsets) < 0).any():
+            raise ValueError("its tensors do not fit together")
+    except (OSError, KeyError, TypeError, ValueError, IndexError, safetensors.SafetensorError) as error:
+        raise VerifyError(f"{path} is no file of NLLs that `klora score --nll` wrote: {error}") from None
+    sizes = [(digest, int(size)) for digest, size in zip(hashes, np.diff(offsets), strict=True)]
+    if sizes != [(document["sha256"], document["tokens"]) for document in stored.documents]:
+        raise VerifyError(f"{path} holds the NLLs of other documents than {stored.path}; give the file of that run")
+    return np.split(nll, offsets[1:-1])
+
+
+def verify(
+    stored: Stored,
+    model: GPT,
+    documents: Sequence[Document],
+    setting: Mapping[str, Any],
+    *,
+    share: float = 0.05,
+    seed: int = 0,
+    rounding: float = RELATIVE,
+    nll: Sequence[np.ndarray] | None = None,
+) -> AuditReport:
+    """Recompute a random share of the documents of a stored score and compare; one check a line.
+
+    documents: all that the source has, whether or not they were sampled. setting: `versions` and `device` here. nll: as
+    :func:`read_nll` gives it. rounding: the share of a document's nats by which they may differ where the setting does;
+    where it does not they must be the same to the bit.
+    """
+    checks = [_which(stored, documents), _totals(stored), _valid(stored)]
+    by_hash = {document.sha256: document for document in documents}
+    same = [one["sha256"] in by_hash and one.get("status") in FINISHED for one in stored.documents]
+    indices = np.flatnonzero(same).tolist()
+    if not stored.config.phases and indices:
+        indices = random.Random(seed).sample(indices, min(len(indices), max(1, math.ceil(share * len(indices)))))
+    if nll is not None:
+        checks.append(_sums(stored, nll))
+    if not indices:
+        return AuditReport((*checks, Check("recomputed", False, "no document of the result can be recomputed")))
+    config, again = stored.config.override({"deadline": 0.0}), [stored.documents[index] for index in indices]
+    chosen = [replace(by_hash[one["sha256"]], name=one["name"]) for one in again]
+    scorer = stored.values.get("scorer") if setting["device"] == stored.values.get("device") else "auto"
+    found = score(ScoreRequest(model, chosen, config, scorer=scorer or "auto", keeps_nll=True))
+    here = dict(setting) | {name: found.facts[name] for name in ("threads", "scorer")}
+    differs = [name for name in SETTING if stored.values.get(name) != here.get(name)]
+    allowed = rounding if differs else 0.0
+    checks.append(_recomputed(again, found, allowed, differs))
+    if nll is not None:
+        checks.append(_targets(again, found, [nll[index] for index in indices], allowed))
+    rest = len(stored.documents) - len(again)
+    unseen = [f"{rest:,} documents that were not recomputed; --share 1 recomputes all"] if rest else []
+    unseen += ["what the model was trained on", "bits per byte before quantisation, which want the run"]
+    return AuditReport(tuple(checks), tuple(unseen))
+
+
+def _which(stored: Stored, documents: Sequence[Document]) -> Check:
+    """Whether the documents are those of the source: all of them, its sample, or what a sweep left."""
+    most, tuned = stored.source["most_tokens"], "sweep" in stored.values
+    wanted = sample(documents, most) if most else documents
+    wanted = [document for document in wanted if not (tuned and is_for_tuning(document))]
+    here, there = (sorted(hashes) for hashes in ([d.sha256 for d in wanted], [d["sha256"] for d in stored.documents]))
+    sizes = {document.sha256: (document.targets, document.bytes) for document in wanted}
+    off = [d for d in stored.documents if sizes.get(d["sha256"]) != (d["tokens"], d["bytes"])]
+    of = f"a sample of {most:,} tokens" if most else "all documents"
+    of += " but those that a sweep chose its constants on" if tuned else ""
+    if here == there and not off:
+        return Check("documents", True, f"{len(there):,} documents by their hashes, tokens and bytes: {of}")
+    lost, extra = len(set(here) - set(there)), len(set(there) - set(here))
+    what = f"{lost:,} are missing in the result and {extra:,} are not in the source"
+    if off and not (lost or extra):
+        what = f"{off[0]['name']!r} has other tokens or bytes than the result says"
+    return Check("documents", False, f"the result is not of {of}: {what}")
+
+
+def _totals(stored: Stored) -> Check:
+    """Whether the totals are the sums over the documents."""
+    documents, totals = stored.documents, stored.totals
+    text_bytes = sum(d["bytes"] for d in documents)
+    wanted = {"documents": len(documents), "tokens": sum(d["tokens"] for d in documents), "bytes": text_bytes} | {
+        f"{name}_bpb": bits_per_byte(math.fsum(d[f"{name}_nats"] for d in documents), text_bytes)
+        for name in ("base", "adapted")
+    }
+    said = {name: totals.get(name) for name in wanted}
+    wrong = [f"{name} is {said[name]!r:.40}, not {value}" for name, value in wanted.items() if said[name] != value]
+    return Check(
+        "totals", not wrong, "; ".join(wrong) or f"adapted_bpb {wanted['adapted_bpb']} is that of the documents"
+    )
+
+
+def _valid(stored: Stored) -> Check:
+    """Whether the result calls itself valid where, and only where, it is."""
+    reached = all(d.get("status") in FINISHED for d in stored.documents)
+    valid, says = stored.config.is_causal and reached, stored.values.get("valid_score")
+    evidence = f"valid_score is {says} under {stored.config.protocol}, layout={stored.config.layout}"
+    return Check("valid_score", says is valid, evidence + ("" if says is valid else f", and should be {valid}"))
+
+
+def _sums(stored: Stored, nll: Sequence[np.ndarray]) -> Check:
+    """Whether the targets' NLLs add up to the documents' nats."""
+    worst, where = 0.0, ""
+    for document, found in zip(stored.documents, nll, strict=True):
+        nats = document["adapted_nats"]
+        apart = abs(float(found.sum(dtype=np.float64)) - nats) / max(nats, 1.0)
+        if not apart <= worst:
+            worst, where = apart, document["name"]
+    fits = worst <= 1e-9
+    says = "are the documents' nats" if fits else f"are off by a share of {worst:.2g} at {where!r}"
+    return Check("sums", fits, f"sums over the targets {says}")
+
+
+def _recomputed(again: Sequence[Mapping[str, Any]], found: ScoreResult, allowed: float, differs: list[str]) -> Check:
+    worst, where = 0.0, ""
+    for old, new in zip(again, found.documents, strict=True):
+        for name in ("base_nats", "adapted_nats"):
+            a, b = old[name], getattr(new, name)
+            apart = abs(a - b) / max(abs(b), 1e-300) if a != b else 0.0
+            if apart > worst:
+                worst, where = apart, f"{name} of {old['name']!r} is {a}, and {b} when it is computed anew"
+    how = "to the bit" if not differs else f"within a share of {allowed:g}, as {', '.join(differs)} differ"
+    if worst <= allowed:
+        return Check(
+            "recomputed", True, f"{len(again):,} documents are what they were, {how}: at most {worst:.2g} apart"
+        )
+    return Check("recomputed", False, f"{where}; wanted: {how}")
+
+
+def _targets(
+    again: Sequence[Mapping[str, Any]], found: ScoreResult, nll: Sequence[np.ndarray], allowed: float
+) -> Check:
+    """Whether the targets' NLLs are what they were."""
+    worst, where = 0.0, ""
+    for old, new, before in zip(again, found.nll, nll, strict=True):
+        apart = np.abs(before - new) / np.maximum(new, 1.0)
+        if len(apart) and not apart.max() <= worst:
+            worst, where = float(apart.max()), f"target {int(apart.argmax()) + 1} of {old['name']!r}"
+    limit = 100 * allowed  # one target's rounding is more than that of a sum
+    fits = worst <= limit
+    return Check(
+        "targets",
+        fits,
+        f"each target's NLL is what it was: at most {worst:.2g} apart {where}"
+        if fits
+        else f"{where} is {worst:.2g} apart; allowed: {limit:g}",
+    )
