@@ -2,6 +2,7 @@
 
 import os
 import time
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +30,7 @@ from ..ttt.documents import (
     documents_from_tokens,
     facts_of_texts,
     facts_of_tokens,
+    with_own_names,
 )
 from ..ttt.journal import Journal, fingerprint, has_journals, open_journal, remove_journals
 from ..ttt.pipeline import SCORERS, Interrupted, ScoreRequest, pick_scorer
@@ -220,7 +222,7 @@ def score_artifact(
     before = model_from_run(prequant, chosen, of=loaded) if prequant else None
     seconds["load"], started = time.perf_counter() - started, time.perf_counter()
     tokenizer = tokenizer_of(loaded)
-    documents = _documents(source, tokenizer, most_tokens, loaded.provenance)
+    documents = _documents(source, tokenizer, most_tokens, loaded.provenance, output.warn)
     of_bytes = facts_of_tokens(documents, tokenizer) if source[-1] else facts_of_texts(tokenizer)
     seconds["tokenize"] = time.perf_counter() - started
     require_writable(folder, SPARE_BYTES + TOKEN_BYTES * sum(document.targets for document in documents))
@@ -340,7 +342,9 @@ def _why_short(config: TTTConfig) -> str:
     )
 
 
-def _documents(source, tokenizer: Tokenizer, most_tokens: int, provenance: dict) -> list[Document]:
+def _documents(
+    source, tokenizer: Tokenizer, most_tokens: int, provenance: dict, say: Callable[[str], None]
+) -> list[Document]:
     """The documents to score, in the source's order; with `most_tokens` a sample that no score can influence."""
     text, jsonl, field, shards = source
     if shards:
@@ -354,6 +358,7 @@ def _documents(source, tokenizer: Tokenizer, most_tokens: int, provenance: dict)
         found = list(
             documents_from_texts(corpus.documents(), tokenizer, max(1, (os.cpu_count() or 1) // processes_here()))
         )
+    found = with_own_names(found, say)
     if not most_tokens:
         return found
     kept = sample(found, most_tokens)
@@ -364,7 +369,8 @@ def _documents(source, tokenizer: Tokenizer, most_tokens: int, provenance: dict)
 
 def _held_out_stdlib(provenance: dict) -> Corpus:
     """The part of the standard library that training held out; with another share, trained text would be scored."""
-    sources = provenance.get("sources", {})
+    sources = provenance.get("sources")
+    sources = sources if isinstance(sources, dict) else {}
     share = sources.get("validation_share") if sources.get("kind") == "stdlib" else None
     return Corpus.stdlib("validation", share) if share else Corpus.stdlib("validation")
 

@@ -1,7 +1,6 @@
 """`klora train`: text to tokenizer to shards to trained weights, in one run folder."""
 
 import dataclasses
-import json
 import signal
 from datetime import datetime
 from pathlib import Path
@@ -15,6 +14,7 @@ from ..model.config import PRESETS, ConfigError, ModelConfig, Preset, TrainConfi
 from ..model.corpus import Corpus
 from ..model.parallel import Ranks, join_ranks
 from ..model.prepare import Prepared, prepare, prepared_from_shards
+from ..model.reading import read_json
 from ..model.storage import attempt
 from ..model.train import CHECKPOINT, MODEL, RUN, Trainer, TrainResult, compute_dtype
 from . import options
@@ -229,7 +229,7 @@ def prepare_first(
 
 
 def _counts(path: Path) -> str:
-    counts = json.loads(path.read_text(encoding="utf-8"))
+    counts = read_json(path)
     splits = (
         f"{counts[s]['documents']:,} {s} documents, {counts[s]['tokens']:,} tokens" for s in ("train", "validation")
     )
@@ -271,11 +271,12 @@ def _stored_run(out: Path, overrides: dict[str, str]) -> tuple[Preset, Prepared,
     if wrong:
         raise ConfigError(f"{wrong[0]} cannot change when a run is resumed; allowed: {', '.join(CHANGEABLE)}")
     try:
-        run = json.loads(path.read_text(encoding="utf-8"))
+        run = read_json(path)
         model, train = dict(run["model"]), dict(run["train"])
         data, sources, name = Path(run["data"]), dict(run["sources"]), str(run["preset"])
+        data.exists()  # ValueError where it is no path
     except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} is damaged ({error!r}); start the run afresh with --overwrite") from None
+        raise CheckpointError(f"{path} is damaged ({error!r:.200}); start the run afresh with --overwrite") from None
     try:
         stored = Preset(name, ModelConfig.from_dict(model), TrainConfig.from_dict(train), about="resumed")
     except (ConfigError, TypeError) as error:

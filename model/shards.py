@@ -6,6 +6,7 @@ memory maps: no function here holds more of a corpus than the rows or the docume
 """
 
 import hashlib
+import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..errors import KloraError
+from .reading import is_count, open_regular
 from .storage import replacing
 from .tokenizer import BOS_ID
 
@@ -117,8 +119,8 @@ def read_shard(path: str | Path) -> np.memmap:
     """The tokens of a shard, uint16 [count], mapped read-only. ShardError if it is not a whole shard."""
     path = Path(path)
     try:
-        size = path.stat().st_size
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
             head = file.read(HEADER_BYTES)
     except OSError as error:
         raise ShardError(f"{path}: cannot be read: {error}") from error
@@ -253,7 +255,7 @@ class RowSampler:
             if state.get(name) != value:
                 raise ShardError(f"the saved sampler has {name}={state.get(name)}, this one {value}; cannot resume")
         epoch, position = state.get("epoch", -1), state.get("position", -1)
-        if epoch < 0 or not 0 <= position <= self.rows:
+        if not (is_count(epoch) and is_count(position, self.rows)):
             raise ShardError(f"the saved sampler is at row {position} of epoch {epoch}; wanted row 0 to {self.rows}")
         self._go_to(epoch, position)
 

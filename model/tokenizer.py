@@ -27,6 +27,7 @@ import sentencepiece
 
 from ..errors import KloraError
 from .corpus import Document
+from .reading import read_bytes
 
 BOS_ID = 1
 MAX_VOCAB = 2**16  # shards hold uint16
@@ -207,7 +208,7 @@ class Tokenizer:
         Example: same = Tokenizer.from_file("runs/tiny/tokenizer.model")
         """
         try:
-            return cls(Path(path).read_bytes(), str(path), may_normalise)
+            return cls(read_bytes(Path(path)), str(path), may_normalise)
         except OSError as error:
             raise TokenizerError(f"{path}: cannot be read as a tokenizer: {error}") from error
 

@@ -37,6 +37,7 @@ from .average import WeightAverages
 from .checkpoint import (
     CheckpointError,
     load_tensors,
+    require_counts,
     save_tensors,
     unusable,
     version_of,
@@ -53,6 +54,7 @@ from .optimizers import FlatGradients, Optimizers
 from .parallel import Ranks, processes_here
 from .prepare import Prepared
 from .ranges import phase
+from .reading import read_json
 from .shards import RowSampler, ShardError, TokenStream
 from .signals import StopSignals
 from .storage import require_writable, write_bytes, write_text
@@ -66,6 +68,9 @@ CHECKPOINT_FIELDS = {"step": int, "seconds": float, "loss": float, "sampler": di
     "ema_updates": int,
     "swa_snapshots": int,
 }
+ROW_BYTES = 8
+"""Of a token of a step's rows: as they are read, stacked and widened."""
+
 SLOW_STEP = 2.0
 """Seconds a step from which several ranks agree between micro-batches on whether to stop; it takes a collective."""
 
@@ -255,7 +260,7 @@ class Trainer:
             )
         self.rows_per_rank = rows
         available = available_memory(ranks.device, processes_here())
-        require_memory(least_memory(preset.model), available, preset)
+        require_memory(least_memory(preset.model) + ROW_BYTES * rows * preset.model.train_length, available, preset)
         if ranks.is_first:
             require_writable(
                 self.folder, 2 * state_bytes(preset.model)
@@ -558,6 +563,8 @@ class Trainer:
         tensors, meta = load_tensors(path, fields=CHECKPOINT_FIELDS)
         if meta["model"] != self.preset.model.to_dict():
             raise CheckpointError(f"{path} holds another model than run.json describes; start the run afresh")
+        tokens = {"tokens"} & meta.keys()
+        require_counts(path, meta, ("step", "ema_updates", "swa_snapshots", *tokens), ("seconds",))
         optimizer = without_prefix("optimizer", tensors)
         try:
             self.model.load_state_dict(without_prefix("model", tensors))
@@ -581,7 +588,7 @@ class Trainer:
 def _began_with(path: Path) -> str:
     """What ran attention in the run that `path` describes; empty where it does not say."""
     try:
-        return str(json.loads(path.read_text(encoding="utf-8"))["attention"]["name"])
+        return str(read_json(path)["attention"]["name"])
     except (OSError, ValueError, KeyError, TypeError):
         return ""
 

@@ -7,6 +7,7 @@
 import dataclasses
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -15,13 +16,19 @@ from typing import Any
 import numpy as np
 
 from ..errors import KloraError
+from ..model.reading import is_count, is_finite, open_regular, parse_json, read_bytes
 from ..model.storage import replacing, write_text
 from .documents import Document
 from .protocols import TTTConfig
-from .results import ADAPTED, SHORT, DocumentResult
+from .results import ADAPTED, NOT_ADAPTED, PARTIAL, SHORT, DocumentResult
 
+STATUSES = (SHORT, ADAPTED, PARTIAL, NOT_ADAPTED)
 PHASES = ("base", "prequant")
 """The passes of unadapted models whose results are kept."""
+
+
+ROUNDING = 1e-4
+"""Nats of a target by which rounding may bring a sure one below zero."""
 
 
 class JournalError(KloraError, ValueError):
@@ -77,7 +84,7 @@ class Journal:
     def _read(self, path: Path, fingerprint: str) -> list[dict[str, Any]]:
         """The records of a journal, whose documents and seconds are taken in."""
         records = []
-        for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
+        for number, line in enumerate(read_bytes(path).splitlines(keepends=True), start=1):
             if not line.endswith(b"\n"):
                 break  # torn by the interruption
             try:
@@ -104,14 +111,14 @@ class Journal:
         """Note what a line says. ValueError for one that no run has written."""
         if "seconds" in record:
             seconds = record["seconds"]
-            if not isinstance(seconds, dict) or not all(_is_number(value) for value in seconds.values()):
+            if not isinstance(seconds, dict) or not all(is_finite(value) and value >= 0 for value in seconds.values()):
                 raise ValueError("seconds are no numbers by phase")
             # They add up over interruptions, and ranks run side by side: the most is the time spent.
             self.seconds = max(self.seconds, seconds, key=lambda spent: sum(spent.values()))
             return
         index, result = record.get("index"), _result(record.get("result"))
-        if type(index) is not int or index < 0:
-            raise ValueError(f"index {index!r} is no document's")
+        if not is_count(index):
+            raise ValueError(f"index {index!r:.60} is no document's")
         if result.status in (SHORT, ADAPTED):
             self.done[index] = result
 
@@ -224,7 +231,7 @@ def _require_no_work(journals: Iterable[Path], arrays: Iterable[Path]) -> None:
 def _finished_in(path: Path) -> int:
     """How many finished documents a journal holds, whichever run it is of."""
     found = set()
-    for line in path.read_bytes().splitlines() if path.exists() else ():
+    for line in read_bytes(path).splitlines() if path.exists() else ():
         with suppress(ValueError):
             record = _parsed(line)
             if "result" in record and _result(record["result"]).status in (SHORT, ADAPTED):
@@ -235,8 +242,8 @@ def _finished_in(path: Path) -> int:
 def _parsed(line: bytes) -> dict[str, Any]:
     """The JSON object of a line. ValueError says what is there instead."""
     try:
-        record = json.loads(line)
-    except (ValueError, RecursionError):
+        record = parse_json(line)
+    except ValueError:
         raise ValueError(f"no JSON ({line[:40]!r})") from None
     if not isinstance(record, dict):
         raise ValueError(f"a JSON value of type {type(record).__name__}, not an object")
@@ -249,23 +256,32 @@ def _result(values: Any) -> DocumentResult:
         result = DocumentResult(**values)
     except TypeError:
         raise ValueError("no result of a document") from None
-    texts, numbers = (result.name, result.status), dataclasses.astuple(dataclasses.replace(result, name=0, status=0))
-    if not all(isinstance(text, str) for text in texts) or not all(_is_number(n) or n is None for n in numbers):
+    counts = result.tokens, result.bytes, result.kept_pass, result.adapted_tokens, result.group
+    nats = result.base_nats, result.tempered_nats, result.adapted_nats
+    before = () if result.prequant_nats is None else (result.prequant_nats,)
+    if not isinstance(result.name, str) or result.status not in STATUSES or not all(map(is_count, counts)):
         raise ValueError("a result whose values are of other types")
+    if result.adapted_tokens > result.tokens:
+        raise ValueError("a result with more adapted targets than targets")
+    if not all(is_finite(value) and value >= -ROUNDING * result.tokens for value in (*nats, *before)):
+        raise ValueError("a result whose NLL is negative or no number")
+    result.name.encode(errors="surrogateescape")  # as a file's name can be; UnicodeEncodeError is a ValueError
     return result
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
 def _read_array(path: Path) -> np.ndarray:
+    """What :meth:`Journal.keep_base` wrote. Its header is compared with the file's size before memory is taken."""
+    array = None
     try:
-        with open(path, "rb") as file:
-            array = np.lib.format.read_array(file, allow_pickle=False)
-    except (ValueError, EOFError):
+        with open_regular(path) as file:
+            if np.lib.format.read_magic(file) == (1, 0):
+                shape, is_fortran, dtype = np.lib.format.read_array_header_1_0(file)
+                left = os.fstat(file.fileno()).st_size - file.tell()
+                if dtype == np.float32 and len(shape) == 2 and not is_fortran and 4 * shape[0] * shape[1] == left:
+                    array = np.fromfile(file, dtype=np.float32).reshape(shape)
+    except (ValueError, EOFError, RecursionError, MemoryError):
         array = None
-    if array is None or array.dtype != np.float32 or array.ndim != 2:
+    if array is None:
         raise JournalError(f"{path} is damaged; give --overwrite to start afresh")
     return array
 
