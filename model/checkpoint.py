@@ -94,7 +94,7 @@ def _metadata(path: Path, header: Mapping[str, str], fields: Mapping[str, type])
     if text is None:
         raise CheckpointError(f"{path} was not written by klora: it has no klora metadata")
     try:
-        meta = parse_json(text)
+        meta = parse_json(text, numbers=False)  # the loss before the first step is NaN
     except ValueError as error:
         raise CheckpointError(f"{path} is damaged: its metadata is no JSON ({error}); copy or make it again") from None
     wrong = [name for name, kind in fields.items() if not isinstance(meta, dict) or type(meta.get(name)) is not kind]

@@ -141,7 +141,7 @@ def _parse(field: dataclasses.Field, value: Any) -> Any:
             return int(text) if kind is int else float(text)
         if kind is float and type(value) is int:
             return float(value)
-    except ValueError:
+    except (ValueError, OverflowError):
         raise ConfigError(f"{field.name}={value!r} is not possible; allowed: {allowed_values(field)}") from None
     return value
 

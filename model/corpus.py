@@ -219,7 +219,7 @@ class _LongLine(Exception):
 
 def _json_document(line: bytes, field: str, default_name: str) -> Document:
     try:
-        record = parse_json(line.decode())
+        record = parse_json(line.decode(), numbers=False)
     except ValueError as error:
         raise _BadLine(f"not JSON ({error})") from None
     if not isinstance(record, dict):
@@ -243,9 +243,9 @@ def _lines(path: Path) -> Iterator[bytes]:
             yield from _split_lines(_zstd_blocks(file))
         elif path.suffix == ".gz":
             with gzip.GzipFile(fileobj=file) as unpacked:
-                yield from _split_lines(iter(lambda: unpacked.read(2**20), b""))
+                yield from _split_lines(iter(lambda: unpacked.read(2**16), b""))
         else:
-            yield from _split_lines(iter(lambda: file.read(2**20), b""))
+            yield from _split_lines(iter(lambda: file.read(2**16), b""))
 
 
 def _zstd_blocks(file) -> Iterator[bytes]:

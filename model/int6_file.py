@@ -76,7 +76,10 @@ def load_quantized(module: nn.Module, path: Path | str, device: torch.device | s
             raise CheckpointError(
                 f"{path}: {name} is at six bits there and {type(linear).__name__} here; wanted nn.Linear"
             )
-        int6 = _empty(linear, spec)
+        try:
+            int6 = _empty(linear, spec)
+        except ValueError as error:
+            raise CheckpointError(f"{path}: {name}: {error}; this module is another one, or the file damaged") from None
         made[linear] = made.get(linear, int6)
         expected.pop(f"{name}.weight", None)
         expected |= {f"{name}.{part}": tuple(getattr(int6, part).shape) for part in ("packed", "scale", "layout")}
@@ -131,7 +134,11 @@ def _read(path: Path) -> tuple[dict, dict[str, Tensor]]:
 
 def _is_spec(spec: Any) -> bool:
     """Whether a value says how a linear is at six bits."""
-    if not isinstance(spec, dict) or spec.get("dtype") not in ("float32", "float16", "bfloat16", "float64"):
+    if (
+        not isinstance(spec, dict)
+        or "group_size" not in spec
+        or spec.get("dtype") not in ("float32", "float16", "bfloat16", "float64")
+    ):
         return False
     group = spec.get("group_size")
     return group is None or (type(group) is int and group > 0)

@@ -58,10 +58,14 @@ def read_bytes(path: Path, name: str = "MAX_RECORD_BYTES") -> bytes:
         return file.read(most + 1)[:most]
 
 
-def parse_json(data: bytes | str) -> Any:
-    """The value of a JSON text. ValueError: no JSON or UTF-8, a name twice in an object, more than MAX_DEPTH levels."""
+def parse_json(data: bytes | str, numbers: bool = True) -> Any:
+    """The value of a JSON text. ValueError: no JSON or UTF-8, a name twice in an object, more than MAX_DEPTH levels.
+
+    With `numbers`, also NaN, infinities and what is beyond float64 or 64 bits: formulas would overflow on them.
+    """
+    hooks = {"parse_int": _integer, "parse_float": _finite, "parse_constant": _finite} if numbers else {}
     try:
-        value = json.loads(data, object_pairs_hook=_object)
+        value = json.loads(data, object_pairs_hook=_object, **hooks)
     except RecursionError:
         raise ValueError("its objects and lists are too deep") from None
     if _is_deeper(value, MAX_DEPTH):
@@ -84,6 +88,19 @@ def is_finite(value: Any) -> bool:
     if type(value) is int:
         return abs(value) <= 2**53
     return type(value) is float and value - value == 0
+
+
+def _integer(text: str) -> int:
+    if len(text) > 20 or abs(value := int(text)) >= 2**64:
+        raise ValueError(f"the integer {text:.30} is beyond 64 bits")
+    return value
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if value - value != 0:
+        raise ValueError(f"the number {text:.30} is not finite")
+    return value
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -214,7 +214,7 @@ class TestHostileHeader:
             ({"depth": 3}, "its config has other fields"),
             ({"heads": 3}, "its config is impossible: heads=3"),
             ({"rope_base": 10**400}, "its config has other fields"),
-            ({"vocab_size": 65536, "width": 65536}, "asks for [0-9,]{11,} bytes and 1,073,741,824 are allowed"),
+            ({"vocab_size": 65536, "width": 65536}, "asks for [0-9,]{11,} bytes and 2,147,483,648 are allowed"),
             ({"mlp_hidden": 1 << 20, "width": 65536, "blocks": 256, "bigram_rows": 1 << 24}, "asks for"),
             ({"width": 2**62}, "its config is impossible: width=4611686018427387904"),
             ({"train_length": 1 << 20, "width": 65536}, "asks for"),

@@ -7,7 +7,9 @@
 import dataclasses
 import hashlib
 import json
+import math
 import os
+import re
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -26,6 +28,9 @@ STATUSES = (SHORT, ADAPTED, PARTIAL, NOT_ADAPTED)
 PHASES = ("base", "prequant")
 """The passes of unadapted models whose results are kept."""
 
+
+NPY_HEADER = re.compile(rb"\{'descr': '<f4', 'fortran_order': False, 'shape': \((\d{1,18}), (\d{1,18})\), \} *\n")
+"""Of an array [rows, columns] of fp32 as NumPy writes it."""
 
 ROUNDING = 1e-4
 """Nats of a target by which rounding may bring a sure one below zero."""
@@ -271,19 +276,14 @@ def _result(values: Any) -> DocumentResult:
 
 def _read_array(path: Path) -> np.ndarray:
     """What :meth:`Journal.keep_base` wrote. Its header is compared with the file's size before memory is taken."""
-    array = None
-    try:
-        with open_regular(path) as file:
-            if np.lib.format.read_magic(file) == (1, 0):
-                shape, is_fortran, dtype = np.lib.format.read_array_header_1_0(file)
-                left = os.fstat(file.fileno()).st_size - file.tell()
-                if dtype == np.float32 and len(shape) == 2 and not is_fortran and 4 * shape[0] * shape[1] == left:
-                    array = np.fromfile(file, dtype=np.float32).reshape(shape)
-    except (ValueError, EOFError, RecursionError, MemoryError):
-        array = None
-    if array is None:
-        raise JournalError(f"{path} is damaged; give --overwrite to start afresh")
-    return array
+    with open_regular(path) as file:
+        start = file.read(10)
+        header = file.read(int.from_bytes(start[8:], "little"))
+        shape = [int(size) for found in [NPY_HEADER.fullmatch(header)] if found for size in found.groups()]
+        left = os.fstat(file.fileno()).st_size - file.tell()
+        if start[:8] != b"\x93NUMPY\x01\x00" or not shape or 4 * math.prod(shape) != left:
+            raise JournalError(f"{path} is damaged; give --overwrite to start afresh")
+        return np.fromfile(file, dtype="<f4").reshape(shape)
 
 
 def _share(nll: np.ndarray) -> float:
