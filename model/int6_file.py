@@ -134,14 +134,10 @@ def _read(path: Path) -> tuple[dict, dict[str, Tensor]]:
 
 def _is_spec(spec: Any) -> bool:
     """Whether a value says how a linear is at six bits."""
-    if (
-        not isinstance(spec, dict)
-        or "group_size" not in spec
-        or spec.get("dtype") not in ("float32", "float16", "bfloat16", "float64")
-    ):
+    if not isinstance(spec, dict) or spec.keys() != {"group_size", "dtype"}:
         return False
-    group = spec.get("group_size")
-    return group is None or (type(group) is int and group > 0)
+    group, dtype = spec["group_size"], spec["dtype"]
+    return (group is None or type(group) is int) and dtype in ("float32", "float16", "bfloat16", "float64")
 
 
 def _empty(linear: nn.Linear | Int6Linear, spec: dict) -> Int6Linear:
