@@ -99,6 +99,7 @@ class Output:
         if self.is_silent:
             return
         rows = [tuple(escape(printable(cell)) for cell in row) for row in rows]
+        title, columns = escape(printable(title)), tuple(escape(printable(column)) for column in columns)
         table = Table(title=title or None, title_justify="left", show_header=bool(columns), box=None, pad_edge=False)
         for column in columns or ("", "") if rows else ():
             table.add_column(column, overflow="fold")

@@ -209,6 +209,10 @@ def _json_documents(path: Path, field: str) -> Iterator[Document]:
         raise CorpusError(f"{path}, line {number + 1}: cannot be read: {error}") from error
 
 
+ZSTD_STEP = 512
+"""Bytes decompressed at a time: four of them can be 128 KiB of one character."""
+
+
 class _BadLine(Exception):
     """What is wrong with a line."""
 
@@ -253,12 +257,16 @@ def _zstd_blocks(file) -> Iterator[bytes]:
     # Text archives are made with windows of up to 2 GiB (zstd --long=31); the decoder's default stops at 128 MiB.
     decoder = zstandard.ZstdDecompressor(max_window_size=2**31)
     frame = None
-    while data := file.read(2**14):  # small, as repetitive text grows a thousandfold
-        while data:
+    while data := file.read(2**14):
+        start = 0
+        while start < len(data):
             frame = frame or decoder.decompressobj()
-            yield frame.decompress(data)
-            data = frame.unused_data if frame.eof else b""
-            frame = None if frame.eof else frame
+            part = data[start : start + ZSTD_STEP]
+            yield frame.decompress(part)
+            start += len(part)
+            if frame.eof:
+                start -= len(frame.unused_data)
+                frame = None
     if frame is not None:
         raise EOFError("the compressed data ends in the middle of a frame")
 
