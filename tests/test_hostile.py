@@ -473,7 +473,6 @@ class TestNames:
             ("score", model, "--jsonl", tmp_path / HOSTILE),
             (HOSTILE,),
             ("score", "--" + HOSTILE),
-            ("score", "--most-tokens", HOSTILE),
         ):
             done = klora(*arguments, check=2)
             said = done.stdout + done.stderr
