@@ -9,7 +9,8 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from ..kernels.int6 import Int6Linear
+from ..kernels.int6 import LAYOUT, Int6Linear
+from ..kernels.int6.layout import SCALE_DTYPES
 from .checkpoint import CheckpointError
 from .config import ConfigError
 from .int6_model import replace_linears
@@ -126,8 +127,15 @@ def _read(path: Path) -> tuple[dict, dict[str, Tensor]]:
     if not (isinstance(aliases, dict) and all(isinstance(name, str) and name in state for name in aliases.values())):
         raise CheckpointError(f"{path} is damaged: its tied tensors are not there; save it again")
     for name in linears:
-        scale = state.get(f"{name}.scale")
-        if scale is not None and not torch.isfinite(scale).all():
+        packed, scale, layout = (state.get(f"{name}.{part}") for part in ("packed", "scale", "layout"))
+        if packed is None or scale is None or layout is None:
+            continue  # named with all that are missing
+        if packed.dtype != torch.int32 or scale.dtype not in SCALE_DTYPES or layout.tolist() != LAYOUT:
+            raise CheckpointError(
+                f"{path}: {name} is {packed.dtype} with scales {scale.dtype} in layout {layout.tolist()!r:.60}; this klora "
+                f"reads int32, floats and layout {LAYOUT}: save it again"
+            )
+        if not torch.isfinite(scale).all():
             raise CheckpointError(f"{path}: its tensor '{name}.scale' holds a NaN or an infinity; save it again")
     return about, state | {alias: state[name] for alias, name in aliases.items()}
 

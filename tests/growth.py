@@ -102,7 +102,7 @@ def growth(
     say: Callable[[str], None] = lambda text: None,
     least: int = LEAST_ROUNDS,
 ) -> dict[str, Any]:
-    """Run `work` for `seconds`, and `least` times at least; what was held at the start and at the end, and the verdict."""
+    """Run `work` for `seconds`, and `least` times at least: what was held at the start and the end, and the verdict."""
     began = said = time.monotonic()
     rounds: list[dict[str, int]] = []
     while time.monotonic() - began < seconds or len(rounds) < WARM_ROUNDS + least:

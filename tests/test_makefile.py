@@ -39,6 +39,13 @@ def test_the_tests_run_on_every_core_with_a_thread_each_and_are_counted_last(tar
     assert "--cov-fail-under=80" in commands("coverage", tmp_path)
 
 
+def test_fuzz_sanitize_and_growth_say_what_they_run(tmp_path):
+    assert "tests/fuzz.py --count 1000000 --seed 0" in commands("fuzz", tmp_path)
+    assert "tests/fuzz.py --count 50 --seed 3" in commands("fuzz", tmp_path, "N=50", "SEED=3")
+    assert "tests/sanitize.py" in commands("sanitize", tmp_path)
+    assert "tests/growth.py --seconds 480" in commands("growth", tmp_path, "SECONDS=480")
+
+
 def test_the_readme_and_the_command_say_how_long_the_tests_take(tmp_path):
     readme = (ROOT / "README.md").read_text()
     for target, most in (("test", 8), ("test-fast", 2)):
