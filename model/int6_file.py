@@ -132,8 +132,8 @@ def _read(path: Path) -> tuple[dict, dict[str, Tensor]]:
             continue  # named with all that are missing
         if packed.dtype != torch.int32 or scale.dtype not in SCALE_DTYPES or layout.tolist() != LAYOUT:
             raise CheckpointError(
-                f"{path}: {name} is {packed.dtype} with scales {scale.dtype} in layout {layout.tolist()!r:.60}; this klora "
-                f"reads int32, floats and layout {LAYOUT}: save it again"
+                f"{path}: {name} is {packed.dtype} with scales {scale.dtype} in layout {layout.tolist()!r:.60}; this "
+                f"klora reads int32, floats and layout {LAYOUT}: save it again"
             )
         if not torch.isfinite(scale).all():
             raise CheckpointError(f"{path}: its tensor '{name}.scale' holds a NaN or an infinity; save it again")
