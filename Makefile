@@ -9,7 +9,7 @@ MAKEFLAGS += --no-print-directory
 # One process a core, up to four, and one thread in each: tensors in tests are small.
 WORKERS := OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
-.PHONY: help setup demo test test-fast coverage audit faults lint format clean
+.PHONY: help setup demo test test-fast coverage audit faults fuzz sanitize growth lint format clean
 
 help:
 	@echo "make demo       train, export, adapt and report on this machine, in a few minutes on a CPU"
@@ -18,6 +18,9 @@ help:
 	@echo "make coverage   the whole suite without a GPU, and which lines of model and ttt it runs; half as long again"
 	@echo "make audit      planted cheats, strict causality and recomputed scores: the tests behind docs/trust.md"
 	@echo "make faults     kill train, export, score and ranks fifty times each, and go on each time; half an hour"
+	@echo "make fuzz       N=1000000 mutated files of every format, some hours; findings in runs/fuzz"
+	@echo "make sanitize   compute-sanitizer over the kernels' tests; needs a GPU"
+	@echo "make growth     train and score for SECONDS=1800: does memory grow?"
 	@echo "make lint       ruff check and ruff format --check"
 	@echo "make format     let ruff format and fix"
 	@echo "make setup      what all of them do first: PyTorch, klora and its tools into $(VENV)"
@@ -49,6 +52,16 @@ test: setup
 
 coverage: setup
 	$(WORKERS) -m "not gpu" --cov=klora.model --cov=klora.ttt --cov-report=term --cov-fail-under=80
+
+# Without TRITON_INTERPRET, which slows what is imported down; nothing here launches a kernel.
+fuzz: setup
+	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz.py --count $(or $(N),1000000) --seed $(or $(SEED),0)
+
+sanitize: setup
+	$(BIN)/python tests/sanitize.py
+
+growth: setup
+	$(BIN)/python tests/growth.py --seconds $(or $(SECONDS),1800)
 
 test-fast: setup
 	@echo "the quick tests: about 2 minutes on two cores"

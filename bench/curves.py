@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import KloraError
+from ..model.reading import read_bytes, read_json
 from ..model.storage import attempt, figure_png, new_figure, write_bytes, write_text
 
 SMOOTH = 50
@@ -39,9 +40,9 @@ def read_losses(folder: Path) -> dict[int, tuple[float, float]]:
     """Step -> (loss, scale of the learning rate) of a run. CurveError where there are none."""
     path = folder / "loss.csv"
     try:
-        with open(path, newline="", encoding="utf-8") as file:
-            rows = {int(row["step"]): (float(row["loss"]), float(row["lr_scale"])) for row in csv.DictReader(file)}
-    except (OSError, KeyError, TypeError, ValueError) as error:
+        lines = read_bytes(path).decode().splitlines()
+        rows = {int(row["step"]): (float(row["loss"]), float(row["lr_scale"])) for row in csv.DictReader(lines)}
+    except (OSError, KeyError, TypeError, ValueError, csv.Error) as error:
         raise CurveError(f"{path} is no loss.csv of a run ({type(error).__name__}: {error})") from None
     if not rows:
         raise CurveError(f"{path} has no steps")
@@ -65,7 +66,7 @@ def fast_of(folders: Sequence[Path], given: Path | None) -> Path:
 
 def _is_eager(folder: Path) -> bool:
     try:
-        return str(json.loads((folder / "run.json").read_text())["train"]["fused"]).lower() == "false"
+        return str(read_json(folder / "run.json")["train"]["fused"]).lower() == "false"
     except (OSError, KeyError, TypeError, ValueError):
         return False
 

@@ -34,6 +34,7 @@ SLOWER = 1.05
 """A median this much above the baseline's fails the comparison."""
 
 _NUMBER, _TEXT = {"type": "number"}, {"type": "string"}
+_TEXT_OR_NULL = {"type": ["string", "null"]}
 _NOT_EMPTY = {"type": "string", "minLength": 1}
 _POSITIVE, _COUNT = {"type": "number", "exclusiveMinimum": 0}, {"type": "integer", "minimum": 0}
 
@@ -50,7 +51,14 @@ RECORD_SCHEMA = {
         {
             "schema": {"const": 1},
             "group": _TEXT,
-            "environment": {"type": "object", "required": ["gpu", "driver", "versions", "commit", "date"]},
+            "environment": {
+                "type": "object",
+                "properties": {
+                    **{"gpu": _TEXT_OR_NULL, "driver": _TEXT_OR_NULL, "commit": _TEXT, "date": _TEXT},
+                    "versions": {"type": "object", "additionalProperties": _TEXT_OR_NULL},
+                },
+                "required": ["gpu", "driver", "versions", "commit", "date"],
+            },
             "ceilings": _fields({"bytes_per_second": _POSITIVE, "flops_per_second": _POSITIVE}),
             "missing": {
                 "type": "array",

@@ -11,7 +11,6 @@ are those of cold caches but for one column of the tables. A speedup is always t
 shape, dtype, timing and cache.
 """
 
-import json
 import math
 import re
 import textwrap
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import KloraError
+from ..model.reading import read_json
 from ..model.storage import attempt, figure_png, load_matplotlib, new_figure, write_bytes, write_text
 from .record import RecordError, validate
 from .timing import SPREAD, TIMINGS
@@ -73,7 +73,7 @@ def load_records(folder: Path) -> list[dict[str, Any]]:
     found: dict[tuple[str, str], tuple[Path, dict[str, Any]]] = {}
     for path in sorted(folder.glob("*/*.json")):
         try:
-            record = json.loads(path.read_text(encoding="utf-8"))
+            record = read_json(path)
         except ValueError as error:
             raise RecordError(f"{path} is no benchmark record: it is not JSON ({error})") from None
         if not isinstance(record, dict) or not {"schema", "results"} <= record.keys():

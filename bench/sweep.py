@@ -38,6 +38,7 @@ from ..model.corpus import Corpus
 from ..model.gpt import GPT
 from ..model.loading import model_from_artifact, tokenizer_of
 from ..model.parallel import pick_device
+from ..model.reading import read_json
 from ..model.storage import write_text
 from ..model.weights import frozen_weights
 from ..ttt.base import BaseNll
@@ -211,6 +212,13 @@ def sweep(
         raise typer.Exit(1)
 
 
+def _rows_of(old: dict[str, Any], name: str, record: Path) -> dict[str, dict[str, Any]]:
+    rows = old.get(name)
+    if not isinstance(rows, dict) or not all(isinstance(row, dict) for row in rows.values()):
+        raise typer.BadParameter(f"{record} is damaged at {name}; give another --record")
+    return rows
+
+
 class Sweep:
     """A record and what it has so far. BadParameter: the file there is of another model, text or GPU."""
 
@@ -220,14 +228,14 @@ class Sweep:
         self.scores: dict[str, dict[str, Any]] = {}
         if record.exists():
             try:
-                old = json.loads(record.read_text())
+                old = read_json(record)
             except ValueError:
                 old = None
             if not isinstance(old, dict) or {name: old.get(name) for name in about} != json.loads(json.dumps(about)):
                 raise typer.BadParameter(
                     f"{record} is no sweep of this artifact and text on this GPU; give another --record"
                 )
-            self.rows, self.scores = old["rows"], old["held_out_scores"]
+            self.rows, self.scores = (_rows_of(old, name, record) for name in ("rows", "held_out_scores"))
 
     def run(
         self, wanted: Mapping[str, TTTConfig], tuning: Sample, held_out: Sample, seconds: float, began: float

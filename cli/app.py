@@ -1,7 +1,9 @@
 """The command's entry point: its subcommands, and errors as sentences instead of tracebacks."""
 
 import json
+import logging
 import sys
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Annotated
 
@@ -10,6 +12,7 @@ from typer.core import TyperGroup
 from typer.main import get_command
 
 from .. import KloraError, __version__
+from .console import Said, printable
 
 COMMANDS = {
     "demo": "Train the tiny preset on Python's standard library, export it, adapt it to held-out files, "
@@ -33,11 +36,30 @@ MARKUP = "markdown"
 
 
 class Commands(TyperGroup):
-    """Imports the module of the command that runs, and no other."""
+    """Imports the module of the command that runs, and no other. What an argument is quoted in is printable."""
+
+    def make_context(self, *args, **kwargs):
+        with _printable_complaints():
+            return super().make_context(*args, **kwargs)
+
+    def invoke(self, ctx):
+        with _printable_complaints():
+            return super().invoke(ctx)
 
     def resolve_command(self, ctx, args):
         name, listed, rest = super().resolve_command(ctx, args)
         return name, listed and command_of(listed.name), rest
+
+
+@contextmanager
+def _printable_complaints():
+    """Clean the message of an error about arguments, which may be a file's name."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(getattr(error, "message", None), str) and hasattr(error, "format_message"):
+            error.message = printable(error.message)
+        raise
 
 
 def command_of(name: str):
@@ -77,11 +99,13 @@ def klora(
 def main() -> None:
     """Run the command line. A user's mistake or a broken file ends with one sentence on stderr and exit status 2."""
     try:
+        if not any(isinstance(handler, Said) for handler in logging.getLogger("klora").handlers):
+            logging.getLogger("klora").addHandler(Said())
         app()
     except (KloraError, MemoryError, OSError) as error:
         if "--json" in sys.argv:
             print(json.dumps({"error": str(error), "kind": type(error).__name__}))
-        print(f"klora: {error}", file=sys.stderr)
+        print(f"klora: {printable(str(error))}", file=sys.stderr)
         sys.exit(2)
     except RuntimeError as error:
         if not _is_out_of_gpu_memory(error):

@@ -14,6 +14,7 @@ from ..bench.record import RecordError, measure_ceilings, result_key, run_group,
 from ..bench.report import Report, report
 from ..model.config import ConfigError, TrainConfig
 from ..model.parallel import pick_device
+from ..model.reading import read_json
 from ..model.storage import write_text
 from ..model.train import compute_dtype, device_name
 from . import options
@@ -136,7 +137,7 @@ def require_replaceable(path: Path, toy: bool) -> None:
     if not path.exists():
         return
     try:
-        shapes = {result["shape"] for result in json.loads(path.read_text(encoding="utf-8"))["results"]}
+        shapes = {result["shape"] for result in read_json(path)["results"]}
     except (ValueError, KeyError, TypeError, OSError):
         raise RecordError(
             f"{path} is no benchmark record and would be replaced; move it or give another --out"
@@ -150,7 +151,7 @@ def read_record(path: Path) -> dict:
     if not path.is_file():
         raise RecordError(f"{path}: there is no such file; give a record that klora bench wrote")
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = read_json(path)
     except ValueError as error:
         raise RecordError(f"{path} is no benchmark record: it is not JSON ({error})") from None
     validate(record, str(path))

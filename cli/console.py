@@ -1,6 +1,7 @@
 """What the command says and how: people read stderr's progress and stdout's tables, machines read --json on stdout."""
 
 import json
+import logging
 import math
 import sys
 from collections.abc import Callable, Iterator
@@ -12,6 +13,29 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TextColumn
 from rich.table import Table
 from rich.text import Text
+
+
+def printable(text: str) -> str:
+    """`text` with an escape such as \\x1b for every character that would steer a terminal or turn its line around.
+
+    Those are control characters but line ends and tabs, and the marks of Unicode for separators, directions and halves
+    of surrogate pairs.
+    """
+    return "".join(
+        c if c in "\n\t" or c.isprintable() or c == "\u00a0" or c == "\u3000" else _escaped(c) for c in str(text)
+    )
+
+
+def _escaped(character: str) -> str:
+    return character.encode("unicode_escape").decode()
+
+
+class Said(logging.Handler):
+    """Shows what the library logs, as :meth:`Output.warn` shows its lines."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with suppress(OSError):
+            print(f"klora: {printable(record.getMessage())}", file=sys.stderr, flush=True)
 
 
 class PatientConsole(Console):
@@ -63,18 +87,19 @@ class Output:
     def say(self, text: str, style: str = "") -> None:
         """One line for people."""
         if not self.is_silent:
-            self.console.print(text, style=style, markup=False)
+            self.console.print(printable(text), style=style, markup=False)
 
     def warn(self, text: str) -> None:
         """One line on stderr, with --json too: something that ended nothing, but that one should know."""
         with suppress(OSError):
-            print(f"klora: {text}", file=sys.stderr, flush=True)
+            print(f"klora: {printable(text)}", file=sys.stderr, flush=True)
 
     def table(self, title: str, rows: list[tuple[str, ...]], columns: tuple[str, ...] = ()) -> None:
         """A small table for people; without `columns`, a list of names and values."""
         if self.is_silent:
             return
-        rows = [tuple(escape(cell) for cell in row) for row in rows]
+        rows = [tuple(escape(printable(cell)) for cell in row) for row in rows]
+        title, columns = escape(printable(title)), tuple(escape(printable(column)) for column in columns)
         table = Table(title=title or None, title_justify="left", show_header=bool(columns), box=None, pad_edge=False)
         for column in columns or ("", "") if rows else ():
             table.add_column(column, overflow="fold")
@@ -104,6 +129,7 @@ class Output:
 
         def show(text: str, done: float, total: float | None = None, unit: str = "") -> None:
             nonlocal task, shown
+            text = printable(text)
             if (total, unit) != shown or done < display.tasks[0].completed:
                 shown = total, unit
                 display.remove_task(task)

@@ -1,6 +1,5 @@
 """`klora demo`: the whole chain on text that every machine has, in a few minutes on a CPU."""
 
-import json
 import time
 from pathlib import Path
 from typing import Annotated
@@ -13,6 +12,7 @@ from ..model.corpus import Corpus
 from ..model.gpt import GPT
 from ..model.lock import locked
 from ..model.parallel import Ranks, pick_device
+from ..model.reading import read_json
 from ..model.train import RUN
 from ..ttt.protocols import ttt_preset
 from . import options
@@ -98,7 +98,7 @@ def is_demo(out: Path) -> bool:
     if (out / ARTIFACT).is_file():
         return True
     try:
-        return json.loads((out / RUN).read_text(encoding="utf-8"))["sources"]["demo"] is True
+        return read_json(out / RUN)["sources"]["demo"] is True
     except (OSError, ValueError, KeyError, TypeError):
         return False
 

@@ -13,7 +13,7 @@ from ..model.generate import generate_text
 from ..model.loading import WEIGHTS_HELP, model_from_artifact, tokenizer_of
 from ..model.parallel import pick_device
 from . import options
-from .console import Output
+from .console import Output, printable
 
 
 def generate(
@@ -40,13 +40,15 @@ def generate(
     if any("\ud800" <= character <= "\udfff" for character in prompt):
         raise ConfigError("--prompt holds bytes that are not UTF-8; allowed: any Unicode text")
     started, pieces = time.perf_counter(), []
+    # The pieces are the artifact's: a terminal gets no control character of theirs, a file or a pipe gets the text.
+    shown = printable if sys.stdout.isatty() else str
     if not as_json:
-        sys.stdout.write(prompt)
+        sys.stdout.write(shown(prompt))
     settings = {"most": tokens, "temperature": temperature, "top_k": top_k, "seed": seed}
     for piece in generate_text(model, tokenizer, prompt, **settings):
         pieces.append(piece)
         if not as_json:
-            sys.stdout.write(piece)
+            sys.stdout.write(shown(piece))
             sys.stdout.flush()
     if not as_json:
         sys.stdout.write("\n")

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import time
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -31,6 +32,7 @@ from ..ttt.documents import (
     documents_from_tokens,
     facts_of_texts,
     facts_of_tokens,
+    with_own_names,
 )
 from ..ttt.journal import Journal, fingerprint, has_journals, open_journal, remove_journals, settings_of
 from ..ttt.pipeline import SCORERS, Interrupted, ScoreRequest, pick_scorer
@@ -236,7 +238,7 @@ def score_artifact(
     before = model_from_run(prequant, chosen, of=loaded) if prequant else None
     seconds["load"], started = time.perf_counter() - started, time.perf_counter()
     tokenizer = tokenizer_of(loaded)
-    every = documents_of(source, tokenizer, loaded.provenance)
+    every = documents_of(source, tokenizer, loaded.provenance, output.warn)
     documents = _sampled(every, most_tokens)
     of_bytes = facts_of_tokens(documents, tokenizer) if source[-1] else facts_of_texts()
     seconds["tokenize"] = time.perf_counter() - started
@@ -366,10 +368,13 @@ def _why_short(config: TTTConfig) -> str:
     )
 
 
-def documents_of(source, tokenizer: Tokenizer, provenance: dict) -> list[Document]:
+def documents_of(
+    source, tokenizer: Tokenizer, provenance: dict, say: Callable[[str], None] = lambda text: None
+) -> list[Document]:
     """The documents of a source (text, jsonl, field, shards), in its order; without one, the library's held-out part.
 
-    ConfigError, CorpusError or TokenizerError: no such source, or text that the tokenizer does not keep.
+    Each has a name of its own; `say` hears of those that were given one. ConfigError, CorpusError or TokenizerError: no
+    such source, or text that the tokenizer does not keep.
     """
     text, jsonl, field, shards = source
     if shards:
@@ -377,9 +382,12 @@ def documents_of(source, tokenizer: Tokenizer, provenance: dict) -> list[Documen
             raise ConfigError(
                 f"the shards in {shards} were made by another tokenizer than the artifact's; make them again"
             )
-        return list(documents_from_tokens(TokenStream(find_shards(shards, "val")).documents(), tokenizer))
-    corpus = options.corpus_from(text, jsonl, field) or _held_out_stdlib(provenance)
-    return list(documents_from_texts(corpus.documents(), tokenizer, max(1, (os.cpu_count() or 1) // processes_here())))
+        found = list(documents_from_tokens(TokenStream(find_shards(shards, "val")).documents(), tokenizer))
+    else:
+        corpus = options.corpus_from(text, jsonl, field) or _held_out_stdlib(provenance)
+        threads = max(1, (os.cpu_count() or 1) // processes_here())
+        found = list(documents_from_texts(corpus.documents(), tokenizer, threads))
+    return with_own_names(found, say)
 
 
 def _sampled(documents: list[Document], most_tokens: int) -> list[Document]:
@@ -394,7 +402,8 @@ def _sampled(documents: list[Document], most_tokens: int) -> list[Document]:
 
 def _held_out_stdlib(provenance: dict) -> Corpus:
     """The part of the standard library that training held out; with another share, trained text would be scored."""
-    sources = provenance.get("sources", {})
+    sources = provenance.get("sources")
+    sources = sources if isinstance(sources, dict) else {}
     share = sources.get("validation_share") if sources.get("kind") == "stdlib" else None
     return Corpus.stdlib("validation", share) if share else Corpus.stdlib("validation")
 

@@ -1,7 +1,6 @@
 """`klora train`: text to tokenizer to shards to trained weights, in one run folder."""
 
 import dataclasses
-import json
 import signal
 from datetime import datetime
 from pathlib import Path
@@ -16,6 +15,7 @@ from ..model.corpus import Corpus
 from ..model.lock import locked
 from ..model.parallel import Ranks, join_ranks, rank_of_many
 from ..model.prepare import Prepared, prepare, prepared_from_shards
+from ..model.reading import read_json
 from ..model.storage import attempt, differences
 from ..model.train import CHECKPOINT, MODEL, RUN, Trainer, TrainResult, compute_dtype
 from . import options
@@ -135,7 +135,7 @@ def train(
 def _kept_there(out: Path) -> str:
     """The preset and the data of the run in `out`, for people; nothing where it does not say."""
     try:
-        run = json.loads((out / RUN).read_text(encoding="utf-8"))
+        run = read_json(out / RUN)
         return f" (preset {run['preset']!s:.40}, data {run['data']!s:.200})"
     except (OSError, ValueError, KeyError, TypeError):
         return ""
@@ -240,7 +240,7 @@ def prepare_first(
 
 
 def _counts(path: Path) -> str:
-    counts = json.loads(path.read_text(encoding="utf-8"))
+    counts = read_json(path)
     splits = (
         f"{counts[s]['documents']:,} {s} documents, {counts[s]['tokens']:,} tokens" for s in ("train", "validation")
     )
@@ -279,11 +279,12 @@ def _stored_run(out: Path, overrides: dict[str, str]) -> tuple[Preset, Prepared,
     if not path.is_file():
         raise ConfigError(f"there is no run to resume in {out}: {path} is missing")
     try:
-        run = json.loads(path.read_text(encoding="utf-8"))
+        run = read_json(path)
         model, train = dict(run["model"]), dict(run["train"])
         data, sources, name = Path(run["data"]), dict(run["sources"]), str(run["preset"])
+        data.exists()  # ValueError where it is no path
     except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} is damaged ({error!r}); start the run afresh with --overwrite") from None
+        raise CheckpointError(f"{path} is damaged ({error!r:.200}); start the run afresh with --overwrite") from None
     try:
         stored = Preset(name, ModelConfig.from_dict(model), TrainConfig.from_dict(train), about="resumed")
     except (ConfigError, TypeError) as error:

@@ -16,7 +16,8 @@ That is version 1. Version 2, written only where fp16 is too narrow for one of t
 payload's tensors that are fp32 in the place of fp16, sorted, at least one.
 
 A file is not trusted. Before anything of the size that it asks for is allocated, the header is bounded and checked. The
-config gives the exact tensors, and those give the payload's size, which must be what the zstd frame claims.
+config gives the exact tensors. They give what the model takes up to the weights that a forward reads, which has a limit
+(`loading_bytes`), and the payload's size, which must be what the zstd frame claims.
 """
 
 import base64
@@ -40,8 +41,10 @@ from torch import Tensor
 from ..errors import KloraError
 from ..kernels.int6 import Int6Weight, pack_int6_ref
 from .config import ConfigError, ModelConfig
+from .estimate import loading_bytes
 from .gpt import is_block_matrix, parameter_shapes
 from .quantize import CLIPS, LARGE_ERROR, QuantizedMatrices, advice, compress, quantize_to_fit
+from .reading import limit, open_regular, raising
 from .storage import write_bytes
 
 MAGIC = 0x184D2A50
@@ -100,7 +103,7 @@ class Artifact:
     def state_dict(self, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
         """All parameters in `dtype`, for `GPT.load_state_dict`."""
         return {
-            name: tensor.dequantize(dtype) if isinstance(tensor, Int6Weight) else tensor.to(dtype)
+            name: _dequantized(tensor, dtype) if isinstance(tensor, Int6Weight) else tensor.to(dtype)
             for name, tensor in self.tensors.items()
         }
 
@@ -152,18 +155,20 @@ def save_artifact(
     return ArtifactSummary(size, budget, error, quantized.clips, quantized.errors, dict(quantized.budgets), warning)
 
 
-def load_artifact(path: str | Path, max_bytes: int = 1 << 30) -> Artifact:
+def load_artifact(path: str | Path, max_bytes: int | None = None) -> Artifact:
     """Read and check the artifact at `path`, on the CPU: its config, tokenizer, provenance and tensors.
 
-    ArtifactError: anything but a whole artifact, or a model whose tensors or rotary tables take more than `max_bytes`.
+    `max_bytes` bounds what the model takes from here to the weights that a forward reads, its dequantised matrices,
+    projected bigram table and rotary tables counted. None: 2 GiB, or KLORA_MAX_MODEL_BYTES of the environment.
+    ArtifactError: anything but a whole artifact, or a model that takes more.
 
     Example: artifact = load_artifact("tiny.klora")
     """
     path = Path(path)
     try:
         _require(path.is_file(), "there is no such file; give the path of an exported artifact")
-        with open(path, "rb") as file:
-            return _read(file, max_bytes)
+        with open_regular(path) as file:
+            return _read(file, limit("MAX_MODEL_BYTES") if max_bytes is None else max_bytes)
     except ArtifactError as error:
         raise ArtifactError(f"{path}: {error}") from error.__cause__
     except OSError as error:
@@ -172,7 +177,7 @@ def load_artifact(path: str | Path, max_bytes: int = 1 << 30) -> Artifact:
 
 def is_artifact(path: Path) -> bool:
     """Whether the file starts as an artifact does; nothing more is checked."""
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         return file.read(4) == struct.pack("<I", MAGIC)
 
 
@@ -290,10 +295,11 @@ def _payload_layout(config: ModelConfig, max_bytes: int, wide: Sequence[str]) ->
             layout[f"{name}.scale"] = "F32" if f"{name}.scale" in wide else "F16", (shape[0],)
         else:
             layout[name] = "F16" if name in HALF and name not in wide else "F32", tuple(shape)
-    asked = max(_layout_bytes(layout), 4 * config.train_length * config.head_dim)
+    asked = loading_bytes(config, _layout_bytes(layout))
     _require(
         asked <= max_bytes,
-        f"its config asks for {asked:,} bytes and {max_bytes:,} are allowed; raise max_bytes if you trust the file",
+        f"its config asks for {asked:,} bytes and {max_bytes:,} are allowed; {raising('MAX_MODEL_BYTES', asked)} or "
+        "give load_artifact that max_bytes",
     )
     return layout
 
@@ -343,12 +349,29 @@ def _tensors(
             codes, scale = flat[f"{name}.codes"], flat[f"{name}.scale"]
             _require(bool((scale >= 0).all()), f"its tensor '{name}.scale' holds a negative scale; {DAMAGED}")
             try:
-                tensors[name] = Int6Weight(pack_int6_ref(codes), scale, tuple(codes.shape))
+                packed = torch.cat([pack_int6_ref(rows) for rows in codes.split(_rows_at_a_time(codes.size(1)))])
+                tensors[name] = Int6Weight(packed, scale, tuple(codes.shape))
             except ValueError as error:
                 raise ArtifactError(f"its tensor '{name}.codes' is wrong: {error}; {DAMAGED}") from error
         else:
             tensors[name] = flat[name]
     return tensors
+
+
+def _rows_at_a_time(columns: int) -> int:
+    """Packing a code takes some 40 bytes for a moment: of at most about a million of them."""
+    return max(1, 2**20 // columns)
+
+
+def _dequantized(weight: Int6Weight, dtype: torch.dtype) -> Tensor:
+    """`weight.dequantize(dtype)`, some rows at a time."""
+    rows, columns = weight.shape
+    dense = torch.empty(rows, columns, dtype=dtype)
+    for start in range(0, rows, size := _rows_at_a_time(columns)):
+        some = slice(start, start + size)
+        part = Int6Weight(weight.packed[some], weight.scale[some], (min(size, rows - start), columns))
+        dense[some] = part.dequantize(dtype)
+    return dense
 
 
 def _checked_state(model_state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:

@@ -69,7 +69,11 @@ class WeightAverages:
         update_averages_(*self._flat, self._values, weights, backend)
 
     def load(self, ema: dict[str, Tensor], swa: dict[str, Tensor], counts: dict[str, int]) -> None:
-        """Go on from saved averages and their counts `ema_updates` and `swa_snapshots`."""
+        """Go on from saved averages and their counts `ema_updates` and `swa_snapshots`. ValueError: other shapes."""
+        for kind, averages in (("EMA", ema), ("SWA", swa)):
+            for name, parameter in self.parameters.items() if averages else ():
+                if averages[name].shape != parameter.shape:  # which would be broadcast
+                    raise ValueError(f"the {kind} of {name} is {list(averages[name].shape)}")
         for name in self.parameters:
             self.ema[name].copy_(ema[name])
             if swa:

@@ -6,7 +6,7 @@ SHA-256 of everything else in it: a bit that has flipped is refused, wherever it
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -18,7 +18,10 @@ from torch import Tensor
 
 from ..errors import KloraError
 from ..version import __version__
+from .reading import is_count, is_finite, open_regular, parse_json
 from .storage import replacing
+
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class CheckpointError(KloraError, ValueError):
@@ -62,7 +65,7 @@ def load_tensors(
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """What :func:`save_tensors` wrote, on the CPU, with metadata that has `fields` of those types.
 
-    Raises CheckpointError for a missing, damaged or foreign file.
+    Raises CheckpointError for a missing, damaged or foreign file, and for a tensor that is not finite.
     """
     if not path.is_file():
         raise CheckpointError(f"there is no file {path}")
@@ -70,17 +73,26 @@ def load_tensors(
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no iteration protocol)
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ValueError, KeyError, AttributeError, TypeError, RuntimeError) as error:
         raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from None
     meta = _metadata(path, metadata, fields)
     checksum = metadata.get("sha256")
     if checksum is None:
         raise unusable(path, "it has no checksum", metadata.get("version"))
+    for name, tensor in tensors.items():
+        if tensor.dtype not in FLOATS:
+            raise CheckpointError(f"{path} holds {name!r:.80} in {tensor.dtype}, which klora writes no tensor in")
     if checksum != _checksum(tensors, metadata):
         raise CheckpointError(
             f"{path} is damaged: its content does not match its SHA-256; copy it again, or start the run afresh with "
             "--overwrite"
         )
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise CheckpointError(
+                f"{path}: its tensor {name!r:.80} holds a NaN or an infinity; copy the file again, or go on from an "
+                "earlier one"
+            )
     return tensors, meta
 
 
@@ -96,9 +108,10 @@ def version_of(path: Path) -> str | None:
 
 def _header(path: Path) -> dict[str, str]:
     try:
+        open_regular(path).close()
         with safe_open(path, framework="pt") as file:
             return file.metadata() or {}
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from None
 
 
@@ -107,13 +120,22 @@ def _metadata(path: Path, header: Mapping[str, str], fields: Mapping[str, type])
     if text is None:
         raise CheckpointError(f"{path} was not written by klora: it has no klora metadata")
     try:
-        meta = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        meta = parse_json(text, numbers=False)  # the loss before the first step is NaN
+    except ValueError as error:
         raise CheckpointError(f"{path} is damaged: its metadata is no JSON ({error}); copy or make it again") from None
     wrong = [name for name, kind in fields.items() if not isinstance(meta, dict) or type(meta.get(name)) is not kind]
     if wrong or not isinstance(meta, dict):
         raise unusable(path, f"its metadata has no {' and no '.join(wrong) or 'names'}", header.get("version"))
     return meta
+
+
+def require_counts(path: Path, meta: Mapping[str, Any], counts: Iterable[str], seconds: Iterable[str] = ()) -> None:
+    """CheckpointError unless `counts` of the metadata are integers from 0 to 2^53, and `seconds` finite from 0."""
+    good = {name: is_count(meta.get(name)) for name in counts}
+    good |= {name: is_finite(meta.get(name)) and 0 <= meta[name] < 1e12 for name in seconds}
+    for name, holds in good.items():
+        if not holds:
+            raise unusable(path, f"its metadata has {name}={meta.get(name)!r:.60}", version_of(path))
 
 
 def with_prefix(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

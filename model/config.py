@@ -15,6 +15,9 @@ from typing import Any, Self
 
 from ..errors import KloraError
 
+LARGEST = 2**53
+"""Of an integer whose field names no other limit."""
+
 
 class ConfigError(KloraError, ValueError):
     """A field that does not exist or a value that is not allowed.
@@ -65,7 +68,8 @@ class Settings:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if not _is_allowed(field, value):
-                raise ConfigError(f"{field.name}={value!r} is not possible; allowed: {allowed_values(field)}")
+                allowed = allowed_values(field) + (f", at most {LARGEST}" if _is_too_large(field, value) else "")
+                raise ConfigError(f"{field.name}={value!r:.200} is not possible; allowed: {allowed}")
         self.check()
 
     def check(self) -> None:
@@ -104,11 +108,18 @@ def unknown_field(name: str, value: Any, known) -> str:
     return f"there is no field {name!r} (given {name}={value}); {hint}"
 
 
+def _is_too_large(field: dataclasses.Field, value: Any) -> bool:
+    """Whether an integer without a limit of its own is one that float64, which most of them meet, does not hold."""
+    return type(value) is int and abs(value) > LARGEST and "at_most" not in field.metadata
+
+
 def _is_allowed(field: dataclasses.Field, value: Any) -> bool:
     rules = field.metadata
     if type(value) is not type(field.default):
         return False
     if isinstance(value, float) and not math.isfinite(value):
+        return False
+    if _is_too_large(field, value):
         return False
     return (
         ("choices" not in rules or value in rules["choices"])
@@ -130,7 +141,7 @@ def _parse(field: dataclasses.Field, value: Any) -> Any:
             return int(text) if kind is int else float(text)
         if kind is float and type(value) is int:
             return float(value)
-    except ValueError:
+    except (ValueError, OverflowError):
         raise ConfigError(f"{field.name}={value!r} is not possible; allowed: {allowed_values(field)}") from None
     return value
 
@@ -200,7 +211,7 @@ class TrainConfig(Settings):
 
     seconds: float = setting(600.0, "wall-clock cap of the training loop in seconds", above=0.0)
     max_steps: int = setting(0, "stop after this many steps; 0: only the clock stops the run", at_least=0)
-    batch_tokens: int = setting(786_432, "tokens a step, over all ranks", at_least=8)
+    batch_tokens: int = setting(786_432, "tokens a step, over all ranks", at_least=8, at_most=2**32)
     micro_batch_tokens: int = setting(98_304, "most tokens in one forward on one rank", at_least=8)
     fused: str = setting(
         "auto",

@@ -20,6 +20,7 @@ from typing import Self
 import zstandard
 
 from ..errors import KloraError
+from .reading import limit, open_regular, parse_json, raising, read_bytes
 
 log = logging.getLogger(__name__)
 
@@ -106,6 +107,8 @@ class Corpus:
                 raise CorpusError(f"{path}: there is no such file or directory")
             if self.kind == "jsonl" and path.is_dir():
                 raise CorpusError(f"{path} is a directory; wanted files of one JSON object a line")
+            if not (path.is_file() or path.is_dir()):
+                raise CorpusError(f"{path} is a pipe, device or socket, which may never end; give a regular file")
 
     def with_split(self, split: str) -> Self:
         """The same source, another split of it."""
@@ -182,7 +185,7 @@ def _walk(folder: Path, skipped: frozenset[str] = frozenset()) -> Iterator[Path]
 def _read_text(path: Path, named: bool) -> str:
     """The file's text, line ends as they are; '' with a warning if it cannot be read and was not asked for by name."""
     try:
-        return path.read_bytes().decode()
+        return read_bytes(path, "MAX_DOCUMENT_BYTES").decode()
     except (OSError, UnicodeDecodeError) as error:
         if named:
             raise CorpusError(f"{path}: wanted UTF-8 text, but {error}") from error
@@ -200,23 +203,33 @@ def _json_documents(path: Path, field: str) -> Iterator[Document]:
         raise CorpusError(
             f"{path}, line {number}: {error}; wanted one JSON object a line with the text under {field!r}"
         ) from None
+    except _LongLine as error:
+        raise CorpusError(f"{path}, line {number + 1}: {error}") from None
     except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
         raise CorpusError(f"{path}, line {number + 1}: cannot be read: {error}") from error
+
+
+ZSTD_STEP = 512
+"""Bytes decompressed at a time: four of them can be 128 KiB of one character."""
 
 
 class _BadLine(Exception):
     """What is wrong with a line."""
 
 
+class _LongLine(Exception):
+    """A line that is longer than a document may be."""
+
+
 def _json_document(line: bytes, field: str, default_name: str) -> Document:
     try:
-        record = json.loads(line.decode())
-    except (ValueError, RecursionError) as error:
+        record = parse_json(line.decode(), numbers=False)
+    except ValueError as error:
         raise _BadLine(f"not JSON ({error})") from None
     if not isinstance(record, dict):
         raise _BadLine(f"its value is of type {type(record).__name__}, not an object")
     if field not in record:
-        raise _BadLine(f"no field {field!r} (it has {', '.join(map(repr, record)) or 'none'})")
+        raise _BadLine(f"no field {field!r} (it has {', '.join(map(repr, record)) or 'none':.200})")
     document = Document(record.get("name", default_name), record[field])
     for key, value in (("name", document.name), (field, document.text)):
         if not isinstance(value, str):
@@ -229,12 +242,14 @@ def _json_document(line: bytes, field: str, default_name: str) -> Document:
 
 
 def _lines(path: Path) -> Iterator[bytes]:
-    if path.suffix == ".zst":
-        with open(path, "rb") as file:
+    with open_regular(path) as file:
+        if path.suffix == ".zst":
             yield from _split_lines(_zstd_blocks(file))
-    else:
-        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
-            yield from file
+        elif path.suffix == ".gz":
+            with gzip.GzipFile(fileobj=file) as unpacked:
+                yield from _split_lines(iter(lambda: unpacked.read(2**16), b""))
+        else:
+            yield from _split_lines(iter(lambda: file.read(2**16), b""))
 
 
 def _zstd_blocks(file) -> Iterator[bytes]:
@@ -242,22 +257,39 @@ def _zstd_blocks(file) -> Iterator[bytes]:
     # Text archives are made with windows of up to 2 GiB (zstd --long=31); the decoder's default stops at 128 MiB.
     decoder = zstandard.ZstdDecompressor(max_window_size=2**31)
     frame = None
-    while data := file.read(2**14):  # small, as repetitive text grows a thousandfold
-        while data:
+    while data := file.read(2**14):
+        start = 0
+        while start < len(data):
             frame = frame or decoder.decompressobj()
-            yield frame.decompress(data)
-            data = frame.unused_data if frame.eof else b""
-            frame = None if frame.eof else frame
+            part = data[start : start + ZSTD_STEP]
+            yield frame.decompress(part)
+            start += len(part)
+            if frame.eof:
+                start -= len(frame.unused_data)
+                frame = None
     if frame is not None:
         raise EOFError("the compressed data ends in the middle of a frame")
 
 
 def _split_lines(blocks: Iterable[bytes]) -> Iterator[bytes]:
+    """The lines that blocks make up. _LongLine: one that is longer than a document may be."""
     begun: list[bytes] = []
+    size, most = 0, limit("MAX_DOCUMENT_BYTES")
     for block in blocks:
         *ended, last = block.split(b"\n")
         for line in ended:
+            _require_short(size + len(line), most)
             yield b"".join([*begun, line])
             begun.clear()
+            size = 0
         begun.append(last)
+        size += len(last)
+        _require_short(size, most)
     yield b"".join(begun)
+
+
+def _require_short(size: int, most: int) -> None:
+    if size > most:
+        raise _LongLine(
+            f"it has {size:,} bytes or more and {most:,} are allowed; {raising('MAX_DOCUMENT_BYTES', 16 * most)}, say"
+        )

@@ -1,12 +1,14 @@
 """loss.csv and loss.png: what a run did, step by step, readable while it still runs. They never end it."""
 
 import csv
+import math
 import os
 import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+from .reading import read_bytes
 from .storage import attempt, figure_png, new_figure, replacing, write_bytes
 
 COLUMNS = ("step", "seconds", "tokens", "loss", "grad_norm", "lr_scale", "momentum", "validation_bpb")
@@ -49,10 +51,18 @@ class LossCurve:
 
     def rows(self) -> list[dict[str, str]]:
         """The rows there are, without those that a kill tore or that hold no numbers."""
-        if not self.csv_path.exists():
+        try:
+            text = read_bytes(self.csv_path).decode(errors="replace").replace("\0", "")
+        except FileNotFoundError:
             return []
-        with open(self.csv_path, newline="", encoding="utf-8", errors="replace") as file:
-            return [row for row in csv.DictReader(line.replace("\0", "") for line in file) if _is_whole(row)]
+        except OSError as error:
+            self._say_once("rows before", f"the rows of {self.csv_path} are left out ({error}); training goes on")
+            return []
+        # A field's quotes may go on over lines, which no row of ours does: each line is read on its own.
+        head, *lines = text.splitlines() or [""]
+        cells = (line.split(",") for line in lines) if head == ",".join(COLUMNS) else ()
+        rows = [dict(zip(COLUMNS, row, strict=True)) for row in cells if len(row) == len(COLUMNS)]
+        return [row for row in rows if _is_whole(row)]
 
     def draw(self) -> None:
         """Loss (and validation BPB where it was measured) over steps, to loss.png."""
@@ -98,10 +108,10 @@ class LossCurve:
 def _is_whole(row: dict[str, str]) -> bool:
     """Whether a row has every column, numbers in those that are drawn, and nothing more."""
     try:
-        int(row["step"]), float(row["loss"]), float(row["validation_bpb"] or 0)
-    except (KeyError, TypeError, ValueError):
+        step, loss, bpb = int(row["step"]), float(row["loss"]), float(row["validation_bpb"] or 0)
+    except ValueError:
         return False
-    return row.keys() == set(COLUMNS) and None not in row.values()
+    return 0 <= step <= 2**53 and math.isfinite(loss) and math.isfinite(bpb)
 
 
 def _short(value: float | int | str) -> str:

@@ -21,6 +21,9 @@ from .config import ConfigError, ModelConfig, Preset
 from .gpt import GPT, is_block_matrix, parameter_count, parameter_shapes
 
 TRIAL_TOKENS = 256
+MOMENT_BYTES = 64 << 20
+"""What lives only while some rows of a matrix are packed or dequantised."""
+
 USABLE_SHARE = 0.7
 """Share of the available memory that advice plans with: the bounds leave out what lives only for a moment."""
 
@@ -55,8 +58,24 @@ def state_bytes(config: ModelConfig) -> int:
 
 
 def least_memory(config: ModelConfig) -> int:
-    """Bytes that training takes whatever the batch: its last phase holds three candidates beside the state."""
-    return state_bytes(config) + 12 * parameter_count(config)
+    """Bytes that training takes whatever the batch: its last phase holds three candidates beside the state.
+
+    The projected bigram table, its scaled form and its gradient are each as large as the vocabulary of pairs times D.
+    """
+    return state_bytes(config) + 12 * parameter_count(config) + 12 * config.bigram_rows * config.width
+
+
+def loading_bytes(config: ModelConfig, payload: int = 0) -> int:
+    """Bytes, at most, from a file's `payload` to the weights that a forward reads, whichever of both is more.
+
+    Loading holds the payload twice, its compressed form, and the matrices at six bits. Then there are the parameters in
+    fp32, once as they are read, once in the model and once folded or stacked; the bigram table, projected and scaled;
+    rotary tables of two bases and the angles that they are made of.
+    """
+    parameters = 4 * parameter_count(config)
+    bigram = 2 * 4 * config.bigram_rows * config.width
+    rotary = (2 * 4 + 3 * 8) * config.train_length * (config.head_dim // 2)
+    return max(4 * payload, payload + 3 * parameters + bigram + rotary) + MOMENT_BYTES
 
 
 def fused_memory(config: ModelConfig, tokens: int) -> int:
@@ -67,7 +86,8 @@ def fused_memory(config: ModelConfig, tokens: int) -> int:
     """
     block = 5 * config.width + 2 * config.qkv_sizes[0] + 2 * config.qkv_sizes[1] + config.mlp_hidden
     kept = 2 * tokens * (config.blocks * block + config.vocab_size)
-    return state_bytes(config) + 6 * parameter_count(config) + kept
+    bigram = 12 * config.bigram_rows * config.width
+    return state_bytes(config) + 6 * parameter_count(config) + bigram + kept
 
 
 def available_memory(device: torch.device, processes: int = 1) -> int | None:

@@ -7,6 +7,7 @@ token of a forward without a cache counts as having no previous one.
 """
 
 import math
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -203,12 +204,17 @@ class GPT(nn.Module):
 
 def parameter_shapes(config: ModelConfig) -> dict[str, torch.Size]:
     """Name and shape of every parameter, without allocating one."""
+    return dict(_parameter_shapes(config))
+
+
+@lru_cache(16)  # a model of 256 blocks takes half a second to describe, and a loader asks several times
+def _parameter_shapes(config: ModelConfig) -> dict[str, torch.Size]:
     with torch.device("meta"):
         return {name: parameter.shape for name, parameter in GPT(config).named_parameters()}
 
 
 def parameter_count(config: ModelConfig) -> int:
-    return sum(shape.numel() for shape in parameter_shapes(config).values())
+    return sum(shape.numel() for shape in _parameter_shapes(config).values())
 
 
 def is_block_matrix(name: str) -> bool:

@@ -2,16 +2,19 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from ..kernels.int6 import Int6Linear
+from ..kernels.int6 import LAYOUT, Int6Linear
+from ..kernels.int6.layout import SCALE_DTYPES
 from .checkpoint import CheckpointError
 from .config import ConfigError
 from .int6_model import replace_linears
+from .reading import open_regular, parse_json
 from .storage import replacing
 
 FORMAT, VERSION = "klora int6 linears", 1
@@ -74,7 +77,10 @@ def load_quantized(module: nn.Module, path: Path | str, device: torch.device | s
             raise CheckpointError(
                 f"{path}: {name} is at six bits there and {type(linear).__name__} here; wanted nn.Linear"
             )
-        int6 = _empty(linear, spec)
+        try:
+            int6 = _empty(linear, spec)
+        except ValueError as error:
+            raise CheckpointError(f"{path}: {name}: {error}; this module is another one, or the file damaged") from None
         made[linear] = made.get(linear, int6)
         expected.pop(f"{name}.weight", None)
         expected |= {f"{name}.{part}": tuple(getattr(int6, part).shape) for part in ("packed", "scale", "layout")}
@@ -101,16 +107,45 @@ def load_quantized(module: nn.Module, path: Path | str, device: torch.device | s
 
 def _read(path: Path) -> tuple[dict, dict[str, Tensor]]:
     try:
+        open_regular(path).close()
         with safetensors.safe_open(path, framework="pt") as file:
-            about = json.loads((file.metadata() or {}).get("klora", "{}"))
+            about = parse_json((file.metadata() or {}).get("klora", "{}"))
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, ValueError, safetensors.SafetensorError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, RuntimeError, safetensors.SafetensorError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}); give a file of save_quantized") from error
-    if about.get("format") != FORMAT:
+    if not isinstance(about, dict) or about.get("format") != FORMAT:
         raise CheckpointError(f"{path} is no file of save_quantized; for a dense checkpoint, load it and quantise then")
-    if about["version"] != VERSION:
-        raise CheckpointError(f"{path} has version {about['version']}; this klora reads {VERSION}: save it again")
-    return about, state | {alias: state[name] for alias, name in about["aliases"].items()}
+    if about.get("version") != VERSION:
+        raise CheckpointError(
+            f"{path} has version {about.get('version')!r:.60}; this klora reads {VERSION}: save it again"
+        )
+    linears, aliases = (about.get(name) for name in ("linears", "aliases"))
+    if not (isinstance(linears, dict) and all(map(_is_spec, linears.values()))):
+        raise CheckpointError(
+            f"{path} is damaged: it does not say which linears are at six bits, and how; save it again"
+        )
+    if not (isinstance(aliases, dict) and all(isinstance(name, str) and name in state for name in aliases.values())):
+        raise CheckpointError(f"{path} is damaged: its tied tensors are not there; save it again")
+    for name in linears:
+        packed, scale, layout = (state.get(f"{name}.{part}") for part in ("packed", "scale", "layout"))
+        if packed is None or scale is None or layout is None:
+            continue  # named with all that are missing
+        if packed.dtype != torch.int32 or scale.dtype not in SCALE_DTYPES or layout.tolist() != LAYOUT:
+            raise CheckpointError(
+                f"{path}: {name} is {packed.dtype} with scales {scale.dtype} in layout {layout.tolist()!r:.60}; this "
+                f"klora reads int32, floats and layout {LAYOUT}: save it again"
+            )
+        if not torch.isfinite(scale).all():
+            raise CheckpointError(f"{path}: its tensor '{name}.scale' holds a NaN or an infinity; save it again")
+    return about, state | {alias: state[name] for alias, name in aliases.items()}
+
+
+def _is_spec(spec: Any) -> bool:
+    """Whether a value says how a linear is at six bits."""
+    if not isinstance(spec, dict) or spec.keys() != {"group_size", "dtype"}:
+        return False
+    group, dtype = spec["group_size"], spec["dtype"]
+    return (group is None or type(group) is int) and dtype in ("float32", "float16", "bfloat16", "float64")
 
 
 def _empty(linear: nn.Linear | Int6Linear, spec: dict) -> Int6Linear:

@@ -1,6 +1,7 @@
 """A model ready to run, from an artifact or from a run's folder."""
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -8,8 +9,10 @@ import torch
 from .artifact import Artifact, ArtifactError, load_artifact
 from .checkpoint import CheckpointError, load_meta, load_tensors, unusable, version_of
 from .config import ConfigError, ModelConfig, TrainConfig
-from .gpt import GPT
+from .estimate import loading_bytes
+from .gpt import GPT, parameter_shapes
 from .parallel import pick_device
+from .reading import limit, raising
 from .tokenizer import Tokenizer
 from .train import CHECKPOINT, MODEL, TOKENIZER, compute_dtype
 
@@ -76,9 +79,10 @@ def load_run(run: Path) -> tuple[dict[str, torch.Tensor], dict]:
     if path.is_file():
         tensors, meta = load_tensors(path, fields={"model": dict, "provenance": dict})
         try:
-            ModelConfig.from_dict(meta["model"])
+            config = ModelConfig.from_dict(meta["model"])
         except ConfigError as error:
             raise unusable(path, error, version_of(path)) from None
+        require_fitting(path, tensors, config)
         return tensors, meta
     if (Path(run) / CHECKPOINT).is_file():
         raise CheckpointError(f"{run} has no {MODEL}: its training did not finish; `klora train --resume --out {run}`")
@@ -98,6 +102,22 @@ def tokenizer_of_run(run: str | Path, may_normalise: bool = True) -> Tokenizer:
     ):
         raise CheckpointError(f"{path} is damaged, or of another run: it does not match its SHA-256; copy it again")
     return tokenizer
+
+
+def require_fitting(path: Path, tensors: Mapping[str, torch.Tensor], config: ModelConfig) -> None:
+    """CheckpointError unless `tensors` are those of a model of `config`, within the limit of what one may take."""
+    asked, most = loading_bytes(config), limit("MAX_MODEL_BYTES")
+    if asked > most:
+        raise CheckpointError(
+            f"{path}: its config asks for {asked:,} bytes and {most:,} are allowed; {raising('MAX_MODEL_BYTES', asked)}"
+        )
+    shapes = parameter_shapes(config)
+    for name in sorted(shapes.keys() | tensors.keys()):
+        seen = list(tensors[name].shape) if name in tensors else "missing"
+        wanted = list(shapes[name]) if name in shapes else "no such parameter"
+        if seen != wanted:
+            why = f"{name!r:.80} is {seen}, its config wants {wanted}"
+            raise unusable(path, why, version_of(path))
 
 
 def _device(device: torch.device | str) -> torch.device:

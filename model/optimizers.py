@@ -8,6 +8,9 @@ from .config import TrainConfig
 from .gpt import GPT, is_block_matrix
 from .muon import Muon
 
+MUON_STATE, ADAMW_STATE = {"momentum"}, {"step", "exp_avg", "exp_avg_sq"}
+"""What the optimizers keep of a parameter."""
+
 
 class FlatGradients:
     """Every parameter's gradient as a view of one buffer: one zero, one all-reduce, one norm, nothing left out."""
@@ -106,9 +109,10 @@ class Optimizers:
         }
 
     def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Take over what :meth:`state_tensors` gave."""
+        """Take over what :meth:`state_tensors` gave. KeyError or ValueError: what no state of these parameters is."""
         owner = {p: o for o in (self.muon, self.adamw) for group in o.param_groups for p in group["params"]}
         parameters = {name: parameter for parameter, name in self.names.items()}
+        self._check_state(tensors, owner, parameters)
         for name, tensor in tensors.items():
             parameter_name, key = name.rsplit("/", 1)
             parameter = parameters[parameter_name]
@@ -117,3 +121,24 @@ class Optimizers:
                 state[key].copy_(tensor)
             else:
                 state[key] = tensor
+
+    def _check_state(
+        self,
+        tensors: dict[str, Tensor],
+        owner: dict[nn.Parameter, torch.optim.Optimizer],
+        parameters: dict[str, nn.Parameter],
+    ) -> None:
+        """Whether each parameter has all of its state or none, in its shapes: what is loaded is not looked at again."""
+        kinds: dict[str, set[str]] = {}
+        for name, tensor in tensors.items():
+            parameter_name, _, key = name.rpartition("/")
+            kinds.setdefault(parameter_name, set()).add(key)
+            parameter = parameters[parameter_name]
+            if tensor.shape != (torch.Size([]) if key == "step" else parameter.shape):
+                raise ValueError(f"the optimizer's {name} is {list(tensor.shape)}")
+            if key in ("step", "exp_avg_sq") and not 0 <= tensor.min() <= tensor.max() < torch.inf:
+                raise ValueError(f"the optimizer's {name} is negative or no number")
+        for name, found in kinds.items():
+            wanted = MUON_STATE if owner[parameters[name]] is self.muon else ADAMW_STATE
+            if found != wanted:
+                raise ValueError(f"the optimizer's {name} has {sorted(found)}, not {sorted(wanted)}")

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ..errors import KloraError
+from .reading import is_count
 from .storage import replacing
 from .tokenizer import BOS_ID
 
@@ -310,7 +311,7 @@ class RowSampler:
             if state.get(name) != value:
                 raise ShardError(f"the saved sampler has {name}={state.get(name)}, this one {value}; cannot resume")
         epoch, position = state.get("epoch", -1), state.get("position", -1)
-        if epoch < 0 or not 0 <= position <= self.rows:
+        if not (is_count(epoch) and is_count(position, self.rows)):
             raise ShardError(f"the saved sampler is at row {position} of epoch {epoch}; wanted row 0 to {self.rows}")
         self._go_to(epoch, position)
 

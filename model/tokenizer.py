@@ -28,6 +28,7 @@ import sentencepiece
 
 from ..errors import KloraError
 from .corpus import Document
+from .reading import read_bytes
 
 BOS_ID = 1
 MAX_VOCAB = 2**16  # shards hold uint16
@@ -100,8 +101,17 @@ class Tokenizer:
             # Not the constructor: it takes empty bytes for no model and loads nothing.
             self._processor = sentencepiece.SentencePieceProcessor()
             self._processor.LoadFromSerializedProto(self._model)
-        except RuntimeError as error:
+        except (RuntimeError, ValueError) as error:
             raise TokenizerError(f"{source} is not a SentencePiece model: {error}") from None
+        try:
+            self._read(source, may_normalise)
+        except TokenizerError:
+            raise
+        except (ValueError, RuntimeError, IndexError, OverflowError) as error:
+            raise TokenizerError(f"{source} is a damaged SentencePiece model: {error}") from None
+
+    def _read(self, source: str, may_normalise: bool) -> None:
+        """Take what the class promises from the model, and probe it."""
         processor = self._processor
         if processor.bos_id() != BOS_ID:
             raise TokenizerError(f"{source} has BOS id {processor.bos_id()}; wanted {BOS_ID}, which splits the shards")
@@ -208,7 +218,7 @@ class Tokenizer:
         Example: same = Tokenizer.from_file("runs/tiny/tokenizer.model")
         """
         try:
-            return cls(Path(path).read_bytes(), str(path), may_normalise)
+            return cls(read_bytes(Path(path)), str(path), may_normalise)
         except OSError as error:
             raise TokenizerError(f"{path}: cannot be read as a tokenizer: {error}") from error
 

@@ -38,6 +38,7 @@ from .average import WeightAverages
 from .checkpoint import (
     CheckpointError,
     load_tensors,
+    require_counts,
     save_tensors,
     unusable,
     version_of,
@@ -54,6 +55,7 @@ from .optimizers import FlatGradients, Optimizers
 from .parallel import Ranks, processes_here
 from .prepare import Prepared
 from .ranges import phase
+from .reading import read_json
 from .shards import RowSampler, ShardError, ShardFacts, TokenStream, survey
 from .signals import StopSignals
 from .storage import require_writable, write_bytes, write_text
@@ -68,6 +70,9 @@ CHECKPOINT_FIELDS = {"step": int, "seconds": float, "loss": float, "sampler": di
     "swa_snapshots": int,
     "shards": list,
 }
+ROW_BYTES = 8
+"""Of a token of a step's rows: as they are read, stacked and widened."""
+
 SLOW_STEP = 2.0
 """Seconds a step from which several ranks agree between micro-batches on whether to stop; it takes a collective."""
 
@@ -258,7 +263,7 @@ class Trainer:
             )
         self.rows_per_rank = rows
         available = available_memory(ranks.device, processes_here())
-        require_memory(least_memory(preset.model), available, preset)
+        require_memory(least_memory(preset.model) + ROW_BYTES * rows * preset.model.train_length, available, preset)
         if ranks.is_first:
             require_writable(
                 self.folder, 2 * state_bytes(preset.model)
@@ -587,6 +592,8 @@ class Trainer:
         tensors, meta = load_tensors(path, fields=CHECKPOINT_FIELDS)
         if meta["model"] != self.preset.model.to_dict():
             raise CheckpointError(f"{path} holds another model than run.json describes; start the run afresh")
+        tokens = {"tokens"} & meta.keys()
+        require_counts(path, meta, ("step", "ema_updates", "swa_snapshots", *tokens), ("seconds",))
         if self.ranks.is_first:
             self._require_same_shards(path, meta["shards"])
         optimizer = without_prefix("optimizer", tensors)
@@ -630,7 +637,7 @@ class Trainer:
 def _began_with(path: Path) -> str:
     """What ran attention in the run that `path` describes; empty where it does not say."""
     try:
-        return str(json.loads(path.read_text(encoding="utf-8"))["attention"]["name"])
+        return str(read_json(path)["attention"]["name"])
     except (OSError, ValueError, KeyError, TypeError):
         return ""
 

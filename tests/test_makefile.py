@@ -55,6 +55,13 @@ def test_the_audit_runs_the_tests_that_the_page_names(tmp_path):
     assert len(promised) >= 9 and all(f"def {name}(" in written for name in promised)
 
 
+def test_fuzz_sanitize_and_growth_say_what_they_run(tmp_path):
+    assert "tests/fuzz.py --count 1000000 --seed 0" in commands("fuzz", tmp_path)
+    assert "tests/fuzz.py --count 50 --seed 3" in commands("fuzz", tmp_path, "N=50", "SEED=3")
+    assert "tests/sanitize.py" in commands("sanitize", tmp_path)
+    assert "tests/growth.py --seconds 480" in commands("growth", tmp_path, "SECONDS=480")
+
+
 def test_the_readme_and_the_command_say_how_long_the_tests_take(tmp_path):
     readme = (ROOT / "README.md").read_text()
     for target, most in (("test", 8), ("test-fast", 2)):

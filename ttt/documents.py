@@ -6,8 +6,8 @@ says where it begins: TTTConfig.window_start.
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,8 +16,8 @@ from ..model.corpus import Document as TextDocument
 from ..model.tokenizer import Tokenizer, TokenizerError, first_difference
 from .protocols import START, TTTConfig
 
-ENCODE_BATCH = 256
-"""Texts tokenized at a time: bounds memory and feeds the tokenizer's threads."""
+ENCODE_BATCH, ENCODE_CHARACTERS = 256, 2**22
+"""Texts tokenized at a time, and characters from which on a batch ends: bounds memory and feeds the threads."""
 
 
 @dataclass(frozen=True)
@@ -62,12 +62,38 @@ def documents_from_texts(texts: Iterable[TextDocument], tokenizer: Tokenizer, th
         for document, ids in zip(batch, tokens, strict=True):
             yield document_of(document.name, document.text, ids, tokenizer)
 
+    characters = 0
     for text in texts:
         batch.append(text)
-        if len(batch) == ENCODE_BATCH:
+        characters += len(text.text)
+        if len(batch) == ENCODE_BATCH or characters >= ENCODE_CHARACTERS:
             yield from encoded()
             batch.clear()
+            characters = 0
     yield from encoded()
+
+
+def with_own_names(documents: Sequence[Document], say: Callable[[str], None]) -> list[Document]:
+    """The documents, each under a name of its own: a later one of a name gets " (2)" behind it, and so on.
+
+    Otherwise no row of a result would say which of them it is of. `say` hears of it once.
+    """
+    taken, numbers, named, changed = {document.name for document in documents}, {}, [], []
+    for document in documents:
+        number = numbers[document.name] = numbers.get(document.name, 0) + 1
+        if number > 1:
+            while (name := f"{document.name} ({number})") in taken:
+                number += 1
+            taken.add(name)
+            numbers[document.name] = number
+            changed.append(document.name)
+            document = replace(document, name=name)
+        named.append(document)
+    if changed:
+        say(
+            f"{len(changed):,} documents have the name of an earlier one, such as {changed[0]!r:.120}; they get numbers"
+        )
+    return named
 
 
 def document_of(name: str, text: str, ids: np.ndarray, tokenizer: Tokenizer) -> Document:

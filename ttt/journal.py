@@ -15,6 +15,7 @@ import hashlib
 import json
 import math
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -24,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import KloraError
+from ..model.reading import is_count, is_finite, open_regular, parse_json, read_bytes
 from ..model.storage import differences, replacing, write_text
 from .documents import Document
 from .protocols import SCORE_FIRST, TTTConfig
@@ -34,6 +36,9 @@ PHASES = ("base", "prequant")
 
 ROUNDING = 1e-3
 """How far below zero the NLL of a target may lie by rounding."""
+
+NPY_HEADER = re.compile(rb"\{'descr': '<f4', 'fortran_order': False, 'shape': \((\d{1,18}), (\d{1,18})\), \} *\n")
+"""Of an array [rows, columns] of fp32 as NumPy writes it."""
 
 
 class JournalError(KloraError, ValueError):
@@ -107,7 +112,7 @@ class Journal:
     def _read(self, path: Path) -> None:
         """Take in the documents and the seconds of a journal."""
         chain = ""
-        for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
+        for number, line in enumerate(read_bytes(path).splitlines(keepends=True), start=1):
             if not line.endswith(b"\n"):
                 break  # torn by the interruption
             try:
@@ -141,15 +146,15 @@ class Journal:
     def _take_in(self, record: dict[str, Any]) -> None:
         """Note what a line says. ValueError for one that no run has written."""
         seconds = record.get("seconds")
-        if not isinstance(seconds, dict) or not all(_is_amount(value) for value in seconds.values()):
+        if not isinstance(seconds, dict) or not all(is_finite(value) and value >= 0 for value in seconds.values()):
             raise ValueError("seconds are no numbers by phase")
         # They add up over interruptions, and ranks run side by side: the most is the time spent.
         self.seconds = max(self.seconds, seconds, key=lambda spent: sum(spent.values()))
         if "result" not in record:
             return
         index, result = record.get("index"), _result(record["result"])
-        if type(index) is not int or index < 0:
-            raise ValueError(f"index {index!r} is no document's")
+        if not is_count(index):
+            raise ValueError(f"index {index!r:.60} is no document's")
         if result.status in FINISHED:
             self.done[index] = result
 
@@ -319,7 +324,7 @@ def _require_no_work(journals: Iterable[Path], arrays: Iterable[Path]) -> None:
 def _finished_in(path: Path) -> int:
     """How many finished documents a journal holds, whichever run it is of."""
     found = set()
-    for line in path.read_bytes().splitlines() if path.exists() else ():
+    for line in read_bytes(path).splitlines() if path.exists() else ():
         with suppress(ValueError):
             record = _parsed(line)
             if "result" in record and _result(record["result"]).status in FINISHED:
@@ -330,8 +335,8 @@ def _finished_in(path: Path) -> int:
 def _parsed(line: bytes) -> dict[str, Any]:
     """The JSON object of a line. ValueError says what is there instead."""
     try:
-        record = json.loads(line)
-    except (ValueError, RecursionError):
+        record = parse_json(line)
+    except ValueError:
         raise ValueError(f"no JSON ({line[:40]!r})") from None
     if not isinstance(record, dict):
         raise ValueError(f"a JSON value of type {type(record).__name__}, not an object")
@@ -371,35 +376,29 @@ def _result(values: Any) -> DocumentResult:
     counts = result.tokens, result.bytes, result.kept_pass, result.adapted_tokens, result.group
     nats = [result.base_nats, result.tempered_nats, result.adapted_nats]
     nats += [] if result.prequant_nats is None else [result.prequant_nats]
-    if not all(isinstance(text, str) for text in (result.name, result.status)) or not all(
-        [*(type(count) is int for count in counts), *map(_is_number, nats)]
-    ):
+    if not all(isinstance(text, str) for text in (result.name, result.status)) or not all(map(is_count, counts)):
         raise ValueError("a result whose values are of other types")
-    if result.status not in STATUSES or min(counts) < 0 or result.adapted_tokens > result.tokens:
+    if result.status not in STATUSES or result.adapted_tokens > result.tokens:
         raise ValueError(f"a result that no document can have: {result!r:.300}")
-    if not all(math.isfinite(value) and value >= -ROUNDING * result.tokens for value in nats):
-        raise ValueError(f"a result whose nats are negative or no number: {nats}")
+    if not all(is_finite(value) and value >= -ROUNDING * result.tokens for value in nats):
+        raise ValueError(f"a result whose nats are negative or no number: {nats!r:.200}")
+    result.name.encode(errors="surrogateescape")  # as a file's name can be; UnicodeEncodeError is a ValueError
     return result
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _is_amount(value: Any) -> bool:
-    return _is_number(value) and math.isfinite(value) and value >= 0
-
-
 def _read_array(path: Path) -> tuple[np.ndarray, bytes]:
-    """The array of a file and what stands behind it. JournalError where there is none."""
-    try:
-        with open(path, "rb") as file:
-            array, checksum = np.lib.format.read_array(file, allow_pickle=False), file.read()
-    except (ValueError, EOFError):
-        array = None
-    if array is None or array.dtype != np.float32 or array.ndim != 2:
-        raise JournalError(f"{path} is damaged; give --overwrite to start afresh")
-    return array, checksum
+    """The array of a file and the checksum behind it. Its header is compared with its size before memory is taken.
+
+    JournalError where it is no such file.
+    """
+    with open_regular(path) as file:
+        start = file.read(10)
+        header = file.read(int.from_bytes(start[8:], "little"))
+        shape = [int(size) for found in [NPY_HEADER.fullmatch(header)] if found for size in found.groups()]
+        left = os.fstat(file.fileno()).st_size - file.tell() - hashlib.sha256().digest_size
+        if start[:8] != b"\x93NUMPY\x01\x00" or not shape or 4 * math.prod(shape) != left:
+            raise JournalError(f"{path} is damaged; give --overwrite to start afresh")
+        return np.fromfile(file, dtype="<f4", count=math.prod(shape)).reshape(shape), file.read()
 
 
 def _share(nll: np.ndarray) -> float:

@@ -14,12 +14,14 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..errors import KloraError
+from ..model.reading import read_bytes
 from ..model.storage import replacing, write_text
 from .documents import Document
 from .protocols import LEAK_WARNING, LEAKY, NOT_CAUSAL, TTTConfig, label
@@ -322,7 +324,7 @@ class ScoreResult:
             replacing(folder / DOCUMENTS) as temporary,
             open(temporary, "w", newline="", encoding="utf-8", errors="surrogateescape") as file,
         ):
-            writer = csv.writer(file)
+            writer = csv.writer(file, quoting=csv.QUOTE_ALL)  # a name is one cell whatever separates them elsewhere
             size = "bytes" if self.bytes_of == "text" else f"bytes_of_{self.bytes_of.replace(' ', '_')}"
             writer.writerow(["name", "tokens", size, "status", "base_bpb", f"adapted_bpb{suffix}", "adapted_share"])
             for d in self.documents:
@@ -334,12 +336,17 @@ class ScoreResult:
 def read_documents_csv(path: str | Path) -> list[dict[str, Any]]:
     """The rows of a documents.csv by column: names as they were, numbers as numbers, None where a cell is empty.
 
-    OSError: a file that cannot be read. ValueError: a cell of a column of numbers that is none.
+    OSError: a file that cannot be read. ValueError: no CSV, or a cell of a column of numbers that is none.
 
     Example: rows = read_documents_csv("scores/documents.csv")
     """
-    with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
-        rows = list(csv.DictReader(file))
+    text = read_bytes(Path(path)).decode(errors="surrogateescape")
+    try:
+        rows = list(csv.DictReader(StringIO(text, newline=""), strict=True))
+    except csv.Error as error:
+        raise ValueError(f"{path} is no documents.csv: {error}") from None
+    if any(None in row or None in row.values() for row in rows):
+        raise ValueError(f"{path} is no documents.csv: a row has another number of cells than the first")
     kinds = {"name": lambda cell: cell.removeprefix("'"), "status": str, "tokens": int}
     kinds |= {column: int for column in rows[0] if column.startswith("bytes")} if rows else {}
     return [
