@@ -455,7 +455,7 @@ class TestLargeErrors:
     @pytest.mark.slow
     def test_the_command_says_it_in_words_and_in_json(self, tmp_path, monkeypatch, capsys, loose):
         tokenizer = SimpleNamespace(vocab_size=WIDE.vocab_size, to_bytes=lambda: TOKENIZER)
-        monkeypatch.setattr(export, "Tokenizer", SimpleNamespace(from_file=lambda path, may_normalise: tokenizer))
+        monkeypatch.setattr(export, "tokenizer_of_run", lambda run, may_normalise: tokenizer)
         meta = {"model": WIDE.to_dict(), "provenance": PROVENANCE}
         monkeypatch.setattr(export, "load_run", lambda run: (random_state(WIDE), meta))
         for as_json in (False, True):

@@ -10,7 +10,7 @@ from conftest import SMALL, randomized
 from forks import Forked
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from klora.kernels import BOS
+from klora.kernels import BOS_ID
 from klora.model.artifact import save_artifact
 from klora.model.gpt import GPT
 from klora.model.loading import model_from_artifact
@@ -35,7 +35,7 @@ def document(targets: int, seed: int) -> np.ndarray:
     """Words that come again and again, so that there is something to learn."""
     random = np.random.default_rng(seed)
     words = random.integers(3, VOCAB, (3, 4))
-    tokens = np.concatenate([[BOS], words[random.integers(0, 3, targets)].flatten()[:targets]])
+    tokens = np.concatenate([[BOS_ID], words[random.integers(0, 3, targets)].flatten()[:targets]])
     return tokens.astype(np.uint16)
 
 

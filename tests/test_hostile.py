@@ -39,7 +39,7 @@ from klora.model.int6_file import load_quantized, save_quantized
 from klora.model.int6_model import quantize_linears
 from klora.model.loading import load_run, model_from_artifact, model_from_run
 from klora.model.reading import LimitError, limit, parse_json, read_bytes
-from klora.model.shards import read_shard
+from klora.model.shards import Shard
 from klora.model.tokenizer import Tokenizer, TokenizerError
 from klora.model.weights import frozen_weights
 from klora.ttt.documents import ENCODE_BATCH, ENCODE_CHARACTERS, Document, documents_from_texts, with_own_names
@@ -228,7 +228,7 @@ def fuzz_text(number: int, length: int):
         lambda path: Corpus.text([path]),
         lambda path: Corpus.jsonl([path]),
         Tokenizer.from_file,
-        read_shard,
+        Shard,
         lambda path: _stored_run(path.parent, {}),
         lambda path: Journal(path, "", resume=True),
         lambda path: Journal(path, "", resume=False),

@@ -290,7 +290,7 @@ def test_unknown_preset_and_incomplete_config_are_refused():
 
 def test_tokens_of_other_dimensions_are_refused():
     for tokens in (torch.zeros(5, dtype=torch.int64), torch.zeros(1, 5, 1, dtype=torch.int64)):
-        with pytest.raises(ValueError, match=r"wanted: int32 or int64 \[B, S\]"):
+        with pytest.raises(ValueError, match=r"wanted int32 or int64 \[B, S\]"):
             randomized()(tokens)
 
 

@@ -376,9 +376,11 @@ def _result(values: Any) -> DocumentResult:
     counts = result.tokens, result.bytes, result.kept_pass, result.adapted_tokens, result.group
     nats = [result.base_nats, result.tempered_nats, result.adapted_nats]
     nats += [] if result.prequant_nats is None else [result.prequant_nats]
-    if not all(isinstance(text, str) for text in (result.name, result.status)) or not all(map(is_count, counts)):
+    if not all(isinstance(text, str) for text in (result.name, result.status)) or not all(
+        type(count) is int for count in counts
+    ):
         raise ValueError("a result whose values are of other types")
-    if result.status not in STATUSES or result.adapted_tokens > result.tokens:
+    if result.status not in STATUSES or not all(map(is_count, counts)) or result.adapted_tokens > result.tokens:
         raise ValueError(f"a result that no document can have: {result!r:.300}")
     if not all(is_finite(value) and value >= -ROUNDING * result.tokens for value in nats):
         raise ValueError(f"a result whose nats are negative or no number: {nats!r:.200}")

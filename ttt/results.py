@@ -211,9 +211,8 @@ class ScoreResult:
         """What a reader of any bits per byte has to know: of its bytes, of documents that diverged, and with phases
         what scores depend on.
         """
-        notes, phases = [*self.facts.get("notes", ()), *self._note_on_diverged()], self.config.phases
-        if not (self.config.is_leaky or self.config.is_causal):
-            notes = [*notes, NOT_CAUSAL]
+        phases, is_late = self.config.phases, not (self.config.is_leaky or self.config.is_causal)
+        notes = [*self.facts.get("notes", ()), *([NOT_CAUSAL] if is_late else ()), *self._note_on_diverged()]
         if not phases:
             return notes
         times = "once" if phases == 1 else f"{phases:,} times"
