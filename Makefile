@@ -47,7 +47,7 @@ demo: setup
 test: setup
 	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
 		$(BIN)/python -m pytest -m gpu; else echo "no CUDA GPU here: the tests marked gpu are left out"; fi
-	@echo "the tests without a GPU: about 7 minutes on two cores"
+	@echo "the tests without a GPU: about 8 minutes on two cores"
 	$(WORKERS) -m "not gpu"
 
 coverage: setup

@@ -103,7 +103,7 @@ def scores(folder: Path) -> list[float]:
 
 def test_training_survives_kills_bit_for_bit(tmp_path, data):
     """The weights and the losses are those of a run that nobody killed."""
-    train = {**CONFIG.to_dict(), "max_steps": 40, "checkpoint_seconds": 0.05}
+    train = {**CONFIG.to_dict(), "max_steps": 20, "checkpoint_seconds": 0.05}
     preset = Preset("small", SMALL_MODEL, CONFIG.override(train), "")
     Trainer(preset, data, tmp_path / "whole", Ranks(0, 1, torch.device("cpu"))).run()
     expected, killer, round_ = load_tensors(tmp_path / "whole" / "model.safetensors")[0], Killer(1), 0
