@@ -23,7 +23,7 @@ from . import network
 from .average import WeightAverages
 from .config import TrainConfig
 from .gpt import GPT
-from .graphs import captured, run_on
+from .graphs import capture_stream, captured, run_on
 from .optimizers import Optimizers
 from .parallel import Ranks
 from .ranges import phase
@@ -168,7 +168,7 @@ class FusedStep:
         parts = first, lambda: self._gradients(first=False), self._updates
         if not capture:
             return parts
-        stream, pool = torch.cuda.Stream(self.device), torch.cuda.graph_pool_handle()
+        stream, pool = capture_stream(self, self.device), torch.cuda.graph_pool_handle()
         run_on(stream, self._warm_up)
         self.optimizers.forget_skipped()
         wanted = (True, self.micro_batches > 1, not self._whole)
@@ -197,7 +197,9 @@ class TokenFeed:
         if tokens.is_cuda:
             self._stream = torch.cuda.Stream(tokens.device)
             self._pinned = torch.zeros(AHEAD, *tokens.shape, dtype=tokens.dtype, pin_memory=True)
-            self._arrived = torch.zeros_like(self._pinned, device=tokens.device)
+            self._arrived = torch.empty_like(self._pinned, device=tokens.device)
+            # That memory may still be written to by what the current stream was given before.
+            self._stream.wait_stream(torch.cuda.current_stream(tokens.device))
             self._copied, self._taken = ([torch.cuda.Event() for _ in range(AHEAD)] for _ in range(2))
 
     def send(self, rows: Tensor) -> None:

@@ -64,7 +64,7 @@ def test_ranges_that_are_on_have_one_colour_a_phase_and_the_domain_klora(entered
         score([document(64)], tmp_path, TTT.override({"steps_per_chunk": 2}), model=model)
     assert not ranges._is_on
     names = {name for name, _, _ in entered}
-    assert {"block", "replay", "forward", "backward", "optimizer"} <= names
+    assert {"block", "forward", "backward", "optimizer"} <= names  # a "replay" is of a graph
     assert {(colour, domain) for _, colour, domain in entered} <= {(c, "klora") for c in COLOURS.values()}
     assert len(set(COLOURS.values())) == len(COLOURS)
     with ranges_on(), pytest.raises(KeyError), phase("lunch"):

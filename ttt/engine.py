@@ -13,7 +13,6 @@ of the pool, so that a capture leaves no trace.
 import functools
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -23,7 +22,7 @@ from ..kernels.attention import HEAD_DIMS
 from ..kernels.dispatch import device_of
 from ..model.config import ModelConfig
 from ..model.gpt import GPT
-from ..model.ranges import phase
+from ..model.graphs import capture_stream, captured
 from ..model.weights import frozen_weights
 from .adapters import AdapterLayout, AdapterPool
 from .documents import Document
@@ -143,17 +142,6 @@ def on_its_device(method: Callable) -> Callable:
     return run
 
 
-@dataclass(frozen=True, eq=False)
-class Replay:
-    """A captured step. The graph reads the step's own tensors, so whoever keeps the one keeps the other."""
-
-    graph: torch.cuda.CUDAGraph
-    step: EngineStep
-
-    def __call__(self) -> None:
-        self.graph.replay()
-
-
 class Engine:
     """Adapts sets of documents of up to `tokens` tokens (BOS among them) in all under one config.
 
@@ -211,7 +199,7 @@ class Engine:
         self._memory = torch.cuda.graph_pool_handle() if self.captures else None
         # Of this GPU and for all graphs: PyTorch's own stream for captures is of the first GPU that captured, and
         # memory freed on one stream is not handed out on another.
-        self._stream = torch.cuda.Stream(self.device) if self.captures else None
+        self._stream = capture_stream(self, self.device) if self.captures else None
 
     @property
     def _records(self) -> int:
@@ -280,16 +268,8 @@ class Engine:
         run = step.train if trains else step.score
         if not self.captures:
             return run
-        with phase("capture"):
-            clear_plan(self.plan)
-            self._stream.wait_stream(torch.cuda.current_stream(self.device))
-            with torch.cuda.stream(self._stream):
-                run()
-            torch.cuda.current_stream(self.device).wait_stream(self._stream)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._memory, stream=self._stream):
-                run()
-        return Replay(graph, step)
+        clear_plan(self.plan)
+        return captured(run, self.device, warm_up=1, stream=self._stream, pool=self._memory)
 
     @on_its_device
     def rehearse(self) -> None:
@@ -394,9 +374,8 @@ class Engine:
                 return False
             place = number % AHEAD
             passed = run.fill_shared(self._ring[place].numpy(), step, self.pool.shared)
-            with phase("replay"):
-                self.plan.copy_(self._ring[place], non_blocking=True)
-                self._shared_steps[self._shared_shape(step.queue)]()
+            self.plan.copy_(self._ring[place], non_blocking=True)
+            self._shared_steps[self._shared_shape(step.queue)]()
             if self._sent is not None:
                 self._sent[place].record()
             progress(passed // passes)
@@ -433,13 +412,12 @@ class Engine:
     def _launch(self, number: int, taken: Round, run: "Run") -> None:
         place = number % AHEAD
         fresh = run.fill(self._ring[place].numpy(), taken, self._records)
-        with phase("replay"):
-            self.plan.copy_(self._ring[place], non_blocking=True)
-            if fresh:
-                slots, chunks = self.plan[FRESH, :fresh].long(), self.plan[CHUNKS, :fresh].long()
-                self.pool.start(slots)
-                self.chunks.index_copy_(0, slots, chunks)
-            self._steps[taken.queue, taken.rows, bool(taken.trains.any())]()
+        self.plan.copy_(self._ring[place], non_blocking=True)
+        if fresh:
+            slots, chunks = self.plan[FRESH, :fresh].long(), self.plan[CHUNKS, :fresh].long()
+            self.pool.start(slots)
+            self.chunks.index_copy_(0, slots, chunks)
+        self._steps[taken.queue, taken.rows, bool(taken.trains.any())]()
         if self._sent is not None:
             self._sent[place].record()
 
