@@ -44,6 +44,7 @@ from ..model.weights import frozen_weights
 from ..ttt.base import BaseNll
 from ..ttt.documents import Document, documents_from_texts
 from ..ttt.engine import engine_of
+from ..ttt.phases import groups_of
 from ..ttt.protocols import CACHED, CONTEST, QUICK, TARGETS, THOROUGH, TTTConfig, ttt_preset
 from ..ttt.queue import Deadline
 from ..ttt.sampling import is_for_tuning, sample
@@ -102,6 +103,9 @@ def _rows() -> dict[str, TTTConfig]:
         "cached-32-all-window-1536": CACHED_32 | ALL | {"window": 1536},
         "cached-128-all-lr-0.0005": CACHED_64 | ALL | {"chunk": 128, "lr": 0.0005},
         "cached-256-all-lr-0.0005": CACHED_64 | ALL | {"chunk": 256, "lr": 0.0005},
+        "recomputed-64-decay-0.5": RECOMPUTED_64 | {"weight_decay": 0.5},
+        "recomputed-64-a-scale-0.5": RECOMPUTED_64 | {"a_scale": 0.5},
+        "recomputed-64-phases-3": RECOMPUTED_64 | {"phases": 3},
         "contest-lr-0.0003": ttt_preset(CONTEST).override({"lr": 0.0003}).to_dict(),
         "cached-64-beta1-0.9": CACHED_64 | {"beta1": 0.9},
     }
@@ -147,11 +151,16 @@ class Sample:
         before = [base.of(index)[0] for index in range(len(self.documents))]
         adapts = [index for index in range(len(before)) if not base.is_short[index]]
         documents = [self.documents[index] for index in adapts]
-        engine = engine_of(self.weights, config, documents)
-        after = list(before)
-        adapted = engine.adapt(documents, Deadline(0))
-        for index, nats, diverged in zip(adapts, adapted.nats, adapted.diverged, strict=True):
-            after[index] = math.nan if diverged else float(nats)
+        engine, after, seconds = engine_of(self.weights, config, documents), list(before), 0.0
+        for number, group in enumerate(groups_of(documents, config.phases)):
+            if number:
+                engine.learn(chosen)
+            chosen = [documents[place] for place in group]
+            adapted = engine.adapt(chosen, Deadline(0))
+            seconds += engine.facts["seconds"]
+            for place, nats, diverged in zip(group, adapted.nats, adapted.diverged, strict=True):
+                after[adapts[place]] = math.nan if diverged else float(nats)
+        seconds += engine.facts.get("learn_seconds", 0.0)
         scale = 1 / math.log(2) / self.bytes
         base_bpb, adapted_bpb = math.fsum(before) * scale, math.fsum(after) * scale
         is_long = [document.targets >= LONG for document in self.documents]
@@ -159,19 +168,19 @@ class Sample:
             [a < b for a, b, of in zip(after, before, is_long, strict=True) if of is long] for long in (True, False)
         ]
         long, short = (sum(kind) / len(kind) if kind else None for kind in kinds)
-        seconds = engine.facts["seconds"], time.perf_counter() - began
+        wall_seconds = time.perf_counter() - began
         if not math.isfinite(adapted_bpb):
-            return Found(base_bpb, None, None, None, None, *seconds)
-        return Found(base_bpb, adapted_bpb, 1 - adapted_bpb / base_bpb, long, short, *seconds)
+            return Found(base_bpb, None, None, None, None, seconds, wall_seconds)
+        return Found(base_bpb, adapted_bpb, 1 - adapted_bpb / base_bpb, long, short, seconds, wall_seconds)
 
 
 def choices(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     """Preset -> the row with the fewest bits per byte of those that take no longer than the preset may.
 
     `quick` and `thorough` may take what their own rows take, LIKE times that at most, `best` BEST_COST times `quick`. A
-    preset is left out where the row that limits it is not there.
+    preset is left out where the row that limits it is not there. None has phases: its documents are to be independent.
     """
-    fair = {name: row for name, row in rows.items() if row.get("adapted_bpb") is not None}
+    fair = {name: row for name, row in rows.items() if row.get("adapted_bpb") is not None and not _has_phases(row)}
     limits = {name: LIKE * fair[name]["seconds"] for name in (QUICK, THOROUGH) if name in fair}
     if QUICK in limits:
         limits[BEST] = BEST_COST * fair[QUICK]["seconds"]
@@ -181,6 +190,10 @@ def choices(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
         )
         for preset, limit in limits.items()
     }
+
+
+def _has_phases(row: Mapping[str, Any]) -> bool:
+    return row["config"]["phases"] > 0
 
 
 def sweep(
