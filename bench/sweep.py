@@ -152,11 +152,11 @@ class Sample:
         adapts = [index for index in range(len(before)) if not base.is_short[index]]
         documents = [self.documents[index] for index in adapts]
         engine, after, seconds = engine_of(self.weights, config, documents), list(before), 0.0
-        for number, group in enumerate(groups_of(documents, config.phases)):
+        groups = groups_of(documents, config.phases)
+        for number, group in enumerate(groups):
             if number:
-                engine.learn(chosen)
-            chosen = [documents[place] for place in group]
-            adapted = engine.adapt(chosen, Deadline(0))
+                engine.learn([documents[place] for place in groups[number - 1]])
+            adapted = engine.adapt([documents[place] for place in group], Deadline(0))
             seconds += engine.facts["seconds"]
             for place, nats, diverged in zip(group, adapted.nats, adapted.diverged, strict=True):
                 after[adapts[place]] = math.nan if diverged else float(nats)
