@@ -497,7 +497,7 @@ def test_the_demo_gains_by_adaptation(tmp_path, monkeypatch):
     library = SimpleNamespace(get_path=lambda name: str(tmp_path / "library"))
     monkeypatch.setattr("klora.model.corpus.sysconfig", library)
     done = klora(
-        *("demo", "--out", tmp_path / "demo", "--seconds", "4", "--tokens", "6000"),
+        *("demo", "--out", tmp_path / "demo", "--seconds", "2", "--tokens", "3000"),
         *("--cache", tmp_path / "cache", "--json"),
     )
     result = json.loads(done.stdout)
