@@ -405,7 +405,7 @@ def test_phases_are_for_score_first_from_the_start():
 @pytest.fixture(scope="module")
 def files(tmp_path_factory, tokenizer):
     folder = tmp_path_factory.mktemp("phases")
-    config = dataclasses.replace(SMALL, vocab_size=tokenizer.vocab_size)
+    config = dataclasses.replace(SMALL, vocab_size=tokenizer.vocab_size, blocks=2)
     save_artifact(folder / "m.klora", randomized(config).state_dict(), config, tokenizer.to_bytes(), {"steps": 0})
     (folder / "texts").mkdir()
     for number in range(6):
