@@ -52,6 +52,9 @@ SENTENCES = [
 ]
 
 
+RENDERED = {"test_bench_report", "test_curves", "test_growth", "test_hostile", "test_report"}
+"""Files of tests in which pictures are rendered."""
+
 # The same examples on every machine, and no limit on the time of one: both would make a verdict depend on the machine.
 settings.register_profile("klora", deadline=None, derandomize=True)
 settings.load_profile("klora")
@@ -165,6 +168,18 @@ def peak_memory(work) -> int:
 def one_thread():
     """Small tensors gain nothing from more threads, and lose a lot to them on a busy machine."""
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def rendered(request):
+    """Pictures of runs and scores are drawn, and rendered where tests are about them: to render takes half a second."""
+    if request.module.__name__ in RENDERED:
+        yield
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        for module in ("klora.ttt.report", "klora.model.curve"):
+            patch.setattr(f"{module}.figure_png", lambda figure, dpi: b"\x89PNG, not rendered")
+        yield
 
 
 @pytest.fixture

@@ -1,5 +1,8 @@
 """New interpreters without the seconds of `import torch`: a server that has imported it forks one for each command.
 
+It has imported more of what most commands need, where no GPU is: a fork of a process that asked for one cannot use it.
+What a library reads from the environment when it is imported (TRITON_INTERPRET, MPLBACKEND) is therefore the server's.
+
 A command is what stands behind `python`: -c CODE, -m MODULE or a FILE, and its arguments. It has an environment and a
 folder of its own, signals reach it, and nothing of these tests is in it.
 """
@@ -15,9 +18,12 @@ import time
 from functools import cache
 from pathlib import Path
 
+import torch
+
 SERVER = """
 import contextlib, json, os, runpy, signal, sys, traceback
-import torch
+for name in sys.argv[1:]:
+    __import__(name)
 
 def run(first, *rest):
     if first == "-c":
@@ -72,12 +78,17 @@ for line in sys.stdin:
 """
 
 
+LIBRARIES = (
+    ("torch",) if torch.cuda.is_available() else ("torch", "torch._dynamo", "matplotlib.figure", "rich.progress")
+)
+
+
 @cache
 def _server() -> tuple[subprocess.Popen, str]:
     """The server, and the folder of its files. It ends when its input does, at the latest with this process."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.DEVNULL}
-    server = subprocess.Popen([sys.executable, "-c", SERVER], env=environment, text=True, **pipes)
+    server = subprocess.Popen([sys.executable, "-c", SERVER, *LIBRARIES], env=environment, text=True, **pipes)
     folder = tempfile.mkdtemp()
 
     @atexit.register

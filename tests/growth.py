@@ -105,12 +105,16 @@ def growth(
     """Run `work` for `seconds`, and `least` times at least: what was held at the start and the end, and the verdict."""
     began = said = time.monotonic()
     rounds: list[dict[str, int]] = []
-    while time.monotonic() - began < seconds or len(rounds) < WARM_ROUNDS + least:
-        work()
-        rounds.append(held(device))
-        if time.monotonic() - said > 30:
-            said = time.monotonic()
-            say(f"{said - began:.0f} s, {len(rounds)} rounds: {_amounts(rounds[-1])}")
+    gc.freeze()  # what is there before the first round need not be looked through after each
+    try:
+        while time.monotonic() - began < seconds or len(rounds) < WARM_ROUNDS + least:
+            work()
+            rounds.append(held(device))
+            if time.monotonic() - said > 30:
+                said = time.monotonic()
+                say(f"{said - began:.0f} s, {len(rounds)} rounds: {_amounts(rounds[-1])}")
+    finally:
+        gc.unfreeze()
     counted = rounds[WARM_ROUNDS:]
     third = max(1, len(counted) // 3)
     start, end = (

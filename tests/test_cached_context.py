@@ -187,7 +187,7 @@ def test_a_document_does_not_know_its_batch_or_its_slot():
 
 @pytest.mark.slow
 @settings(max_examples=15, deadline=None)
-@given(strict_configs(), st.integers(1, 79), st.randoms())
+@given(strict_configs(), st.integers(1, 49), st.randoms())
 def test_no_score_depends_on_later_text(config, reached, random):
     no_score_depends_on_later_text.hypothesis.inner_test(config.override({"context": "cached"}), reached, random)
 
@@ -331,13 +331,14 @@ def test_the_backward_keeps_what_the_memory_estimate_says(monkeypatch):
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            out = hidden(*arguments)
+            hidden(*arguments)
         steps.append(sum(kept.values()))
-        return out
+        raise InterruptedError  # the next ones keep no more
 
     monkeypatch.setattr(EngineStep, "_hidden", watched)
     docs = documents((96, 96))
-    cached_nll(randomized(shape).requires_grad_(False), docs, config, backend="triton")
+    with pytest.raises(InterruptedError):
+        cached_nll(randomized(shape).requires_grad_(False), docs, config, backend="triton")
     k_and_v = shape.blocks * sum(shape.qkv_sizes[1:])
     planned = 4 * config.batch * config.chunk * (kept_by_autograd(shape, config) - k_and_v)
     # Tables, and the statistics of heads and queries, in fp32: the quarter that is added covers them.

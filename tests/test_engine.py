@@ -80,7 +80,7 @@ def token_nll(engine: Engine, docs, row: int = 0) -> list[np.ndarray]:
 @pytest.mark.parametrize("protocol", ["score_first", "multi_epoch", "min_nll"])
 def test_every_token_has_the_eager_oracles_nll_in_float64(protocol, steps):
     config = TTT.override({"protocol": protocol, "steps_per_chunk": steps, "lr": 0.02})
-    model, docs = model64(), documents()
+    model, docs = model64() if steps == 1 else SHALLOW64, documents()
     engine = engine_for(model, docs, config, rows=(2,), slots=5)
     adapted, expected = engine.adapt(docs, Deadline(0)), eager(model, docs, config)
     assert adapted.targets.tolist() == list(RAGGED) == expected.targets.tolist()
@@ -138,7 +138,7 @@ def test_windows_from_the_start_agree_with_the_eager_oracle(adapt_from, chunk, w
     """The temperature changes in a queue of its own, before and after windows have their full length."""
     changes = {"steps_per_chunk": 2, "lr_warmup": 70, "lr_half": 60, "beta1": 0.0}
     config = STRICT.override({"chunk": chunk, "window": window, "adapt_from": adapt_from} | changes)
-    model, docs = model64(), documents((130, 101, 33, 100, 5))
+    model, docs = SHALLOW64, documents((130, 101, 33, 100, 5))
     adapted = adapt_documents(model, docs, config, Deadline(0), slots=3)
     np.testing.assert_allclose(adapted.nats, eager(model, docs, config).nats, rtol=1e-9)
 
@@ -150,8 +150,8 @@ def strict_configs(draw):
     return STRICT.override(
         {
             "chunk": chunk,
-            "window": chunk + draw(st.integers(0, 50)),
-            "adapt_from": draw(st.integers(0, 60)),
+            "window": chunk + draw(st.integers(0, 30)),
+            "adapt_from": draw(st.integers(0, 40)),
             "steps_per_chunk": draw(st.integers(1, 2)),
             "lr_half": draw(st.sampled_from([0, 30])),
             "lr": 0.05,
@@ -162,10 +162,10 @@ def strict_configs(draw):
 
 @pytest.mark.slow
 @settings(max_examples=25, deadline=None)
-@given(strict_configs(), st.integers(1, 79), st.randoms())
+@given(strict_configs(), st.integers(1, 49), st.randoms())
 def test_no_score_depends_on_later_text(config, reached, random):
     """Other text after any target, and no text after it: the same bits before, wherever that is in a chunk."""
-    model, doc = SHALLOW64, document(80)
+    model, doc = SHALLOW64, document(50)
     other = doc.tokens.copy()
     other[reached + 1 :] = [random.randrange(1, SMALL.vocab_size) for _ in other[reached + 1 :]]
     scores = []
@@ -226,7 +226,7 @@ def test_a_model_of_six_bits_gives_what_its_dense_twin_gives(tokenizer, tmp_path
 def test_a_document_does_not_know_its_batch():
     """Batch mates, order, slots, batch and number of places change nothing but the order of sums inside a product."""
     config = TTT.override({"protocol": "min_nll"})
-    model, docs = model64(), documents()
+    model, docs = SHALLOW64, documents()
     whole = adapt_documents(model, docs, config, Deadline(0)).nats
     np.testing.assert_allclose(adapt_documents(model, docs[::-1], config, Deadline(0)).nats[::-1], whole, rtol=1e-12)
     for batch, rows, slots in ((1, (), 1), (3, (1,), 3), (64, (16, 4), 256), (4, (), 2), (8, (1, 2, 3, 4, 5), 9)):
@@ -611,11 +611,14 @@ def test_the_backward_keeps_what_the_memory_estimate_says(monkeypatch):
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             out = hidden(*arguments)
         steps.append(sum(kept.values()))
+        if len(steps) == 2:  # of whole windows: the largest
+            raise InterruptedError
         return out
 
     monkeypatch.setattr(EngineStep, "_hidden", watched)
     docs = documents((65, 65))
-    adapt_documents(randomized(shape).requires_grad_(False), docs, config, Deadline(0), backend="triton")
+    with pytest.raises(InterruptedError):
+        adapt_documents(randomized(shape).requires_grad_(False), docs, config, Deadline(0), backend="triton")
     planned = 4 * config.batch * config.window * kept_by_autograd(shape, config)
     assert 0.8 * planned < max(steps) < planned
 

@@ -33,8 +33,8 @@ pytestmark = pytest.mark.slow
 class Killer:
     """Starts a command, and kills it at a random time of a life of `seconds`, KILLS times in all."""
 
-    def __init__(self, seed: int):
-        self.draw, self.seconds, self.kills, self.starts = random.Random(seed), 0.0, 0, 0
+    def __init__(self, seed: int, seconds: float = 0.0):
+        self.draw, self.seconds, self.kills, self.starts = random.Random(seed), seconds, 0, 0
 
     def whole(self, *arguments) -> None:
         """Run a command to its end, which takes `seconds`."""
@@ -101,15 +101,22 @@ def scores(folder: Path) -> list[float]:
     return [document["adapted_nats"] for document in json.loads((folder / "score.json").read_text())["documents"]]
 
 
+@pytest.fixture(scope="module")
+def unharmed(tmp_path_factory, scoring) -> tuple[list[float], float]:
+    """The scores of one process that nobody kills, and how many seconds it takes."""
+    folder, killer = tmp_path_factory.mktemp("unharmed"), Killer(0)
+    killer.whole(*scoring, "--out", folder)
+    return scores(folder), killer.seconds
+
+
 def test_training_survives_kills_bit_for_bit(tmp_path, data):
     """The weights and the losses are those of a run that nobody killed."""
     train = {**CONFIG.to_dict(), "max_steps": 20, "checkpoint_seconds": 0.05}
-    preset = Preset("small", SMALL_MODEL, CONFIG.override(train), "")
-    Trainer(preset, data, tmp_path / "whole", Ranks(0, 1, torch.device("cpu"))).run()
-    expected, killer, round_ = load_tensors(tmp_path / "whole" / "model.safetensors")[0], Killer(1), 0
     known = {**SMALL_MODEL.to_dict(), **train}
     options = ["--shards", data.folder, *sets(**known)]
-    killer.whole("train", "--out", tmp_path / "timed", *options)
+    killer, round_ = Killer(1), 0
+    killer.whole("train", "--out", tmp_path / "whole", *options)
+    expected = load_tensors(tmp_path / "whole" / "model.safetensors")[0]
     while killer.kills < KILLS or not round_:
         out, round_ = tmp_path / f"out{round_}", round_ + 1
 
@@ -148,11 +155,10 @@ def test_exports_survive_kills(tmp_path, data):
     killer.say("export")
 
 
-def test_scoring_survives_kills(tmp_path, scoring):
+def test_scoring_survives_kills(tmp_path, scoring, unharmed):
     """The same scores, and nothing of another run beside them."""
-    killer, round_ = Killer(3), 0
-    killer.whole(*scoring, "--out", tmp_path / "whole")
-    expected = scores(tmp_path / "whole")
+    expected, seconds = unharmed
+    killer, round_ = Killer(3, seconds), 0
     while killer.kills < KILLS or not round_:
         out, round_ = tmp_path / f"out{round_}", round_ + 1
 
@@ -169,12 +175,14 @@ def test_scoring_survives_kills(tmp_path, scoring):
     killer.say("score")
 
 
-def test_ranks_survive_kills(tmp_path, scoring):
-    """One of two ranks is killed: the other takes over, or ends with a sentence and --resume goes on."""
-    killer, round_ = Killer(4), 0
-    killer.whole(*scoring, "--out", tmp_path / "whole")
-    expected = scores(tmp_path / "whole")
-    while killer.kills < KILLS or not round_:
+def test_ranks_survive_kills(tmp_path, scoring, unharmed):
+    """One of two ranks is killed, in turns: the first takes over; the other ends with a sentence, and --resume goes on.
+
+    Where the first is killed in the last moment of all, the other has everything and ends well, too.
+    """
+    expected, seconds = unharmed
+    killer, round_, kills = Killer(4, seconds / 4), 0, max(2, KILLS)
+    while killer.kills < kills:
         out, round_ = tmp_path / f"out{round_}", round_ + 1
         while not (out / "score.json").exists() or any(out.glob("journal*")):
             killer.starts, began = killer.starts + 1, time.time_ns()
@@ -182,13 +190,13 @@ def test_ranks_survive_kills(tmp_path, scoring):
             more = ["--resume"] if any(out.glob("journal*")) else []
             command = ["-m", "klora.cli", *scoring, "--out", out, "--patience", "3", *more]
             ranks = [Forked(command, environment={**ENVIRONMENT, **together, "RANK": str(rank)}) for rank in range(2)]
-            if killer.kills < KILLS:
+            if killer.kills < kills:
                 # A rank that is not there yet is waited for: half an hour, as the first one may read journals.
                 for process, name in zip(ranks, ("journal.jsonl", "journal-1.jsonl"), strict=True):
                     wait_for(lambda path=out / name, began=began: is_newer(path, began), process)
-                rank = killer.draw.randrange(2)
+                rank = 1 - killer.kills % 2
                 killer.strike(ranks[rank], least=0.0)
-                killer.end(ranks[1 - rank], 2)
+                killer.end(ranks[1 - rank], *([] if rank else [2]))
             for process in ranks:
                 process.wait()
         np.testing.assert_allclose(scores(out), expected, rtol=1e-5)

@@ -62,16 +62,21 @@ print(json.dumps([by_torch, loaded()]))""")
 
 @pytest.mark.slow
 def test_importing_the_kernels_takes_at_most_a_seventh_longer_than_what_they_need():
-    """The package needs torch, three ops Triton as well. CPU seconds, the least of three: other work only adds."""
+    """The package needs torch, three ops Triton as well. CPU seconds, up to three times: other work only adds."""
     code = """def seconds(statement):
     start = time.process_time()
     exec(statement)
     return time.process_time() - start
 ops = "from klora.kernels import lora_qkv, linear, softcap_nll"
 print(json.dumps([seconds(part) for part in ("import torch", "import klora.kernels", "import triton", ops)]))"""
-    runs = [python(code) for _ in range(3)]
-    assert min(sum(run[:2]) for run in runs) <= 1.15 * min(run[0] for run in runs), runs
-    assert min(map(sum, runs)) <= 1.15 * min(run[0] + run[2] for run in runs), runs
+    runs = []
+    for _ in range(3):
+        runs.append(python(code))
+        package = min(sum(run[:2]) for run in runs) / min(run[0] for run in runs)
+        with_ops = min(map(sum, runs)) / min(run[0] + run[2] for run in runs)
+        if max(package, with_ops) <= 1.15:
+            return
+    raise AssertionError(runs)
 
 
 @pytest.mark.parametrize("option", ["--version", "--help"])

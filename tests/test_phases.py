@@ -4,8 +4,6 @@ import dataclasses
 import json
 import os
 import re
-import subprocess
-import sys
 import threading
 
 import numpy as np
@@ -13,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import SMALL, randomized
+from forks import Forked
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from klora.cli.app import app
@@ -406,7 +405,7 @@ def test_phases_are_for_score_first_from_the_start():
 @pytest.fixture(scope="module")
 def files(tmp_path_factory, tokenizer):
     folder = tmp_path_factory.mktemp("phases")
-    config = dataclasses.replace(SMALL, vocab_size=tokenizer.vocab_size)
+    config = dataclasses.replace(SMALL, vocab_size=tokenizer.vocab_size, blocks=2)
     save_artifact(folder / "m.klora", randomized(config).state_dict(), config, tokenizer.to_bytes(), {"steps": 0})
     (folder / "texts").mkdir()
     for number in range(6):
@@ -449,9 +448,9 @@ def test_two_processes_give_the_scores_of_one(files, tmp_path):
     command = [*map(str, files), "--phases", "2", "--json"]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
     env |= {"MASTER_PORT": str(free_port())}
-    cli = [sys.executable, "-m", "klora.cli", *command, "--out", str(tmp_path / "two")]
-    started = [subprocess.Popen(cli, env={**env, "RANK": str(r)}, stdout=subprocess.DEVNULL) for r in range(2)]
-    assert [process.wait(timeout=600) for process in started] == [0, 0]
+    cli = ["-m", "klora.cli", *command, "--out", tmp_path / "two"]
+    started = [Forked(cli, environment={**env, "RANK": str(rank)}) for rank in range(2)]
+    assert [process.wait() for process in started] == [0, 0]
     klora(*command, "--out", tmp_path / "one")
     one, two = (json.loads((tmp_path / name / "score.json").read_text())["documents"] for name in ("one", "two"))
     np.testing.assert_allclose([d["adapted_nats"] for d in two], [d["adapted_nats"] for d in one], rtol=1e-6)

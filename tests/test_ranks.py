@@ -1,9 +1,6 @@
 """Several ranks score one set of documents: every document once, the same scores, and nothing lost with a rank."""
 
-import dataclasses
 import json
-import os
-import signal
 import socket
 import threading
 import time
@@ -12,9 +9,6 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import SMALL, randomized, wait_for, words
-from forks import Forked
-from klora.model.artifact import save_artifact
 from klora.model.config import ConfigError
 from klora.ttt.engine import Engine
 from klora.ttt.journal import Journal, JournalError, open_journal
@@ -22,7 +16,6 @@ from klora.ttt.pipeline import Interrupted, ScoreRequest, score
 from klora.ttt.queue import LostStore, SharedDeadline, SharedWaiting, StoreQueue, queue_of_processes
 from klora.ttt.results import DIVERGED, NOT_ADAPTED, SHORT, DocumentResult, NonFiniteScore
 from klora.ttt.schedule import visits_of
-from test_cli import klora
 from test_engine import TTT, model64
 from test_ttt import document
 
@@ -460,55 +453,3 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
-
-
-@pytest.fixture
-def command(tmp_path, tokenizer) -> list[str]:
-    """`klora score` of a small artifact on texts that take some seconds."""
-    config = dataclasses.replace(SMALL, vocab_size=tokenizer.vocab_size)
-    save_artifact(tmp_path / "model.klora", randomized(config).state_dict(), config, tokenizer.to_bytes(), {"steps": 0})
-    (tmp_path / "texts").mkdir()
-    for number in range(24):
-        (tmp_path / "texts" / f"{number}.txt").write_text(words(number, 40 + 80 * (number % 8)))
-    sets = [part for pair in ("chunk=16", "window=64", "adapt_from=64", "deadline=0") for part in ("--set", pair)]
-    return [
-        *("-m", "klora.cli", "score", str(tmp_path / "model.klora"), *sets, "--json"),
-        *(
-            "--text",
-            str(tmp_path / "texts"),
-            "--patience",
-            "5",
-            "--scorer",
-            "uncaptured",
-            "--out",
-            str(tmp_path / "out"),
-        ),
-    ]
-
-
-@pytest.mark.slow
-def test_a_killed_process_loses_nothing(tmp_path, command):
-    """Three processes as a launcher would start them; the last is killed in the middle of its work."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1"}
-    env |= {"MASTER_PORT": str(free_port())}
-    started = [Forked(command, environment={**env, "RANK": str(rank)}) for rank in range(3)]
-    try:
-        journal = tmp_path / "out" / "journal-2.jsonl"
-        wait_for(journal.exists, started[2])  # its documents follow together, at the end
-        time.sleep(0.3)
-        started[2].send_signal(signal.SIGKILL)
-        said = started[0].communicate()[0]
-        assert [process.wait() for process in started] == [0, 0, -signal.SIGKILL]
-    finally:
-        for process in started:
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-    result = json.loads(said)
-    assert result["ranks"] == 3 and 2 not in [r for r, s in enumerate(result["rank_seconds"]) if s is not None]
-    together = json.loads((tmp_path / "out" / "score.json").read_text())["documents"]
-    assert not list((tmp_path / "out").glob("journal*"))
-    alone = klora(*command[command.index("score") :], "--overwrite")
-    assert json.loads(alone.stdout)["totals"]["documents"] == 24
-    expected = json.loads((tmp_path / "out" / "score.json").read_text())["documents"]
-    assert [d["name"] for d in together] == [d["name"] for d in expected]
-    np.testing.assert_allclose([d["adapted_nats"] for d in together], [d["adapted_nats"] for d in expected], rtol=1e-5)

@@ -4,6 +4,8 @@ import base64
 import math
 import os
 import re
+import subprocess
+import sys
 import time
 from contextlib import closing
 from html.parser import HTMLParser
@@ -11,7 +13,6 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 from conftest import SMALL, randomized
-from forks import Forked
 from klora.kernels import BOS_ID
 from klora.ttt import token_gains
 from klora.ttt.base import BaseNll
@@ -326,18 +327,23 @@ def test_a_picture_that_cannot_be_drawn_is_left_out_and_said(tmp_path, monkeypat
 
 
 @pytest.mark.slow
-def test_a_notebooks_backend_ends_no_report(tmp_path):
+def test_a_notebooks_backend_that_is_not_installed_ends_no_report_and_no_curve(tmp_path):
     """In a process of its own: matplotlib reads MPLBACKEND when it is imported."""
     code = (
         "import sys; from pathlib import Path; from klora.ttt.protocols import TTTConfig\n"
+        "from klora.model.curve import LossCurve\n"
         "from klora.ttt.report import write_report; from klora.ttt.results import DocumentResult, ScoreResult\n"
         "one = DocumentResult('a', 10, 20, 'adapted', 14.0, 13.5, 12.0)\n"
-        "write_report(ScoreResult([one], TTTConfig(), {}), Path(sys.argv[1]))"
+        "write_report(ScoreResult([one], TTTConfig(), {}), Path(sys.argv[1]))\n"
+        "curve = LossCurve(Path(sys.argv[1]))\n"
+        "curve.add(step=1, loss=2.0)\n"
+        "curve.close()"
     )
-    process = Forked(["-c", code, tmp_path], environment={**os.environ, "MPLBACKEND": "nonsense"})
-    _, errors = process.communicate()
-    assert process.returncode == 0, errors
-    assert (tmp_path / "report.html").is_file() and (tmp_path / "report.png").is_file()
+    environment = {**os.environ, "MPLBACKEND": "nonsense"}
+    done = subprocess.run([sys.executable, "-c", code, tmp_path], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "report.html").is_file()
+    assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in ("report.png", "loss.png"))
 
 
 TTT = TTTConfig(chunk=16, window=64, min_tokens=32, lora_rank=2, head_rank=3, epochs=2, deadline=0.0, batch=4)

@@ -13,6 +13,7 @@ from klora.ttt.protocols import CACHED, QUICK, START, THOROUGH, TTTConfig, ttt_p
 from klora.ttt.sampling import is_for_tuning, sample
 from test_ttt import document
 
+SHALLOW = dataclasses.replace(SMALL, blocks=2)
 TINY = TTTConfig(
     layout=START, chunk=16, window=64, lora_rank=2, head_rank=3, batch=4, temperature=1.0, deadline=0.0, lr=0.002
 )
@@ -93,7 +94,7 @@ def test_documents_after_a_phase_start_from_what_it_learned():
 
 @pytest.mark.slow
 def test_every_row_can_be_run():
-    tuning = Sample(randomized().requires_grad_(False), [document(270), document(70, 1)])
+    tuning = Sample(randomized(SHALLOW).requires_grad_(False), [document(270), document(70, 1)])
     for name, config in ROWS.items():
         found = tuning.run(config)
         assert found.adapted_bpb != found.base_bpb, name
@@ -103,7 +104,7 @@ def test_every_row_can_be_run():
 def text(tmp_path, tokenizer, monkeypatch):
     """Arguments of a sweep of CONFIGS over 12 documents, and how the record is read."""
     monkeypatch.setattr(module, "ROWS", CONFIGS)
-    config = dataclasses.replace(SMALL, vocab_size=tokenizer.vocab_size)
+    config = dataclasses.replace(SHALLOW, vocab_size=tokenizer.vocab_size)
     save_artifact(tmp_path / "m.klora", randomized(config).state_dict(), config, tokenizer.to_bytes(), {"steps": 0})
     lines = [json.dumps({"name": f"{n}.txt", "text": words(n, 30 + 10 * n)}) for n in range(12)]
     (tmp_path / "val.jsonl").write_text("\n".join(lines))

@@ -1,6 +1,7 @@
 """Adapting to documents: what is scored when, what a document may depend on, and what must be called LEAKY."""
 
 import csv
+import dataclasses
 import json
 import math
 import re
@@ -267,10 +268,11 @@ def test_memory_that_runs_out_halves_the_batch_aloud_and_changes_no_score(
     tmp_path, monkeypatch, queue, method, numbers
 ):
     documents, said = [document(n, n) for n in (40, 200, 64, 150, 20, 33, 90)], []
-    clean = score(documents, tmp_path / "clean", queue=queue())
+    model = randomized(dataclasses.replace(SMALL, blocks=2))
+    clean = score(documents, tmp_path / "clean", model=model, queue=queue())
     with monkeypatch.context() as patch:
         Full(patch, EngineStep, method, *numbers)
-        result = score(documents, tmp_path / "full", queue=queue(), say=said.append)
+        result = score(documents, tmp_path / "full", model=model, queue=queue(), say=said.append)
     assert adapted_nats(result) == pytest.approx(adapted_nats(clean), rel=1e-6)
     assert [d.status for d in result.documents] == [d.status for d in clean.documents]
     aloud = [line for line in said if "memory ran out" in line]
