@@ -103,8 +103,9 @@ def sweep(
     largest logit and the rest: their sum would lose digits. A top of 0 does where it is BOUNDED. With KEEP and without
     HAS_LSE, exp(-lse) is the factor that E wants, which differs from the logsumexp's by a rounding.
     """
-    first = tl.program_id(0) * BLOCK_S
-    row = tl.program_id(1)
+    blocks = tl.cdiv(S, BLOCK_S)
+    first = tl.program_id(0) % blocks * BLOCK_S
+    row = tl.program_id(0) // blocks
     token = first + tl.arange(0, BLOCK_S)
     mask_s = token < S
     offsets = row.to(tl.int64) * S + token
