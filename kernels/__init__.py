@@ -41,6 +41,8 @@ if TYPE_CHECKING:
     )
     from .lora_head_nll import (
         check_targets,
+        linear_nll,
+        linear_nll_ref,
         lora_head_nll,
         lora_head_nll_grads_,
         lora_head_nll_ref,
@@ -80,6 +82,8 @@ __all__ = [
     "int6_linear_dx",
     "int6_linear_ref",
     "linear",
+    "linear_nll",
+    "linear_nll_ref",
     "linear_ref",
     "lora_adam_",
     "lora_adam_ref_",
