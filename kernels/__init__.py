@@ -57,7 +57,7 @@ if TYPE_CHECKING:
     from .newton_schulz import muon_apply_, muon_updates, newton_schulz, newton_schulz_ref
     from .qkv_attention import qkv_attention, qkv_attention_ref
     from .rms_norm import ResidualNorm, residual_norm, residual_norm_ref, rms_norm, rms_norm_ref
-    from .rotary import norm_rotary, norm_rotary_ref, ntk_base, rotary_tables
+    from .rotary import apply_rotary, apply_rotary_ref, norm_rotary, norm_rotary_ref, ntk_base, rotary_tables
     from .slots import check_slots
 
 __all__ = [
@@ -66,6 +66,8 @@ __all__ = [
     "Int6Matrix",
     "Int6Weight",
     "ResidualNorm",
+    "apply_rotary",
+    "apply_rotary_ref",
     "bigram_embedding",
     "bigram_embedding_ref",
     "bigram_hash_ref",

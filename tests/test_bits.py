@@ -12,7 +12,7 @@ BEYOND = 2**31
 TOKENS = 8192
 """Tokens of a document of the large calls; documents are as many as make the first input pass 2^31 elements."""
 
-PER_DOCUMENT = ("slots", "targets", "filled", "tokens")
+PER_DOCUMENT = ("slots", "targets", "filled", "tokens", "positions")
 """Arguments beside the floats that have a value for each document."""
 
 WITHOUT_SLOTS = [name for name, op in OPS.items() if op.per_document and "slots" not in op.more]

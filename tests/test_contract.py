@@ -17,6 +17,7 @@ import pytest
 import torch
 from klora.bench.tolerance import assert_as_exact, relative_error
 from klora.kernels import (
+    apply_rotary,
     bigram_embedding,
     cache_write_,
     cached_attention,
@@ -119,6 +120,13 @@ def ops(B: int = 2, S: int = 5, dtype: torch.dtype = torch.float32) -> dict[str,
             per_document=tuple(stream),
         ),
         "norm_rotary": Op(norm_rotary, {**heads, **tables}, {}, ("cos", "sin"), ("q", "k")),
+        "apply_rotary": Op(
+            apply_rotary,
+            {**heads, "cos": cos, "sin": sin},
+            {"positions": torch.arange(S, device=DEVICE).flip(0).expand(B, S)},
+            ("cos", "sin"),
+            ("q", "k"),
+        ),
         "causal_attention": Op(causal_attention, {**heads, "v": randn(B, S, G, HEAD)}, {}, (), ("q", "k", "v")),
         "cached_attention": Op(
             cached_attention,

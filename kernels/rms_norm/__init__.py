@@ -27,11 +27,11 @@ Bytes a row of D, in items of the dtype (the vectors stay in cache): it runs at 
     x alone, with a weight                                    forward 2 D     backward 3 D
 
 The backward reads dn, dx_in and n and writes dx and dbranch; it keeps n, which the next product reads, and r, 4 bytes a
-row, instead of x_in; with a weight, which may be 0, x_in. Where scale, skip or mix are trained it also reads those of x,
-branch, pushed and x0 that they belong to, and recomputes x_out. Sums over tokens are taken in fp32 over splits of SPLIT tokens, then over the splits
-in order: 4 D / SPLIT bytes a row and sum. A split is part of one document, so that dbias has the same bits in every
-batch; sums over the whole batch are taken over documents last. That of w, [D] in its own dtype, knows no documents:
-over groups of 64 splits, then over groups. No atomics.
+row, instead of x_in; with a weight, which may be 0, x_in. Where scale, skip or mix are trained it also reads those of
+x, branch, pushed and x0 that they belong to, and recomputes x_out. Sums over tokens are taken in fp32 over splits of
+SPLIT tokens, then over the splits in order: 4 D / SPLIT bytes a row and sum. A split is part of one document, so that
+dbias has the same bits in every batch; sums over the whole batch are taken over documents last. That of w, [D] in its
+own dtype, knows no documents: it is taken over groups of 64 splits, then over groups. No atomics.
 
 Zhang and Sennrich 2019 (RMSNorm).
 """
