@@ -50,6 +50,8 @@ from klora.kernels import (
     softcap_logits_ref,
     softcap_nll,
     softcap_nll_ref,
+    swiglu,
+    swiglu_mlp,
 )
 from torch import Tensor
 
@@ -112,6 +114,8 @@ def ops(B: int = 2, S: int = 5, dtype: torch.dtype = torch.float32) -> dict[str,
     return {
         "linear": Op(linear, {"x": x, "weight": weight}),
         "relu_squared_mlp": Op(relu_squared_mlp, {"x": x, "up": randn(48, D), "down": randn(D, 48)}),
+        "swiglu": Op(swiglu, {"gate": x, "up": randn(B, S, D)}, per_document=("gate", "up")),
+        "swiglu_mlp": Op(swiglu_mlp, {"x": x, "gate": randn(48, D), "up": randn(48, D), "down": randn(D, 48)}),
         "rms_norm": Op(rms_norm, {"x": x}),
         "residual_norm": Op(
             residual_norm,
