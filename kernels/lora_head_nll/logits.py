@@ -138,6 +138,17 @@ def _slices(h: Tensor, weight: Tensor, memory: int) -> list[slice]:
     return [slice(start, min(start + width, vocabulary)) for start in range(0, vocabulary, width)]
 
 
+def _empty_slice(h: Tensor, parts: list[slice]) -> Tensor:
+    """Memory for one slice at a time."""
+    return h.new_empty(h.size(0) * (parts[0].stop - parts[0].start))
+
+
+def _slice_in(held: Tensor, h: Tensor, part: slice) -> Tensor:
+    """[rows, columns of the slice], contiguous."""
+    rows, columns = h.size(0), part.stop - part.start
+    return held.view(-1)[: rows * columns].view(rows, columns)
+
+
 def _launch(
     kernel, whole_rows: bool, z: Tensor, first: int, vocabulary: int, softcap: float, temperature: float, **own
 ):
@@ -176,10 +187,11 @@ def _op(
     nll, lse, z = outputs = _empty_outputs(h, weight, memory, keep)
     if not len(nll):
         return outputs
-    is_kept, vocabulary = z.dim() == 2, weight.size(0)
-    parts = [slice(0, vocabulary)] if is_kept else _slices(h, weight, memory)
+    vocabulary = weight.size(0)
+    parts = [slice(0, vocabulary)] if z.numel() else _slices(h, weight, memory)
+    held = z if z.numel() else _empty_slice(h, parts)
     for part in parts:
-        z = torch.mm(h, weight[part].T, out=z) if is_kept else torch.mm(h, weight[part].T)
+        z = torch.mm(h, weight[part].T, out=_slice_in(held, h, part))
         _launch(
             row_sums, True, z, part.start, vocabulary, softcap, temperature, targets_ptr=targets, nll_ptr=nll,
             lse_ptr=lse[0], top_ptr=lse[1], ignore=ignore_index, FIRST=part is parts[0], LAST=part is parts[-1],
@@ -211,10 +223,13 @@ def _backward_op(
         if dweight is not None:
             dweight.zero_()
         return
-    parts, dnll, total = _slices(h, weight, memory), dnll.contiguous(), None
+    parts, dnll = _slices(h, weight, memory), dnll.contiguous()
+    held, is_summed = _empty_slice(h, parts), len(parts) > 1 and dh is not None
+    if is_summed:
+        total, share = (dh.new_empty(dh.shape, dtype=torch.float32) for _ in range(2))
     for part in parts:
-        z = kept[:, part] if kept.numel() else torch.mm(h, weight[part].T)
-        dz = torch.empty_like(z, memory_format=torch.contiguous_format) if kept.numel() else z
+        dz = _slice_in(held, h, part)
+        z = kept[:, part] if kept.numel() else torch.mm(h, weight[part].T, out=dz)
         _launch(
             logit_gradient, False, z, part.start, weight.size(0), softcap, temperature, dz_ptr=dz, targets_ptr=targets,
             dnll_ptr=dnll, lse_ptr=lse[0], top_ptr=lse[1], ignore=ignore_index, stride_dz=dz.stride(0),
@@ -222,16 +237,13 @@ def _backward_op(
         )  # fmt: skip
         if dweight is not None:
             torch.mm(dz.T, h, out=dweight[part])
-        if dh is None:
-            continue
-        if len(parts) == 1:
+        if is_summed:
+            launch_product(dz, weight[part], transposed=True, result=total if part is parts[0] else share)
+            if part is not parts[0]:
+                total += share
+        elif dh is not None:
             torch.mm(dz, weight, out=dh)
-        else:
-            share = launch_product(
-                dz, weight[part], transposed=True, result=dh.new_empty(dh.shape, dtype=torch.float32)
-            )
-            total = share if total is None else total.add_(share)
-    if total is not None:
+    if is_summed:
         dh.copy_(total)
 
 
