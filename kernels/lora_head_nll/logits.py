@@ -57,10 +57,17 @@ def _targets(targets_ptr, row, mask, vocabulary, ignore):
     return tl.where(scored, target, -1).to(tl.int32)
 
 
+@triton.jit
+def _multiple(number, VECTOR: tl.constexpr):
+    """`number`, a multiple of VECTOR, as one that the compiler knows to be: it loads 16 bytes at a time then."""
+    return number // VECTOR * VECTOR
+
+
 @triton.jit(do_not_specialize=["rows", "first", "columns", "vocabulary", "ignore"])
 def row_sums(
     z_ptr, targets_ptr, nll_ptr, lse_ptr, top_ptr, rows, first, columns, vocabulary, ignore, stride_z, softcap, gain,
     CAPPED: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    VECTOR: tl.constexpr,
 ):  # fmt: skip
     """A slice of the vocabulary, `columns` from `first` on, into the largest logit of ROWS rows, their sums of
     exp(logit - largest) and their targets' z; after the LAST one nll and the logsumexp without the largest.
@@ -69,6 +76,7 @@ def row_sums(
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     mask = row < rows
+    columns, stride_z = _multiple(columns, VECTOR), _multiple(stride_z, VECTOR)
     z_ptr += row.to(tl.int64)[:, None] * stride_z
     largest = tl.full((ROWS, BLOCK), -1e38, tl.float32)
     sums = tl.zeros((ROWS, BLOCK), tl.float32)
@@ -105,9 +113,12 @@ def row_sums(
 @triton.jit(do_not_specialize=["rows", "first", "columns", "vocabulary", "ignore"])
 def logit_gradient(
     z_ptr, dz_ptr, targets_ptr, dnll_ptr, lse_ptr, top_ptr, rows, first, columns, vocabulary, ignore, stride_z,
-    stride_dz, softcap, gain, scale, CAPPED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    stride_dz, softcap, gain, scale,
+    CAPPED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """dz of a slice of the vocabulary from its z, which may be the same memory; a tile [ROWS, BLOCK] a program."""
+    columns = _multiple(columns, VECTOR)
+    stride_z, stride_dz = _multiple(stride_z, VECTOR), _multiple(stride_dz, VECTOR)
     blocks = tl.cdiv(columns, BLOCK)
     row = tl.program_id(0) // blocks * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)[None, :]
@@ -160,7 +171,8 @@ def _launch(
     programs = triton.cdiv(rows, height) * (1 if whole_rows else triton.cdiv(columns, block))
     kernel[(programs,)](
         z_ptr=z, rows=rows, first=first, columns=columns, vocabulary=vocabulary, stride_z=z.stride(0), softcap=cap,
-        gain=cap / temperature, CAPPED=is_capped, ROWS=height, BLOCK=block, num_warps=4, **own,
+        gain=cap / temperature, CAPPED=is_capped, ROWS=height, BLOCK=block,
+        VECTOR=8 if columns % 8 == 0 and z.stride(0) % 8 == 0 else 1, num_warps=4, **own,
     )  # fmt: skip
 
 

@@ -50,9 +50,10 @@ def _rotate_heads(
         mask = is_head & (column < ROTATED // 2)
         read, written = token * stride_s + head * stride_h, token * (H * D) + head * D
         if INTERLEAVED:
-            place = (2 * column)[:, :, :, None] + tl.arange(0, 2)[None, None, None, :]
-            pairs = tl.load(x_ptr + read[:, :, :, None] + place, mask=mask[:, :, :, None], other=0.0)
-            left, right = tl.split(pairs.to(tl.float32))
+            place = tl.arange(0, 2 * HALF)[None, None, :]
+            mask = is_head & (place < ROTATED)
+            pairs = tl.load(x_ptr + read + place, mask=mask, other=0.0).to(tl.float32)
+            left, right = tl.split(pairs.reshape(HEADS, TOKENS, HALF, 2))
         else:
             left, right = load_halves(x_ptr, read + column, mask, ROTATED)
         if INVERSE:
@@ -60,8 +61,8 @@ def _rotate_heads(
         else:
             left, right = rotate(left, right, cos, sin)
         if INTERLEAVED:
-            pairs = tl.join(left, right).to(dtype)
-            tl.store(out_ptr + written[:, :, :, None] + place, pairs, mask=mask[:, :, :, None])
+            pairs = tl.join(left, right).reshape(HEADS, TOKENS, 2 * HALF)
+            tl.store(out_ptr + written + place, pairs.to(dtype), mask=mask)
         else:
             tl.store(out_ptr + written + column, left.to(dtype), mask=mask)
             tl.store(out_ptr + ROTATED // 2 + written + column, right.to(dtype), mask=mask)
