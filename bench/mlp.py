@@ -1,4 +1,4 @@
-"""Group `mlp`: products with frozen weights, alone and as squared-ReLU MLP, forward and dx, as adaptation runs them.
+"""Group `mlp`: products with frozen weights, alone and as an MLP, forward and dx, as adaptation runs them.
 
 Rows are those of the engine's batches: 64, 16 or 4 documents, windows of 256 to 1,024 tokens.
 """
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.linear import linear, linear_ref
-from ..kernels.mlp import relu_squared_mlp, relu_squared_mlp_ref
+from ..kernels.mlp import relu_squared_mlp, relu_squared_mlp_ref, swiglu_mlp, swiglu_mlp_ref
 from .entry import Call, Entry, Shape, Tensors, Variant
 
 ROWS = {
@@ -16,6 +16,7 @@ ROWS = {
 PRODUCTS = {
     f"{rows}-{K}-{N}": {"rows": M, "K": K, "N": N} for K, N in ((512, 512), (1536, 512)) for rows, M in ROWS.items()
 }
+GATED = {"16384-2048-5632": {"rows": 16384, "D": 2048, "hidden": 5632}}
 MLPS = {name: {"rows": rows, "D": 512, "hidden": 1536} for name, rows in ROWS.items()}
 
 
@@ -59,6 +60,16 @@ def _mlp_bytes(shape: Shape, itemsize: int) -> int:
     return itemsize * (rows * (4 * width + 2 * hidden) + 4 * width * hidden)
 
 
+def _gated_bytes(shape: Shape, itemsize: int) -> int:
+    """x, gate, up and out; dout, gate and up again and dx, as one kernel each way moves them. The weights twice."""
+    rows, width, hidden = shape["rows"], shape["D"], shape["hidden"]
+    return itemsize * (rows * (4 * width + 4 * hidden) + 6 * width * hidden)
+
+
+def _draw_gated(shape: Shape, *how) -> Tensors:
+    return _draw(shape["rows"], *[(shape["hidden"], shape["D"])] * 2, (shape["D"], shape["hidden"]))(*how)
+
+
 ENTRIES = (
     Entry(
         group="mlp",
@@ -85,5 +96,17 @@ ENTRIES = (
         variants=_variants(relu_squared_mlp_ref, relu_squared_mlp),
         bytes=_mlp_bytes,
         flops=lambda shape: 8 * shape["rows"] * shape["D"] * shape["hidden"],
+    ),
+    Entry(
+        group="mlp",
+        op="swiglu_mlp_frozen",
+        shapes=MLPS | GATED,
+        toy={"rows": 18, "D": 32, "hidden": 48},
+        gate={"rows": 4000, "D": 512, "hidden": 1536},
+        draw=_draw_gated,
+        truth=lambda shape, *inputs: _frozen(swiglu_mlp_ref)(*inputs),
+        variants=_variants(swiglu_mlp_ref, swiglu_mlp),
+        bytes=_gated_bytes,
+        flops=lambda shape: 12 * shape["rows"] * shape["D"] * shape["hidden"],
     ),
 )

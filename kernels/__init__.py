@@ -41,6 +41,8 @@ if TYPE_CHECKING:
     )
     from .lora_head_nll import (
         check_targets,
+        linear_nll,
+        linear_nll_ref,
         lora_head_nll,
         lora_head_nll_grads_,
         lora_head_nll_ref,
@@ -51,12 +53,13 @@ if TYPE_CHECKING:
     from .lora_linear import lora_linear, lora_linear_ref
     from .lora_mlp import lora_mlp, lora_mlp_ref
     from .lora_qkv import lora_qkv, lora_qkv_ref, lora_qkv_rope, lora_qkv_rope_ref
-    from .mlp import relu_squared_mlp, relu_squared_mlp_ref, relu_squared_ref
+    from .mlp import relu_squared_mlp, relu_squared_mlp_ref, relu_squared_ref, swiglu_mlp, swiglu_mlp_ref
     from .newton_schulz import muon_apply_, muon_updates, newton_schulz, newton_schulz_ref
     from .qkv_attention import qkv_attention, qkv_attention_ref
     from .rms_norm import ResidualNorm, residual_norm, residual_norm_ref, rms_norm, rms_norm_ref
-    from .rotary import norm_rotary, norm_rotary_ref, ntk_base, rotary_tables
+    from .rotary import apply_rotary, apply_rotary_ref, norm_rotary, norm_rotary_ref, ntk_base, rotary_tables
     from .slots import check_slots
+    from .swiglu import swiglu, swiglu_ref
 
 __all__ = [
     "BOS_ID",
@@ -64,6 +67,8 @@ __all__ = [
     "Int6Matrix",
     "Int6Weight",
     "ResidualNorm",
+    "apply_rotary",
+    "apply_rotary_ref",
     "bigram_embedding",
     "bigram_embedding_ref",
     "bigram_hash_ref",
@@ -80,6 +85,8 @@ __all__ = [
     "int6_linear_dx",
     "int6_linear_ref",
     "linear",
+    "linear_nll",
+    "linear_nll_ref",
     "linear_ref",
     "lora_adam_",
     "lora_adam_ref_",
@@ -123,6 +130,10 @@ __all__ = [
     "softcap_logits_ref",
     "softcap_nll",
     "softcap_nll_ref",
+    "swiglu",
+    "swiglu_mlp",
+    "swiglu_mlp_ref",
+    "swiglu_ref",
     "unpack_int6",
     "unpack_int6_ref",
 ]

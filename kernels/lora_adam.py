@@ -103,12 +103,13 @@ def _adam(
     BETA2: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    row = tl.program_id(1)
+    blocks = tl.cdiv(size, BLOCK)
+    row = tl.program_id(0) // blocks
     slot = row.to(tl.int64) if slots_ptr is None else tl.load(slots_ptr + row).to(tl.int64)
     if (slot >= 0) & (slot < count):
         # The upper half of a counter holds the programs that are done; the lower half is the old t until the last is.
         t = (tl.load(step_ptr + slot) & 0xFFFFFFFF) + 1
-        offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        offsets = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
         mask = offsets < size
         rate = tl.load(lr_ptr + slot)
         if decay_ptr is not None:
@@ -137,7 +138,7 @@ def _adam(
         # No warp of this program may still be about to read the counter when the program says that it is done.
         tl.debug_barrier()
         done = tl.atomic_add(step_ptr + slot, 4294967296) >> 32
-        if done == tl.num_programs(0) - 1:
+        if done == blocks - 1:
             tl.store(step_ptr + slot, t)
 
 
@@ -168,7 +169,7 @@ def _lora_adam(
     if not rows or not size:
         return
     config = pick_config()
-    _adam[(triton.cdiv(size, config.block), rows)](
+    _adam[(triton.cdiv(size, config.block) * rows,)](
         params_ptr=params, grads_ptr=grads, exp_avg_ptr=exp_avg, exp_avg_sq_ptr=exp_avg_sq, step_ptr=step, lr_ptr=lr,
         group_lr_ptr=group_lr, slots_ptr=slots, decay_ptr=decay, count=count, size=size, eps=eps,
         BETA1=beta1, BETA2=beta2, BLOCK=config.block, num_warps=config.num_warps,

@@ -4,6 +4,7 @@ import gc
 
 import pytest
 import torch
+from klora.bench.tolerance import relative_error
 from klora.kernels import int6_linear, quantize_int6
 from test_contract import CUDA, DEVICE, OPS, Op, gradients, ops, same
 
@@ -12,8 +13,14 @@ BEYOND = 2**31
 TOKENS = 8192
 """Tokens of a document of the large calls; documents are as many as make the first input pass 2^31 elements."""
 
-PER_DOCUMENT = ("slots", "targets", "filled", "tokens")
+PER_DOCUMENT = ("slots", "targets", "filled", "tokens", "positions")
 """Arguments beside the floats that have a value for each document."""
+
+WITHOUT_SLOTS = [name for name, op in OPS.items() if op.per_document and "slots" not in op.more]
+"""Whose gradients are made large: of documents alone."""
+
+BY_CUBLAS = ("linear_nll",)
+"""Ops with products of cuBLAS's, whose bits depend on how many rows there are."""
 
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not CUDA, reason="no CUDA GPU")]
 
@@ -58,6 +65,15 @@ def small_and_large(name: str, documents: int, tokens: int, dtype: torch.dtype) 
     return few, few._replace(floats=floats, more=more), documents
 
 
+def agree(name: str, large: torch.Tensor, small: torch.Tensor) -> None:
+    """The first and the last documents of `large` have the bits that they have alone; of cuBLAS's, the numbers."""
+    for part in (large[:2], large[-2:]):
+        if name in BY_CUBLAS:
+            assert relative_error(part, small) < 1e-2
+        else:
+            assert torch.equal(part, small)
+
+
 def require_gpu_memory(needed: int) -> None:
     gc.collect()
     torch.cuda.empty_cache()
@@ -96,7 +112,7 @@ class TestOnAGpu:
                 checked = 0
                 for large, small in zip(got, wanted, strict=True):
                     if len(large) == copies * len(small) and len(small) == 2:
-                        assert torch.equal(large[:2], small) and torch.equal(large[-2:], small)
+                        agree(name, large, small)
                         checked += 1
                 assert checked, "an output for each document is compared"
                 said = f"takes {elements:,} elements"
@@ -104,10 +120,7 @@ class TestOnAGpu:
         with capsys.disabled():
             print(f"\n{name} {said}")
 
-    @pytest.mark.parametrize(
-        "name",
-        ["linear", "relu_squared", "relu_squared_mlp", "rms_norm", "residual_norm", "norm_rotary", "softcap_nll"],
-    )
+    @pytest.mark.parametrize("name", WITHOUT_SLOTS)
     def test_its_gradient_past_2_31_elements(self, name):
         first = OPS[name].per_document[0]
         width = ops(B=2, S=8)[name].floats[first][0, 0].numel()
@@ -123,7 +136,7 @@ class TestOnAGpu:
 
         wanted, got = input_gradient(few), input_gradient(many)
         assert got.numel() > BEYOND
-        assert torch.equal(got[:2], wanted) and torch.equal(got[-2:], wanted)
+        agree(name, got, wanted)
 
     def test_int6_rows_past_2_31_elements(self):
         weight = quantize_int6(torch.randn(256, 512, device=DEVICE))

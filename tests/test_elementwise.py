@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from klora.bench.tolerance import assert_as_exact, relative_error
 from klora.kernels.mlp import relu_squared_mlp
-from klora.kernels.rms_norm import residual_norm, residual_norm_ref, rms_norm, rms_norm_ref
+from klora.kernels.rms_norm import EPS, residual_norm, residual_norm_ref, rms_norm, rms_norm_ref
 from klora.kernels.rotary import norm_rotary, norm_rotary_ref, rotary_tables
 from torch import Tensor
 
@@ -237,13 +237,84 @@ def test_bad_boundaries_are_refused(change, says):
 
 
 def test_bad_widths_and_dtypes_are_refused():
-    for size in (8, 24, 4112):
-        with pytest.raises(ValueError, match=f"D is {size}; wanted a positive multiple of 16 up to 4096"):
+    for size in (8, 24, 8208):
+        with pytest.raises(ValueError, match=f"D is {size}; wanted a positive multiple of 16 up to 8192"):
             rms_norm(torch.zeros(2, size), backend="triton")
     with pytest.raises(ValueError, match=r"x is float64 \[2, 16\]; wanted bfloat16, float16 or float32 \[..., D\]"):
         rms_norm(torch.zeros(2, 16, dtype=torch.float64), backend="triton")
     with pytest.raises(ValueError, match="backend is 'gpu'"):
         rms_norm(torch.zeros(2, 16), backend="gpu")
+
+
+def normed(function, x, weight, dn, **more):
+    """n and the gradients of x and weight."""
+    leaves = [t.detach().requires_grad_() for t in (x, weight)]
+    n = function(*leaves, **more)
+    return [n.detach(), *torch.autograd.grad(n, leaves, dn.to(n.dtype))]
+
+
+def check_weighted_norm(rows, D, dtype, weight_dtype, device="cpu", **about):
+    """About a hundred numbers: eight draws, for chance decides which sum is better."""
+    found = [], [], []
+    for seed in range(8 if rows * D < 500 else 1):
+        generator = torch.Generator().manual_seed(seed)
+        x, weight, dn = (torch.randn(s, generator=generator) for s in ((rows, D), (D,), (rows, D)))
+        x, dn, weight = x.to(device, dtype), dn.to(device, dtype), weight.to(device, weight_dtype)
+        found[0].append(normed(rms_norm, x, weight, dn, backend="triton", **about))
+        found[1].append(normed(rms_norm_ref, x.double(), weight.double(), dn, **about))
+        found[2].append(normed(rms_norm_ref, x, weight, dn, **about))
+    assert_as_exact(*([torch.stack(same) for same in zip(*results, strict=True)] for results in found))
+
+
+@pytest.mark.parametrize("unit_offset", [False, True])
+@pytest.mark.parametrize(
+    "dtypes", [(torch.float32, torch.float32), (torch.float16,) * 2, (torch.float16, torch.float32)]
+)
+@pytest.mark.parametrize(("rows", "D"), [(1, 16), (70, 80), (2100, 16)])
+def test_a_norm_with_a_weight_is_as_exact_as_pytorchs(rows, D, dtypes, unit_offset):
+    """2,100 rows: more splits of 32 than a group has."""
+    check_weighted_norm(rows, D, *dtypes, eps=1e-5, unit_offset=unit_offset)
+
+
+def test_a_weighted_norm_written_out_and_at_a_weight_of_zero():
+    x, weight = torch.randn(6, 32, dtype=torch.float64), torch.randn(32, dtype=torch.float64)
+    n = x / (x.square().mean(-1, keepdim=True) + 0.5).sqrt()
+    torch.testing.assert_close(rms_norm(x, weight, eps=0.5), n * weight)
+    torch.testing.assert_close(rms_norm(x, weight, eps=0.5, unit_offset=True), n * (1 + weight))
+    zero = torch.zeros(32)
+    ours, plain = (normed(rms_norm, x.float(), zero, x.float(), backend=name) for name in ("triton", "reference"))
+    torch.testing.assert_close(ours, plain)
+    assert not ours[0].any() and not ours[1].any() and ours[2].all()
+
+
+@pytest.mark.parametrize("names", [(), ATTENTION, JOINED])
+@pytest.mark.parametrize("last", [False, True])
+def test_a_boundary_may_end_with_a_weight(names, last):
+    tensors = draw(names, S=70, D=80) | {"weight": torch.randn(80, generator=torch.Generator().manual_seed(3))}
+    check_boundary(tensors, push=bool(names), last=last, eps=1e-5, unit_offset=True)
+    check_boundary(tensors, wanted=["x", "weight"], last=last)
+
+
+def test_a_weighted_norm_may_be_changed_in_place_and_has_no_gradients_of_no_rows():
+    x, weight = torch.randn(3, 32, requires_grad=True), torch.randn(32, requires_grad=True)
+    rms_norm(x, weight, backend="triton").mul_(2).sum().backward()
+    torch.testing.assert_close(weight.grad, 2 * rms_norm_ref(x).sum(0).detach())
+    results = normed(rms_norm, torch.zeros(0, 32), torch.ones(32), torch.zeros(0, 32), backend="triton")
+    assert not results[2].any()
+
+
+def test_bad_weights_are_refused():
+    x = torch.zeros(2, 5, 32)
+    for function in (rms_norm, residual_norm):
+        for backend in ("reference", "triton"):
+            with pytest.raises(ValueError, match=r"weight is float32 \[16\]; wanted .* \[32\]"):
+                function(x, weight=torch.zeros(16), backend=backend)
+            with pytest.raises(ValueError, match="eps is 0.0; wanted a number above 0"):
+                function(x, eps=0.0, backend=backend)
+            with pytest.raises(ValueError, match="unit_offset is given without weight"):
+                function(x, unit_offset=True, backend=backend)
+        with pytest.raises(ValueError, match="weight is float64 .*; wanted bfloat16, float16 or float32"):
+            function(x, weight=torch.zeros(32, dtype=torch.float64), backend="triton")
 
 
 def heads(B=2, S=5, H=4, G=2, d=16, dtype=torch.float32, device="cpu", seed=0):
@@ -348,16 +419,21 @@ def test_the_ops_are_registered_as_torch_wants_it():
     t = {name: tensor.detach().requires_grad_() for name, tensor in draw(JOINED, S=3, D=16, rows=3).items()}
     order = [t[name] for name in ("x", "branch", "scale", "bias")]
     order += [torch.tensor([2, -1]), *(t[name] for name in ("pushed", "skip", "mix", "x0"))]
-    torch.library.opcheck(torch.ops.klora.residual_norm, (*order, None, None, False, True, True))
-    torch.library.opcheck(torch.ops.klora.residual_norm, (t["x"], *[None] * 10, False, False, False))
+    torch.library.opcheck(torch.ops.klora.residual_norm, (*order, None, None, False, True, True, None, EPS, False))
+    torch.library.opcheck(
+        torch.ops.klora.residual_norm, (t["x"], *[None] * 10, False, False, False, t["scale"], 1e-5, True)
+    )
     plain = [tensor.detach() for tensor in order]
     rstd = torch.rand(2, 3)
     backward = torch.ops.klora.residual_norm_backward_
     given = [torch.zeros(3, 16), torch.zeros_like(plain[0])]
     grads = [torch.zeros_like(plain[place]) for place in (0, 1, 5, 2, 7, 6)]
-    torch.library.opcheck(backward, (*plain[:1] * 4, rstd, *plain, *grads, *given, True))
-    nothing = [None] * 9
-    torch.library.opcheck(backward, (plain[0], None, None, plain[0], rstd, *nothing, grads[0], *[None] * 7, False))
+    torch.library.opcheck(backward, (*plain[:1] * 4, rstd, *plain, *grads, *given, True, None, None, False))
+    nothing, scale = [None] * 9, t["scale"].detach()
+    torch.library.opcheck(
+        backward,
+        (plain[0], None, None, plain[0], rstd, *nothing, grads[0], *[None] * 7, False, scale, scale.clone(), True),
+    )
     qkv, gain, dq, dk = heads(S=3)
     cos, sin = rotary_tables(3, 16, 100.0)
     q, k = qkv[..., :64].unflatten(-1, (4, 16)), qkv[..., 64:96].unflatten(-1, (2, 16))
@@ -415,6 +491,26 @@ class TestOnTheGpu:
         tensors = draw(names, B, S, D, dtype=dtype, device="cuda")
         check_boundary(tensors, push=bool(names))
         check_boundary(tensors, wanted=[n for n in ("x", "branch", "bias", "pushed") if n in tensors])
+
+    @pytest.mark.parametrize("unit_offset", [False, True])
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+    @pytest.mark.parametrize(("rows", "D"), [(16384, 2048), (777, 8192), (50_001, 128), (3, 80)])
+    def test_a_norm_with_a_weight_is_as_exact_as_pytorchs(self, rows, D, dtype, unit_offset):
+        torch.empty(1 << 26, device="cuda").fill_(float("nan"))
+        check_weighted_norm(rows, D, dtype, dtype, "cuda", eps=1e-5, unit_offset=unit_offset)
+        check_weighted_norm(rows, D, dtype, torch.float32, "cuda", eps=1e-5, unit_offset=unit_offset)
+
+    def test_a_weight_has_the_same_bits_every_time(self):
+        x = torch.randn(50_001, 1024, device="cuda").bfloat16()
+        weight = torch.randn(1024, device="cuda")
+        first = normed(rms_norm, x, weight, x)
+        for _ in range(19):
+            assert all(torch.equal(a, b) for a, b in zip(first, normed(rms_norm, x, weight, x), strict=True))
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+    def test_a_boundary_with_a_weight_and_8192_columns(self, dtype):
+        tensors = draw(JOINED, 2, 100, 8192, dtype=dtype, device="cuda")
+        check_boundary(tensors | {"weight": torch.randn(8192, device="cuda")}, eps=1e-5)
 
     @pytest.mark.parametrize(
         ("dtype", "B", "S", "H", "G", "d"),

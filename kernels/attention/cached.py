@@ -96,11 +96,13 @@ def _write_kernel(
     G: tl.constexpr, D: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
     """Program (block of tokens, key head, document). Of more tokens than the ring has cells, the last are written."""
-    g, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    blocks = tl.cdiv(T, TOKENS)
+    block, head = tl.program_id(0) % blocks, tl.program_id(0) // blocks
+    g, b = head % G, (head // G).to(tl.int64)
     slot = tl.load(slots_ptr + b).to(tl.int64)
     filled = tl.load(filled_ptr + b).to(tl.int64)
     count = tl.minimum(tl.load(count_ptr + b).to(tl.int64), T)
-    token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    token = block * TOKENS + tl.arange(0, TOKENS)
     named = (slot >= 0) & (slot < SLOTS) & (filled >= 0)
     mask = (named & (token < count) & (token >= count - CAPACITY))[:, None]
     cell = ((filled % CAPACITY).to(tl.int32) + token) % CAPACITY
@@ -119,7 +121,7 @@ def _write_op(
 ) -> None:
     batch, length, groups, width = k.shape
     if k.numel() and cache_k.numel():
-        _write_kernel[(triton.cdiv(length, TOKENS), groups, batch)](
+        _write_kernel[(triton.cdiv(length, TOKENS) * groups * batch,)](
             cache_k_ptr=cache_k, cache_v_ptr=cache_v, k_ptr=k.contiguous(), v_ptr=v.contiguous(),
             slots_ptr=slots.contiguous(), filled_ptr=filled.contiguous(), count_ptr=count.contiguous(),
             SLOTS=cache_k.size(0), CAPACITY=cache_k.size(1), T=length,

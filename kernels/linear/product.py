@@ -10,12 +10,15 @@ from torch import Tensor
 
 from ..dispatch import aligned, empty_aligned, is_aligned, multiprocessors
 from ..rms_norm import EPS
+from ..swiglu import silu, swiglu_gradient
 from ..tile import halves, norm_rotate, tiled
 from .turns import launch_heads, launch_slope, takes
 
 STORE, SQUARE, SLOPE, HEADS, FACTORS = "store", "square", "slope", "heads", "factors"
+GATE, GATE_SLOPE, ADD = "gate", "gate_slope", "add"
 """Epilogues of a tile: as it is; relu(tile)^2; the tile times the slope of relu(u)^2; heads normed and rotated; each
-row times its factor."""
+row times its factor. For SwiGLU: silu(gate) times the tile; the gradients of gate and up from that of their product;
+the tile and what was there."""
 
 
 class Heads(NamedTuple):
@@ -73,7 +76,7 @@ def pick_tile(dtype: torch.dtype, epilogue: str, rows: int, outputs: int, proces
     """The tile with which the busiest multiprocessor is done first, of those that hold a whole head."""
     if dtype == torch.float32:
         return FP32_TILE
-    if epilogue == SLOPE:
+    if epilogue in (SLOPE, GATE, GATE_SLOPE):
         return SLOPE_TILE
     tiles = (HEADS_TILE, *TILES[1:]) if epilogue == HEADS else TILES
     wide = [tile for tile in tiles if tile.block_n >= head_dim]
@@ -152,7 +155,7 @@ def _store_pieces(out_d, tile, m, n, M: tl.constexpr, N: tl.constexpr, PIECES: t
 
 
 @triton.jit
-def _finish(out_d, kept_d, tile, m, n, EPILOGUE: tl.constexpr):
+def _finish(out_d, kept_d, gate_d, dup_d, tile, m, n, EPILOGUE: tl.constexpr):
     """Ends a piece of a tile and stores it, rounded."""
     tile = tile.to(tl.float32)
     if EPILOGUE == "square":
@@ -162,25 +165,36 @@ def _finish(out_d, kept_d, tile, m, n, EPILOGUE: tl.constexpr):
         tile *= tile
     elif EPILOGUE == "slope":
         tile = times_slope(tile, kept_d.load([m, n]))
+    elif EPILOGUE == "gate":
+        if kept_d is not None:
+            kept_d.store([m, n], tile.to(kept_d.dtype))
+        tile *= silu(gate_d.load([m, n]).to(tl.float32))
+    elif EPILOGUE == "gate_slope":
+        gate, up = gate_d.load([m, n]).to(tl.float32), kept_d.load([m, n]).to(tl.float32)
+        tile, dup = swiglu_gradient(tile, gate, up)
+        dup_d.store([m, n], dup.to(dup_d.dtype))
+    elif EPILOGUE == "add":
+        tile += kept_d.load([m, n]).to(tl.float32)
     out_d.store([m, n], tile.to(out_d.dtype))
 
 
 @triton.jit
 def _finish_pieces(
-    out_d, kept_d, tile, m, n, M: tl.constexpr, N: tl.constexpr, PIECES: tl.constexpr, EPILOGUE: tl.constexpr
-):
+    out_d, kept_d, gate_d, dup_d, tile, m, n,
+    M: tl.constexpr, N: tl.constexpr, PIECES: tl.constexpr, EPILOGUE: tl.constexpr,
+):  # fmt: skip
     """`tile` [M, N] leaves in `PIECES` side by side: less shared memory at a time."""
     if PIECES == 1:
-        _finish(out_d, kept_d, tile, m, n, EPILOGUE)
+        _finish(out_d, kept_d, gate_d, dup_d, tile, m, n, EPILOGUE)
     else:
         left, right = halves(tile, M, N)
-        _finish_pieces(out_d, kept_d, left, m, n, M, N // 2, PIECES // 2, EPILOGUE)
-        _finish_pieces(out_d, kept_d, right, m, n + N // 2, M, N // 2, PIECES // 2, EPILOGUE)
+        _finish_pieces(out_d, kept_d, gate_d, dup_d, left, m, n, M, N // 2, PIECES // 2, EPILOGUE)
+        _finish_pieces(out_d, kept_d, gate_d, dup_d, right, m, n + N // 2, M, N // 2, PIECES // 2, EPILOGUE)
 
 
 @triton.jit(do_not_specialize=["TILES", "S", "ROWS"])
 def _product_kernel(
-    x_d, w_d, out_d, kept_d, cos_ptr, sin_ptr, gain_ptr, rstd_ptr, factors_ptr, TILES, S, ROWS,
+    x_d, w_d, out_d, kept_d, gate_d, dup_d, cos_ptr, sin_ptr, gain_ptr, rstd_ptr, factors_ptr, TILES, S, ROWS,
     N: tl.constexpr, K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PIECES: tl.constexpr,
     TRANSPOSED: tl.constexpr, EPILOGUE: tl.constexpr, HEAD: tl.constexpr, Q: tl.constexpr, G: tl.constexpr,
     EPS: tl.constexpr,
@@ -213,7 +227,7 @@ def _product_kernel(
                 if EPILOGUE == "factors":
                     row = m + tl.arange(0, BM)
                     acc *= tl.load(factors_ptr + row, mask=row < ROWS, other=0.0)[:, None]
-                _finish_pieces(out_d, kept_d, acc, m, n, BM, BN, PIECES, EPILOGUE)
+                _finish_pieces(out_d, kept_d, gate_d, dup_d, acc, m, n, BM, BN, PIECES, EPILOGUE)
             acc = tl.zeros((BM, BN), acc.dtype)
 
 
@@ -226,11 +240,17 @@ def launch_product(
     heads: Heads | None = None,
     factors: Tensor | None = None,
     result: Tensor | None = None,
+    gate: Tensor | None = None,
+    dup: Tensor | None = None,
 ) -> Tensor:
     """x [..., K] by weight [N, K] (`transposed`: [K, N]) -> [..., N], written to `result` if it is given, contiguous.
 
     `kept` [..., N] is for two epilogues: "square" writes the tile itself to it, if it is given; "slope" reads relu(u)^2
     from it, or u in fp16. `heads` is for the epilogue "heads", `factors` fp32, one a row of x, for "factors".
+
+    Of SwiGLU, "gate" reads `gate` [..., N] and writes the tile to `kept`, if it is given; "gate_slope" reads `gate` and
+    up, which is `kept`, and writes dgate to `result` and `dup` [rows, N], whose rows start at multiples of 16 bytes;
+    "add" adds `kept`, which may be `result`.
     """
     outputs, inputs = weight.shape[::-1] if transposed else weight.shape
     if result is None:  # not a view: autograd refuses an in-place change of a view that an op returned
@@ -245,8 +265,9 @@ def launch_product(
     flat = result.view(rows, outputs)
     out = flat if is_aligned(flat) else empty_aligned(x, rows, outputs)
     weight = aligned(weight)
-    if epilogue == SLOPE:
+    if epilogue in (SLOPE, GATE_SLOPE, ADD):
         kept = aligned(kept.reshape(-1, outputs))
+    gate = None if gate is None else aligned(gate.reshape(-1, outputs))
     in_turns = takes(x, outputs, head_dim)
     if epilogue == SLOPE and transposed and in_turns:
         launch_slope(x, weight, kept, out)
@@ -256,9 +277,11 @@ def launch_product(
         m, n, k, piece = tile.block_m, tile.block_n, tile.block_k, tile.block_n // tile.pieces
         _product_kernel[(min(processors * tile.programs, tiles),)](
             x_d=tiled(x, m, k), w_d=tiled(weight, *((k, n) if transposed else (n, k))), out_d=tiled(out, m, piece),
-            kept_d=None if kept is None else tiled(kept, m, piece), cos_ptr=cos, sin_ptr=sin, gain_ptr=gain,
-            rstd_ptr=rstd, factors_ptr=factors, TILES=tiles, S=1 if cos is None else len(cos), ROWS=rows,
-            N=outputs, K=inputs, BM=m, BN=n, BK=k, PIECES=tile.pieces, TRANSPOSED=transposed, EPILOGUE=epilogue,
+            kept_d=None if kept is None else tiled(kept, m, piece),
+            gate_d=None if gate is None else tiled(gate, m, piece), dup_d=None if dup is None else tiled(dup, m, piece),
+            cos_ptr=cos, sin_ptr=sin, gain_ptr=gain, rstd_ptr=rstd, factors_ptr=factors, TILES=tiles,
+            S=1 if cos is None else len(cos), ROWS=rows, N=outputs, K=inputs, BM=m, BN=n, BK=k, PIECES=tile.pieces,
+            TRANSPOSED=transposed, EPILOGUE=epilogue,
             HEAD=head_dim, Q=queries, G=keys, EPS=EPS,
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip

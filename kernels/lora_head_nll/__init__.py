@@ -30,20 +30,25 @@ Slot -1, or one past the pool, is no adapter and gets no gradient. A slot named 
 the rows. A target outside [0, V) is not scored: nll 0, no gradient. :func:`check_targets` finds those that are not
 -100. Refused: D that is not a multiple of 16, ranks over 128, a softcap or temperature that is not above 0.
 
+:func:`linear_nll` (:mod:`klora.kernels.lora_head_nll.logits`) is for vocabularies and heads of any size.
+
 Hu et al. 2021 (adapters); Moshier's Cephes (tanh).
 """
 
 from typing import TYPE_CHECKING
 
 from ...lazy import lazy_exports
-from .reference import lora_head_nll_ref, softcap_logits_ref, softcap_nll_ref
+from .reference import linear_nll_ref, lora_head_nll_ref, softcap_logits_ref, softcap_nll_ref
 
 if TYPE_CHECKING:
     from .launch import pick_config
+    from .logits import linear_nll
     from .op import check_targets, lora_head_nll, lora_head_nll_grads_, softcap_nll
 
 __all__ = [
     "check_targets",
+    "linear_nll",
+    "linear_nll_ref",
     "lora_head_nll",
     "lora_head_nll_grads_",
     "lora_head_nll_ref",

@@ -51,17 +51,21 @@ def hidden_gradient(
     BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """dh = factor * (E W + du A), a tile of BLOCK_S x BLOCK_D a program."""
-    row = tl.program_id(2)
-    first = tl.program_id(1) * BLOCK_S
+    """dh = factor * (E W + du A), a tile of BLOCK_S x BLOCK_D a program: those of one block of tokens side by side."""
+    tiles_d: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
+    column = tl.program_id(0) % tiles_d * BLOCK_D
+    block = tl.program_id(0) // tiles_d
+    blocks = tl.cdiv(S, BLOCK_S)
+    row = block // blocks
+    first = block % blocks * BLOCK_S
     token = first + tl.arange(0, BLOCK_S)
     mask_s = token < S
     offsets = row.to(tl.int64) * S + token
-    d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    d = column + tl.arange(0, BLOCK_D)
     dh = tl.zeros((BLOCK_S, BLOCK_D), tl.float32)
     for n in range(0, V, BLOCK_V):
         e = tl.reshape(e_desc.load([row, first, n]), (BLOCK_S, BLOCK_V))
-        dh = multiply_add(e, weight_desc.load([n, tl.program_id(0) * BLOCK_D]), dh)
+        dh = multiply_add(e, weight_desc.load([n, column]), dh)
     if RANK:
         r = tl.arange(0, RANK_PADDED)
         slot = row.to(tl.int64) if slots_ptr is None else tl.load(slots_ptr + row).to(tl.int64)
@@ -107,9 +111,10 @@ def adapter_gradient(
     The batch rows that name the slot are summed in their order. FILL writes zeros for a slot that no row names; without
     it that slot's memory is not touched. ROWS is the power of two from B up.
     """
-    slot = tl.program_id(1)
-    tile = tl.program_id(0)
     tiles_v: tl.constexpr = (V + BLOCK_N - 1) // BLOCK_N
+    tiles: tl.constexpr = tiles_v + (D + BLOCK_N - 1) // BLOCK_N
+    slot = tl.program_id(0) // tiles
+    tile = tl.program_id(0) % tiles
     is_b = tile < tiles_v
     if is_b:
         x_ptr = e_ptr

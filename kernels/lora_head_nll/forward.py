@@ -7,7 +7,7 @@ from ..dot import multiply_add
 
 
 @triton.jit
-def _softcap(z, softcap, CAPPED: tl.constexpr):
+def softcapped(z, softcap, CAPPED: tl.constexpr):
     """tanh(z / softcap) and its slope 1 - tanh^2, with the relative error of fp32 for small arguments too; without a
     softcap z itself and 1.
 
@@ -103,8 +103,9 @@ def sweep(
     largest logit and the rest: their sum would lose digits. A top of 0 does where it is BOUNDED. With KEEP and without
     HAS_LSE, exp(-lse) is the factor that E wants, which differs from the logsumexp's by a rounding.
     """
-    first = tl.program_id(0) * BLOCK_S
-    row = tl.program_id(1)
+    blocks = tl.cdiv(S, BLOCK_S)
+    first = tl.program_id(0) % blocks * BLOCK_S
+    row = tl.program_id(0) // blocks
     token = first + tl.arange(0, BLOCK_S)
     mask_s = token < S
     offsets = row.to(tl.int64) * S + token
@@ -150,7 +151,7 @@ def sweep(
             z = multiply_add(low, b.T, z)
         is_target = (n + v)[None, :] == target[:, None]
         if HAS_LSE:
-            t, slope = _softcap(z, softcap, CAPPED)
+            t, slope = softcapped(z, softcap, CAPPED)
             e = tl.exp((t * gain - top[:, None]) - lse[:, None])
             e = (e - tl.where(is_target, 1.0, 0.0)) * (slope * scale)
         else:
@@ -162,7 +163,7 @@ def sweep(
                 total += tl.sum(p, 1)
                 e = p * quarter
             else:
-                logits = tl.where(mask_v[None, :], _softcap(z, softcap, CAPPED)[0] * gain, float("-inf"))
+                logits = tl.where(mask_v[None, :], softcapped(z, softcap, CAPPED)[0] * gain, float("-inf"))
                 higher = tl.maximum(top, tl.max(logits, 1))
                 total = total * tl.exp(top - higher) + tl.sum(tl.exp(logits - higher[:, None]), 1)
                 top = higher
@@ -175,7 +176,7 @@ def sweep(
         if BOUNDED:
             nll, before, after, lse, more = end_of_row(total, z_target, softcap, gain, scale, DTYPE)
         else:
-            t, _ = _softcap(z_target, softcap, CAPPED)
+            t, _ = softcapped(z_target, softcap, CAPPED)
             lse = tl.log(total)
             nll = lse - (t * gain - top)
         tl.store(nll_ptr + offsets, tl.where(scored, nll, 0.0), mask=mask_s)

@@ -12,6 +12,9 @@ NO_SOFTCAP = 2.0**64
 """From here on, infinity included, a softcap is none: it would change no logit up to 2^38, not even in fp64."""
 
 
+REDUCTIONS = ("none", "sum", "mean")
+
+
 def check_softcap(softcap: float, temperature: float) -> None:
     """Raise ValueError for values that the ops do not take."""
     if softcap is None or not (softcap > 0 and 0 < temperature < math.inf):
@@ -79,3 +82,44 @@ def _nll(z: Tensor, targets: Tensor, softcap: float, temperature: float) -> Tens
     targets = targets.long()
     scored = torch.where((targets >= 0) & (targets < z.size(-1)), targets, -100)
     return F.cross_entropy(logits.flatten(0, -2), scored.flatten(), reduction="none").view(targets.shape)
+
+
+def linear_nll_ref(
+    h: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    *,
+    token_weights: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+) -> Tensor:
+    """F.linear and F.cross_entropy: the nll fp32 [...] of `targets` int [...] for `h` [..., D], reduced.
+
+    `weight` is [V, D] in h's dtype, `token_weights` float [...]; fp64 stays fp64. `softcap`, `temperature`,
+    `ignore_index` and `reduction` are those of :func:`linear_nll`. Autograd gives the gradients of h, weight and
+    token_weights.
+
+    Example: loss = linear_nll_ref(h, head, targets)
+    """
+    scored = torch.where(targets == ignore_index, -100, targets)
+    nll = _nll(F.linear(h, weight), scored, math.inf if softcap is None else softcap, temperature)
+    return reduce_nll(nll, targets, weight.size(0), token_weights, ignore_index, reduction)
+
+
+def reduce_nll(
+    nll: Tensor, targets: Tensor, vocabulary: int, token_weights: Tensor | None, ignore_index: int, reduction: str
+) -> Tensor:
+    """`nll` [...], which is 0 where nothing is scored, weighted and reduced."""
+    if token_weights is None and reduction != "mean":
+        return nll if reduction == "none" else nll.sum()
+    scored = (targets >= 0) & (targets < vocabulary) & (targets != ignore_index)
+    if token_weights is None:
+        count = scored.sum()
+    else:
+        token_weights = torch.where(scored, token_weights.to(nll.dtype), 0.0)
+        nll, count = nll * token_weights, token_weights.sum()
+    if reduction == "none":
+        return nll
+    return nll.sum() / torch.where(count == 0, 1, count) if reduction == "mean" else nll.sum()

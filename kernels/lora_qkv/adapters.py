@@ -63,12 +63,13 @@ def _pack_kernel(
     NQ: tl.constexpr, NK: tl.constexpr, R: tl.constexpr, RT: tl.constexpr, STACKED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Program (block, b): BLOCK of the A numbers of document b's A, then of the N RT of its B; zeros without one."""
-    block, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    blocks = tl.cdiv(A, BLOCK)
+    every = blocks + tl.cdiv(N * RT, BLOCK)
+    block, b = tl.program_id(0) % every, (tl.program_id(0) // every).to(tl.int64)
     slot = b
     if slots_ptr is not None:
         slot = tl.load(slots_ptr + b).to(tl.int64)
     named = (slot >= 0) & (slot < count)
-    blocks = tl.cdiv(A, BLOCK)
     if block < blocks:
         i = block * BLOCK + tl.arange(0, BLOCK)
         a = tl.load(a_ptr + slot * a_stride + i, named & (i < A), other=0.0)
@@ -91,7 +92,7 @@ def _launch_pack(
     (batch, rows, stacked), rank, groups = packed_b.shape, lora_b.size(2), len(sizes)
     numbers = packed_a.size(1) * packed_a.size(2)
     if batch:
-        _pack_kernel[(triton.cdiv(numbers, PACK) + triton.cdiv(rows * stacked, PACK), batch)](
+        _pack_kernel[((triton.cdiv(numbers, PACK) + triton.cdiv(rows * stacked, PACK)) * batch,)](
             a_ptr=lora_a, b_ptr=lora_b, packed_a_ptr=packed_a, packed_b_ptr=packed_b, slots_ptr=slots,
             a_stride=lora_a.stride(0), b_stride=lora_b.stride(0), count=lora_a.size(0), A=numbers, N=rows,
             NQ=sizes[0], NK=sizes[-2 % groups], R=rank, RT=stacked, STACKED=is_stacked(rank, groups), BLOCK=PACK,

@@ -203,7 +203,9 @@ def _da_kernel(
     BS: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
     """Program (tile of D and part of t, b): ROWS rows of dA = t^T x, tokens in order; slots as for dB."""
-    d, part, b = tl.program_id(0) // PARTS * BD, tl.program_id(0) % PARTS, tl.program_id(1)
+    TILES: tl.constexpr = (D + BD - 1) // BD * PARTS
+    tile, b = tl.program_id(0) % TILES, tl.program_id(0) // TILES
+    d, part = tile // PARTS * BD, tile % PARTS
     slot, every = _slots_of(slots_ptr, b, count, B, BP)
     if (slot >= 0) & (_following(every, slot, -1, B, BP) == b):
         da = tl.zeros((RT, BD), tl.float32)
@@ -288,7 +290,7 @@ def launch_backward(
             num_warps=config.db_warps, num_stages=config.db_stages,
         )  # fmt: skip
     d, s, rows = config.da_d, config.da_s, max(64, stacked)  # 64: the fewest rows of a Hopper matrix instruction
-    _da_kernel[(triton.cdiv(width, d) * parts, batch)](
+    _da_kernel[(triton.cdiv(width, d) * parts * batch,)](
         t_d=tiled(t, 1, s, rows), x_d=tiled(x, 1, s, d), da_ptr=da, slots_ptr=slots, da_stride=da.stride(0),
         count=da.size(0), B=batch, S=length, D=width, ROWS=groups * rank // parts, RT=rows, STEP=stacked, PARTS=parts,
         BD=d, BS=s, BP=batch_pow2, num_warps=config.da_warps, num_stages=config.da_stages,

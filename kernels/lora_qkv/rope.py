@@ -58,8 +58,9 @@ def _heads_backward_kernel(
     l = cos^2 + sin^2 of the element's pair. Where all l of a tile are 1, nothing is divided.
     """
     HALF: tl.constexpr = D // 2
-    token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
-    head, b = tl.program_id(1), tl.program_id(2)
+    blocks = tl.cdiv(S, TOKENS)
+    token = tl.program_id(0) % blocks * TOKENS + tl.arange(0, TOKENS)
+    head, b = tl.program_id(0) // blocks % (H + G), tl.program_id(0) // blocks // (H + G)
     mask = token < S
     table = token[:, None] * HALF + tl.arange(0, HALF)
     cos = tl.load(cos_ptr + table, mask[:, None], other=1.0)
@@ -123,7 +124,7 @@ def _heads_backward_op(
     heads, groups, head_dim = rstd_q.size(2), rstd_k.size(2), 2 * cos.size(1)
     if q.numel():
         dq_out, dk_out = (dout if dout.stride(2) == 1 else dout.contiguous() for dout in (dq_out, dk_out))
-        _heads_backward_kernel[(triton.cdiv(q.size(1), TOKENS), heads + groups, q.size(0))](
+        _heads_backward_kernel[(triton.cdiv(q.size(1), TOKENS) * (heads + groups) * q.size(0),)](
             dq_out_ptr=dq_out, dk_out_ptr=dk_out, q_ptr=q, k_ptr=k, rstd_q_ptr=rstd_q, rstd_k_ptr=rstd_k, cos_ptr=cos,
             sin_ptr=sin, gain_ptr=gain, dq_ptr=dq, dk_ptr=dk, q_stride_b=dq_out.stride(0), q_stride_s=dq_out.stride(1),
             k_stride_b=dk_out.stride(0), k_stride_s=dk_out.stride(1), S=q.size(1),

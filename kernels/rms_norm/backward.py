@@ -3,20 +3,25 @@
 import triton
 import triton.language as tl
 
-from .forward import bias_row, columns, mean_of_rows
+from .forward import bias_row, columns, gains, mean_of_rows
 
 SPLITS_AT_ONCE = 32
 """Splits that the second stage adds in one tile: all of a document of 1,024 tokens."""
+GROUP = 64
+"""Splits of the weight's gradient, which knows no documents, that are added before the groups are."""
 
 
 @triton.jit
 def backward(
     dn_ptr, dx_in_ptr, dx_out_ptr, n_ptr, rstd_ptr, x_ptr, branch_ptr, scale_ptr, bias_ptr, slots_ptr, pushed_ptr,
-    skip_ptr, mix_ptr, x0_ptr, dx_ptr, dbranch_ptr, dpushed_ptr, dx0_ptr, sums_ptr, tokens, pool, bias_stride,
-    BIAS: tl.constexpr, SCALE: tl.constexpr, MIX: tl.constexpr, SKIP: tl.constexpr, ADDS: tl.constexpr,
-    D: tl.constexpr, CHUNKS: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, STEPS: tl.constexpr,
+    skip_ptr, mix_ptr, x0_ptr, weight_ptr, dx_ptr, dbranch_ptr, dpushed_ptr, dx0_ptr, sums_ptr, tokens, pool,
+    bias_stride,
+    BIAS: tl.constexpr, SCALE: tl.constexpr, MIX: tl.constexpr, SKIP: tl.constexpr, WEIGHT: tl.constexpr,
+    ADDS: tl.constexpr, UNIT_OFFSET: tl.constexpr, D: tl.constexpr, CHUNKS: tl.constexpr, ROWS: tl.constexpr,
+    CHUNK: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of SPLIT = ROWS * STEPS tokens; BIAS, SCALE, MIX, SKIP say whose sums go to sums_ptr, in that order.
+    """Gradients of SPLIT = ROWS * STEPS tokens; BIAS, SCALE, MIX, SKIP, WEIGHT say whose sums go to sums_ptr, in that
+    order. With a weight, which may be 0, n_ptr is x_in.
 
     The sum for `mix_x` wants the stream before the mix. In 16 bits it comes from what is read anyway, as x_in =
     n / rstd and mix_x * stream = x_in - mix_x0 * x0, unless a factor is so small beside the other that digits would be
@@ -40,6 +45,10 @@ def backward(
         divides = (smallest > 1e-3) & (not is_exact)
     if MIX and bias_ptr is not None:
         bias = bias_row(bias_ptr, slots_ptr, document, pool, bias_stride, column, D)
+    if weight_ptr is not None:
+        weight = gains(weight_ptr, column, D, UNIT_OFFSET)
+    if WEIGHT:
+        dweight = tl.zeros((ROWS, CHUNKS, CHUNK), tl.float32)
     if BIAS:
         dbias = tl.zeros((ROWS, CHUNKS, CHUNK), tl.float32)
     if SCALE:
@@ -60,8 +69,14 @@ def backward(
         if dn_ptr is not None or MIX:
             n = tl.load(n_ptr + base + offsets, mask=mask, other=0.0).to(tl.float32)
             rstd = tl.load(rstd_ptr + row_of_batch + rows, mask=first + rows < tokens, other=1.0)
+            if weight_ptr is not None:
+                n *= rstd[:, None, None]
         if dn_ptr is not None:
             dn = tl.load(dn_ptr + base + offsets, mask=mask, other=0.0).to(tl.float32)
+            if WEIGHT:
+                dweight += dn * n
+            if weight_ptr is not None:
+                dn *= weight
             mean = mean_of_rows(dn * n, D)
             grad = rstd[:, None, None] * (dn - n * mean[:, None, None])
         if dx_in_ptr is not None:
@@ -121,6 +136,9 @@ def backward(
         place += tl.num_programs(0)
     if SKIP:
         _store_sum(sums_ptr, place, dskip, column, D)
+        place += tl.num_programs(0)
+    if WEIGHT:
+        _store_sum(sums_ptr, place, dweight, column, D)
 
 
 @triton.jit

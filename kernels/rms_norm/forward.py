@@ -54,6 +54,13 @@ def bias_row(bias_ptr, slots_ptr, document, pool, stride, column, D: tl.constexp
 
 
 @triton.jit
+def gains(weight_ptr, column, D: tl.constexpr, UNIT_OFFSET: tl.constexpr):
+    """What the columns of n are multiplied by: weight, or 1 + weight."""
+    weight = tl.load(weight_ptr + column, mask=column < D, other=0.0).to(tl.float32)
+    return weight + 1.0 if UNIT_OFFSET else weight
+
+
+@triton.jit
 def mean_of_rows(tile, D: tl.constexpr):
     """[ROWS, CHUNKS, CHUNK] -> [ROWS]."""
     return tl.sum(tl.sum(tile, axis=1), axis=1) * (1.0 / D)
@@ -62,9 +69,9 @@ def mean_of_rows(tile, D: tl.constexpr):
 @triton.jit
 def forward(
     x_ptr, branch_ptr, scale_ptr, bias_ptr, slots_ptr, pushed_ptr, skip_ptr, mix_ptr, x0_ptr, x_out_ptr, x_in_ptr,
-    n_ptr, rstd_ptr, tokens, pool, bias_stride,
-    EPS: tl.constexpr, D: tl.constexpr, CHUNKS: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
-    STEPS: tl.constexpr,
+    n_ptr, rstd_ptr, weight_ptr, tokens, pool, bias_stride,
+    EPS: tl.constexpr, UNIT_OFFSET: tl.constexpr, D: tl.constexpr, CHUNKS: tl.constexpr, ROWS: tl.constexpr,
+    CHUNK: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
     splits = tl.cdiv(tokens, ROWS * STEPS)
     document = tl.program_id(0) // splits
@@ -80,6 +87,8 @@ def forward(
     if mix_ptr is not None:
         mix_x = tl.load(mix_ptr + column, mask=wide, other=0.0)
         mix_x0 = tl.load(mix_ptr + D + column, mask=wide, other=0.0)
+    if weight_ptr is not None:
+        weight = gains(weight_ptr, column, D, UNIT_OFFSET)
     row_of_batch = document.to(tl.int64) * tokens + first
     base = row_of_batch * D
     for step in range(STEPS):
@@ -104,5 +113,8 @@ def forward(
         square = mean_of_rows(value * value, D)
         # The approximate rsqrt would be the largest error of the fp32 norm.
         rstd = tl.div_rn(1.0, tl.sqrt_rn(square + EPS))
-        tl.store(n_ptr + base + offsets, (value * rstd[:, None, None]).to(n_ptr.dtype.element_ty), mask=mask)
+        n = value * rstd[:, None, None]
+        if weight_ptr is not None:
+            n *= weight
+        tl.store(n_ptr + base + offsets, n.to(n_ptr.dtype.element_ty), mask=mask)
         tl.store(rstd_ptr + row_of_batch + row, rstd[:, None, None], mask=first + row < tokens)

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from ..dispatch import (
     DTYPES,
+    FLOATS,
     custom_op,
     empty_grad,
     expect,
@@ -14,12 +15,13 @@ from ..dispatch import (
     expect_slots,
     refuse_in_reference,
     resolve_backend,
+    round_up,
 )
-from .backward import SPLITS_AT_ONCE, add_splits, backward
+from .backward import GROUP, SPLITS_AT_ONCE, add_splits, backward
 from .forward import SPLIT, forward, pick_config
 from .reference import EPS, ResidualNorm, residual_norm_ref, rms_norm_ref
 
-WIDEST = 4096
+WIDEST = 8192
 NEEDS = (
     *(("skip", "pushed"), ("pushed", "skip"), ("mix", "x0"), ("x0", "mix"), ("scale", "branch")),
     *(("slots", "bias"), ("bias_grad", "bias"), ("x0_grad", "x0")),
@@ -43,6 +45,9 @@ def _op(
     adds_x0: bool,
     stores_x_out: bool,
     stores_x_in: bool,
+    weight: Tensor | None,
+    eps: float,
+    unit_offset: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """x_out, x_in, n, 1 / rms. `bias_grad`, `x0_grad` and `adds_x0` are only passed on to the backward."""
     x_out, x_in, n, rstd = outputs = _outputs(x, stores_x_out, stores_x_in)
@@ -52,17 +57,18 @@ def _op(
         forward[(batch * triton.cdiv(tokens, config.forward_tokens),)](
             x_ptr=x, branch_ptr=branch, scale_ptr=scale, bias_ptr=bias, slots_ptr=slots, pushed_ptr=pushed,
             skip_ptr=skip, mix_ptr=mix, x0_ptr=x0, x_out_ptr=x_out if stores_x_out else None,
-            x_in_ptr=x_in if stores_x_in else None, n_ptr=n, rstd_ptr=rstd, tokens=tokens,
+            x_in_ptr=x_in if stores_x_in else None, n_ptr=n, rstd_ptr=rstd, weight_ptr=weight,
+            tokens=tokens,
             pool=0 if bias is None else bias.size(0), bias_stride=0 if bias is None else bias.stride(0),
-            EPS=EPS, D=width, CHUNKS=config.chunks, ROWS=config.rows, CHUNK=config.chunk,
+            EPS=eps, UNIT_OFFSET=unit_offset, D=width, CHUNKS=config.chunks, ROWS=config.rows, CHUNK=config.chunk,
             STEPS=config.forward_tokens // config.rows, num_warps=config.num_warps,
         )  # fmt: skip
     return outputs
 
 
 @_op.register_fake
-def _(x, branch, scale, bias, slots, pushed, skip, mix, x0, bias_grad, x0_grad, adds_x0, stores_x_out, stores_x_in):
-    return _outputs(x, stores_x_out, stores_x_in)
+def _(x, branch, scale, bias, slots, pushed, skip, mix, x0, bias_grad, x0_grad, adds_x0, *stored_and_norm):
+    return _outputs(x, *stored_and_norm[:2])
 
 
 def _outputs(x: Tensor, stores_x_out: bool, stores_x_in: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -73,7 +79,7 @@ def _outputs(x: Tensor, stores_x_out: bool, stores_x_in: bool) -> tuple[Tensor, 
 
 @custom_op(
     "klora::residual_norm_backward_",
-    mutates_args=("dx", "dbranch", "dpushed", "dscale", "dmix", "dskip", "dbias", "dx0"),
+    mutates_args=("dx", "dbranch", "dpushed", "dscale", "dmix", "dskip", "dbias", "dx0", "dweight"),
 )
 def _backward_op(
     dn: Tensor | None,
@@ -99,27 +105,37 @@ def _backward_op(
     dbias: Tensor | None,
     dx0: Tensor | None,
     adds_dx0: bool,
+    weight: Tensor | None,
+    dweight: Tensor | None,
+    unit_offset: bool,
 ) -> None:
     """Writes the gradients that are given. The rows of `dbias` [slots, D] that `slots` name are written, and all of
-    `dx0` is, or added to with `adds_dx0`.
+    `dx0` is, or added to with `adds_dx0`. With a weight, `n` is x_in.
     """
     vectors = [grad for grad in (dscale, dmix, dskip) if grad is not None]
     batch, tokens, width = n.shape
     if not n.numel():
-        for grad in (*vectors, *(() if dbias is None or slots is not None else (dbias,))):
-            grad.zero_()
+        for grad in (*vectors, dweight, None if slots is not None else dbias):
+            if grad is not None:
+                grad.zero_()
         return
     splits = triton.cdiv(tokens, SPLIT)
-    has_bias, kinds = dbias is not None, sum(grad.numel() // width for grad in vectors)
-    config = pick_config(width, n.dtype, has_bias + kinds)
-    sums = n.new_empty((has_bias + kinds, batch, splits, width), dtype=torch.float32)
+    has_bias, has_weight = dbias is not None, dweight is not None
+    kinds = sum(grad.numel() // width for grad in vectors)
+    config = pick_config(width, n.dtype, has_bias + kinds + has_weight)
+    every = (has_bias + kinds) * batch * splits
+    of_weight = round_up(batch * splits, GROUP) if has_weight else 0
+    both = n.new_empty((every + of_weight, width), dtype=torch.float32)
+    sums = both[:every].view(has_bias + kinds, batch, splits, width)
     dn, dx_in, dx_out = (grad if grad is None else grad.contiguous() for grad in (dn, dx_in, dx_out))
     backward[(batch * splits,)](
         dn_ptr=dn, dx_in_ptr=dx_in, dx_out_ptr=dx_out, n_ptr=n, rstd_ptr=rstd, x_ptr=x, branch_ptr=branch,
         scale_ptr=scale, bias_ptr=bias, slots_ptr=slots, pushed_ptr=pushed, skip_ptr=skip, mix_ptr=mix, x0_ptr=x0,
-        dx_ptr=dx, dbranch_ptr=dbranch, dpushed_ptr=dpushed, dx0_ptr=dx0, sums_ptr=sums, tokens=tokens,
+        weight_ptr=weight, dx_ptr=dx, dbranch_ptr=dbranch, dpushed_ptr=dpushed, dx0_ptr=dx0, sums_ptr=both,
+        tokens=tokens,
         pool=0 if bias is None else bias.size(0), bias_stride=0 if bias is None else bias.stride(0),
-        BIAS=has_bias, SCALE=dscale is not None, MIX=dmix is not None, SKIP=dskip is not None, ADDS=adds_dx0, D=width,
+        BIAS=has_bias, SCALE=dscale is not None, MIX=dmix is not None, SKIP=dskip is not None,
+        WEIGHT=has_weight, ADDS=adds_dx0, UNIT_OFFSET=unit_offset, D=width,
         CHUNKS=config.chunks, ROWS=config.rows, CHUNK=config.chunk, STEPS=SPLIT // config.rows,
         num_warps=config.num_warps,
     )  # fmt: skip
@@ -133,6 +149,11 @@ def _backward_op(
             rows = grad.view(-1, width)
             _add_splits(by_document[first : first + len(rows)], rows, None, len(rows))
             first += len(rows)
+    if has_weight:
+        both[every + batch * splits :].zero_()
+        groups = both.new_empty(of_weight // GROUP, width)
+        _add_splits(both[every:].view(-1, GROUP, width), groups, None, batch)
+        _add_splits(groups[None], dweight[None], None, batch)
 
 
 def _add_splits(sums: Tensor, out: Tensor, slots: Tensor | None, batch: int) -> None:
@@ -146,9 +167,11 @@ def _add_splits(sums: Tensor, out: Tensor, slots: Tensor | None, batch: int) -> 
 
 
 def _setup_context(ctx, inputs, output):
-    x, branch, scale, bias, slots, pushed, skip, mix, x0, ctx.bias_grad, ctx.x0_grad, ctx.adds_x0, *stored = inputs
-    ctx.stores_x_out, ctx.stores_x_in = stored
-    _, _, n, rstd = output
+    x, branch, scale, bias, slots, pushed, skip, mix, x0, ctx.bias_grad, ctx.x0_grad, ctx.adds_x0, *more = inputs
+    ctx.stores_x_out, ctx.stores_x_in, weight, _, ctx.unit_offset = more
+    _, x_in, n, rstd = output
+    if weight is not None:  # n cannot be had from n * weight
+        n = x_in if ctx.stores_x_in else x
     _, needs_branch, needs_scale, _, _, _, needs_skip, needs_mix, *_ = ctx.needs_input_grad
     ctx.bias_rows = 0 if bias is None else bias.size(0)
     # What no gradient reads is not kept.
@@ -164,6 +187,7 @@ def _setup_context(ctx, inputs, output):
         skip,
         mix,
         x0 if needs_mix else None,
+        weight,
     )
     ctx.set_materialize_grads(False)
 
@@ -171,9 +195,9 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, dx_out, dx_in, dn, _):
     dx_out, dx_in = dx_out if ctx.stores_x_out else None, dx_in if ctx.stores_x_in else None
     if dn is None and dx_in is None and dx_out is None:
-        return (None,) * 14
-    x, branch, scale, bias, _, pushed, skip, mix, x0, *_ = ctx.needs_input_grad
-    n, _, _, _, scaled, _, slots, *_ = ctx.saved_tensors
+        return (None,) * 17
+    x, branch, scale, bias, _, pushed, skip, mix, x0, *_, needs_weight, _, _ = ctx.needs_input_grad
+    n, _, _, _, scaled, _, slots, *_, weight = ctx.saved_tensors
     # The gradient of a branch without scale is that of x.
     is_shared = branch and scaled is None
     dx, dbranch, dpushed = (empty_grad(n, wanted) for wanted in (x or is_shared, branch and not is_shared, pushed))
@@ -186,29 +210,45 @@ def _backward(ctx, dx_out, dx_in, dn, _):
     if x0 and dx0 is None:
         dx0 = empty_grad(n)
     given = dx, dbranch, dpushed, dscale, dmix, dskip, dbias if bias else None, dx0 if x0 else None
-    _backward_op(dn, dx_in, dx_out, *ctx.saved_tensors, *given, ctx.adds_x0 and ctx.x0_grad is not None)
+    dweight = empty_grad(weight) if needs_weight else None
+    adds = ctx.adds_x0 and ctx.x0_grad is not None
+    _backward_op(dn, dx_in, dx_out, *ctx.saved_tensors[:-1], *given, adds, weight, dweight, ctx.unit_offset)
     dbias, dx0 = dbias if bias and ctx.bias_grad is None else None, dx0 if x0 and ctx.x0_grad is None else None
-    return dx if x else None, dx if is_shared else dbranch, dscale, dbias, None, dpushed, dskip, dmix, dx0, *(None,) * 5
+    dx, dbranch = dx if x else None, dx if is_shared else dbranch
+    return dx, dbranch, dscale, dbias, None, dpushed, dskip, dmix, dx0, *(None,) * 5, dweight, None, None
 
 
 _op.register_autograd(_backward, setup_context=_setup_context)
 
 
-def rms_norm(x: Tensor, *, backend: str | None = None) -> Tensor:
-    """`x` [..., D] / rms(x) over the last dimension, in its dtype, with a gradient.
+def rms_norm(
+    x: Tensor,
+    weight: Tensor | None = None,
+    *,
+    eps: float = EPS,
+    unit_offset: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    """`x` [..., D] / sqrt(mean(x^2) + `eps`) over the last dimension, in its dtype; times `weight` [D], as in Llama.
 
-    The backward reads what is returned: change none of it before.
+    With `unit_offset` times 1 + weight, as in Gemma. x and weight, of any float dtype that the backend takes, get
+    gradients, each in its own dtype.
+
+    Without a weight the backward reads what is returned: change none of it before.
 
     `backend` is "reference" or "triton"; None takes the reference on a CPU and the kernel on a GPU. The kernel takes
-    bfloat16, float16 or float32, and a D that is a multiple of 16 up to 4096.
-    ValueError: other shapes, dtypes or backends.
+    bfloat16, float16 or float32, and a D that is a multiple of 16 up to 8192.
+    ValueError: other shapes, dtypes or backends, an eps that is not above 0, unit_offset without weight.
 
-    Example: n = rms_norm(x)
+    Example: n = rms_norm(x, scale, eps=1e-6)
     """
-    if _takes_reference(x, ("...", "D"), backend):
-        return rms_norm_ref(x)
+    reference = _takes_reference(x, ("...", "D"), backend)
+    _check_gain(x, weight, eps, unit_offset, reference)
+    if reference:
+        return rms_norm_ref(x, weight, eps, unit_offset)
     rows = x.reshape(1, -1, x.size(-1)).contiguous()
-    return _op(rows, *(None,) * 10, False, False, False)[2].view(x.shape)
+    weight = None if weight is None else weight.contiguous()
+    return _op(rows, *(None,) * 10, False, False, False, weight, eps, unit_offset)[2].view(x.shape)
 
 
 def residual_norm(
@@ -227,17 +267,21 @@ def residual_norm(
     bias_grad: Tensor | None = None,
     x0_grad: Tensor | None = None,
     adds_x0: bool = False,
+    weight: Tensor | None = None,
+    eps: float = EPS,
+    unit_offset: bool = False,
     backend: str | None = None,
 ) -> ResidualNorm:
     """(x_out, x_in, n) of a block's boundary, all [B, S, D] in x's dtype; the equations are those of the package.
 
     `x`, `branch`, `pushed` and `x0` are [B, S, D] of one dtype. `scale` and `skip` [D], `mix` [2, D] and `bias` [slots,
     D] are float32 for the kernel. `slots` int32 or int64 [B] is the row of bias that each document adds; None takes row
-    b for document b. `skip` comes with pushed, mix with x0, scale with branch. All but slots get gradients.
+    b for document b. `skip` comes with pushed, mix with x0, scale with branch. `weight` [D], `eps` and `unit_offset`
+    are those of :func:`rms_norm`. All but slots get gradients.
 
     x_out is None without `push`, and x_in with `last`: what is not read is not stored. Tensors that are not contiguous
-    are copied, all but bias, whose rows may lie any distance apart. The backward reads n: autograd refuses it once n
-    was changed in place.
+    are copied, all but bias, whose rows may lie any distance apart. The backward reads n, with a weight x_in: autograd
+    refuses it once that was changed in place.
 
     With `bias_grad`, a float32 tensor like bias (a view of a pool of gradients), the backward writes the rows of the
     slots that are named, leaves the others alone, and autograd gets no gradient of bias, which has to require one all
@@ -245,9 +289,9 @@ def residual_norm(
     boundaries that share an x0 share one sum. Only the kernel takes the two.
 
     `backend` is "reference" or "triton"; None takes the reference on a CPU and the kernel on a GPU. The kernel takes
-    bfloat16, float16 or float32, and a D that is a multiple of 16 up to 4096.
+    bfloat16, float16 or float32, and a D that is a multiple of 16 up to 8192.
     ValueError: other shapes, dtypes or backends, tensors on several devices, one of a pair without the other, a pooled
-    gradient with the reference.
+    gradient with the reference, an eps that is not above 0.
 
     Example: x_out, x_in, n = residual_norm(x, branch, scale, push=True)
     """
@@ -264,6 +308,7 @@ def residual_norm(
     for name, tensor in tensors.items():
         if tensor is not None:
             expect(name, tensor, shapes.get(name, x.shape), fp32 if name in shapes else (x.dtype,), x.device)
+    _check_gain(x, weight, eps, unit_offset, reference)
     if bias_grad is not None:
         expect_rows("bias_grad", bias_grad, bias, (torch.float32,))
     if x0_grad is not None:
@@ -273,19 +318,30 @@ def residual_norm(
     if reference:
         refuse_in_reference(bias_grad=bias_grad, x0_grad=x0_grad)
         return residual_norm_ref(
-            x, branch, scale, bias=bias, slots=slots, pushed=pushed, skip=skip, mix=mix, x0=x0, push=push, last=last
-        )
+            x, branch, scale, bias=bias, slots=slots, pushed=pushed, skip=skip, mix=mix, x0=x0, push=push, last=last,
+            weight=weight, eps=eps, unit_offset=unit_offset,
+        )  # fmt: skip
     # Without anything to add, the stream is x itself.
     is_plain = branch is None and bias is None and pushed is None and mix is None
-    x, branch, scale, pushed, skip, mix, x0 = (
-        t if t is None else t.contiguous() for t in (x, branch, scale, pushed, skip, mix, x0)
+    x, branch, scale, pushed, skip, mix, x0, weight = (
+        t if t is None else t.contiguous() for t in (x, branch, scale, pushed, skip, mix, x0, weight)
     )
     bias = bias if bias is None or bias.stride(1) == 1 else bias.contiguous()
-    stored = push and not is_plain, not last and not is_plain
-    x_out, x_in, n, _ = _op(x, branch, scale, bias, slots, pushed, skip, mix, x0, bias_grad, x0_grad, adds_x0, *stored)
+    stored = push and not is_plain, (not last or weight is not None) and not is_plain
+    stream = x, branch, scale, bias, slots, pushed, skip, mix, x0, bias_grad, x0_grad, adds_x0
+    x_out, x_in, n, _ = _op(*stream, *stored, weight, eps, unit_offset)
     if is_plain:
         x_out = x_in = x
     return ResidualNorm(x_out if push else None, None if last else x_in, n)
+
+
+def _check_gain(x: Tensor, weight: Tensor | None, eps: float, unit_offset: bool, reference: bool) -> None:
+    if not eps > 0:
+        raise ValueError(f"eps is {eps}; wanted a number above 0")
+    if unit_offset and weight is None:
+        raise ValueError("unit_offset is given without weight")
+    if weight is not None:
+        expect("weight", weight, (x.size(-1),), FLOATS if reference else DTYPES, x.device)
 
 
 def _takes_reference(x: Tensor, shape: tuple[str, ...], backend: str | None) -> bool:

@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -24,12 +25,19 @@ class ResidualNorm(NamedTuple):
     """x_in normalised"""
 
 
-def rms_norm_ref(x: Tensor) -> Tensor:
-    """`x` [..., D] / rms(x) over the last dimension, in its float dtype, with a gradient.
+def rms_norm_ref(x: Tensor, weight: Tensor | None = None, eps: float = EPS, unit_offset: bool = False) -> Tensor:
+    """`x` [..., D] / rms(x) over the last dimension, in its float dtype; times `weight` [D], with `unit_offset` 1 + it.
+
+    `eps` is added to the mean square. With a weight all is computed in float32 (fp64 stays fp64) and rounded once.
+    Autograd gives the gradients of x and weight.
 
     Example: n = rms_norm_ref(x)
     """
-    return F.rms_norm(x, (x.size(-1),), eps=EPS)
+    if weight is None:
+        return F.rms_norm(x, (x.size(-1),), eps=eps)
+    wide = torch.promote_types(torch.promote_types(x.dtype, weight.dtype), torch.float32)
+    gain = weight.to(wide) + 1 if unit_offset else weight.to(wide)
+    return (F.rms_norm(x.to(wide), (x.size(-1),), eps=eps) * gain).to(x.dtype)
 
 
 def residual_norm_ref(
@@ -45,12 +53,15 @@ def residual_norm_ref(
     x0: Tensor | None = None,
     push: bool = False,
     last: bool = False,
+    weight: Tensor | None = None,
+    eps: float = EPS,
+    unit_offset: bool = False,
 ) -> ResidualNorm:
     """The boundary term by term in x's dtype: (x_out, x_in, n), all [B, S, D]. Arguments as of :func:`residual_norm`.
 
     `x`, `branch`, `pushed` and `x0` are [B, S, D] of one float dtype; `scale` and `skip` [D], `mix` [2, D] and `bias`
-    [slots, D] any float dtype; `slots` int [B]. x_out is None without `push`, x_in with `last`. Autograd gives all
-    gradients.
+    [slots, D] any float dtype; `slots` int [B]; `weight`, `eps` and `unit_offset` are those of :func:`rms_norm_ref`.
+    x_out is None without `push`, x_in with `last`. Autograd gives all gradients.
 
     Example: x_out, x_in, n = residual_norm_ref(x, branch, scale, push=True)
     """
@@ -64,4 +75,4 @@ def residual_norm_ref(
     if mix is not None:
         mix_x, mix_x0 = mix.to(x.dtype)
         x_in = mix_x * x_in + mix_x0 * x0
-    return ResidualNorm(x_out if push else None, None if last else x_in, rms_norm_ref(x_in))
+    return ResidualNorm(x_out if push else None, None if last else x_in, rms_norm_ref(x_in, weight, eps, unit_offset))

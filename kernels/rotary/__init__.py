@@ -1,4 +1,4 @@
-"""Per-head QK-norm, rotary position embedding and query gain.
+"""Rotary position embedding, with per-head QK-norm and query gain, or alone for anyone's model (:func:`apply_rotary`).
 
     y = x * r,  r = 1 / sqrt(mean(x^2) + eps)         over one head, no weight
     z[:d/2] = y[:d/2]*cos - y[d/2:]*sin               half-split rotation by position * base^(-2i/d)
@@ -23,11 +23,12 @@ Rotation by RoFormer (Su et al. 2021), NTK-scaled base past the training length:
 from typing import TYPE_CHECKING
 
 from ...lazy import lazy_exports
-from .reference import norm_rotary_ref, ntk_base, rotary_tables
+from .reference import apply_rotary_ref, norm_rotary_ref, ntk_base, rotary_tables
 
 if TYPE_CHECKING:
     from .op import norm_rotary
+    from .plain import apply_rotary
 
-__all__ = ["norm_rotary", "norm_rotary_ref", "ntk_base", "rotary_tables"]
+__all__ = ["apply_rotary", "apply_rotary_ref", "norm_rotary", "norm_rotary_ref", "ntk_base", "rotary_tables"]
 
 __getattr__, __dir__ = lazy_exports(__name__)

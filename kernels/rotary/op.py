@@ -25,7 +25,7 @@ def _launch(kernel, q: Tensor, k: Tensor, **arguments: Tensor | int | None) -> N
     )  # fmt: skip
 
 
-def _with_whole_heads(tensor: Tensor) -> Tensor:
+def with_whole_heads(tensor: Tensor) -> Tensor:
     """The tensor, copied only where the elements of a head are not side by side."""
     return tensor if tensor.stride(3) == 1 else tensor.contiguous()
 
@@ -34,7 +34,7 @@ def _with_whole_heads(tensor: Tensor) -> Tensor:
 def _op(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, gain: Tensor | None) -> tuple[Tensor, Tensor]:
     q_out, k_out = q.new_empty(q.shape), k.new_empty(k.shape)
     if q.numel():
-        q, k = _with_whole_heads(q), _with_whole_heads(k)
+        q, k = with_whole_heads(q), with_whole_heads(k)
         _launch(forward, q, k, cos_ptr=cos, sin_ptr=sin, gain_ptr=gain, q_out_ptr=q_out, k_out_ptr=k_out)
     return q_out, k_out
 
@@ -62,7 +62,7 @@ def _backward_op(
         tokens = pick_config(max(q.size(2), k.size(2)), q.size(3)).tokens
         sums = cos.new_empty(q.size(0) * triton.cdiv(q.size(1), tokens), q.size(2))
     if q.numel():
-        dq_out, dk_out, q, k = (_with_whole_heads(t) for t in (dq_out, dk_out, q, k))
+        dq_out, dk_out, q, k = (with_whole_heads(t) for t in (dq_out, dk_out, q, k))
         (q_b, q_s, q_h, _), (k_b, k_s, k_h, _) = dq_out.stride(), dk_out.stride()
         _launch(
             backward, q, k, dq_out_ptr=dq_out, dk_out_ptr=dk_out, cos_ptr=cos, sin_ptr=sin, gain_ptr=gain, dq_ptr=dq,

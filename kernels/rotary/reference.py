@@ -1,5 +1,7 @@
 """The tables, and the reference of norm, rotation and gain."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -27,6 +29,31 @@ def rotary_tables(length: int, head_dim: int, base: float, device=None, dtype=to
         frequency = base ** (-torch.arange(0, head_dim, 2, dtype=torch.float64, device=device) / head_dim)
         angle = torch.outer(torch.arange(length, dtype=torch.float64, device=device), frequency)
         return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+def apply_rotary_ref(
+    x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None = None, interleaved: bool = False
+) -> Tensor:
+    """`x` [B, S, H, d] with the first elements of each head rotated, in x's float dtype.
+
+    `cos`, `sin`, `positions` and `interleaved` are those of :func:`apply_rotary`; the rotation is computed in the
+    tables' dtype. Autograd gives the gradient of x.
+
+    Example: q = apply_rotary_ref(q, cos, sin)
+    """
+    if positions is None:
+        cos, sin = cos[: x.size(1)], sin[: x.size(1)]
+    else:
+        is_inside = (positions >= 0) & (positions < len(cos))
+        rows = torch.where(is_inside, positions, 0)
+        cos, sin = (table[rows].masked_fill(~is_inside[..., None], math.nan) for table in (cos, sin))
+    rotated, rest = x.split([2 * cos.size(-1), x.size(-1) - 2 * cos.size(-1)], dim=-1)
+    pairs = rotated.to(cos.dtype).unflatten(-1, (-1, 2) if interleaved else (2, -1))
+    first, second = pairs.unbind(-1 if interleaved else -2)
+    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
+    pairs = first * cos - second * sin, second * cos + first * sin
+    rotated = torch.stack(pairs, -1 if interleaved else -2).flatten(-2)
+    return torch.cat([rotated.to(x.dtype), rest], dim=-1)
 
 
 def norm_rotary_ref(x: Tensor, cos: Tensor, sin: Tensor, gain: Tensor | None = None) -> Tensor:
