@@ -12,6 +12,9 @@ if TYPE_CHECKING:
         cached_attention_ref,
         causal_attention,
         causal_attention_ref,
+        causal_attention_varlen,
+        check_cu_seqlens,
+        packed_starts,
         pick_attention,
     )
     from .bigram import BOS_ID, bigram_hash_ref
@@ -73,6 +76,8 @@ __all__ = [
     "cached_attention_ref",
     "causal_attention",
     "causal_attention_ref",
+    "causal_attention_varlen",
+    "check_cu_seqlens",
     "check_slots",
     "check_targets",
     "dequantize_int6_ref",
@@ -107,6 +112,7 @@ __all__ = [
     "ntk_base",
     "pack_int6",
     "pack_int6_ref",
+    "packed_starts",
     "pick_attention",
     "qkv_attention",
     "qkv_attention_ref",
