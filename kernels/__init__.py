@@ -6,6 +6,7 @@ from ..lazy import lazy_exports
 
 if TYPE_CHECKING:
     from .attention import (
+        auto_attention,
         cache_write_,
         cache_write_ref_,
         cached_attention,
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
         causal_attention_ref,
         causal_attention_varlen,
         check_cu_seqlens,
+        explain_attention,
         packed_starts,
         pick_attention,
     )
@@ -67,6 +69,7 @@ __all__ = [
     "Int6Matrix",
     "Int6Weight",
     "ResidualNorm",
+    "auto_attention",
     "bigram_embedding",
     "bigram_embedding_ref",
     "bigram_hash_ref",
@@ -81,6 +84,7 @@ __all__ = [
     "check_slots",
     "check_targets",
     "dequantize_int6_ref",
+    "explain_attention",
     "int6_linear",
     "int6_linear_dx",
     "int6_linear_ref",

@@ -38,15 +38,18 @@ from .choices import CHOICES, PACKAGES, attend, pick_attention, why_not
 from .reference import BACKENDS, causal_attention_ref, check_cu_seqlens, document_starts, packed_starts
 
 if TYPE_CHECKING:
+    from .auto import Chosen, auto_attention, explain_attention
     from .cached import cache_write_, cache_write_ref_, cached_attention, cached_attention_ref
     from .op import HEAD_DIMS, causal_attention, causal_attention_varlen
 
 __all__ = [
     "BACKENDS",
     "CHOICES",
+    "Chosen",
     "HEAD_DIMS",
     "PACKAGES",
     "attend",
+    "auto_attention",
     "cache_write_",
     "cache_write_ref_",
     "cached_attention",
@@ -56,6 +59,7 @@ __all__ = [
     "causal_attention_varlen",
     "check_cu_seqlens",
     "document_starts",
+    "explain_attention",
     "packed_starts",
     "pick_attention",
     "why_not",
