@@ -270,13 +270,15 @@ def test_records_of_a_step_name_what_ran_attention():
     assert set(named.values()) == {"flash: the CPU's blocked kernel"} and named.keys() == {"eager", "original", "klora"}
 
 
-def test_the_bench_has_every_package_and_heads_of_128():
-    assert {shape["d"] for shape in SHAPES.values()} == {64, 128}
-    whole = [entry for entry in ENTRIES if not entry.op.startswith("cached")]
+def test_the_bench_has_every_package_and_heads_up_to_256():
+    assert {shape["d"] for shape in SHAPES.values()} == {64, 80, 96, 128, 256}
+    whole = [entry for entry in ENTRIES if entry.op in ("attention_forward", "attention_forward_backward")]
     assert len(whole) == 2
     for entry in whole:
         missing = entry.missing(CPU)
         assert all(package.distribution in missing for package in PACKAGES.values())
+    packed = [entry for entry in ENTRIES if entry.op.startswith("attention_varlen")]
+    assert len(packed) == 2 and all("flash-attn" in entry.missing(CPU) for entry in packed)
 
 
 def test_doctor_lists_the_choices():
