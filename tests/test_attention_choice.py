@@ -310,6 +310,7 @@ def timed(monkeypatch):
 
     monkeypatch.setattr(auto, "TIMED_ON", ("cpu",))
     monkeypatch.setattr(auto, "_CHOSEN", {})
+    monkeypatch.setattr(auto, "_MET", {})
     monkeypatch.setattr(auto, "measure", measure)
     return met
 
@@ -337,6 +338,23 @@ def test_auto_attention_measures_a_shape_once_and_runs_the_fastest(timed, monkey
     assert str(chosen) == (
         "flash: the fastest, forward and backward; flash 0.500 ms; klora 0.750 ms; not cudnn: no GPU"
     )
+
+
+def test_what_is_kept_of_shapes_is_bounded_and_a_wrong_one_is_never_taken_for_a_known(timed, monkeypatch):
+    monkeypatch.setattr(auto, "MOST_MET", 2)
+    for length in (16, 17, 18, 19, 20):
+        auto_attention(*heads(length))
+    assert len(auto._MET) <= 2 and len(timed) == 1
+    q, k, v = heads(20)
+    for wrong in ((q, k.double(), v), (q, k, v.to("meta")), (q, k, v[..., :8])):
+        with pytest.raises(ValueError, match="wanted"):
+            auto_attention(*wrong)
+
+
+def test_nothing_to_do_is_not_measured(timed):
+    for q, k, v in (heads(0), (t[:0].detach() for t in heads())):
+        assert auto_attention(q, k, v).shape == q.shape
+    assert not timed
 
 
 def test_what_must_be_deterministic_or_keeps_documents_apart_is_ours_and_not_measured(timed, monkeypatch):
@@ -384,6 +402,7 @@ def test_where_nothing_can_be_measured_a_rule_decides(monkeypatch):
     rule = auto._name_by_rule
     assert rule(CPU, torch.bfloat16, 64, 4, 2) == rule(CPU, torch.float32, 128, 4, 2) == "klora"
     assert rule(CPU, torch.bfloat16, 128, 4, 2) == "flash"
+    assert rule(CPU, torch.float64, 64, 4, 2) == rule(CPU, torch.float32, 20, 4, 2) == "math"
     monkeypatch.setattr(auto, "why_not", lambda name, *about: "not here")
     assert rule(CPU, torch.bfloat16, 128, 4, 2) == "klora"
 
@@ -411,6 +430,7 @@ class TestAutoOnGpu:
 
     def test_a_graph_takes_what_was_found_before_it_and_else_ours(self, monkeypatch):
         monkeypatch.setattr(auto, "_CHOSEN", {})
+        monkeypatch.setattr(auto, "_MET", {})
         names = ran(monkeypatch)
         q, k, v = (t.detach() for t in heads(256, 128, "cuda", torch.bfloat16))
         causal_attention(q, k, v)
