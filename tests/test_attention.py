@@ -525,6 +525,18 @@ def test_a_document_that_starts_at_a_block_has_the_bits_of_it_alone():
     check_packed_bits(packed(150, d=16, dtype=torch.float16), [0, 64, 64, 128, 150])
 
 
+def test_blocks_of_other_documents_are_skipped():
+    """What is not finite there would spoil any tile that it is multiplied in."""
+    q, k, v, dout = packed(192, d=16, dtype=torch.float16)
+    clean = attend(causal_attention, *(t[None, 64:128] for t in (q, k, v, dout)), **KERNEL)
+    for t in (q, k, v, dout):
+        t[:64], t[128:] = math.nan, math.inf
+    cu_seqlens = torch.tensor([0, 64, 128, 192], dtype=torch.int32)
+    together = attend(causal_attention_varlen, q, k, v, dout, cu_seqlens=cu_seqlens, **KERNEL)
+    for x, y in zip(clean, together, strict=True):
+        assert torch.equal(x[0], y[64:128])
+
+
 def test_starts_of_packed_documents():
     def starts(entries, total):
         return packed_starts(torch.tensor(entries, dtype=torch.int32), total)
