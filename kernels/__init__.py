@@ -6,12 +6,17 @@ from ..lazy import lazy_exports
 
 if TYPE_CHECKING:
     from .attention import (
+        auto_attention,
         cache_write_,
         cache_write_ref_,
         cached_attention,
         cached_attention_ref,
         causal_attention,
         causal_attention_ref,
+        causal_attention_varlen,
+        check_cu_seqlens,
+        explain_attention,
+        packed_starts,
         pick_attention,
     )
     from .bigram import BOS_ID, bigram_hash_ref
@@ -69,6 +74,7 @@ __all__ = [
     "ResidualNorm",
     "apply_rotary",
     "apply_rotary_ref",
+    "auto_attention",
     "bigram_embedding",
     "bigram_embedding_ref",
     "bigram_hash_ref",
@@ -78,9 +84,12 @@ __all__ = [
     "cached_attention_ref",
     "causal_attention",
     "causal_attention_ref",
+    "causal_attention_varlen",
+    "check_cu_seqlens",
     "check_slots",
     "check_targets",
     "dequantize_int6_ref",
+    "explain_attention",
     "int6_linear",
     "int6_linear_dx",
     "int6_linear_ref",
@@ -114,6 +123,7 @@ __all__ = [
     "ntk_base",
     "pack_int6",
     "pack_int6_ref",
+    "packed_starts",
     "pick_attention",
     "qkv_attention",
     "qkv_attention_ref",

@@ -9,13 +9,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from klora.bench.attention import plain_attention
 from klora.bench.tolerance import assert_as_exact
-from klora.kernels.attention import causal_attention, causal_attention_ref, document_starts, why_not
+from klora.kernels.attention import (
+    backward,
+    causal_attention,
+    causal_attention_ref,
+    causal_attention_varlen,
+    check_cu_seqlens,
+    document_starts,
+    forward,
+    packed_starts,
+    why_not,
+)
 from klora.kernels.attention.backward import Rotary, launch_backward
 from klora.kernels.attention.forward import launch_forward
 from klora.kernels.attention.op import WITHOUT_CACHE
 from klora.kernels.rms_norm import EPS
 from klora.kernels.rotary import norm_rotary, norm_rotary_ref, rotary_tables
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 ON_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")]
 KERNEL = {"backend": "triton"}
@@ -65,6 +76,25 @@ def check(inputs):
     [(2, 70, 4, 2, 16, 70), (1, 45, 4, 1, 32, 45), (1, 33, 3, 3, 16, 33), (2, 90, 2, 1, 64, 41), (1, 20, 2, 2, 128, 9)],
 )
 def test_attention_and_its_gradients_are_as_exact_as_pytorchs(B, S, H, G, d, tail, dtype):
+    check(draw(B, S, H, G, d, tail, dtype))
+
+
+OTHER_HEADS = [
+    (1, 37, 4, 2, 8, 37),
+    (1, 21, 2, 1, 24, 21),
+    (2, 19, 2, 2, 72, 11),
+    (1, 70, 4, 2, 80, 70),
+    (1, 33, 3, 1, 96, 33),
+    (1, 20, 8, 2, 120, 20),
+    (1, 35, 2, 1, 136, 35),
+    (1, 70, 4, 1, 256, 70),
+]
+"""Head sizes that a block pads, and the widest."""
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(("B", "S", "H", "G", "d", "tail"), OTHER_HEADS)
+def test_heads_of_any_multiple_of_8_are_as_exact_as_pytorchs(B, S, H, G, d, tail, dtype):
     check(draw(B, S, H, G, d, tail, dtype))
 
 
@@ -178,6 +208,42 @@ def test_a_document_has_the_same_bits_in_every_batch():
         assert torch.equal(x[0], y[1])
 
 
+class Launch:
+    """Stands for a kernel; `made` gets its name at each launch."""
+
+    def __init__(self, name, made):
+        self.name, self.made = name, made
+
+    def __getitem__(self, grid):
+        return lambda **arguments: self.made.append(self.name)
+
+
+class Operations(TorchDispatchMode):
+    """Names what PyTorch runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function.overloadpacket.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_forward_is_one_launch_and_a_backward_two_and_nothing_is_copied_or_filled(monkeypatch):
+    q, k, v, dout = draw(S=40, d=64)
+    made = []
+    monkeypatch.setattr(forward, "_forward_kernel", Launch("forward", made))
+    monkeypatch.setattr(backward, "_dq_kernel", Launch("dq", made))
+    monkeypatch.setattr(backward, "_dkdv_kernel", Launch("dkdv", made))
+    with Operations() as ran:
+        out, lse = launch_forward(q, k, v, 40)
+        launch_backward(dout, q, k, v, out, lse, [torch.empty_like(t) for t in (q, k, v)])
+    assert made == ["forward", "dq", "dkdv"]
+    assert set(ran.names) <= {"new_empty", "empty_like", "slice", "view", "zero_", "detach"}
+    assert ran.names.count("zero_") <= 1, "of the queries before the tail: there are none"
+
+
 def poisoned(monkeypatch):
     """Every tensor that is made empty is full of NaN."""
     for place, name in ((Tensor, "new_empty"), (torch, "empty_like")):
@@ -267,7 +333,8 @@ def test_bad_arguments_are_refused(change, says):
 
 def test_what_the_kernel_alone_does_not_take_is_refused_by_it_alone():
     for inputs, says in (
-        (draw(d=24), "d is 24; wanted one of 16, 32, 64, 128"),
+        (draw(d=20), "d is 20; wanted a positive multiple of 8 up to 256"),
+        (draw(S=5, d=264), "d is 264; wanted a positive multiple of 8 up to 256"),
         (draw(dtype=torch.float64), "q is float64 .*; wanted bfloat16, float16 or float32"),
     ):
         causal_attention(*inputs[:3])
@@ -295,6 +362,10 @@ def check_compiled(device, backend):
     )
     eager = attend(lambda q, k, v: causal_attention(2 * q, k, v, 7, **KERNEL) + 1, q, k, v, dout)
     torch.testing.assert_close(attend(compiled, q, k, v, dout), eager)
+    inputs, cu_seqlens = packed(device=device), torch.tensor(CU_SEQLENS, dtype=torch.int32, device=device)
+    compiled = torch.compile(causal_attention_varlen, fullgraph=True, backend=backend)
+    eager = attend(causal_attention_varlen, *inputs, cu_seqlens=cu_seqlens, **KERNEL)
+    torch.testing.assert_close(attend(compiled, *inputs, cu_seqlens=cu_seqlens, **KERNEL), eager)
 
 
 @pytest.mark.slow
@@ -395,6 +466,114 @@ def test_starts_of_another_form_are_refused():
             causal_attention(q, k, v, start=start)
 
 
+# Packed documents
+
+CU_SEQLENS = [0, 1, 1, 18, 34, 35, 70]
+"""A document of one token, an empty one, cuts inside tiles and at their edges."""
+
+
+def packed(total=70, H=4, G=2, d=16, dtype=torch.float32, device="cpu") -> list[Tensor]:
+    """q, k, v and dout of packed documents."""
+    return [t[0] for t in draw(1, total, H, G, d, dtype=dtype, device=device)]
+
+
+def one_at_a_time(formula, entries):
+    """`formula`, of q [1, S, H, d], over each document; what follows the last is one more."""
+
+    def attention(q, k, v):
+        ends = [*entries, q.size(0)]
+        return torch.cat([
+            formula(*(t[None, a:b] for t in (q, k, v)), b - a)[0] for a, b in itertools.pairwise(ends) if a < b
+        ])  # fmt: skip
+
+    return attention
+
+
+def check_packed(inputs, entries):
+    cu_seqlens = torch.tensor(entries, dtype=torch.int32, device=inputs[0].device)
+    exact = attend(one_at_a_time(plain, entries), *(t.double() for t in inputs))
+    yardsticks = (attend(one_at_a_time(formula, entries), *inputs) for formula in formulas([t[None] for t in inputs]))
+    assert_as_exact(attend(causal_attention_varlen, *inputs, cu_seqlens=cu_seqlens, **KERNEL), exact, *yardsticks)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_packed_documents_are_as_exact_as_each_alone(dtype):
+    check_packed(packed(dtype=dtype), CU_SEQLENS)
+    check_packed(packed(40, 3, 1, 24, dtype), [0, 0, 7, 30])
+    check_packed(packed(20, 2, 2, 16, dtype), [0])
+    for x in attend(causal_attention_varlen, *packed(0), cu_seqlens=torch.zeros(3, dtype=torch.int32), **KERNEL):
+        assert x.numel() == 0
+
+
+def test_the_reference_takes_packed_documents_too():
+    inputs, cu_seqlens = packed(), torch.tensor(CU_SEQLENS, dtype=torch.int32)
+    ours = attend(causal_attention_varlen, *inputs, cu_seqlens=cu_seqlens, backend="reference")
+    for x, truth in zip(ours, attend(one_at_a_time(plain, CU_SEQLENS), *inputs), strict=True):
+        torch.testing.assert_close(x, truth, rtol=1e-4, atol=1e-5)
+
+
+def check_packed_bits(inputs, entries):
+    cu_seqlens = torch.tensor(entries, dtype=torch.int32, device=inputs[0].device)
+    together = attend(causal_attention_varlen, *inputs, cu_seqlens=cu_seqlens, **KERNEL)
+    for a, b in itertools.pairwise(entries):
+        alone = attend(causal_attention, *(t[None, a:b] for t in inputs), **KERNEL) if a < b else ()
+        for x, y in zip(alone, together, strict=bool(alone)):
+            assert torch.equal(x[0], y[a:b])
+
+
+def test_a_document_that_starts_at_a_block_has_the_bits_of_it_alone():
+    check_packed_bits(packed(150, d=16, dtype=torch.float16), [0, 64, 64, 128, 150])
+
+
+def test_blocks_of_other_documents_are_skipped():
+    """What is not finite there would spoil any tile that it is multiplied in."""
+    q, k, v, dout = packed(192, d=16, dtype=torch.float16)
+    clean = attend(causal_attention, *(t[None, 64:128] for t in (q, k, v, dout)), **KERNEL)
+    for t in (q, k, v, dout):
+        t[:64], t[128:] = math.nan, math.inf
+    cu_seqlens = torch.tensor([0, 64, 128, 192], dtype=torch.int32)
+    together = attend(causal_attention_varlen, q, k, v, dout, cu_seqlens=cu_seqlens, **KERNEL)
+    for x, y in zip(clean, together, strict=True):
+        assert torch.equal(x[0], y[64:128])
+
+
+def test_starts_of_packed_documents():
+    def starts(entries, total):
+        return packed_starts(torch.tensor(entries, dtype=torch.int32), total)
+
+    assert starts([0, 2, 2, 3, 5], 7).tolist() == [[0, 0, 2, 3, 3, 5, 5]]
+    assert starts([0], 2).tolist() == [[0, 0]] and starts([0, 0], 0).shape == (1, 0)
+    assert starts([0, 1], 1).dtype == torch.int32
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"q": torch.zeros(1, 9, 4, 16)}, r"q is float32 \[1, 9, 4, 16\]; wanted \[T, H, d\]"),
+        ({"k": torch.zeros(8, 2, 16)}, r"k is float32 \[8, 2, 16\]; wanted \[9, G, 16\]"),
+        ({"v": torch.zeros(9, 1, 16)}, r"v is float32 \[9, 1, 16\]; wanted \[9, 2, 16\]"),
+        ({"cu_seqlens": torch.tensor([0, 9])}, r"cu_seqlens is int64 \[2\]; wanted int32 \[documents \+ 1\]"),
+        ({"cu_seqlens": torch.zeros(1, 2, dtype=torch.int32)}, r"cu_seqlens is int32 \[1, 2\]"),
+        ({"cu_seqlens": torch.zeros(0, dtype=torch.int32)}, "cu_seqlens is empty"),
+        (
+            {"cu_seqlens": torch.zeros(2, dtype=torch.int32, device="meta")},
+            "cu_seqlens is .* on meta; wanted .* on cpu",
+        ),
+    ],
+)
+def test_what_are_no_packed_documents_is_refused(change, says):
+    good = dict(zip("qkv", packed(9), strict=False), cu_seqlens=torch.tensor([0, 9], dtype=torch.int32), **KERNEL)
+    with pytest.raises(ValueError, match=says):
+        causal_attention_varlen(**{**good, **change})
+
+
+def test_entries_are_checked_where_that_is_asked_for():
+    check_cu_seqlens(torch.tensor(CU_SEQLENS, dtype=torch.int32), 70)
+    for entries in ([1, 9], [0, 5, 4], [0, 10], []):
+        with pytest.raises(ValueError, match=r"cu_seqlens is \[.*\]; allowed: from 0 on, .* up to 9 tokens"):
+            check_cu_seqlens(torch.tensor(entries, dtype=torch.int32), 9)
+
+
 @pytest.mark.parametrize("name", ["fa2", "fa3", "fa4"])
 def test_a_package_without_a_document_mask_is_refused_by_name(name):
     reason = why_not(name, torch.device("cuda"), torch.bfloat16, 64, documents=True)
@@ -443,9 +622,37 @@ class TestOnGpu:
         check_one_document(draw(2, S, H, G, d, tail, dtype, "cuda"))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(("d", "H", "G"), [(8, 4, 2), (24, 2, 2), (80, 8, 2), (120, 2, 2), (136, 4, 2), (256, 4, 1)])
+class TestOtherHeadsOnGpu:
+    pytestmark = ON_GPU
+
+    def test_attention_and_its_gradients_are_as_exact_as_pytorchs(self, d, H, G, dtype):
+        check(draw(2, 201, H, G, d, 201, dtype, "cuda"))
+
+    def test_packed_documents_are_as_exact_as_each_alone(self, d, H, G, dtype):
+        check_packed(packed(300, H, G, d, dtype, "cuda"), [*CU_SEQLENS, 200, 263])
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
 class TestMoreOnGpu:
+    def test_a_packed_document_that_starts_at_a_block_has_the_bits_of_it_alone(self):
+        for d in (64, 80, 128, 256):
+            check_packed_bits(packed(1500, 8, 4, d, torch.bfloat16, "cuda"), [0, 256, 256, 1280, 1500])
+
+    def test_a_cuda_graph_replays_packed_documents(self):
+        inputs = packed(300, 8, 4, 64, torch.bfloat16, "cuda")
+        cu_seqlens = torch.tensor([0, 10, 300, 300], dtype=torch.int32, device="cuda")
+        attend(causal_attention_varlen, *inputs, cu_seqlens=cu_seqlens)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            results = attend(causal_attention_varlen, *inputs, cu_seqlens=cu_seqlens)
+        cu_seqlens.copy_(torch.tensor([0, 1, 100, 290]))
+        graph.replay()
+        for x, y in zip(results, attend(causal_attention_varlen, *inputs, cu_seqlens=cu_seqlens), strict=True):
+            assert torch.equal(x, y)
+
     @pytest.mark.parametrize(("S", "tail"), [(1024, 1024), (1000, 256)])
     def test_runs_and_batches_have_the_same_bits(self, S, tail):
         inputs = draw(16, S, 8, 4, 64, tail, torch.bfloat16, "cuda")

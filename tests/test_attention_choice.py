@@ -15,7 +15,18 @@ from klora.bench.step import ENTRIES as STEP
 from klora.bench.tolerance import assert_as_exact
 from klora.cli import train as train_command
 from klora.install import pip_install, pip_install_from
-from klora.kernels.attention import CHOICES, PACKAGES, attend, causal_attention_ref, choices, why_not
+from klora.kernels.attention import (
+    CHOICES,
+    PACKAGES,
+    attend,
+    auto,
+    auto_attention,
+    causal_attention,
+    causal_attention_ref,
+    choices,
+    explain_attention,
+    why_not,
+)
 from klora.model import attention
 from klora.model.attention import choose_attention, require_attention
 from klora.model.config import ConfigError, ModelConfig, TrainConfig
@@ -259,13 +270,15 @@ def test_records_of_a_step_name_what_ran_attention():
     assert set(named.values()) == {"flash: the CPU's blocked kernel"} and named.keys() == {"eager", "original", "klora"}
 
 
-def test_the_bench_has_every_package_and_heads_of_128():
-    assert {shape["d"] for shape in SHAPES.values()} == {64, 128}
-    whole = [entry for entry in ENTRIES if not entry.op.startswith("cached")]
+def test_the_bench_has_every_package_and_heads_up_to_256():
+    assert {shape["d"] for shape in SHAPES.values()} == {64, 80, 96, 128, 256}
+    whole = [entry for entry in ENTRIES if entry.op in ("attention_forward", "attention_forward_backward")]
     assert len(whole) == 2
     for entry in whole:
         missing = entry.missing(CPU)
         assert all(package.distribution in missing for package in PACKAGES.values())
+    packed = [entry for entry in ENTRIES if entry.op.startswith("attention_varlen")]
+    assert len(packed) == 2 and all("flash-attn" in entry.missing(CPU) for entry in packed)
 
 
 def test_doctor_lists_the_choices():
@@ -274,6 +287,167 @@ def test_doctor_lists_the_choices():
     assert facts["attention choices"]["flash"] == "runs here" and "CUDA GPU" in facts["attention choices"]["fa3"]
     assert facts["attention in training"] == "flash: the CPU's blocked kernel"
     assert {package.distribution for package in PACKAGES.values()} <= facts["missing"].keys()
+
+
+# Without a model: auto_attention
+
+
+def heads(length=20, d=16, device="cpu", dtype=torch.float32):
+    """q, k and v of 4 heads over 2 groups, of which q and v want gradients."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, length, n, d, generator=generator).to(device, dtype) for n in (4, 2, 2))
+    return q.requires_grad_(), k, v.requires_grad_()
+
+
+@pytest.fixture
+def timed(monkeypatch):
+    """auto_attention as if a CPU were worth measuring; the shapes that it measured."""
+    met = []
+
+    def measure(q, k, v):
+        met.append((tuple(q.shape), auto._wants_gradients(q, k, v)))
+        return {"flash": 0.5, "klora": 0.75}, {"cudnn": "no GPU"}
+
+    monkeypatch.setattr(auto, "TIMED_ON", ("cpu",))
+    monkeypatch.setattr(auto, "_CHOSEN", {})
+    monkeypatch.setattr(auto, "_MET", {})
+    monkeypatch.setattr(auto, "measure", measure)
+    return met
+
+
+def ran(monkeypatch):
+    """Names that auto_attention runs from now on."""
+    names, run = [], auto._run
+    monkeypatch.setattr(auto, "_run", lambda name, *about: names.append(name) or run(name, *about))
+    return names
+
+
+def test_auto_attention_measures_a_shape_once_and_runs_the_fastest(timed, monkeypatch):
+    names = ran(monkeypatch)
+    q, k, v = heads(20)
+    out = auto_attention(q, k, v)
+    torch.testing.assert_close(out, causal_attention_ref(q, k, v))
+    auto_attention(*heads(31))
+    assert timed == [((2, 20, 4, 16), True)] and names == ["flash", "flash"]
+    auto_attention(*heads(32))
+    with torch.no_grad():
+        auto_attention(q, k, v)
+    assert timed[1:] == [((2, 32, 4, 16), True), ((2, 20, 4, 16), False)]
+    chosen = explain_attention(q, k, v)
+    assert len(timed) == 3 and (chosen.name, chosen.times["klora"]) == ("flash", 0.75)
+    assert str(chosen) == (
+        "flash: the fastest, forward and backward; flash 0.500 ms; klora 0.750 ms; not cudnn: no GPU"
+    )
+
+
+def test_what_is_kept_of_shapes_is_bounded_and_a_wrong_one_is_never_taken_for_a_known(timed, monkeypatch):
+    monkeypatch.setattr(auto, "MOST_MET", 2)
+    for length in (16, 17, 18, 19, 20):
+        auto_attention(*heads(length))
+    assert len(auto._MET) <= 2 and len(timed) == 1
+    q, k, v = heads(20)
+    for wrong in ((q, k.double(), v), (q, k, v.to("meta")), (q, k, v[..., :8])):
+        with pytest.raises(ValueError, match="wanted"):
+            auto_attention(*wrong)
+
+
+def test_nothing_to_do_is_not_measured(timed):
+    for q, k, v in (heads(0), (t[:0].detach() for t in heads())):
+        assert auto_attention(q, k, v).shape == q.shape
+    assert not timed
+
+
+def test_what_must_be_deterministic_or_keeps_documents_apart_is_ours_and_not_measured(timed, monkeypatch):
+    names = ran(monkeypatch)
+    q, k, v = heads()
+    auto_attention(q, k, v, deterministic=True)
+    auto_attention(q, k, v, start=torch.zeros(2, 20, dtype=torch.int32))
+    torch.use_deterministic_algorithms(True)
+    try:
+        auto_attention(q, k, v)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert names == ["klora"] * 3 and not timed
+
+
+def test_a_choice_by_name_is_what_runs_and_others_are_refused(timed, monkeypatch):
+    names = ran(monkeypatch)
+    q, k, v = heads()
+    for name in ("klora", "flash", "math"):
+        torch.testing.assert_close(auto_attention(q, k, v, choice=name), causal_attention_ref(q, k, v))
+    assert names == ["klora", "flash", "math"] and not timed
+    with pytest.raises(ValueError, match="choice is 'fa5'; wanted one of auto, klora, cudnn"):
+        auto_attention(q, k, v, choice="fa5")
+    with pytest.raises(ValueError, match="choice is 'flash' and deterministic is True; allowed with it: 'auto', "):
+        auto_attention(q, k, v, choice="flash", deterministic=True)
+    with pytest.raises(ValueError, match=r"k is float32 \[2, 5, 2, 16\]; wanted float32 \[2, 20, G, 16\]"):
+        auto_attention(q, k[:, :5], v)
+    with pytest.raises(RuntimeError, match="scaled_dot_product_attention"):
+        auto_attention(q, k, v, choice="cudnn")
+
+
+def test_what_is_measured_runs_and_leaves_the_tensors_alone(monkeypatch):
+    monkeypatch.setattr(auto, "ROUNDS", 1)
+    q, k, v = heads()
+    before = torch.get_rng_state()
+    times, refused = auto.measure(q, k, v)
+    assert {"klora", "flash"} <= times.keys() and "cudnn" in refused
+    assert times.keys() | refused.keys() == set(auto.TIMED) and list(times.values()) == sorted(times.values())
+    assert q.grad is None and v.grad is None and torch.equal(torch.get_rng_state(), before)
+
+
+def test_where_nothing_can_be_measured_a_rule_decides(monkeypatch):
+    monkeypatch.setattr(auto, "TIMED_ON", ("cpu",))
+    monkeypatch.setattr(auto, "why_not", lambda name, *about: "not here" if name == "cudnn" else "")
+    rule = auto._name_by_rule
+    assert rule(CPU, torch.bfloat16, 64, 4, 2) == rule(CPU, torch.float32, 128, 4, 2) == "klora"
+    assert rule(CPU, torch.bfloat16, 128, 4, 2) == "flash"
+    assert rule(CPU, torch.float64, 64, 4, 2) == rule(CPU, torch.float32, 20, 4, 2) == "math"
+    monkeypatch.setattr(auto, "why_not", lambda name, *about: "not here")
+    assert rule(CPU, torch.bfloat16, 128, 4, 2) == "klora"
+
+
+def check_auto_compiles(inputs, backend):
+    compiled = torch.compile(lambda q, k, v: auto_attention(q, k, v) + 1, fullgraph=True, backend=backend)
+    torch.testing.assert_close(compiled(*inputs), auto_attention(*inputs) + 1)
+
+
+def test_auto_attention_compiles(timed):
+    check_auto_compiles(heads(), "aot_eager")
+    assert len(timed) == 1, "nothing is measured under torch.compile"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+class TestAutoOnGpu:
+    @pytest.mark.parametrize("d", [64, 80, 128, 256])
+    def test_the_fastest_is_as_exact_as_pytorch_s_and_its_times_are_named(self, d):
+        q, k, v = heads(300, d, "cuda", torch.bfloat16)
+        chosen = explain_attention(q, k, v)
+        assert chosen.times[chosen.name] == min(chosen.times.values()) and "klora" in chosen.times
+        exact = causal_attention_ref(*(t.double() for t in (q, k, v)))
+        assert_as_exact([auto_attention(q, k, v)], [exact], [causal_attention_ref(q, k, v)])
+
+    def test_a_graph_takes_what_was_found_before_it_and_else_ours(self, monkeypatch):
+        monkeypatch.setattr(auto, "_CHOSEN", {})
+        monkeypatch.setattr(auto, "_MET", {})
+        names = ran(monkeypatch)
+        q, k, v = (t.detach() for t in heads(256, 128, "cuda", torch.bfloat16))
+        causal_attention(q, k, v)
+        torch.cuda.synchronize()
+        with torch.cuda.graph(torch.cuda.CUDAGraph()):
+            auto_attention(q, k, v)
+        assert names == ["klora"]
+        expected = auto_attention(q, k, v)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = auto_attention(q, k, v)
+        graph.replay()
+        assert torch.equal(out, expected) and names[-1] == names[-2] == explain_attention(q, k, v).name
+
+    @pytest.mark.parametrize("d", [64, 128])
+    def test_it_compiles(self, d):
+        check_auto_compiles(heads(256, d, "cuda", torch.bfloat16), "inductor")
 
 
 WIDE = ModelConfig(vocab_size=300, width=256, blocks=4, heads=4, kv_heads=2, mlp_hidden=512, bigram_width=16)

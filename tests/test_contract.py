@@ -22,6 +22,7 @@ from klora.kernels import (
     cache_write_,
     cached_attention,
     causal_attention,
+    causal_attention_varlen,
     dispatch,
     int6_linear,
     int6_linear_dx,
@@ -485,7 +486,9 @@ def every_op() -> dict[str, Callable]:
     pools, step, lr = [torch.rand(3, 10) for _ in range(4)], torch.zeros(3, dtype=torch.int64), torch.ones(3)
     x, matrix, pair = torch.rand(2, 64), quantize_int6(torch.rand(64, 64)), ([torch.rand(8, 8)], [torch.rand(8, 8)])
     rings, chunk, counts = [torch.rand(2, 8, 1, 16) for _ in range(2)], torch.rand(2, 3, 1, 16), torch.tensor([0, 1])
+    packed = torch.rand(3, 1, 16), torch.rand(3, 1, 16), torch.rand(3, 1, 16), torch.tensor([0, 1, 3]).int()
     return calls | {
+        "causal_attention_varlen": partial(causal_attention_varlen, *packed),
         "cache_write_": partial(cache_write_, *rings, chunk, chunk.clone(), counts, counts, counts),
         "lora_head_nll_grads_": partial(lora_head_nll_grads_, **head.floats, **head.more, **into),
         "lora_adam_": partial(lora_adam_, *pools, step, lr),

@@ -5,10 +5,14 @@
     dv_j  = sum_i p_ij dout_i;   dp_ij = dout_i v_j;   delta_i = dout_i out_i
     ds_ij = p_ij (dp_ij - delta_i);   dq_i = sum_j ds_ij k_j / sqrt(d);   dk_j = sum_i ds_ij q_i / sqrt(d)
 
-q [B, S, H, d], k and v [B, S, G, d] -> out [B, S, H, d], of one dtype: bf16, fp16 or fp32; d 16, 32, 64 or 128, tuned
-for 64 in 16 bits; H a multiple of G, any S. With `tail`, out [B, tail, H, d] belongs to the last `tail` queries, and
-dq is zero before them. With `start`, token i sees the tokens from start_i on: its own document. Blocks of keys and of
-queries that share no document are skipped; only blocks in which a document starts are masked.
+q [B, S, H, d], k and v [B, S, G, d] -> out [B, S, H, d], of one dtype: bf16, fp16 or fp32; d a multiple of 8 up to
+256, tuned for 64 in 16 bits; H a multiple of G, any S. With `tail`, out [B, tail, H, d] belongs to the last `tail`
+queries, and dq is zero before them. With `start`, token i sees the tokens from start_i on: its own document. Blocks of
+keys and of queries that share no document are skipped; only blocks in which a document starts are masked. Packed
+documents, [T, H, d] with `cu_seqlens`, are one row with such starts.
+
+A block of a head is a power of two wide: the copy engine fills what a head lacks with zeros and stores nothing there,
+so that no kernel knows of it. Heads of 80 cost what heads of 128 do.
 
 The elements of a head lie side by side. Documents, tokens and heads may be any multiple of 16 bytes apart (views of the
 stacked output of a QKV product); anything else is copied. Sums are fp32. p and ds are rounded to the inputs' dtype
@@ -31,25 +35,32 @@ from typing import TYPE_CHECKING
 
 from ...lazy import lazy_exports
 from .choices import CHOICES, PACKAGES, attend, pick_attention, why_not
-from .reference import BACKENDS, causal_attention_ref, document_starts
+from .reference import BACKENDS, causal_attention_ref, check_cu_seqlens, document_starts, packed_starts
 
 if TYPE_CHECKING:
+    from .auto import Chosen, auto_attention, explain_attention
     from .cached import cache_write_, cache_write_ref_, cached_attention, cached_attention_ref
-    from .op import HEAD_DIMS, causal_attention
+    from .op import HEAD_DIMS, causal_attention, causal_attention_varlen
 
 __all__ = [
     "BACKENDS",
     "CHOICES",
+    "Chosen",
     "HEAD_DIMS",
     "PACKAGES",
     "attend",
+    "auto_attention",
     "cache_write_",
     "cache_write_ref_",
     "cached_attention",
     "cached_attention_ref",
     "causal_attention",
     "causal_attention_ref",
+    "causal_attention_varlen",
+    "check_cu_seqlens",
     "document_starts",
+    "explain_attention",
+    "packed_starts",
     "pick_attention",
     "why_not",
 ]

@@ -27,6 +27,7 @@ from .forward import (
     load,
     load_keys,
     packed_heads,
+    padded_head,
     pick_config,
     place,
     row_at,
@@ -310,7 +311,7 @@ def launch_backward(
     shared = dict(
         cos_ptr=rotary.cos, sin_ptr=rotary.sin, start_ptr=start, table_stride=rotary.table_stride,
         scale=LOG2_E / math.sqrt(width), softmax_scale=1 / math.sqrt(width), T=tail, OFFSET=length - tail,
-        H=heads, G=groups, D=width, HEADS=packed, IS_UNIT=rotary.is_unit,
+        H=heads, G=groups, D=padded_head(width), HEADS=packed, IS_UNIT=rotary.is_unit,
     )  # fmt: skip
 
     config = pick_config("dq", q.dtype, width)

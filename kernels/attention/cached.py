@@ -38,7 +38,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..dispatch import INTEGERS, custom_op, describe, expect, refuse_gradients, resolve_backend
 from ..slots import is_in_pool, rows_of_slots
-from .op import cached_op, check_heads, check_qkv
+from .op import HEAD_DIMS, cached_op, check_heads, check_qkv
 
 TOKENS = 32
 """Tokens of one head that a program of the writing launch copies."""
@@ -185,7 +185,7 @@ def cached_attention(
 
     Example: out = cached_attention(q, k, v, cache_k, cache_v, slots, filled, window=12)
     """
-    backend = check_qkv(q, k, v, backend)
+    backend = check_qkv(q, k, v, backend, HEAD_DIMS)
     validate_cache(cache_k, cache_v, slots, filled, window, k.shape, k)
     if backend == "reference":
         return cached_attention_ref(q, k, v, cache_k, cache_v, slots, filled, window).contiguous()
@@ -218,7 +218,7 @@ def cache_write_(
     Example: cache_write_(cache_k, cache_v, k, v, slots, filled, count)
     """
     backend = resolve_backend(backend, k)
-    check_heads("k", k, backend)
+    check_heads("k", k, backend, HEAD_DIMS)
     expect("v", v, k.shape, (k.dtype,), k.device)
     tensors = [t.detach() for t in (cache_k, cache_v, k, v, slots, filled, count)]
     validate_cache(*tensors[:2], slots, filled, k.size(1), k.shape, k)

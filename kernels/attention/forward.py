@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ..dispatch import padded_rank
 from ..dot import multiply, multiply_add
 from .cached_keys import NO_CACHE, Cache, load_cells, ring_of
 
@@ -33,10 +34,18 @@ class AttentionConfig:
     registers: int | None = None
 
 
+def padded_head(head_dim: int) -> int:
+    """The width of a block of heads of this size, a power of two: the copy engine fills it up with zeros."""
+    return padded_rank(head_dim)
+
+
 def pick_config(kernel: str, dtype: torch.dtype, head_dim: int) -> AttentionConfig:
     """The tile of "forward", "bounded" (a forward with a gain), "dq" or "dkdv"."""
     if dtype == torch.float32:
         return AttentionConfig(rows=16, keys=16, warps=8, stages=1)  # no tensor cores: what does not spill up to d 64
+    if head_dim > 128:  # compiled for sm_90: what fits in shared memory and does not spill
+        rows, keys = {"dq": (64, 32), "dkdv": (32, 64)}.get(kernel, (128, 64))
+        return AttentionConfig(rows=rows, keys=keys, warps=8, stages=2)
     if head_dim > 64:
         return AttentionConfig(rows=64, keys=64, warps=8 if kernel == "dkdv" else 4, stages=2)
     # NVIDIA H100, bf16, 64 documents of 1,024 tokens, H 8, G 4, d 64. Forward: 0.206 ms; 2 stages 0.224. The backward's
@@ -54,12 +63,12 @@ def packed_heads(heads: int, groups: int) -> int:
 
 
 def by_heads(tensor: Tensor, heads: int, tokens: int) -> TensorDescriptor:
-    """How the copy engine moves blocks [heads, tokens, d] of tensor [B, S, H, d]: outside of it, it reads zeros and
-    stores nothing.
+    """How the copy engine moves blocks [heads, tokens, padded d] of tensor [B, S, H, d]: outside of it, it reads zeros
+    and stores nothing.
     """
     batch, length, count, width = tensor.shape
     strides = [tensor.stride(0), tensor.stride(2), tensor.stride(1), 1]
-    return TensorDescriptor(tensor, [batch, count, length, width], strides, [1, heads, tokens, width])
+    return TensorDescriptor(tensor, [batch, count, length, width], strides, [1, heads, tokens, padded_head(width)])
 
 
 @triton.jit
@@ -264,7 +273,7 @@ def launch_forward(
             q_d=by_heads(q, packed, queries), k_d=by_heads(k, 1, keys), v_d=by_heads(v, 1, keys),
             out_d=by_heads(out, packed, queries), lse_ptr=lse, gain_ptr=gain, start_ptr=start,
             **(cache.arguments() if cache else NO_CACHE), scale=LOG2_E / math.sqrt(width), T=tail,
-            OFFSET=length - tail, BLOCKS=blocks, H=heads, G=groups, D=width, HEADS=packed, BM=queries, BN=keys,
-            num_warps=config.warps, num_stages=config.stages, maxnreg=config.registers,
+            OFFSET=length - tail, BLOCKS=blocks, H=heads, G=groups, D=padded_head(width), HEADS=packed, BM=queries,
+            BN=keys, num_warps=config.warps, num_stages=config.stages, maxnreg=config.registers,
         )  # fmt: skip
     return out, lse

@@ -1,15 +1,30 @@
 """The registered ops, their autograd, the checks that attention over a cache shares, and the public function."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from ..dispatch import DTYPES, aligned, custom_op, empty_grad, expect, expect_one_of, keep_output, resolve_backend
+from ..dispatch import (
+    DTYPES,
+    aligned,
+    custom_op,
+    empty_grad,
+    expect,
+    expect_multiples,
+    expect_one_of,
+    keep_output,
+    resolve_backend,
+)
 from .backward import launch_backward
 from .cached_keys import Cache
 from .forward import launch_forward
-from .reference import causal_attention_ref
+from .reference import causal_attention_ref, packed_starts
 
 HEAD_DIMS = (16, 32, 64, 128)
+"""Head sizes of the ops that norm, rotate or cache heads."""
+MOST_HEAD = 256
+"""Attention alone takes every multiple of 8 up to here."""
 WITHOUT_CACHE = (None, None, None, None, 0)
 """What ops that may have a cache take where there is none."""
 
@@ -87,20 +102,24 @@ for op in (causal_op, cached_op):
     op.register_autograd(_backward, setup_context=_setup)
 
 
-def check_heads(name: str, x: Tensor, backend: str) -> None:
-    """ValueError unless `x` is [B, S, H, d] with heads that the backend takes."""
+def check_heads(name: str, x: Tensor, backend: str, sizes: Sequence[int] = ()) -> None:
+    """ValueError unless `x` is [B, S, H, d] with heads that the backend takes: of these `sizes`, or of any multiple of
+    16 bytes in 16 bits.
+    """
     takes_kernel = backend == "triton"
     expect(name, x, ("B", "S", "H", "d"), DTYPES if takes_kernel else ())
     if not x.size(2):
         raise ValueError(f"{name} has no heads; wanted at least one")
-    if takes_kernel:
-        expect_one_of("d", x.size(3), HEAD_DIMS)
+    if takes_kernel and sizes:
+        expect_one_of("d", x.size(3), sizes)
+    elif takes_kernel:
+        expect_multiples(8, MOST_HEAD, d=x.size(3))
 
 
-def check_qkv(q: Tensor, k: Tensor, v: Tensor, backend: str | None) -> str:
+def check_qkv(q: Tensor, k: Tensor, v: Tensor, backend: str | None, sizes: Sequence[int] = ()) -> str:
     """The backend that runs; ValueError for q [B, S, H, d], k or v [B, S, G, d] that it does not take."""
     backend = resolve_backend(backend, q)
-    check_heads("q", q, backend)
+    check_heads("q", q, backend, sizes)
     expect("k", k, (*q.shape[:2], "G", q.size(3)), (q.dtype,), q.device)
     if not k.size(2) or q.size(2) % k.size(2):
         raise ValueError(f"k has {k.size(2)} heads; wanted a divisor of q's {q.size(2)}")
@@ -143,8 +162,9 @@ def causal_attention(
     nor be beyond its own token (document_starts makes it); this is not checked, because that would wait for the GPU.
 
     `backend` is "reference" or "triton"; None takes the reference on a CPU and the kernel on a GPU. The kernel takes
-    bfloat16, float16 or float32, and a head size d of 16, 32, 64 or 128. It copies tensors whose heads are not side by
-    side elements, or whose rows are not a multiple of 16 bytes apart.
+    bfloat16, float16 or float32, and a head size d that is a multiple of 8 up to 256, at the cost of the next power of
+    two. It copies tensors whose elements of a head are not side by side, or whose rows are not a multiple of 16 bytes
+    apart.
     ValueError: other shapes, dtypes, tails, starts or backends, tensors of several dtypes or devices.
 
     Example: out = causal_attention(q, k, v)
@@ -154,3 +174,30 @@ def causal_attention(
     if backend == "reference":
         return causal_attention_ref(q, k, v, start=start)[:, q.size(1) - tail :].contiguous()
     return causal_op(q, k, v, start, tail)[0]
+
+
+def causal_attention_varlen(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, *, backend: str | None = None
+) -> Tensor:
+    """Causal attention within packed documents: `q` [T, H, d] over `k` and `v` [T, G, d] -> [T, H, d], in their dtype.
+
+    `cu_seqlens` int32 [documents + 1] are the cumulative lengths, from 0 on: document i is the tokens cu_seqlens[i] up
+    to cu_seqlens[i + 1]. A document may be empty; tokens from the last entry on are a document of their own, such as
+    padding. The entries are not read by the host: check_cu_seqlens does that, for debugging. Blocks of keys of other
+    documents are skipped. This is causal_attention with its `start`; whoever runs several layers over one packing
+    calls packed_starts once, and that. Like every attention in blocks, it multiplies what is masked by zero: values
+    that are not finite reach the documents that share a block of tokens with theirs.
+
+    q, k and v get gradients. `backend` is "reference" or "triton"; None takes the reference on a CPU and the kernel on
+    a GPU. Dtypes and head sizes are those of causal_attention.
+    ValueError: other shapes, dtypes or backends, tensors of several dtypes or devices.
+
+    Example: cu_seqlens = torch.tensor([0, 5, 8], dtype=torch.int32)
+    out = causal_attention_varlen(q[0], k[0], v[0], cu_seqlens)
+    """
+    expect("q", q, ("T", "H", "d"))
+    expect("k", k, (q.size(0), "G", q.size(2)))
+    expect("v", v, k.shape)
+    expect("cu_seqlens", cu_seqlens, ("documents + 1",), (torch.int32,), q.device)
+    start = packed_starts(cu_seqlens, q.size(0))
+    return causal_attention(q[None], k[None], v[None], start=start, backend=backend)[0]

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ..dispatch import expect
+
 BACKENDS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -29,6 +31,36 @@ def document_starts(tokens: Tensor, bos: int) -> Tensor:
     """
     position = torch.arange(tokens.size(1), dtype=torch.int32, device=tokens.device)
     return torch.where(tokens == bos, position, 0).cummax(1).values
+
+
+def packed_starts(cu_seqlens: Tensor, total: int) -> Tensor:
+    """Where the document of each of `total` tokens starts: int32 [1, total], the `start` of causal_attention.
+
+    `cu_seqlens` int32 [documents + 1] are the cumulative lengths of documents packed one after the other. Nothing waits
+    for the GPU. ValueError: another shape or dtype.
+
+    Example: start = packed_starts(torch.tensor([0, 3, 8], dtype=torch.int32), total=8)
+    """
+    expect("cu_seqlens", cu_seqlens, ("documents + 1",), (torch.int32,))
+    if not cu_seqlens.numel():
+        raise ValueError("cu_seqlens is empty; wanted int32 [documents + 1], which begins with 0")
+    token = torch.arange(total, dtype=torch.int32, device=cu_seqlens.device)
+    return cu_seqlens[torch.searchsorted(cu_seqlens[1:], token, right=True)][None]
+
+
+def check_cu_seqlens(cu_seqlens: Tensor, total: int) -> None:
+    """Raise ValueError unless `cu_seqlens` int32 [documents + 1] begins with 0, never falls and ends within `total`.
+
+    It reads the device: for debugging.
+
+    Example: check_cu_seqlens(torch.tensor([0, 3, 8], dtype=torch.int32), total=8)
+    """
+    expect("cu_seqlens", cu_seqlens, ("documents + 1",), (torch.int32,))
+    entries = cu_seqlens.tolist()
+    if not entries or entries[0] or entries != sorted(entries) or entries[-1] > total:
+        raise ValueError(
+            f"cu_seqlens is {entries}; allowed: from 0 on, none below the one before, up to {total} tokens"
+        )
 
 
 def causal_attention_ref(q: Tensor, k: Tensor, v: Tensor, backend: str = "math", start: Tensor | None = None) -> Tensor:
