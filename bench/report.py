@@ -485,8 +485,10 @@ def _colours(results: Iterable[Result]) -> dict[str, Any]:
 
 
 def _three(value: float) -> str:
-    """`value` to three significant digits."""
+    """`value` to three significant digits; "inf" where a quotient of two numbers is beyond float64."""
     rounded = float(f"{value:.3g}")
+    if not math.isfinite(rounded):
+        return str(rounded)
     if rounded and abs(rounded) < 1e-3:
         return f"{value:.2e}"
     digits = 2 - math.floor(math.log10(abs(rounded))) if rounded else 0

@@ -59,13 +59,14 @@ def read_bytes(path: Path, name: str = "MAX_RECORD_BYTES") -> bytes:
 
 
 def parse_json(data: bytes | str, numbers: bool = True) -> Any:
-    """The value of a JSON text. ValueError: no JSON or UTF-8, a name twice in an object, more than MAX_DEPTH levels.
+    """The value of a JSON text. ValueError: no JSON or UTF-8, a name twice in an object, more than MAX_DEPTH levels, an
+    integer beyond 64 bits: a formula would overflow on it.
 
-    With `numbers`, also NaN, infinities and what is beyond float64 or 64 bits: formulas would overflow on them.
+    With `numbers`, also NaN, infinities and what is beyond float64.
     """
-    hooks = {"parse_int": _integer, "parse_float": _finite, "parse_constant": _finite} if numbers else {}
+    hooks = {"parse_float": _finite, "parse_constant": _finite} if numbers else {}
     try:
-        value = json.loads(data, object_pairs_hook=_object, **hooks)
+        value = json.loads(data, object_pairs_hook=_object, parse_int=_integer, **hooks)
     except RecursionError:
         raise ValueError("its objects and lists are too deep") from None
     if _is_deeper(value, MAX_DEPTH):

@@ -140,6 +140,11 @@ def test_numbers_keep_three_digits_when_rounding_carries(value, text):
     assert rows(markdown_tables([record([result(p50=value)])]))[0][4].split()[0] == text
 
 
+def test_a_speedup_beyond_float64_is_said():
+    slow, instant = result(variant="eager", p50=1e300), result(variant="klora", p50=1e-300)
+    assert "| inf |" in markdown_tables([record([slow, instant])])
+
+
 def test_edges_of_tables():
     only_ours, nothing = record([result("ours", errors=[0.0], op="a|b")]), record([], group="none", missing=MISSING)
     (row,) = rows(markdown_tables([only_ours]))

@@ -280,10 +280,14 @@ class TestJson:
         with pytest.raises(ValueError, match=why):
             parse_json(text)
 
+    def test_an_integer_on_which_a_formula_would_overflow_is_refused_even_where_nan_is_read(self):
+        with pytest.raises(ValueError, match="beyond 64 bits"):
+            parse_json(f"[NaN, {10**400}]", numbers=False)
+
     @settings(max_examples=50)
     @given(
         st.recursive(
-            st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+            st.none() | st.booleans() | st.integers(-(2**63), 2**63) | st.floats() | st.text(),
             lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
             max_leaves=20,
         )
