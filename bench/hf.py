@@ -149,7 +149,9 @@ def gate(module: nn.Module, config: TTTConfig, document: Document) -> dict[str, 
             allowed = allowed_error(errors["peft"], torch.float32, len(exact))
             errors["allowed"] = allowed
             if errors["klora"] > allowed:
-                raise RedGate(f"klora's NLL is {errors['klora']:.2e} from the loop's in float64; allowed: {allowed:.2e}")
+                raise RedGate(
+                    f"klora's NLL is {errors['klora']:.2e} from the loop's in float64; allowed: {allowed:.2e}"
+                )
     return found
 
 

@@ -67,8 +67,8 @@ def begins_with(tokenizer: Any) -> int:
         if found is not None:
             return int(found)
     raise ConfigError(
-        f"the tokenizer has no BOS, no EOS and no {END_OF_TEXT}, so that nothing comes before a document's first token; "
-        "set its bos_token to the token that texts begin with in training"
+        f"the tokenizer has no BOS, no EOS and no {END_OF_TEXT}, so that nothing comes before a document's first "
+        "token; set its bos_token to the token that texts begin with in training"
     )
 
 
@@ -141,7 +141,9 @@ def load_hf(folder: str | Path, device: torch.device, dtype: str = "auto") -> tu
     if dtype not in ("auto", *DTYPES):
         raise ConfigError(f"dtype={dtype!r} is not possible; allowed: auto, {', '.join(DTYPES)}")
     if not folder.is_dir():
-        raise ConfigError(f"{folder} is no folder; wanted: one with config.json, *.safetensors and the tokenizer's files")
+        raise ConfigError(
+            f"{folder} is no folder; wanted: one with config.json, *.safetensors and the tokenizer's files"
+        )
     missing = [name for name in ("config.json", "*.safetensors", "tokenizer*") if not list(folder.glob(name))]
     if missing:
         raise ConfigError(

@@ -68,8 +68,8 @@ class HfModel:
             raise ConfigError(f"the model's parameters are on {found}; wanted: all of them on one CPU or GPU")
         self.module, self.lora = module, None
         self.device, self.dtype = devices.pop(), module.get_input_embeddings().weight.dtype
-        self.ends = ends_of_targets(module, config)
         _require_possible(module, config)
+        self.ends = ends_of_targets(module, config)
         self._before = module.training, [(p, p.requires_grad) for p in module.parameters()], _attention_of(module)
         module.eval().requires_grad_(False)
         self.base, self.head = getattr(module, "base_model", module), module.get_output_embeddings()
@@ -229,12 +229,17 @@ def ends_of_targets(module: nn.Module, config: TTTConfig) -> dict[str, str]:
     return ends
 
 
-def _require_possible(module: nn.Module, config: TTTConfig) -> None:
-    """ConfigError for a setting that only klora's own model has, or that this one cannot have."""
+def require_for_hf(config: TTTConfig) -> None:
+    """ConfigError for a setting that only klora's own model has."""
     why = f"for a Hugging Face model; the preset {HF} is made for them"
     allowed = {"protocol": SCORE_FIRST, "layout": START, "context": RECOMPUTED, "phases": 0, "bias_lr": 0.0}
     for name, value in allowed.items():
         config.require(getattr(config, name) == value, name, f"{value} {why}")
+
+
+def _require_possible(module: nn.Module, config: TTTConfig) -> None:
+    """ConfigError for a setting that a model of this kind, or this one, cannot have."""
+    require_for_hf(config)
     if "head" in config.target_names:
         tied = module.get_output_embeddings().weight is module.get_input_embeddings().weight
         config.require(not tied, "targets", "no head for this model, whose head is tied to its embeddings")
