@@ -7,7 +7,9 @@ tokens decode to exactly this text, and its bytes are its own in UTF-8, whatever
 
 import hashlib
 import json
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -150,24 +152,38 @@ def load_hf(folder: str | Path, device: torch.device, dtype: str = "auto") -> tu
             f"{folder} has no {' and no '.join(missing)}; save both with model.save_pretrained(FOLDER) and "
             "tokenizer.save_pretrained(FOLDER)"
         )
-    try:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-        from transformers.utils import logging
-    except ModuleNotFoundError as error:
-        raise ConfigError(
-            f"models of Hugging Face want a package that is not installed ({error.name}): pip install transformers"
-        ) from None
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
     chosen = DTYPES["bfloat16" if device.type == "cuda" else "float32"] if dtype == "auto" else DTYPES[dtype]
     local = {"local_files_only": True, "trust_remote_code": False}
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, **local)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=chosen, use_safetensors=True, **local)
-    except Exception as error:  # whatever a broken file makes a library raise
-        why = " ".join(str(error).split())
-        raise ConfigError(f"{folder} cannot be read as a causal language model: {why:.300}") from None
+    with _own_folders_hidden():
+        try:
+            from transformers import AutoModelForCausalLM, AutoTokenizer
+            from transformers.utils import logging
+        except ModuleNotFoundError as error:
+            raise ConfigError(
+                f"models of Hugging Face want a package that is not installed ({error.name}): pip install transformers"
+            ) from None
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder, **local)
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=chosen, use_safetensors=True, **local)
+        except Exception as error:  # whatever a broken file makes a library raise
+            why = " ".join(str(error).split())
+            raise ConfigError(f"{folder} cannot be read as a causal language model: {why:.300}") from None
     return model.to(device), tokenizer
+
+
+@contextmanager
+def _own_folders_hidden() -> Iterator[None]:
+    """Inside, a clone's root is not where modules are looked for: transformers would take its folder kernels/ for the
+    package of that name.
+    """
+    before, root = list(sys.path), Path(__file__).parents[1]
+    sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != root]
+    try:
+        yield
+    finally:
+        sys.path[:] = before
 
 
 def hashes_of_folder(folder: str | Path) -> dict[str, str]:
