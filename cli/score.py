@@ -311,7 +311,11 @@ def score_artifact(
             should_stop=lambda: bool(stop.received),
             say=output.say,
             facts=subject.facts
-            | {"weights": weights, "source": _facts_of_source(source, every, most_tokens)}
+            | {
+                "device": device_name(chosen),
+                "weights": weights,
+                "source": _facts_of_source(source, every, most_tokens),
+            }
             | of_bytes,
             keeps_nll=nll is not None,
         )
@@ -379,7 +383,7 @@ class Subject:
         def documents(source: Source, say: Callable[[str], None]) -> list[Document]:
             return documents_of(source, tokenizer, loaded.provenance, say)
 
-        facts = _facts(path, loaded, device)
+        facts = _facts(path, loaded)
         return cls(model, tokenizer, hashes_of(loaded), facts, documents, tokenizer.token_bytes, before)
 
     @classmethod
@@ -395,7 +399,6 @@ class Subject:
 
         facts = {
             "artifact": {"file": folder.name, **hashes},
-            "device": device_name(device),
             "versions": versions() | {"transformers": version("transformers")},
             **facts_of_model(model, tokenizer),
         }
@@ -554,7 +557,7 @@ def versions() -> dict[str, str]:
     return {"klora": __version__, "torch": torch.__version__}
 
 
-def _facts(path: Path, artifact: Artifact, device: torch.device) -> dict[str, Any]:
+def _facts(path: Path, artifact: Artifact) -> dict[str, Any]:
     """What a reader needs to know to trust or repeat the result."""
     return {
         "artifact": {
@@ -563,6 +566,5 @@ def _facts(path: Path, artifact: Artifact, device: torch.device) -> dict[str, An
             **hashes_of(artifact),
             "provenance": artifact.provenance,
         },
-        "device": device_name(device),
         "versions": versions(),
     }

@@ -10,7 +10,6 @@ is scored before the adapter learns from it: the adapted bits per byte are a val
 import random
 
 import torch
-from klora.model.corpus import Document
 from klora.ttt import adapt_hf, ttt_preset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -57,7 +56,7 @@ for step in range(STEPS):
         print(f"on {device}: step {step + 1}, loss {loss.item():.3f} nats per token")
 
 config = ttt_preset("hf").override({"chunk": 64, "window": 256, "lr": 0.005, "lora_rank": 4})
-unseen = [Document(f"document {seed}", text(seed)) for seed in range(1000, 1008)]
+unseen = [text(seed) for seed in range(1000, 1008)]
 result = adapt_hf(model, tokenizer, unseen, config)
 
 totals = result.totals()
@@ -66,4 +65,4 @@ print(
     f"{totals['adapted_bpb']:.4f} ({config.protocol}); valid: {not result.why_not_valid}"
 )
 for one in result.documents:
-    print(f"{one.name}, {one.tokens:,} tokens: {one.base_bpb:.4f} -> {one.adapted_bpb:.4f}")
+    print(f"document {one.name}, {one.tokens:,} tokens: {one.base_bpb:.4f} -> {one.adapted_bpb:.4f}")
