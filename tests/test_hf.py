@@ -40,13 +40,13 @@ GPT2 = {"vocab_size": 290, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions
 GEMMA = {"head_dim": 8, "query_pre_attn_scalar": 8, "final_logit_softcapping": 5.0, "sliding_window": 8}
 
 
-def family(name: str) -> torch.nn.Module:
+def family(name: str, **sizes: int) -> torch.nn.Module:
     """A tiny model of a family of its own kind: tied and untied heads, fused q, k and v, a softcap, sliding windows."""
     if name == "GPT2":
         torch.manual_seed(0)
-        return transformers.GPT2LMHeadModel(transformers.GPT2Config(**GPT2)).eval()
+        return transformers.GPT2LMHeadModel(transformers.GPT2Config(**GPT2 | sizes)).eval()
     more = {"Gemma2": GEMMA, "Mistral": {"sliding_window": 8}, "Llama": {"tie_word_embeddings": True}}
-    return tiny_llama(name, **more.get(name, {}))
+    return tiny_llama(name, **more.get(name, {}) | sizes)
 
 
 FAMILIES = {
@@ -117,6 +117,21 @@ def test_a_model_is_read_the_short_way_where_that_gives_its_own_bits(name):
     within = HfModel(tiny_llama("Mistral", sliding_window=64), TTT)
     assert within.skips_masks, "windows that no sliding window cuts"
     within.close()
+
+
+def test_a_window_may_be_of_all_positions_whatever_the_base_pass_pads_to():
+    config = TTT.override({"chunk": 10, "window": 40})
+    module = family("GPT2", n_positions=64)
+    cut = family("GPT2", n_positions=40)
+    state = module.state_dict()
+    state["transformer.wpe.weight"] = state["transformer.wpe.weight"][:40]
+    cut.load_state_dict(state)
+    whole, found = (scored(DOCUMENTS[:4], config, m) for m in (module, cut))
+    assert found.totals()["by_status"] == {ADAPTED: 3, SHORT: 1}
+    for ours, expected in zip(found.nll, whole.nll, strict=True):
+        np.testing.assert_allclose(ours, expected, rtol=1e-5)
+    with pytest.raises(ConfigError, match="window=40 is not possible; allowed: at most 39, the pos"):
+        scored(DOCUMENTS[:1], config, family("GPT2", n_positions=39))
 
 
 def test_an_untied_head_is_adapted_too():
@@ -226,6 +241,22 @@ def test_q_k_and_v_in_one_matrix_are_adapted_together_or_not_at_all():
     with pytest.raises(ConfigError, match="no down for this model, whose linears are called c_attn, c_fc, c_proj"):
         module.transformer.h[0].mlp.c_proj = module.transformer.h[1].mlp.c_proj = torch.nn.Identity()
         HfModel(module, TTT)
+
+
+def test_a_linear_that_a_forward_does_not_reach_changes_nothing():
+    module, config = tiny_llama(), TTT.override({"targets": "q"})
+    wanted = scored(DOCUMENTS[:1], config, module).nll[0]
+    module.unused = torch.nn.ModuleDict({"q_proj": torch.nn.Linear(32, 32)})
+    assert np.array_equal(scored(DOCUMENTS[:1], config, module).nll[0][:8], wanted[:8])
+    found = HfModel(module, config)
+    assert len(found.attach(config, 1).pool.places) == 3
+    found.close()
+
+
+def test_a_model_without_a_head_is_refused():
+    for module, kind in ((torch.nn.Linear(2, 2), "Linear"), (tiny_llama().model, "LlamaModel")):
+        with pytest.raises(ConfigError, match=f"a {kind} has no head that gives logits; wanted: a causal"):
+            HfModel(module, TTT)
 
 
 def test_a_model_without_a_device_is_refused():

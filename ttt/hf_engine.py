@@ -48,7 +48,8 @@ class HfStep(EngineStep):
             hidden = self.weights.hidden(inputs, self.ttt.chunk)
         with phase("backward"):
             nll, dhidden = self.weights.nll_grads(hidden, targets, share, self.temperature, slots)
-            torch._foreach_copy_(self.grads, torch.autograd.grad(hidden, self.leaves, dhidden))
+            grads = torch.autograd.grad(hidden, self.leaves, dhidden, allow_unused=True, materialize_grads=True)
+            torch._foreach_copy_(self.grads, grads)
         return nll
 
 

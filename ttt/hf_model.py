@@ -9,6 +9,7 @@ where they give the same bits as the model's own forward; elsewhere that runs as
 
 import inspect
 import math
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..kernels import softcap_nll
 from ..lora.attach import Lora, Rows, attach
 from ..model.config import ConfigError
 from .head import head_nll, head_nll_grads_
@@ -58,10 +60,17 @@ class HfModel:
     `lora` are its adapters, while an engine has attached some. :meth:`close` gives the module back as it was.
     `skips_masks` and `has_parts` say which ways it can be read; `micro_tokens` how many tokens a base pass takes.
 
-    ConfigError: a setting that is not for such a model, a target that it has not, or a model of several devices.
+    ConfigError: a setting that is not for such a model, a target that it has not, a model of several devices or without
+    a head.
     """
 
     def __init__(self, module: nn.Module, config: TTTConfig):
+        head = getattr(module, "get_output_embeddings", lambda: None)()
+        if head is None:
+            raise ConfigError(
+                f"a {type(module).__name__} has no head that gives logits; wanted: a causal language model of "
+                "transformers, as AutoModelForCausalLM gives it"
+            )
         devices = {parameter.device for parameter in module.parameters()}
         if len(devices) != 1 or next(iter(devices)).type == "meta":
             found = ", ".join(sorted(map(str, devices))) or "none"
@@ -72,7 +81,8 @@ class HfModel:
         self.ends = ends_of_targets(module, config)
         self._before = module.training, [(p, p.requires_grad) for p in module.parameters()], _attention_of(module)
         module.eval().requires_grad_(False)
-        self.base, self.head = getattr(module, "base_model", module), module.get_output_embeddings()
+        self.positions = _positions_of(module) or sys.maxsize
+        self.base, self.head = getattr(module, "base_model", module), head
         self._keeps = "logits_to_keep" in inspect.signature(module.forward).parameters
         self.backend = "reference" if self.dtype == torch.float64 else None
         self.skips_masks, self.has_parts = self._probe(config)
@@ -130,7 +140,13 @@ class HfModel:
             self.lora.current = None
 
     def hidden(self, inputs: Tensor, tail: int) -> Tensor:
-        """What :meth:`nll` takes, of the last `tail` of `inputs` int [B, S]: hidden states, or logits."""
+        """What :meth:`nll` takes, of the last `tail` of `inputs` int [B, S]: hidden states, or logits.
+
+        Inputs past the model's last position are padding, of which nothing is scored: zeros.
+        """
+        padding = inputs.size(1) - self.positions
+        if padding > 0:
+            return F.pad(self.hidden(inputs[:, :-padding], tail - padding), (0, 0, 0, padding))
         inputs = inputs.long()
         if self.has_parts:
             return self.base(input_ids=inputs, use_cache=False)[0][:, -tail:].contiguous()
@@ -138,13 +154,16 @@ class HfModel:
         return self.module(input_ids=inputs, use_cache=False, **kept).logits[:, -tail:]
 
     def nll(self, hidden: Tensor, targets: Tensor, temperature: float, slots: Tensor | None = None) -> Tensor:
-        """NLL [B, tail], fp32, of `targets` int [B, tail]; 0 where a target is -100."""
+        """NLL [B, tail], fp32, of `targets` int [B, tail]; 0 where a target is -100.
+
+        With `slots`, its bits are those of :meth:`nll_grads`, which keeps what a gradient wants.
+        """
         if not self.has_parts:
             return _nll_of_logits(hidden, targets, temperature)
+        weight, about = self.head.weight, (targets, math.inf, temperature)
         if slots is None:
-            slots = torch.full((len(hidden),), -1, dtype=torch.int32, device=self.device)
-        about = targets, math.inf, temperature
-        return head_nll(hidden, self.head.weight, None, *about, slots=slots, backend=self.backend)
+            return softcap_nll(hidden, weight, *about, backend=self.backend)
+        return head_nll(hidden, weight, None, *about, slots=slots, backend=self.backend)
 
     def nll_grads(
         self, hidden: Tensor, targets: Tensor, share: Tensor, temperature: float, slots: Tensor
@@ -243,8 +262,13 @@ def _require_possible(module: nn.Module, config: TTTConfig) -> None:
     if "head" in config.target_names:
         tied = module.get_output_embeddings().weight is module.get_input_embeddings().weight
         config.require(not tied, "targets", "no head for this model, whose head is tied to its embeddings")
-    most = getattr(module.config.get_text_config(), "max_position_embeddings", None)
+    most = _positions_of(module)
     config.require(most is None or config.window <= most, "window", f"at most {most}, the positions of this model")
+
+
+def _positions_of(module: nn.Module) -> int | None:
+    """Most inputs of a window; None where the model's config does not say."""
+    return getattr(module.config.get_text_config(), "max_position_embeddings", None)
 
 
 def _attention_of(module: nn.Module) -> str | None:
