@@ -244,7 +244,8 @@ def check(
     scaled_from = f"scaled from {found['peft_measured']['documents']}"
     print(
         f"{found['adapted_documents']:,} documents: {found['klora_seconds']:.1f} s, of them "
-        f"{found['klora_rounds_seconds']:.1f} without captures; PEFT, one by one, {found['peft_seconds']:,.1f} s ({scaled_from}): "
+        f"{found['klora_rounds_seconds']:.1f} without captures; PEFT, one by one, "
+        f"{found['peft_seconds']:,.1f} s ({scaled_from}): "
         f"{found['times_faster']:.1f} and {found['times_faster_after_captures']:.1f} times; "
         f"{found['base_bpb']:.4f} -> {found['adapted_bpb']:.4f} bits per byte"
     )
