@@ -44,6 +44,7 @@ from ..model.weights import frozen_weights
 from ..ttt.base import BaseNll
 from ..ttt.documents import Document, documents_from_texts
 from ..ttt.engine import engine_of
+from ..ttt.phases import groups_of
 from ..ttt.protocols import CACHED, CONTEST, QUICK, TARGETS, THOROUGH, TTTConfig, ttt_preset
 from ..ttt.queue import Deadline
 from ..ttt.sampling import is_for_tuning, sample
@@ -59,12 +60,19 @@ LONG = 2048
 BEST, BEST_COST = "best", 8
 """The preset that may cost so many times the seconds of `quick`."""
 
+LIKE = 1.05
+"""Seconds that differ by less are the same: two measurements of one row do."""
+
 ALL = {"targets": ",".join(TARGETS)}
-CACHED_64 = {"context": CACHED, "chunk": 64, "beta1": 0.0, "lr": 0.001}
-ALL_64 = CACHED_64 | ALL
-WIDE_64 = ALL_64 | {"lora_rank": 64, "head_rank": 64, "lr": 0.0005}
-ALL_32 = ALL_64 | {"chunk": 32, "lr": 0.0005}
 RECOMPUTED_64 = {"chunk": 64, "beta1": 0.0, "lr": 0.001}
+RECOMPUTED_128 = RECOMPUTED_64 | {"chunk": 128}
+ALL_RECOMPUTED_64 = RECOMPUTED_64 | ALL | {"lr": 0.0005}
+CACHED_64 = {"context": CACHED} | RECOMPUTED_64
+CACHED_32 = CACHED_64 | {"chunk": 32, "lr": 0.0005}
+
+
+def _ranks(rank: int) -> dict[str, int]:
+    return {"lora_rank": rank, "head_rank": rank}
 
 
 def _rows() -> dict[str, TTTConfig]:
@@ -72,26 +80,33 @@ def _rows() -> dict[str, TTTConfig]:
     quick = ttt_preset(QUICK)
     changes: dict[str, dict[str, Any]] = {
         "quick-beta1-0": {"beta1": 0.0},
-        "cached-64": CACHED_64,
-        "cached-64-all": ALL_64,
-        "cached-64-all-rank-64": WIDE_64,
-        "cached-64-all-rank-64-window-1536": WIDE_64 | {"window": 1536},
-        "cached-32-all-window-1536": ALL_32 | {"window": 1536},
         "recomputed-64": RECOMPUTED_64,
-        "cached-32-all": ALL_32,
-        "cached-64-all-lr-half": ALL_64 | {"lr": 0.0015, "lr_half": 2048},
-        "cached-64-all-rank-64-lr-0.001": WIDE_64 | {"lr": 0.001},
-        "cached-64-all-from-256": ALL_64 | {"adapt_from": 256},
-        "cached-128-all": ALL_64 | {"chunk": 128},
-        "cached-64-all-rank-64-window-2048": WIDE_64 | {"window": 2048},
-        "cached-32": CACHED_64 | {"chunk": 32},
-        "recomputed-64-all-rank-64": RECOMPUTED_64 | ALL | {"lora_rank": 64, "head_rank": 64, "lr": 0.0005},
-        "cached-64-all-rank-64-lr-0.00025": WIDE_64 | {"lr": 0.00025},
+        "recomputed-64-all-rank-64": ALL_RECOMPUTED_64 | _ranks(64),
+        "recomputed-64-all": ALL_RECOMPUTED_64,
+        "recomputed-64-all-rank-64-lr-0.00025": ALL_RECOMPUTED_64 | _ranks(64) | {"lr": 0.00025},
+        "recomputed-64-all-rank-32-lr-0.0004": ALL_RECOMPUTED_64 | _ranks(32) | {"lr": 0.0004},
+        "recomputed-64-all-rank-64-lr-half": ALL_RECOMPUTED_64 | _ranks(64) | {"lr_half": 2048},
+        "recomputed-32": RECOMPUTED_64 | {"chunk": 32, "lr": 0.0007},
+        "recomputed-32-all": ALL_RECOMPUTED_64 | {"chunk": 32, "lr": 0.0003},
+        "recomputed-32-all-rank-64": ALL_RECOMPUTED_64 | _ranks(64) | {"chunk": 32, "lr": 0.0002},
+        "recomputed-64-lr-0.0015": RECOMPUTED_64 | {"lr": 0.0015},
+        "recomputed-128": RECOMPUTED_128,
+        "recomputed-128-all-rank-64": RECOMPUTED_128 | ALL | _ranks(64) | {"lr": 0.0005},
+        "quick-beta1-0-lr-0.003": {"beta1": 0.0, "lr": 0.003},
+        "quick-beta1-0-lr-0.0015": {"beta1": 0.0, "lr": 0.0015},
+        "recomputed-256-all-rank-64": {"beta1": 0.0, "lr": 0.001} | ALL | _ranks(64),
+        "cached-32-all": CACHED_32 | ALL,
+        "cached-32-all-rank-64-lr-0.0001": CACHED_32 | ALL | _ranks(64) | {"lr": 0.0001},
+        "cached-64": CACHED_64,
+        "cached-64-all-lr-0.0005": CACHED_64 | ALL | {"lr": 0.0005},
+        "cached-64-all-rank-64-lr-0.00025": CACHED_64 | ALL | _ranks(64) | {"lr": 0.00025},
+        "cached-32-all-window-1536": CACHED_32 | ALL | {"window": 1536},
+        "cached-128-all-lr-0.0005": CACHED_64 | ALL | {"chunk": 128, "lr": 0.0005},
+        "cached-256-all-lr-0.0005": CACHED_64 | ALL | {"chunk": 256, "lr": 0.0005},
+        "recomputed-64-decay-0.5": RECOMPUTED_64 | {"weight_decay": 0.5},
+        "recomputed-64-a-scale-0.5": RECOMPUTED_64 | {"a_scale": 0.5},
+        "recomputed-64-phases-3": RECOMPUTED_64 | {"phases": 3},
         "contest-lr-0.0003": ttt_preset(CONTEST).override({"lr": 0.0003}).to_dict(),
-        "cached-64-all-lr-0.002": ALL_64 | {"lr": 0.002},
-        "cached-256-all": ALL_64 | {"chunk": 256, "lr": 0.002},
-        "cached-64-all-rank-16": ALL_64 | {"lora_rank": 16, "head_rank": 16},
-        "recomputed-128": RECOMPUTED_64 | {"chunk": 128},
         "cached-64-beta1-0.9": CACHED_64 | {"beta1": 0.9},
     }
     presets = {name: ttt_preset(name) for name in (QUICK, THOROUGH, CONTEST)}
@@ -136,11 +151,16 @@ class Sample:
         before = [base.of(index)[0] for index in range(len(self.documents))]
         adapts = [index for index in range(len(before)) if not base.is_short[index]]
         documents = [self.documents[index] for index in adapts]
-        engine = engine_of(self.weights, config, documents)
-        after = list(before)
-        adapted = engine.adapt(documents, Deadline(0))
-        for index, nats, diverged in zip(adapts, adapted.nats, adapted.diverged, strict=True):
-            after[index] = math.nan if diverged else float(nats)
+        engine, after, seconds = engine_of(self.weights, config, documents), list(before), 0.0
+        groups = groups_of(documents, config.phases)
+        for number, group in enumerate(groups):
+            if number:
+                engine.learn([documents[place] for place in groups[number - 1]])
+            adapted = engine.adapt([documents[place] for place in group], Deadline(0))
+            seconds += engine.facts["seconds"]
+            for place, nats, diverged in zip(group, adapted.nats, adapted.diverged, strict=True):
+                after[adapts[place]] = math.nan if diverged else float(nats)
+        seconds += engine.facts.get("learn_seconds", 0.0)
         scale = 1 / math.log(2) / self.bytes
         base_bpb, adapted_bpb = math.fsum(before) * scale, math.fsum(after) * scale
         is_long = [document.targets >= LONG for document in self.documents]
@@ -148,28 +168,32 @@ class Sample:
             [a < b for a, b, of in zip(after, before, is_long, strict=True) if of is long] for long in (True, False)
         ]
         long, short = (sum(kind) / len(kind) if kind else None for kind in kinds)
-        seconds = engine.facts["seconds"], time.perf_counter() - began
+        wall_seconds = time.perf_counter() - began
         if not math.isfinite(adapted_bpb):
-            return Found(base_bpb, None, None, None, None, *seconds)
-        return Found(base_bpb, adapted_bpb, 1 - adapted_bpb / base_bpb, long, short, *seconds)
+            return Found(base_bpb, None, None, None, None, seconds, wall_seconds)
+        return Found(base_bpb, adapted_bpb, 1 - adapted_bpb / base_bpb, long, short, seconds, wall_seconds)
 
 
 def choices(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     """Preset -> the row with the fewest bits per byte of those that take no longer than the preset may.
 
-    `quick` and `thorough` may take what their own rows take, `best` BEST_COST times `quick`. A preset is left out where
-    the row that limits it is not there.
+    `quick` and `thorough` may take what their own rows take, LIKE times that at most, `best` BEST_COST times `quick`. A
+    preset is left out where the row that limits it is not there. None has phases: its documents are to be independent.
     """
-    fair = {name: row for name, row in rows.items() if row.get("adapted_bpb") is not None}
-    limits = {name: fair[name]["seconds"] for name in (QUICK, THOROUGH) if name in fair}
+    fair = {name: row for name, row in rows.items() if row.get("adapted_bpb") is not None and not _has_phases(row)}
+    limits = {name: LIKE * fair[name]["seconds"] for name in (QUICK, THOROUGH) if name in fair}
     if QUICK in limits:
-        limits[BEST] = BEST_COST * limits[QUICK]
+        limits[BEST] = BEST_COST * fair[QUICK]["seconds"]
     return {
         preset: min(
             (name for name, row in fair.items() if row["seconds"] <= limit), key=lambda name: fair[name]["adapted_bpb"]
         )
         for preset, limit in limits.items()
     }
+
+
+def _has_phases(row: Mapping[str, Any]) -> bool:
+    return row["config"]["phases"] > 0
 
 
 def sweep(

@@ -29,7 +29,7 @@ from ..model.loading import WEIGHTS_HELP, model_from_artifact
 from ..model.parallel import Ranks, pick_device
 from ..model.storage import write_text
 from ..model.train import compute_dtype, device_name, is_fused, micro_batches_of, rows_per_rank
-from ..ttt.base import BaseNll
+from ..ttt.base import MICRO_TOKENS, BaseNll
 from ..ttt.documents import Document
 from ..ttt.engine import SLOTS_A_PLACE, Engine
 from ..ttt.protocols import TTTConfig, ttt_preset
@@ -158,7 +158,10 @@ def scoring(model: GPT, config: TTTConfig, documents: int, weights: str = "dense
         engine.rehearse()
         sizes = {longest + 1, next(size for size in range(longest, 1, -1) if size == 2 or not config.adapts(size - 1))}
         texts = [Document(str(size), np.zeros(size, dtype=np.uint16), size) for size in sizes]
-        BaseNll(engine.weights, texts, config, backend=backend)
+        # A product's tile depends on how many rows it has: batches of every size up to the largest.
+        most = max(1, MICRO_TOKENS[model.embed.device.type] // config.window)
+        for size in [1 << power for power in range(most.bit_length())]:
+            BaseNll(engine.weights, texts * size, config, backend=backend)
 
     facts = {"scoring": model.config.to_dict(), "ttt": config.to_dict(), "weights": weights, "dtype": str(model.dtype)}
     return Work(facts | {"slots": [slots == 1, slots % 16 == 0], "device": device_name(model.embed.device)}, run)

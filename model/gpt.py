@@ -54,7 +54,7 @@ class Block(nn.Module):
         q_rows, k_rows, v_rows = config.qkv_sizes
         self.config = config
         self.depth_scale = 1.0 / math.sqrt(index + 1)
-        self.resid_mix = nn.Parameter(torch.stack([torch.ones(width), torch.zeros(width)]))
+        self.resid_mix = nn.Parameter(torch.tensor([[1.0], [0.0]]).repeat(1, width))
         self.q = nn.Parameter(torch.empty(q_rows, width))
         self.k = nn.Parameter(torch.empty(k_rows, width))
         self.v = nn.Parameter(torch.empty(v_rows, width))

@@ -45,17 +45,18 @@ def test_bits_per_byte_count_short_documents_and_nothing_changes_without_a_learn
     assert Sample(tuning.weights, [document(12)]).run(TINY).long is None
 
 
-def row(bpb, seconds):
-    return {"adapted_bpb": bpb, "seconds": seconds, "wall_seconds": seconds}
+def row(bpb, seconds, phases=0):
+    return {"adapted_bpb": bpb, "seconds": seconds, "wall_seconds": seconds, "config": {"phases": phases}}
 
 
 def test_a_preset_takes_the_best_row_that_it_can_pay():
     rows = {
         QUICK: row(1.0, 1.0),
         THOROUGH: row(0.95, 5.0),
-        "cheap": row(0.97, 0.9),
-        "dear": row(0.94, 5.1),
+        "cheap": row(0.97, 1.04),
+        "dear": row(0.94, 5.3),
         "dearest": row(0.5, 8.1),
+        "phases": row(0.5, 0.9, phases=1),
         "diverged": row(None, 0.1),
         "failed": {"error": "no memory", "wall_seconds": 1.0},
     }
@@ -70,16 +71,24 @@ def test_the_rows_begin_with_what_is_to_be_beaten_and_try_every_lead():
         "context": {"recomputed", "cached"},
         "chunk": {256, 128, 64, 48, 32},
         "targets": {"q,k,v,head", ALL["targets"]},
-        "lora_rank": {8, 16, 64, 80},
+        "lora_rank": {8, 16, 32, 64, 80},
         "beta1": {0.9, 0.0},
         "window": {1024, 1536, 2048},
         "lr_half": {0, 2048},
-        "adapt_from": {0, 256},
+        "weight_decay": {0.0, 0.5},
+        "a_scale": {0.5, 1.0},
+        "phases": {0, 3},
     }.items():
         assert {getattr(config, name) for config in ROWS.values()} == values
     assert len({config.lr for config in ROWS.values()}) >= 6
     assert all((c.layout, c.protocol, c.deadline, c.temperature) == (START, "score_first", 0, 1) for c in ROWS.values())
     assert len({json.dumps(config.to_dict()) for config in ROWS.values()}) == len(ROWS)
+
+
+def test_documents_after_a_phase_start_from_what_it_learned():
+    tuning = Sample(randomized().requires_grad_(False), [document(100, n) for n in range(4)])
+    alone, learned = (tuning.run(TINY.override({"lr": 0.01, "phase_lr": 0.01, "phases": n})) for n in (0, 1))
+    assert alone.base_bpb == learned.base_bpb and alone.adapted_bpb != learned.adapted_bpb
 
 
 @pytest.mark.slow

@@ -83,6 +83,20 @@ assert warm.record(warm.training(preset, CPU), CPU).keys() == step.keys()
 config = ttt_preset().override({"batch": "32", "window": "64", "chunk": "32", "adapt_from": "16"})
 model = warm.untrained(preset, CPU).requires_grad_(False)
 scores = [warm.record(warm.scoring(model, config, slots, backend="triton"), CPU) for slots in warm.SLOTS]
+
+import numpy as np
+import torch
+from klora.ttt import base
+from klora.ttt.documents import Document
+
+# A product's tile depends on its rows, on a GPU's number of multiprocessors.
+base.MICRO_TOKENS["cpu"], dispatch.multiprocessors = 4096, lambda device: 12
+torch.set_num_threads(1)
+model.configure(CPU, torch.bfloat16)
+ahead = warm.record(warm.scoring(model, config, 24, backend="triton"), CPU)
+texts = [Document(str(n), np.zeros(n, np.uint16), n) for n in range(8, 200, 8)]
+late = warm.record(warm.Work({}, lambda: base.BaseNll(model, texts, config, backend="triton")), CPU)
+assert len(late) > 10 and not late.keys() - ahead.keys(), {late[key].name for key in late.keys() - ahead.keys()}
 modules = [sorted({one.function.fn.__module__.split(".")[2] for one in found.values()}) for found in (step, *scores)]
 print(json.dumps([modules, [list(found) for found in (step, *scores)]]))
 """

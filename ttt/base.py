@@ -24,8 +24,9 @@ from .documents import Document, Windows, chunk_windows
 from .hf_model import HfModel
 from .protocols import START, TTTConfig
 
-MICRO_TOKENS = {"cpu": 8192, "cuda": 65536}
-"""Tokens in one forward, by device type: what fits in cache, and what fills a GPU."""
+MICRO_TOKENS = {"cpu": 8192, "cuda": 131072}
+"""Tokens in one forward, by device type: what fits in cache, and what keeps a GPU ahead of the launches (NVIDIA H200,
+3.8 million tokens of `seed`: 1.66 s; at 65,536 2.28 s, at 524,288 1.60 s)."""
 
 PAD = 64
 """Windows are padded to a multiple of this."""
