@@ -19,11 +19,10 @@ from klora.model.corpus import Document as Text
 from klora.model.tokenizer import TokenizerError
 from klora.ttt import hf as hf_module
 from klora.ttt.audit import audit, scorer_of
-from klora.ttt.base import MICRO_TOKENS
 from klora.ttt.documents import Document
 from klora.ttt.hf import adapt_hf, begins_with, hashes_of_folder, hf_documents, load_hf, token_bytes_of
 from klora.ttt.hf_engine import HfStep
-from klora.ttt.hf_model import HfModel
+from klora.ttt.hf_model import MICRO_TOKENS, HfModel
 from klora.ttt.journal import Journal, fingerprint
 from klora.ttt.pipeline import Interrupted, ScoreRequest, score
 from klora.ttt.protocols import ttt_preset
@@ -112,7 +111,7 @@ def test_the_nll_is_that_of_a_peft_loop(name):
 def test_a_model_is_read_the_short_way_where_that_gives_its_own_bits(name):
     model = HfModel(family(name), TTT)
     assert (model.skips_masks, model.has_parts) == FAMILIES[name]
-    assert model.micro_tokens == MICRO_TOKENS["cpu"] // 2
+    assert model.micro_tokens == MICRO_TOKENS["cpu"]
     model.close()
     within = HfModel(tiny_llama("Mistral", sliding_window=64), TTT)
     assert within.skips_masks, "windows that no sliding window cuts"
