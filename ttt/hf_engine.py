@@ -92,18 +92,17 @@ def slots_of(lora: Lora, model: HfModel, config: TTTConfig) -> Slots:
     what PEFT trains.
     """
     pool = lora.pool
-    initial, rates = torch.zeros(pool.params.size(1)), torch.ones(pool.params.size(1))
+    rates = torch.ones(pool.params.size(1))
     draw = torch.Generator().manual_seed(config.adapter_seed)
     for index, (place, (a, b)) in enumerate(zip(pool.places, pool.leaves, strict=True)):
         target = model.ends[place.target]
         values = 2 * torch.rand(place.rank, place.inputs, generator=draw) - 1
-        _view(initial[None], a).copy_(config.a_scale * values / math.sqrt(place.inputs))
+        first, scale = config.a_scale * values / math.sqrt(place.inputs), config.scale(target)
+        pool.write(0, index, first, torch.zeros(place.outputs, place.rank), scale)
         for leaf in (a, b):
             _view(rates[None], leaf).fill_(getattr(config, f"{target}_lr"))
-        pool.scale[:, index] = config.scale(target)
-    initial, rates = initial.to(pool.device), rates.to(pool.device)
-    with torch.no_grad():
-        pool.params.copy_(initial.expand_as(pool.params))
+    pool.spread(0)
+    initial, rates = pool.params[0].clone(), rates.to(pool.device)
     decay = config.weight_decay * rates if config.weight_decay else None
     return Slots(config, pool.params, pool.grads, initial, rates, decay)
 
