@@ -3,9 +3,10 @@
 import hashlib
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,6 +17,7 @@ from .. import __version__
 from ..model.artifact import Artifact, load_artifact
 from ..model.config import ConfigError
 from ..model.corpus import Corpus
+from ..model.gpt import GPT
 from ..model.loading import WEIGHTS_HELP, model_from_artifact, model_from_run, tokenizer_of
 from ..model.lock import locked
 from ..model.parallel import is_one_of_many, own_device, processes_here, rank_of_many
@@ -34,11 +36,13 @@ from ..ttt.documents import (
     facts_of_tokens,
     with_own_names,
 )
+from ..ttt.hf import DTYPES, facts_of_model, hashes_of_folder, hf_documents, load_hf, token_bytes_of
+from ..ttt.hf_model import HfModel, require_for_hf
 from ..ttt.journal import Journal, fingerprint, has_journals, open_journal, remove_journals, settings_of
 from ..ttt.pipeline import SCORERS, Interrupted, ScoreRequest, pick_scorer
-from ..ttt.protocols import LEAK_WARNING, ORIGINAL, SCORE_FIRST, TTTConfig, label, ttt_preset
+from ..ttt.protocols import HF, LEAK_WARNING, ORIGINAL, SCORE_FIRST, TTTConfig, label, ttt_preset
 from ..ttt.queue import PATIENCE, queue_of_processes
-from ..ttt.report import write_report
+from ..ttt.report import TokenBytes, write_report
 from ..ttt.results import SCORE, SHORT, ScoreResult, is_short
 from ..ttt.sampling import sample
 from ..ttt.sweep import sweep
@@ -53,10 +57,30 @@ TOKEN_BYTES = 48
 """Disk space a token: 8 for each kept pass, written beside the one that it replaces, and its documents' lines."""
 
 
+Source = tuple[list[Path] | None, list[Path] | None, str, Path | None]
+"""--text, --jsonl, --field and --shards."""
+
+
 def score(
     artifact: Annotated[
-        Path | None, typer.Argument(help="Artifact that `klora export` wrote; --fields alone goes without.")
+        Path | None, typer.Argument(help="Artifact that `klora export` wrote; --fields and --hf go without.")
     ] = None,
+    hf: Annotated[
+        Path | None,
+        typer.Option(
+            "--hf",
+            metavar="FOLDER",
+            help="In an artifact's place: a causal model of Hugging Face and its tokenizer, as save_pretrained wrote "
+            "them. Nothing is fetched. The preset is hf.",
+        ),
+    ] = None,
+    dtype: Annotated[
+        str,
+        typer.Option(
+            "--dtype",
+            help=f"With --hf, what the model computes in: {', '.join(DTYPES)}. auto: bfloat16 on a GPU, else float32.",
+        ),
+    ] = "auto",
     out: Annotated[
         Path | None, typer.Option("--out", help="Folder of the results; ARTIFACT-score if left out.")
     ] = None,
@@ -82,7 +106,7 @@ def score(
             "--preset",
             help="quick (the default of score_first) and thorough (eight times the steps): constants that a sweep "
             "found for one pass; contest: another's for one pass; design (the default of the LEAKY protocols): the "
-            "original's, for six.",
+            "original's, for six; hf (the default with --hf): for models of Hugging Face.",
         ),
     ] = None,
     deadline: Annotated[
@@ -155,8 +179,9 @@ def score(
     before the adapter has seen it: that number is a valid score. The other protocols train on what they score; they are
     here to show what that is worth, and everything they print says LEAKY.
 
-    Without --text, --jsonl or --shards it scores the held-out part of Python's standard library. --out gets
-    documents.csv, score.json, report.html and report.png.
+    Without --text, --jsonl or --shards it scores the held-out part of Python's standard library. With --hf any causal
+    model of Hugging Face is scored in an artifact's place. --out gets documents.csv, score.json, report.html and
+    report.png.
 
     Example: klora score tiny.klora --text essays/ --out scores/
     """
@@ -165,12 +190,24 @@ def score(
     overrides |= {"protocol": protocol} if protocol is not None else {}
     overrides |= {"deadline": str(deadline)} if deadline is not None else {}
     overrides |= {"phases": str(phases)} if phases is not None else {}
+    preset = HF if hf and preset is None else preset
     config = ttt_preset(preset, overrides.get("protocol", SCORE_FIRST)).override(overrides)
     if fields:
         options.list_fields(output, config)
         return
-    if artifact is None:
-        raise ConfigError("no artifact was given; give the path of one that klora export wrote")
+    if hf:
+        _require_for_hf(
+            {"an artifact": artifact, "--shards": shards, "--prequant": prequant},
+            {"--weights": weights != "dense"},
+            text or jsonl,
+            config,
+        )
+    elif dtype != "auto":
+        raise ConfigError(f"--dtype {dtype} was given without --hf; leave it out")
+    elif artifact is None:
+        raise ConfigError(
+            "no artifact was given; give the path of one that klora export wrote, or a Hugging Face folder with --hf"
+        )
     if resume and overwrite:
         raise ConfigError("--resume and --overwrite were both given; give one of them")
     if shards and (text or jsonl):
@@ -182,7 +219,8 @@ def score(
         raise ConfigError("--sweep was given to several ranks; give it to one process, and its constants to the ranks")
     if nll and is_one_of_many():
         raise ConfigError("--nll was given to several ranks; score in one process")
-    folder = out or artifact.with_name(f"{artifact.stem}-score")
+    scored = hf or artifact
+    folder = out or scored.with_name(f"{scored.name if hf else scored.stem}-score")
     options.require_folder(folder)
     with locked(folder, rank_of_many(), say=output.warn):
         if not overwrite:
@@ -190,7 +228,7 @@ def score(
         if tunes and not (resume or overwrite) and has_journals(folder):  # found out before the sweep, not after it
             raise ConfigError(f"{folder} holds the journal of an interrupted run; give --resume or --overwrite")
         result = score_artifact(
-            artifact,
+            scored,
             (text, jsonl, field, shards),
             most_tokens,
             config,
@@ -206,13 +244,14 @@ def score(
             tunes,
             warm,
             nll,
+            dtype if hf else None,
         )
     output.result({"out": str(folder), **{k: v for k, v in result.to_json().items() if k != "documents"}})
 
 
 def score_artifact(
     path: Path,
-    source: tuple[list[Path] | None, list[Path] | None, str, Path | None],
+    source: Source,
     most_tokens: int,
     config: TTTConfig,
     folder: Path,
@@ -227,20 +266,27 @@ def score_artifact(
     tunes: bool = False,
     warm: bool = False,
     nll: Path | None = None,
+    hf_dtype: str | None = None,
 ) -> ScoreResult:
-    """Score the documents of `source` (text, jsonl, field, shards), write the results to `folder`, say the totals."""
+    """Score the documents of `source` (text, jsonl, field, shards), write the results to `folder`, say the totals.
+
+    `path` is an artifact; with `hf_dtype`, which goes to :func:`load_hf`, a folder of Hugging Face.
+    """
     seconds: dict[str, float] = {}
     started = time.perf_counter()
     require_writable(folder, SPARE_BYTES)
-    loaded, chosen = load_artifact(path), own_device(device)
+    chosen = own_device(device)
     scorer = pick_scorer(scorer, chosen)
-    model = model_from_artifact(loaded, chosen, weights)
-    before = model_from_run(prequant, chosen, of=loaded) if prequant else None
+    if hf_dtype is None:
+        subject = Subject.of_artifact(path, chosen, weights, prequant)
+    else:
+        subject = Subject.of_folder(path, chosen, hf_dtype, config)
+        weights, warm = subject.facts["hf"]["dtype"], False
+    model, before = subject.model, subject.before
     seconds["load"], started = time.perf_counter() - started, time.perf_counter()
-    tokenizer = tokenizer_of(loaded)
-    every = documents_of(source, tokenizer, loaded.provenance, output.warn)
+    every = subject.documents(source, output.warn)
     documents = _sampled(every, most_tokens)
-    of_bytes = facts_of_tokens(documents, tokenizer) if source[-1] else facts_of_texts()
+    of_bytes = facts_of_tokens(documents, subject.tokenizer) if source[-1] else facts_of_texts()
     seconds["tokenize"] = time.perf_counter() - started
     require_writable(folder, SPARE_BYTES + TOKEN_BYTES * sum(document.targets for document in documents))
     queue = queue_of_processes(patience)
@@ -264,8 +310,12 @@ def score_artifact(
             scorer=scorer,
             should_stop=lambda: bool(stop.received),
             say=output.say,
-            facts=_facts(path, loaded, chosen)
-            | {"weights": weights, "source": _facts_of_source(source, every, most_tokens)}
+            facts=subject.facts
+            | {
+                "device": device_name(chosen),
+                "weights": weights,
+                "source": _facts_of_source(source, every, most_tokens),
+            }
             | of_bytes,
             keeps_nll=nll is not None,
         )
@@ -279,7 +329,7 @@ def score_artifact(
                     output.say("stopped in the sweep, of which nothing is kept: the same command begins it again")
                     raise typer.Exit(128 + stop.received) from None
                 seconds["sweep"] = time.perf_counter() - started
-            of_run = " ".join(hashes_of(loaded).values()), request.documents, request.config, prequant is not None
+            of_run = " ".join(subject.hashes.values()), request.documents, request.config, prequant is not None
             more = {"weights": weights, "scorer": scorer}
             key, settings = fingerprint(*of_run, **more), settings_of(*of_run, **more)
             resume |= queue.is_restarted
@@ -298,13 +348,73 @@ def score_artifact(
         write_nll(nll, result)
         result.facts["nll"] = {"file": nll.name, "sha256": hashlib.sha256(nll.read_bytes()).hexdigest()}
     result.write(folder)
-    page = attempt("the report", lambda: write_report(result, folder, output.warn, tokenizer.token_bytes), output.warn)
+    page = attempt("the report", lambda: write_report(result, folder, output.warn, subject.token_bytes), output.warn)
     result.seconds["report"] = time.perf_counter() - started
     remove_journals(folder)
     say_totals(result, output)
     if page is not None:
         output.say(f"report: {page}")
     return result
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is scored: a model, its tokenizer, and what a result says of them; `before` is it before quantisation.
+
+    `documents` makes those of a source (text, jsonl, field, shards); its other argument hears of new names.
+    """
+
+    model: GPT | HfModel
+    tokenizer: Any
+    hashes: dict[str, str]
+    facts: dict[str, Any]
+    documents: Callable[[Source, Callable[[str], None]], list[Document]]
+    token_bytes: TokenBytes
+    before: GPT | None = None
+
+    @classmethod
+    def of_artifact(cls, path: Path, device: torch.device, weights: str, prequant: Path | None) -> "Subject":
+        """An artifact's. `prequant` is the run that it was exported from."""
+        loaded = load_artifact(path)
+        model = model_from_artifact(loaded, device, weights)
+        before = model_from_run(prequant, device, of=loaded) if prequant else None
+        tokenizer = tokenizer_of(loaded)
+
+        def documents(source: Source, say: Callable[[str], None]) -> list[Document]:
+            return documents_of(source, tokenizer, loaded.provenance, say)
+
+        facts = _facts(path, loaded)
+        return cls(model, tokenizer, hashes_of(loaded), facts, documents, tokenizer.token_bytes, before)
+
+    @classmethod
+    def of_folder(cls, folder: Path, device: torch.device, dtype: str, config: TTTConfig) -> "Subject":
+        """A Hugging Face folder's."""
+        module, tokenizer = load_hf(folder, device, dtype)
+        model, hashes = HfModel(module, config), hashes_of_folder(folder)
+
+        def documents(source: Source, say: Callable[[str], None]) -> list[Document]:
+            text, jsonl, field, _ = source
+            texts = options.corpus_from(text, jsonl, field).documents()
+            return with_own_names(list(hf_documents(texts, tokenizer)), say)
+
+        facts = {
+            "artifact": {"file": folder.name, **hashes},
+            "versions": versions() | {"transformers": version("transformers")},
+            **facts_of_model(model, tokenizer),
+        }
+        return cls(model, tokenizer, hashes, facts, documents, token_bytes_of(tokenizer))
+
+
+def _require_for_hf(
+    paths: Mapping[str, Path | None], others: Mapping[str, bool], texts: list[Path] | None, config: TTTConfig
+) -> None:
+    """ConfigError for what does not go with --hf, before the model is loaded."""
+    for name, given in (paths | others).items():
+        if given:
+            raise ConfigError(f"--hf was given together with {name}; give one of them")
+    if not texts:
+        raise ConfigError("--hf was given without --text or --jsonl; say what is to be scored")
+    require_for_hf(config)
 
 
 def _require_no_results(folder: Path) -> None:
@@ -329,7 +439,7 @@ def say_totals(result: ScoreResult, output: Output) -> None:
     mark += "".join(f" ({note})" for note in (result.phases_note, result.deadline_note) if note)
     names = {
         "prequant_bpb": "before quantisation",
-        "base_bpb": "after quantisation",
+        "base_bpb": "base model" if "hf" in result.facts else "after quantisation",
         "adapted_bpb": f"adapted, {label(result.config.protocol)}",
     }
     rows = [
@@ -447,7 +557,7 @@ def versions() -> dict[str, str]:
     return {"klora": __version__, "torch": torch.__version__}
 
 
-def _facts(path: Path, artifact: Artifact, device: torch.device) -> dict[str, Any]:
+def _facts(path: Path, artifact: Artifact) -> dict[str, Any]:
     """What a reader needs to know to trust or repeat the result."""
     return {
         "artifact": {
@@ -456,6 +566,5 @@ def _facts(path: Path, artifact: Artifact, device: torch.device) -> dict[str, An
             **hashes_of(artifact),
             "provenance": artifact.provenance,
         },
-        "device": device_name(device),
         "versions": versions(),
     }

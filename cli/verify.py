@@ -11,17 +11,21 @@ from ..model.loading import model_from_artifact, tokenizer_of
 from ..model.parallel import own_device
 from ..model.train import device_name
 from ..ttt.audit import AuditReport, Check
+from ..ttt.hf import hashes_of_folder
 from ..ttt.verify import RELATIVE, Stored, read_nll
 from ..ttt.verify import verify as verify_stored
 from . import options
 from .audit import finish
 from .console import Output
-from .score import documents_of, hashes_of, versions
+from .score import Subject, documents_of, hashes_of, versions
 
 
 def verify(
     result: Annotated[Path, typer.Argument(help="score.json that `klora score` wrote.")],
-    artifact: Annotated[Path, typer.Option("--artifact", help="The artifact that was scored.")],
+    artifact: Annotated[Path | None, typer.Option("--artifact", help="The artifact that was scored.")] = None,
+    hf: Annotated[
+        Path | None, typer.Option("--hf", metavar="FOLDER", help="The Hugging Face folder that was scored.")
+    ] = None,
     text: options.Text = None,
     jsonl: options.Jsonl = None,
     field: options.Field = "text",
@@ -55,18 +59,28 @@ def verify(
     output = Output(as_json)
     if shards and (text or jsonl):
         raise ConfigError("--shards was given together with --text or --jsonl; give one of them")
+    if (artifact is None) == (hf is None):
+        raise ConfigError("give what was scored, by --artifact or by --hf, and one of them alone")
+    if hf and not (text or jsonl):
+        raise ConfigError("--hf was given without --text or --jsonl; give the documents that were scored")
     options.require_field_is_read(field, jsonl)
     stored = Stored(result)
     kept = read_nll(nll, stored) if nll else None
-    loaded, chosen = load_artifact(artifact), own_device(device)
-    here = hashes_of(loaded)
+    chosen = own_device(device)
+    loaded = load_artifact(artifact) if artifact else None
+    here = hashes_of(loaded) if loaded else hashes_of_folder(hf)
     same = here == stored.hashes
     says = "header and payload have the hashes of the result" if same else f"{here} is another than {stored.hashes}"
     checks = [Check("artifact", same, says)]
     if same:
-        documents = documents_of((text, jsonl, field, shards), tokenizer_of(loaded), loaded.provenance)
-        model = model_from_artifact(loaded, chosen, stored.weights)
-        setting = {"versions": versions(), "device": device_name(chosen)}
+        if loaded:
+            documents = documents_of((text, jsonl, field, shards), tokenizer_of(loaded), loaded.provenance)
+            model, installed = model_from_artifact(loaded, chosen, stored.weights), versions()
+        else:
+            subject = Subject.of_folder(hf, chosen, stored.weights, stored.config)
+            documents = subject.documents((text, jsonl, field, None), output.warn)
+            model, installed = subject.model, subject.facts["versions"]
+        setting = {"versions": installed, "device": device_name(chosen)}
         about = {"share": share, "seed": seed, "rounding": rounding, "nll": kept}
         report = verify_stored(stored, model, documents, setting, **about)
         checks += report.checks

@@ -89,6 +89,12 @@ class Pool:
         lora_b[slot, :, :rank].copy_(b)
         self.scale[slot, index] = scale
 
+    @torch.no_grad()
+    def spread(self, slot: int) -> None:
+        """Make every slot's adapter the one of this slot."""
+        for tensor in (self.params, self.scale):
+            tensor.copy_(tensor[slot].clone())
+
     def read(self, slot: int, index: int, rank: int) -> tuple[Tensor, Tensor]:
         """Copies of A [rank, K] and B [N, rank]."""
         lora_a, lora_b = self.leaves[index]

@@ -104,6 +104,11 @@ class GPT(nn.Module):
                 nn.init.orthogonal_(matrix)
 
     @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return self.embed.device
+
+    @property
     def dtype(self) -> torch.dtype:
         """What the network computes in: `compute_dtype`, or the dtype of the parameters."""
         return self.compute_dtype or self.embed.dtype

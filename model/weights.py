@@ -72,6 +72,11 @@ class Weights:
     `attention`. Adapters and caches take no other."""
 
     @property
+    def device(self) -> torch.device:
+        """Where they are."""
+        return self.embed.device
+
+    @property
     def dtype(self) -> torch.dtype:
         """The compute dtype."""
         return self.head.dtype

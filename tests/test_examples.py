@@ -121,6 +121,18 @@ def test_adapting_beats_the_model_as_it_is_on_every_unseen_document(device, tmp_
 
 
 @on_both_devices
+def test_a_hugging_face_model_gains_on_every_unseen_document(device, tmp_path):
+    pytest.importorskip("transformers", reason="pip install -e '.[test]' brings transformers")
+    printed = run("adapt_a_huggingface_model.py", device, tmp_path)
+    first, last = numbers(rf"loss {NUMBER} nats", printed)
+    assert last < 0.7 * first
+    base, adapted = numbers(rf"unseen documents: {NUMBER} bits per byte, adapted {NUMBER} \(score_first\)", printed)
+    assert 0 < adapted < base and "valid: True" in printed
+    each = numbers(rf"tokens: {NUMBER} -> {NUMBER}", printed)
+    assert len(each) == 16 and all(after < before for before, after in zip(each[::2], each[1::2], strict=True))
+
+
+@on_both_devices
 def test_one_kernel_needs_nothing_else_and_agrees_with_plain_pytorch(device, tmp_path):
     printed = run("one_kernel_alone.py", device, tmp_path)
     assert "klora.model was imported: False" in printed

@@ -16,8 +16,11 @@ from klora.model.checkpoint import save_tensors
 from klora.model.config import ModelConfig
 from klora.model.corpus import Corpus
 from klora.ttt.sampling import is_for_tuning
+from tiny_hf import tiny_llama, tiny_tokenizer
 
 PACKAGES = (klora, klora.model, klora.ttt)
+pytest.importorskip("transformers", reason="pip install -e '.[test]' brings transformers")
+
 PUBLIC = {name: getattr(package, name) for package in PACKAGES for name in package.__all__ if name != "__version__"}
 
 
@@ -87,6 +90,8 @@ def names(tmp_path_factory, tokenizer):
             "document": klora.ttt.Document("notes", tokenizer.encode(text), len(text.encode())),
             "essays": one_of_each_half(tokenizer),
             "journal": journal,
+            "causal_lm": tiny_llama(),
+            "hf_tokenizer": tiny_tokenizer(eos_token="<|endoftext|>"),
         }
         journal.close()
 

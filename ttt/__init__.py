@@ -7,6 +7,7 @@ from ..lazy import lazy_exports
 if TYPE_CHECKING:
     from .audit import AuditReport, audit
     from .documents import Document, documents_from_texts
+    from .hf import adapt_hf
     from .journal import Journal
     from .pipeline import ScoreRequest, score
     from .protocols import TTTConfig, ttt_preset
@@ -19,6 +20,7 @@ __all__ = [
     "Journal",
     "ScoreRequest",
     "TTTConfig",
+    "adapt_hf",
     "audit",
     "documents_from_texts",
     "read_documents_csv",

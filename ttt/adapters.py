@@ -136,26 +136,30 @@ class AdapterLayout:
         return Adapters(slots, blocks), lora(self.head)
 
 
-class AdapterPool:
-    """`slots` adapters side by side, with their gradients, Adam moments and step counters.
+class Slots:
+    """Adapters side by side in the rows of `params` [slots, size], with gradients, Adam moments and step counters.
 
-    With phases there is one more, the slot `shared`, whose moments go on from phase to phase; None without.
+    `initial` [size] is the row that a document starts with, `group_lr` [size] what multiplies each parameter's learning
+    rate, `decay` [size] its weight decay, if there is any. `shared` is the slot of the phases' adapter; None without.
     """
 
-    def __init__(self, model: ModelConfig, ttt: TTTConfig, slots: int, device: torch.device, dtype=torch.float32):
-        self.layout, self.ttt = AdapterLayout(model, ttt), ttt
-        self.shared = slots if ttt.phases else None
-        slots += bool(ttt.phases)
-        self.initial = self.layout.initial(ttt.adapter_seed).to(device, dtype)
-        self.group_lr = self.layout.group_lr().to(device, dtype)
-        decay = self.layout.decay()
-        self.decay = None if decay is None else decay.to(device, dtype)
-        self.params = self.initial.expand(slots, -1).clone()
-        self.grads = torch.zeros_like(self.params)
-        self.exp_avg = torch.zeros_like(self.params)
-        self.exp_avg_sq = torch.zeros_like(self.params)
-        self.step = torch.zeros(slots, dtype=torch.int64, device=device)
-        self.lr = torch.zeros(slots, dtype=dtype, device=device)
+    def __init__(
+        self,
+        ttt: TTTConfig,
+        params: Tensor,
+        grads: Tensor,
+        initial: Tensor,
+        group_lr: Tensor,
+        decay: Tensor | None,
+        shared: int | None = None,
+    ):
+        self.ttt, self.shared = ttt, shared
+        self.params, self.grads = params, grads
+        self.initial, self.group_lr, self.decay = initial, group_lr, decay
+        self.exp_avg = torch.zeros_like(params)
+        self.exp_avg_sq = torch.zeros_like(params)
+        self.step = torch.zeros(len(params), dtype=torch.int64, device=params.device)
+        self.lr = torch.zeros(len(params), dtype=params.dtype, device=params.device)
 
     def start(self, slots: Tensor) -> None:
         """Put the slots that `slots` int64 names back to the initial state. What waits in `grads` is left there."""
@@ -166,6 +170,27 @@ class AdapterPool:
     def start_from_shared(self) -> None:
         """Let documents start from the shared adapter as it is now."""
         self.initial.copy_(self.params[self.shared])
+
+
+class AdapterPool(Slots):
+    """`slots` adapters of our own model.
+
+    With phases there is one more, the slot `shared`, whose moments go on from phase to phase.
+    """
+
+    def __init__(self, model: ModelConfig, ttt: TTTConfig, slots: int, device: torch.device, dtype=torch.float32):
+        self.layout = layout = AdapterLayout(model, ttt)
+        initial, decay = layout.initial(ttt.adapter_seed).to(device, dtype), layout.decay()
+        params = initial.expand(slots + bool(ttt.phases), -1).clone()
+        super().__init__(
+            ttt,
+            params,
+            torch.zeros_like(params),
+            initial,
+            layout.group_lr().to(device, dtype),
+            None if decay is None else decay.to(device, dtype),
+            slots if ttt.phases else None,
+        )
 
     def views(self, rows: Tensor, count: int) -> list[Tensor]:
         """Each part of the first `count` rows, as a view [count, *shape]."""

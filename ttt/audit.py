@@ -28,6 +28,7 @@ from ..model.weights import frozen_weights
 from .base import BaseNll
 from .documents import Document
 from .engine import engine_of
+from .hf_model import HfModel
 from .pipeline import ScoreRequest, score
 from .protocols import TTTConfig
 from .queue import Deadline
@@ -378,12 +379,12 @@ def _fault(tokens: np.ndarray, nll: np.ndarray) -> str:
     return ""
 
 
-def scorer_of(model: GPT, config: TTTConfig, scorer: str = "auto") -> Scorer:
+def scorer_of(model: GPT | HfModel, config: TTTConfig, scorer: str = "auto") -> Scorer:
     """The scorer that `klora score` is, for :func:`audit`: documents adapted under `config`, without a deadline."""
-    config = config.override({"deadline": 0.0})
+    config, dtype = config.override({"deadline": 0.0}), np.int32 if isinstance(model, HfModel) else np.uint16
 
     def scored(rows: list[np.ndarray]) -> Sequence[np.ndarray]:
-        documents = [Document(str(number), tokens.astype(np.uint16), 1) for number, tokens in enumerate(rows)]
+        documents = [Document(str(number), tokens.astype(dtype), 1) for number, tokens in enumerate(rows)]
         return score(ScoreRequest(model, documents, config, scorer=scorer, keeps_nll=True)).nll
 
     return scored

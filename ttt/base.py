@@ -10,6 +10,7 @@ waits for it until all results are read.
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from ..model import network
 from ..model.gpt import GPT
 from ..model.weights import Weights, frozen_weights
 from .documents import Document, Windows, chunk_windows
+from .hf_model import HfModel
 from .protocols import START, TTTConfig
 
 MICRO_TOKENS = {"cpu": 8192, "cuda": 131072}
@@ -49,7 +51,7 @@ class BaseNll:
 
     def __init__(
         self,
-        model: GPT | Weights,
+        model: GPT | Weights | HfModel,
         documents: Sequence[Document],
         config: TTTConfig,
         tick: Callable[[int], None] = lambda targets: None,
@@ -64,9 +66,7 @@ class BaseNll:
         self.targets = targets
         self.is_short = ~config.adapts(targets)
         plans = self._plans()
-        weights = model if isinstance(model, Weights) else frozen_weights(model)
-        device = weights.embed.device
-        backend = backend or ("reference" if weights.dtype == torch.float64 else None)
+        device = model.device
         tokens = np.concatenate([document.tokens for document in documents] or [np.zeros(0)]).astype(np.int32)
         on_device = torch.from_numpy(tokens).to(device)
         # The last cell takes what does not exist.
@@ -82,7 +82,13 @@ class BaseNll:
         done = int(targets.sum()) - sum(int((windows.length - windows.first).sum()) for windows, _, _ in plans)
         kept_at, is_new = time.monotonic(), False
         for windows, longest, temperature in plans:
-            for targets_sent in _score(weights, on_device, record, windows, longest, temperature, backend, say):
+            if isinstance(model, HfModel):
+                reader: Reader = model
+            else:
+                # Tables for the windows that there are: `longest` may be a bound that no document comes near.
+                most = -(-int(windows.length.max(initial=1)) // PAD) * PAD
+                reader = _Reader(frozen_weights(model), most, longest, backend)
+            for targets_sent in _score(reader, on_device, record, windows, temperature, say):
                 done, is_new = done + targets_sent, True
                 try:
                     tick(done)
@@ -118,21 +124,46 @@ class BaseNll:
         return float(self.nll[begin:end].sum(dtype=np.float64)), float(self.tempered[begin:end].sum(dtype=np.float64))
 
 
+class Reader(Protocol):
+    """A model as the base pass reads it. `micro_tokens` is how many tokens a forward may have."""
+
+    micro_tokens: int
+
+    def hidden(self, inputs: Tensor, tail: int) -> Tensor:
+        """What :meth:`nll` takes, of the last `tail` of `inputs` int [B, S]."""
+
+    def nll(self, hidden: Tensor, targets: Tensor, temperature: float) -> Tensor:
+        """NLL [B, tail] of `targets` int [B, tail]; 0 where a target is -100."""
+
+
+class _Reader:
+    """Our own model, for windows of up to `most` inputs, with the rotary base of `longest`."""
+
+    def __init__(self, weights: Weights, most: int, longest: int, backend: str | None):
+        self.weights, self.tables = weights, weights.rotary(most, longest)
+        self.backend = backend or ("reference" if weights.dtype == torch.float64 else None)
+        self.micro_tokens = MICRO_TOKENS[weights.device.type]
+
+    def hidden(self, inputs: Tensor, tail: int) -> Tensor:
+        cos, sin = (table[: inputs.size(1)].contiguous() for table in self.tables)
+        return network.hidden(self.weights, inputs, (cos, sin), tail=tail, backend=self.backend)
+
+    def nll(self, hidden: Tensor, targets: Tensor, temperature: float) -> Tensor:
+        softcap = self.weights.config.logit_softcap
+        return softcap_nll(hidden, self.weights.head, targets, softcap, temperature, backend=self.backend)
+
+
 @torch.no_grad()
 def _score(
-    weights: Weights,
+    reader: Reader,
     tokens: Tensor,
     record: Tensor,
     windows: Windows,
-    longest: int,
     temperature: float,
-    backend: str | None,
     say: Callable[[str], None],
 ) -> Iterator[int]:
     """Write the NLL of every target of `windows` into `record`, at temperature 1 and at `temperature`."""
     device = tokens.device
-    # Tables for the windows that there are: `longest` may be a bound that no document comes near.
-    cos, sin = weights.rotary(-(-int(windows.length.max(initial=1)) // PAD) * PAD, longest)
     start, length, first = (
         torch.from_numpy(a).to(device)[:, None] for a in (windows.start, windows.length, windows.first)
     )
@@ -144,15 +175,14 @@ def _score(
         column = torch.arange(padded, device=device)
         # Inputs past a window's end repeat its last one: nothing that is scored reads them.
         inputs = tokens[begin + torch.minimum(column, end - 1)]
-        tables = cos[:padded].contiguous(), sin[:padded].contiguous()
-        hidden = network.hidden(weights, inputs, tables, tail=tail, backend=backend)
+        hidden = reader.hidden(inputs, tail)
         scored = column[padded - tail :]
         exists = (scored >= scored_from) & (scored < end)
         at = begin + torch.minimum(scored, end - 1) + 1
         targets = torch.where(exists, tokens[at], -100)
         place = torch.where(exists, at, record.size(1) - 1).flatten()
         for divisor in dict.fromkeys((1.0, temperature)):
-            nll = softcap_nll(hidden, weights.head, targets, weights.config.logit_softcap, divisor, backend=backend)
+            nll = reader.nll(hidden, targets, divisor)
             into = record[0 if divisor == 1.0 else 1 :]
             into.index_copy_(1, place, nll.flatten().float().expand(len(into), -1))
 
@@ -167,7 +197,7 @@ def _score(
         return True
 
     # Several threads of a CPU share out a product's rows by how many there are: a batch would change the last bits.
-    most = 1 if device.type == "cpu" and torch.get_num_threads() > 1 else MICRO_TOKENS[device.type]
+    most = 1 if device.type == "cpu" and torch.get_num_threads() > 1 else reader.micro_tokens
     waiting = list(_batches_of_one_length(windows.length, most))[::-1]
     while waiting:
         rows, padded = waiting.pop()

@@ -24,7 +24,8 @@ ENCODE_BATCH, ENCODE_CHARACTERS = 256, 2**22
 class Document:
     """One document to score: uint16 `tokens` [n + 1] of which the first is BOS, and the UTF-8 bytes of its text.
 
-    `text_sha256` is the hex SHA-256 of the text; empty where a document came as tokens.
+    Tokens of models of transformers, of any vocabulary, are int32. `text_sha256` is the hex SHA-256 of the text; empty
+    where a document came as tokens.
 
     Example: document = Document("notes", tokenizer.encode(text), len(text.encode()))
     """

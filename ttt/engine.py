@@ -24,14 +24,15 @@ from ..model.config import ModelConfig
 from ..model.gpt import GPT
 from ..model.graphs import capture_stream, captured
 from ..model.weights import frozen_weights
-from .adapters import AdapterLayout, AdapterPool
+from .adapters import AdapterLayout, AdapterPool, Slots
 from .documents import Document
+from .hf_model import HfModel
 from .phases import SharedStep, shared_steps
 from .protocols import CACHED, MIN_NLL, RECOMPUTED, TARGETS, TTTConfig
 from .queue import Deadline
 from .results import Adapted
 from .ring import Ring, ring_numbers
-from .schedule import Round, Schedule, Waiting, queues_of, visits_of
+from .schedule import Queue, Round, Schedule, Waiting, queues_of, visits_of
 from .step import (
     CHUNKS,
     COUNT,
@@ -165,8 +166,8 @@ class Engine:
         capture: bool | None = None,
         backend: str | None = None,
     ):
-        device = model.embed.device
-        self.config, self.device = config, device
+        self.config, self.device = config, model.device
+        device = self.device
         can_capture = device.type == "cuda" and backend != "reference"
         self.captures = can_capture if capture is None else capture
         if self.captures and not can_capture:
@@ -182,9 +183,8 @@ class Engine:
         batch, slots, self.facts = self._fit(model, tokens, slots)
         self.rows = sorted({row for row in rows if 0 < row < batch} | {batch})
         self.facts |= {"rows": self.rows, "captured": self.captures, "context": config.context}
-        self.pool = AdapterPool(model.config, config, slots, device, dtype)
-        self.weights, self.backend = frozen_weights(model), backend
-        self.ring = Ring(self.weights, config, slots, self.longest, can_capture) if config.context == CACHED else None
+        self.backend = backend
+        self._make_pool(model, slots, dtype, can_capture)
         self.tokens = torch.zeros(tokens, dtype=torch.int32, device=device)
         places = max(batch, self._shared_places)
         self.record = torch.zeros(self._records * tokens + places * config.chunk, dtype=dtype, device=device)
@@ -200,6 +200,27 @@ class Engine:
         # Of this GPU and for all graphs: PyTorch's own stream for captures is of the first GPU that captured, and
         # memory freed on one stream is not handed out on another.
         self._stream = capture_stream(self, self.device) if self.captures else None
+
+    def _make_pool(self, model: GPT, slots: int, dtype: torch.dtype, can_capture: bool) -> None:
+        """The weights as a step reads them, the adapters, and what is kept of their documents' context."""
+        config = self.config
+        self.pool: Slots = AdapterPool(model.config, config, slots, self.device, dtype)
+        self.weights = frozen_weights(model)
+        self.ring = Ring(self.weights, config, slots, self.longest, can_capture) if config.context == CACHED else None
+
+    def _slot_bytes(self, model: GPT) -> int:
+        return slot_bytes(model, self.config)
+
+    def _activation_bytes(self, model: GPT, config: TTTConfig, rows: int) -> int:
+        return activation_bytes(model, config, rows)
+
+    def _tables_bytes(self, model: GPT) -> int:
+        """cos and sin in fp32, of up to twice the positions."""
+        return 8 * self.longest * model.config.head_dim if self.config.context == CACHED else 0
+
+    def _new_step(self, queue: Queue, rows: int, ring: Ring | None) -> EngineStep:
+        state = self.pool, self.tokens, self.record, self.plan, self.chunks
+        return EngineStep(self.weights, *state, queue, rows, self.backend, ring)
 
     @property
     def _records(self) -> int:
@@ -217,17 +238,15 @@ class Engine:
         A step's activations count twice with graphs: their pool holds those of the largest step while another one,
         hardly smaller, runs once before its capture.
         """
-        config, each = self.config, slot_bytes(model, self.config)
-        # cos and sin in fp32, of up to twice the positions.
-        tables = 8 * self.longest * model.config.head_dim if config.context == CACHED else 0
+        config, each, tables = self.config, self._slot_bytes(model), self._tables_bytes(model)
 
         def chosen(batch: int) -> int:
             return slots_a_place(config) * batch if slots is None else slots
 
         def needed(batch: int) -> int:
-            largest = activation_bytes(model, config, batch)
+            largest = self._activation_bytes(model, config, batch)
             if config.phases:
-                largest = max(largest, activation_bytes(model, self._whole, self._shared_places))
+                largest = max(largest, self._activation_bytes(model, self._whole, self._shared_places))
             rows = chosen(batch) + bool(config.phases)
             return 4 * tokens * (1 + self._records) + tables + rows * each + (1 + self.captures) * largest
 
@@ -263,8 +282,7 @@ class Engine:
         """A step of documents, or of whole windows whatever the context."""
         queue, rows, trains = shape
         queues, ring = (queues_of(self._whole), None) if whole else (self.queues, self.ring)
-        weights, state = self.weights, (self.pool, self.tokens, self.record, self.plan, self.chunks)
-        step = EngineStep(weights, *state, queues[queue], rows, self.backend, ring)
+        step = self._new_step(queues[queue], rows, ring)
         run = step.train if trains else step.score
         if not self.captures:
             return run
@@ -544,12 +562,13 @@ class Run:
         return self._reached.copy()
 
 
-def engine_of(model: GPT, config: TTTConfig, documents: Sequence[Document], **options: Any) -> Engine:
-    """An engine of the size of `documents`, whose options these are."""
+def engine_of(model: GPT | HfModel, config: TTTConfig, documents: Sequence[Document], **options: Any) -> Engine:
+    """An engine of the size of `documents`, whose options these are: the one that adapts models like `model`."""
     # More slots than documents would stay empty.
     options.setdefault("slots", max(1, min(slots_a_place(config) * config.batch, len(documents))))
     sizes = [2, *(document.targets + 1 for document in documents)]
-    return Engine(model, config, max(2, sum(sizes[1:])), longest=max(sizes), **options)
+    make = model.engine if isinstance(model, HfModel) else functools.partial(Engine, model)
+    return make(config, max(2, sum(sizes[1:])), longest=max(sizes), **options)
 
 
 def memory_of(facts: dict[str, Any]) -> str:

@@ -30,6 +30,7 @@ from ..model.weights import Weights, frozen_weights
 from .base import BaseNll
 from .documents import Document
 from .engine import ROWS, Engine, engine_of, memory_of
+from .hf_model import HfModel
 from .journal import Journal, JournalError, NoJournal
 from .phases import groups_of
 from .protocols import TTTConfig
@@ -98,7 +99,7 @@ class ScoreRequest:
     Example: request = ScoreRequest(model, [document], ttt_preset())
     """
 
-    model: GPT
+    model: GPT | HfModel
     documents: Sequence[Document]
     config: TTTConfig
     journal: Journal | None = None
@@ -127,7 +128,7 @@ def score(request: ScoreRequest) -> ScoreResult:
 
     Example: result = score(ScoreRequest(model, [document], ttt_preset()))
     """
-    scorer = pick_scorer(request.scorer, request.model.embed.device)
+    scorer = pick_scorer(request.scorer, request.model.device)
     for model in filter(None, (request.model, request.prequant)):
         model.requires_grad_(False)
     run = _Run(request, request.queue or DocumentQueue(), request.journal or NoJournal(), scorer)
@@ -184,6 +185,11 @@ def _scored_again(
     return {index: found[index][1] for index in indices}
 
 
+def _frozen(model: GPT | HfModel) -> Weights | HfModel:
+    """What passes and engines read, made once."""
+    return model if isinstance(model, HfModel) else frozen_weights(model)
+
+
 class _Run:
     """What one process does of a request. `seconds` by phase are those of interrupted runs, too."""
 
@@ -194,8 +200,8 @@ class _Run:
         sizes = np.array([len(document.tokens) for document in self.documents], dtype=np.int64)
         self.ends = np.cumsum(sizes)
         self.begins = self.ends - sizes
-        self.weights = frozen_weights(request.model)
-        self.unadapted = {"base": self.weights}
+        self.weights = _frozen(request.model)
+        self.unadapted: dict[str, Weights | HfModel] = {"base": self.weights}
         if request.prequant is not None:
             self.unadapted["prequant"] = frozen_weights(request.prequant)
         self.drafts: dict[int, DocumentResult] = {}
@@ -365,7 +371,7 @@ class _Run:
             )
 
     def _pass(
-        self, phase: str, weights: Weights, indices: Sequence[int], tick: Callable[[str, int, int], None]
+        self, phase: str, weights: Weights | HfModel, indices: Sequence[int], tick: Callable[[str, int, int], None]
     ) -> None:
         """One unadapted model's NLL of documents, into the journal's array; what that holds is not computed again."""
         if not indices:
@@ -522,7 +528,7 @@ class _Run:
 
     @property
     def _is_on_cpu(self) -> bool:
-        return self.weights.embed.device.type == "cpu"
+        return self.weights.device.type == "cpu"
 
     def _engine_for(self, documents: Sequence[Document]) -> Engine:
         """An engine for these documents; with phases one for all documents, which has the shared adapter."""

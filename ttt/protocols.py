@@ -267,7 +267,7 @@ class TTTConfig(Settings):
         return (last - self.window).clip(min=0)
 
 
-DESIGN, QUICK, THOROUGH, CONTEST = "design", "quick", "thorough", "contest"
+DESIGN, QUICK, THOROUGH, CONTEST, HF = "design", "quick", "thorough", "contest", "hf"
 
 PRESETS: dict[str, dict[str, Any]] = {
     DESIGN: {"deadline": 550.0},
@@ -299,21 +299,31 @@ PRESETS: dict[str, dict[str, Any]] = {
         "weight_decay": 0.5,
         "temperature": 1.0,
     },
+    HF: {
+        "layout": START,
+        "targets": "q,k,v,o,up,down",
+        "lr": 0.0005,
+        **{f"{target}_lr": 1.0 for target in TARGETS},
+        "bias_lr": 0.0,
+        "beta1": 0.0,
+        "temperature": 1.0,
+    },
 }
 """Named sets of constants, as changes to the defaults. `design` is the original's, made for six passes over the same
 text in 550 seconds. The others have no deadline and the layout `start`, so that no score depends on a machine's speed
 or on later text. They are from a sweep of one pass of score_first (docs/notes/adapting.md), in the layout `original`:
 `thorough` is its end, but for adapting to documents of 66 to 511 tokens, which was worth nothing; `quick` is the best
 row with the design's one step for 256 targets, at the temperature of the other. `contest` is another's, to be compared
-with: one rate for all matrices and no biases."""
+with: one rate for all matrices and no biases. `hf` is for models of transformers: as `quick`, but for what those have
+not, all matrices but the head at one rate, and Adam without a mean of gradients. It is not tuned yet."""
 
 
 def ttt_preset(name: str | None = None, protocol: str = SCORE_FIRST) -> TTTConfig:
     """The config of a preset under `protocol`. None: `quick` for score_first, `design` for the leaky protocols.
 
-    Presets are `quick`, `thorough`, `contest` and `design`. The leaky protocols keep the layout `original`, which
-    `contest` cannot have. ConfigError: a name or a protocol that does not exist, or a preset under a leaky protocol
-    that is not for it.
+    Presets are `quick`, `thorough`, `contest`, `design` and, for models of transformers, `hf`. The leaky protocols keep
+    the layout `original`, which `contest` cannot have. ConfigError: a name or a protocol that does not exist, or a
+    preset under a leaky protocol that is not for it.
 
     Example: config = ttt_preset("thorough").override({"adapt_from": 512})
     """

@@ -139,6 +139,8 @@ def _page(result: ScoreResult, png: bytes, missing: str, token_bytes: TokenBytes
         ("after quantisation", base, "no scored document has text"),
         (f"adapted{mark}", adapted, "no scored document has text"),
     ]
+    if _is_hf(result):  # nothing was quantised
+        cards = [("base model", *cards[1][1:]), cards[2]]
     heading = f"Bits per byte under {label(config.protocol)}"
     return PAGE.substitute(
         title=escape(f"klora report: {label(config.protocol)}"),
@@ -182,13 +184,20 @@ def _differences(result: ScoreResult, totals: dict[str, Any]) -> str:
     share = ", part of it in documents that the deadline left out" if result.deadline_hit else ""
     if not result.deadline_hit and gain is not None and gain > 0 and by_temperature > 0:
         share = f", {by_temperature / gain:.0%} of the gain{mark}"
+    is_hf = _is_hf(result)
     items = [
-        f"Quantisation gap (after - before): {_signed(gap)}",
-        f"Gain by adaptation{mark} (after quantisation - adapted; positive is better): {_signed(gain)}",
+        *([] if is_hf else [f"Quantisation gap (after - before): {_signed(gap)}"]),
+        f"Gain by adaptation{mark} ({'base model' if is_hf else 'after quantisation'} - adapted; positive is better): "
+        f"{_signed(gain)}",
         f"Temperature alone (logits / {result.config.temperature:g} on documents long enough to adapt, nothing "
         f"adapted): {_signed(by_temperature)}{share}",
     ]
     return "\n".join(f"<li>{escape(item)}</li>" for item in items)
+
+
+def _is_hf(result: ScoreResult) -> bool:
+    """Whether a model of transformers was scored."""
+    return "hf" in result.facts
 
 
 def _has_gains(result: ScoreResult) -> bool:

@@ -20,7 +20,7 @@ from ..model import network
 from ..model.network import Adapters
 from ..model.ranges import phase
 from ..model.weights import Weights
-from .adapters import AdapterPool
+from .adapters import Slots
 from .head import head_nll, head_nll_grads_
 from .protocols import learning_rate
 from .ring import LEAD, Ring, RingContext
@@ -55,7 +55,7 @@ class EngineStep:
     def __init__(
         self,
         weights: Weights,
-        pool: AdapterPool,
+        pool: Slots,
         tokens: Tensor,
         record: Tensor,
         plan: Tensor,
@@ -68,14 +68,18 @@ class EngineStep:
         self.weights, self.pool, self.ttt, self.backend = weights, pool, pool.ttt, backend
         self.tokens, self.record, self.plan, self.chunks = tokens, record, plan, chunks
         self.rows, length = rows, queue.length
-        self.loss = weights.config.logit_softcap, queue.temperature
         self.writes_pool = backend == "triton" or (backend is None and tokens.is_cuda)
         self.ring = ring
-        cos, sin = weights.rotary(length, self.ttt.window)
-        self.rotary = cos[:length].contiguous(), sin[:length].contiguous()
+        self._prepare(queue)
         self.column = torch.arange(0 if ring is None else -LEAD, length, device=tokens.device)
         self.scored = self.column[-self.ttt.chunk :]
         self.nowhere = len(record) - torch.arange(rows * self.ttt.chunk, device=tokens.device).view(rows, -1) - 1
+
+    def _prepare(self, queue: Queue) -> None:
+        """What a forward over the windows of `queue` reads beside its inputs."""
+        cos, sin = self.weights.rotary(queue.length, self.ttt.window)
+        self.rotary = cos[: queue.length].contiguous(), sin[: queue.length].contiguous()
+        self.loss = self.weights.config.logit_softcap, queue.temperature
 
     @torch.no_grad()
     def score(self) -> None:
@@ -85,11 +89,8 @@ class EngineStep:
         same bits.
         """
         slots, inputs, targets, place = self._inputs()
-        adapters, head = self.pool.layout.adapters(slots, self._parts(self.pool.params))
         context = self._context()
-        hidden = self._hidden(inputs, adapters, context)
-        nll = head_nll(hidden, self.weights.head, head, targets, *self.loss, slots=slots, backend=self.backend)
-        self._write(nll, place)
+        self._write(self._nll(slots, inputs, targets, context), place)
         if context is not None:
             context.write(self.backend)
 
@@ -124,6 +125,12 @@ class EngineStep:
         at = start + torch.minimum(self.scored, length - 1) + 1
         targets = torch.where(exists, self.tokens[at], -100)
         return slots, inputs, targets, torch.where(exists, row * len(self.tokens) + at, self.nowhere)
+
+    def _nll(self, slots: Tensor, inputs: Tensor, targets: Tensor, context: RingContext | None) -> Tensor:
+        """The NLL [rows, chunk], with the bits of :meth:`_gradients`."""
+        adapters, head = self.pool.layout.adapters(slots, self._parts(self.pool.params))
+        hidden = self._hidden(inputs, adapters, context)
+        return head_nll(hidden, self.weights.head, head, targets, *self.loss, slots=slots, backend=self.backend)
 
     def _gradients(
         self, slots: Tensor, inputs: Tensor, targets: Tensor, share: Tensor, context: RingContext | None

@@ -22,6 +22,7 @@ from ..model.gpt import GPT
 from ..model.storage import write_bytes
 from .audit import AuditReport, Check
 from .documents import Document
+from .hf_model import HfModel
 from .pipeline import ScoreRequest, score
 from .protocols import TTTConfig
 from .results import FINISHED, ScoreResult, bits_per_byte
@@ -102,7 +103,7 @@ def read_nll(path: str | Path, stored: Stored) -> list[np.ndarray]:
 
 def verify(
     stored: Stored,
-    model: GPT,
+    model: GPT | HfModel,
     documents: Sequence[Document],
     setting: Mapping[str, Any],
     *,
