@@ -12,10 +12,12 @@ import triton.language as tl
 from torch import Tensor
 
 from .dispatch import device_of
+from .launch import launched
 
 BLOCK = 2048
 
 
+@launched
 @triton.jit
 def _update(ema_ptr, total_ptr, w_ptr, weights_ptr, N, BLOCK: tl.constexpr):
     a, b = tl.load(weights_ptr), tl.load(weights_ptr + 1)

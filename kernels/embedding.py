@@ -37,6 +37,7 @@ from .dispatch import (
     refuse_in_reference,
     resolve_backend,
 )
+from .launch import launched
 from .rms_norm import EPS, rms_norm_ref
 
 ROWS, WARPS = 4, 4
@@ -90,6 +91,7 @@ def _normed(
     return e * rstd[:, None], rstd, has_before
 
 
+@launched
 @triton.jit(do_not_specialize=["S", "V"])
 def _forward(
     tokens_ptr, embed_ptr, bigram_ptr, gate_ptr, out_ptr, S, V,
@@ -108,6 +110,7 @@ def _forward(
     tl.store(out_ptr + offsets, x0.to(out_ptr.dtype.element_ty), mask=mask)
 
 
+@launched
 @triton.jit(do_not_specialize=["S", "V"])
 def _backward(
     dout_ptr, more_ptr, tokens_ptr, embed_ptr, bigram_ptr, gate_ptr, de_ptr, sums_ptr, S, V,
@@ -147,6 +150,7 @@ def _backward(
     tl.store(sums_ptr + tl.program_id(0).to(tl.int64) * D + column, tl.sum(dgate, 0), mask=wide)
 
 
+@launched
 @triton.jit
 def _sum_rows(
     de_ptr, order_ptr, starts_ptr, out_ptr, D: tl.constexpr, SEGMENT: tl.constexpr, COLUMNS: tl.constexpr

@@ -29,6 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .dispatch import INTEGERS, custom_op, expect, resolve_backend
+from .launch import launched
 from .slots import is_in_pool
 
 
@@ -85,6 +86,7 @@ def pick_config() -> LoraAdamConfig:
     return LoraAdamConfig(block=2048, num_warps=4)
 
 
+@launched
 @triton.jit
 def _adam(
     params_ptr,

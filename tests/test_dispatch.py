@@ -25,6 +25,7 @@ from klora.kernels.dispatch import (
     is_hopper,
     l2_bytes,
     multiprocessors,
+    on_its_device,
     padded_rank,
     refuse_in_reference,
 )
@@ -32,20 +33,24 @@ from klora.kernels.dispatch import (
 
 def tensor_on(device: str) -> Mock:
     device = torch.device(device)
-    return Mock(spec=torch.Tensor, device=device, is_cuda=device.type == "cuda")
+    gpu = -1 if device.index is None else device.index
+    return Mock(spec=torch.Tensor, device=device, is_cuda=device.type == "cuda", get_device=lambda: gpu)
 
 
 @pytest.mark.parametrize("arguments", [lambda t: (t,), lambda t: (2, "x", None, t), lambda t: (1.0, [t, t], "y")])
-def test_the_device_is_that_of_the_first_tensor(arguments, monkeypatch):
+def test_the_device_is_that_of_the_first_tensor(arguments):
+    for device, number in (("cuda:1", 1), ("cpu", -1)):
+        assert device_of(*arguments(tensor_on(device)), tensor_on("cuda:0")) == number
+    assert device_of() == device_of([], (), "z") == -1
+
+
+def test_the_current_gpu_is_changed_only_for_tensors_of_another(monkeypatch):
     chosen = []
     monkeypatch.setattr(torch.cuda, "device", lambda device: chosen.append(device) or nullcontext())
-    for device in ("cuda:1", "cpu"):
-        with device_of(*arguments(tensor_on(device)), tensor_on("cuda:0")):
-            pass
-    assert chosen == [torch.device("cuda:1")]
-    with device_of(), device_of([], (), "z"):
-        pass
-    assert len(chosen) == 1
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr("klora.kernels.dispatch.device_of", lambda number: number)
+    function = on_its_device(lambda number: number)
+    assert [function(number) for number in (-1, 0, 1)] == [-1, 0, 1] and chosen == [1]
 
 
 def test_the_schema_and_the_result_are_the_functions_own():

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..dispatch import round_up
 from ..dot import multiply, multiply_add
+from ..launch import launched
 from ..tile import UNIT, halves, off_unit, tiled, unrotate
 from .cached_keys import NO_CACHE, Cache, ring_of
 from .forward import (
@@ -105,6 +106,7 @@ def _add_dq(
     return dq
 
 
+@launched
 @triton.jit(do_not_specialize=["SLOTS", "CAPACITY", "WINDOW", "T", "OFFSET", "BLOCKS"])
 def _dq_kernel(
     q_d, k_d, v_d, out_d, dout_d, dq_d, lse_ptr, rows_ptr, cos_ptr, sin_ptr, gain_ptr, rstd_ptr, sums_ptr, start_ptr,
@@ -210,6 +212,7 @@ def _reached(starts, n, T, OFFSET, BN: tl.constexpr):
     return within, reach
 
 
+@launched
 @triton.jit(do_not_specialize=["T", "OFFSET", "BLOCKS"])
 def _dkdv_kernel(
     q_d, k_d, v_d, dout_d, rows_d, dk_d, dv_d, cos_ptr, sin_ptr, rstd_ptr, start_ptr,
@@ -263,6 +266,7 @@ def _dkdv_kernel(
     store(dk_d, dk, b, g, n, 1, BN, D)
 
 
+@launched
 @triton.jit(do_not_specialize=["B", "BLOCKS"])
 def _gain_kernel(sums_ptr, gain_ptr, dgain_ptr, B, BLOCKS, H: tl.constexpr, BLOCK: tl.constexpr):
     """The gradient of one head's gain, from its sums [B, H, BLOCKS] in their order; 0 where the gain is 0."""

@@ -37,6 +37,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..dispatch import INTEGERS, custom_op, describe, expect, refuse_gradients, resolve_backend
+from ..launch import launched
 from ..slots import is_in_pool, rows_of_slots
 from .op import cached_op, check_heads, check_qkv
 
@@ -89,6 +90,7 @@ def cache_write_ref_(
         cache_k[cells], cache_v[cells] = k[is_written], v[is_written]
 
 
+@launched
 @triton.jit(do_not_specialize=["SLOTS", "CAPACITY", "T"])
 def _write_kernel(
     cache_k_ptr, cache_v_ptr, k_ptr, v_ptr, slots_ptr, filled_ptr, count_ptr, SLOTS, CAPACITY, T,

@@ -13,6 +13,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..dot import multiply, multiply_add
+from ..launch import launched
 from .cached_keys import NO_CACHE, Cache, load_cells, ring_of
 
 LOG2_E = math.log2(math.e)
@@ -170,6 +171,7 @@ def _attend_bounded(
     return acc, total
 
 
+@launched
 @triton.jit(do_not_specialize=["SLOTS", "CAPACITY", "WINDOW", "T", "OFFSET", "BLOCKS"])
 def _forward_kernel(
     q_d, k_d, v_d, out_d, lse_ptr, gain_ptr, start_ptr, cache_k_ptr, cache_v_ptr, slots_ptr, filled_ptr,

@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..dispatch import aligned, empty_aligned, is_aligned, multiprocessors
+from ..launch import launched
 from ..rms_norm import EPS
 from ..tile import halves, norm_rotate, tiled
 from .turns import launch_heads, launch_slope, takes
@@ -178,6 +179,7 @@ def _finish_pieces(
         _finish_pieces(out_d, kept_d, right, m, n + N // 2, M, N // 2, PIECES // 2, EPILOGUE)
 
 
+@launched
 @triton.jit(do_not_specialize=["TILES", "S", "ROWS"])
 def _product_kernel(
     x_d, w_d, out_d, kept_d, cos_ptr, sin_ptr, gain_ptr, rstd_ptr, factors_ptr, TILES, S, ROWS,

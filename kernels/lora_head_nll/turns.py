@@ -18,6 +18,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma
 
 from ..dispatch import multiprocessors
+from ..launch import launched
 from ..pingpong import (
     ACC,
     BLOCK,
@@ -132,6 +133,7 @@ def _sweep(
     )  # fmt: skip
 
 
+@launched
 @triton.jit(do_not_specialize=["rows"])
 def _finish_rows(
     targets_ptr, totals_ptr, z_targets_ptr, nll_ptr, lse_ptr, top_ptr, e_ptr, rows, stride_e, softcap, gain, scale,

@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..dispatch import is_aligned, is_packed
+from ..launch import launched
 from .tiles import is_stacked, stacked_rank
 
 
@@ -57,6 +58,7 @@ PACK = 4096
 """Numbers that a program of the packing launch rounds."""
 
 
+@launched
 @triton.jit
 def _pack_kernel(
     a_ptr, b_ptr, packed_a_ptr, packed_b_ptr, slots_ptr, a_stride, b_stride, count, A, N,

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..dispatch import padded_rank
 from ..dot import multiply_add
+from ..launch import launched
 from ..tile import tiled
 from .adapters import Adapters
 from .tiles import (
@@ -68,6 +69,7 @@ def _store_dx(dx_d, kept_d, dx, b, s, d, BM: tl.constexpr, BD: tl.constexpr):
         store_slopes(dx_d, kept_d, dx, b, s, d, BM, BD)
 
 
+@launched
 @triton.jit(do_not_specialize=["S", "TILES", "COUNT"])
 def _dx_kernel(
     q_d, k_d, v_d, w_d, a_ptr, b_d, slots_ptr, dx_d, kept_d, t_ptr, a_stride, S, TILES, COUNT,
@@ -161,6 +163,7 @@ def _following(every, slot, b, B, BP: tl.constexpr):
     return tl.min(tl.where((every == slot) & (j > b) & (j < B), j, B))
 
 
+@launched
 @triton.jit(do_not_specialize=["B", "S", "TILES"])
 def _db_kernel(
     q_d, k_d, v_d, xa_d, db_ptr, slots_ptr, db_stride, count, B, S, TILES,
@@ -196,6 +199,7 @@ def _db_kernel(
             tl.store(out, db, (row < width)[:, None] & (r < R)[None, :])
 
 
+@launched
 @triton.jit(do_not_specialize=["B", "S"])
 def _da_kernel(
     t_d, x_d, da_ptr, slots_ptr, da_stride, count, B, S,

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..dispatch import aligned, padded_rank
 from ..dot import multiply_add
+from ..launch import launched
 from ..rms_norm import EPS
 from ..tile import tiled
 from .adapters import adapters_of, empty_packed
@@ -83,6 +84,7 @@ def _store_piece(q_d, k_d, v_d, p, b, s, n, piece, M: tl.constexpr, N: tl.conste
     out_d.store([b, s, n], piece.reshape(1, M, N))
 
 
+@launched
 @triton.jit(do_not_specialize=["S", "TILES", "COUNT"])
 def _forward_kernel(
     x_d, w_d, a_d, b_ptr, slots_ptr, q_d, k_d, v_d, xa_ptr, u_ptr, cos_ptr, sin_ptr, gain_ptr, rstd_q_ptr, rstd_k_ptr,

@@ -7,6 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..dispatch import custom_op, empty_grad, keep_output, refuse_gradients
+from ..launch import launched
 from ..rotary.op import expect_tables
 from ..tile import UNIT, off_unit, unrotate
 from .adapters import unpacked
@@ -46,6 +47,7 @@ def _head_gradient(
     tl.store(dx_ptr + HALF + offsets, (dright * factor).to(dtype), mask[:, None])
 
 
+@launched
 @triton.jit(do_not_specialize=["S"])
 def _heads_backward_kernel(
     dq_out_ptr, dk_out_ptr, q_ptr, k_ptr, rstd_q_ptr, rstd_k_ptr, cos_ptr, sin_ptr, gain_ptr, dq_ptr, dk_ptr,

@@ -3,12 +3,14 @@
 import triton
 import triton.language as tl
 
+from ..launch import launched
 from .forward import bias_row, columns, mean_of_rows
 
 SPLITS_AT_ONCE = 32
 """Splits that the second stage adds in one tile: all of a document of 1,024 tokens."""
 
 
+@launched
 @triton.jit
 def backward(
     dn_ptr, dx_in_ptr, dx_out_ptr, n_ptr, rstd_ptr, x_ptr, branch_ptr, scale_ptr, bias_ptr, slots_ptr, pushed_ptr,
@@ -128,6 +130,7 @@ def _store_sum(sums_ptr, place, tile, column, D: tl.constexpr):
     tl.store(sums_ptr + place * D + column, tl.sum(tile, axis=0, keep_dims=True), mask=column < D)
 
 
+@launched
 @triton.jit
 def add_splits(
     sums_ptr, out_ptr, slots_ptr, batch, splits, pool, out_stride,

@@ -11,6 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
+from ..launch import launched
+
 SPLIT = 32
 """Tokens of one document whose gradient sums one program of the backward takes."""
 
@@ -59,6 +61,7 @@ def mean_of_rows(tile, D: tl.constexpr):
     return tl.sum(tl.sum(tile, axis=1), axis=1) * (1.0 / D)
 
 
+@launched
 @triton.jit
 def forward(
     x_ptr, branch_ptr, scale_ptr, bias_ptr, slots_ptr, pushed_ptr, skip_ptr, mix_ptr, x0_ptr, x_out_ptr, x_in_ptr,

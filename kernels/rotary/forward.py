@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import triton
 import triton.language as tl
 
+from ..launch import launched
 from ..tile import rotate
 
 
@@ -78,6 +79,7 @@ def _norm_rotate(
         tl.store(out_ptr + D // 2 + offsets, (right * factor).to(dtype), mask=mask)
 
 
+@launched
 @triton.jit
 def forward(
     q_ptr, k_ptr, cos_ptr, sin_ptr, gain_ptr, q_out_ptr, k_out_ptr, tokens, q_stride_b, q_stride_s, q_stride_h,
