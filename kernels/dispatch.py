@@ -84,6 +84,7 @@ class CustomOp:
         self._count = len(signature.parameters)
         self._written = [i for i, argument in enumerate(signature.parameters) if argument in mutates_args]
         self._returns = signature.return_annotation is not None
+        self._makes_list = signature.return_annotation == list[Tensor]
         self._differentiable: type[torch.autograd.Function] | None = None
         if self._returns:
             self._registered = torch.library.custom_op(name, self._function, mutates_args=mutates_args)
@@ -102,7 +103,8 @@ class CustomOp:
             return output
         if self._differentiable is None:
             return self.overload(*arguments)
-        return self._differentiable.apply(*arguments)
+        output = self._differentiable.apply(*arguments)
+        return list(output) if self._makes_list else output
 
     def _write(self, *arguments: Any) -> None:
         if torch.is_grad_enabled() and _requires_grad(arguments):
@@ -122,14 +124,19 @@ class CustomOp:
     def register_autograd(self, backward: Callable, *, setup_context: Callable) -> None:
         """As of a `torch.library.custom_op`."""
         self._registered.register_autograd(backward, setup_context=setup_context)
-        function = self._function
+        if any(str(argument.type) == "List[Tensor]" for argument in self.overload._schema.arguments):
+            return  # a torch.autograd.Function sees no tensor in a list
+        function, makes_list = self._function, self._makes_list
 
         def forward(ctx, *arguments):
             output = function(*arguments)
             setup_context(ctx, arguments, output)
-            return output
+            return tuple(output) if makes_list else output
 
-        methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+        def of_list(ctx, *gradients):
+            return backward(ctx, list(gradients))
+
+        methods = {"forward": staticmethod(forward), "backward": staticmethod(of_list if makes_list else backward)}
         self._differentiable = type(self._name.replace("::", "_"), (torch.autograd.Function,), methods)
 
 
@@ -142,17 +149,28 @@ def _is_plain(arguments: Sequence) -> bool:
         or torch._C._get_tracing_state() is not None
     ):
         return False
-    for argument in arguments:
-        kind = type(argument)
-        if kind is Tensor or kind is torch.nn.Parameter:
-            if argument.is_neg() or argument._is_zerotensor():  # the dispatcher writes out what they stand for
+    try:
+        for argument in arguments:
+            kind = type(argument)
+            if kind is Tensor or kind is torch.nn.Parameter:
+                # Without memory it stands for something, or is empty; the dispatcher knows what to do.
+                if not argument.data_ptr() or argument.is_neg():
+                    return False
+            elif kind is list:
+                if not _is_plain_list(argument):
+                    return False
+            elif isinstance(argument, Tensor):
                 return False
-        elif kind is list:
-            if not all(type(one) in (Tensor, torch.nn.Parameter, int) for one in argument):
-                return False
-        elif isinstance(argument, Tensor):
-            return False
+    except RuntimeError:  # a tensor that has no address
+        return False
     return True
+
+
+def _is_plain_list(arguments: list) -> bool:
+    return all(
+        type(one) is int or type(one) in (Tensor, torch.nn.Parameter) and one.data_ptr() and not one.is_neg()
+        for one in arguments
+    )
 
 
 def _requires_grad(arguments: Sequence) -> bool:
@@ -252,13 +270,14 @@ def expect(
 
 
 def _fits(given: torch.Size, shape: Sequence[int | str]) -> bool:
-    if given == shape:
-        return True
     if shape and shape[0] == "...":
         shape, given = shape[1:], given[max(0, len(given) - len(shape) + 1) :]
-    return len(shape) == len(given) and all(
-        isinstance(wanted, str) or wanted == size for wanted, size in zip(shape, given, strict=True)
-    )
+    if len(shape) != len(given):
+        return False
+    for wanted, size in zip(shape, given, strict=True):  # noqa: SIM110 a generator takes longer than what it compares
+        if not isinstance(wanted, str) and wanted != size:
+            return False
+    return True
 
 
 def _wanted(shape: Sequence[int | str], dtypes: Sequence[torch.dtype], device: torch.device | None) -> str:
@@ -319,25 +338,41 @@ def refuse_in_reference(**tensors: Any) -> None:
 # Alignment
 
 
+def cdiv(size: int, step: int) -> int:
+    """size / step, rounded up. Triton's own takes 2 microseconds on the host, where it looks for constants."""
+    return -(-size // step)
+
+
+def next_power_of_2(size: int) -> int:
+    """The first power of two from `size` on, which is positive."""
+    return 1 << (size - 1).bit_length()
+
+
 def round_up(size: int, step: int) -> int:
     """The first multiple of `step` from `size` on."""
-    return -(-size // step) * step
+    return cdiv(size, step) * step
 
 
 def padded_rank(rank: int) -> int:
     """R as the tensor cores take it: a power of two, at least 16."""
-    return max(16, 1 << (rank - 1).bit_length())
+    return max(16, next_power_of_2(rank))
 
 
 def is_packed(tensor: Tensor) -> bool:
     """Whether each tensor[i] is contiguous; they may lie any distance apart."""
-    return tensor[:1].is_contiguous()
+    return tensor.is_contiguous() or tensor[:1].is_contiguous()
 
 
 def is_aligned(tensor: Tensor) -> bool:
     """Whether the copy engine can reach it: innermost stride 1, other strides and address multiples of 16 bytes."""
-    steps = [tensor.data_ptr(), *(stride * tensor.itemsize for stride in tensor.stride()[:-1])]
-    return tensor.stride(-1) == 1 and all(step > 0 and step % 16 == 0 for step in steps)
+    (*strides, innermost), address = tensor.stride(), tensor.data_ptr()
+    if innermost != 1 or not address or address % 16:
+        return False
+    step = 16 // tensor.itemsize
+    for stride in strides:  # noqa: SIM110
+        if stride <= 0 or stride % step:
+            return False
+    return True
 
 
 def aligned(tensor: Tensor) -> Tensor:

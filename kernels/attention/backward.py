@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..dispatch import round_up
+from ..dispatch import cdiv, round_up
 from ..dot import multiply, multiply_add
 from ..launch import launched
 from ..tile import UNIT, halves, off_unit, tiled, unrotate
@@ -319,7 +319,7 @@ def launch_backward(
 
     config = pick_config("dq", q.dtype, width)
     queries, keys = config.rows // packed, config.keys
-    blocks = triton.cdiv(tail, queries)
+    blocks = cdiv(tail, queries)
     sums = None if dgain is None else lse.new_empty(batch, heads, blocks)
     _dq_kernel[(blocks * batch * heads // packed,)](
         q_d=by_heads(q, packed, queries), k_d=by_heads(k, 1, keys), v_d=by_heads(v, 1, keys),
@@ -332,7 +332,7 @@ def launch_backward(
 
     config = pick_config("dkdv", q.dtype, width)
     queries, keys = config.rows // packed, config.keys
-    blocks = triton.cdiv(length, keys)
+    blocks = cdiv(length, keys)
     _dkdv_kernel[(blocks * batch * groups,)](
         q_d=by_heads(q, packed, queries), k_d=by_heads(k, 1, keys), v_d=by_heads(v, 1, keys),
         dout_d=by_heads(dout, packed, queries), rows_d=tiled(rows.view(-1, rows.size(3)), 2 * packed, queries),

@@ -12,8 +12,10 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ..dispatch import cdiv
 from ..dot import multiply, multiply_add
 from ..launch import launched
+from ..tile import descriptor
 from .cached_keys import NO_CACHE, Cache, load_cells, ring_of
 
 LOG2_E = math.log2(math.e)
@@ -60,7 +62,7 @@ def by_heads(tensor: Tensor, heads: int, tokens: int) -> TensorDescriptor:
     """
     batch, length, count, width = tensor.shape
     strides = [tensor.stride(0), tensor.stride(2), tensor.stride(1), 1]
-    return TensorDescriptor(tensor, [batch, count, length, width], strides, [1, heads, tokens, width])
+    return descriptor(tensor, [batch, count, length, width], strides, [1, heads, tokens, width])
 
 
 @triton.jit
@@ -261,7 +263,7 @@ def launch_forward(
         kernel = "forward" if gain is None else "bounded"
         config, packed = pick_config(kernel, q.dtype, width), packed_heads(heads, groups)
         queries, keys = config.rows // packed, config.keys
-        blocks = triton.cdiv(tail, queries)
+        blocks = cdiv(tail, queries)
         _forward_kernel[(blocks * batch * heads // packed,)](
             q_d=by_heads(q, packed, queries), k_d=by_heads(k, 1, keys), v_d=by_heads(v, 1, keys),
             out_d=by_heads(out, packed, queries), lse_ptr=lse, gain_ptr=gain, start_ptr=start,

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..dispatch import aligned, padded_rank
+from ..dispatch import aligned, cdiv, padded_rank
 from ..dot import multiply_add
 from ..launch import launched
 from ..rms_norm import EPS
@@ -233,7 +233,7 @@ def launch_forward(
     if made.xa.numel():
         padded, config = padded_rank(rank), pick_forward_config(x.dtype, rank)
         m, n, k = config.block_m, config.block_n, config.block_k
-        tiles = batch * triton.cdiv(length, m) * sum(triton.cdiv(size, n) for size in sizes)
+        tiles = batch * cdiv(length, m) * sum(cdiv(size, n) for size in sizes)
         q_d, k_d, v_d = of_three([tiled(out, 1, m, n // PIECES) for out in made.outs])
         nq, nk, nv = of_three(sizes, 0)
         _forward_kernel[(programs(x.device, tiles),)](

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..dispatch import custom_op, empty_grad, keep_output, refuse_gradients
+from ..dispatch import cdiv, custom_op, empty_grad, keep_output, refuse_gradients
 from ..launch import launched
 from ..rotary.op import expect_tables
 from ..tile import UNIT, off_unit, unrotate
@@ -125,7 +125,7 @@ def _heads_backward_op(
     heads, groups, head_dim = rstd_q.size(2), rstd_k.size(2), 2 * cos.size(1)
     if q.numel():
         dq_out, dk_out = (dout if dout.stride(2) == 1 else dout.contiguous() for dout in (dq_out, dk_out))
-        _heads_backward_kernel[(triton.cdiv(q.size(1), TOKENS), heads + groups, q.size(0))](
+        _heads_backward_kernel[(cdiv(q.size(1), TOKENS), heads + groups, q.size(0))](
             dq_out_ptr=dq_out, dk_out_ptr=dk_out, q_ptr=q, k_ptr=k, rstd_q_ptr=rstd_q, rstd_k_ptr=rstd_k, cos_ptr=cos,
             sin_ptr=sin, gain_ptr=gain, dq_ptr=dq, dk_ptr=dk, q_stride_b=dq_out.stride(0), q_stride_s=dq_out.stride(1),
             k_stride_b=dk_out.stride(0), k_stride_s=dk_out.stride(1), S=q.size(1),

@@ -1,17 +1,18 @@
 """Launchers, the torch.library ops with their autograd, and the public functions."""
 
 import torch
-import triton
 from torch import Tensor
 
 from ..dispatch import (
     DTYPES,
+    cdiv,
     custom_op,
     empty_grad,
     expect,
     expect_multiples,
     expect_rows,
     expect_slots,
+    next_power_of_2,
     refuse_in_reference,
     resolve_backend,
 )
@@ -49,7 +50,7 @@ def _op(
     batch, tokens, width = x.shape
     if x.numel():
         config = pick_config(width, x.dtype)
-        forward[(batch * triton.cdiv(tokens, config.forward_tokens),)](
+        forward[(batch * cdiv(tokens, config.forward_tokens),)](
             x_ptr=x, branch_ptr=branch, scale_ptr=scale, bias_ptr=bias, slots_ptr=slots, pushed_ptr=pushed,
             skip_ptr=skip, mix_ptr=mix, x0_ptr=x0, x_out_ptr=x_out if stores_x_out else None,
             x_in_ptr=x_in if stores_x_in else None, n_ptr=n, rstd_ptr=rstd, tokens=tokens,
@@ -109,7 +110,7 @@ def _backward_op(
         for grad in (*vectors, *(() if dbias is None or slots is not None else (dbias,))):
             grad.zero_()
         return
-    splits = triton.cdiv(tokens, SPLIT)
+    splits = cdiv(tokens, SPLIT)
     has_bias, kinds = dbias is not None, sum(grad.numel() // width for grad in vectors)
     config = pick_config(width, n.dtype, has_bias + kinds)
     sums = n.new_empty((has_bias + kinds, batch, splits, width), dtype=torch.float32)
@@ -138,8 +139,8 @@ def _backward_op(
 def _add_splits(sums: Tensor, out: Tensor, slots: Tensor | None, batch: int) -> None:
     """sums [..., splits, D], contiguous, into the rows of `out` [rows, D]."""
     splits, width = sums.shape[-2:]
-    block = min(128, triton.next_power_of_2(width))
-    add_splits[(sums.numel() // (splits * width), triton.cdiv(width, block))](
+    block = min(128, next_power_of_2(width))
+    add_splits[(sums.numel() // (splits * width), cdiv(width, block))](
         sums_ptr=sums, out_ptr=out, slots_ptr=slots, batch=batch, splits=splits, pool=out.size(0),
         out_stride=out.stride(0), D=width, SPLITS=SPLITS_AT_ONCE, BLOCK=block, num_warps=4,
     )  # fmt: skip

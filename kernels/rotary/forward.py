@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import triton
 import triton.language as tl
 
+from ..dispatch import next_power_of_2
 from ..launch import launched
 from ..tile import rotate
 
@@ -25,8 +26,8 @@ class NormRotaryConfig:
 
 def pick_config(heads: int, head_dim: int) -> NormRotaryConfig:
     """Tiles of 2,048 elements a half head: 16 a lane, loads of 16 bytes for 16-bit dtypes."""
-    half = triton.next_power_of_2(head_dim // 2)
-    heads = min(triton.next_power_of_2(heads), max(1, 2048 // half))
+    half = next_power_of_2(head_dim // 2)
+    heads = min(next_power_of_2(heads), max(1, 2048 // half))
     return NormRotaryConfig(heads, max(1, 2048 // (heads * half)), half, num_warps=4)
 
 
