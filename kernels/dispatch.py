@@ -10,7 +10,7 @@ import functools
 import inspect
 import os
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any
 
 import torch
@@ -204,7 +204,7 @@ def on_its_device(function: Callable) -> Callable:
 
     @functools.wraps(function)
     def on_device(*arguments: Any, **options: Any) -> Any:
-        index = device_of(*arguments, *options.values())
+        index = gpu_of(*arguments, *options.values())
         if index < 0 or index == torch.cuda.current_device():
             return function(*arguments, **options)
         with torch.cuda.device(index):
@@ -213,7 +213,13 @@ def on_its_device(function: Callable) -> Callable:
     return on_device
 
 
-def device_of(*arguments: Any) -> int:
+def device_of(*arguments: Any) -> AbstractContextManager:
+    """Makes the GPU of the first tensor among the arguments, or in a list among them, the current one."""
+    index = gpu_of(*arguments)
+    return nullcontext() if index < 0 else torch.cuda.device(index)
+
+
+def gpu_of(*arguments: Any) -> int:
     """The number of the GPU of the first tensor among the arguments, or in a list among them; -1 without one."""
     for argument in arguments:
         first = argument[0] if isinstance(argument, list | tuple) and argument else argument

@@ -22,6 +22,7 @@ from klora.kernels.dispatch import (
     expect_one_of,
     expect_rows,
     expect_slots,
+    gpu_of,
     is_aligned,
     is_hopper,
     l2_bytes,
@@ -46,17 +47,19 @@ def tensor_on(device: str) -> Mock:
 @pytest.mark.parametrize("arguments", [lambda t: (t,), lambda t: (2, "x", None, t), lambda t: (1.0, [t, t], "y")])
 def test_the_device_is_that_of_the_first_tensor(arguments):
     for device, number in (("cuda:1", 1), ("cpu", -1)):
-        assert device_of(*arguments(tensor_on(device)), tensor_on("cuda:0")) == number
-    assert device_of() == device_of([], (), "z") == -1
+        assert gpu_of(*arguments(tensor_on(device)), tensor_on("cuda:0")) == number
+    assert gpu_of() == gpu_of([], (), "z") == -1
 
 
 def test_the_current_gpu_is_changed_only_for_tensors_of_another(monkeypatch):
     chosen = []
     monkeypatch.setattr(torch.cuda, "device", lambda device: chosen.append(device) or nullcontext())
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr("klora.kernels.dispatch.device_of", lambda number: number)
+    monkeypatch.setattr("klora.kernels.dispatch.gpu_of", lambda number: number)
     function = on_its_device(lambda number: number)
     assert [function(number) for number in (-1, 0, 1)] == [-1, 0, 1] and chosen == [1]
+    with device_of(-1), device_of(2):
+        assert chosen == [1, 2]
 
 
 def test_the_schema_and_the_result_are_the_functions_own():
