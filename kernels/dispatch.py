@@ -276,6 +276,8 @@ def expect(
 
 
 def _fits(given: torch.Size, shape: Sequence[int | str]) -> bool:
+    if given == shape:
+        return True
     if shape and shape[0] == "...":
         shape, given = shape[1:], given[max(0, len(given) - len(shape) + 1) :]
     if len(shape) != len(given):
