@@ -20,7 +20,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 IS_KNOWN = triton.__version__.split(".")[:2] in (["3", "6"], ["3", "7"])
 """Versions whose launches are known to look at nothing else. Others launch as they do."""
 
-_RUN = JITFunction.run
+RUN = JITFunction.run
+"""Triton's own, imported before anybody here replaces it."""
 
 
 def launched(kernel: Any) -> Any:
@@ -39,7 +40,7 @@ def launched(kernel: Any) -> Any:
 class _Launched(JITFunction):
     def __getitem__(self, grid: Any) -> Any:
         def launch(*positional: Any, **arguments: Any) -> Any:
-            if positional or callable(grid) or JITFunction.run is not _RUN or self.pre_run_hooks:
+            if positional or callable(grid) or JITFunction.run is not RUN or self.pre_run_hooks:
                 return self.run(*positional, grid=grid, warmup=False, **arguments)
             form = self.forms.get(names := tuple(arguments))
             if form is None:

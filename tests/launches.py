@@ -110,6 +110,9 @@ def check_who_sees_a_launch() -> None:
     """A launch is Triton's own where somebody has replaced `JITFunction.run`, or has a hook before it."""
     arguments, seen, run = next(every_launch()), [], JITFunction.run
     kernel[(1,)](**arguments)
+    kernel.run = None  # which a remembered launch does without
+    kernel[(1,)](**arguments)
+    del kernel.run
     JITFunction.run = lambda self, *given, **options: seen.append("replaced") or run(self, *given, **options)
     kernel[(1,)](**arguments)
     JITFunction.run = run
