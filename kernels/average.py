@@ -11,11 +11,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .dispatch import device_of
+from .dispatch import cdiv, device_of
+from .launch import launched
 
 BLOCK = 2048
 
 
+@launched
 @triton.jit
 def _update(ema_ptr, total_ptr, w_ptr, weights_ptr, N, BLOCK: tl.constexpr):
     a, b = tl.load(weights_ptr), tl.load(weights_ptr + 1)
@@ -40,6 +42,6 @@ def update_averages_(ema: Tensor, total: Tensor, values: Tensor, weights: Tensor
             total.add_(values, alpha=b)
         return
     with device_of(values):
-        _update[(triton.cdiv(len(values), BLOCK),)](
+        _update[(cdiv(len(values), BLOCK),)](
             ema_ptr=ema, total_ptr=total, w_ptr=values, weights_ptr=weights, N=len(values), BLOCK=BLOCK, num_warps=8
         )

@@ -57,68 +57,175 @@ def dtypes_of(backend: str) -> tuple[torch.dtype, ...]:
 # Registration
 
 
-def custom_op(name: str, *, mutates_args: str | Sequence[str]) -> Callable[[Callable], Any]:
+def custom_op(name: str, *, mutates_args: Sequence[str]) -> "Callable[[Callable], CustomOp]":
     """As `torch.library.custom_op`; the function runs with the GPU of its first tensor as the current one.
 
     Triton launches on the current GPU, whichever the tensors are on: without this a process that holds tensors on
     several would read the memory of one from another.
 
     A function that returns nothing, such as a backward that writes what its caller gives it, needs no fake and has no
-    gradient of its own: a second derivative is refused. It skips two of custom_op's three Python calls, which take
-    longer than a launch.
+    gradient of its own: a second derivative is refused.
+    """
+    return lambda function: CustomOp(name, function, mutates_args)
+
+
+class CustomOp:
+    """An op of `torch.ops`, and a shortcut to its function.
+
+    PyTorch takes longer to find an op's function than a GPU to run it: three Python calls and 3 microseconds an
+    argument. Where nobody listens in between (no compiler, transform, dispatch mode, tracer or profiler, no subclass of
+    a tensor), a call takes the shortcut: the same function, setup and backward, without the dispatcher. Every other
+    call goes through `torch.ops`.
     """
 
-    def register(function: Callable) -> Any:
-        @functools.wraps(function)
-        def on_device(*arguments: Any, **options: Any) -> Any:
-            with device_of(*arguments, *options.values()):
-                return function(*arguments, **options)
+    def __init__(self, name: str, function: Callable, mutates_args: Sequence[str]):
+        signature = inspect.signature(function)
+        self._name, self._function = name, on_its_device(function)
+        self._count = len(signature.parameters)
+        self._written = [i for i, argument in enumerate(signature.parameters) if argument in mutates_args]
+        self._returns = signature.return_annotation is not None
+        self._makes_list = signature.return_annotation == list[Tensor]
+        self._differentiable: type[torch.autograd.Function] | None = None
+        if self._returns:
+            self._registered = torch.library.custom_op(name, self._function, mutates_args=mutates_args)
+            self.overload = self._registered._opoverload
+        else:
+            self.overload = _writing_op(name, self._write, function, mutates_args)
 
-        if inspect.signature(function).return_annotation is None:
-            return _writing_op(name, on_device, mutates_args)
-        return torch.library.custom_op(name, on_device, mutates_args=mutates_args)
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        if torch.compiler.is_compiling() or options or len(arguments) != self._count or not _is_plain(arguments):
+            return self.overload(*arguments, **options)
+        if not self._returns:
+            return self._write(*arguments)
+        if not (torch.is_grad_enabled() and _requires_grad(arguments)):
+            output = self._function(*arguments)
+            self._count_changes(arguments)
+            return output
+        if self._differentiable is None:
+            return self.overload(*arguments)
+        output = self._differentiable.apply(*arguments)
+        return list(output) if self._makes_list else output
 
-    return register
+    def _write(self, *arguments: Any) -> None:
+        if torch.is_grad_enabled() and _requires_grad(arguments):
+            raise RuntimeError(f"{self._name} has no gradient of its own: second derivatives are not possible")
+        self._function(*arguments)
+        self._count_changes(arguments)
+
+    def _count_changes(self, arguments: Sequence) -> None:
+        for i in self._written:
+            if arguments[i] is not None:
+                torch.autograd.graph.increment_version(arguments[i])
+
+    def register_fake(self, fake: Callable) -> Callable:
+        """As of a `torch.library.custom_op`."""
+        return self._registered.register_fake(fake)
+
+    def register_autograd(self, backward: Callable, *, setup_context: Callable) -> None:
+        """As of a `torch.library.custom_op`."""
+        self._registered.register_autograd(backward, setup_context=setup_context)
+        if any(str(argument.type) == "List[Tensor]" for argument in self.overload._schema.arguments):
+            return  # a torch.autograd.Function sees no tensor in a list
+        function, makes_list = self._function, self._makes_list
+
+        def forward(ctx, *arguments):
+            output = function(*arguments)
+            setup_context(ctx, arguments, output)
+            return tuple(output) if makes_list else output
+
+        def of_list(ctx, *gradients):
+            return backward(ctx, list(gradients))
+
+        methods = {"forward": staticmethod(forward), "backward": staticmethod(of_list if makes_list else backward)}
+        self._differentiable = type(self._name.replace("::", "_"), (torch.autograd.Function,), methods)
+
+
+def _is_plain(arguments: Sequence) -> bool:
+    """Whether an op's function may be called as it is, on these arguments, without the dispatcher."""
+    if (
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+        or torch.autograd._profiler_enabled()
+        or torch._C._get_tracing_state() is not None
+    ):
+        return False
+    try:
+        for argument in arguments:
+            kind = type(argument)
+            if kind is Tensor or kind is torch.nn.Parameter:
+                # Without memory it stands for something, or is empty; the dispatcher knows what to do.
+                if not argument.data_ptr() or argument.is_neg():
+                    return False
+            elif kind is list:
+                if not _is_plain_list(argument):
+                    return False
+            elif isinstance(argument, Tensor):
+                return False
+    except RuntimeError:  # a tensor that has no address
+        return False
+    return True
+
+
+def _is_plain_list(arguments: list) -> bool:
+    return all(
+        type(one) is int or type(one) in (Tensor, torch.nn.Parameter) and one.data_ptr() and not one.is_neg()
+        for one in arguments
+    )
+
+
+def _requires_grad(arguments: Sequence) -> bool:
+    for argument in arguments:
+        if isinstance(argument, Tensor):
+            if argument.requires_grad:
+                return True
+        elif type(argument) is list and _requires_grad(argument):
+            return True
+    return False
 
 
 _LIBRARIES: list[torch.library.Library] = []
 """An op is gone with its library."""
 
 
-def _writing_op(name: str, function: Callable, mutates_args: Sequence[str]) -> Callable[..., None]:
+def _writing_op(name: str, write: Callable, function: Callable, mutates_args: Sequence[str]) -> Callable[..., None]:
+    """The op without results that calls `write`, with the schema of `function`."""
     namespace, own_name = name.split("::")
     library = torch.library.Library(namespace, "FRAGMENT")
     _LIBRARIES.append(library)
     tags = torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order
     library.define(own_name + torch.library.infer_schema(function, mutates_args=mutates_args), tags=tags)
-    written = [i for i, argument in enumerate(inspect.signature(function).parameters) if argument in mutates_args]
-
-    def write(*arguments: Any) -> None:
-        if torch.is_grad_enabled() and _requires_grad(arguments):
-            raise RuntimeError(f"{name} has no gradient of its own: second derivatives are not possible")
-        function(*arguments)
-        for i in written:
-            if arguments[i] is not None:
-                torch.autograd.graph.increment_version(arguments[i])
-
     library.impl(own_name, write, "CompositeExplicitAutograd")
     torch.library.register_fake(name, lambda *arguments: None, lib=library)
     return getattr(getattr(torch.ops, namespace), own_name).default
 
 
-def _requires_grad(arguments: Sequence) -> bool:
-    return any(
-        _requires_grad(a) if isinstance(a, list) else isinstance(a, Tensor) and a.requires_grad for a in arguments
-    )
+def on_its_device(function: Callable) -> Callable:
+    """`function`, run with the GPU of its first tensor as the current one."""
+
+    @functools.wraps(function)
+    def on_device(*arguments: Any, **options: Any) -> Any:
+        index = gpu_of(*arguments, *options.values())
+        if index < 0 or index == torch.cuda.current_device():
+            return function(*arguments, **options)
+        with torch.cuda.device(index):
+            return function(*arguments, **options)
+
+    return on_device
 
 
 def device_of(*arguments: Any) -> AbstractContextManager:
     """Makes the GPU of the first tensor among the arguments, or in a list among them, the current one."""
+    index = gpu_of(*arguments)
+    return nullcontext() if index < 0 else torch.cuda.device(index)
+
+
+def gpu_of(*arguments: Any) -> int:
+    """The number of the GPU of the first tensor among the arguments, or in a list among them; -1 without one."""
     for argument in arguments:
-        first = argument[0] if isinstance(argument, Sequence) and argument else argument
+        first = argument[0] if isinstance(argument, list | tuple) and argument else argument
         if isinstance(first, Tensor):
-            return torch.cuda.device(first.device) if first.is_cuda else nullcontext()
-    return nullcontext()
+            return first.get_device() if first.is_cuda else -1
+    return -1
 
 
 def keep_output(output: Tensor) -> tuple[Tensor, Callable[[], bool]]:
@@ -173,9 +280,12 @@ def _fits(given: torch.Size, shape: Sequence[int | str]) -> bool:
         return True
     if shape and shape[0] == "...":
         shape, given = shape[1:], given[max(0, len(given) - len(shape) + 1) :]
-    return len(shape) == len(given) and all(
-        isinstance(wanted, str) or wanted == size for wanted, size in zip(shape, given, strict=True)
-    )
+    if len(shape) != len(given):
+        return False
+    for wanted, size in zip(shape, given, strict=True):  # noqa: SIM110 a generator takes longer than what it compares
+        if not isinstance(wanted, str) and wanted != size:
+            return False
+    return True
 
 
 def _wanted(shape: Sequence[int | str], dtypes: Sequence[torch.dtype], device: torch.device | None) -> str:
@@ -236,25 +346,41 @@ def refuse_in_reference(**tensors: Any) -> None:
 # Alignment
 
 
+def cdiv(size: int, step: int) -> int:
+    """size / step, rounded up. Triton's own takes 2 microseconds on the host, where it looks for constants."""
+    return -(-size // step)
+
+
+def next_power_of_2(size: int) -> int:
+    """The first power of two from `size` on, which is positive."""
+    return 1 << (size - 1).bit_length()
+
+
 def round_up(size: int, step: int) -> int:
     """The first multiple of `step` from `size` on."""
-    return -(-size // step) * step
+    return cdiv(size, step) * step
 
 
 def padded_rank(rank: int) -> int:
     """R as the tensor cores take it: a power of two, at least 16."""
-    return max(16, 1 << (rank - 1).bit_length())
+    return max(16, next_power_of_2(rank))
 
 
 def is_packed(tensor: Tensor) -> bool:
     """Whether each tensor[i] is contiguous; they may lie any distance apart."""
-    return tensor[:1].is_contiguous()
+    return tensor.is_contiguous() or tensor[:1].is_contiguous()
 
 
 def is_aligned(tensor: Tensor) -> bool:
     """Whether the copy engine can reach it: innermost stride 1, other strides and address multiples of 16 bytes."""
-    steps = [tensor.data_ptr(), *(stride * tensor.itemsize for stride in tensor.stride()[:-1])]
-    return tensor.stride(-1) == 1 and all(step > 0 and step % 16 == 0 for step in steps)
+    (*strides, innermost), address = tensor.stride(), tensor.data_ptr()
+    if innermost != 1 or not address or address % 16:
+        return False
+    step = 16 // tensor.itemsize
+    for stride in strides:  # noqa: SIM110
+        if stride <= 0 or stride % step:
+            return False
+    return True
 
 
 def aligned(tensor: Tensor) -> Tensor:

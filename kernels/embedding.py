@@ -30,13 +30,16 @@ from .bigram import BOS_ID, bigram_hash_ref
 from .dispatch import (
     DTYPES,
     INTEGERS,
+    cdiv,
     custom_op,
     empty_grad,
     expect,
     expect_one_of,
+    next_power_of_2,
     refuse_in_reference,
     resolve_backend,
 )
+from .launch import launched
 from .rms_norm import EPS, rms_norm_ref
 
 ROWS, WARPS = 4, 4
@@ -90,6 +93,7 @@ def _normed(
     return e * rstd[:, None], rstd, has_before
 
 
+@launched
 @triton.jit(do_not_specialize=["S", "V"])
 def _forward(
     tokens_ptr, embed_ptr, bigram_ptr, gate_ptr, out_ptr, S, V,
@@ -108,6 +112,7 @@ def _forward(
     tl.store(out_ptr + offsets, x0.to(out_ptr.dtype.element_ty), mask=mask)
 
 
+@launched
 @triton.jit(do_not_specialize=["S", "V"])
 def _backward(
     dout_ptr, more_ptr, tokens_ptr, embed_ptr, bigram_ptr, gate_ptr, de_ptr, sums_ptr, S, V,
@@ -147,6 +152,7 @@ def _backward(
     tl.store(sums_ptr + tl.program_id(0).to(tl.int64) * D + column, tl.sum(dgate, 0), mask=wide)
 
 
+@launched
 @triton.jit
 def _sum_rows(
     de_ptr, order_ptr, starts_ptr, out_ptr, D: tl.constexpr, SEGMENT: tl.constexpr, COLUMNS: tl.constexpr
@@ -169,7 +175,7 @@ def _sum_by_row(de: Tensor, rows: Tensor, out: Tensor) -> None:
     count, width = out.shape
     ordered, order = torch.sort(rows, stable=True)
     starts = torch.searchsorted(ordered, torch.arange(count + 1, device=rows.device, dtype=rows.dtype))
-    _sum_rows[(count, triton.cdiv(width, COLUMNS))](
+    _sum_rows[(count, cdiv(width, COLUMNS))](
         de_ptr=de, order_ptr=order, starts_ptr=starts, out_ptr=out, D=width, SEGMENT=SEGMENT, COLUMNS=COLUMNS,
         num_warps=4,
     )  # fmt: skip
@@ -180,7 +186,7 @@ def _shared(tokens: Tensor, embed: Tensor, bigram: Tensor, gate: Tensor) -> dict
     width = embed.size(1)
     return dict(
         tokens_ptr=tokens, embed_ptr=embed, bigram_ptr=bigram, gate_ptr=gate, S=tokens.size(1), V=embed.size(0),
-        HASHES=bigram.size(0), D=width, N=triton.next_power_of_2(width), ROWS=ROWS, EPS=EPS, BOS=BOS_ID,
+        HASHES=bigram.size(0), D=width, N=next_power_of_2(width), ROWS=ROWS, EPS=EPS, BOS=BOS_ID,
         num_warps=WARPS,
     )  # fmt: skip
 
@@ -193,7 +199,7 @@ def _op(
     batch, length = tokens.shape
     out = embed.new_empty(batch, length, embed.size(1), dtype=dtype)
     if out.numel():
-        _forward[(batch * triton.cdiv(length, ROWS),)](out_ptr=out, **_shared(tokens, embed, bigram, gate))
+        _forward[(batch * cdiv(length, ROWS),)](out_ptr=out, **_shared(tokens, embed, bigram, gate))
     return out
 
 
@@ -219,7 +225,7 @@ def _backward_op(
             grad.zero_()
         return
     de = empty_grad(dout)
-    blocks = tokens.size(0) * triton.cdiv(tokens.size(1), TOKENS)
+    blocks = tokens.size(0) * cdiv(tokens.size(1), TOKENS)
     sums = gate.new_empty(blocks, embed.size(1))
     _backward[(blocks,)](
         dout_ptr=dout.contiguous(), more_ptr=more, de_ptr=de, sums_ptr=sums, STEPS=TOKENS // ROWS,

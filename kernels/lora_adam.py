@@ -28,7 +28,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .dispatch import INTEGERS, custom_op, expect, resolve_backend
+from .dispatch import INTEGERS, cdiv, custom_op, expect, resolve_backend
+from .launch import launched
 from .slots import is_in_pool
 
 
@@ -85,6 +86,7 @@ def pick_config() -> LoraAdamConfig:
     return LoraAdamConfig(block=2048, num_warps=4)
 
 
+@launched
 @triton.jit
 def _adam(
     params_ptr,
@@ -169,7 +171,7 @@ def _lora_adam(
     if not rows or not size:
         return
     config = pick_config()
-    _adam[(triton.cdiv(size, config.block) * rows,)](
+    _adam[(cdiv(size, config.block) * rows,)](
         params_ptr=params, grads_ptr=grads, exp_avg_ptr=exp_avg, exp_avg_sq_ptr=exp_avg_sq, step_ptr=step, lr_ptr=lr,
         group_lr_ptr=group_lr, slots_ptr=slots, decay_ptr=decay, count=count, size=size, eps=eps,
         BETA1=beta1, BETA2=beta2, BLOCK=config.block, num_warps=config.num_warps,

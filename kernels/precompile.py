@@ -35,6 +35,8 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.cache import get_cache_key, get_cache_manager
 from triton.runtime.jit import JITFunction
 
+from .launch import RUN
+
 MOST_JOBS = 8
 """Processes, where none are asked for: beyond these, their start costs what they save."""
 
@@ -111,7 +113,7 @@ def _launches_left_out(found: dict[tuple, Compilation]) -> Iterator[None]:
     run, compile_now = JITFunction.run, JITFunction._do_compile
 
     def run_nothing(self, *arguments, grid, warmup, **options):
-        return run(self, *arguments, grid=grid, warmup=True, **options)
+        return RUN(self, *arguments, grid=grid, warmup=True, **options)
 
     def note(self, key, signature, device, constexprs, options, attrs, warmup):
         target = self.device_caches[device][2]

@@ -15,7 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .dispatch import custom_op, dtypes_of, empty_grad, expect, resolve_backend
+from .dispatch import cdiv, custom_op, dtypes_of, empty_grad, expect, next_power_of_2, resolve_backend
+from .launch import launched
 
 TILE = 2048
 """Elements of a program, 16 a lane: two loads of 16 bytes from each tensor in 16 bits."""
@@ -51,6 +52,7 @@ def _tile(rows, columns, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     return row, column, (row < rows) & (column < columns)
 
 
+@launched
 @triton.jit
 def _forward(gate_ptr, up_ptr, out_ptr, rows, columns, gate_stride, up_stride, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     row, column, mask = _tile(rows, columns, ROWS, BLOCK)
@@ -59,6 +61,7 @@ def _forward(gate_ptr, up_ptr, out_ptr, rows, columns, gate_stride, up_stride, R
     tl.store(out_ptr + row * columns + column, (silu(gate) * up).to(out_ptr.dtype.element_ty), mask=mask)
 
 
+@launched
 @triton.jit
 def _backward(
     dout_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr, rows, columns, dout_stride, gate_stride, up_stride,
@@ -84,9 +87,9 @@ def _launch(kernel, gate: Tensor, up: Tensor, dout: Tensor | None = None, **outp
     rows = {name: t.reshape(-1, t.size(-1)) for name, t in tensors.items()}
     rows = {name: t if t.stride(1) == 1 else t.contiguous() for name, t in rows.items()}
     count, columns = rows["gate"].shape
-    block = min(TILE, triton.next_power_of_2(columns))
+    block = min(TILE, next_power_of_2(columns))
     height = TILE // block
-    kernel[(triton.cdiv(count, height) * triton.cdiv(columns, block),)](
+    kernel[(cdiv(count, height) * cdiv(columns, block),)](
         **{f"{name}_ptr": t for name, t in (rows | outputs).items()}, rows=count, columns=columns,
         **{f"{name}_stride": t.stride(0) for name, t in rows.items()}, ROWS=height, BLOCK=block, num_warps=4,
     )  # fmt: skip

@@ -8,6 +8,7 @@ from unittest.mock import Mock
 import klora.kernels
 import pytest
 import torch
+from klora.kernels import dispatch
 from klora.kernels.dispatch import (
     DTYPES,
     INTEGERS,
@@ -21,31 +22,44 @@ from klora.kernels.dispatch import (
     expect_one_of,
     expect_rows,
     expect_slots,
+    gpu_of,
     is_aligned,
     is_hopper,
     l2_bytes,
     multiprocessors,
+    on_its_device,
     padded_rank,
     refuse_in_reference,
 )
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def tensor_on(device: str) -> Mock:
     device = torch.device(device)
-    return Mock(spec=torch.Tensor, device=device, is_cuda=device.type == "cuda")
+    gpu = -1 if device.index is None else device.index
+    return Mock(spec=torch.Tensor, device=device, is_cuda=device.type == "cuda", get_device=lambda: gpu)
 
 
 @pytest.mark.parametrize("arguments", [lambda t: (t,), lambda t: (2, "x", None, t), lambda t: (1.0, [t, t], "y")])
-def test_the_device_is_that_of_the_first_tensor(arguments, monkeypatch):
+def test_the_device_is_that_of_the_first_tensor(arguments):
+    for device, number in (("cuda:1", 1), ("cpu", -1)):
+        assert gpu_of(*arguments(tensor_on(device)), tensor_on("cuda:0")) == number
+    assert gpu_of() == gpu_of([], (), "z") == -1
+
+
+def test_the_current_gpu_is_changed_only_for_tensors_of_another(monkeypatch):
     chosen = []
     monkeypatch.setattr(torch.cuda, "device", lambda device: chosen.append(device) or nullcontext())
-    for device in ("cuda:1", "cpu"):
-        with device_of(*arguments(tensor_on(device)), tensor_on("cuda:0")):
-            pass
-    assert chosen == [torch.device("cuda:1")]
-    with device_of(), device_of([], (), "z"):
-        pass
-    assert len(chosen) == 1
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr("klora.kernels.dispatch.gpu_of", lambda number: number)
+    function = on_its_device(lambda number: number)
+    assert [function(number) for number in (-1, 0, 1)] == [-1, 0, 1] and chosen == [1]
+    with device_of(-1), device_of(2):
+        assert chosen == [1, 2]
 
 
 def test_the_schema_and_the_result_are_the_functions_own():
@@ -196,3 +210,126 @@ def test_a_written_tensor_counts_the_change():
     zeroed_(leaf.detach(), x)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         square.backward()
+
+
+def scale_op(name: str, calls: list):
+    """An op with a gradient; `calls` gets what each call of its function was given."""
+
+    @custom_op(name, mutates_args=())
+    def scaled(x: torch.Tensor, factor: float) -> torch.Tensor:
+        calls.append(x)
+        return x * factor
+
+    @scaled.register_fake
+    def _(x, factor):
+        return torch.empty_like(x)
+
+    def setup(ctx, inputs, output):
+        ctx.factor = inputs[1]
+
+    scaled.register_autograd(lambda ctx, dout: (dout * ctx.factor, None), setup_context=setup)
+    return scaled
+
+
+def listed_op(name: str):
+    @custom_op(name, mutates_args=())
+    def listed(x: torch.Tensor, sizes: list[int]) -> list[torch.Tensor]:
+        return [part.clone() for part in x.split(sizes)]
+
+    def setup(ctx, inputs, output):
+        ctx.mark_non_differentiable(output[1])
+
+    def backward(ctx, douts):
+        return torch.cat([douts[0], torch.zeros_like(douts[1])]), None
+
+    listed.register_autograd(backward, setup_context=setup)
+    return listed
+
+
+@pytest.fixture
+def through_torch_ops(monkeypatch):
+    """How many calls went through the dispatcher."""
+    counted = []
+    plain = dispatch._is_plain
+    monkeypatch.setattr(dispatch, "_is_plain", lambda arguments: plain(arguments) or counted.append(1))
+    return counted
+
+
+def test_the_shortcut_and_torch_ops_give_the_same(through_torch_ops):
+    x, scaled, listed = torch.rand(3), scale_op("klora_test::same", []), listed_op("klora_test::listed")
+    for op, rest in ((scaled, 2.0), (listed, [1, 2])):
+        leaves = [x.clone().requires_grad_() for _ in range(2)]
+        ours, theirs = op(leaves[0], rest), op.overload(leaves[1], rest)
+        assert type(ours) is type(theirs)
+        for one, other in zip(*((out if isinstance(out, list) else [out]) for out in (ours, theirs)), strict=True):
+            assert torch.equal(one, other) and one.requires_grad == other.requires_grad
+        for out, leaf in ((ours, leaves[0]), (theirs, leaves[1])):
+            (out[0] if isinstance(out, list) else out).sum().backward()
+            assert leaf.grad is not None
+        assert torch.equal(leaves[0].grad, leaves[1].grad)
+        with torch.no_grad():
+            assert not any(out.requires_grad for out in [op(leaves[0], rest)] if isinstance(out, torch.Tensor))
+        with torch.inference_mode():
+            out = op(x, rest)
+            assert all(one.is_inference() for one in (out if isinstance(out, list) else [out]))
+    assert not through_torch_ops
+
+
+class Subclass(torch.Tensor):
+    pass
+
+
+def test_whoever_listens_in_between_is_heard(through_torch_ops):
+    """Modes, transforms, tracers, profilers, subclasses and tensors that stand for others take the dispatcher."""
+    seen = []
+    scaled, x = scale_op("klora_test::heard", seen), torch.rand(3)
+
+    class Mode(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            heard.append(func)
+            return func(*args, **(kwargs or {}))
+
+    heard = []
+    with Mode():
+        scaled(x, 2.0)
+    assert scaled.overload in heard
+    with FakeTensorMode() as mode:
+        assert type(scaled(mode.from_tensor(x), 2.0)) is not torch.Tensor
+    with profile(activities=[ProfilerActivity.CPU]) as profiled:
+        scaled(x, 2.0)
+    assert "klora_test::heard" in {event.name for event in profiled.events()}
+    scaled(x.as_subclass(Subclass), 2.0)
+    assert len(through_torch_ops) >= 4
+    z = torch.complex(x, x).conj().imag
+    assert z.is_neg() and torch.equal(scaled(z, 2.0), -2 * x) and not seen[-1].is_neg()
+    zeros = torch._efficientzerotensor(3)
+    assert torch.equal(scaled(zeros, 2.0), torch.zeros(3)) and not seen[-1]._is_zerotensor()
+    nodes = make_fx(lambda x: scaled(x, 2.0))(x).graph.nodes
+    assert scaled.overload in {node.target for node in nodes}
+    rows = torch.rand(2, 3)
+    assert torch.equal(torch.vmap(lambda x: scaled(x, 2.0))(rows), 2 * rows)  # PyTorch's own loop over the rows
+    with pytest.raises(RuntimeError, match="functorch|setup_context"):
+        torch.func.grad(lambda x: scaled(x, 2.0).sum())(x)
+    with pytest.raises(RuntimeError, match="forward AD|jvp|forward-mode"), forward_ad.dual_level():
+        scaled(forward_ad.make_dual(x.clone().requires_grad_(), x), 2.0)
+    before, leaf = len(through_torch_ops), x.clone().requires_grad_()
+    compiled = torch.compile(lambda x: scaled(x, 2.0), fullgraph=True, backend="aot_eager")
+    assert torch.equal(torch.autograd.grad(compiled(leaf).sum(), leaf)[0], torch.full((3,), 2.0))
+    assert before == len(through_torch_ops)  # a compiled graph calls torch.ops itself
+
+
+def test_names_defaults_and_dead_wrappers_take_the_dispatcher(through_torch_ops):
+    scaled, leaked = scale_op("klora_test::named", []), []
+    assert torch.equal(scaled(torch.ones(2), factor=3.0), torch.full((2,), 3.0))
+    torch.func.grad(lambda x: leaked.append(x) or x.sum())(torch.ones(2))
+    assert torch.equal(scaled(leaked[0], 2.0), torch.full((2,), 2.0)) and len(through_torch_ops) == 1
+
+
+def test_an_op_without_a_gradient_says_so_when_one_is_asked_for():
+    @custom_op("klora_test::without", mutates_args=())
+    def without(x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    out = without(torch.ones(2, requires_grad=True))
+    with pytest.raises(RuntimeError, match="no autograd formula was registered"):
+        out.sum().backward()

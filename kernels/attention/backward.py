@@ -17,8 +17,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..dispatch import round_up
+from ..dispatch import cdiv, round_up
 from ..dot import multiply, multiply_add
+from ..launch import launched
 from ..tile import UNIT, halves, off_unit, tiled, unrotate
 from .cached_keys import NO_CACHE, Cache, ring_of
 from .forward import (
@@ -106,6 +107,7 @@ def _add_dq(
     return dq
 
 
+@launched
 @triton.jit(do_not_specialize=["SLOTS", "CAPACITY", "WINDOW", "T", "OFFSET", "BLOCKS"])
 def _dq_kernel(
     q_d, k_d, v_d, out_d, dout_d, dq_d, lse_ptr, rows_ptr, cos_ptr, sin_ptr, gain_ptr, rstd_ptr, sums_ptr, start_ptr,
@@ -211,6 +213,7 @@ def _reached(starts, n, T, OFFSET, BN: tl.constexpr):
     return within, reach
 
 
+@launched
 @triton.jit(do_not_specialize=["T", "OFFSET", "BLOCKS"])
 def _dkdv_kernel(
     q_d, k_d, v_d, dout_d, rows_d, dk_d, dv_d, cos_ptr, sin_ptr, rstd_ptr, start_ptr,
@@ -264,6 +267,7 @@ def _dkdv_kernel(
     store(dk_d, dk, b, g, n, 1, BN, D)
 
 
+@launched
 @triton.jit(do_not_specialize=["B", "BLOCKS"])
 def _gain_kernel(sums_ptr, gain_ptr, dgain_ptr, B, BLOCKS, H: tl.constexpr, BLOCK: tl.constexpr):
     """The gradient of one head's gain, from its sums [B, H, BLOCKS] in their order; 0 where the gain is 0."""
@@ -316,7 +320,7 @@ def launch_backward(
 
     config = pick_config("dq", q.dtype, width)
     queries, keys = config.rows // packed, config.keys
-    blocks = triton.cdiv(tail, queries)
+    blocks = cdiv(tail, queries)
     sums = None if dgain is None else lse.new_empty(batch, heads, blocks)
     _dq_kernel[(blocks * batch * heads // packed,)](
         q_d=by_heads(q, packed, queries), k_d=by_heads(k, 1, keys), v_d=by_heads(v, 1, keys),
@@ -329,7 +333,7 @@ def launch_backward(
 
     config = pick_config("dkdv", q.dtype, width)
     queries, keys = config.rows // packed, config.keys
-    blocks = triton.cdiv(length, keys)
+    blocks = cdiv(length, keys)
     _dkdv_kernel[(blocks * batch * groups,)](
         q_d=by_heads(q, packed, queries), k_d=by_heads(k, 1, keys), v_d=by_heads(v, 1, keys),
         dout_d=by_heads(dout, packed, queries), rows_d=tiled(rows.view(-1, rows.size(3)), 2 * packed, queries),

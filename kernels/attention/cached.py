@@ -36,7 +36,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..dispatch import INTEGERS, custom_op, describe, expect, refuse_gradients, resolve_backend
+from ..dispatch import INTEGERS, cdiv, custom_op, describe, expect, refuse_gradients, resolve_backend
+from ..launch import launched
 from ..slots import is_in_pool, rows_of_slots
 from .op import HEAD_DIMS, cached_op, check_heads, check_qkv
 
@@ -89,6 +90,7 @@ def cache_write_ref_(
         cache_k[cells], cache_v[cells] = k[is_written], v[is_written]
 
 
+@launched
 @triton.jit(do_not_specialize=["SLOTS", "CAPACITY", "T"])
 def _write_kernel(
     cache_k_ptr, cache_v_ptr, k_ptr, v_ptr, slots_ptr, filled_ptr, count_ptr, SLOTS, CAPACITY, T,
@@ -121,7 +123,7 @@ def _write_op(
 ) -> None:
     batch, length, groups, width = k.shape
     if k.numel() and cache_k.numel():
-        _write_kernel[(triton.cdiv(length, TOKENS) * groups * batch,)](
+        _write_kernel[(cdiv(length, TOKENS) * groups * batch,)](
             cache_k_ptr=cache_k, cache_v_ptr=cache_v, k_ptr=k.contiguous(), v_ptr=v.contiguous(),
             slots_ptr=slots.contiguous(), filled_ptr=filled.contiguous(), count_ptr=count.contiguous(),
             SLOTS=cache_k.size(0), CAPACITY=cache_k.size(1), T=length,

@@ -12,8 +12,10 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..dispatch import padded_rank
+from ..dispatch import cdiv, padded_rank
 from ..dot import multiply, multiply_add
+from ..launch import launched
+from ..tile import descriptor
 from .cached_keys import NO_CACHE, Cache, load_cells, ring_of
 
 LOG2_E = math.log2(math.e)
@@ -68,7 +70,7 @@ def by_heads(tensor: Tensor, heads: int, tokens: int) -> TensorDescriptor:
     """
     batch, length, count, width = tensor.shape
     strides = [tensor.stride(0), tensor.stride(2), tensor.stride(1), 1]
-    return TensorDescriptor(tensor, [batch, count, length, width], strides, [1, heads, tokens, padded_head(width)])
+    return descriptor(tensor, [batch, count, length, width], strides, [1, heads, tokens, padded_head(width)])
 
 
 @triton.jit
@@ -179,6 +181,7 @@ def _attend_bounded(
     return acc, total
 
 
+@launched
 @triton.jit(do_not_specialize=["SLOTS", "CAPACITY", "WINDOW", "T", "OFFSET", "BLOCKS"])
 def _forward_kernel(
     q_d, k_d, v_d, out_d, lse_ptr, gain_ptr, start_ptr, cache_k_ptr, cache_v_ptr, slots_ptr, filled_ptr,
@@ -268,7 +271,7 @@ def launch_forward(
         kernel = "forward" if gain is None else "bounded"
         config, packed = pick_config(kernel, q.dtype, width), packed_heads(heads, groups)
         queries, keys = config.rows // packed, config.keys
-        blocks = triton.cdiv(tail, queries)
+        blocks = cdiv(tail, queries)
         _forward_kernel[(blocks * batch * heads // packed,)](
             q_d=by_heads(q, packed, queries), k_d=by_heads(k, 1, keys), v_d=by_heads(v, 1, keys),
             out_d=by_heads(out, packed, queries), lse_ptr=lse, gain_ptr=gain, start_ptr=start,

@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from ..launch import launched
 from .tile import (
     code_pairs,
     code_tile,
@@ -24,6 +25,7 @@ def transposed(pair):
     )
 
 
+@launched
 @triton.jit(do_not_specialize=["M", "tile_rows", "tile_columns"])
 def warp_backward(
     dout_ptr,  # [M, N] as int32 pairs
@@ -109,6 +111,7 @@ def warp_backward(
             tl.store(parts_ptr + (tl.program_id(1) * M + m) * K + k, total, mask=(m < M) & (k < K))
 
 
+@launched
 @triton.jit(do_not_specialize=["tile_rows", "tile_columns"])
 def dequantize_tiles(
     packed_ptr,

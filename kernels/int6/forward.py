@@ -3,9 +3,11 @@
 import triton
 import triton.language as tl
 
+from ..launch import launched
 from .tile import code_pairs, code_tile, four, lane_product, load_scales, load_triples, over_warps, tile_words
 
 
+@launched
 @triton.jit(do_not_specialize=["M", "tile_columns"])
 def warp_forward(
     x_ptr,  # [M, K] as int32 pairs
@@ -83,6 +85,7 @@ def warp_forward(
     tl.store(out_ptr + m * N + n, out.to(dtype), mask=(m < M) & (n < N))
 
 
+@launched
 @triton.jit(do_not_specialize=["tile_columns"])
 def permute_inputs(x_ptr, out_ptr, K, tile_columns, BLOCK: tl.constexpr):
     """x [M, K] -> [M, 128 tile_columns], each 32 inputs in the order of `code_tile`'s SLOTS, zeros after the last.
@@ -108,6 +111,7 @@ def fenced(words):
     return tl.inline_asm_elementwise(FENCE, "=r,=r,=r,=r,r,r,r,r", [words], tl.int32, is_pure=True, pack=4)
 
 
+@launched
 @triton.jit(do_not_specialize=["M", "tile_rows", "tile_columns"])
 def tile_forward(
     x_ptr,  # [M, 128 tile_columns] by `permute_inputs`
@@ -167,6 +171,7 @@ def tile_forward(
         tl.store(out_ptr + offsets, acc.to(dtype), mask=mask)
 
 
+@launched
 @triton.jit(do_not_specialize=["M"])
 def add_parts(parts_ptr, bias_ptr, out_ptr, M, N, SPLIT: tl.constexpr, BLOCK: tl.constexpr):
     """out [M, N] = the sum of parts fp32 [SPLIT, M, N] in their order (+ bias)."""

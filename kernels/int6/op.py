@@ -25,11 +25,10 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..dispatch import DTYPES, custom_op, expect, is_hopper, multiprocessors, resolve_backend
+from ..dispatch import DTYPES, cdiv, custom_op, expect, is_hopper, multiprocessors, next_power_of_2, resolve_backend
 from .backward import dequantize_tiles, warp_backward
 from .forward import add_parts, permute_inputs, tile_forward, warp_forward
 from .layout import COLUMNS, Int6Matrix, packed_shape
@@ -168,7 +167,7 @@ def _config(pick, x: Tensor, rows: int, columns: int, packed: Tensor, scale: Ten
 
 def _add(parts: Tensor, bias: Tensor | None, out: Tensor) -> None:
     M, N = out.shape
-    add_parts[(triton.cdiv(M * N, 1024),)](
+    add_parts[(cdiv(M * N, 1024),)](
         parts_ptr=parts, bias_ptr=bias, out_ptr=out, M=M, N=N, SPLIT=parts.size(0), BLOCK=1024, num_warps=4
     )
 
@@ -196,12 +195,12 @@ def _forward(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, rows
         )  # fmt: skip
         return out
     slots = x.new_empty(M, tile_columns * COLUMNS)
-    block = min(1024, triton.next_power_of_2(slots.size(1)))
-    permute_inputs[(M, triton.cdiv(slots.size(1), block))](
+    block = min(1024, next_power_of_2(slots.size(1)))
+    permute_inputs[(M, cdiv(slots.size(1), block))](
         x_ptr=x, out_ptr=slots, K=K, tile_columns=tile_columns, BLOCK=block, num_warps=4
     )
     parts = out if config.split == 1 else x.new_empty(config.split, M, rows, dtype=torch.float32)
-    tile_forward[(triton.cdiv(M, config.block_m) * triton.cdiv(tile_rows, 4), config.split)](
+    tile_forward[(cdiv(M, config.block_m) * cdiv(tile_rows, 4), config.split)](
         x_ptr=slots, bias_ptr=bias if config.split == 1 else None, out_ptr=parts, M=M, tile_rows=tile_rows, **weight,
         BLOCK_M=config.block_m, R=4, SPLIT=config.split, STAGES=config.stages, ASM=_takes_assembly(x),
         num_warps=config.num_warps,
@@ -241,7 +240,7 @@ def dequantize(packed: Tensor, scale: Tensor, shape: tuple[int, int], dtype: tor
     out = packed.new_empty(shape, dtype=dtype)
     tile_rows, tile_columns = packed_shape(*shape)[:2]
     groups, size = _groups(scale, shape[1])
-    dequantize_tiles[(tile_columns, triton.cdiv(tile_rows, 2))](
+    dequantize_tiles[(tile_columns, cdiv(tile_rows, 2))](
         packed_ptr=packed, scale_ptr=scale, out_ptr=out, N=shape[0], K=shape[1], tile_rows=tile_rows,
         tile_columns=tile_columns, groups=groups, GROUP=size, R=2,
         ASM=_takes_assembly(out) and _scales_fit(out, scale), num_warps=4,

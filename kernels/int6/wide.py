@@ -13,7 +13,6 @@ row, applied to the sum forward and to the codes backward; F and C multiples of 
 """
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 from triton.experimental import gluon
@@ -27,7 +26,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from ..dispatch import multiprocessors
+from ..dispatch import cdiv, multiprocessors
 from .unpack import TILES, block_of, following, items_of_this_program, unpack
 
 BLOCK_F = tl.constexpr(128)
@@ -197,10 +196,10 @@ def wide(
     M, C = x.shape
     F = shape[1] if backward else shape[0]
     tile_rows, tile_columns = packed.shape[:2]
-    loads = triton.cdiv(tile_rows, TILES.value) if backward else tile_columns
+    loads = cdiv(tile_rows, TILES.value) if backward else tile_columns
     out = x.new_empty(M, F)
     parts = x.new_empty(split, M, F, dtype=torch.float32) if split > 1 else None
-    blocks_f, blocks_m = triton.cdiv(F, BLOCK_F.value), triton.cdiv(M, block_m)
+    blocks_f, blocks_m = cdiv(F, BLOCK_F.value), cdiv(M, block_m)
     slice_m = min(32, block_m)
     wide_product[(min(multiprocessors(x.device), blocks_f * blocks_m * split),)](
         x_desc=TensorDescriptor(x, [M, C], [C, 1], [block_m, DEPTH.value], SWIZZLED),

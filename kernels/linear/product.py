@@ -1,5 +1,6 @@
 """The launch of a product of rows by a weight, with what is done to a tile before it leaves."""
 
+import functools
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -8,7 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..dispatch import aligned, empty_aligned, is_aligned, multiprocessors
+from ..dispatch import aligned, cdiv, empty_aligned, is_aligned, multiprocessors
+from ..launch import launched
 from ..rms_norm import EPS
 from ..swiglu import silu, swiglu_gradient
 from ..tile import halves, norm_rotate, tiled
@@ -72,6 +74,7 @@ HEADS_TILE = Tile(128, 256, 64, 2, 8, 3)
 FP32_TILE = Tile(64, 64, 16, 1, 8, 2)  # no tensor cores: what does not spill; alone, for its sums depend on block_k
 
 
+@functools.lru_cache(1024)
 def pick_tile(dtype: torch.dtype, epilogue: str, rows: int, outputs: int, processors: int, head_dim: int = 0) -> Tile:
     """The tile with which the busiest multiprocessor is done first, of those that hold a whole head."""
     if dtype == torch.float32:
@@ -80,11 +83,11 @@ def pick_tile(dtype: torch.dtype, epilogue: str, rows: int, outputs: int, proces
         return SLOPE_TILE
     tiles = (HEADS_TILE, *TILES[1:]) if epilogue == HEADS else TILES
     wide = [tile for tile in tiles if tile.block_n >= head_dim]
-    return min(wide, key=lambda tile: triton.cdiv(tile_count(tile, rows, outputs), processors) * tile.cost)
+    return min(wide, key=lambda tile: cdiv(tile_count(tile, rows, outputs), processors) * tile.cost)
 
 
 def tile_count(tile: Tile, rows: int, outputs: int) -> int:
-    return triton.cdiv(rows, tile.block_m) * triton.cdiv(outputs, tile.block_n)
+    return cdiv(rows, tile.block_m) * cdiv(outputs, tile.block_n)
 
 
 @triton.jit
@@ -192,6 +195,7 @@ def _finish_pieces(
         _finish_pieces(out_d, kept_d, gate_d, dup_d, right, m, n + N // 2, M, N // 2, PIECES // 2, EPILOGUE)
 
 
+@launched
 @triton.jit(do_not_specialize=["TILES", "S", "ROWS"])
 def _product_kernel(
     x_d, w_d, out_d, kept_d, gate_d, dup_d, cos_ptr, sin_ptr, gain_ptr, rstd_ptr, factors_ptr, TILES, S, ROWS,

@@ -14,14 +14,13 @@ later in the tile: 0.266, 0.270. Without an epilogue or with the square of relu 
 """
 
 import torch
-import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from ..dispatch import multiprocessors
+from ..dispatch import cdiv, multiprocessors
 from ..pingpong import (
     ACC,
     BLOCK,
@@ -223,10 +222,10 @@ def _launch(
     _product[(min(multiprocessors(x.device), tiles),)](
         x_desc=swizzled(x, block, depth), w_desc=weight_d, kept_desc=swizzled(kept, block, block),
         out_desc=swizzled(out, block, block), cos_ptr=cos, sin_ptr=sin, gain_ptr=gain, rstd_ptr=rstd,
-        S=1 if cos is None else len(cos), ROWS=rows, tiles=tiles, ACROSS=triton.cdiv(outputs, block),
-        STEPS=triton.cdiv(inputs, depth), EPS=RMS_EPS, **constants, num_warps=4, maxnreg=168,
+        S=1 if cos is None else len(cos), ROWS=rows, tiles=tiles, ACROSS=cdiv(outputs, block),
+        STEPS=cdiv(inputs, depth), EPS=RMS_EPS, **constants, num_warps=4, maxnreg=168,
     )  # fmt: skip
 
 
 def _tiles(rows: int, outputs: int) -> int:
-    return triton.cdiv(rows, BLOCK.value) * triton.cdiv(outputs, BLOCK.value)
+    return cdiv(rows, BLOCK.value) * cdiv(outputs, BLOCK.value)

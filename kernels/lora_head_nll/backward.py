@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from ..dot import multiply_add
+from ..launch import launched
 
 
 @triton.jit
@@ -15,6 +16,7 @@ def _row_factor(dnll_ptr, lse_ptr, offsets, mask):
     return factor
 
 
+@launched
 @triton.jit(do_not_specialize=["rows"])
 def scale_rows(
     h_ptr, dnll_ptr, lse_ptr, out_ptr, factors_ptr, rows, D: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr
@@ -29,6 +31,7 @@ def scale_rows(
     tl.store(out_ptr + offsets, (h * factor[:, None]).to(out_ptr.dtype.element_ty), mask=mask)
 
 
+@launched
 @triton.jit(do_not_specialize=["S", "slots"])
 def hidden_gradient(
     e_desc,
@@ -78,6 +81,7 @@ def hidden_gradient(
     tl.store(dh_ptr + offsets[:, None] * D + d[None, :], dh.to(DTYPE), mask=mask_s[:, None] & (d < D)[None, :])
 
 
+@launched
 @triton.jit(do_not_specialize=["B", "S"])
 def adapter_gradient(
     h_ptr,

@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from ..dot import multiply_add
+from ..launch import launched
 
 
 @triton.jit
@@ -59,6 +60,7 @@ def end_of_row(total, z_target, softcap, gain, scale, DTYPE: tl.constexpr):
     return lse - t * gain, (p * quarter).to(DTYPE), after, lse, more
 
 
+@launched
 @triton.jit(do_not_specialize=["S", "width", "slots"])
 def sweep(
     h_desc,

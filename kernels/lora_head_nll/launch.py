@@ -6,7 +6,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ..dispatch import aligned, empty_aligned, is_packed, padded_rank
+from ..dispatch import aligned, cdiv, empty_aligned, is_packed, next_power_of_2, padded_rank
 from ..linear.product import FACTORS, launch_product
 from ..tile import tiled
 from . import turns
@@ -151,7 +151,7 @@ class Head:
         tile = config.sweep if keep else config.score
         batch, tokens, width = self.h.shape
         a, b, softcap = self.lora_a, self.lora_b, self.softcap if self.is_capped else 1.0
-        sweep[(triton.cdiv(tokens, tile.m) * batch,)](
+        sweep[(cdiv(tokens, tile.m) * batch,)](
             h_desc=tiled(self.h, 1, tile.m, tile.k), weight_desc=tiled(self.weight, tile.n, tile.k),
             lora_a_ptr=a, lora_b_ptr=b, targets_ptr=self.targets, nll_ptr=nll, lse_ptr=lse[0], top_ptr=lse[1],
             e_ptr=e, u_ptr=u, du_ptr=du, width=width, stride_e=e.stride(-2) if keep else 0, slots=self.pool,
@@ -198,7 +198,7 @@ class Head:
     def _hidden_gradient(self, dnll: Tensor, lse: Tensor | None, e: Tensor, du: Tensor, dh: Tensor) -> None:
         tile = pick_config(self.h.dtype, self.rank).hidden
         batch, tokens, width = self.h.shape
-        hidden_gradient[(triton.cdiv(width, tile.n) * triton.cdiv(tokens, tile.m) * batch,)](
+        hidden_gradient[(cdiv(width, tile.n) * cdiv(tokens, tile.m) * batch,)](
             e_desc=tiled(e, 1, tile.m, tile.k), weight_desc=tiled(self.weight, tile.k, tile.n),
             lora_a_ptr=self.lora_a, dnll_ptr=dnll, lse_ptr=lse, du_ptr=du, dh_ptr=dh, slots=self.pool,
             stride_a=0 if self.lora_a is None else self.lora_a.stride(0),
@@ -211,10 +211,10 @@ class Head:
         """dA [slots, R, D] and dB [slots, V, R]."""
         tile = pick_config(self.h.dtype, self.rank).adapter
         (batch, _, width), vocabulary = self.h.shape, self.weight.size(0)
-        adapter_gradient[((triton.cdiv(vocabulary, tile.m) + triton.cdiv(width, tile.m)) * self.pool,)](
+        adapter_gradient[((cdiv(vocabulary, tile.m) + cdiv(width, tile.m)) * self.pool,)](
             h_ptr=self.h, e_ptr=e, u_ptr=u, du_ptr=du, dnll_ptr=dnll, lse_ptr=lse, da_ptr=da, db_ptr=db, B=batch,
             stride_hb=self.h.stride(0), stride_hs=self.h.stride(1), stride_e=e.stride(-2), stride_da=da.stride(0),
-            stride_db=db.stride(0), ROWS=triton.next_power_of_2(batch), FILL=fill, BLOCK_S=tile.k, BLOCK_N=tile.m,
+            stride_db=db.stride(0), ROWS=next_power_of_2(batch), FILL=fill, BLOCK_S=tile.k, BLOCK_N=tile.m,
             **self.shared(tile),
         )  # fmt: skip
 
@@ -222,9 +222,9 @@ class Head:
         """h times the factors of E's rows [B S, D], and these factors."""
         rows, width = self.h.shape[:2].numel(), self.h.size(2)
         scaled, factors = self.h.new_empty(rows, width), self.h.new_empty(rows, dtype=torch.float32)
-        padded = triton.next_power_of_2(width)
+        padded = next_power_of_2(width)
         block = max(1, 2048 // padded)
-        scale_rows[(triton.cdiv(rows, block),)](
+        scale_rows[(cdiv(rows, block),)](
             h_ptr=self.h.contiguous(), dnll_ptr=dnll, lse_ptr=lse, out_ptr=scaled, factors_ptr=factors, rows=rows,
             D=width, N=padded, BLOCK=block, num_warps=4,
         )  # fmt: skip

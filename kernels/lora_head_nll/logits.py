@@ -30,15 +30,18 @@ from torch import Tensor
 from ..dispatch import (
     FLOATS,
     INTEGERS,
+    cdiv,
     custom_op,
     dtypes_of,
     empty_grad,
     expect,
     expect_multiples,
     expect_one_of,
+    next_power_of_2,
     resolve_backend,
     round_up,
 )
+from ..launch import launched
 from ..linear.product import launch_product
 from .forward import softcapped
 from .reference import NO_SOFTCAP, REDUCTIONS, check_softcap, linear_nll_ref, reduce_nll
@@ -63,6 +66,7 @@ def _multiple(number, VECTOR: tl.constexpr):
     return number // VECTOR * VECTOR
 
 
+@launched
 @triton.jit(do_not_specialize=["rows", "first", "columns", "vocabulary", "ignore"])
 def row_sums(
     z_ptr, targets_ptr, nll_ptr, lse_ptr, top_ptr, rows, first, columns, vocabulary, ignore, stride_z, softcap, gain,
@@ -110,6 +114,7 @@ def row_sums(
     tl.store(top_ptr + row, top, mask=mask)
 
 
+@launched
 @triton.jit(do_not_specialize=["rows", "first", "columns", "vocabulary", "ignore"])
 def logit_gradient(
     z_ptr, dz_ptr, targets_ptr, dnll_ptr, lse_ptr, top_ptr, rows, first, columns, vocabulary, ignore, stride_z,
@@ -140,7 +145,7 @@ def logit_gradient(
 def slice_width(rows: int, vocabulary: int, itemsize: int, memory: int) -> int:
     """How wide slices of the vocabulary are, about alike: a quarter of `memory` at most."""
     most = max(STEP, memory // 4 // (rows * itemsize) // STEP * STEP)
-    return min(vocabulary, round_up(triton.cdiv(vocabulary, triton.cdiv(vocabulary, most)), STEP))
+    return min(vocabulary, round_up(cdiv(vocabulary, cdiv(vocabulary, most)), STEP))
 
 
 def _slices(h: Tensor, weight: Tensor, memory: int) -> list[slice]:
@@ -165,10 +170,10 @@ def _launch(
 ):
     """`kernel` over a slice z [rows, columns] of the logits, by whole rows or by tiles."""
     rows, columns = z.shape
-    block = min(TILE, triton.next_power_of_2(columns))
+    block = min(TILE, next_power_of_2(columns))
     height, is_capped = TILE // block, softcap < NO_SOFTCAP
     cap = softcap if is_capped else 1.0
-    programs = triton.cdiv(rows, height) * (1 if whole_rows else triton.cdiv(columns, block))
+    programs = cdiv(rows, height) * (1 if whole_rows else cdiv(columns, block))
     kernel[(programs,)](
         z_ptr=z, rows=rows, first=first, columns=columns, vocabulary=vocabulary, stride_z=z.stride(0), softcap=cap,
         gain=cap / temperature, CAPPED=is_capped, ROWS=height, BLOCK=block,

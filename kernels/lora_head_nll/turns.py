@@ -17,7 +17,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma
 
-from ..dispatch import multiprocessors
+from ..dispatch import cdiv, multiprocessors
+from ..launch import launched
 from ..pingpong import (
     ACC,
     BLOCK,
@@ -132,6 +133,7 @@ def _sweep(
     )  # fmt: skip
 
 
+@launched
 @triton.jit(do_not_specialize=["rows"])
 def _finish_rows(
     targets_ptr, totals_ptr, z_targets_ptr, nll_ptr, lse_ptr, top_ptr, e_ptr, rows, stride_e, softcap, gain, scale,
@@ -163,7 +165,7 @@ def pick_shares(pairs: int, tiles: int, processors: int) -> int:
     """In how many shares the vocabulary's `tiles` are swept: those that leave the fewest multiprocessors idle."""
 
     def rounds(shares: int) -> float:
-        return triton.cdiv(pairs * shares, processors) * triton.cdiv(tiles, shares)
+        return cdiv(pairs * shares, processors) * cdiv(tiles, shares)
 
     return min(range(1, min(tiles, 16) + 1), key=lambda shares: (rounds(shares), shares))
 
@@ -174,7 +176,7 @@ def launch_sweep(
     """nll [B, S], lse [2, B, S] and E [B, S, V] of h [B, S, D] and weight [V, D], contiguous, in bf16."""
     h, e = h.reshape(-1, h.size(-1)), e.flatten(0, 1)
     (rows, width), vocabulary, block, depth = h.shape, weight.size(0), BLOCK.value, DEPTH.value
-    pairs, tiles, processors = triton.cdiv(rows, 2 * block), triton.cdiv(vocabulary, block), multiprocessors(h.device)
+    pairs, tiles, processors = cdiv(rows, 2 * block), cdiv(vocabulary, block), multiprocessors(h.device)
     shares = pick_shares(pairs, tiles, processors)
     totals, z_targets = (nll.new_empty(shares, rows) for _ in range(2))
     shared = dict(
@@ -183,8 +185,8 @@ def launch_sweep(
     )  # fmt: skip
     _sweep[(min(processors, pairs * shares),)](
         h_desc=swizzled(h, block, depth), weight_desc=swizzled(weight, block, depth), e_desc=swizzled(e, block, block),
-        pairs=pairs, TILES=triton.cdiv(tiles, shares), STEPS=triton.cdiv(width, depth), maxnreg=168, **shared,
+        pairs=pairs, TILES=cdiv(tiles, shares), STEPS=cdiv(width, depth), maxnreg=168, **shared,
     )  # fmt: skip
-    _finish_rows[(triton.cdiv(rows, 256),)](
+    _finish_rows[(cdiv(rows, 256),)](
         nll_ptr=nll, lse_ptr=lse[0], top_ptr=lse[1], e_ptr=e, stride_e=e.stride(0), N=256, **shared
     )

@@ -8,7 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..dispatch import is_aligned, is_packed
+from ..dispatch import cdiv, is_aligned, is_packed
+from ..launch import launched
 from .tiles import is_stacked, stacked_rank
 
 
@@ -57,6 +58,7 @@ PACK = 4096
 """Numbers that a program of the packing launch rounds."""
 
 
+@launched
 @triton.jit
 def _pack_kernel(
     a_ptr, b_ptr, packed_a_ptr, packed_b_ptr, slots_ptr, a_stride, b_stride, count, A, N,
@@ -92,7 +94,7 @@ def _launch_pack(
     (batch, rows, stacked), rank, groups = packed_b.shape, lora_b.size(2), len(sizes)
     numbers = packed_a.size(1) * packed_a.size(2)
     if batch:
-        _pack_kernel[((triton.cdiv(numbers, PACK) + triton.cdiv(rows * stacked, PACK)) * batch,)](
+        _pack_kernel[((cdiv(numbers, PACK) + cdiv(rows * stacked, PACK)) * batch,)](
             a_ptr=lora_a, b_ptr=lora_b, packed_a_ptr=packed_a, packed_b_ptr=packed_b, slots_ptr=slots,
             a_stride=lora_a.stride(0), b_stride=lora_b.stride(0), count=lora_a.size(0), A=numbers, N=rows,
             NQ=sizes[0], NK=sizes[-2 % groups], R=rank, RT=stacked, STACKED=is_stacked(rank, groups), BLOCK=PACK,

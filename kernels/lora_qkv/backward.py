@@ -10,8 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..dispatch import padded_rank
+from ..dispatch import cdiv, next_power_of_2, padded_rank
 from ..dot import multiply_add
+from ..launch import launched
 from ..tile import tiled
 from .adapters import Adapters
 from .tiles import (
@@ -68,6 +69,7 @@ def _store_dx(dx_d, kept_d, dx, b, s, d, BM: tl.constexpr, BD: tl.constexpr):
         store_slopes(dx_d, kept_d, dx, b, s, d, BM, BD)
 
 
+@launched
 @triton.jit(do_not_specialize=["S", "TILES", "COUNT"])
 def _dx_kernel(
     q_d, k_d, v_d, w_d, a_ptr, b_d, slots_ptr, dx_d, kept_d, t_ptr, a_stride, S, TILES, COUNT,
@@ -161,6 +163,7 @@ def _following(every, slot, b, B, BP: tl.constexpr):
     return tl.min(tl.where((every == slot) & (j > b) & (j < B), j, B))
 
 
+@launched
 @triton.jit(do_not_specialize=["B", "S", "TILES"])
 def _db_kernel(
     q_d, k_d, v_d, xa_d, db_ptr, slots_ptr, db_stride, count, B, S, TILES,
@@ -196,6 +199,7 @@ def _db_kernel(
             tl.store(out, db, (row < width)[:, None] & (r < R)[None, :])
 
 
+@launched
 @triton.jit(do_not_specialize=["B", "S"])
 def _da_kernel(
     t_d, x_d, da_ptr, slots_ptr, da_stride, count, B, S,
@@ -265,7 +269,7 @@ def launch_backward(
     t = x.new_empty(batch, length, parts * stacked)
     ready = torch.cuda.current_stream(x.device).record_event() if x.is_cuda else None
     m, d, n = config.block_m, config.block_d, config.block_n
-    tiles = batch * triton.cdiv(length, m) * (1 if dx is None else triton.cdiv(width, d))
+    tiles = batch * cdiv(length, m) * (1 if dx is None else cdiv(width, d))
     q_d, k_d, v_d = of_three([tiled(grad, 1, m, n) for grad in grads])
     _dx_kernel[(programs(x.device, tiles),)](
         q_d=q_d, k_d=k_d, v_d=v_d, w_d=tiled(weight, n, d),
@@ -278,10 +282,10 @@ def launch_backward(
     )  # fmt: skip
     if da is None:
         return
-    batch_pow2 = triton.next_power_of_2(batch)
+    batch_pow2 = next_power_of_2(batch)
     with _beside(x.device, ready):
         n, s = config.db_n, config.db_s
-        tiles = batch * sum(triton.cdiv(size, n) for size in sizes)
+        tiles = batch * sum(cdiv(size, n) for size in sizes)
         q_d, k_d, v_d = of_three([tiled(grad, 1, s, n) for grad in grads])
         _db_kernel[(programs(x.device, tiles),)](
             q_d=q_d, k_d=k_d, v_d=v_d, xa_d=tiled(xa, 1, s, padded),
@@ -290,7 +294,7 @@ def launch_backward(
             num_warps=config.db_warps, num_stages=config.db_stages,
         )  # fmt: skip
     d, s, rows = config.da_d, config.da_s, max(64, stacked)  # 64: the fewest rows of a Hopper matrix instruction
-    _da_kernel[(triton.cdiv(width, d) * parts * batch,)](
+    _da_kernel[(cdiv(width, d) * parts * batch,)](
         t_d=tiled(t, 1, s, rows), x_d=tiled(x, 1, s, d), da_ptr=da, slots_ptr=slots, da_stride=da.stride(0),
         count=da.size(0), B=batch, S=length, D=width, ROWS=groups * rank // parts, RT=rows, STEP=stacked, PARTS=parts,
         BD=d, BS=s, BP=batch_pow2, num_warps=config.da_warps, num_stages=config.da_stages,

@@ -11,8 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..dispatch import aligned, padded_rank
+from ..dispatch import aligned, cdiv, padded_rank
 from ..dot import multiply_add
+from ..launch import launched
 from ..rms_norm import EPS
 from ..tile import tiled
 from .adapters import adapters_of, empty_packed
@@ -83,6 +84,7 @@ def _store_piece(q_d, k_d, v_d, p, b, s, n, piece, M: tl.constexpr, N: tl.conste
     out_d.store([b, s, n], piece.reshape(1, M, N))
 
 
+@launched
 @triton.jit(do_not_specialize=["S", "TILES", "COUNT"])
 def _forward_kernel(
     x_d, w_d, a_d, b_ptr, slots_ptr, q_d, k_d, v_d, xa_ptr, u_ptr, cos_ptr, sin_ptr, gain_ptr, rstd_q_ptr, rstd_k_ptr,
@@ -231,7 +233,7 @@ def launch_forward(
     if made.xa.numel():
         padded, config = padded_rank(rank), pick_forward_config(x.dtype, rank)
         m, n, k = config.block_m, config.block_n, config.block_k
-        tiles = batch * triton.cdiv(length, m) * sum(triton.cdiv(size, n) for size in sizes)
+        tiles = batch * cdiv(length, m) * sum(cdiv(size, n) for size in sizes)
         q_d, k_d, v_d = of_three([tiled(out, 1, m, n // PIECES) for out in made.outs])
         nq, nk, nv = of_three(sizes, 0)
         _forward_kernel[(programs(x.device, tiles),)](

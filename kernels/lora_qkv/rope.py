@@ -6,7 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..dispatch import custom_op, empty_grad, keep_output, refuse_gradients
+from ..dispatch import cdiv, custom_op, empty_grad, keep_output, refuse_gradients
+from ..launch import launched
 from ..rotary.op import expect_tables
 from ..tile import UNIT, off_unit, unrotate
 from .adapters import unpacked
@@ -46,6 +47,7 @@ def _head_gradient(
     tl.store(dx_ptr + HALF + offsets, (dright * factor).to(dtype), mask[:, None])
 
 
+@launched
 @triton.jit(do_not_specialize=["S"])
 def _heads_backward_kernel(
     dq_out_ptr, dk_out_ptr, q_ptr, k_ptr, rstd_q_ptr, rstd_k_ptr, cos_ptr, sin_ptr, gain_ptr, dq_ptr, dk_ptr,
@@ -124,7 +126,7 @@ def _heads_backward_op(
     heads, groups, head_dim = rstd_q.size(2), rstd_k.size(2), 2 * cos.size(1)
     if q.numel():
         dq_out, dk_out = (dout if dout.stride(2) == 1 else dout.contiguous() for dout in (dq_out, dk_out))
-        _heads_backward_kernel[(triton.cdiv(q.size(1), TOKENS) * (heads + groups) * q.size(0),)](
+        _heads_backward_kernel[(cdiv(q.size(1), TOKENS) * (heads + groups) * q.size(0),)](
             dq_out_ptr=dq_out, dk_out_ptr=dk_out, q_ptr=q, k_ptr=k, rstd_q_ptr=rstd_q, rstd_k_ptr=rstd_k, cos_ptr=cos,
             sin_ptr=sin, gain_ptr=gain, dq_ptr=dq, dk_ptr=dk, q_stride_b=dq_out.stride(0), q_stride_s=dq_out.stride(1),
             k_stride_b=dk_out.stride(0), k_stride_s=dk_out.stride(1), S=q.size(1),

@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..dispatch import multiprocessors, padded_rank
+from ..dispatch import multiprocessors, next_power_of_2, padded_rank
 from ..linear.product import relu, times_slope
 from ..tile import halves
 
@@ -32,7 +32,7 @@ def is_stacked(rank: int, groups: int) -> bool:
 
 def stacked_rank(rank: int, groups: int) -> int:
     """Rows of A that the backward takes at once, as a power of two."""
-    return max(32, triton.next_power_of_2(3 * rank)) if is_stacked(rank, groups) else padded_rank(rank)
+    return max(32, next_power_of_2(3 * rank)) if is_stacked(rank, groups) else padded_rank(rank)
 
 
 @triton.jit

@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from ..launch import launched
 from .forward import bias_row, columns, gains, mean_of_rows
 
 SPLITS_AT_ONCE = 32
@@ -11,6 +12,7 @@ GROUP = 64
 """Splits of the weight's gradient, which knows no documents, that are added before the groups are."""
 
 
+@launched
 @triton.jit
 def backward(
     dn_ptr, dx_in_ptr, dx_out_ptr, n_ptr, rstd_ptr, x_ptr, branch_ptr, scale_ptr, bias_ptr, slots_ptr, pushed_ptr,
@@ -146,6 +148,7 @@ def _store_sum(sums_ptr, place, tile, column, D: tl.constexpr):
     tl.store(sums_ptr + place * D + column, tl.sum(tile, axis=0, keep_dims=True), mask=column < D)
 
 
+@launched
 @triton.jit
 def add_splits(
     sums_ptr, out_ptr, slots_ptr, batch, splits, pool, out_stride,

@@ -5,11 +5,15 @@ CHUNKS * CHUNK >= D wide. With CHUNK the 32 lanes of a warp times 16 bytes, a ro
 loads 16 bytes twice, and the mean over a row needs shuffles but no barrier.
 """
 
+import functools
 from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
+
+from ..dispatch import next_power_of_2
+from ..launch import launched
 
 SPLIT = 32
 """Tokens of one document whose gradient sums one program of the backward takes."""
@@ -25,13 +29,14 @@ class RmsNormConfig:
     num_warps: int
 
 
+@functools.cache
 def pick_config(width: int, dtype: torch.dtype, sums: int = 0) -> RmsNormConfig:
     """The tile for rows of `width`, 16 elements a lane: 2,048 elements, or one row where two `sums` are held as well.
 
     NVIDIA H200, 98,304 x 512 bf16, with x0's gradient added up and two sums: 0.194 ms; two rows 0.216, four 0.293.
     Forward, four rows a program: 0.119 between blocks and 0.099 after attention; sixteen 0.134 and 0.102.
     """
-    padded = triton.next_power_of_2(width)
+    padded = next_power_of_2(width)
     elements = max(512, padded) if sums >= 2 else max(2048, padded)
     warps_a_row = max(1, padded // 512)
     chunk = min(padded, 512 // dtype.itemsize * warps_a_row)
@@ -66,6 +71,7 @@ def mean_of_rows(tile, D: tl.constexpr):
     return tl.sum(tl.sum(tile, axis=1), axis=1) * (1.0 / D)
 
 
+@launched
 @triton.jit
 def forward(
     x_ptr, branch_ptr, scale_ptr, bias_ptr, slots_ptr, pushed_ptr, skip_ptr, mix_ptr, x0_ptr, x_out_ptr, x_in_ptr,

@@ -1,18 +1,19 @@
 """Launchers, the torch.library ops with their autograd, and the public functions."""
 
 import torch
-import triton
 from torch import Tensor
 
 from ..dispatch import (
     DTYPES,
     FLOATS,
+    cdiv,
     custom_op,
     empty_grad,
     expect,
     expect_multiples,
     expect_rows,
     expect_slots,
+    next_power_of_2,
     refuse_in_reference,
     resolve_backend,
     round_up,
@@ -54,7 +55,7 @@ def _op(
     batch, tokens, width = x.shape
     if x.numel():
         config = pick_config(width, x.dtype)
-        forward[(batch * triton.cdiv(tokens, config.forward_tokens),)](
+        forward[(batch * cdiv(tokens, config.forward_tokens),)](
             x_ptr=x, branch_ptr=branch, scale_ptr=scale, bias_ptr=bias, slots_ptr=slots, pushed_ptr=pushed,
             skip_ptr=skip, mix_ptr=mix, x0_ptr=x0, x_out_ptr=x_out if stores_x_out else None,
             x_in_ptr=x_in if stores_x_in else None, n_ptr=n, rstd_ptr=rstd, weight_ptr=weight,
@@ -119,7 +120,7 @@ def _backward_op(
             if grad is not None:
                 grad.zero_()
         return
-    splits = triton.cdiv(tokens, SPLIT)
+    splits = cdiv(tokens, SPLIT)
     has_bias, has_weight = dbias is not None, dweight is not None
     kinds = sum(grad.numel() // width for grad in vectors)
     config = pick_config(width, n.dtype, has_bias + kinds + has_weight)
@@ -159,8 +160,8 @@ def _backward_op(
 def _add_splits(sums: Tensor, out: Tensor, slots: Tensor | None, batch: int) -> None:
     """sums [..., splits, D], contiguous, into the rows of `out` [rows, D]."""
     splits, width = sums.shape[-2:]
-    block = min(128, triton.next_power_of_2(width))
-    add_splits[(sums.numel() // (splits * width), triton.cdiv(width, block))](
+    block = min(128, next_power_of_2(width))
+    add_splits[(sums.numel() // (splits * width), cdiv(width, block))](
         sums_ptr=sums, out_ptr=out, slots_ptr=slots, batch=batch, splits=splits, pool=out.size(0),
         out_stride=out.stride(0), D=width, SPLITS=SPLITS_AT_ONCE, BLOCK=block, num_warps=4,
     )  # fmt: skip

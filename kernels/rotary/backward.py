@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from ..launch import launched
 from ..tile import unrotate
 from .forward import load_halves, rstd_of, tables
 
@@ -41,6 +42,7 @@ def _norm_rotate_backward(
         tl.store(dx_ptr + D // 2 + offsets, (factor * (dright - right * mean)).to(dtype), mask=mask)
 
 
+@launched
 @triton.jit
 def backward(
     dq_out_ptr, dk_out_ptr, q_ptr, k_ptr, cos_ptr, sin_ptr, gain_ptr, dq_ptr, dk_ptr, sums_ptr, tokens, dq_stride_b,

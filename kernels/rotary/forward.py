@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import triton
 import triton.language as tl
 
+from ..dispatch import next_power_of_2
+from ..launch import launched
 from ..tile import rotate
 
 
@@ -24,8 +26,8 @@ class NormRotaryConfig:
 
 def pick_config(heads: int, head_dim: int) -> NormRotaryConfig:
     """Tiles of 2,048 elements a half head: 16 a lane, loads of 16 bytes for 16-bit dtypes."""
-    half = triton.next_power_of_2(head_dim // 2)
-    heads = min(triton.next_power_of_2(heads), max(1, 2048 // half))
+    half = next_power_of_2(head_dim // 2)
+    heads = min(next_power_of_2(heads), max(1, 2048 // half))
     return NormRotaryConfig(heads, max(1, 2048 // (heads * half)), half, num_warps=4)
 
 
@@ -78,6 +80,7 @@ def _norm_rotate(
         tl.store(out_ptr + D // 2 + offsets, (right * factor).to(dtype), mask=mask)
 
 
+@launched
 @triton.jit
 def forward(
     q_ptr, k_ptr, cos_ptr, sin_ptr, gain_ptr, q_out_ptr, k_out_ptr, tokens, q_stride_b, q_stride_s, q_stride_h,

@@ -1,10 +1,19 @@
 """Launchers, the torch.library ops with their autograd, and the public function."""
 
 import torch
-import triton
 from torch import Tensor
 
-from ..dispatch import DTYPES, custom_op, describe, empty_grad, expect, refuse_gradients, resolve_backend
+from ..dispatch import (
+    DTYPES,
+    cdiv,
+    custom_op,
+    describe,
+    empty_grad,
+    expect,
+    next_power_of_2,
+    refuse_gradients,
+    resolve_backend,
+)
 from ..rms_norm import EPS
 from .backward import backward
 from .forward import forward, pick_config
@@ -16,11 +25,11 @@ def _launch(kernel, q: Tensor, k: Tensor, **arguments: Tensor | int | None) -> N
     batch, tokens, heads, head_dim = q.shape
     config = pick_config(max(heads, k.size(2)), head_dim)
     (q_b, q_s, q_h, _), (k_b, k_s, k_h, _) = q.stride(), k.stride()
-    kernel[(batch * triton.cdiv(tokens, config.tokens),)](
+    kernel[(batch * cdiv(tokens, config.tokens),)](
         **arguments, q_ptr=q, k_ptr=k, tokens=tokens, q_stride_b=q_b, q_stride_s=q_s, q_stride_h=q_h, k_stride_b=k_b,
         k_stride_s=k_s, k_stride_h=k_h, EPS=EPS, H=heads, G=k.size(2), D=head_dim,
-        HEADS=min(config.heads, triton.next_power_of_2(heads)),
-        HEADS_K=min(config.heads, triton.next_power_of_2(k.size(2))),
+        HEADS=min(config.heads, next_power_of_2(heads)),
+        HEADS_K=min(config.heads, next_power_of_2(k.size(2))),
         TOKENS=config.tokens, HALF=config.half, num_warps=config.num_warps,
     )  # fmt: skip
 
@@ -60,7 +69,7 @@ def _backward_op(
     sums = None
     if dgain is not None:
         tokens = pick_config(max(q.size(2), k.size(2)), q.size(3)).tokens
-        sums = cos.new_empty(q.size(0) * triton.cdiv(q.size(1), tokens), q.size(2))
+        sums = cos.new_empty(q.size(0) * cdiv(q.size(1), tokens), q.size(2))
     if q.numel():
         dq_out, dk_out, q, k = (with_whole_heads(t) for t in (dq_out, dk_out, q, k))
         (q_b, q_s, q_h, _), (k_b, k_s, k_h, _) = dq_out.stride(), dk_out.stride()

@@ -20,13 +20,16 @@ from torch import Tensor
 from ..dispatch import (
     DTYPES,
     INTEGERS,
+    cdiv,
     custom_op,
     describe,
     expect,
     expect_multiples,
+    next_power_of_2,
     refuse_gradients,
     resolve_backend,
 )
+from ..launch import launched
 from ..tile import rotate, unrotate
 from .forward import load_halves, pick_config
 from .op import with_whole_heads
@@ -72,6 +75,7 @@ def _rotate_heads(
             tl.store(out_ptr + written + rest, tl.load(x_ptr + read + rest, mask=mask, other=0.0), mask=mask)
 
 
+@launched
 @triton.jit
 def rotate_both(
     q_ptr, k_ptr, cos_ptr, sin_ptr, positions_ptr, q_out_ptr, k_out_ptr, tokens, length, positions_stride, q_stride_b,
@@ -115,15 +119,15 @@ def _op(
         batch, tokens, heads, head_dim = q.shape
         config, rotated = pick_config(max(heads, k.size(2)), head_dim), 2 * cos.size(1)
         (q_b, q_s, q_h, _), (k_b, k_s, k_h, _) = q.stride(), k.stride()
-        rotate_both[(batch * triton.cdiv(tokens, config.tokens),)](
+        rotate_both[(batch * cdiv(tokens, config.tokens),)](
             q_ptr=q, k_ptr=k, cos_ptr=cos, sin_ptr=sin, positions_ptr=positions, q_out_ptr=q_out, k_out_ptr=k_out,
             tokens=tokens, length=len(cos), positions_stride=tokens if positions is not None and positions.dim() == 2
             else 0, q_stride_b=q_b, q_stride_s=q_s, q_stride_h=q_h, k_stride_b=k_b, k_stride_s=k_s, k_stride_h=k_h,
             H=heads, G=k.size(2), D=head_dim, ROTATED=rotated, INTERLEAVED=interleaved, INVERSE=inverse,
-            HEADS=min(config.heads, triton.next_power_of_2(heads)),
-            HEADS_K=min(config.heads, triton.next_power_of_2(k.size(2))), TOKENS=config.tokens,
-            HALF=triton.next_power_of_2(rotated // 2),
-            REST=triton.next_power_of_2(head_dim - rotated) if head_dim > rotated else 0, num_warps=config.num_warps,
+            HEADS=min(config.heads, next_power_of_2(heads)),
+            HEADS_K=min(config.heads, next_power_of_2(k.size(2))), TOKENS=config.tokens,
+            HALF=next_power_of_2(rotated // 2),
+            REST=next_power_of_2(head_dim - rotated) if head_dim > rotated else 0, num_warps=config.num_warps,
         )  # fmt: skip
     return q_out, k_out
 

@@ -1,0 +1,106 @@
+"""Launching a kernel again without asking Triton again which of its compilations is meant.
+
+Triton looks at every argument of every launch, writes its types and options into a text and looks for it: 8 to 20
+microseconds, more than most kernels of a small batch take. :func:`launched` remembers the compilation by a key of what
+Triton looks at and launches that, as `kernel.warmup(...)[grid](...)` does.
+"""
+
+from operator import itemgetter
+from typing import Any
+
+import triton
+from torch import Tensor
+from torch.nn import Parameter
+from triton import knobs
+from triton.compiler import CompiledKernel
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+IS_KNOWN = triton.__version__.split(".")[:2] in (["3", "6"], ["3", "7"])
+"""Versions whose launches are known to look at nothing else. Others launch as they do."""
+
+RUN = JITFunction.run
+"""Triton's own, imported before anybody here replaces it."""
+
+
+def launched(kernel: Any) -> Any:
+    """`kernel`, a `@triton.jit` function that is launched by keyword arguments, with cheap launches.
+
+    It stays the JITFunction that it is. A launch takes Triton's own way, and is not remembered, where the key does not
+    say everything: an address that is not on 16 bytes, an integer past 32 bits, a tuple, a hook; and while somebody has
+    replaced `JITFunction.run`, to see every launch. In Triton's interpreter nothing changes.
+    """
+    if IS_KNOWN and type(kernel) is JITFunction:
+        kernel.__class__ = _Launched
+        kernel.forms, kernel.compilations = {}, {}
+    return kernel
+
+
+class _Launched(JITFunction):
+    def __getitem__(self, grid: Any) -> Any:
+        def launch(*positional: Any, **arguments: Any) -> Any:
+            if positional or callable(grid) or JITFunction.run is not RUN or self.pre_run_hooks:
+                return self.run(*positional, grid=grid, warmup=False, **arguments)
+            form = self.forms.get(names := tuple(arguments))
+            if form is None:
+                form = self.forms[names] = _Form(self, names)
+            device = driver.active.get_current_device()
+            key = form.key(device, arguments)
+            compiled = self.compilations.get(key) if key else None
+            if compiled is None:
+                compiled = self.run(grid=grid, warmup=False, **arguments)
+                if key and isinstance(compiled, CompiledKernel):
+                    self.compilations[key] = compiled
+            else:
+                stream = driver.active.get_current_stream(device)
+                compiled[(*grid, 1, 1)[:3]](*form.in_order(arguments), stream=stream)
+            return compiled
+
+        return launch
+
+
+class _Form:
+    """One set of names that a kernel is launched with."""
+
+    def __init__(self, kernel: JITFunction, names: tuple[str, ...]):
+        parameters = kernel.signature.parameters
+        constants = {parameter.name for parameter in kernel.params if parameter.is_constexpr}
+        constants |= {name for name in names if name not in parameters}  # options, such as num_warps
+        self.is_whole = all(name in names for name in parameters)
+        self.in_order = _all_of([name for name in parameters if name in names])
+        self.constants = _all_of([name for name in names if name in constants])
+        self.inputs = _all_of([name for name in names if name not in constants])
+
+    def key(self, device: int, arguments: dict[str, Any]) -> tuple | None:
+        """What tells apart the compilations of these arguments; None where that takes Triton itself."""
+        runtime = knobs.runtime
+        if not self.is_whole or runtime.add_stages_inspection_hook is not None:
+            return None
+        key = [self, device, runtime.debug, knobs.compilation.instrumentation_mode, *self.constants(arguments)]
+        addresses = 0
+        for value in self.inputs(arguments):
+            kind = type(value)
+            if kind is Tensor or kind is Parameter:
+                addresses |= value.data_ptr()
+                key.append(value.dtype)
+            elif value is None:
+                key.append(None)
+            elif kind is int:
+                if not -(2**31) <= value < 2**31:
+                    return None
+                key.append(1 if value == 1 else 16 if value % 16 == 0 else 2)
+            elif kind is TensorDescriptor:  # made of an address on 16 bytes
+                key += value.base.dtype, *value.block_shape
+            elif kind is bool or kind is float:
+                key.append(kind)
+            else:
+                return None
+        return None if addresses % 16 else tuple(key)
+
+
+def _all_of(names: list[str]) -> Any:
+    """itemgetter that gives a tuple for any number of names."""
+    if len(names) > 1:
+        return itemgetter(*names)
+    return lambda arguments: tuple(arguments[name] for name in names)

@@ -1,0 +1,180 @@
+"""Launches without a GPU: kernels are compiled for Hopper, and a driver writes down what would be launched.
+
+`python -m tests.launches` ends with status 1 where a remembered launch is not the one that Triton would have made, and
+prints as JSON how many Python calls a call of some ops makes on the host.
+"""
+
+import json
+import os
+import sys
+from types import SimpleNamespace
+
+os.environ["TRITON_INTERPRET"] = "0"
+
+import torch
+import triton
+import triton.language as tl
+from klora.kernels import dispatch
+from klora.kernels.launch import IS_KNOWN, launched
+from klora.kernels.tile import tiled
+from triton.backends.compiler import GPUTarget
+from triton.compiler import CompiledKernel
+from triton.runtime.jit import JITFunction
+
+LAUNCHED: list[tuple] = []
+"""(grid, stream, arguments) of every launch."""
+
+
+class Launcher:
+    def __init__(self, source, metadata):
+        pass
+
+    def __call__(self, x, y, z, stream, function, metadata, about, enter, leave, *arguments):
+        LAUNCHED.append(((x, y, z), stream, arguments))
+
+
+class Driver:
+    launcher_cls = Launcher
+    utils = SimpleNamespace(
+        load_binary=lambda *_: (1, 2, 32, 0, 1024), get_device_properties=lambda _: {"max_shared_mem": 232448}
+    )
+    device = 0
+
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self):
+        return self.device
+
+    def get_current_stream(self, device):
+        return 7 + device
+
+
+@launched
+@triton.jit(do_not_specialize=["n"])
+def kernel(x_ptr, y_ptr, x_d, stride, n, factor, flag, BLOCK: tl.constexpr, ON: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + i * stride, i < n)
+    if x_d is not None:
+        x += x_d.load([0, 0]).reshape(BLOCK).to(x.dtype)
+    if y_ptr is not None and ON:
+        tl.store(y_ptr + i, x * factor, (i < n) & (flag != 0))
+
+
+def every_launch():
+    """Arguments that differ in one thing that Triton looks at, or in none."""
+    memory = {dtype: torch.zeros(64, dtype=dtype) for dtype in (torch.bfloat16, torch.float32)}
+    x = memory[torch.bfloat16]
+    plain = dict(x_ptr=x, y_ptr=x, x_d=None, stride=4, n=9, factor=1.5, flag=True, BLOCK=16, ON=True, num_warps=4)
+    yield plain
+    yield plain | dict(x_ptr=torch.nn.Parameter(x, requires_grad=False))
+    for name in ("x_ptr", "y_ptr"):
+        yield plain | {name: memory[torch.float32]}
+        yield plain | {name: x[1:]}
+    yield plain | dict(y_ptr=None)
+    for stride in (0, 1, 2, 3, 16, 17, 32, -1, -16, 2**31 - 1, 2**31 - 16, 2**31, 2**33, -(2**31), -(2**31) - 1):
+        yield plain | dict(stride=stride)
+        yield plain | dict(n=stride)
+    yield plain | dict(factor=2.5)
+    yield plain | dict(factor=0.0)
+    yield plain | dict(factor=2)
+    yield plain | dict(factor=1)
+    yield plain | dict(flag=False)
+    yield plain | dict(flag=1)
+    yield plain | dict(flag=0)
+    yield plain | dict(BLOCK=32)
+    yield plain | dict(ON=False)
+    yield plain | dict(num_warps=2)
+    yield plain | dict(num_stages=2)
+    for dtype, block in ((torch.bfloat16, (1, 16)), (torch.float32, (1, 16)), (torch.bfloat16, (2, 8))):
+        yield plain | dict(x_d=tiled(memory[dtype].view(4, 16), *block))
+    yield dict(reversed(plain.items()))
+
+
+def check_every_launch(driver: Driver) -> None:
+    plain = JITFunction.run
+    for number in (0, 1):
+        driver.device = number
+        for turn in range(3):
+            for arguments in every_launch():
+                made = kernel[(3, 2)](**arguments)
+                wanted = plain(kernel, grid=(3, 2), warmup=False, **arguments)
+                assert made is wanted and isinstance(made, CompiledKernel), (turn, arguments)
+                ours, theirs = LAUNCHED[-2:]
+                assert ours[:2] == theirs[:2] == ((3, 2, 1), 7 + number)
+                assert all(one is other for one, other in zip(ours[2], theirs[2], strict=True)), arguments
+    driver.device = 0
+
+
+def check_who_sees_a_launch() -> None:
+    """A launch is Triton's own where somebody has replaced `JITFunction.run`, or has a hook before it."""
+    arguments, seen, run = next(every_launch()), [], JITFunction.run
+    kernel[(1,)](**arguments)
+    kernel.run = None  # which a remembered launch does without
+    kernel[(1,)](**arguments)
+    del kernel.run
+    JITFunction.run = lambda self, *given, **options: seen.append("replaced") or run(self, *given, **options)
+    kernel[(1,)](**arguments)
+    JITFunction.run = run
+    kernel.add_pre_run_hook(lambda **_: seen.append("hook"))
+    kernel[(1,)](**arguments)
+    kernel.pre_run_hooks.clear()
+    kernel[lambda meta: seen.append("grid") or (1,)](**arguments)
+    kernel[(1,)](*[arguments[name] for name in kernel.arg_names])
+    assert seen == ["replaced", "hook", "grid"] and [made[2] for made in LAUNCHED[-5:]].count(LAUNCHED[-1][2]) >= 1
+    launches = len(LAUNCHED)
+    triton.knobs.runtime.debug = True
+    assert kernel[(1,)](**arguments) is not None and len(LAUNCHED) == launches + 1
+    triton.knobs.runtime.debug = False
+
+
+def calls_of(function) -> int:
+    """Python's calls in one call of `function`, C functions included, after it has been called twice."""
+    count = 0
+
+    def note(frame, event, argument):
+        nonlocal count
+        count += event in ("call", "c_call")
+
+    function(), function()
+    sys.setprofile(note)
+    try:
+        function()
+    finally:
+        sys.setprofile(None)
+    return count - 1
+
+
+def calls_of_ops() -> dict[str, list[int]]:
+    """Op -> calls of its forward, and of its forward and backward."""
+    from klora import kernels as ops
+
+    dispatch.INTERPRETED = True  # the CPU's tensors stand for a GPU's
+    leaf = lambda *shape: torch.randn(shape, dtype=torch.bfloat16).requires_grad_()  # noqa: E731
+    x, weight = leaf(1, 32, 64), leaf(64, 64).detach()
+    a, b, slots = leaf(2, 16, 64), leaf(2, 64, 16), torch.zeros(1, dtype=torch.int64)
+    found = {}
+    for name, function, leaves in (
+        ("rms_norm", lambda x: ops.rms_norm(x, backend="triton"), (x,)),
+        ("linear", lambda x: ops.linear(x, weight, backend="triton"), (x,)),
+        (
+            "lora_linear",
+            lambda *given: ops.lora_linear(given[0], weight, *given[1:], slots, backend="triton"),
+            (x, a, b),
+        ),
+    ):
+        dout = torch.ones_like(function(*leaves))
+
+        def both(function=function, leaves=leaves, dout=dout):
+            return torch.autograd.grad(function(*leaves), leaves, dout)
+
+        found[name] = [calls_of(lambda function=function, leaves=leaves: function(*leaves)), calls_of(both)]
+    return found
+
+
+if __name__ == "__main__":
+    assert IS_KNOWN and kernel.compilations == {}
+    triton.runtime.driver.set_active(driver := Driver())
+    check_every_launch(driver)
+    check_who_sees_a_launch()
+    print(json.dumps({"remembered": len(kernel.compilations), "calls": calls_of_ops()}))

@@ -1,0 +1,94 @@
+"""What a call costs the host: remembered launches are Triton's own, calls are few, and the measurement of it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from klora.bench.host import LIMITS, host_time, measured, rows
+from klora.kernels import lora_linear
+from klora.kernels.launch import launched
+from triton.runtime.jit import JITFunction
+
+ROOT = Path(__file__).resolve().parent.parent
+CALLS = {"rms_norm": (143, 318), "linear": (127, 280), "lora_linear": (253, 610)}
+"""Python's calls, those of C functions included, of a forward, and of a forward and backward."""
+
+
+@pytest.fixture(scope="module")
+def without_a_gpu() -> dict:
+    """What tests/launches.py found: it fails where a remembered launch is another than Triton's."""
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    command = [sys.executable, "-m", "tests.launches"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_a_remembered_launch_is_the_one_that_triton_would_make(without_a_gpu):
+    assert without_a_gpu["remembered"] > 20
+
+
+@pytest.mark.parametrize("op", CALLS)
+def test_an_op_makes_few_calls_on_the_host(without_a_gpu, op):
+    """A count, where a time would say how busy the machine is. Versions of PyTorch and Triton differ by a few calls."""
+    for made, known in zip(without_a_gpu["calls"][op], CALLS[op], strict=True):
+        assert made <= 1.1 * known
+
+
+def test_nothing_changes_where_triton_is_not_the_compiler(monkeypatch):
+    interpreted = object()
+    assert launched(interpreted) is interpreted
+    monkeypatch.setattr("klora.kernels.launch.IS_KNOWN", False)
+
+    def kernel(x_ptr):
+        """Of another version of Triton."""
+
+    other = JITFunction(kernel)
+    assert type(launched(other)) is JITFunction
+
+
+def test_the_least_of_all_rounds_counts_and_the_gpu_is_not_awaited(monkeypatch):
+    now = iter([0.0, 4e-6, 6e-6, 10.0, 10.0 + 2e-6, 10.0 + 6e-6])
+    monkeypatch.setattr("klora.bench.host.time.perf_counter", lambda: next(now))
+    made = []
+    assert host_time(lambda: made.append(1), torch.device("cpu"), calls=2, rounds=2) == {"us": 1.0, "waited": 2.0}
+    assert len(made) == 10 + 2 * 2
+
+
+def test_every_row_runs_and_is_compared_on_the_same_leaves():
+    torch.manual_seed(0)
+    device = torch.device("cpu")
+    for name, row in rows(device, torch.float32).items():
+        ours, theirs = row.klora(*row.leaves), row.eager(*row.leaves)
+        if name != "int6_linear":  # of another weight
+            torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+    found = measured(rows(device, torch.float32)["rms_norm"], device, calls=1, rounds=1)
+    assert set(found) == {"without gradient", *LIMITS} and all(set(of) == {"klora", "eager"} for of in found.values())
+
+
+@pytest.mark.gpu
+def test_a_remembered_launch_gives_the_bits_of_the_first_and_can_be_captured():
+    x, weight, a, b = (
+        torch.randn(*s, device="cuda").bfloat16() for s in ((2, 40, 64), (64, 64), (2, 16, 64), (2, 64, 16))
+    )
+    lora_linear(x, weight, a, b)
+    first = lora_linear(x, weight, a, b).clone()
+    for _ in range(3):
+        assert torch.equal(lora_linear(x, weight, a, b), first)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = lora_linear(x, weight, a, b)
+    graph.replay()
+    assert torch.equal(out, first)
+    shifted = torch.empty(x.numel() + 1, device="cuda", dtype=x.dtype)[1:].view(x.shape).copy_(x)
+    assert shifted.data_ptr() % 16 and torch.equal(lora_linear(shifted, weight, a, b), first)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        aside = lora_linear(x, weight, a, b)
+    torch.cuda.current_stream().wait_stream(stream)
+    assert torch.equal(aside, first)
