@@ -18,7 +18,7 @@ from pathlib import Path
 from ..errors import KloraError
 from .record import result_key
 
-SUBPACKAGES = ("kernels", "model", "ttt", "bench", "cli")
+SUBPACKAGES = ("kernels", "model", "lora", "ttt", "bench", "cli")
 
 
 class RevisionError(KloraError, ValueError):
