@@ -15,6 +15,7 @@ if TYPE_CHECKING:
         pick_attention,
     )
     from .bigram import BOS_ID, bigram_hash_ref
+    from .dropout import Dropout, drop_ref, row_keys
     from .embedding import bigram_embedding, bigram_embedding_ref
     from .int6 import (
         Int6Linear,
@@ -60,6 +61,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BOS_ID",
+    "Dropout",
     "Int6Linear",
     "Int6Matrix",
     "Int6Weight",
@@ -76,6 +78,7 @@ __all__ = [
     "check_slots",
     "check_targets",
     "dequantize_int6_ref",
+    "drop_ref",
     "int6_linear",
     "int6_linear_dx",
     "int6_linear_ref",
@@ -120,6 +123,7 @@ __all__ = [
     "rms_norm",
     "rms_norm_ref",
     "rotary_tables",
+    "row_keys",
     "softcap_logits_ref",
     "softcap_nll",
     "softcap_nll_ref",

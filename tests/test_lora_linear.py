@@ -222,7 +222,7 @@ def test_opcheck(slots, dtype, absent):
     torch.library.opcheck(torch.ops.klora.lora_mlp.default, (*leaves, given["slots"], *(None,) * 4))
     given = product({name: None if t is None else t.detach() for name, t in inputs(2, 5, slots=slots).items()})
     leaves = [given["x"].requires_grad_(), given["weight"], given["lora_a"].requires_grad_(), given["lora_b"]]
-    torch.library.opcheck(torch.ops.klora.lora_linear.default, (*leaves, given["slots"], None, None))
+    torch.library.opcheck(torch.ops.klora.lora_linear.default, (*leaves, given["slots"], *(None,) * 5))
 
 
 @pytest.mark.parametrize("into_pool", [False, True])
