@@ -11,9 +11,8 @@ import pytest
 import torch
 from klora import KloraError
 from klora.bench.tolerance import assert_as_exact, relative_error
-from klora.kernels import Int6Linear
+from klora.kernels import Int6Linear, drop_ref, row_keys
 from klora.lora import LoraError, attach
-from klora.lora.linear import drop
 from oracles.adapted import adapted_rows
 from torch import Tensor, nn
 from torch.nn.utils import prune
@@ -467,6 +466,10 @@ class TestAdapters:
         for method in (lora.adapters.delete, lora.adapters.reset, lora.merge):
             with pytest.raises(LoraError, match="no adapter is called 'b'; there are: a"):
                 method("b")
+
+
+def drop(x, rate, *key):
+    return drop_ref(x, rate, row_keys(*key))
 
 
 class TestDropout:
