@@ -2,9 +2,9 @@
 
     kept(key, e)   mix(mix(e + key) + mix(key + GOLDEN)) >= rate 2^32        e = s K + k, sums modulo 2^32
 
-for element (s, k) of a row [S, K]. The kernels' is `kept` of `lora_linear`. So a mask depends on nothing else, and who computes it again gets the same bits: a
-backward, a block that is recomputed, another batch. mix is a bijection of 32 bits in which each bit changes about half
-of the others (lowbias32).
+for element (s, k) of a row [S, K]. The kernels' is `kept` of `lora_linear`. So a mask depends on nothing else, and who
+computes it again gets the same bits: a backward, a block that is recomputed, another batch. mix is a bijection of 32
+bits in which each bit changes about half of the others (lowbias32).
 """
 
 from typing import NamedTuple

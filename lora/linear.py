@@ -19,8 +19,7 @@ def adapted_linears(
     dropout: Dropout | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, ...]:
-    """y_p [B, S, N] of x [B, S, K] for each linear: x W^T + bias + s B (A drop(x)), A and B of the slot that `slots` [B]
-    names.
+    """y_p [B, S, N] of x [B, S, K] for each linear: x W^T + bias + s B (A drop(x)), of the slot that `slots` [B] names.
 
     weights [N, K] of x's dtype, or at six bits; adapters A [slots, R, K] and B [slots, N, R] fp32; scales fp32 and
     ranks int32 [slots].

@@ -11,10 +11,11 @@ fp32; bias [N] of x's dtype; scale fp32 [slots]; ranks int32 [slots]; y [B, S, N
 Any K, N, S and R; 16 bits read fastest where K and N are multiples of 8.
 
 Sums are fp32; u = s drop(x) A^T and t, the inner rows, are rounded to x's dtype before they are multiplied again, as
-PyTorch's products round them. Every sum is made by one program in a fixed order, without atomics: the same bits in every
-run, and a document's bits do not depend on the rest of its batch.
+PyTorch's products round them. Every sum is made in a fixed order, without atomics: the same bits in every run, and a
+document's bits do not depend on what else a batch of this shape holds. Where cuBLAS makes the product it may take
+another kernel for another number of rows; else they do not depend on that either.
 
-FLOPs of a row: 2 K N and 2 r (K + N) forward, 2 K N and 4 r (K + N) backward, with r rounded up to 16: the pool's R
+FLOPs a row: 2 K N and 2 r (K + N) forward, 2 K N and 4 r (K + N) backward, with r rounded up to 16: the pool's R
 costs memory alone. Where the products are made is :mod:`plan`'s to say:
 
     joint    u in the same launch as x W^T: `lora_qkv`'s kernels with one projection for three

@@ -53,10 +53,7 @@ def _add_kernel(
         for p in tl.static_range(P):
             slot, rank = slot_and_rank(slots_ptr, ranks[p], b, counts[p], WIDEST[p])
             own, inner_rows = factors[p] + slot * strides[p], inner_ptr + token[:, None] * TOTAL + STARTS[p]
-            if THRESHOLD:
-                part = tl.zeros((BM, BC), tl.float32)
-            else:
-                part = acc
+            part = tl.zeros((BM, BC), tl.float32) if THRESHOLD else acc
             for r in range(0, rank, 16):
                 j = r + tl.arange(0, 16)
                 inner = tl.load(inner_rows + j[None, :], (row < S)[:, None], other=0.0)

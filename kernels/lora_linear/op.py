@@ -248,9 +248,9 @@ def lora_linear(
     """y [B, S, N] of `x` [B, S, K], by `weight` [N, K] of x's dtype or at six bits, and each document's adapter.
 
     `lora_a` is [slots, R, K] and `lora_b` [slots, N, R], of x's dtype or float32, views into a pool if need be. `slots`
-    int32 or int64 [B] names the adapter of each document, -1 none; None gives document b adapter b. Slots are not looked
-    at on the host, and one past the pool counts as -1. `scale` float32 [slots] multiplies B; `ranks` int32 or int64
-    [slots] says how many rows of A and columns of B each adapter has, up to R: the others are not read, and their
+    int32 or int64 [B] names the adapter of each document, -1 none; None gives document b adapter b. Slots are not
+    looked at on the host, and one past the pool counts as -1. `scale` float32 [slots] multiplies B; `ranks` int32 or
+    int64 [slots] says how many rows of A and columns of B each adapter has, up to R: the others are not read, and their
     gradients are zero. A document costs the rank of its own adapter, rounded up to 16. `bias` is [N] in x's dtype.
     `dropout` is of the adapters' input: a :class:`Dropout`.
 

@@ -8,13 +8,13 @@ from torch import Tensor, float32
 Way = Literal["joint", "after", "added"]
 
 NARROW = 2048
-"""Features below which u is made in the launch of the product: a pass of its own over x would take a fifth as long as
+"""Features below which u is made in the launch of the product: a pass of its own over x would take a tenth as long as
 the product or more. By bytes and FLOPs; not measured."""
 WIDE = 4096
-"""Features from which cuBLAS makes the product: a pass over y takes less than a tenth as long. By bytes and FLOPs; not
-measured."""
+"""Features from which cuBLAS makes the product: a pass over y takes less than a tenth as long. By bytes and FLOPs;
+not measured."""
 JOINT_RANK, JOINT_RANKS = 128, 16
-"""The largest R of a joint launch, where all adapters have it and where each has its own: there all cost the largest."""
+"""The largest R of a joint launch, where all adapters have it, and where each has its own: there all cost R."""
 
 
 def plan(weights: Sequence[Tensor | None], rank: int, has_ranks: bool, has_dropout: bool) -> Way:

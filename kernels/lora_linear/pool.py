@@ -12,6 +12,7 @@ from torch import Tensor
 from ..dispatch import is_packed, round_up
 from ..dropout import FIRST, GOLDEN, SECOND, threshold
 from ..lora_qkv.tiles import STEP
+
 _GOLDEN, _FIRST, _SECOND = tl.constexpr(GOLDEN), tl.constexpr(FIRST), tl.constexpr(SECOND)
 
 

@@ -2,9 +2,9 @@
 
     dA = t^T mask x [R, K]            dB = dy^T u [N, R]            t, u inner rows
 
-A program sums PART tokens of one document in their order. The parts of a slot are added in the order of the batch and of
-the tokens by a second launch; where a document is one part and no other has its slot, the first one writes the gradient.
-So the bits are the same in every run, and a document's do not depend on the documents of other slots.
+A program sums PART tokens of one document in their order. The parts of a slot are added in the order of the batch and
+of the tokens by a second launch; where a document is one part and no other has its slot, the first one writes the
+gradient. So the bits are the same in every run, and a document's do not depend on the documents of other slots.
 """
 
 from collections.abc import Sequence
@@ -49,7 +49,7 @@ def _reduce_tile(
     C: tl.constexpr, R: tl.constexpr, TOTAL: tl.constexpr, ACROSS: tl.constexpr, THRESHOLD: tl.constexpr,
     BC: tl.constexpr, BS: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
-    """Columns `c`, ranks r to r + W: the sum over rows `first` to `last` of a document whose tokens begin at `token`."""
+    """Columns `c`, ranks r to r + W: the sum of rows `first` to `last` of a document whose tokens begin at `token`."""
     j = r + tl.arange(0, W)
     acc = tl.zeros((BC, W), tl.float32)
     for start in range(first, last, BS):
@@ -68,10 +68,7 @@ def _store(
     grad_ptr, part_ptr, is_alone, tile, c, j, mask, C: tl.constexpr, R: tl.constexpr, ACROSS: tl.constexpr
 ):  # fmt: skip
     """`tile` [c, j] to the gradient where it is whole, else to its part."""
-    if ACROSS:
-        places = c[:, None] * R + j[None, :]
-    else:
-        places = j[None, :] * C + c[:, None]
+    places = c[:, None] * R + j[None, :] if ACROSS else j[None, :] * C + c[:, None]
     if is_alone:
         tl.store(grad_ptr + places, tile.to(grad_ptr.dtype.element_ty), mask)
     else:
@@ -144,20 +141,14 @@ def _fold_kernel(
             is_first = (named >= 0) & ((slots_ptr is None) | (following(every, slot, -1, B, BP) == b))
             if is_first & (_is_alone(slots_ptr, every, slot, b, B, parts, BP) == 0):
                 i = (tl.program_id(0) - FIRSTS[p]) * BLOCK + tl.arange(0, BLOCK)
-                if ACROSS:
-                    j = i % WIDEST[p]
-                else:
-                    j = i // SIZES[p]
+                j = i % WIDEST[p] if ACROSS else i // SIZES[p]
                 total = tl.zeros((BLOCK,), tl.float32)
                 document = b
                 while document < B:
                     for part in range(0, parts):
                         place = (document.to(tl.int64) * parts + part) * PLACES[P] + PLACES[p]
                         total += tl.load(parts_ptr + place + i, (i < WIDEST[p] * SIZES[p]) & (j < rank), other=0.0)
-                    if slots_ptr is None:
-                        document = B
-                    else:
-                        document = following(every, slot, document, B, BP)
+                    document = B if slots_ptr is None else following(every, slot, document, B, BP)
                 out = grads[p] + slot * strides[p] + i
                 tl.store(out, total.to(grads[p].dtype.element_ty), i < WIDEST[p] * SIZES[p])
 

@@ -29,7 +29,7 @@ def lora_linear_ref(
     ranks: Tensor | None | Sequence[Tensor | None] = None,
     dropout: Dropout | None = None,
 ) -> Tensor | tuple[Tensor, ...]:
-    """y [B, S, N] of `x` [B, S, K], in its float dtype: x W^T + bias + s (drop(x) A^T) B^T with each document's A and B.
+    """y [B, S, N] of `x` [B, S, K], in its float dtype: x W^T + bias + s (drop(x) A^T) B^T, each document's A and B.
 
     `weight` is [N, K] in x's dtype, or an Int6Matrix. `lora_a` [slots, R, K] and `lora_b` [slots, N, R] are cast to x's
     dtype. `slots` int [B] names the adapter of each document, None document b's own. A slot named twice sums its

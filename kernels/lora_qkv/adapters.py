@@ -113,7 +113,8 @@ def _launch_pack(
     if batch:
         _pack_kernel[(triton.cdiv(numbers, PACK) + triton.cdiv(rows * stacked, PACK), batch)](
             a_ptr=lora_a, b_ptr=lora_b, packed_a_ptr=packed_a, packed_b_ptr=packed_b, slots_ptr=slots,
-            scale_ptr=scale, ranks_ptr=ranks, a_stride=lora_a.stride(0), b_stride=lora_b.stride(0), count=lora_a.size(0), A=numbers, N=rows,
+            scale_ptr=scale, ranks_ptr=ranks, a_stride=lora_a.stride(0), b_stride=lora_b.stride(0),
+            count=lora_a.size(0), A=numbers, N=rows,
             NQ=sizes[0], NK=sizes[-2 % groups], R=rank, RT=stacked, STACKED=is_stacked(rank, groups), BLOCK=PACK,
             num_warps=8,
         )  # fmt: skip

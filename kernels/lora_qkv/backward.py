@@ -86,8 +86,8 @@ def _dx_kernel(
 
     With kept_d x is a relu(u)^2, and the gradient of u leaves for that of x.
 
-    With inner_ptr the t of one product, rows INNER apart, was made before, of adapters that each have a rank of their
-    own in ranks_ptr.
+    With inner_ptr the t of one product, rows INNER apart, was made before; each adapter has a rank of its own in
+    ranks_ptr.
     """
     GROUPS: tl.constexpr = 1 if v_d is None else 3
     PARTS: tl.constexpr = 1 if STACKED else GROUPS
@@ -146,7 +146,7 @@ def _dx_kernel(
                 a_rows = a_ptr + slot.to(tl.int64) * a_stride + (part * R + j)[:, None] * D + column
                 a = tl.load(a_rows, named[:, None] & (column < D)[None, :], other=0.0)
                 dx = multiply_add(rounded, a, dx)
-            if inner_ptr is None:
+            if inner_ptr is None:  # noqa: SIM102 (known to the compiler, and a number that is not)
                 if d == 0:
                     t_rows = t_ptr + (b.to(tl.int64) * S + row_s)[:, None] * (PARTS * RT) + part * RT + j
                     tl.store(t_rows, rounded, (row_s < S)[:, None])
@@ -303,7 +303,8 @@ def launch_backward(
         q_d, k_d, v_d = of_three([tiled(grad, 1, s, n) for grad in grads])
         _db_kernel[(programs(x.device, tiles),)](
             q_d=q_d, k_d=k_d, v_d=v_d, xa_d=tiled(xa, 1, s, padded),
-            db_ptr=db, scale_ptr=scale, slots_ptr=slots, db_stride=db.stride(0), count=db.size(0), B=batch, S=length, TILES=tiles,
+            db_ptr=db, scale_ptr=scale, slots_ptr=slots, db_stride=db.stride(0), count=db.size(0),
+            B=batch, S=length, TILES=tiles,
             NQ=nq, NK=nk, NV=nv, R=rank, RP=padded, BN=n, BS=s, BP=batch_pow2,
             num_warps=config.db_warps, num_stages=config.db_stages,
         )  # fmt: skip

@@ -99,7 +99,8 @@ def _store_piece(q_d, k_d, v_d, p, b, s, n, piece, M: tl.constexpr, N: tl.conste
 
 @triton.jit(do_not_specialize=["S", "TILES", "COUNT"])
 def _forward_kernel(
-    x_d, w_d, a_d, b_ptr, bias_ptr, inner_ptr, ranks_ptr, slots_ptr, q_d, k_d, v_d, xa_ptr, u_ptr, cos_ptr, sin_ptr, gain_ptr, rstd_q_ptr, rstd_k_ptr,
+    x_d, w_d, a_d, b_ptr, bias_ptr, inner_ptr, ranks_ptr, slots_ptr, q_d, k_d, v_d, xa_ptr, u_ptr, cos_ptr, sin_ptr,
+    gain_ptr, rstd_q_ptr, rstd_k_ptr,
     table_stride, b_stride, S, TILES, COUNT,
     NQ: tl.constexpr, NK: tl.constexpr, NV: tl.constexpr, D: tl.constexpr, R: tl.constexpr, RT: tl.constexpr,
     STACKED: tl.constexpr, RP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, HEAD: tl.constexpr,
@@ -110,7 +111,7 @@ def _forward_kernel(
     Neighbours work on the same tokens: x comes from the L2 cache. One product is q alone, without k_d and v_d; SQUARED,
     relu(u)^2 of it leaves, at once, for want of registers; and u, where u_ptr is given.
 
-    With inner_ptr x A^T, rows INNER apart, was made before, of adapters that each have a rank of their own in ranks_ptr.
+    With inner_ptr x A^T, rows INNER apart, was made before; each adapter has a rank of its own in ranks_ptr.
     """
     GROUPS: tl.constexpr = 1 if v_d is None else 3
     TQ: tl.constexpr = (NQ + BN - 1) // BN

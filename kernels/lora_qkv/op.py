@@ -122,7 +122,7 @@ def gradients(
 ) -> tuple[Tensor | None, ...]:
     """Of x, weight, lora_a and lora_b, for which autograd `needs` them, by the gradients of the projections.
 
-    `kept` and `scale` are as of :func:`launch_backward`. `is_packed` None: where the adapters have another dtype than x.
+    `kept` and `scale` are as of :func:`launch_backward`. `is_packed` None: where the adapters' dtype is not x's.
     """
     x, slots = saved.x, saved.slots
     needs_x, needs_weight, needs_a, needs_b = needs
