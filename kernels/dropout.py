@@ -21,7 +21,7 @@ class Dropout(NamedTuple):
     """Elements are dropped at `rate`, from 0 to below 1, by `keys` int64 [B] of :func:`row_keys`; those that are kept
     are divided by 1 - rate. Where several inputs are dropped, `keys` has one tensor for each.
 
-    Example: dropped = Dropout(0.1, row_keys(slots, step))
+    Example: dropout = Dropout(0.1, row_keys(7, slots))
     """
 
     rate: float
@@ -32,7 +32,7 @@ def row_keys(*parts: Tensor | int) -> Tensor:
     """int64 [B]: what draws the mask of each row, a hash of all `parts`, numbers or integers [B] of which one has to be
     a tensor.
 
-    Example: keys = row_keys(seed, slots)
+    Example: keys = row_keys(7, slots)
     """
     like = next(part for part in parts if isinstance(part, Tensor))
     keys = torch.zeros(like.shape, dtype=torch.int64, device=like.device)

@@ -21,7 +21,7 @@ RANKS = (1, 5, 17, 64)
 def inputs(
     sizes=(40,),
     batch=4,
-    length=5,
+    length=66,
     K=24,
     R=64,
     ranks=RANKS,
@@ -108,16 +108,18 @@ def test_outputs_and_gradients_are_as_exact_as_plain_pytorchs(case, dtype):
 
 
 def test_every_way_is_reached_by_shape():
-    def way(N, K, rank=8, ranks=True, dropout=False, dtype=torch.bfloat16, projections=1):
+    def way(N, K, rank=8, ranks=True, dropout=False, dtype=torch.bfloat16, projections=1, length=1024):
         weight = torch.empty(N, K, dtype=dtype, device="meta")
-        return plan([weight] * projections, rank, ranks, dropout)
+        return plan([weight] * projections, length, rank, ranks, dropout)
 
     assert way(512, 512) == way(1536, 512) == way(512, 512, 128, ranks=False) == "joint"
     assert way(512, 512, 64) == way(2048, 2048) == way(24, 40) == way(512, 512, projections=3) == "after"
     assert way(512, 512, dropout=True) == "after" and way(512, 512, 200, ranks=False) == "after"
     assert way(4096, 4096) == way(11008, 2048) == way(2048, 2048, dtype=torch.float32) == way(20, 40) == "added"
-    assert plan([None], 8, True, False) == "added"
-    assert plan([torch.empty(512, 512, dtype=torch.bfloat16, device="meta").mT], 8, True, False) == "added"
+    assert (
+        plan([None], 1024, 8, True, False) == way(2048, 2048, length=63) == "added"
+        and way(512, 512, length=1) == "joint"
+    )
     assert dx_way("after", 1, False) == "after" and dx_way("after", 1, True) == dx_way("after", 3, False) == "added"
 
 
@@ -198,6 +200,21 @@ def test_gradients_are_written_to_the_named_rows_of_a_pool(slots, length):
     assert x.grad is not None and (pool[:, :5] == 7.0).all() and (slots is None or (pool[1] == 7.0).all())
     for view, gradient in zip((*views[::2], *views[1::2]), wanted, strict=True):
         assert torch.equal(view[list(named)], gradient[list(named)])
+
+
+@pytest.mark.parametrize("case", [{}, {"dtype": torch.float16}, {"int6": True}, {"K": 32, "sizes": (48,), "R": 16}])
+def test_an_output_may_be_changed_in_place(case):
+    given = inputs(**case | {"ranks": (1, 5, 16, 9)})
+    wanted = results(lora_linear, given | {"douts": [2 * dout for dout in given["douts"]]}, backend="triton")
+
+    def doubled(*arguments, **options):
+        outs = lora_linear(*arguments, **options)
+        for out in outs:
+            out.mul_(2)
+        return outs
+
+    for one, other in zip(wanted[1:], results(doubled, given, backend="triton")[1:], strict=True):
+        assert torch.equal(one, other)
 
 
 def test_one_weight_is_a_list_of_one():

@@ -85,10 +85,10 @@ def _unpacked(given: Sequence[Tensor], count: int) -> list[Tensor | None]:
     return [one if one.numel() else None for one in given] or [None] * count
 
 
-def _way(weights, int6_scales, lora_b, ranks, keys) -> Way:
+def _way(x, weights, int6_scales, lora_b, ranks, keys) -> Way:
     kinds = _unpacked(int6_scales, len(weights))
     dense_weights = [weight if scale is None else None for weight, scale in zip(weights, kinds, strict=True)]
-    return plan(dense_weights, max(b.size(2) for b in lora_b), bool(ranks), bool(keys))
+    return plan(dense_weights, x.size(1), max(b.size(2) for b in lora_b), bool(ranks), bool(keys))
 
 
 def _pool(lora_a, lora_b, slots, scales, ranks, keys, rate) -> Pool:
@@ -117,19 +117,17 @@ def _op(
     """
     pool, flat = _pool(lora_a, lora_b, slots, scales, ranks, keys, rate), dense(x)
     inner = launch_inner([flat] * len(weights), pool)
-    way, outs = _way(weights, int6_scales, lora_b, ranks, keys), []
+    way, outs = _way(x, weights, int6_scales, lora_b, ranks, keys), []
     more = (_unpacked(one, len(weights)) for one in (int6_scales, biases))
     for p, (weight, int6_scale, bias) in enumerate(zip(weights, *more, strict=True)):
         if way == "after":
             own = inner[..., pool.starts[p] :]
             outs.append(launch_after_inner(flat, weight, bias, own, pool.lora_b[p], slots, pool.ranks[p]))
             continue
-        if int6_scale is None:
-            y = F.linear(flat, weight, bias)
-        else:
-            outputs = lora_b[p].size(1)
-            y = int6_product(flat.view(-1, flat.size(2)), weight, int6_scale, bias, outputs)
-            y = y.view(*flat.shape[:2], outputs)
+        rows, outputs = flat.view(-1, flat.size(2)), lora_b[p].size(1)
+        is_dense = int6_scale is None
+        y = F.linear(rows, weight, bias) if is_dense else int6_product(rows, weight, int6_scale, bias, outputs)
+        y = torch.ops.aten._unsafe_view(y, [*flat.shape[:2], outputs])  # a view could not be changed in place
         launch_add(y, inner, pool, p)
         outs.append(y)
     return [*outs, inner]
@@ -179,7 +177,7 @@ def _setup(ctx, inputs, output):
     lists = weights, int6_scales, lora_a, lora_b, scales, ranks, keys
     ctx.save_for_backward(x, output[-1], slots, *(tensor for one in lists for tensor in one))
     ctx.counts = [len(one) for one in lists]
-    ctx.way = _way(weights, int6_scales, lora_b, ranks, keys)
+    ctx.way = _way(x, weights, int6_scales, lora_b, ranks, keys)
     ctx.mark_non_differentiable(output[-1])
     ctx.set_materialize_grads(False)
 
@@ -276,7 +274,7 @@ def lora_linear(
     if backend == "reference":
         return lora_linear_ref(x, weight, lora_a, lora_b, given.slots, **options)
     a, b, has_ranks = given.lora_a, given.lora_b, any(one is not None for one in given.ranks)
-    way = plan(given.dense, max(one.size(2) for one in b), has_ranks, dropout is not None)
+    way = plan(given.dense, x.size(1), max(one.size(2) for one in b), has_ranks, dropout is not None)
     if way == "joint":
         pooled = given.grads[0] or (None, None)
         more = given.biases[0], given.scales[0], given.ranks[0]
