@@ -217,6 +217,19 @@ def test_an_output_may_be_changed_in_place(case):
         assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize("case", [{}, {"int6": True, "length": 130}, {"K": 32, "sizes": (48,), "R": 16}])
+def test_autocast_around_the_op_changes_nothing(case):
+    given = inputs(**case | {"ranks": (1, 5, 16, 9)})
+    wanted = results(lora_linear, given, backend="triton")
+
+    def cast(*arguments, **options):
+        with torch.autocast(DEVICE.type, torch.bfloat16):
+            return lora_linear(*arguments, **options)
+
+    for one, other in zip(wanted, results(cast, given, backend="triton"), strict=True):
+        assert one.dtype == other.dtype and torch.equal(one, other)
+
+
 def test_one_weight_is_a_list_of_one():
     given = inputs()
     many = lora_linear(**{name: one for name, one in given.items() if name != "douts"}, backend="triton")

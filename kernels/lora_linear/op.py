@@ -4,14 +4,13 @@ from collections.abc import Sequence
 from itertools import islice
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..dispatch import custom_op, empty_grad, resolve_backend
 from ..dropout import Dropout
 from ..int6.layout import Int6Matrix
 from ..int6.op import int6_product, int6_product_dx
-from ..linear.op import linear_dweight
+from ..linear.op import cublas_, linear_dweight
 from ..lora_qkv.backward import launch_dx_after_inner
 from ..lora_qkv.forward import empty_projected, launch_after_inner, launch_forward
 from ..lora_qkv.op import Lora, Saved, gradients, with_zeros, zero_named_rows
@@ -125,9 +124,12 @@ def _op(
             outs.append(launch_after_inner(flat, weight, bias, own, pool.lora_b[p], slots, pool.ranks[p]))
             continue
         rows, outputs = flat.view(-1, flat.size(2)), lora_b[p].size(1)
-        is_dense = int6_scale is None
-        y = F.linear(rows, weight, bias) if is_dense else int6_product(rows, weight, int6_scale, bias, outputs)
-        y = torch.ops.aten._unsafe_view(y, [*flat.shape[:2], outputs])  # a view could not be changed in place
+        if int6_scale is None:
+            y = x.new_empty(*x.shape[:2], outputs)
+            cublas_(y.view(-1, outputs), rows, weight.mT, bias)
+        else:
+            y = int6_product(rows, weight, int6_scale, bias, outputs)
+            y = torch.ops.aten._unsafe_view(y, [*x.shape[:2], outputs])  # a view could not be changed in place
         launch_add(y, inner, pool, p)
         outs.append(y)
     return [*outs, inner]
