@@ -1,7 +1,21 @@
 """Every group of entries, by name. A new op is one line here."""
 
 from ..errors import KloraError
-from . import attention, ceilings, elementwise, head, int6, lora, lora_adam, mlp, muon, step, training, ttt
+from . import (
+    attention,
+    ceilings,
+    elementwise,
+    head,
+    int6,
+    lora,
+    lora_adam,
+    lora_linears,
+    mlp,
+    muon,
+    step,
+    training,
+    ttt,
+)
 from .entry import Entry
 
 GROUPS: dict[str, tuple[Entry, ...]] = {
@@ -11,7 +25,7 @@ GROUPS: dict[str, tuple[Entry, ...]] = {
     "training": training.ENTRIES,
     "ttt": tuple(entry for entry in ttt.ENTRIES if entry.group == "ttt"),
     "corpus": tuple(entry for entry in ttt.ENTRIES if entry.group == "corpus"),
-    "lora": (*lora.ENTRIES, *lora_adam.ENTRIES),
+    "lora": (*lora.ENTRIES, *lora_linears.ENTRIES, *lora_adam.ENTRIES),
     "head": head.ENTRIES,
     "muon": muon.ENTRIES,
     "int6": int6.ENTRIES,

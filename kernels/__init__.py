@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         pick_attention,
     )
     from .bigram import BOS_ID, bigram_hash_ref
+    from .dropout import Dropout, drop_ref, row_keys
     from .embedding import bigram_embedding, bigram_embedding_ref
     from .int6 import (
         Int6Linear,
@@ -68,6 +69,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BOS_ID",
+    "Dropout",
     "Int6Linear",
     "Int6Matrix",
     "Int6Weight",
@@ -89,6 +91,7 @@ __all__ = [
     "check_slots",
     "check_targets",
     "dequantize_int6_ref",
+    "drop_ref",
     "explain_attention",
     "int6_linear",
     "int6_linear_dx",
@@ -137,6 +140,7 @@ __all__ = [
     "rms_norm",
     "rms_norm_ref",
     "rotary_tables",
+    "row_keys",
     "softcap_logits_ref",
     "softcap_nll",
     "softcap_nll_ref",

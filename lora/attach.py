@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..kernels import Int6Linear
+from ..kernels import Dropout, Int6Linear, row_keys
 from .adapters import Adapters, check_alpha, ranks_of
 from .find import check_weights, find_linears
-from .linear import adapted_linear, drop
+from .linear import adapted_linears
 from .optimizer import LoraAdam
 from .pool import LoraError, Pool
+from .shared import Shared, find_shared
 
 BASES = {"dense": None, "bf16": torch.bfloat16, "int6": None}
 """What the base weights are, and the dtype that is asked of them."""
@@ -36,38 +37,25 @@ class Rows:
 
 
 class Site:
-    """One linear with adapters: its `forward` is called in the place of the module's.
-
-    Sites whose input is one, such as q, k and v, could share a launch; each has its own for now.
+    """One linear with adapters: its `forward` is called in the place of the module's. `shared` are the sites that have
+    its input too, such as q, k and v, None where there are none.
     """
 
     def __init__(self, lora: "Lora", index: int, module: nn.Module):
         self.lora, self.index, self.module = lora, index, module
         self.place = lora.pool.places[index]
+        self.shared: Shared | None = None
 
     def forward(self, input: Tensor) -> Tensor:
-        lora, module, pool, x = self.lora, self.module, self.lora.pool, input
+        lora, module, x = self.lora, self.module, input
         if not torch.compiler.is_compiling():
             self._check_recomputing()
         if lora.current is None:
             return type(module).forward(module, x)
-        slots = lora.current.slots
-        self._check(x, slots)
-        shape = x.shape
-        x = x.reshape(shape[0], -1, shape[-1]) if x.dim() > 3 else x
-        weight, bias = module.matrix if isinstance(module, Int6Linear) else module.weight, module.bias
-        weight = weight.mT if self.place.is_conv1d else weight
-        if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-            x = x.to(torch.get_autocast_dtype(x.device.type))
-            weight = weight.to(x.dtype) if isinstance(weight, Tensor) else weight
-        bias = None if bias is None else bias.to(x.dtype)
-        dropped = None
-        if lora.dropout and module.training:
-            rows = lora.current
-            dropped = drop(x, lora.dropout, lora.seed, self.index, rows.slots, rows.step, rows.nth)
-        scale = pool.scale[:, self.index]
-        y = adapted_linear(x, weight, bias, *pool.leaves[self.index], scale, slots, dropped, lora.backend)
-        return y.unflatten(1, shape[1:-1]) if len(shape) > 3 else y
+        self._check(x, lora.current.slots)
+        if self.shared is None or torch.compiler.is_compiling():
+            return adapted([self], x)[0]
+        return self.shared.forward(self, x, lora.current)
 
     def _check(self, x: Tensor, slots: Tensor) -> None:
         if x.dim() < 3:
@@ -95,6 +83,27 @@ class Site:
             )
         if rows is not None and not in_backward:
             rows.was_run = True
+
+
+def adapted(sites: Sequence[Site], x: Tensor) -> list[Tensor]:
+    """The outputs of `sites`, all of which have the input `x`."""
+    lora, shape = sites[0].lora, x.shape
+    pool, rows = lora.pool, lora.current
+    x = x.reshape(shape[0], -1, shape[-1]) if x.dim() > 3 else x
+    is_cast = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
+    x = x.to(torch.get_autocast_dtype(x.device.type)) if is_cast else x
+    weights, biases = [], []
+    for site in sites:
+        weight = site.module.matrix if isinstance(site.module, Int6Linear) else site.module.weight
+        weight = weight.mT if site.place.is_conv1d else weight
+        weights.append(weight.to(x.dtype) if is_cast and isinstance(weight, Tensor) else weight)
+        biases.append(None if site.module.bias is None else site.module.bias.to(x.dtype))
+    dropout, indices = None, [site.index for site in sites]
+    if lora.dropout and sites[0].module.training:
+        dropout = Dropout(lora.dropout, [row_keys(lora.seed, i, rows.slots, rows.step, rows.nth) for i in indices])
+    adapters, scales, ranks = zip(*((pool.leaves[i], pool.scale[:, i], pool.ranks[:, i]) for i in indices), strict=True)
+    outs = adapted_linears(x, weights, biases, adapters, scales, ranks, rows.slots, dropout, lora.backend)
+    return [y.unflatten(1, shape[1:-1]) if len(shape) > 3 else y for y in outs]
 
 
 class Lora:
@@ -150,6 +159,8 @@ class Lora:
             yield
         finally:
             self.current = outer
+            for shared in {site.shared for site in self.sites if site.shared is not None}:
+                shared.forget()
 
     def _rows(self, slots: Tensor, step: int | None) -> Rows:
         if not self.dropout:
@@ -276,6 +287,10 @@ def attach(
         for index, place in enumerate(found):
             lora.sites.append(Site(lora, index, model.get_submodule(place.name)))
             lora.sites[-1].module.forward = lora.sites[-1].forward
+        for sites in find_shared(lora.sites):
+            shared = Shared(sites, adapted)
+            for site in sites:
+                site.shared = shared
     except BaseException:
         lora.detach()
         raise

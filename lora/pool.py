@@ -1,9 +1,9 @@
 """The pool: every adapter is one flat row of fp32 parameters, whatever its rank, alpha and targets.
 
-A row holds A [R, K] and B [N, R] of one linear after the other, as PEFT's files do: the scale s = alpha / rank is kept
-beside them. R is the linear's rank in the pool, the largest that an adapter may have there. An adapter of a smaller
-rank has rows of zeros in A and columns of zeros in B, and one without that linear has nothing but zeros. Each is a
-factor of the other's gradient, which is therefore zero, and Adam moves neither: it is the smaller rank, exactly.
+A row holds A [R, K] and B [N, R] of one linear after the other, as PEFT's files do: the scale s = alpha / rank and the
+adapter's own rank are kept beside them, rank 0 where it has no adapter. R is the linear's rank in the pool, the largest
+that an adapter may have there. What lies above an adapter's own rank is zero, is not read, and has gradients of zero:
+Adam does not move it.
 """
 
 from dataclasses import dataclass
@@ -42,7 +42,8 @@ class Place:
 
 
 class Pool:
-    """params and grads fp32 [slots, P], scale fp32 [slots, linears], and A and B of each linear as leaves over them.
+    """params and grads fp32 [slots, P], and A and B of each linear as leaves over them; scale fp32 and ranks int32
+    [slots, linears], of which a linear's column is contiguous.
 
     The leaves are views of params. A hook adds their gradients to grads, so that Adam takes all adapters in one launch.
     `uses` int64 [slots] counts how often a slot was named for training; dropout draws by it.
@@ -53,7 +54,9 @@ class Pool:
         size = sum(_aligned(rows * columns) for place in places for rows, columns in place.sizes)
         with torch.inference_mode(False):
             self.params, self.grads = (torch.zeros(slots, size, dtype=torch.float32, device=device) for _ in range(2))
-            self.scale = torch.zeros(slots, len(places), dtype=torch.float32, device=device)
+            self.scale, self.ranks = (
+                torch.zeros(len(places), slots, dtype=dtype, device=device).mT for dtype in (torch.float32, torch.int32)
+            )
             self.uses = torch.zeros(slots, dtype=torch.int64, device=device)
             self._make_leaves()
         self.optimizers: WeakSet = WeakSet()
@@ -87,7 +90,7 @@ class Pool:
         lora_a, lora_b = self.leaves[index]
         lora_a[slot, :rank].copy_(a)
         lora_b[slot, :, :rank].copy_(b)
-        self.scale[slot, index] = scale
+        self.scale[slot, index], self.ranks[slot, index] = scale, rank
 
     @torch.no_grad()
     def spread(self, slot: int) -> None:
@@ -103,7 +106,7 @@ class Pool:
     @torch.no_grad()
     def clear(self, slot: int) -> None:
         """An empty slot: parameters, gradients, and what optimizers keep of it."""
-        for tensor in (self.params, self.grads, self.scale, self.uses):
+        for tensor in (self.params, self.grads, self.scale, self.ranks, self.uses):
             tensor[slot] = 0
         for optimizer in self.optimizers:
             optimizer.clear(slot)

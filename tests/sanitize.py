@@ -29,7 +29,14 @@ import torch
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
 FILES = (
     *("test_attention", "test_cached_attention", "test_contract", "test_elementwise", "test_embedding"),
-    *("test_int6_linear", "test_lora_adam", "test_lora_attention", "test_lora_head_nll", "test_lora_linear"),
+    *(
+        "test_int6_linear",
+        "test_lora_adam",
+        "test_lora_attention",
+        "test_lora_head_nll",
+        "test_lora_linear",
+        "test_lora_linears",
+    ),
     *("test_lora_qkv", "test_lora_qkv_rope", "test_mlp", "test_newton_schulz", "test_qkv_attention"),
 )
 LEFT_OUT = "graph or captur or compile or fullgraph or opcheck or faster or speed or twenty or every_time or past_2_31"

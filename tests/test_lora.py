@@ -1,6 +1,7 @@
 """klora.lora on models of this file: against the oracle, row by row in float64, and everything that it refuses."""
 
 import copy
+import importlib
 import io
 import itertools
 import json
@@ -11,15 +12,15 @@ import pytest
 import torch
 from klora import KloraError
 from klora.bench.tolerance import assert_as_exact, relative_error
-from klora.kernels import Int6Linear
+from klora.kernels import Int6Linear, drop_ref, row_keys
 from klora.lora import LoraError, attach
-from klora.lora.linear import drop
 from oracles.adapted import adapted_rows
 from torch import Tensor, nn
 from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 
 CUDA = torch.cuda.is_available()
+attaching = importlib.import_module("klora.lora.attach")  # the package has a function of that name
 
 
 class Block(nn.Module):
@@ -469,6 +470,10 @@ class TestAdapters:
                 method("b")
 
 
+def drop(x, rate, *key):
+    return drop_ref(x, rate, row_keys(*key))
+
+
 class TestDropout:
     def test_a_mask_depends_on_its_row_alone(self):
         x = torch.ones(3, 6, 8)
@@ -565,6 +570,138 @@ class TestDropout:
                 model(TOKENS).square().sum().backward()
             grads.append(lora.pool.grads)
         assert torch.equal(*grads) and grads[0].any()
+
+
+class Attention(nn.Module):
+    """k and v of `memory`, or of x as q; x may be tokens."""
+
+    def __init__(self, width: int = 16):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(40, width)
+        self.q_proj, self.k_proj, self.v_proj = (
+            nn.Linear(width, 24),
+            nn.Linear(width, 8, bias=False),
+            nn.Linear(width, 8),
+        )
+
+    def forward(self, x, memory=None):
+        x = x if x.is_floating_point() else self.embed(x)
+        memory = x if memory is None else memory
+        return torch.cat([self.q_proj(x), self.k_proj(memory), self.v_proj(memory)], -1)
+
+
+class TestSharedInputs:
+    @pytest.fixture
+    def calls(self, monkeypatch):
+        """The names of the linears that each call of the op computes."""
+        found, compute = [], attaching.adapted
+
+        def counted(sites, x):
+            found.append([site.place.name for site in sites])
+            return compute(sites, x)
+
+        monkeypatch.setattr(attaching, "adapted", counted)
+        return found
+
+    @staticmethod
+    def attached(model, **options):
+        lora = attach(model, slots=3, rank={"q_proj": 5, "k_proj": 3, "v_proj": 5}, **options)
+        lora.adapters.create("big", alpha=7)
+        lora.adapters.create("small", rank={"q_proj": 2, "v_proj": 4}, alpha=3)
+        randomize(lora)
+        return lora
+
+    X = torch.randn(4, 7, 16, generator=torch.Generator().manual_seed(4))
+
+    def test_q_k_and_v_are_one_call_and_the_oracles(self, calls):
+        model = Attention().double()
+        lora = self.attached(model)
+        assert_exact(model, lora, ROWS, self.X.double())
+        assert_exact(model, lora, ROWS[::-1], self.X.double())
+        assert calls == [["q_proj", "k_proj", "v_proj"]] * 2
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+    def test_the_kernels_are_as_exact_as_plain_pytorch(self, calls, dtype):
+        model = Attention().to(dtype)
+        assert_exact(model, self.attached(model, backend="triton"), ROWS, TOKENS)
+        assert len(calls) == 1
+
+    def test_another_input_is_computed_by_itself_and_from_the_next_rows_on_all_are(self, calls):
+        model = Attention()
+        lora, memory = self.attached(model), self.X.flip(1).contiguous()
+        for _ in range(2):
+            with lora.rows(ROWS):
+                out = model(self.X, memory)
+            with lora.rows(ROWS):
+                parts = [
+                    getattr(model, f"{n}_proj")(x.clone()) for n, x in (("q", self.X), ("k", memory), ("v", memory))
+                ]
+            torch.testing.assert_close(out, torch.cat(parts, -1), rtol=1e-5, atol=1e-5)
+        assert calls[0] == ["q_proj", "k_proj", "v_proj"] and calls[1:3] == [["k_proj"], ["v_proj"]]
+        assert calls[-3:] == [["q_proj"], ["k_proj"], ["v_proj"]]
+
+    def test_an_input_that_was_changed_in_place_is_another(self):
+        model = Attention()
+        lora = self.attached(model)
+        x = self.X.clone()
+        with lora.rows(ROWS), torch.no_grad():
+            model.q_proj(x)
+            k = model.k_proj(x.add_(1))
+        with lora.rows(ROWS), torch.no_grad():
+            torch.testing.assert_close(k, model.k_proj(x.clone()))
+
+    def test_outputs_that_nobody_asked_for_are_let_go(self):
+        model = Attention()
+        lora = self.attached(model)
+        with lora.rows(ROWS):
+            model.q_proj(self.X)
+            shared = lora.sites[0].shared
+            assert len(shared.outputs) == 2
+            copy.deepcopy(lora)
+        assert shared is lora.sites[2].shared and not shared.outputs and shared.input is None
+
+    def test_a_recomputed_attention_draws_and_computes_the_same(self):
+        grads = []
+        for recompute in (False, True):
+            model = Attention()
+            lora, x = self.attached(model, dropout=0.3), self.X.clone().requires_grad_()
+            with lora.rows(ROWS):
+                out = checkpoint(model, x, use_reentrant=False) if recompute else model(x)
+                out.square().sum().backward()
+            grads.append((lora.pool.grads, x.grad))
+        for one, other in zip(*grads, strict=True):
+            assert torch.equal(one, other) and one.any()
+
+    def test_other_names_and_sizes_are_not_shared(self):
+        model = nn.ModuleDict({"q_proj": nn.Linear(16, 8), "k_proj": nn.Linear(8, 8), "out": nn.Linear(16, 8)})
+        lora = attach(model, slots=1, targets=["q_proj", "k_proj", "out"])
+        assert not any(site.shared for site in lora.sites)
+
+
+class TestRanks:
+    def test_each_adapter_has_its_own_rank_in_the_pool(self):
+        lora = two_adapters(Tiny())
+        assert lora.pool.ranks.tolist() == [[5, 3, 5, 3], [0, 2, 0, 2], [0, 0, 0, 0]]
+        lora.adapters.reset("small")
+        lora.adapters.delete("big")
+        assert lora.pool.ranks.tolist() == [[0, 0, 0, 0], [0, 2, 0, 2], [0, 0, 0, 0]]
+        assert all(table[:, i].is_contiguous() for table in (lora.pool.ranks, lora.pool.scale) for i in range(4))
+
+    @pytest.mark.parametrize("options", [{"dropout": 0.5}, {"base": "int6"}, {"rank": 200}])
+    def test_the_op_takes_what_pytorchs_products_once_did(self, options):
+        """The kernel's outputs and gradients are those of its reference, which draws the same masks."""
+        found = []
+        for backend in ("triton", "reference"):
+            model = one_linear(64, 40)
+            lora = adapters_on_one(model, backend=backend, **options)
+            with lora.rows(ROWS, step=3):
+                out = model(TOKENS)
+            out.square().sum().backward()
+            found.append((out.detach(), lora.pool.grads))
+        for ours, theirs in zip(*found, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+            assert ours.any()
 
 
 class TestWithTheRestOfPyTorch:

@@ -29,6 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..dispatch import DTYPES, cdiv, custom_op, expect, is_hopper, multiprocessors, next_power_of_2, resolve_backend
+from ..linear.op import cublas_
 from .backward import dequantize_tiles, warp_backward
 from .forward import add_parts, permute_inputs, tile_forward, warp_forward
 from .layout import COLUMNS, Int6Matrix, packed_shape
@@ -178,7 +179,7 @@ def _forward(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, rows
     if M == 0:
         return x.new_empty(M, rows)
     if config.kernel == "dense":
-        return F.linear(x, dequantize(packed, scale, (rows, K), x.dtype), bias)
+        return cublas_(x.new_empty(M, rows), x, dequantize(packed, scale, (rows, K), x.dtype).mT, bias)
     if config.kernel == "wide":
         blocks = config.split, config.block_m, config.stages
         out, parts = wide(_aligned(x), packed, scale, bias, (rows, K), False, *blocks)
@@ -216,7 +217,8 @@ def _backward(dout: Tensor, packed: Tensor, scale: Tensor, columns: int, config:
     if M == 0:
         return dout.new_empty(M, columns)
     if config.kernel == "dense":
-        return dout @ dequantize(packed, scale, (rows, columns), dout.dtype)
+        weight = dequantize(packed, scale, (rows, columns), dout.dtype)
+        return cublas_(dout.new_empty(M, columns), dout, weight)
     if config.kernel == "wide":
         blocks = config.split, config.block_m, config.stages
         dx, parts = wide(_aligned(dout), packed, scale, None, (rows, columns), True, *blocks)

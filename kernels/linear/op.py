@@ -1,5 +1,6 @@
 """The reference, the registered ops, their autograd, and the public function."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -52,6 +53,14 @@ def linear_dx(dout: Tensor, weight: Tensor) -> Tensor:
     dx = dout.new_empty(*dout.shape[:-1], weight.size(1))
     _dx_op(dout, weight, dx)
     return dx
+
+
+def cublas_(out: Tensor, rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Writes `rows` [M, K] by `weight` [K, N] (+ `bias` [N]) to `out` [M, N], by cuBLAS; for an op's inside.
+
+    Autocast, which may be on around an op, does not reach a product whose output is given.
+    """
+    return torch.mm(rows, weight, out=out) if bias is None else torch.addmm(bias, rows, weight, out=out)
 
 
 def linear_dweight(dout: Tensor, x: Tensor) -> Tensor:

@@ -38,13 +38,18 @@ def adapters_of(
     slots: Tensor | None,
     sizes: Sequence[int],
     packed: tuple[Tensor, Tensor] | None = None,
+    scale: Tensor | None = None,
+    ranks: Tensor | None = None,
 ) -> Adapters:
-    """Those of x's documents, in place where the kernels can read them: of x's dtype, on 16 bytes; else in `packed`."""
+    """Those of x's documents, in place where the kernels can read them: of x's dtype, on 16 bytes; else in `packed`.
+
+    With `scale` fp32 [slots] or `ranks` int32 [slots] they are packed: B times the scale, zeros from the rank on.
+    """
     is_readable = all(lora.size(0) and is_packed(lora) and is_aligned(lora) for lora in (lora_a, lora_b))
-    if lora_a.dtype == x.dtype and is_readable:
+    if lora_a.dtype == x.dtype and is_readable and scale is None and ranks is None:
         return Adapters(lora_a.flatten(1, -2), lora_b, lora_b.size(2), slots)
     packed = packed or empty_packed(x, lora_b, len(sizes))
-    _launch_pack(lora_a, lora_b, slots, sizes, *packed)
+    _launch_pack(lora_a, lora_b, slots, sizes, scale, ranks, *packed)
     return Adapters(*packed, lora_b.size(2), None)
 
 
@@ -61,7 +66,7 @@ PACK = 4096
 @launched
 @triton.jit
 def _pack_kernel(
-    a_ptr, b_ptr, packed_a_ptr, packed_b_ptr, slots_ptr, a_stride, b_stride, count, A, N,
+    a_ptr, b_ptr, packed_a_ptr, packed_b_ptr, slots_ptr, scale_ptr, ranks_ptr, a_stride, b_stride, count, A, N,
     NQ: tl.constexpr, NK: tl.constexpr, R: tl.constexpr, RT: tl.constexpr, STACKED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Program (block, b): BLOCK of the A numbers of document b's A, then of the N RT of its B; zeros without one."""
@@ -72,9 +77,15 @@ def _pack_kernel(
     if slots_ptr is not None:
         slot = tl.load(slots_ptr + b).to(tl.int64)
     named = (slot >= 0) & (slot < count)
+    rank = R
+    if ranks_ptr is not None:
+        rank = tl.load(ranks_ptr + slot, named, other=0)
     if block < blocks:
         i = block * BLOCK + tl.arange(0, BLOCK)
-        a = tl.load(a_ptr + slot * a_stride + i, named & (i < A), other=0.0)
+        is_there = named & (i < A)
+        if ranks_ptr is not None:
+            is_there = is_there & (i // (A // R) < rank)
+        a = tl.load(a_ptr + slot * a_stride + i, is_there, other=0.0)
         tl.store(packed_a_ptr + b * A + i, a, i < A)
     else:
         i = (block - blocks) * BLOCK + tl.arange(0, BLOCK)
@@ -82,12 +93,21 @@ def _pack_kernel(
         r = i % RT
         if STACKED:
             r -= ((n >= NQ).to(tl.int32) + (n >= NQ + NK).to(tl.int32)) * R
-        lora_b = tl.load(b_ptr + slot * b_stride + n * R + r, named & (n < N) & (r >= 0) & (r < R), other=0.0)
+        lora_b = tl.load(b_ptr + slot * b_stride + n * R + r, named & (n < N) & (r >= 0) & (r < rank), other=0.0)
+        if scale_ptr is not None:
+            lora_b = lora_b.to(tl.float32) * tl.load(scale_ptr + slot, named, other=0.0)
         tl.store(packed_b_ptr + b * N * RT + i, lora_b, n < N)
 
 
 def _launch_pack(
-    lora_a: Tensor, lora_b: Tensor, slots: Tensor | None, sizes: Sequence[int], packed_a: Tensor, packed_b: Tensor
+    lora_a: Tensor,
+    lora_b: Tensor,
+    slots: Tensor | None,
+    sizes: Sequence[int],
+    scale: Tensor | None,
+    ranks: Tensor | None,
+    packed_a: Tensor,
+    packed_b: Tensor,
 ) -> None:
     """Writes what :func:`empty_packed` made."""
     lora_a, lora_b = (lora if is_packed(lora) else lora.contiguous() for lora in (lora_a, lora_b))
@@ -96,7 +116,8 @@ def _launch_pack(
     if batch:
         _pack_kernel[((cdiv(numbers, PACK) + cdiv(rows * stacked, PACK)) * batch,)](
             a_ptr=lora_a, b_ptr=lora_b, packed_a_ptr=packed_a, packed_b_ptr=packed_b, slots_ptr=slots,
-            a_stride=lora_a.stride(0), b_stride=lora_b.stride(0), count=lora_a.size(0), A=numbers, N=rows,
+            scale_ptr=scale, ranks_ptr=ranks, a_stride=lora_a.stride(0), b_stride=lora_b.stride(0),
+            count=lora_a.size(0), A=numbers, N=rows,
             NQ=sizes[0], NK=sizes[-2 % groups], R=rank, RT=stacked, STACKED=is_stacked(rank, groups), BLOCK=PACK,
             num_warps=8,
         )  # fmt: skip

@@ -10,17 +10,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..dispatch import cdiv, next_power_of_2, padded_rank
+from ..dispatch import aligned, cdiv, next_power_of_2, padded_rank
 from ..dot import multiply_add
 from ..launch import launched
 from ..tile import tiled
 from .adapters import Adapters
 from .tiles import (
     PIECES,
+    STEP,
     cleared,
     is_stacked,
     of_three,
     programs,
+    slot_and_rank,
     slot_in_pool,
     stacked_rank,
     store_slopes,
@@ -72,10 +74,10 @@ def _store_dx(dx_d, kept_d, dx, b, s, d, BM: tl.constexpr, BD: tl.constexpr):
 @launched
 @triton.jit(do_not_specialize=["S", "TILES", "COUNT"])
 def _dx_kernel(
-    q_d, k_d, v_d, w_d, a_ptr, b_d, slots_ptr, dx_d, kept_d, t_ptr, a_stride, S, TILES, COUNT,
+    q_d, k_d, v_d, w_d, a_ptr, b_d, inner_ptr, ranks_ptr, slots_ptr, dx_d, kept_d, t_ptr, a_stride, S, TILES, COUNT,
     NQ: tl.constexpr, NK: tl.constexpr, NV: tl.constexpr, D: tl.constexpr, R: tl.constexpr, RT: tl.constexpr,
     BM: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, STACKED: tl.constexpr, PACKED: tl.constexpr,
-    WITH_DX: tl.constexpr,
+    WITH_DX: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
     """A program walks tiles [BM tokens, BD of D] like the forward's; a step takes BN outputs of q, k or v where they
     lie, without joining them. One product is q alone, without k_d and v_d.
@@ -85,6 +87,9 @@ def _dx_kernel(
     far left of it as its projection's place is. What lies left of it reads as zeros.
 
     With kept_d x is a relu(u)^2, and the gradient of u leaves for that of x.
+
+    With inner_ptr the t of one product, rows INNER apart, was made before; each adapter has a rank of its own in
+    ranks_ptr.
     """
     GROUPS: tl.constexpr = 1 if v_d is None else 3
     PARTS: tl.constexpr = 1 if STACKED else GROUPS
@@ -94,7 +99,7 @@ def _dx_kernel(
     CV: tl.constexpr = (NV + BN - 1) // BN
     STEPS: tl.constexpr = CQ + CK + CV
     TD: tl.constexpr = (D + BD - 1) // BD if WITH_DX else 1
-    DTYPE: tl.constexpr = a_ptr.dtype.element_ty
+    DTYPE: tl.constexpr = q_d.dtype
     across = tl.cdiv(S, BM)
     tile = tl.program_id(0) - tl.num_programs(0)
     b, s, d, slot = 0, 0, 0, 0
@@ -117,8 +122,9 @@ def _dx_kernel(
             elif step >= CQ:
                 g_d, n, first, place = k_d, (step - CQ) * BN, NQ, R
         g = g_d.load([b, s, n]).reshape(BM, BN)
-        lora_b = b_d.load([slot, first + n, -place if STACKED and not PACKED else 0]).reshape(BN, RT)
-        t = multiply_add(g, lora_b, t)
+        if inner_ptr is None:
+            lora_b = b_d.load([slot, first + n, -place if STACKED and not PACKED else 0]).reshape(BN, RT)
+            t = multiply_add(g, lora_b, t)
         if WITH_DX:
             dx = multiply_add(g, w_d.load([first + n, d]), dx)
         part, is_whole = 0, step == STEPS - 1
@@ -128,23 +134,33 @@ def _dx_kernel(
         if is_whole:
             j, row_s = tl.arange(0, RT), s + tl.arange(0, BM)
             rounded = t.to(DTYPE)
-            if WITH_DX:
+            if inner_ptr is not None:
+                token, column = b.to(tl.int64) * S + row_s, d + tl.arange(0, BD)
+                rank = slot_and_rank(slots_ptr, ranks_ptr, b, COUNT, R)[1]
+                for r in range(0, rank, RT):
+                    inner = tl.load(inner_ptr + token[:, None] * INNER + r + j, (row_s < S)[:, None], other=0.0)
+                    a_rows = a_ptr + slot.to(tl.int64) * a_stride + (r + j)[:, None] * D + column
+                    a = tl.load(a_rows, (r + j < rank)[:, None] & (column < D)[None, :], other=0.0).to(DTYPE)
+                    dx = multiply_add(inner, a, dx)
+            elif WITH_DX:
                 column = d + tl.arange(0, BD)
                 named = (slot >= 0) & (slot < COUNT) & (j < ROWS)
                 a_rows = a_ptr + slot.to(tl.int64) * a_stride + (part * R + j)[:, None] * D + column
                 a = tl.load(a_rows, named[:, None] & (column < D)[None, :], other=0.0)
                 dx = multiply_add(rounded, a, dx)
-            if d == 0:
-                t_rows = t_ptr + (b.to(tl.int64) * S + row_s)[:, None] * (PARTS * RT) + part * RT + j
-                tl.store(t_rows, rounded, (row_s < S)[:, None])
+            if inner_ptr is None:  # noqa: SIM102 (known to the compiler, and a number that is not)
+                if d == 0:
+                    t_rows = t_ptr + (b.to(tl.int64) * S + row_s)[:, None] * (PARTS * RT) + part * RT + j
+                    tl.store(t_rows, rounded, (row_s < S)[:, None])
             if WITH_DX and (PARTS == 1 or step == STEPS - 1):
                 _store_dx(dx_d, kept_d, dx, b, s, d, BM, BD)
                 dx = cleared(BM, BD, DTYPE)
-            t = cleared(BM, RT, DTYPE)
+            if inner_ptr is None:
+                t = cleared(BM, RT, DTYPE)
 
 
 @triton.jit
-def _slots_of(slots_ptr, b, count, B, BP: tl.constexpr):
+def slots_of(slots_ptr, b, count, B, BP: tl.constexpr):
     """(slot of document b, slots of the whole batch); -1 for a document without an adapter."""
     j = tl.arange(0, BP)
     if slots_ptr is None:
@@ -157,7 +173,7 @@ def _slots_of(slots_ptr, b, count, B, BP: tl.constexpr):
 
 
 @triton.jit
-def _following(every, slot, b, B, BP: tl.constexpr):
+def following(every, slot, b, B, BP: tl.constexpr):
     """The first document after b that has this slot; B if there is none."""
     j = tl.arange(0, BP)
     return tl.min(tl.where((every == slot) & (j > b) & (j < B), j, B))
@@ -166,12 +182,12 @@ def _following(every, slot, b, B, BP: tl.constexpr):
 @launched
 @triton.jit(do_not_specialize=["B", "S", "TILES"])
 def _db_kernel(
-    q_d, k_d, v_d, xa_d, db_ptr, slots_ptr, db_stride, count, B, S, TILES,
+    q_d, k_d, v_d, xa_d, db_ptr, scale_ptr, slots_ptr, db_stride, count, B, S, TILES,
     NQ: tl.constexpr, NK: tl.constexpr, NV: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, BN: tl.constexpr,
     BS: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
     """A program walks tiles (document, BN outputs of one projection): dB = dY^T xa, tokens in order. The first document
-    with a slot adds up all that have it, in the order of the batch.
+    with a slot adds up all that have it, in the order of the batch. With scale_ptr, times that of the slot.
     """
     TQ: tl.constexpr = (NQ + BN - 1) // BN
     TK: tl.constexpr = (NK + BN - 1) // BN
@@ -184,8 +200,8 @@ def _db_kernel(
                 p, n, first, width, g_d = 2, (column - TQ - TK) * BN, NQ + NK, NV, v_d
             elif column >= TQ:
                 p, n, first, width, g_d = 1, (column - TQ) * BN, NQ, NK, k_d
-        slot, every = _slots_of(slots_ptr, b, count, B, BP)
-        if (slot >= 0) & (_following(every, slot, -1, B, BP) == b):
+        slot, every = slots_of(slots_ptr, b, count, B, BP)
+        if (slot >= 0) & (following(every, slot, -1, B, BP) == b):
             db = tl.zeros((BN, RP), tl.float32)
             document = b
             while document < B:
@@ -193,7 +209,9 @@ def _db_kernel(
                     g = g_d.load([document, s, n]).reshape(BS, BN)
                     xa = xa_d.load([document, s, p * RP]).reshape(BS, RP)
                     db = multiply_add(g.T, xa, db)
-                document = _following(every, slot, document, B, BP)
+                document = following(every, slot, document, B, BP)
+            if scale_ptr is not None:
+                db *= tl.load(scale_ptr + slot)
             row, r = n + tl.arange(0, BN), tl.arange(0, RP)
             out = db_ptr + slot * db_stride + (first + row)[:, None] * R + r
             tl.store(out, db, (row < width)[:, None] & (r < R)[None, :])
@@ -210,8 +228,8 @@ def _da_kernel(
     TILES: tl.constexpr = (D + BD - 1) // BD * PARTS
     tile, b = tl.program_id(0) % TILES, tl.program_id(0) // TILES
     d, part = tile // PARTS * BD, tile % PARTS
-    slot, every = _slots_of(slots_ptr, b, count, B, BP)
-    if (slot >= 0) & (_following(every, slot, -1, B, BP) == b):
+    slot, every = slots_of(slots_ptr, b, count, B, BP)
+    if (slot >= 0) & (following(every, slot, -1, B, BP) == b):
         da = tl.zeros((RT, BD), tl.float32)
         document = b
         while document < B:
@@ -219,7 +237,7 @@ def _da_kernel(
                 t = t_d.load([document, s, part * STEP]).reshape(BS, RT)
                 x = x_d.load([document, s, d]).reshape(BS, BD)
                 da = multiply_add(t.T, x, da)
-            document = _following(every, slot, document, B, BP)
+            document = following(every, slot, document, B, BP)
         j, column = tl.arange(0, RT), d + tl.arange(0, BD)
         out = da_ptr + slot * da_stride + (part * ROWS + j)[:, None] * D + column
         tl.store(out, da, (j < ROWS)[:, None] & (column < D)[None, :])
@@ -254,11 +272,12 @@ def launch_backward(
     da: Tensor | None,
     db: Tensor | None,
     kept: Tensor | None = None,
+    scale: Tensor | None = None,
 ) -> None:
     """Writes dx, and the rows of da and db that `slots` name. dx, or da and db together, may be None.
 
     `grads` are those of the projections, or of one product. `kept`, what :func:`times_slope` reads of an x that is
-    relu(u)^2, makes dx the gradient of u.
+    relu(u)^2, makes dx the gradient of u. `scale` fp32 [slots] is what B was packed with.
     """
     (batch, length, width), rank, groups = x.shape, adapters.rank, len(grads)
     stacked, padded = stacked_rank(rank, groups), padded_rank(rank)
@@ -273,11 +292,12 @@ def launch_backward(
     q_d, k_d, v_d = of_three([tiled(grad, 1, m, n) for grad in grads])
     _dx_kernel[(programs(x.device, tiles),)](
         q_d=q_d, k_d=k_d, v_d=v_d, w_d=tiled(weight, n, d),
-        a_ptr=adapters.a, b_d=tiled(adapters.b, 1, n, stacked), slots_ptr=adapters.slots,
+        a_ptr=adapters.a, b_d=tiled(adapters.b, 1, n, stacked), inner_ptr=None, ranks_ptr=None,
+        slots_ptr=adapters.slots,
         dx_d=tiled(x if dx is None else dx, 1, m, d // PIECES),
         kept_d=None if kept is None else tiled(kept, 1, m, d // PIECES), t_ptr=t, a_stride=adapters.a.stride(0),
         S=length, TILES=tiles, COUNT=adapters.a.size(0), NQ=nq, NK=nk, NV=nv, D=width, R=rank, RT=stacked, BM=m, BD=d,
-        BN=n, STACKED=is_stacked(rank, groups), PACKED=adapters.is_packed, WITH_DX=dx is not None,
+        BN=n, STACKED=is_stacked(rank, groups), PACKED=adapters.is_packed, WITH_DX=dx is not None, INNER=0,
         num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
     if da is None:
@@ -289,7 +309,8 @@ def launch_backward(
         q_d, k_d, v_d = of_three([tiled(grad, 1, s, n) for grad in grads])
         _db_kernel[(programs(x.device, tiles),)](
             q_d=q_d, k_d=k_d, v_d=v_d, xa_d=tiled(xa, 1, s, padded),
-            db_ptr=db, slots_ptr=slots, db_stride=db.stride(0), count=db.size(0), B=batch, S=length, TILES=tiles,
+            db_ptr=db, scale_ptr=scale, slots_ptr=slots, db_stride=db.stride(0), count=db.size(0),
+            B=batch, S=length, TILES=tiles,
             NQ=nq, NK=nk, NV=nv, R=rank, RP=padded, BN=n, BS=s, BP=batch_pow2,
             num_warps=config.db_warps, num_stages=config.db_stages,
         )  # fmt: skip
@@ -298,4 +319,27 @@ def launch_backward(
         t_d=tiled(t, 1, s, rows), x_d=tiled(x, 1, s, d), da_ptr=da, slots_ptr=slots, da_stride=da.stride(0),
         count=da.size(0), B=batch, S=length, D=width, ROWS=groups * rank // parts, RT=rows, STEP=stacked, PARTS=parts,
         BD=d, BS=s, BP=batch_pow2, num_warps=config.da_warps, num_stages=config.da_stages,
+    )  # fmt: skip
+
+
+def launch_dx_after_inner(
+    dout: Tensor,
+    weight: Tensor,
+    inner: Tensor,
+    lora_a: Tensor,
+    slots: Tensor | None,
+    ranks: Tensor | None,
+    dx: Tensor,
+) -> None:
+    """dx = dout W + inner A of `inner` [B, S, ..], a view whose first columns are dout B; as `launch_after_inner`."""
+    (batch, length, outputs), (count, rank, width) = dout.shape, lora_a.shape
+    config = pick_backward_config(dout.dtype, STEP, 1)
+    m, d, n = config.block_m, config.block_d, config.block_n
+    tiles = batch * cdiv(length, m) * cdiv(width, d)
+    _dx_kernel[(programs(dout.device, tiles),)](
+        q_d=tiled(aligned(dout), 1, m, n), k_d=None, v_d=None, w_d=tiled(aligned(weight), n, d), a_ptr=lora_a, b_d=None,
+        inner_ptr=inner, ranks_ptr=ranks, slots_ptr=slots, dx_d=tiled(dx, 1, m, d // PIECES), kept_d=None, t_ptr=None,
+        a_stride=lora_a.stride(0), S=length, TILES=tiles, COUNT=count, NQ=outputs, NK=0, NV=0, D=width, R=rank,
+        RT=STEP, BM=m, BD=d, BN=n, STACKED=False, PACKED=False, WITH_DX=True, INNER=inner.stride(1),
+        num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip

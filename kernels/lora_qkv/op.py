@@ -47,6 +47,7 @@ def backward_op(
     xa: Tensor,
     slots: Tensor | None,
     kept: Tensor | None,
+    scale: Tensor | None,
     rank: int,
     is_packed: bool,
     dx: Tensor | None,
@@ -60,12 +61,17 @@ def backward_op(
         sizes = [dout.size(2) for dout in douts]
         adapters = Adapters(a, b, rank, None) if is_packed else adapters_of(x, a, b, slots, sizes)
         douts = [aligned(dout) for dout in douts]
-        launch_backward(douts, aligned(x), aligned(weight), adapters, xa, slots, dx, da, db, kept)
+        launch_backward(douts, aligned(x), aligned(weight), adapters, xa, slots, dx, da, db, kept, scale)
     elif da is not None:  # sums over no tokens
-        every = torch.arange(da.size(0), device=x.device)
+        zero_named_rows([da, db], slots)
+
+
+def zero_named_rows(grads: Sequence[Tensor], slots: Tensor | None) -> None:
+    """Zeros to the rows of each gradient [slots, ..] that `slots` name, all of them without: a sum over no tokens."""
+    for grad in grads:
+        every = torch.arange(grad.size(0), device=grad.device)
         named = torch.ones_like(every, dtype=torch.bool) if slots is None else (slots[:, None] == every).any(0)
-        for grad in (da, db):
-            grad.masked_fill_(named.view(-1, *(1,) * (grad.dim() - 1)), 0.0)
+        grad.masked_fill_(named.view(-1, *(1,) * (grad.dim() - 1)), 0.0)
 
 
 class Saved(NamedTuple):
@@ -81,7 +87,7 @@ class Saved(NamedTuple):
 
     @classmethod
     def of(cls, x, weight, lora_a, lora_b, slots, xa, packed_a, packed_b) -> "Saved":
-        is_packed = lora_a is not None and lora_a.dtype != x.dtype
+        is_packed = lora_a is not None and packed_a.dim() == 3
         return cls(x, weight, *((packed_a, packed_b) if is_packed else (lora_a, lora_b)), xa, slots)
 
     @classmethod
@@ -106,11 +112,17 @@ class Lora(NamedTuple):
 
 
 def gradients(
-    saved: Saved, lora: Lora, needs: Sequence[bool], douts: Sequence[Tensor], kept: Tensor | None = None
+    saved: Saved,
+    lora: Lora,
+    needs: Sequence[bool],
+    douts: Sequence[Tensor],
+    kept: Tensor | None = None,
+    scale: Tensor | None = None,
+    is_packed: bool | None = None,
 ) -> tuple[Tensor | None, ...]:
     """Of x, weight, lora_a and lora_b, for which autograd `needs` them, by the gradients of the projections.
 
-    `kept` is as of :func:`launch_backward`.
+    `kept` and `scale` are as of :func:`launch_backward`. `is_packed` None: where the adapters' dtype is not x's.
     """
     x, slots = saved.x, saved.slots
     needs_x, needs_weight, needs_a, needs_b = needs
@@ -122,7 +134,8 @@ def gradients(
     dx = empty_grad(x, needs_x)
     if needs_x or da is not None:
         kept = kept if needs_x else None
-        backward_op(list(douts), *saved, kept, lora.b_shape[2], lora.dtype != x.dtype, dx, da, db)
+        is_packed = lora.dtype != x.dtype if is_packed is None else is_packed
+        backward_op(list(douts), *saved, kept, scale, lora.b_shape[2], is_packed, dx, da, db)
     dweights = [linear_dweight(dout, x) for dout in douts] if needs_weight else [None]
     dweight = torch.cat(dweights) if len(dweights) > 1 else dweights[0]
     return dx, dweight, *(None if is_pooled or not needed else grad for grad, needed in ((da, needs_a), (db, needs_b)))

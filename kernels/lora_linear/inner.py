@@ -1,0 +1,111 @@
+"""The inner rows of all projections, in one launch: s x A^T of the forward, s dy B of the backward. With dropout both
+are divided by 1 - rate as well, so that nothing else needs to be.
+
+A skinny product: every row is read once from memory, and by the programs of the other projections from the L2 cache.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..dispatch import cdiv, next_power_of_2
+from ..dot import multiply_add
+from ..lora_qkv.tiles import slot_and_rank
+from .pool import Pool, documents, inner_like, kept, load_factor, variant_of, variants
+
+
+@dataclass(frozen=True)
+class InnerConfig:
+    """A program has block_m rows and up to `ranks` ranks of one projection, block_c of the sum a step."""
+
+    block_m: int
+    block_c: int
+    ranks: int
+    warps: int
+    stages: int
+
+
+def pick_inner_config(dtype: torch.dtype, rank: int) -> InnerConfig:
+    """By the largest rank of the pools. No GPU has chosen between these yet; none spills on sm_90."""
+    ranks = min(64, max(16, next_power_of_2(rank)))
+    return InnerConfig(32, 16, ranks, 4, 2) if dtype == torch.float32 else InnerConfig(128, 64, ranks, 4, 3)
+
+
+@triton.jit
+def _inner_tile(
+    x_ptr, factor_ptr, out_ptr, key, factor, b, s, S, r, rank,
+    C: tl.constexpr, R: tl.constexpr, TOTAL: tl.constexpr, ACROSS: tl.constexpr, THRESHOLD: tl.constexpr,
+    BM: tl.constexpr, BC: tl.constexpr, W: tl.constexpr,
+):  # fmt: skip
+    """Ranks r to r + W of the inner rows s to s + BM of document b."""
+    row, j = s + tl.arange(0, BM), r + tl.arange(0, W)
+    token = b.to(tl.int64) * S + row
+    acc = tl.zeros((BM, W), tl.float32)
+    for start in range(0, C, BC):
+        c = start + tl.arange(0, BC)
+        x = tl.load(x_ptr + token[:, None] * C + c[None, :], (row < S)[:, None] & (c < C)[None, :], other=0.0)
+        if THRESHOLD:
+            x = kept(x, key, row, c, C, THRESHOLD)
+        acc = multiply_add(x, load_factor(factor_ptr, j, rank, c, C, R, ACROSS).to(x.dtype), acc)
+    places = out_ptr + token[:, None] * TOTAL + j[None, :]
+    mask = (row < S)[:, None] & (j < (R + 15) // 16 * 16)[None, :]
+    tl.store(places, (acc * factor).to(out_ptr.dtype.element_ty), mask)
+
+
+@triton.jit(do_not_specialize=["S"])
+def _inner_kernel(
+    xs, factors, strides, counts, scales, ranks, keys, slots_ptr, out_ptr, S, inverse,
+    P: tl.constexpr, SIZES: tl.constexpr, WIDEST: tl.constexpr, STARTS: tl.constexpr, FIRSTS: tl.constexpr,
+    TOTAL: tl.constexpr, ACROSS: tl.constexpr, THRESHOLD: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
+    WIDTH: tl.constexpr, VARIANTS: tl.constexpr,
+):  # fmt: skip
+    """Program (tile of rows, WIDTH ranks of a projection): as wide a product as the document's own rank takes."""
+    part, tile = tl.program_id(0) % FIRSTS[P], tl.program_id(0) // FIRSTS[P]
+    across = tl.cdiv(S, BM)
+    b, s = tile // across, tile % across * BM
+    for p in tl.static_range(P):
+        if (part >= FIRSTS[p]) & (part < FIRSTS[p + 1]):
+            slot, rank = slot_and_rank(slots_ptr, ranks[p], b, counts[p], WIDEST[p])
+            r = (part - FIRSTS[p]) * WIDTH
+            if r < rank:
+                factor, key = inverse, tl.zeros((), tl.int64)
+                if scales[p] is not None:
+                    factor *= tl.load(scales[p] + slot)
+                if THRESHOLD:
+                    key = tl.load(keys[p] + b)
+                own, out = factors[p] + slot * strides[p], out_ptr + STARTS[p]
+                for i in tl.static_range(VARIANTS):
+                    if variant_of(rank - r, VARIANTS) == i:
+                        _inner_tile(
+                            xs[p], own, out, key, factor, b, s, S, r, rank, SIZES[p], WIDEST[p], TOTAL, ACROSS,
+                            THRESHOLD, BM, BC, 16 * 2**i,
+                        )  # fmt: skip
+
+
+def launch_inner(xs: list[Tensor], pool: Pool, is_backward: bool = False) -> Tensor:
+    """The inner rows [B, S, total] of `xs`, contiguous: one [B, S, K] for each projection, all the same; backward the
+    gradients [B, S, N] of the outputs, by B in the place of A.
+
+    Dropout is of x: backward there is none.
+    """
+    x, out = xs[0], inner_like(xs[0], pool.lora_b)
+    config = pick_inner_config(x.dtype, max(pool.widest))
+    factors = pool.lora_b if is_backward else pool.lora_a
+    firsts = [0]
+    for rank in pool.widest:
+        firsts.append(firsts[-1] + cdiv(rank, config.ranks))
+    programs = documents(x, config.block_m) * firsts[-1]
+    if programs:
+        _inner_kernel[(programs,)](
+            xs=tuple(xs), factors=tuple(factors), strides=tuple(factor.stride(0) for factor in factors),
+            counts=tuple(factor.size(0) for factor in factors), scales=tuple(pool.scales), ranks=tuple(pool.ranks),
+            keys=tuple(pool.keys), slots_ptr=pool.slots, out_ptr=out, S=x.size(1),
+            inverse=pool.inverse, P=len(xs), SIZES=tuple(x.size(2) for x in xs),
+            WIDEST=tuple(pool.widest), STARTS=tuple(pool.starts), FIRSTS=tuple(firsts), TOTAL=out.size(2),
+            ACROSS=is_backward, THRESHOLD=0 if is_backward else pool.threshold, BM=config.block_m, BC=config.block_c,
+            WIDTH=config.ranks, VARIANTS=variants(config.ranks), num_warps=config.warps, num_stages=config.stages,
+        )  # fmt: skip
+    return out

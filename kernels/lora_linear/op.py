@@ -1,0 +1,294 @@
+"""The registered ops, their autograd, and the public function."""
+
+from collections.abc import Sequence
+from itertools import islice
+
+import torch
+from torch import Tensor
+
+from ..dispatch import custom_op, empty_grad, resolve_backend
+from ..dropout import Dropout
+from ..int6.layout import Int6Matrix
+from ..int6.op import int6_product, int6_product_dx
+from ..linear.op import cublas_, linear_dweight
+from ..lora_qkv.backward import launch_dx_after_inner
+from ..lora_qkv.forward import empty_projected, launch_after_inner, launch_forward
+from ..lora_qkv.op import Lora, Saved, gradients, with_zeros, zero_named_rows
+from .add import launch_add
+from .inner import launch_inner
+from .plan import Way, dx_way, plan
+from .pool import Pool, dense, inner_width
+from .reduce import launch_reduce
+from .reference import lora_linear_ref
+from .validate import expect_projections
+
+# One product with u in its launch
+
+
+@custom_op("klora::lora_linear", mutates_args=())
+def _joint(
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    slots: Tensor | None,
+    grad_a: Tensor | None,
+    grad_b: Tensor | None,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    ranks: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """y, and what the backward wants: x A^T, and the adapters that had to be rounded or scaled (else empty)."""
+    more = {"bias": bias, "scale": scale, "ranks": ranks}
+    return launch_forward(x, weight, lora_a, lora_b, slots, [weight.size(0)], **more).flat()
+
+
+@_joint.register_fake
+def _(x, weight, lora_a, lora_b, slots, grad_a, grad_b, bias, scale, ranks):
+    is_packed = lora_a.dtype != x.dtype or scale is not None or ranks is not None
+    return empty_projected(x, lora_a, lora_b, [weight.size(0)], is_packed=is_packed).flat()
+
+
+def _setup_joint(ctx, inputs, output):
+    x, weight, lora_a, lora_b, slots, grad_a, grad_b, _, scale, ranks = inputs
+    ctx.save_for_backward(*Saved.of(x, weight, lora_a, lora_b, slots, *output[1:]), scale)
+    ctx.lora = Lora.of(lora_a, lora_b, grad_a, grad_b)
+    ctx.is_packed = lora_a.dtype != x.dtype or scale is not None or ranks is not None
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _backward_joint(ctx, dy, *_):
+    if dy is None:
+        return (None,) * 10
+    saved, (scale,) = Saved.split(ctx.saved_tensors)
+    found = gradients(saved, ctx.lora, ctx.needs_input_grad[:4], [dy], scale=scale, is_packed=ctx.is_packed)
+    dbias = dy.sum((0, 1)) if ctx.needs_input_grad[7] else None
+    return *found, *(None,) * 3, dbias, None, None
+
+
+_joint.register_autograd(_backward_joint, setup_context=_setup_joint)
+
+
+# Any number of products, with u in a launch before them
+
+
+def _packed(x: Tensor, given: Sequence[Tensor | None]) -> list[Tensor]:
+    """A list as an op with gradients takes it, without None: empty where there is nothing, else with empty tensors."""
+    is_there = any(one is not None for one in given)
+    return [x.new_empty(0) if one is None else one for one in given] if is_there else []
+
+
+def _unpacked(given: Sequence[Tensor], count: int) -> list[Tensor | None]:
+    """What :func:`_packed` was given."""
+    return [one if one.numel() else None for one in given] or [None] * count
+
+
+def _way(x, weights, int6_scales, lora_b, ranks, keys) -> Way:
+    kinds = _unpacked(int6_scales, len(weights))
+    dense_weights = [weight if scale is None else None for weight, scale in zip(weights, kinds, strict=True)]
+    return plan(dense_weights, x.size(1), max(b.size(2) for b in lora_b), bool(ranks), bool(keys))
+
+
+def _pool(lora_a, lora_b, slots, scales, ranks, keys, rate) -> Pool:
+    return Pool.of(lora_a, lora_b, slots, *(_unpacked(one, len(lora_a)) for one in (scales, ranks, keys)), rate)
+
+
+@custom_op("klora::lora_linears", mutates_args=())
+def _op(
+    x: Tensor,
+    weights: list[Tensor],
+    int6_scales: list[Tensor],
+    biases: list[Tensor],
+    lora_a: list[Tensor],
+    lora_b: list[Tensor],
+    slots: Tensor | None,
+    scales: list[Tensor],
+    ranks: list[Tensor],
+    keys: list[Tensor],
+    rate: float,
+    grads_a: list[Tensor],
+    grads_b: list[Tensor],
+) -> list[Tensor]:
+    """y of each projection, then the inner rows. A weight is dense, or with a scale in int6_scales packed at six bits.
+    What may be missing is as :func:`_packed` makes it. `grads_a` and `grads_b` are only passed on to the backward; they
+    are empty where autograd gets the gradients.
+    """
+    pool, flat = _pool(lora_a, lora_b, slots, scales, ranks, keys, rate), dense(x)
+    inner = launch_inner([flat] * len(weights), pool)
+    way, outs = _way(x, weights, int6_scales, lora_b, ranks, keys), []
+    more = (_unpacked(one, len(weights)) for one in (int6_scales, biases))
+    for p, (weight, int6_scale, bias) in enumerate(zip(weights, *more, strict=True)):
+        if way == "after":
+            own = inner[..., pool.starts[p] :]
+            outs.append(launch_after_inner(flat, weight, bias, own, pool.lora_b[p], slots, pool.ranks[p]))
+            continue
+        rows, outputs = flat.view(-1, flat.size(2)), lora_b[p].size(1)
+        if int6_scale is None:
+            y = x.new_empty(*x.shape[:2], outputs)
+            cublas_(y.view(-1, outputs), rows, weight.mT, bias)
+        else:
+            y = int6_product(rows, weight, int6_scale, bias, outputs)
+            y = torch.ops.aten._unsafe_view(y, [*x.shape[:2], outputs])  # a view could not be changed in place
+        launch_add(y, inner, pool, p)
+        outs.append(y)
+    return [*outs, inner]
+
+
+@_op.register_fake
+def _(x, weights, int6_scales, biases, lora_a, lora_b, slots, scales, ranks, keys, rate, grads_a, grads_b):
+    return [*(x.new_empty(*x.shape[:2], b.size(1)) for b in lora_b), x.new_empty(*x.shape[:2], inner_width(lora_b))]
+
+
+@custom_op("klora::lora_linears_backward_", mutates_args=("dx", "das", "dbs"))
+def _backward_op(
+    dys: list[Tensor],
+    x: Tensor,
+    inner: Tensor,
+    weight: Tensor | None,
+    lora_a: list[Tensor],
+    lora_b: list[Tensor],
+    slots: Tensor | None,
+    scales: list[Tensor],
+    ranks: list[Tensor],
+    keys: list[Tensor],
+    rate: float,
+    dx: Tensor | None,
+    das: list[Tensor],
+    dbs: list[Tensor],
+) -> None:
+    """Writes the rows of dA and dB that `slots` name, and dx: all of it by the `weight` of one projection; without one
+    it adds the adapters' part to what is there. dx may be None, `das` and `dbs` together empty.
+    """
+    if not x.numel():
+        zero_named_rows([*das, *dbs], slots)
+        return
+    pool, dys, x = _pool(lora_a, lora_b, slots, scales, ranks, keys, rate), [dense(dy) for dy in dys], dense(x)
+    t = launch_inner(dys, pool, is_backward=True)
+    if dx is not None and weight is not None:
+        launch_dx_after_inner(dys[0], weight, t, pool.lora_a[0], slots, pool.ranks[0], dx)
+    elif dx is not None:
+        launch_add(dx, t, pool)
+    if das:
+        launch_reduce([x] * len(das), t, pool, das, of_a=True)
+        launch_reduce(dys, inner, pool, dbs, of_a=False)
+
+
+def _setup(ctx, inputs, output):
+    x, weights, int6_scales, biases, lora_a, lora_b, slots, scales, ranks, keys, ctx.rate, *ctx.grads = inputs
+    lists = weights, int6_scales, lora_a, lora_b, scales, ranks, keys
+    ctx.save_for_backward(x, output[-1], slots, *(tensor for one in lists for tensor in one))
+    ctx.counts = [len(one) for one in lists]
+    ctx.way = _way(x, weights, int6_scales, lora_b, ranks, keys)
+    ctx.mark_non_differentiable(output[-1])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, douts):
+    x, inner, slots, *rest = ctx.saved_tensors
+    rest = iter(rest)
+    lists = [list(islice(rest, count)) for count in ctx.counts]
+    weights, int6_scales, lora_a, lora_b, scales, ranks, keys = lists
+    needs_x, needs_weights, _, needs_bias, needs_a, needs_b, *_ = ctx.needs_input_grad
+    (das, dbs), is_pooled = ctx.grads, bool(ctx.grads[0])
+    dys = with_zeros(x, douts[:-1], [b.size(1) for b in lora_b])
+    if not is_pooled and any((*needs_a, *needs_b)):
+        fresh = torch.empty_like if slots is None and x.numel() else torch.zeros_like
+        das, dbs = ([fresh(lora, memory_format=torch.contiguous_format) for lora in one] for one in (lora_a, lora_b))
+    dx, weight = None, None
+    if needs_x and dx_way(ctx.way, len(weights), bool(keys)) == "after":
+        dx, weight = empty_grad(x), weights[0]
+    elif needs_x:
+        dx = _products_dx(dys, weights, _unpacked(int6_scales, len(weights)), x)
+    if needs_x or das:
+        _backward_op(dys, x, inner, weight, *lists[2:4], slots, *lists[4:], ctx.rate, dx, das, dbs)
+    dweights = [linear_dweight(dy, x) if needed else None for dy, needed in zip(dys, needs_weights, strict=True)]
+    dbiases = [dy.sum((0, 1)) if needed else None for dy, needed in zip(dys, needs_bias or [], strict=False)]
+    da, db = (
+        [grads[p] if needed and not is_pooled else None for p, needed in enumerate(needs)]
+        for grads, needs in ((das, needs_a), (dbs, needs_b))
+    )
+    nothing = ([None] * len(one) for one in (int6_scales, scales, ranks, keys, *ctx.grads))
+    none6, *none = nothing
+    return dx, dweights, none6, dbiases, da, db, None, *none[:3], None, *none[3:]
+
+
+def _products_dx(
+    dys: Sequence[Tensor], weights: Sequence[Tensor], int6_scales: Sequence[Tensor | None], x: Tensor
+) -> Tensor:
+    """sum_p dy_p W_p [B, S, K]."""
+    width, dx = x.size(2), None
+    for dy, weight, int6_scale in zip(dys, weights, int6_scales, strict=True):
+        rows = dy.reshape(-1, dy.size(2))
+        if int6_scale is not None:
+            part = int6_product_dx(rows, weight, int6_scale, width)
+            dx = part if dx is None else dx.add_(part)
+        else:
+            dx = rows @ weight if dx is None else dx.addmm_(rows, weight)
+    return dx.view(x.shape)
+
+
+_op.register_autograd(_backward, setup_context=_setup)
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor | Int6Matrix | Sequence[Tensor | Int6Matrix],
+    lora_a: Tensor | Sequence[Tensor],
+    lora_b: Tensor | Sequence[Tensor],
+    slots: Tensor | None = None,
+    *,
+    bias: Tensor | None | Sequence[Tensor | None] = None,
+    scale: Tensor | None | Sequence[Tensor | None] = None,
+    ranks: Tensor | None | Sequence[Tensor | None] = None,
+    dropout: Dropout | None = None,
+    grads: tuple[Tensor, Tensor] | Sequence[tuple[Tensor, Tensor]] | None = None,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, ...]:
+    """y [B, S, N] of `x` [B, S, K], by `weight` [N, K] of x's dtype or at six bits, and each document's adapter.
+
+    `lora_a` is [slots, R, K] and `lora_b` [slots, N, R], of x's dtype or float32, views into a pool if need be. `slots`
+    int32 or int64 [B] names the adapter of each document, -1 none; None gives document b adapter b. Slots are not
+    looked at on the host, and one past the pool counts as -1. `scale` float32 [slots] multiplies B; `ranks` int32 or
+    int64 [slots] says how many rows of A and columns of B each adapter has, up to R: the others are not read, and their
+    gradients are zero. A document costs the rank of its own adapter, rounded up to 16. `bias` is [N] in x's dtype.
+    `dropout` is of the adapters' input: a :class:`Dropout`.
+
+    With a sequence of weights, such as those of q, k and v, everything else but x and slots is a sequence or None too,
+    and the outputs are a tuple: x is read for all of them at once.
+
+    x, lora_a, lora_b, bias and a dense weight get gradients; that of weight is made by cuBLAS. A slot named twice gets
+    the sum of the gradients, in the order of the batch. `grads` is two tensors shaped like lora_a and lora_b, of their
+    dtype or float32 (views into a pool of gradients). With it the backward writes the rows of the slots that are named,
+    leaves the other rows alone, and autograd gets no gradient of lora_a and lora_b; x or lora_a has to require one all
+    the same. Only the kernel takes it.
+
+    `backend` is "reference" or "triton"; None takes the reference on a CPU and the kernel on a GPU. The kernel takes
+    bfloat16, float16 or float32. Any sizes; 16 bits are fastest where K and N are multiples of 8.
+    ValueError: other shapes, dtypes or backends, tensors on several devices, a scale that requires a gradient, `grads`
+    with the reference.
+
+    Example: y = lora_linear(x, up, up_a, up_b, slots)
+    """
+    backend = resolve_backend(backend, x)
+    options = {"bias": bias, "scale": scale, "ranks": ranks, "dropout": dropout}
+    given = expect_projections(x, weight, lora_a, lora_b, slots, *options.values(), grads, backend)
+    if backend == "reference":
+        return lora_linear_ref(x, weight, lora_a, lora_b, given.slots, **options)
+    a, b, has_ranks = given.lora_a, given.lora_b, any(one is not None for one in given.ranks)
+    way = plan(given.dense, x.size(1), max(one.size(2) for one in b), has_ranks, dropout is not None)
+    if way == "joint":
+        pooled = given.grads[0] or (None, None)
+        more = given.biases[0], given.scales[0], given.ranks[0]
+        y, *_ = _joint(x, given.weights[0], a[0], b[0], given.slots, *pooled, *more)
+        return (y,) if isinstance(weight, list | tuple) else y
+    weights = [one.packed if isinstance(one, Int6Matrix) else one for one in given.weights]
+    int6_scales = [one.scale if isinstance(one, Int6Matrix) else None for one in given.weights]
+    pooled = [list(pair) for pair in zip(*given.grads, strict=True)] if given.grads[0] is not None else ([], [])
+    int6_scales, biases, scales, all_ranks, keys = (
+        _packed(x, one) for one in (int6_scales, given.biases, given.scales, given.ranks, given.keys)
+    )
+    *outs, _ = _op(
+        x, weights, int6_scales, biases, a, b, given.slots, scales, all_ranks, keys, given.rate, *pooled
+    )  # fmt: skip
+    return tuple(outs) if isinstance(weight, list | tuple) else outs[0]
