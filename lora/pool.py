@@ -95,7 +95,7 @@ class Pool:
     @torch.no_grad()
     def spread(self, slot: int) -> None:
         """Make every slot's adapter the one of this slot."""
-        for tensor in (self.params, self.scale):
+        for tensor in (self.params, self.scale, self.ranks):
             tensor.copy_(tensor[slot].clone())
 
     def read(self, slot: int, index: int, rank: int) -> tuple[Tensor, Tensor]:
