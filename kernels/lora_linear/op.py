@@ -203,14 +203,13 @@ def _backward(ctx, douts):
     if needs_x or das:
         _backward_op(dys, x, inner, weight, *lists[2:4], slots, *lists[4:], ctx.rate, dx, das, dbs)
     dweights = [linear_dweight(dy, x) if needed else None for dy, needed in zip(dys, needs_weights, strict=True)]
-    dbiases = [dy.sum((0, 1)) if needed else None for dy, needed in zip(dys, needs_bias or [], strict=False)]
+    dbiases = [dys[p].sum((0, 1)) if needed else None for p, needed in enumerate(needs_bias)]
     da, db = (
         [grads[p] if needed and not is_pooled else None for p, needed in enumerate(needs)]
         for grads, needs in ((das, needs_a), (dbs, needs_b))
     )
-    nothing = ([None] * len(one) for one in (int6_scales, scales, ranks, keys, *ctx.grads))
-    none6, *none = nothing
-    return dx, dweights, none6, dbiases, da, db, None, *none[:3], None, *none[3:]
+    none = [[None] * len(one) for one in (int6_scales, scales, ranks, keys, *ctx.grads)]
+    return dx, dweights, none[0], dbiases, da, db, None, *none[1:4], None, *none[4:]
 
 
 def _products_dx(
