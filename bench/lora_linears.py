@@ -42,55 +42,63 @@ def _ranks(shape: Shape) -> list[int]:
     return [LEAST + (most - LEAST) * max(slot - 1, 0) // (shape["B"] - 1) for slot in range(slots)]
 
 
+def _about(shape: Shape, device: torch.device) -> dict[str, Tensor]:
+    """slots, scale and ranks."""
+    batch = shape["B"]
+    slots = torch.ones(batch, dtype=torch.int32) if shape.get("one") else torch.arange(1, batch + 1, dtype=torch.int32)
+    ranks = torch.tensor(_ranks(shape), dtype=torch.int32)
+    return {
+        "slots": slots.to(device),
+        "scale": torch.linspace(0.5, 2.0, batch + 1, device=device),
+        "ranks": ranks.to(device),
+    }
+
+
 def _draw(shape: Shape, device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Tensors:
-    """x, weight, A, B, slots, scale, ranks and dout."""
+    """x, weight, A, B and dout."""
 
     def randn(*size: int, scale: float = 1.0) -> Tensor:
         return torch.randn(size, device=device, generator=generator) * scale
 
     batch, tokens, width, rank = (shape[name] for name in "BSKR")
-    slots = torch.ones(batch, dtype=torch.int32) if shape.get("one") else torch.arange(1, batch + 1)
     return (
         randn(batch, tokens, width).to(dtype),
         randn(width, width, scale=width**-0.5).to(dtype),
         randn(batch + 1, rank, width, scale=width**-0.5),
         randn(batch + 1, width, rank, scale=0.3),
-        slots.to(device, torch.int32),
-        torch.linspace(0.5, 2.0, batch + 1, device=device),
-        torch.tensor(_ranks(shape), dtype=torch.int32, device=device),
         randn(batch, tokens, width).to(dtype),
     )
 
 
 def _draw_int6(shape: Shape, device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Tensors:
-    """As :func:`_draw`, of a weight that six bits hold exactly, and its packed codes and scales."""
+    """As :func:`_draw`, of a weight at six bits; then its packed codes and scales."""
     x, weight, *rest = _draw(shape, device, dtype, generator)
     matrix = quantize_int6(weight.float() + 0.1 * weight.float().sign() * weight.size(0) ** -0.5)  # no code is 0
     return x, matrix.dequantize(dtype), *rest, matrix.packed, matrix.scale
 
 
-def _forward(function: Call) -> Call:
-    def run(x, weight, a, b, slots, scale, ranks, dout, *_) -> Tensor:
-        return function(x, weight, a, b, slots, scale=scale, ranks=ranks)
-
-    return run
+def _forward(function: Call, about: dict[str, Tensor]) -> Call:
+    return lambda x, weight, a, b, *_: function(x, weight, a, b, **about)
 
 
-def _forward_backward(function: Call) -> Call:
+def _forward_backward(function: Call, about: dict[str, Tensor]) -> Call:
     """y, dx, dA, dB."""
 
-    def run(x, weight, a, b, slots, scale, ranks, dout, *_) -> Tensors:
+    def run(x, weight, a, b, dout, *_) -> Tensors:
         leaves = [t.detach().requires_grad_() for t in (x, a, b)]
-        y = function(leaves[0], weight, *leaves[1:], slots, scale=scale, ranks=ranks)
+        y = function(leaves[0], weight, *leaves[1:], **about)
         return y, *torch.autograd.grad(y, leaves, dout)
 
     return run
 
 
+Wrap = Callable[[Call, dict[str, Tensor]], Call]
+
+
 def _peft(x, weight, a, b, slots, scale, ranks) -> Tensor:
     """The base's product, then for each adapter of the batch its rows, as PEFT does them."""
     y = F.linear(x, weight)
-    for slot in range(1, len(a)):  # those that no row names have no rows
+    for slot in range(1, len(a)):
         rows = (slots == slot).nonzero()[:, 0]
         if len(rows):
             rank = int(ranks[slot])
@@ -100,50 +108,56 @@ def _peft(x, weight, a, b, slots, scale, ranks) -> Tensor:
     return y
 
 
-def _product(x, weight, a, b, slots, scale, ranks, dout, *_) -> Tensor:
+def _product(x, weight, a, b, dout) -> Tensor:
     return x.flatten(0, 1) @ weight.T
 
 
-def _products(x, weight, a, b, slots, scale, ranks, dout, *_) -> Tensors:
+def _products(x, weight, a, b, dout) -> Tensors:
     return x.flatten(0, 1) @ weight.T, dout.flatten(0, 1) @ weight
 
 
-def _at_mean_rank(shape: Shape, call: Call) -> Call:
-    """`call` with A and B of the mean rank, rounded up to 16, cut once for each set of inputs."""
-    mean = -(-sum(_ranks(shape)[1:]) // (16 * shape["B"])) * 16
+def _at_mean_rank(shape: Shape, device: torch.device, dtype: torch.dtype) -> Call:
+    """The step with A and B of the mean rank, rounded up to 16, cut once for each set of inputs."""
+    mean = min(-(-sum(_ranks(shape)[1:]) // (16 * shape["B"])) * 16, shape["R"])
+    about = _about(shape, device)
+    call = _forward_backward(lora_linear, about | {"ranks": torch.full_like(about["ranks"], mean)})
     cut: dict[int, Tensors] = {}
 
-    def run(x, weight, a, b, slots, scale, ranks, dout, *rest) -> Tensors:
+    def run(x, weight, a, b, dout) -> Tensors:
         if a.data_ptr() not in cut:
-            least = min(mean, a.size(1))
-            cut[a.data_ptr()] = a[:, :least].contiguous(), b[..., :least].contiguous(), torch.full_like(ranks, least)
-        own_a, own_b, own_ranks = cut[a.data_ptr()]
-        return call(x, weight, own_a, own_b, slots, scale, own_ranks, dout, *rest)
+            cut[a.data_ptr()] = a[:, :mean].contiguous(), b[..., :mean].contiguous()
+        return call(x, weight, *cut[a.data_ptr()], dout)
 
     return run
 
 
-def _with_int6(wrap: Callable[[Call], Call]) -> Call:
-    def run(*inputs: Tensor) -> Tensors:
-        x, weight, *rest, packed, scale = inputs
-        return wrap(lora_linear)(x, Int6Matrix(packed, scale, tuple(weight.shape)), *rest)
-
-    return run
+def _with_int6(shape: Shape, device: torch.device, dtype: torch.dtype) -> Call:
+    call = _forward_backward(lora_linear, _about(shape, device))
+    return lambda x, weight, a, b, dout, packed, scale: call(
+        x, Int6Matrix(packed, scale, tuple(weight.shape)), a, b, dout
+    )
 
 
 def _int6_truth(shape: Shape, *inputs: Tensor) -> Tensors:
     """Of the codes and scales, which come as float64 copies of what is fp16."""
-    x, weight, *rest, packed, scale = inputs
+    x, weight, a, b, dout, packed, scale = inputs
     exact = Int6Matrix(packed, scale.half(), tuple(weight.shape)).dequantize(torch.float64)
-    return _forward_backward(lora_linear_ref)(x, exact, *rest)
+    return _forward_backward(lora_linear_ref, _about(shape, x.device))(x, exact, a, b, dout)
 
 
-def _variants(wrap: Callable[[Call], Call], bound: Call, instead: str) -> tuple[Variant, ...]:
+def _build(wrap: Wrap, function: Call):
+    return lambda shape, device, dtype: wrap(function, _about(shape, device))
+
+
+def _variants(wrap: Wrap, bound: Call, instead: str) -> tuple[Variant, ...]:
+    def compiled(*given) -> Call:
+        return _build(wrap, torch.compile(lora_linear_ref))(*given)
+
     return (
-        Variant("eager", lambda *given: wrap(lora_linear_ref)),
-        Variant("torch.compile", lambda *given: wrap(torch.compile(lora_linear_ref)), devices=("cuda",)),
-        Variant("peft", lambda *given: wrap(_peft), captures=False),
-        Variant("klora", lambda *given: wrap(lora_linear), is_ours=True),
+        Variant("eager", _build(wrap, lora_linear_ref)),
+        Variant("torch.compile", compiled, devices=("cuda",)),
+        Variant("peft", _build(wrap, _peft), captures=False),
+        Variant("klora", _build(wrap, lora_linear), is_ours=True),
         Variant("cublas-without-lora", lambda *given: bound, devices=("cuda",), instead=instead),
     )
 
@@ -169,9 +183,9 @@ def _flops(products: int, adapter_products: int):
     return count
 
 
-def _entry(op: str, wrap: Callable[[Call], Call], variants: tuple[Variant, ...], passes: int, **more) -> Entry:
+def _entry(op: str, wrap: Wrap, variants: tuple[Variant, ...], passes: int, **more) -> Entry:
     defaults = {"shapes": SHAPES, "toy": TOY, "gate": GATE, "draw": _draw}
-    defaults["truth"] = lambda shape, *inputs: wrap(lora_linear_ref)(*inputs)
+    defaults["truth"] = lambda shape, *inputs: wrap(lora_linear_ref, _about(shape, inputs[0].device))(*inputs)
     return Entry(
         group="lora",
         op=op,
@@ -194,7 +208,7 @@ ENTRIES = (
             *_STEP,
             Variant(
                 "klora-mean-rank",
-                lambda shape, *_: _at_mean_rank(shape, _forward_backward(lora_linear)),
+                _at_mean_rank,
                 instead="every adapter at the mean of the ranks, rounded up to 16",
             ),
         ),
@@ -207,13 +221,9 @@ ENTRIES = (
         "lora_linears_int6",
         _forward_backward,
         (
-            Variant("eager", lambda *given: _forward_backward(lora_linear_ref)),
-            Variant("klora", lambda *given: _with_int6(_forward_backward), is_ours=True),
-            Variant(
-                "klora-dense-base",
-                lambda *given: _forward_backward(lora_linear),
-                instead="the base in x's dtype",
-            ),
+            Variant("eager", _build(_forward_backward, lora_linear_ref)),
+            Variant("klora", _with_int6, is_ours=True),
+            Variant("klora-dense-base", _build(_forward_backward, lora_linear), instead="the base in x's dtype"),
         ),
         2,
         shapes=INT6,

@@ -4,10 +4,14 @@ from typing import Any
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from klora.bench.tolerance import assert_as_exact
 from klora.kernels import Dropout, Int6Matrix, drop_ref, lora_linear, lora_linear_ref, quantize_int6, row_keys
 from klora.kernels.lora_linear import reduce
+from klora.kernels.lora_linear.inner import pick_inner_config
 from klora.kernels.lora_linear.plan import dx_way, plan
+from klora.kernels.lora_linear.pool import variant_of, variants
 from torch import Tensor
 
 pytestmark = pytest.mark.usefixtures("empty_is_nan")
@@ -136,6 +140,21 @@ def test_what_lies_above_an_adapters_rank_is_not_read_and_gets_no_gradient(K, dt
     for slot, rank in enumerate((3, 0, 16)):
         assert not da[slot, rank:].any() and not db[slot, :, rank:].any()
         assert not rank or (da[slot, :rank].any(1).all() and db[slot, :, :rank].any(0).all())
+
+
+@triton.jit
+def _widths(out_ptr, ranks_ptr, VARIANTS: tl.constexpr):
+    i = tl.program_id(0)
+    tl.store(out_ptr + i, 16 << variant_of(tl.load(ranks_ptr + i), VARIANTS))
+
+
+@pytest.mark.skipif(CUDA, reason="a kernel of a test's own, for the interpreter")
+def test_an_adapter_takes_a_product_as_wide_as_its_own_rank():
+    ranks = torch.tensor([1, 16, 17, 32, 33, 64, 200], dtype=torch.int32)
+    for widest, wanted in ((200, [16, 16, 32, 32, 64, 64, 64]), (20, [16, 16, 32, 32]), (3, [16, 16])):
+        out, config = torch.zeros(len(wanted), dtype=torch.int32), pick_inner_config(torch.bfloat16, widest)
+        _widths[(len(wanted),)](out, ranks, variants(config.ranks))
+        assert out.tolist() == wanted
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.4])

@@ -203,14 +203,13 @@ def _backward(ctx, douts):
     if needs_x or das:
         _backward_op(dys, x, inner, weight, *lists[2:4], slots, *lists[4:], ctx.rate, dx, das, dbs)
     dweights = [linear_dweight(dy, x) if needed else None for dy, needed in zip(dys, needs_weights, strict=True)]
-    dbiases = [dy.sum((0, 1)) if needed else None for dy, needed in zip(dys, needs_bias or [], strict=False)]
+    dbiases = [dys[p].sum((0, 1)) if needed else None for p, needed in enumerate(needs_bias)]
     da, db = (
         [grads[p] if needed and not is_pooled else None for p, needed in enumerate(needs)]
         for grads, needs in ((das, needs_a), (dbs, needs_b))
     )
-    nothing = ([None] * len(one) for one in (int6_scales, scales, ranks, keys, *ctx.grads))
-    none6, *none = nothing
-    return dx, dweights, none6, dbiases, da, db, None, *none[:3], None, *none[3:]
+    none = [[None] * len(one) for one in (int6_scales, scales, ranks, keys, *ctx.grads)]
+    return dx, dweights, none[0], dbiases, da, db, None, *none[1:4], None, *none[4:]
 
 
 def _products_dx(
@@ -251,8 +250,8 @@ def lora_linear(
     int32 or int64 [B] names the adapter of each document, -1 none; None gives document b adapter b. Slots are not
     looked at on the host, and one past the pool counts as -1. `scale` float32 [slots] multiplies B; `ranks` int32 or
     int64 [slots] says how many rows of A and columns of B each adapter has, up to R: the others are not read, and their
-    gradients are zero. A document costs the rank of its own adapter, rounded up to 16. `bias` is [N] in x's dtype.
-    `dropout` is of the adapters' input: a :class:`Dropout`.
+    gradients are zero. A document costs the rank of its own adapter, rounded up to 16, 32 or a multiple of 64, whatever
+    R is. `bias` is [N] in x's dtype. `dropout` is of the adapters' input: a :class:`Dropout`.
 
     With a sequence of weights, such as those of q, k and v, everything else but x and slots is a sequence or None too,
     and the outputs are a tuple: x is read for all of them at once.
