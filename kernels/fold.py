@@ -24,6 +24,7 @@ from torch import Tensor
 
 from .dispatch import device_of
 from .int6.reference import CODE_MAX, SMALLEST_SCALE, rounded_scale
+from .launch import launched
 
 BLOCK = 512
 MOST_CODE, LEAST_SCALE = tl.constexpr(float(CODE_MAX)), tl.constexpr(SMALLEST_SCALE)
@@ -62,6 +63,7 @@ def _row_scale(w_ptr, base, clip, K, BLOCK: tl.constexpr):
     return tl.where(wanted == 0.0, 0.0, bits.to(tl.float32, bitcast=True))
 
 
+@launched
 @triton.jit
 def _fold(w_ptr, s_ptr, d_ptr, out_ptr, is_on_ptr, scales_ptr, clip, D, K, BLOCK: tl.constexpr):
     row = tl.program_id(0)
@@ -83,6 +85,7 @@ def _fold(w_ptr, s_ptr, d_ptr, out_ptr, is_on_ptr, scales_ptr, clip, D, K, BLOCK
         tl.store(out_ptr + base + k, w.to(out_ptr.dtype.element_ty), mask=k < K)
 
 
+@launched
 @triton.jit
 def _unfold(grad_ptr, w_ptr, s_ptr, d_ptr, ds_ptr, scales_ptr, D, K, BLOCK: tl.constexpr):
     row = tl.program_id(0)

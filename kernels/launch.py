@@ -28,7 +28,7 @@ def launched(kernel: Any) -> Any:
     """`kernel`, a `@triton.jit` function that is launched by keyword arguments, with cheap launches.
 
     It stays the JITFunction that it is. A launch takes Triton's own way, and is not remembered, where the key does not
-    say everything: an address that is not on 16 bytes, an integer past 32 bits, a tuple, a hook; and while somebody has
+    say everything: an address that is not on 16 bytes, an integer past 32 bits, a hook; and while somebody has
     replaced `JITFunction.run`, to see every launch. In Triton's interpreter nothing changes.
     """
     if IS_KNOWN and type(kernel) is JITFunction:
@@ -78,25 +78,37 @@ class _Form:
         if not self.is_whole or runtime.add_stages_inspection_hook is not None:
             return None
         key = [self, device, runtime.debug, knobs.compilation.instrumentation_mode, *self.constants(arguments)]
-        addresses = 0
-        for value in self.inputs(arguments):
-            kind = type(value)
-            if kind is Tensor or kind is Parameter:
-                addresses |= value.data_ptr()
-                key.append(value.dtype)
-            elif value is None:
-                key.append(None)
-            elif kind is int:
-                if not -(2**31) <= value < 2**31:
-                    return None
-                key.append(1 if value == 1 else 16 if value % 16 == 0 else 2)
-            elif kind is TensorDescriptor:  # made of an address on 16 bytes
-                key += value.base.dtype, *value.block_shape
-            elif kind is bool or kind is float:
-                key.append(kind)
-            else:
-                return None
-        return None if addresses % 16 else tuple(key)
+        return None if _note(self.inputs(arguments), key) % 16 else tuple(key)
+
+
+ODD = 1
+"""The address of what a key cannot tell."""
+
+
+def _note(values: tuple, key: list) -> int:
+    """Appends what Triton looks at; all addresses, or-ed, of which the last four bits are zero where all are on 16."""
+    addresses = 0
+    for value in values:
+        kind = type(value)
+        if kind is Tensor or kind is Parameter:
+            addresses |= value.data_ptr()
+            key.append(value.dtype)
+        elif value is None:
+            key.append(None)
+        elif kind is int:
+            if not -(2**31) <= value < 2**31:
+                return ODD
+            key.append(1 if value == 1 else 16 if value % 16 == 0 else 2)
+        elif kind is TensorDescriptor:  # made of an address on 16 bytes
+            key += value.base.dtype, *value.block_shape
+        elif kind is tuple:
+            key.append(len(value))
+            addresses |= _note(value, key)
+        elif kind is bool or kind is float:
+            key.append(kind)
+        else:
+            return ODD
+    return addresses
 
 
 def _all_of(names: list[str]) -> Any:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..dispatch import cdiv
 from ..dot import multiply_add
+from ..launch import launched
 from ..lora_qkv.tiles import slot_and_rank
 from .pool import Pool, documents, kept, load_factor
 
@@ -33,6 +34,7 @@ def pick_add_config(dtype: torch.dtype) -> AddConfig:
     return AddConfig(32, 64, 4, 2) if dtype == torch.float32 else AddConfig(64, 128, 4, 3)
 
 
+@launched
 @triton.jit(do_not_specialize=["S"])
 def _add_kernel(
     inner_ptr, factors, strides, counts, ranks, keys, slots_ptr, out_ptr, S,

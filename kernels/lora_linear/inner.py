@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..dispatch import cdiv, next_power_of_2
 from ..dot import multiply_add
+from ..launch import launched
 from ..lora_qkv.tiles import slot_and_rank
 from .pool import Pool, documents, inner_like, kept, load_factor, variant_of, variants
 
@@ -55,6 +56,7 @@ def _inner_tile(
     tl.store(places, (acc * factor).to(out_ptr.dtype.element_ty), mask)
 
 
+@launched
 @triton.jit(do_not_specialize=["S"])
 def _inner_kernel(
     xs, factors, strides, counts, scales, ranks, keys, slots_ptr, out_ptr, S, inverse,

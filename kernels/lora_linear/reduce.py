@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..dispatch import cdiv, next_power_of_2
 from ..dot import multiply_add
+from ..launch import launched
 from ..lora_qkv.backward import following, slots_of
 from ..lora_qkv.tiles import slot_and_rank
 from .pool import Pool, kept, variant_of, variants
@@ -85,6 +86,7 @@ def _is_alone(slots_ptr, every, slot, b, B, parts, BP: tl.constexpr):
     return is_alone
 
 
+@launched
 @triton.jit(do_not_specialize=["B", "S"])
 def _reduce_kernel(
     ys, inner_ptr, grads, strides, counts, ranks, keys, slots_ptr, parts_ptr, B, S,
@@ -127,6 +129,7 @@ def _reduce_kernel(
                     _store(grad_ptr, part_ptr, True, zeros, c, j, mask, SIZES[p], WIDEST[p], ACROSS)
 
 
+@launched
 @triton.jit(do_not_specialize=["B", "S"])
 def _fold_kernel(
     parts_ptr, grads, strides, counts, ranks, slots_ptr, B, S,
