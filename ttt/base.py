@@ -26,7 +26,7 @@ from .protocols import START, TTTConfig
 
 MICRO_TOKENS = {"cpu": 8192, "cuda": 131072}
 """Tokens in one forward, by device type: what fits in cache, and what keeps a GPU ahead of the launches (NVIDIA H200,
-3.8 million tokens of `seed`: 1.66 s; at 65,536 2.28 s, at 524,288 1.60 s)."""
+3.8 million tokens of `seed`: 1.66 s; at 65,536 2.28 s, at 524,288 1.60 s; tuning/scoring-1.txt)."""
 
 PAD = 64
 """Windows are padded to a multiple of this."""

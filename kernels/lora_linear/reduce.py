@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..dispatch import cdiv, next_power_of_2
+from ..dispatch import cdiv, next_power_of_2, padded_rank
 from ..dot import multiply_add
 from ..launch import launched
 from ..lora_qkv.backward import following, slots_of
@@ -41,7 +41,7 @@ class ReduceConfig:
 
 def pick_reduce_config(dtype: torch.dtype, rank: int) -> ReduceConfig:
     """By the largest rank of the pools. No GPU has chosen between these yet; none spills on sm_90."""
-    ranks = min(64, max(16, next_power_of_2(rank)))
+    ranks = min(64, padded_rank(rank))
     return ReduceConfig(32, 16, ranks, 4, 2) if dtype == torch.float32 else ReduceConfig(128, 64, ranks, 4, 3)
 
 
