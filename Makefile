@@ -64,7 +64,7 @@ growth: setup
 	$(BIN)/python tests/growth.py --seconds $(or $(SECONDS),1800)
 
 test-fast: setup
-	@echo "the quick tests: about 2 minutes on two cores"
+	@echo "the quick tests: about 3 minutes on two cores"
 	$(WORKERS) -m "not gpu and not slow"
 
 audit: setup
