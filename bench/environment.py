@@ -13,15 +13,17 @@ from .. import __version__
 PACKAGES = ("torch", "triton", "numpy", "sentencepiece", "zstandard", "safetensors")
 
 
-def environment(commit: str = "") -> dict[str, Any]:
-    """GPU, driver, versions, commit and date (UTC). `commit` is asked of git where it is not given."""
+def environment(commit: str = "", *more: str) -> dict[str, Any]:
+    """GPU, driver, versions, commit and date (UTC). `commit` is asked of git where it is not given, and `more` are
+    packages whose versions matter too.
+    """
     return {
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "driver": _gpu("driver_version"),
         "clocks": {"sm": _gpu("clocks.sm"), "sm_max": _gpu("clocks.max.sm"), "memory": _gpu("clocks.mem")},
         "cuda": torch.version.cuda,
         "python": platform.python_version(),
-        "versions": {"klora": __version__} | {name: _version(name) for name in PACKAGES},
+        "versions": {"klora": __version__} | {name: _version(name) for name in (*PACKAGES, *more)},
         "commit": commit or _output("git", "rev-parse", "HEAD") or "unknown",
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
     }

@@ -186,7 +186,7 @@ class HfModel:
         tokens = torch.randint(self.vocab_size, (1, length), generator=draw).to(self.device)
         self.has_parts = False
         wanted = self.hidden(tokens, tail)
-        skips_masks = self._skip_masks()
+        skips_masks = skip_masks(self.module)
         if skips_masks and not torch.equal(self.hidden(tokens, tail), wanted):
             skips_masks = False
             self.module.set_attn_implementation(self._before[2])
@@ -196,20 +196,6 @@ class HfModel:
         if hidden.shape != (1, length, self.head.weight.size(1)) or hidden.dtype != self.head.weight.dtype:
             return skips_masks, False
         return skips_masks, torch.equal(self.head(hidden[:, -tail:]), wanted)
-
-    def _skip_masks(self) -> bool:
-        """Let attention go without masks; whether the model takes that."""
-        if _attention_of(self.module) != "sdpa":
-            return False
-        from transformers import AttentionInterface
-        from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-        AttentionInterface.register(MASKLESS, sdpa_attention_forward)
-        try:
-            self.module.set_attn_implementation(MASKLESS)
-        except (ValueError, NotImplementedError):
-            return False
-        return _attention_of(self.module) == MASKLESS
 
     def _may_have_parts(self, config: TTTConfig) -> bool:
         """Whether the loss kernel takes the head: a plain matrix without a LoRA."""
@@ -221,6 +207,21 @@ class HfModel:
             and "head" not in config.target_names
             and (head.weight.size(1) % 16 == 0)
         )
+
+
+def skip_masks(module: nn.Module) -> bool:
+    """Let attention of a model of transformers go without masks; whether the model takes that."""
+    if _attention_of(module) != "sdpa":
+        return False
+    from transformers import AttentionInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    AttentionInterface.register(MASKLESS, sdpa_attention_forward)
+    try:
+        module.set_attn_implementation(MASKLESS)
+    except (ValueError, NotImplementedError):
+        return False
+    return _attention_of(module) == MASKLESS
 
 
 def ends_of_targets(module: nn.Module, config: TTTConfig) -> dict[str, str]:
