@@ -9,7 +9,13 @@ import torch
 from klora.lora import attach
 from transformers import LlamaConfig, LlamaForCausalLM
 
-SIZES = {"vocab_size": 256, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2}
+SIZES = {
+    "vocab_size": 256,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "initializer_range": 0.1,
+}
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -33,7 +39,7 @@ print(f"on {device}: {bytes_dense:,} bytes of dense weights, {linear_bytes():,} 
 print(f"logits: relative error {((model(line).logits - dense).norm() / dense.norm()).item():.1%}")
 
 lora.adapters.create("line")
-optimizer = lora.optimizer(lr=0.05)
+optimizer = lora.optimizer(lr=0.01)
 for step in range(41):
     with lora.rows(["line"]):
         loss = model(line, labels=line).loss

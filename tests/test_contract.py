@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import klora.kernels
@@ -593,3 +594,11 @@ def test_without_a_softcap_in_16_bits(name, dtype):
     wanted = gradients(exact, "reference", softcap=math.inf)
     ours, plain = (gradients(op, backend, softcap=math.inf) for backend in ("triton", "reference"))
     assert_as_exact(ours, wanted, plain)
+
+
+@pytest.mark.slow
+def test_triton_s_frontend_takes_every_kernel_in_both_kinds_of_dtype():
+    """What the interpreter lets pass and the compiler does not; in a process where Triton is itself."""
+    done = subprocess.run([sys.executable, Path(__file__).with_name("frontend.py")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout.split()[0]) > 200

@@ -106,7 +106,7 @@ def test_adapters_learn_over_a_base_at_six_bits(device, tmp_path):
     dense, int6 = numbers(rf"{NUMBER} bytes of dense weights, {NUMBER} at six bits", printed)
     assert int6 < 0.4 * dense
     losses = numbers(rf"loss {NUMBER}", printed)
-    assert losses[-1] < losses[0] - 0.5 and "detached, the dense weights: True" in printed
+    assert losses[0] > 5 and losses[-1] < 0.1 and "detached, the dense weights: True" in printed
 
 
 @on_both_devices

@@ -69,9 +69,11 @@ def _reduce_tile(
 def _store(
     grad_ptr, part_ptr, is_alone, tile, c, j, mask, C: tl.constexpr, R: tl.constexpr, ACROSS: tl.constexpr
 ):  # fmt: skip
-    """`tile` [c, j] to the gradient where it is whole, else to its part."""
+    """`tile` [c, j] to the gradient where it is whole, as all are without `part_ptr`; else to its part."""
     places = c[:, None] * R + j[None, :] if ACROSS else j[None, :] * C + c[:, None]
-    if is_alone:
+    if part_ptr is None:  # every document is alone
+        tl.store(grad_ptr + places, tile.to(grad_ptr.dtype.element_ty), mask)
+    elif is_alone:
         tl.store(grad_ptr + places, tile.to(grad_ptr.dtype.element_ty), mask)
     else:
         tl.store(part_ptr + places, tile, mask)
@@ -126,7 +128,7 @@ def _reduce_kernel(
                     j = r + tl.arange(0, WIDTH)
                     mask = (c < SIZES[p])[:, None] & ((j >= r + (16 << variant)) & (j < WIDEST[p]))[None, :]
                     zeros = tl.zeros((BC, WIDTH), tl.float32)
-                    _store(grad_ptr, part_ptr, True, zeros, c, j, mask, SIZES[p], WIDEST[p], ACROSS)
+                    _store(grad_ptr, None, True, zeros, c, j, mask, SIZES[p], WIDEST[p], ACROSS)
 
 
 @launched
