@@ -71,7 +71,7 @@ def _store(
 ):  # fmt: skip
     """`tile` [c, j] to the gradient where it is whole, as all are without `part_ptr`; else to its part."""
     places = c[:, None] * R + j[None, :] if ACROSS else j[None, :] * C + c[:, None]
-    if part_ptr is None:  # every document is alone
+    if part_ptr is None:  # noqa: SIM114 (with `or` both sides would be compiled)
         tl.store(grad_ptr + places, tile.to(grad_ptr.dtype.element_ty), mask)
     elif is_alone:
         tl.store(grad_ptr + places, tile.to(grad_ptr.dtype.element_ty), mask)
