@@ -13,8 +13,9 @@ included. A row says:
     long, short    share of the documents of at least LONG tokens, and of the others, whose own_gain is above 0
     seconds        of adapting, captures and compiling left out; `wall_seconds` has all of them
 
-At the end each preset takes the row with the fewest bits per byte of those whose seconds it may cost, and the rows that
-were chosen, and `quick` beside them, score the held-out half, which no row has seen.
+At the end each preset takes the row with the fewest bits per byte of those whose seconds it may cost and with which
+most long documents gain. The rows that were chosen, and the presets as they are, score the held-out half, which no row
+has seen.
 
 The record is written again after every row. A row that is in it already is not measured again, so that a sweep may be
 made in several calls. `seconds` is for one call: no row begins that would leave no time for the held-out half.
@@ -45,7 +46,7 @@ from ..ttt.base import BaseNll
 from ..ttt.documents import Document, documents_from_texts
 from ..ttt.engine import engine_of
 from ..ttt.phases import groups_of
-from ..ttt.protocols import CACHED, CONTEST, QUICK, TARGETS, THOROUGH, TTTConfig, ttt_preset
+from ..ttt.protocols import BEST, CACHED, CONTEST, QUICK, TARGETS, THOROUGH, TTTConfig, ttt_preset
 from ..ttt.queue import Deadline
 from ..ttt.sampling import is_for_tuning, sample
 from .environment import environment
@@ -57,14 +58,19 @@ TOKENS = 400_000
 LONG = 2048
 """Tokens of a document that counts as long."""
 
-BEST, BEST_COST = "best", 8
-"""The preset that may cost so many times the seconds of `quick`."""
+BEST_COST = 8
+"""The preset `best` may cost so many times the seconds of `quick`."""
+
+MOST_GAIN = 0.75
+"""A preset is not chosen where a smaller share of the long documents gain: bits per byte alone would take constants
+that gain much on a few."""
 
 LIKE = 1.05
 """Seconds that differ by less are the same: two measurements of one row do."""
 
+PRESETS = QUICK, THOROUGH, BEST, CONTEST
 ALL = {"targets": ",".join(TARGETS)}
-RECOMPUTED_64 = {"chunk": 64, "beta1": 0.0, "lr": 0.001}
+RECOMPUTED_64 = {"chunk": 64, "lr": 0.001}
 RECOMPUTED_128 = RECOMPUTED_64 | {"chunk": 128}
 ALL_RECOMPUTED_64 = RECOMPUTED_64 | ALL | {"lr": 0.0005}
 CACHED_64 = {"context": CACHED} | RECOMPUTED_64
@@ -79,37 +85,39 @@ def _rows() -> dict[str, TTTConfig]:
     """Changes to `quick`, the ones that are likeliest to win first; the presets to be beaten before them."""
     quick = ttt_preset(QUICK)
     changes: dict[str, dict[str, Any]] = {
-        "quick-beta1-0": {"beta1": 0.0},
-        "recomputed-64": RECOMPUTED_64,
+        "quick-beta1-0.9": {"beta1": 0.9},
+        "two-steps-of-64-beta1-0.9": {"chunk": 64, "steps_per_chunk": 2, "lr": 0.0005, "beta1": 0.9}
+        | {"lora_rank": 16, "head_rank": 32},
         "recomputed-64-all-rank-64": ALL_RECOMPUTED_64 | _ranks(64),
-        "recomputed-64-all": ALL_RECOMPUTED_64,
-        "recomputed-64-all-rank-64-lr-0.00025": ALL_RECOMPUTED_64 | _ranks(64) | {"lr": 0.00025},
-        "recomputed-64-all-rank-32-lr-0.0004": ALL_RECOMPUTED_64 | _ranks(32) | {"lr": 0.0004},
+        "recomputed-64-all-rank-64-lr-0.00035": ALL_RECOMPUTED_64 | _ranks(64) | {"lr": 0.00035},
+        "recomputed-64-all-lr-0.00075": ALL_RECOMPUTED_64 | {"lr": 0.00075},
+        "recomputed-48-all-rank-64-lr-0.0002": ALL_RECOMPUTED_64 | _ranks(64) | {"chunk": 48, "lr": 0.0002},
         "recomputed-64-all-rank-64-lr-half": ALL_RECOMPUTED_64 | _ranks(64) | {"lr_half": 2048},
-        "recomputed-32": RECOMPUTED_64 | {"chunk": 32, "lr": 0.0007},
-        "recomputed-32-all": ALL_RECOMPUTED_64 | {"chunk": 32, "lr": 0.0003},
-        "recomputed-32-all-rank-64": ALL_RECOMPUTED_64 | _ranks(64) | {"chunk": 32, "lr": 0.0002},
+        "recomputed-64-all-rank-32-lr-0.0004": ALL_RECOMPUTED_64 | _ranks(32) | {"lr": 0.0004},
+        "recomputed-64": RECOMPUTED_64,
         "recomputed-64-lr-0.0015": RECOMPUTED_64 | {"lr": 0.0015},
         "recomputed-128": RECOMPUTED_128,
         "recomputed-128-all-rank-64": RECOMPUTED_128 | ALL | _ranks(64) | {"lr": 0.0005},
-        "quick-beta1-0-lr-0.003": {"beta1": 0.0, "lr": 0.003},
-        "quick-beta1-0-lr-0.0015": {"beta1": 0.0, "lr": 0.0015},
-        "recomputed-256-all-rank-64": {"beta1": 0.0, "lr": 0.001} | ALL | _ranks(64),
-        "cached-32-all": CACHED_32 | ALL,
-        "cached-32-all-rank-64-lr-0.0001": CACHED_32 | ALL | _ranks(64) | {"lr": 0.0001},
-        "cached-64": CACHED_64,
-        "cached-64-all-lr-0.0005": CACHED_64 | ALL | {"lr": 0.0005},
-        "cached-64-all-rank-64-lr-0.00025": CACHED_64 | ALL | _ranks(64) | {"lr": 0.00025},
-        "cached-32-all-window-1536": CACHED_32 | ALL | {"window": 1536},
-        "cached-128-all-lr-0.0005": CACHED_64 | ALL | {"chunk": 128, "lr": 0.0005},
-        "cached-256-all-lr-0.0005": CACHED_64 | ALL | {"chunk": 256, "lr": 0.0005},
+        "quick-lr-0.003": {"lr": 0.003},
+        "quick-lr-0.0015": {"lr": 0.0015},
+        "recomputed-256-all-rank-64": {"lr": 0.001} | ALL | _ranks(64),
+        "recomputed-32": RECOMPUTED_64 | {"chunk": 32, "lr": 0.0007},
+        "recomputed-32-all": ALL_RECOMPUTED_64 | {"chunk": 32, "lr": 0.0003},
+        "recomputed-32-all-rank-64": ALL_RECOMPUTED_64 | _ranks(64) | {"chunk": 32, "lr": 0.0002},
         "recomputed-64-decay-0.5": RECOMPUTED_64 | {"weight_decay": 0.5},
         "recomputed-64-a-scale-0.5": RECOMPUTED_64 | {"a_scale": 0.5},
         "recomputed-64-phases-3": RECOMPUTED_64 | {"phases": 3},
+        "cached-64": CACHED_64,
+        "cached-64-all-lr-0.0005": CACHED_64 | ALL | {"lr": 0.0005},
+        "cached-64-all-rank-64-lr-0.00025": CACHED_64 | ALL | _ranks(64) | {"lr": 0.00025},
+        "cached-32-all": CACHED_32 | ALL,
+        "cached-32-all-window-1536": CACHED_32 | ALL | {"window": 1536},
+        "cached-128-all-lr-0.0005": CACHED_64 | ALL | {"chunk": 128, "lr": 0.0005},
+        "cached-256-all-lr-0.0005": CACHED_64 | ALL | {"chunk": 256, "lr": 0.0005},
         "contest-lr-0.0003": ttt_preset(CONTEST).override({"lr": 0.0003}).to_dict(),
         "cached-64-beta1-0.9": CACHED_64 | {"beta1": 0.9},
     }
-    presets = {name: ttt_preset(name) for name in (QUICK, THOROUGH, CONTEST)}
+    presets = {name: ttt_preset(name) for name in PRESETS}
     return presets | {name: quick.override(changed) for name, changed in changes.items()}
 
 
@@ -177,23 +185,29 @@ class Sample:
 def choices(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     """Preset -> the row with the fewest bits per byte of those that take no longer than the preset may.
 
-    `quick` and `thorough` may take what their own rows take, LIKE times that at most, `best` BEST_COST times `quick`. A
-    preset is left out where the row that limits it is not there. None has phases: its documents are to be independent.
+    `quick` and `thorough` may take what their own rows take, LIKE times that at most, `best` BEST_COST times `quick`.
+    At least MOST_GAIN of the long documents gain, where there are any. A preset is left out where the row that limits
+    it is not there. None has phases: its documents are to be independent.
     """
-    fair = {name: row for name, row in rows.items() if row.get("adapted_bpb") is not None and not _has_phases(row)}
-    limits = {name: LIKE * fair[name]["seconds"] for name in (QUICK, THOROUGH) if name in fair}
+    done = {name: row for name, row in rows.items() if row.get("adapted_bpb") is not None}
+    limits = {name: LIKE * done[name]["seconds"] for name in (QUICK, THOROUGH) if name in done}
     if QUICK in limits:
-        limits[BEST] = BEST_COST * fair[QUICK]["seconds"]
+        limits[BEST] = BEST_COST * done[QUICK]["seconds"]
+    fair = {name: row for name, row in done.items() if not _has_phases(row) and _most_gain(row)}
+    affordable = {
+        preset: [name for name, row in fair.items() if row["seconds"] <= limit] for preset, limit in limits.items()
+    }
     return {
-        preset: min(
-            (name for name, row in fair.items() if row["seconds"] <= limit), key=lambda name: fair[name]["adapted_bpb"]
-        )
-        for preset, limit in limits.items()
+        preset: min(names, key=lambda name: fair[name]["adapted_bpb"]) for preset, names in affordable.items() if names
     }
 
 
 def _has_phases(row: Mapping[str, Any]) -> bool:
     return row["config"]["phases"] > 0
+
+
+def _most_gain(row: Mapping[str, Any]) -> bool:
+    return row["long"] is None or row["long"] >= MOST_GAIN
 
 
 def sweep(
@@ -285,9 +299,11 @@ class Sweep:
             if not self._has(self.scores, name, config):
                 self.scores[name] = self._measured(held_out, config)
                 self._write()
-        for preset, name in choices(self.rows).items():
+        chosen = choices(self.rows)
+        for name in self._to_score():
+            chosen_for = ", ".join(preset for preset, row in chosen.items() if row == name)
             said = described(name, self.scores[name], self.scores.get(QUICK))
-            print(f"{preset}, held-out half: {said}", flush=True)
+            print(f"held-out half, {f'chosen for {chosen_for}: ' if chosen_for else ''}{said}", flush=True)
         self._write()
         return not any("error" in row for found in (self.rows, self.scores) for row in found.values())
 
@@ -296,8 +312,9 @@ class Sweep:
         return name in found and "error" not in found[name] and found[name]["config"] == config.to_dict()
 
     def _to_score(self) -> list[str]:
-        """The rows that were chosen, and `quick`."""
-        return list(dict.fromkeys([*choices(self.rows).values(), *([QUICK] if choices(self.rows) else [])]))
+        """The rows that were chosen, and the presets that were measured."""
+        presets = [name for name in PRESETS if self.rows.get(name, {}).get("adapted_bpb") is not None]
+        return list(dict.fromkeys([*choices(self.rows).values(), *presets]))
 
     def _measured(self, half: Sample, config: TTTConfig) -> dict[str, Any]:
         """A row. One that fails says why, and the rows behind it are measured all the same."""

@@ -104,9 +104,9 @@ def score(
         str | None,
         typer.Option(
             "--preset",
-            help="quick (the default of score_first) and thorough (eight times the steps): constants that a sweep "
-            "found for one pass; contest: another's for one pass; design (the default of the LEAKY protocols): the "
-            "original's, for six; hf (the default with --hf): for models of Hugging Face.",
+            help="quick (the default of score_first), thorough and best (five and six times its seconds): constants "
+            "that a sweep found for one pass; contest: another's for one pass; design (the default of the LEAKY "
+            "protocols): the original's, for six; hf (the default with --hf): for models of Hugging Face.",
         ),
     ] = None,
     deadline: Annotated[

@@ -341,8 +341,8 @@ def test_the_honest_protocol_has_constants_of_its_own_and_the_leaky_ones_the_des
         (["score", __file__], "give a file that klora exported"),
         (["score", "x.klora", "--protocol", "best"], "protocol='best' is not possible; allowed: one of score_first"),
         (
-            ["score", "x.klora", "--preset", "best"],
-            "there is no preset 'best'; allowed: design, quick, thorough, contest",
+            ["score", "x.klora", "--preset", "better"],
+            "there is no preset 'better'; allowed: design, quick, thorough, best, contest",
         ),
         (["score", "x.klora", "--deadline", "-1"], "deadline=-1.0 is not possible; allowed: float, at least 0.0"),
         (["generate", __file__], "give a file that klora exported"),

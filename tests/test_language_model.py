@@ -123,7 +123,7 @@ def test_a_device_is_a_string_or_a_device_and_an_artifact_a_path_or_itself(artif
         (lambda lm, path: lm.generate(tokens=-1), "-1 tokens"),
         (lambda lm, path: lm.generate(temperature=math.nan), "temperature=nan"),
         (lambda lm, path: lm.score([b"bytes"]), "a text is a bytes; allowed: str"),
-        (lambda lm, path: lm.adapt(TEXTS, preset="best"), "there is no preset 'best'"),
+        (lambda lm, path: lm.adapt(TEXTS, preset="better"), "there is no preset 'better'"),
         (lambda lm, path: lm.adapt(TEXTS, chnk=3), "did you mean chunk"),
     ],
 )

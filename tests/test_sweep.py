@@ -9,7 +9,7 @@ from conftest import SMALL, randomized, words
 from klora.bench import sweep as module
 from klora.bench.sweep import ALL, ROWS, Sample, choices, sweep
 from klora.model.artifact import save_artifact
-from klora.ttt.protocols import CACHED, QUICK, START, THOROUGH, TTTConfig, ttt_preset
+from klora.ttt.protocols import BEST, CACHED, CONTEST, QUICK, START, THOROUGH, TTTConfig, ttt_preset
 from klora.ttt.sampling import is_for_tuning, sample
 from test_ttt import document
 
@@ -46,8 +46,8 @@ def test_bits_per_byte_count_short_documents_and_nothing_changes_without_a_learn
     assert Sample(tuning.weights, [document(12)]).run(TINY).long is None
 
 
-def row(bpb, seconds, phases=0):
-    return {"adapted_bpb": bpb, "seconds": seconds, "wall_seconds": seconds, "config": {"phases": phases}}
+def row(bpb, seconds, phases=0, long=0.75):
+    return {"adapted_bpb": bpb, "seconds": seconds, "wall_seconds": seconds, "long": long, "config": {"phases": phases}}
 
 
 def test_a_preset_takes_the_best_row_that_it_can_pay():
@@ -55,7 +55,8 @@ def test_a_preset_takes_the_best_row_that_it_can_pay():
         QUICK: row(1.0, 1.0),
         THOROUGH: row(0.95, 5.0),
         "cheap": row(0.97, 1.04),
-        "dear": row(0.94, 5.3),
+        "dear": row(0.94, 5.3, long=None),
+        "few gain": row(0.4, 0.5, long=0.74),
         "dearest": row(0.5, 8.1),
         "phases": row(0.5, 0.9, phases=1),
         "diverged": row(None, 0.1),
@@ -64,10 +65,12 @@ def test_a_preset_takes_the_best_row_that_it_can_pay():
     assert choices(rows) == {QUICK: "cheap", THOROUGH: THOROUGH, "best": "dear"}
     assert choices({name: rows[name] for name in (QUICK, "dear")}) == {QUICK: QUICK, "best": "dear"}
     assert choices({"dear": rows["dear"], "failed": rows["failed"]}) == {}
+    assert choices({QUICK: row(1.0, 1.0, long=0.5)}) == {}
 
 
 def test_the_rows_begin_with_what_is_to_be_beaten_and_try_every_lead():
-    assert list(ROWS)[:3] == [QUICK, THOROUGH, "contest"] and ROWS[QUICK] == ttt_preset(QUICK)
+    assert list(ROWS)[:4] == [QUICK, THOROUGH, BEST, CONTEST]
+    assert all(ROWS[name] == ttt_preset(name) for name in (QUICK, THOROUGH, BEST, CONTEST))
     for name, values in {
         "context": {"recomputed", "cached"},
         "chunk": {256, 128, 64, 48, 32},
@@ -127,10 +130,13 @@ def test_rows_are_measured_on_one_half_and_the_chosen_ones_score_the_other(text,
     quick, cached = found["rows"][QUICK], found["rows"]["cached"]
     assert cached["gain"] == pytest.approx(1 - cached["adapted_bpb"] / quick["base_bpb"])
     assert found["chosen"] == choices(found["rows"]) and set(found["chosen"]) == {QUICK, THOROUGH, "best"}
-    assert set(found["held_out_scores"]) == {QUICK, *found["chosen"].values()}
+    assert set(found["held_out_scores"]) == {QUICK, THOROUGH, *found["chosen"].values()}
     assert found["held_out_scores"][QUICK]["base_bpb"] != quick["base_bpb"]
     said = capsys.readouterr().out
-    assert "diverged" in said and "documents that gain: long -, short " in said and "best, held-out half: " in said
+    assert "diverged" in said and "documents that gain: long -, short " in said
+    for preset, name in found["chosen"].items():
+        line = next(line for line in said.splitlines() if line.startswith("held-out half") and f": {name}: " in line)
+        assert preset in line.split(": ")[0]
 
 
 def spy(init, halves):
@@ -183,7 +189,7 @@ def test_no_row_begins_that_leaves_no_time_for_the_held_out_half(text, monkeypat
 
     def run(self, config):
         now[0] += 10
-        return module.Found(1.0, next(found), 0.0, 0.0, 0.0, 1.0, 10.0)
+        return module.Found(1.0, next(found), 0.0, 0.8, 0.0, 1.0, 10.0)
 
     monkeypatch.setattr(Sample, "run", run)
     monkeypatch.setattr(module.time, "perf_counter", lambda: now[0])

@@ -709,7 +709,7 @@ def test_a_rank_or_an_alpha_of_no_target_is_refused():
                 config = TTTConfig().override({"targets": target, name: "8"})
                 with pytest.raises(ConfigError, match=f"{name}=8.* is not possible; allowed: 0, with targets={others}"):
                     config.override({"targets": others})
-    assert ttt_preset("thorough").override({"targets": "o"}).rank("o") == 16
+    assert ttt_preset("best").override({"targets": "o"}).rank("o") == 64
 
 
 def test_a_lora_that_starts_as_zeros_and_stays_so_is_refused():

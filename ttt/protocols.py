@@ -267,20 +267,15 @@ class TTTConfig(Settings):
         return (last - self.window).clip(min=0)
 
 
-DESIGN, QUICK, THOROUGH, CONTEST, HF = "design", "quick", "thorough", "contest", "hf"
+DESIGN, QUICK, THOROUGH, BEST, CONTEST, HF = "design", "quick", "thorough", "best", "contest", "hf"
 
+_QUICK = {"layout": START, "lr": 0.002, "beta1": 0.0, "temperature": 1.0}
+_THOROUGH = _QUICK | {"lr": 0.0005, "chunk": 64, "targets": ",".join(TARGETS)}
 PRESETS: dict[str, dict[str, Any]] = {
     DESIGN: {"deadline": 550.0},
-    QUICK: {"layout": START, "lr": 0.002, "temperature": 1.0},
-    THOROUGH: {
-        "layout": START,
-        "lr": 0.0005,
-        "temperature": 1.0,
-        "chunk": 64,
-        "steps_per_chunk": 2,
-        "lora_rank": 16,
-        "head_rank": 32,
-    },
+    QUICK: _QUICK,
+    THOROUGH: _THOROUGH,
+    BEST: _THOROUGH | {"lr": 0.00025, "lora_rank": 64, "head_rank": 64},
     # openai/parameter-golf, pull request 1855: its LoRAs and their optimizer, without its SGD of the base.
     CONTEST: {
         "layout": START,
@@ -311,19 +306,19 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 """Named sets of constants, as changes to the defaults. `design` is the original's, made for six passes over the same
 text in 550 seconds. The others have no deadline and the layout `start`, so that no score depends on a machine's speed
-or on later text. They are from a sweep of one pass of score_first (docs/notes/adapting.md), in the layout `original`:
-`thorough` is its end, but for adapting to documents of 66 to 511 tokens, which was worth nothing; `quick` is the best
-row with the design's one step for 256 targets, at the temperature of the other. `contest` is another's, to be compared
-with: one rate for all matrices and no biases. `hf` is for models of transformers: as `quick`, but for what those have
-not, all matrices but the head at one rate, and Adam without a mean of gradients. It is not tuned yet."""
+or on later text. `quick`, `thorough` and `best` are rows of a sweep of one pass of score_first, on text that they were
+not chosen on and for two models (docs/notes/adapting.md): the design's one step for 256 targets; a step for 64, of
+LoRAs on every matrix; and those at rank 64. `contest` is another's, to be compared with: one rate for all matrices and
+no biases. `hf` is for models of transformers: as `quick`, but for what those have not, and all matrices but the head at
+one rate. It is not tuned yet."""
 
 
 def ttt_preset(name: str | None = None, protocol: str = SCORE_FIRST) -> TTTConfig:
     """The config of a preset under `protocol`. None: `quick` for score_first, `design` for the leaky protocols.
 
-    Presets are `quick`, `thorough`, `contest`, `design` and, for models of transformers, `hf`. The leaky protocols keep
-    the layout `original`, which `contest` cannot have. ConfigError: a name or a protocol that does not exist, or a
-    preset under a leaky protocol that is not for it.
+    Presets are `quick`, `thorough`, `best`, `contest`, `design` and, for models of transformers, `hf`. The leaky
+    protocols keep the layout `original`, which `contest` cannot have. ConfigError: a name or a protocol that does not
+    exist, or a preset under a leaky protocol that is not for it.
 
     Example: config = ttt_preset("thorough").override({"adapt_from": 512})
     """

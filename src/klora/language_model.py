@@ -126,7 +126,7 @@ class LanguageModel:
         """Bits per byte of the model while it adapts to each document: every one gets an adapter of its own.
 
         `.totals()` has "base_bpb" and "adapted_bpb", `.documents` those of each. Documents that end before an adapter
-        could have learned are left to the base model. `preset`: "quick" (the default), "thorough" or "design";
+        could have learned are left to the base model. `preset`: "quick" (the default), "thorough", "best" or "design";
         `settings` are fields of :class:`~klora.ttt.TTTConfig`, such as `chunk=64`. The weights do not change; they
         require no gradient afterwards.
 
