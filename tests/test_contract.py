@@ -45,6 +45,7 @@ from klora.kernels import (
     qkv_attention,
     quantize_int6,
     relu_squared_mlp,
+    residual_mlp,
     residual_norm,
     rms_norm,
     rotary_tables,
@@ -117,6 +118,11 @@ def ops(B: int = 2, S: int = 5, dtype: torch.dtype = torch.float32) -> dict[str,
         "relu_squared_mlp": Op(relu_squared_mlp, {"x": x, "up": randn(48, D), "down": randn(D, 48)}),
         "swiglu": Op(swiglu, {"gate": x, "up": randn(B, S, D)}, per_document=("gate", "up")),
         "swiglu_mlp": Op(swiglu_mlp, {"x": x, "gate": randn(48, D), "up": randn(48, D), "down": randn(D, 48)}),
+        "residual_mlp": Op(
+            residual_mlp,
+            {"mixed": randn(B, S, 48), "x": x, "out": randn(D, 48) / 4, "up": randn(48, D) / 4, "down": randn(D, 48)},
+            per_document=("mixed", "x"),
+        ),
         "rms_norm": Op(rms_norm, {"x": x}),
         "residual_norm": Op(
             residual_norm,
@@ -179,6 +185,8 @@ WITH_TARGETS = [name for name, op in OPS.items() if "targets" in op.more]
 INPUTS = [(name, tensor) for name, op in OPS.items() for tensor in op.floats]
 FREE = {
     ("rms_norm", "triton"): 0,
+    ("residual_mlp", "triton"): 0,
+    ("residual_mlp", "reference"): 0,
     ("residual_norm", "triton"): 2,
     ("residual_norm", "reference"): 1,
     ("lora_cached_attention", "triton"): 1,
