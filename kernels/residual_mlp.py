@@ -5,15 +5,16 @@
     da = W2^T dbranch;   du = 2 relu(u) * da;   dy' = dy + (W1^T du - n mean(dn n)) / rms(y) = dx;   dmixed = Wo^T dx
     dW2 = dbranch a^T;   dW1 = du n^T;   dWo = dx mixed^T
 
-mixed [..., Nq], x [..., D], out (Wo) [D, Nq], up (W1) [hidden, D], down (W2) [D, hidden] -> y and branch [..., D], all of
-one dtype: bf16, fp16 or fp32. Sums are fp32 and rounded once. FLOPs are those of `linear` and `relu_squared_mlp`.
+mixed [..., Nq], x [..., D], out (Wo) [D, Nq], up (W1) [hidden, D], down (W2) [D, hidden] -> y and branch [..., D], all
+of one dtype: bf16, fp16 or fp32. Sums are fp32 and rounded once. FLOPs are those of `linear` and `relu_squared_mlp`.
 
 Three launches each way, the products of `linear`, with its promise: a row's bits do not depend on the rows beside it.
 No pass over the stream is left (:class:`linear.product.RowNorm`). The first product adds x and leaves sums of squares;
 the second is by y, and its rows are divided by rms(y). n is not stored: of tensors [..., D], the forward reads x and
 writes y where `residual_norm` beside the products reads two, writes two and reads n. Backward, mean(dn n) is
 mean(du u) hidden / D, which is known before dn: the product that makes dn ends in dx. It reads y and dy, where
-`residual_norm` reads dn, n and dy and dn is written. du leaves divided by rms(y), as dx and dW1 = (du / rms) y^T want it.
+`residual_norm` reads dn, n and dy and dn is written. du leaves divided by rms(y), as dx and dW1 = (du / rms) y^T want
+it.
 
 Kept for the backward: mixed (for dWo), y, 1 / rms in fp32, a; in fp16 u for a, and a for dW2 alone.
 """
@@ -32,8 +33,8 @@ from .rms_norm import rms_norm_ref
 def residual_mlp_ref(mixed: Tensor, x: Tensor, out: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
     """(y, branch) [..., D]: the parts one after the other. Arguments as of :func:`residual_mlp`.
 
-    `mixed` [..., Nq], `x` [..., D], `out` (Wo) [D, Nq], `up` (W1) [hidden, D], `down` (W2) [D, hidden]; all of one float
-    dtype. Autograd gives all gradients.
+    `mixed` [..., Nq], `x` [..., D], `out` (Wo) [D, Nq], `up` (W1) [hidden, D], `down` (W2) [D, hidden]; all of one
+    float dtype. Autograd gives all gradients.
 
     Example: y, branch = residual_mlp_ref(x, x, down @ up, up, down)
     """
@@ -137,6 +138,6 @@ def residual_mlp(
     expect("mixed", mixed, (*x.shape[:-1], out.size(1)), (x.dtype,), x.device)
     expect("up", up, ("hidden", x.size(-1)), (x.dtype,), x.device)
     expect("down", down, (x.size(-1), up.size(0)), (x.dtype,), x.device)
-    if backend == "reference":
+    if backend == "reference" or not (out.numel() and up.numel()):  # a product over nothing has no launch to end
         return residual_mlp_ref(mixed, x, out, up, down)
     return _op(mixed, x, out, up, down)[:2]

@@ -109,10 +109,7 @@ def pick_tile(dtype: torch.dtype, epilogue: str, rows: int, outputs: int, proces
         return SLOPE_TILE
     if epilogue == NORM_GRADIENT:
         return NORM_GRADIENT_TILE
-    if epilogue == RESIDUAL:
-        tiles = RESIDUAL_TILES
-    else:
-        tiles = (HEADS_TILE, *TILES[1:]) if epilogue == HEADS else TILES
+    tiles = {HEADS: (HEADS_TILE, *TILES[1:]), RESIDUAL: RESIDUAL_TILES}.get(epilogue, TILES)
     wide = [tile for tile in tiles if tile.block_n >= head_dim]
     return min(wide, key=lambda tile: cdiv(tile_count(tile, rows, outputs), processors) * tile.cost)
 
@@ -347,9 +344,9 @@ def launch_product(
     up, which is `kept`, and writes dgate to `result` and `dup` [rows, N], whose rows start at multiples of 16 bytes;
     "add" adds `kept`, which may be `result`.
 
-    With `norm`, "residual" adds `kept`, the stream; "square" is of n W^T for a product by the stream; "slope" is by u of
-    that, times 1 / rms; "norm_gradient" makes of the product the gradient of the stream, which is `kept`: through its
-    norm, and `direct` [..., N] beside it.
+    With `norm`, "residual" adds `kept`, the stream; "square" is of n W^T for a product by the stream; "slope" is by the
+    u of that, times 1 / rms; "norm_gradient" makes of the product the gradient of the stream, which is `kept`: through
+    its norm, and `direct` [..., N] beside it.
     """
     outputs, inputs = weight.shape[::-1] if transposed else weight.shape
     if result is None:  # not a view: autograd refuses an in-place change of a view that an op returned

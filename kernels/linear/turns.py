@@ -187,12 +187,11 @@ def _load(
                     _load_kept(second_desc, last_m, last_n, kepts, kept_loaded, kept_empty, 1 - group, 1)
                 if k == STEPS // 2:
                     _load_kept(kept_desc, m, n, kepts, kept_loaded, kept_empty, group, 0)
-            elif KIND != "heads":
-                if k == STEPS // 2:
-                    _load_kept(kept_desc, m, n, kepts, kept_loaded, kept_empty, group, count // 2)
+            elif KIND != "heads" and k == STEPS // 2:
+                _load_kept(kept_desc, m, n, kepts, kept_loaded, kept_empty, group, count // 2)
             step += 1
         last_m, last_n = m, n
-        count += 1  # noqa: SIM113 (Gluon has no enumerate)
+        count += 1
     if KIND == "norm_gradient":
         _load_kept(second_desc, last_m, last_n, kepts, kept_loaded, kept_empty, (count + 1) % 2, 1)
 
@@ -236,12 +235,12 @@ def _product(
     gl.warp_specialize(
         [
             (_finish_tiles, (
-                out_desc, cos_ptr, sin_ptr, gain_ptr, rstd_ptr, sums_ptr, S, ROWS, inputs, weights, kepts, loaded, empty,
-                turn, kept_loaded, kept_empty, tiles, 0, ACROSS, STEPS, KIND, IS_U, HEAD, Q, G, EPS, D, BLOCKS,
+                out_desc, cos_ptr, sin_ptr, gain_ptr, rstd_ptr, sums_ptr, S, ROWS, inputs, weights, kepts, loaded,
+                empty, turn, kept_loaded, kept_empty, tiles, 0, ACROSS, STEPS, KIND, IS_U, HEAD, Q, G, EPS, D, BLOCKS,
             )),
             (_finish_tiles, (
-                out_desc, cos_ptr, sin_ptr, gain_ptr, rstd_ptr, sums_ptr, S, ROWS, inputs, weights, kepts, loaded, empty,
-                turn, kept_loaded, kept_empty, tiles, 1, ACROSS, STEPS, KIND, IS_U, HEAD, Q, G, EPS, D, BLOCKS,
+                out_desc, cos_ptr, sin_ptr, gain_ptr, rstd_ptr, sums_ptr, S, ROWS, inputs, weights, kepts, loaded,
+                empty, turn, kept_loaded, kept_empty, tiles, 1, ACROSS, STEPS, KIND, IS_U, HEAD, Q, G, EPS, D, BLOCKS,
             )),
             (_load, (
                 x_desc, w_desc, kept_desc, second_desc, inputs, weights, kepts, loaded, empty, kept_loaded, kept_empty,
