@@ -234,8 +234,8 @@ def block(
         _, x, n = residual_norm(x, *_out(about, weight, mixed, lora.o), backend=backend)
         branch, scale = _mlp(about, weight, n, lora.up, lora.down)
     else:
-        x, branch = residual_mlp(mixed, x, weight.out, weight.up, weight.down, backend=backend)
-        scale = None
+        x = residual_mlp(mixed, x, weight.out, weight.up, weight.down, backend=backend)
+        branch = scale = None
     return residual_norm(
         x,
         branch,

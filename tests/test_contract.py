@@ -185,8 +185,6 @@ WITH_TARGETS = [name for name, op in OPS.items() if "targets" in op.more]
 INPUTS = [(name, tensor) for name, op in OPS.items() for tensor in op.floats]
 FREE = {
     ("rms_norm", "triton"): 0,
-    ("residual_mlp", "triton"): 0,
-    ("residual_mlp", "reference"): 0,
     ("residual_norm", "triton"): 2,
     ("residual_norm", "reference"): 1,
     ("lora_cached_attention", "triton"): 1,

@@ -21,7 +21,7 @@ GATE, GATE_SLOPE, ADD = "gate", "gate_slope", "add"
 RESIDUAL, NORM_GRADIENT = "residual", "norm_gradient"
 """Epilogues of a tile: as it is; relu(tile)^2; the tile times the slope of relu(u)^2; heads normed and rotated; each
 row times its factor. For SwiGLU: silu(gate) times the tile; the gradients of gate and up from that of their product;
-the tile and what was there. With :class:`RowNorm`: the tile and the stream; the stream's gradient through its norm."""
+the tile and what was there. The tile and the stream; with :class:`RowNorm` the stream's gradient through its norm."""
 
 
 class RowNorm(NamedTuple):
@@ -221,7 +221,8 @@ def _finish(out_d, kept_d, second_d, dup_d, tile, factor, m, n, EPILOGUE: tl.con
         tile += kept_d.load([m, n]).to(tl.float32)
     elif EPILOGUE == "residual":
         tile = (tile + kept_d.load([m, n]).to(tl.float32)).to(out_d.dtype).to(tl.float32)
-        sums = tl.sum(tile * tile, 1)
+        if NORMED:
+            sums = tl.sum(tile * tile, 1)
     elif EPILOGUE == "norm_gradient":
         tile -= kept_d.load([m, n]).to(tl.float32) * factor[:, None]
         if second_d is not None:
@@ -344,9 +345,9 @@ def launch_product(
     up, which is `kept`, and writes dgate to `result` and `dup` [rows, N], whose rows start at multiples of 16 bytes;
     "add" adds `kept`, which may be `result`.
 
-    With `norm`, "residual" adds `kept`, the stream; "square" is of n W^T for a product by the stream; "slope" is by the
-    u of that, times 1 / rms; "norm_gradient" makes of the product the gradient of the stream, which is `kept`: through
-    its norm, and `direct` [..., N] beside it.
+    "residual" adds `kept`, the stream. With `norm` it leaves the sums of squares; "square" is of n W^T for a product by
+    the stream; "slope" is by the u of that, times 1 / rms; "norm_gradient" makes of the product the gradient of the
+    stream, which is `kept`: through its norm, and `direct` [..., N] beside it.
     """
     outputs, inputs = weight.shape[::-1] if transposed else weight.shape
     if result is None:  # not a view: autograd refuses an in-place change of a view that an op returned

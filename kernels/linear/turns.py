@@ -137,7 +137,8 @@ def _finish_tiles(
         elif KIND == "residual":
             mbarrier.wait(kept_loaded.index(GROUP), count // 2 % 2)
             acc = (acc + kept.load(ACC).to(gl.float32)).to(kept.dtype).to(gl.float32)
-            gl.store(sums_row, _row_sums(acc * acc), mask=row < ROWS)
+            if BLOCKS:
+                gl.store(sums_row, _row_sums(acc * acc), mask=row < ROWS)
         else:
             mbarrier.wait(kept_loaded.index(GROUP), 0)
             acc -= kept.load(ACC).to(gl.float32) * factor[:, None]
@@ -222,7 +223,7 @@ def _product(
     D: gl.constexpr,
     BLOCKS: gl.constexpr,
 ):
-    """`D` is the width of a norm, and BLOCKS the sums of a row that are left or read; 0 for a slope without a norm."""
+    """`D` is the width of a norm, and BLOCKS the sums of a row that are left or read: 0 without a norm."""
     transposed: gl.constexpr = KIND == "slope" or KIND == "norm_gradient"
     weight_shape: gl.constexpr = [DEPTH, BLOCK] if transposed else [BLOCK, DEPTH]
     inputs, weights, loaded, empty, turn = make_ring(x_desc.dtype, weight_shape)
@@ -289,8 +290,8 @@ def launch_heads(
     _launch("heads", x, weight_d, out, out, tables, HEAD=head_dim, Q=queries, G=keys)
 
 
-def launch_residual(x: Tensor, weight: Tensor, stream: Tensor, out: Tensor, sums: Tensor) -> None:
-    """out [M, N] = x [M, K] weight [N, K]^T + stream [M, N], and sums of its squares; as :func:`launch_slope`."""
+def launch_residual(x: Tensor, weight: Tensor, stream: Tensor, out: Tensor, sums: Tensor | None) -> None:
+    """out [M, N] = x [M, K] weight [N, K]^T + stream [M, N], and `sums` of its squares; as :func:`launch_slope`."""
     weight_d = swizzled(weight, BLOCK.value, DEPTH.value)
     _launch("residual", x, weight_d, stream, out, (None,) * 4, sums)
 
