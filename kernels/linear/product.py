@@ -293,11 +293,15 @@ def _product_kernel(
     m, n = 0, 0
     step = STEPS - 1
     acc = tl.zeros((BM, BN), tl.float64 if x_d.dtype == tl.float32 else tl.float32)
+    factor = tl.zeros((BM,), tl.float32)
     for _ in range(0, tl.cdiv(TILES - tl.program_id(0), tl.num_programs(0)) * STEPS):
         step = tl.where(step == STEPS - 1, 0, step + 1)
         if step == 0:
             tile += tl.num_programs(0)
             m, n = tile // ACROSS * BM, tile % ACROSS * BN
+        if NORMED and EPILOGUE != "residual":  # noqa: SIM102 (known to the compiler, and a number that is not)
+            if step == STEPS - 1:  # before the last product: what it waits for arrives during the one before
+                factor = _row_factor(norm_ptr, sums_ptr, m + tl.arange(0, BM), n, ROWS, WIDTH, EPS, BLOCKS, EPILOGUE)
         x = x_d.load([m, step * BK])
         if TRANSPOSED:
             acc = _add_product(acc, x, w_d.load([step * BK, n]))
@@ -309,11 +313,9 @@ def _product_kernel(
                     out_d, acc, m, n, cos_ptr, sin_ptr, gain_ptr, rstd_ptr, S, ROWS, BM, BN, PIECES, HEAD, Q, G, EPS
                 )
             else:
-                row, factor = m + tl.arange(0, BM), 0.0
+                row = m + tl.arange(0, BM)
                 if EPILOGUE == "factors":
                     acc *= tl.load(factors_ptr + row, mask=row < ROWS, other=0.0)[:, None]
-                if NORMED and EPILOGUE != "residual":
-                    factor = _row_factor(norm_ptr, sums_ptr, row, n, ROWS, WIDTH, EPS, BLOCKS, EPILOGUE)
                 sums = _finish_pieces(
                     out_d, kept_d, second_d, dup_d, acc, factor, m, n, BM, BN, PIECES, EPILOGUE, NORMED
                 )
