@@ -1,7 +1,7 @@
-"""The backward launches: dx and t = dY B, beside them dB, then dA from t and x."""
+"""The backward launches: dx and t = dY B, then dA from t and x; beside both dB."""
 
 from collections.abc import Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 
@@ -243,17 +243,18 @@ def _da_kernel(
         tl.store(out, da, (j < ROWS)[:, None] & (column < D)[None, :])
 
 
-@contextmanager
-def _beside(device: torch.device, ready: torch.cuda.Event | None):
-    """What is launched inside runs once `ready`, beside what the current stream was given since; then they join."""
+def _beside(device: torch.device, ready: torch.cuda.Event | None) -> AbstractContextManager:
+    """What is launched inside runs once `ready`, beside what the current stream is given, until :func:`_join`."""
     if ready is None:
-        yield
-        return
+        return nullcontext()
     side = _side_stream(device)
     side.wait_event(ready)
-    with torch.cuda.stream(side):
-        yield
-    torch.cuda.current_stream(device).wait_stream(side)
+    return torch.cuda.stream(side)
+
+
+def _join(device: torch.device, ready: torch.cuda.Event | None) -> None:
+    if ready is not None:
+        torch.cuda.current_stream(device).wait_stream(_side_stream(device))
 
 
 @cache
@@ -320,6 +321,7 @@ def launch_backward(
         count=da.size(0), B=batch, S=length, D=width, ROWS=groups * rank // parts, RT=rows, STEP=stacked, PARTS=parts,
         BD=d, BS=s, BP=batch_pow2, num_warps=config.da_warps, num_stages=config.da_stages,
     )  # fmt: skip
+    _join(x.device, ready)
 
 
 def launch_dx_after_inner(
