@@ -412,6 +412,7 @@ def check_symbols(device, backend, compiler):
     assert "klora.packed_starts.default" in targets and not any("searchsorted" in target for target in targets)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["reference", "triton"])
 def test_sizes_may_be_symbols(backend):
     check_symbols("cpu", backend, "eager")

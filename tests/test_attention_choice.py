@@ -439,6 +439,7 @@ def test_auto_attention_compiles(timed):
     assert not timed, "nothing is measured under torch.compile"
 
 
+@pytest.mark.slow
 def test_auto_attention_compiles_where_sizes_are_symbols(timed):
     """Batch and length stay symbols; another size of head compiles again."""
     from torch._dynamo.testing import CompileCounterWithBackend

@@ -6,8 +6,9 @@ call's own tensors, host and launches included. Later calls look the name up. Ba
 two share what was found, so that rows of any length are not timed again and again.
 
 What cannot be timed follows a rule. While a CUDA graph is captured, a shape that was not met before goes to ours. Under
-torch.compile, heads up to 64 go to ours, and larger ones to the first of cuDNN and flash that runs them. A row with
-documents goes to ours: PyTorch's would write a mask [B, 1, S, S]. So does a call that must be deterministic.
+torch.compile, heads up to 64 go to ours, and larger ones to the first of cuDNN and flash that runs them; batch and
+length may be symbols there. A row with documents goes to ours: PyTorch's would write a mask [B, 1, S, S]. So does a
+call that must be deterministic.
 """
 
 import functools
