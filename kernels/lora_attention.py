@@ -34,6 +34,7 @@ from .lora_qkv.op import Lora, Saved, gradients
 from .lora_qkv.reference import lora_qkv_rope_ref
 from .lora_qkv.rope import expect_heads
 from .lora_qkv.validate import expect_projections
+from .rms_norm import Unnormed, opened
 
 
 def lora_attention_ref(
@@ -116,20 +117,26 @@ def _op(
     cache_slots: Tensor | None,
     filled: Tensor | None,
     window: int,
+    stream: Tensor | None,
+    squares: Tensor | None,
 ) -> list[Tensor]:
-    """out, and what the backward wants: logsumexp, q, k, v, xa, packed adapters, 1 / rms of the heads of q and k."""
-    made = launch_forward(x, weight, lora_a, lora_b, slots, sizes, HeadTables(cos, sin, gain, head_dim))
+    """out, and what the backward wants: logsumexp, q, k, v, xa, packed adapters, 1 / rms of the heads of q and k; of a
+    `stream` that is read in place of x, as of :class:`Unnormed`, 1 / rms of each row.
+    """
+    read, heads = x if stream is None else stream, HeadTables(cos, sin, gain, head_dim)
+    made = launch_forward(read, weight, lora_a, lora_b, slots, sizes, heads, squares=squares)
     out = x.new_empty(x.size(0), tail, sizes[0])
     cache = Cache.of(cache_k, cache_v, cache_slots, filled, window)
     _, lse = attention_forward(*_heads(made.outs, head_dim), tail, *_heads([out], head_dim), cache=cache)
-    return [out, lse, *made.flat()]
+    return [out, lse, *made.flat(), *([] if squares is None else [made.norm])]
 
 
 @_op.register_fake
-def _(x, weight, lora_a, lora_b, cos, sin, gain, slots, sizes, head_dim, tail, grad_a, grad_b, is_unit, *cache):
+def _(x, weight, lora_a, lora_b, cos, sin, gain, slots, sizes, head_dim, tail, grad_a, grad_b, is_unit, *more):
     out = x.new_empty(x.size(0), tail, sizes[0])
     lse = cos.new_empty(x.size(0), sizes[0] // head_dim, tail)
-    return [out, lse, *empty_projected(x, lora_a, lora_b, sizes, head_dim).flat()]
+    norm = [] if more[-1] is None else [cos.new_empty(x.shape[:2])]
+    return [out, lse, *empty_projected(x, lora_a, lora_b, sizes, head_dim).flat(), *norm]
 
 
 @custom_op("klora::lora_attention_backward_", mutates_args=("dq", "dk", "dv"))
@@ -151,6 +158,7 @@ def _backward_op(
     cache_slots: Tensor | None,
     filled: Tensor | None,
     window: int,
+    norm: Tensor | None,
     dq: Tensor,
     dk: Tensor,
     dv: Tensor,
@@ -158,17 +166,18 @@ def _backward_op(
     """Writes the gradients of the three projections."""
     head_dim = 2 * cos.size(-1)
     dout, out, q, k, v, *grads = _heads((aligned(dout), out, q, k, v, dq, dk, dv), head_dim)
-    rotary = Rotary(cos, sin, gain, rstd_q, rstd_k, is_unit)
+    rotary = Rotary(cos, sin, gain, rstd_q, rstd_k, is_unit, norm)
     cache = Cache.of(cache_k, cache_v, cache_slots, filled, window)
     attention_backward(dout, q, k, v, out, lse, grads, rotary, cache=cache)
 
 
 def _setup(ctx, inputs, output):
-    x, weight, lora_a, lora_b, cos, sin, gain, slots, _, _, _, grad_a, grad_b, ctx.is_unit, *cache, ctx.window = inputs
-    out, lse, q, k, v, xa, packed_a, packed_b, rstd_q, rstd_k = output
+    x, weight, lora_a, lora_b, cos, sin, gain, slots, _, _, _, grad_a, grad_b, ctx.is_unit, *more = inputs
+    *cache, ctx.window, stream, _ = more
+    out, lse, q, k, v, xa, packed_a, packed_b, rstd_q, rstd_k, *norm = output
     out, ctx.is_changed = keep_output(out)
-    saved = Saved.of(x, weight, lora_a, lora_b, slots, xa, packed_a, packed_b)
-    ctx.save_for_backward(*saved, *cache, out, lse, q, k, v, cos, sin, gain, rstd_q, rstd_k)
+    saved = Saved.of(x if stream is None else stream, weight, lora_a, lora_b, slots, xa, packed_a, packed_b)
+    ctx.save_for_backward(*saved, *cache, out, lse, q, k, v, cos, sin, gain, rstd_q, rstd_k, *norm)
     ctx.lora = Lora.of(lora_a, lora_b, grad_a, grad_b)
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
@@ -176,15 +185,16 @@ def _setup(ctx, inputs, output):
 
 def _backward(ctx, douts):
     if douts[0] is None:
-        return (None,) * 19
-    saved, (*cache, out, lse, q, k, v, cos, sin, gain, rstd_q, rstd_k) = Saved.split(ctx.saved_tensors)
-    cache = *cache, ctx.window
+        return (None,) * 21
+    saved, kept = Saved.split(ctx.saved_tensors)
+    *cache, out, lse, q, k, v, cos, sin, gain, rstd_q, rstd_k = kept[:14]
+    cache, norm = (*cache, ctx.window), kept[14] if len(kept) > 14 else None
     if ctx.is_changed():
         heads = _heads((q, k, v), 2 * cos.size(-1))
         out = (causal_op(*heads, None, out.size(1)) if cache[0] is None else cached_op(*heads, *cache))[0].flatten(2)
     grads = empty_grad(q), empty_grad(k), empty_grad(v)
-    _backward_op(douts[0], out, lse, q, k, v, cos, sin, gain, rstd_q, rstd_k, ctx.is_unit, *cache, *grads)
-    return *gradients(saved, ctx.lora, ctx.needs_input_grad[:4], grads), *(None,) * 15
+    _backward_op(douts[0], out, lse, q, k, v, cos, sin, gain, rstd_q, rstd_k, ctx.is_unit, *cache, norm, *grads)
+    return *gradients(saved, ctx.lora, ctx.needs_input_grad[:4], grads), *(None,) * 17
 
 
 _op.register_autograd(_backward, setup_context=_setup)
@@ -195,7 +205,7 @@ def _heads(tensors: Sequence[Tensor], head_dim: int) -> list[Tensor]:
 
 
 def lora_attention(
-    x: Tensor,
+    x: Tensor | Unnormed,
     weight: Tensor,
     lora_a: Tensor,
     lora_b: Tensor,
@@ -215,7 +225,8 @@ def lora_attention(
 
     `weight`, `lora_a`, `lora_b`, `cos`, `sin`, `gain`, `slots`, `sizes` and `grads` are those of :func:`lora_qkv_rope`.
     `head_dim` is one that both ops take: 16, 32, 64 or, in 16 bits with ranks up to 16, 128. T is `tail`, the number of
-    last tokens wanted; None is all. `unit_tables` is as of :func:`qkv_attention`.
+    last tokens wanted; None is all. `unit_tables` is as of :func:`qkv_attention`. The kernel takes an x that
+    residual_mlp_norm left unnormed.
 
     x, weight, lora_a and lora_b get gradients. out may be changed in place: the backward, which reads it, then makes it
     again.
@@ -225,6 +236,7 @@ def lora_attention(
 
     Example: out = lora_attention(x, weight, lora_a, lora_b, cos, sin, gain, slots, sizes, head_dim=16)
     """
+    x, *unnormed = opened(x)
     given = x, weight, lora_a, lora_b, cos, sin, gain
     backend, sizes, slots = _expect(*given, slots, sizes, head_dim, grads, backend)
     tail = checked_tail(tail, x.size(1))
@@ -232,11 +244,11 @@ def lora_attention(
         return lora_attention_ref(*given, tuple(sizes), head_dim, slots, tail)
     tables = (table.contiguous() for table in (cos, sin, gain))
     about = slots, sizes, head_dim, tail, *(grads or (None, None)), unit_tables
-    return _op(x, weight, lora_a, lora_b, *tables, *about, *WITHOUT_CACHE)[0]
+    return _op(x, weight, lora_a, lora_b, *tables, *about, *WITHOUT_CACHE, *unnormed)[0]
 
 
 def lora_cached_attention(
-    x: Tensor,
+    x: Tensor | Unnormed,
     weight: Tensor,
     lora_a: Tensor,
     lora_b: Tensor,
@@ -257,7 +269,7 @@ def lora_cached_attention(
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(out [B, T, Nq], k, v [B, T, Nk / head_dim, head_dim]) of the chunks `x` [B, T, D], in x's dtype: attention over
-    lora_qkv_rope's q, k and v and over the cache of each document's earlier tokens.
+    lora_qkv_rope's q, k and v and over the cache of each document's earlier tokens. x may be unnormed as there.
 
     `weight`, `lora_a`, `lora_b`, `gain`, `slots`, `sizes`, `grads`, `head_dim` and `unit_tables` are those of
     :func:`lora_attention`. `cos` and `sin` float32 [B, T, head_dim/2] belong to positions filled[b] .. filled[b] + T -
@@ -274,6 +286,7 @@ def lora_cached_attention(
         x, weight, lora_a, lora_b, own_cos, own_sin, gain, cache_k, cache_v, slots, filled, window=12, slots=slots,
         sizes=sizes, head_dim=16)
     """
+    x, *unnormed = opened(x)
     given = x, weight, lora_a, lora_b, cos, sin, gain
     backend, sizes, slots = _expect(*given, slots, sizes, head_dim, grads, backend, own_tables=True)
     shape = [*x.shape[:2], sizes[1] // head_dim, head_dim]
@@ -283,7 +296,7 @@ def lora_cached_attention(
         return lora_cached_attention_ref(*given, *cache, tuple(sizes), head_dim, slots)
     tables = (table.contiguous() for table in (cos, sin, gain))
     about = slots, sizes, head_dim, x.size(1), *(grads or (None, None)), unit_tables
-    out, _, _, k, v, *_ = _op(x, weight, lora_a, lora_b, *tables, *about, *cache)
+    out, _, _, k, v, *_ = _op(x, weight, lora_a, lora_b, *tables, *about, *cache, *unnormed)
     return out, *_heads((k, v), head_dim)
 
 

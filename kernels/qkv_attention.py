@@ -25,7 +25,8 @@ from .attention.forward import launch_forward
 from .attention.op import causal_op, checked_start, checked_tail
 from .dispatch import aligned, custom_op, dtypes_of, empty_grad, expect, keep_output, resolve_backend
 from .linear.op import linear_dweight, linear_dx
-from .linear.product import HEADS, Heads, launch_product
+from .linear.product import HEADS, Heads, RowNorm, launch_product
+from .rms_norm import Unnormed, opened
 from .rotary import norm_rotary_ref
 from .rotary.op import expect_tables
 
@@ -69,27 +70,37 @@ def _op(
     tail: int,
     is_unit: bool,
     start: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """out, and what the backward wants: the stacked q, k and v, 1 / rms of the heads of q and k, the logsumexp.
-    `is_unit` is only passed on to it.
+    stream: Tensor | None,
+    squares: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """out, and what the backward wants: the stacked q, k and v, 1 / rms of the heads of q and k, the logsumexp, and of
+    a `stream` that is read in place of x, as of :class:`Unnormed`, 1 / rms of each row, else nothing. `is_unit` is only
+    passed on to it.
     """
     heads, groups = sizes[0] // head_dim, sizes[1] // head_dim
     rstd = x.new_empty(*x.shape[:2], heads + groups, dtype=torch.float32)
     about = Heads(cos, sin, gain, rstd, heads, groups, head_dim)
-    qkv = launch_product(x, weight, epilogue=HEADS, heads=about)
+    norm = _empty_norm(x, squares)
+    unnormed = None if squares is None else RowNorm(norm, squares)
+    qkv = launch_product(x if stream is None else stream, weight, epilogue=HEADS, heads=about, norm=unnormed)
     out = x.new_empty(x.size(0), tail, sizes[0])
     _, lse = launch_forward(*_split(qkv, sizes, head_dim), tail, out.unflatten(-1, (-1, head_dim)), gain, start=start)
-    return out, qkv, rstd, lse
+    return out, qkv, rstd, lse, norm
+
+
+def _empty_norm(x: Tensor, squares: Tensor | None) -> Tensor:
+    return x.new_empty(0 if squares is None else x.shape[:2], dtype=torch.float32)
 
 
 @_op.register_fake
-def _(x, weight, cos, sin, gain, sizes, head_dim, tail, is_unit, start):
+def _(x, weight, cos, sin, gain, sizes, head_dim, tail, is_unit, start, stream, squares):
     heads, groups = sizes[0] // head_dim, sizes[1] // head_dim
     return (
         x.new_empty(x.size(0), tail, sizes[0]),
         x.new_empty(*x.shape[:2], weight.size(0)),
         cos.new_empty(*x.shape[:2], heads + groups),
         cos.new_empty(x.size(0), heads, tail),
+        _empty_norm(x, squares),
     )
 
 
@@ -107,12 +118,13 @@ def _backward_op(
     head_dim: int,
     is_unit: bool,
     start: Tensor | None,
+    norm: Tensor | None,
     dqkv: Tensor,
     dgain: Tensor | None,
 ) -> None:
     """Writes the gradients of the stacked projections [B, S, N] and of the gain."""
     heads = sizes[0] // head_dim
-    rotary = Rotary(cos, sin, gain, rstd[..., :heads], rstd[..., heads:], is_unit)
+    rotary = Rotary(cos, sin, gain, rstd[..., :heads], rstd[..., heads:], is_unit, norm)
     split, grads = (_split(t, sizes, head_dim) for t in (qkv, dqkv))
     dout, out = (t.unflatten(-1, (-1, head_dim)) for t in (aligned(dout), out))
     launch_backward(dout, *split, out, lse, grads, rotary, dgain, start=start)
@@ -129,34 +141,36 @@ def _split(qkv: Tensor, sizes: Sequence[int], head_dim: int) -> list[Tensor]:
 
 
 def _setup(ctx, inputs, output):
-    x, weight, cos, sin, gain, ctx.sizes, ctx.head_dim, ctx.tail, ctx.is_unit, start = inputs
-    out, qkv, rstd, lse = output
+    x, weight, cos, sin, gain, ctx.sizes, ctx.head_dim, ctx.tail, ctx.is_unit, start, stream, _ = inputs
+    out, qkv, rstd, lse, norm = output
     out, ctx.is_changed = keep_output(out)
-    ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight, cos, sin, gain, out, qkv, rstd, lse, start)
-    ctx.mark_non_differentiable(qkv, rstd, lse)
+    x = (x if stream is None else stream) if ctx.needs_input_grad[1] else None
+    norm = None if stream is None else norm
+    ctx.save_for_backward(x, weight, cos, sin, gain, out, qkv, rstd, lse, start, norm)
+    ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
 
 def _autograd(ctx, dout, *_):
-    x, weight, cos, sin, gain, out, qkv, rstd, lse, start = ctx.saved_tensors
+    x, weight, cos, sin, gain, out, qkv, rstd, lse, start, norm = ctx.saved_tensors
     needs_x, needs_weight, _, _, needs_gain, *_ = ctx.needs_input_grad
     if dout is None:
-        return (None,) * 10
+        return (None,) * 12
     if ctx.is_changed():
         out = causal_op(*_split(qkv, ctx.sizes, ctx.head_dim), start, ctx.tail)[0].flatten(2)
-    about = ctx.sizes, ctx.head_dim, ctx.is_unit, start
+    about = ctx.sizes, ctx.head_dim, ctx.is_unit, start, norm
     dqkv, dgain = empty_grad(qkv), empty_grad(gain, needs_gain)
     _backward_op(dout, out, qkv, rstd, lse, cos, sin, gain, *about, dqkv, dgain)
     dx = linear_dx(dqkv, weight) if needs_x else None
     dweight = linear_dweight(dqkv, x) if needs_weight else None
-    return dx, dweight, None, None, dgain, *(None,) * 5
+    return dx, dweight, None, None, dgain, *(None,) * 7
 
 
 _op.register_autograd(_autograd, setup_context=_setup)
 
 
 def qkv_attention(
-    x: Tensor,
+    x: Tensor | Unnormed,
     weight: Tensor,
     cos: Tensor,
     sin: Tensor,
@@ -175,7 +189,7 @@ def qkv_attention(
     `sin` are [S, head_dim/2] and `gain` is [Nq/head_dim], float32 for the kernels. T is `tail`, where only the last T
     tokens are wanted; None is S. x, weight and gain get gradients. `unit_tables` is the caller's word that cos^2 +
     sin^2 is 1, as it is of rotary_tables: the backward then does not look. `start` int32 [B, S] keeps documents apart,
-    as in causal_attention.
+    as in causal_attention. The kernels take an x that residual_mlp_norm left unnormed.
 
     `backend` is "reference" or "triton"; None takes the reference on a CPU and the kernel on a GPU. The kernels take
     bfloat16, float16 or float32 and a head_dim of 16, 32, 64 or, in 16 bits, 128.
@@ -184,6 +198,7 @@ def qkv_attention(
 
     Example: out = qkv_attention(x, weight, cos, sin, gain, sizes, head_dim=16)
     """
+    x, *unnormed = opened(x)
     backend, sizes = resolve_backend(backend, x), list(sizes)
     expect("x", x, ("B", "S", "D"), dtypes_of(backend))
     expect("weight", weight, (sum(sizes), x.size(2)), (x.dtype,), x.device)
@@ -199,4 +214,4 @@ def qkv_attention(
     if not takes(x.dtype, head_dim):
         raise ValueError(f"head_dim is {head_dim} in {x.dtype}; wanted 16, 32, 64 or, in 16 bits, 128")
     tables = (table.contiguous() for table in (cos, sin, gain))
-    return _op(x, weight, *tables, sizes, head_dim, tail, unit_tables, start)[0]
+    return _op(x, weight, *tables, sizes, head_dim, tail, unit_tables, start, *unnormed)[0]

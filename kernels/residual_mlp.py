@@ -17,6 +17,15 @@ ends in dx. It reads y and dz, where `residual_norm` reads dn, n and dz and dn i
 as dx and dW1 = (du / rms(y)) y^T want it.
 
 Kept for the backward: mixed (for dWo), y, 1 / rms in fp32, a; in fp16 u for a, and a for dW2 alone.
+
+`residual_mlp_norm` goes on to what the next block reads, as `residual_norm` does:
+
+    x_out = z + bias[slot];   x_in = mix_x (x_out + skip pushed) + mix_x0 x0;   n = x_in / rms(x_in)
+
+The last product ends in x_in, and leaves sums of its squares; n is not stored (:class:`rms_norm.Unnormed`): attention's
+product is by x_in, and divided by rms(x_in) as it ends. Of tensors [..., D] the boundary reads x0 and pushed, and
+writes x_out where it is pushed or mix is trained; `residual_norm` reads z and writes n besides, and z and x_in are
+written once each. Backward, `residual_norm`'s launch comes before the others. Kept: x_in, for n.
 """
 
 import torch
@@ -25,9 +34,22 @@ from torch import Tensor
 from .dispatch import custom_op, dtypes_of, empty_aligned, empty_grad, expect, resolve_backend
 from .linear import linear_ref
 from .linear.op import linear_dweight
-from .linear.product import NORM_GRADIENT, RESIDUAL, SLOPE, SQUARE, RowNorm, launch_product
+from .linear.product import (
+    BOUNDARY,
+    BOUNDARY_ROWS,
+    NORM_GRADIENT,
+    RESIDUAL,
+    SLOPE,
+    SQUARE,
+    Boundary,
+    RowNorm,
+    empty_sums,
+    launch_product,
+)
 from .mlp import relu_squared_mlp_ref
-from .rms_norm import rms_norm_ref
+from .rms_norm import ResidualNorm, Unnormed, residual_norm_ref, rms_norm_ref
+from .rms_norm.op import backward_op as boundary_backward_op
+from .rms_norm.op import check_boundary, residual_norm
 
 
 def residual_mlp_ref(mixed: Tensor, x: Tensor, out: Tensor, up: Tensor, down: Tensor) -> Tensor:
@@ -42,26 +64,47 @@ def residual_mlp_ref(mixed: Tensor, x: Tensor, out: Tensor, up: Tensor, down: Te
     return y + relu_squared_mlp_ref(rms_norm_ref(y), up, down)
 
 
+def residual_mlp_norm_ref(
+    mixed: Tensor, x: Tensor, out: Tensor, up: Tensor, down: Tensor, **boundary: Tensor | bool | None
+) -> ResidualNorm:
+    """(x_out, x_in, n): the parts one after the other. Arguments as of :func:`residual_mlp_norm`.
+
+    `mixed` [B, S, Nq], `x` [B, S, D], `out` (Wo) [D, Nq], `up` (W1) [hidden, D], `down` (W2) [D, hidden]; all of one
+    float dtype. `boundary`: what residual_norm_ref takes beside its first three. Autograd gives all gradients.
+
+    Example: x_out, x_in, n = residual_mlp_norm_ref(x, x, down @ up, up, down, mix=mix, x0=x0)
+    """
+    return residual_norm_ref(residual_mlp_ref(mixed, x, out, up, down), **boundary)
+
+
 @custom_op("klora::residual_mlp", mutates_args=())
 def _op(
     mixed: Tensor, x: Tensor, out: Tensor, up: Tensor, down: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """z, y, 1 / rms [rows], a [..., hidden], and in fp16 u [..., hidden], else nothing."""
+    y, rstd, a, u = _launch_up(mixed, x, out, up)
+    return launch_product(a, down, epilogue=RESIDUAL, kept=y), y, rstd, a, u
+
+
+def _launch_up(mixed: Tensor, x: Tensor, out: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """y, 1 / rms, a and u, or in its place nothing."""
     rows, (hidden, width) = x.shape[:-1].numel(), up.shape
     u = empty_aligned(x, rows, hidden) if x.dtype == torch.float16 else None
     norm = RowNorm.of(width, x.new_empty(rows, dtype=torch.float32), x)
     y = launch_product(mixed, out, epilogue=RESIDUAL, kept=x, norm=norm)
     a = launch_product(y, up, epilogue=SQUARE, kept=u, norm=norm)
-    z = launch_product(a, down, epilogue=RESIDUAL, kept=y)
-    return z, y, norm.rstd, a, x.new_empty(0) if u is None else u.contiguous().view(a.shape)
+    return y, norm.rstd, a, x.new_empty(0) if u is None else u.contiguous().view(a.shape)
+
+
+def _empty_up(x: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    a = x.new_empty(*x.shape[:-1], up.size(0))
+    rstd = x.new_empty(x.shape[:-1].numel(), dtype=torch.float32)
+    return x.new_empty(x.shape), rstd, a, x.new_empty(a.shape if x.dtype == torch.float16 else 0)
 
 
 @_op.register_fake
 def _(mixed, x, out, up, down):
-    a = x.new_empty(*x.shape[:-1], up.size(0))
-    rstd = x.new_empty(x.shape[:-1].numel(), dtype=torch.float32)
-    u = x.new_empty(a.shape if x.dtype == torch.float16 else 0)
-    return x.new_empty(x.shape), x.new_empty(x.shape), rstd, a, u
+    return x.new_empty(x.shape), *_empty_up(x, up)
 
 
 @custom_op("klora::residual_mlp_backward_", mutates_args=("du", "dx", "dmixed"))
@@ -85,20 +128,17 @@ def _backward_op(
         launch_product(dx, out, transposed=True, result=dmixed)
 
 
-def _setup(ctx, inputs, output):
-    (mixed, _, out, up, down), (_, y, rstd, a, u) = inputs, output
-    _, _, needs_out, _, needs_down = ctx.needs_input_grad[:5]
+def _saved(needs, inputs, made) -> tuple[Tensor | None, ...]:
+    """What :func:`_gradients` reads, of the first five inputs and of what :func:`_launch_up` made."""
+    (mixed, _, out, up, down), (y, rstd, a, u) = inputs, made
     kept = u if y.dtype == torch.float16 else a
-    ctx.save_for_backward(mixed if needs_out else None, out, up, down, y, rstd, kept, a if needs_down else None)
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
+    return mixed if needs[2] else None, out, up, down, y, rstd, kept, a if needs[4] else None
 
 
-def _backward(ctx, dz, *_):
-    mixed, out, up, down, y, rstd, kept, a = ctx.saved_tensors
-    if dz is None:
-        return (None,) * 5
-    needs_mixed, needs_x, needs_out, needs_up, needs_down = ctx.needs_input_grad[:5]
+def _gradients(dz, needs, saved) -> tuple[Tensor | None, ...]:
+    """Of the first five inputs, for which autograd `needs` them."""
+    mixed, out, up, down, y, rstd, kept, a = saved
+    needs_mixed, needs_x, needs_out, needs_up, needs_down = needs
     du, dx = empty_grad(kept), empty_grad(y)
     dmixed = y.new_empty(*y.shape[:-1], out.size(1)) if needs_mixed else None
     if needs_mixed or needs_x or needs_out or needs_up:
@@ -112,7 +152,105 @@ def _backward(ctx, dz, *_):
     )
 
 
+def _setup(ctx, inputs, output):
+    ctx.save_for_backward(*_saved(ctx.needs_input_grad, inputs, output[1:]))
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, dz, *_):
+    return (None,) * 5 if dz is None else _gradients(dz, ctx.needs_input_grad[:5], ctx.saved_tensors)
+
+
 _op.register_autograd(_backward, setup_context=_setup)
+
+
+@custom_op("klora::residual_mlp_norm", mutates_args=())
+def _norm_op(
+    mixed: Tensor,
+    x: Tensor,
+    out: Tensor,
+    up: Tensor,
+    down: Tensor,
+    bias: Tensor | None,
+    slots: Tensor | None,
+    pushed: Tensor | None,
+    skip: Tensor | None,
+    mix: Tensor,
+    x0: Tensor,
+    bias_grad: Tensor | None,
+    x0_grad: Tensor | None,
+    adds_x0: bool,
+    stores_x_out: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """x_out or nothing, x_in, n and squares of :class:`Unnormed`, and the last four of :func:`_op`. `bias_grad`,
+    `x0_grad` and `adds_x0` are only passed on to the backward.
+    """
+    y, rstd, a, u = _launch_up(mixed, x, out, up)
+    x_out, n, squares = _empty_boundary(x, stores_x_out)
+    flat = x_out.view(-1, x.size(-1)) if stores_x_out else None
+    boundary = Boundary(mix, x0, pushed, skip, bias, slots, flat, x.size(1))
+    x_in = launch_product(a, down, epilogue=BOUNDARY, kept=y, norm=RowNorm(None, squares), boundary=boundary)
+    return x_out, x_in, n, squares, y, rstd, a, u
+
+
+def _empty_boundary(x: Tensor, stores_x_out: bool) -> tuple[Tensor, Tensor, Tensor]:
+    squares = empty_sums(x.size(-1), x.shape[:-1].numel(), x)
+    return x.new_empty(x.shape if stores_x_out else 0), x.new_empty(1).expand(x.shape), squares
+
+
+@_norm_op.register_fake
+def _(mixed, x, out, up, down, bias, slots, pushed, skip, mix, x0, bias_grad, x0_grad, adds_x0, stores_x_out):
+    x_out, n, squares = _empty_boundary(x, stores_x_out)
+    return x_out, x.new_empty(x.shape), n, squares, *_empty_up(x, up)
+
+
+def _norm_setup(ctx, inputs, output):
+    *_, bias, slots, pushed, skip, mix, x0, ctx.bias_grad, ctx.x0_grad, ctx.adds_x0, ctx.stores_x_out = inputs
+    x_out, x_in, _, squares, *made = output
+    needs = ctx.needs_input_grad
+    needs_skip, needs_mix = needs[8:10]
+    ctx.bias_rows = 0 if bias is None else len(bias)
+    ctx.save_for_backward(
+        x_in,
+        squares,
+        x_out if needs_mix else None,
+        slots,
+        pushed if needs_mix or needs_skip else None,
+        skip,
+        mix,
+        x0 if needs_mix else None,
+        *_saved(needs, inputs[:5], made),
+    )
+    ctx.mark_non_differentiable(*output[3:])
+    ctx.set_materialize_grads(False)
+
+
+def _norm_backward(ctx, dx_out, dx_in, dn, *_):
+    if dx_out is None and dx_in is None and dn is None:
+        return (None,) * 15
+    x_in, squares, x_out, slots, pushed, skip, mix, x0, *saved = ctx.saved_tensors
+    *needs, needs_bias, _, needs_pushed, needs_skip, needs_mix, needs_x0 = ctx.needs_input_grad[:11]
+    width, fp32 = x_in.size(-1), {"dtype": torch.float32}
+    dz, dpushed = empty_grad(x_in), empty_grad(x_in, needs_pushed)
+    dskip = x_in.new_empty(width, **fp32) if needs_skip else None
+    dmix = x_in.new_empty(2, width, **fp32) if needs_mix else None
+    dbias, dx0 = ctx.bias_grad if needs_bias else None, ctx.x0_grad if needs_x0 else None
+    if needs_bias and dbias is None:
+        dbias = (x_in.new_empty if slots is None else x_in.new_zeros)(ctx.bias_rows, width, **fp32)
+    if needs_x0 and dx0 is None:
+        dx0 = empty_grad(x_in)
+    boundary_backward_op(
+        *(dn, dx_in, dx_out if ctx.stores_x_out else None, x_in, None),
+        *(x_out, None, None, None, slots, pushed, skip, mix, x0),
+        *(dz, None, dpushed, None, dmix, dskip, dbias, dx0, ctx.adds_x0 and ctx.x0_grad is not None),
+        *(None, None, False, squares),
+    )
+    dbias, dx0 = None if ctx.bias_grad is not None else dbias, None if ctx.x0_grad is not None else dx0
+    return *_gradients(dz, needs, saved), dbias, None, dpushed, dskip, dmix, dx0, *(None,) * 4
+
+
+_norm_op.register_autograd(_norm_backward, setup_context=_norm_setup)
 
 
 def residual_mlp(
@@ -129,12 +267,63 @@ def residual_mlp(
 
     Example: z = residual_mlp(x, x, down @ up, up, down)
     """
+    backend = _checked(mixed, x, out, up, down, backend)
+    if backend == "reference" or not (out.numel() and up.numel()):  # a product over nothing has no launch to end
+        return residual_mlp_ref(mixed, x, out, up, down)
+    return _op(mixed, x, out, up, down)[0]
+
+
+def _checked(mixed: Tensor, x: Tensor, out: Tensor, up: Tensor, down: Tensor, backend: str | None) -> str:
+    """The backend that runs; raises on what it does not take."""
     backend = resolve_backend(backend, x)
     expect("x", x, ("...", "D"), dtypes_of(backend))
     expect("out", out, (x.size(-1), "Nq"), (x.dtype,), x.device)
     expect("mixed", mixed, (*x.shape[:-1], out.size(1)), (x.dtype,), x.device)
     expect("up", up, ("hidden", x.size(-1)), (x.dtype,), x.device)
     expect("down", down, (x.size(-1), up.size(0)), (x.dtype,), x.device)
-    if backend == "reference" or not (out.numel() and up.numel()):  # a product over nothing has no launch to end
-        return residual_mlp_ref(mixed, x, out, up, down)
-    return _op(mixed, x, out, up, down)[0]
+    return backend
+
+
+def residual_mlp_norm(
+    mixed: Tensor,
+    x: Tensor,
+    out: Tensor,
+    up: Tensor,
+    down: Tensor,
+    *,
+    mix: Tensor,
+    x0: Tensor,
+    bias: Tensor | None = None,
+    slots: Tensor | None = None,
+    pushed: Tensor | None = None,
+    skip: Tensor | None = None,
+    push: bool = False,
+    bias_grad: Tensor | None = None,
+    x0_grad: Tensor | None = None,
+    adds_x0: bool = False,
+    backend: str | None = None,
+) -> ResidualNorm:
+    """(x_out, x_in, n): `residual_mlp` of the first five, and `residual_norm` of that and the others; x is [B, S, D].
+
+    Of the kernel n is :class:`rms_norm.Unnormed`, for lora_attention, lora_cached_attention and qkv_attention. It is a
+    tensor of the reference, and beside a bias where S is no multiple of 128.
+
+    `backend` is "reference" or "triton"; None takes the reference on a CPU and the kernel on a GPU.
+    ValueError: what either op refuses.
+
+    Example: x_out, x_in, n = residual_mlp_norm(x, x, down @ up, up, down, mix=mix, x0=x0)
+    """
+    backend = _checked(mixed, x, out, up, down, backend)
+    boundary = {"bias": bias, "slots": slots, "pushed": pushed, "skip": skip, "mix": mix, "x0": x0}
+    grads = {"bias_grad": bias_grad, "x0_grad": x0_grad}
+    slots = check_boundary(x, **boundary, **grads, backend=backend)
+    joins = backend == "triton" and out.numel() and up.numel() and x.numel()
+    if not joins or (bias is not None and x.size(1) % BOUNDARY_ROWS):
+        z = residual_mlp(mixed, x, out, up, down, backend=backend)
+        return residual_norm(z, **boundary, **grads, adds_x0=adds_x0, push=push, backend=backend)
+    bias = bias if bias is None or bias.stride(1) == 1 else bias.contiguous()
+    pushed, skip, mix, x0 = (t if t is None else t.contiguous() for t in (pushed, skip, mix, x0))
+    stores_x_out = push or (torch.is_grad_enabled() and mix.requires_grad)
+    given = bias, slots, pushed, skip, mix, x0, bias_grad, x0_grad, adds_x0, stores_x_out
+    x_out, x_in, n, squares, *_ = _norm_op(mixed, x, out, up, down, *given)
+    return ResidualNorm(x_out if push else None, x_in, Unnormed(n, x_in, squares))

@@ -52,6 +52,23 @@ def unrotate(left, right, cos, sin):
 
 
 @triton.jit
+def added(sums_ptr, row, mask, ROWS, BLOCKS: tl.constexpr):
+    """sums [BLOCKS, ROWS] of the rows, added up in their order."""
+    total = tl.load(sums_ptr + row, mask=mask, other=0.0)
+    for _ in tl.static_range(1, BLOCKS):
+        sums_ptr += ROWS
+        total += tl.load(sums_ptr + row, mask=mask, other=0.0)
+    return total
+
+
+@triton.jit
+def rstd_of(squares_ptr, row, mask, ROWS, D: tl.constexpr, EPS: tl.constexpr, BLOCKS: tl.constexpr):
+    """1 / rms of rows [D], from the sums of their squares over blocks of D, [BLOCKS, ROWS]."""
+    # The approximate rsqrt would be the largest error of fp32.
+    return tl.div_rn(1.0, tl.sqrt_rn(added(squares_ptr, row, mask, ROWS, BLOCKS) * (1.0 / D) + EPS))
+
+
+@triton.jit
 def norm_rotate(left, right, cos, sin, gain, HEAD: tl.constexpr, EPS: tl.constexpr, IS_EXACT: tl.constexpr):
     """Heads [M, heads, HEAD/2] twice, normed, rotated and times `gain` [heads]; and 1 / rms of each [M, heads].
 

@@ -56,6 +56,8 @@ class Rotary(NamedTuple):
     """[B, S, G]"""
     is_unit: bool = False
     """Whether cos^2 + sin^2 is known to be 1: then it is not checked."""
+    norm: Tensor | None = None
+    """[B, S], 1 / rms of each row whose unnormed product was divided by it: the gradients are those of that product"""
 
     @property
     def table_stride(self) -> int | None:
@@ -90,6 +92,11 @@ def _unrotate(
 
 
 @triton.jit
+def _norm_of(norm_ptr, b, position, S):
+    return tl.load(norm_ptr + b.to(tl.int64) * S + position, mask=position < S, other=0.0)
+
+
+@triton.jit
 def _add_dq(
     dq, q, dout, lse, delta, keys, first, last, scale,
     MASK: tl.constexpr, IS_RING: tl.constexpr, BN: tl.constexpr, D: tl.constexpr,
@@ -110,8 +117,8 @@ def _add_dq(
 @launched
 @triton.jit(do_not_specialize=["SLOTS", "CAPACITY", "WINDOW", "T", "OFFSET", "BLOCKS"])
 def _dq_kernel(
-    q_d, k_d, v_d, out_d, dout_d, dq_d, lse_ptr, rows_ptr, cos_ptr, sin_ptr, gain_ptr, rstd_ptr, sums_ptr, start_ptr,
-    cache_k_ptr, cache_v_ptr, slots_ptr, filled_ptr, SLOTS, CAPACITY, WINDOW,
+    q_d, k_d, v_d, out_d, dout_d, dq_d, lse_ptr, rows_ptr, cos_ptr, sin_ptr, gain_ptr, rstd_ptr, norm_ptr, sums_ptr,
+    start_ptr, cache_k_ptr, cache_v_ptr, slots_ptr, filled_ptr, SLOTS, CAPACITY, WINDOW,
     slot_stride, cell_stride, group_stride, cell_stride_d,
     scale, softmax_scale, T, OFFSET, BLOCKS, padded, rstd_stride, table_stride,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
@@ -164,6 +171,8 @@ def _dq_kernel(
             dq, q, b, position, offsets, gain, cos_ptr, sin_ptr, table_stride, rstd_ptr, OFFSET + T,
             HEADS * BM, D, IS_UNIT,
         )  # fmt: skip
+    if norm_ptr is not None:
+        dq *= _norm_of(norm_ptr, b, position, OFFSET + T)[:, None]
     store(dq_d, dq, b, h, OFFSET + t, HEADS, BM, D)
 
 
@@ -216,7 +225,7 @@ def _reached(starts, n, T, OFFSET, BN: tl.constexpr):
 @launched
 @triton.jit(do_not_specialize=["T", "OFFSET", "BLOCKS"])
 def _dkdv_kernel(
-    q_d, k_d, v_d, dout_d, rows_d, dk_d, dv_d, cos_ptr, sin_ptr, rstd_ptr, start_ptr,
+    q_d, k_d, v_d, dout_d, rows_d, dk_d, dv_d, cos_ptr, sin_ptr, rstd_ptr, norm_ptr, start_ptr,
     scale, softmax_scale, T, OFFSET, BLOCKS, rstd_stride, table_stride,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     IS_UNIT: tl.constexpr,
@@ -256,6 +265,8 @@ def _dkdv_kernel(
                 dk, dv, k, v, q_d, dout_d, rows_d, b, h, key, starts, clear, reach, T, OFFSET, scale,
                 True, H, D, HEADS, BM,
             )  # fmt: skip
+    if norm_ptr is not None:
+        dv *= _norm_of(norm_ptr, b, key, OFFSET + T)[:, None]
     store(dv_d, dv, b, g, n, 1, BN, D)
     dk *= softmax_scale
     if cos_ptr is not None:
@@ -264,6 +275,8 @@ def _dkdv_kernel(
         dk = _unrotate(
             dk, k, b, key, offsets, gain, cos_ptr, sin_ptr, table_stride, rstd_ptr, OFFSET + T, BN, D, IS_UNIT
         )
+    if norm_ptr is not None:
+        dk *= _norm_of(norm_ptr, b, key, OFFSET + T)[:, None]
     store(dk_d, dk, b, g, n, 1, BN, D)
 
 
@@ -313,7 +326,7 @@ def launch_backward(
     strides = [0 if rstd is None else rstd.stride(1) for rstd in (rotary.rstd_q, rotary.rstd_k)]
     packed = packed_heads(heads, groups)
     shared = dict(
-        cos_ptr=rotary.cos, sin_ptr=rotary.sin, start_ptr=start, table_stride=rotary.table_stride,
+        cos_ptr=rotary.cos, sin_ptr=rotary.sin, norm_ptr=rotary.norm, start_ptr=start, table_stride=rotary.table_stride,
         scale=LOG2_E / math.sqrt(width), softmax_scale=1 / math.sqrt(width), T=tail, OFFSET=length - tail,
         H=heads, G=groups, D=padded_head(width), HEADS=packed, IS_UNIT=rotary.is_unit,
     )  # fmt: skip

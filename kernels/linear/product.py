@@ -13,15 +13,16 @@ from ..dispatch import aligned, cdiv, empty_aligned, is_aligned, multiprocessors
 from ..launch import launched
 from ..rms_norm import EPS
 from ..swiglu import silu, swiglu_gradient
-from ..tile import halves, norm_rotate, tiled
-from .turns import launch_heads, launch_norm_gradient, launch_residual, launch_slope, takes
+from ..tile import added, halves, norm_rotate, rstd_of, tiled
+from .turns import launch_boundary, launch_heads, launch_norm_gradient, launch_residual, launch_slope, takes
 
 STORE, SQUARE, SLOPE, HEADS, FACTORS = "store", "square", "slope", "heads", "factors"
 GATE, GATE_SLOPE, ADD = "gate", "gate_slope", "add"
-RESIDUAL, NORM_GRADIENT = "residual", "norm_gradient"
+RESIDUAL, NORM_GRADIENT, BOUNDARY = "residual", "norm_gradient", "boundary"
 """Epilogues of a tile: as it is; relu(tile)^2; the tile times the slope of relu(u)^2; heads normed and rotated; each
 row times its factor. For SwiGLU: silu(gate) times the tile; the gradients of gate and up from that of their product;
-the tile and what was there. The tile and the stream; with :class:`RowNorm` the stream's gradient through its norm."""
+the tile and what was there. The tile and the stream; with :class:`RowNorm` the stream's gradient through its norm; with
+:class:`Boundary` what the next block reads of the stream."""
 
 
 class RowNorm(NamedTuple):
@@ -32,18 +33,45 @@ class RowNorm(NamedTuple):
     that makes du leaves those sums, and the one by W ends in the gradient of x.
     """
 
-    rstd: Tensor
-    """[rows], fp32, 1 / rms: "square" writes it, "slope" and "norm_gradient" read it"""
+    rstd: Tensor | None
+    """[rows], fp32, 1 / rms: "square" and "heads" write it, "slope" and "norm_gradient" read it"""
     sums: Tensor
-    """[blocks, rows], fp32: of squares of x, over blocks of D, from "residual" to "square"; of du u, over blocks of
-    hidden, from "slope" to "norm_gradient"
+    """[blocks, rows], fp32: of squares of x, over blocks of D, from "residual" and "boundary" to "square" and "heads";
+    of du u, over blocks of hidden, from "slope" to "norm_gradient"
     """
 
     @staticmethod
     def of(width: int, rstd: Tensor, like: Tensor) -> "RowNorm":
         """With memory for the sums that a product of `width` outputs leaves, in the dtype of `like`."""
-        block = (FP32_TILE if like.dtype == torch.float32 else SLOPE_TILE).block_n
-        return RowNorm(rstd, rstd.new_empty(cdiv(width, block), rstd.numel()))
+        return RowNorm(rstd, empty_sums(width, rstd.numel(), like))
+
+
+def empty_sums(width: int, rows: int, like: Tensor) -> Tensor:
+    """Memory for the sums of :class:`RowNorm`."""
+    block = (FP32_TILE if like.dtype == torch.float32 else SLOPE_TILE).block_n
+    return like.new_empty(cdiv(width, block), rows, dtype=torch.float32)
+
+
+class Boundary(NamedTuple):
+    """What the epilogue "boundary" makes of the stream z [rows, N] with the tile in it: x_in of the package rms_norm.
+
+    Row r is of document r // length. A bias wants lengths that are multiples of BOUNDARY_ROWS: a tile is of one.
+    """
+
+    mix: Tensor
+    """[2, N], fp32 and contiguous, as are all vectors"""
+    x0: Tensor
+    """[rows, N], as are all tensors"""
+    pushed: Tensor | None = None
+    skip: Tensor | None = None
+    """[N]"""
+    bias: Tensor | None = None
+    """[pool, N], rows any distance apart"""
+    slots: Tensor | None = None
+    """[documents], the row of bias that each adds; None is its own"""
+    x_out: Tensor | None = None
+    """[rows, N], gets z with its bias, where it is given"""
+    length: int = 1
 
 
 class Heads(NamedTuple):
@@ -97,6 +125,7 @@ HEADS_TILE = Tile(128, 256, 64, 2, 8, 3)
 # A row's sum of squares is the same whatever the number of rows: all have as many outputs, in pieces of 32.
 RESIDUAL_TILES = (Tile(128, 128, 64, 4, 8, 3, programs=2), Tile(64, 128, 64, 4, 4, 4, cost=0.75))
 NORM_GRADIENT_TILE = Tile(128, 128, 64, 4, 8, 3, programs=2)
+BOUNDARY_ROWS = 128
 FP32_TILE = Tile(64, 64, 16, 1, 8, 2)  # no tensor cores: what does not spill; alone, for its sums depend on block_k
 
 
@@ -109,7 +138,7 @@ def pick_tile(dtype: torch.dtype, epilogue: str, rows: int, outputs: int, proces
         return SLOPE_TILE
     if epilogue == NORM_GRADIENT:
         return NORM_GRADIENT_TILE
-    tiles = {HEADS: (HEADS_TILE, *TILES[1:]), RESIDUAL: RESIDUAL_TILES}.get(epilogue, TILES)
+    tiles = {HEADS: (HEADS_TILE, *TILES[1:]), RESIDUAL: RESIDUAL_TILES, BOUNDARY: RESIDUAL_TILES}.get(epilogue, TILES)
     wide = [tile for tile in tiles if tile.block_n >= head_dim]
     return min(wide, key=lambda tile: cdiv(tile_count(tile, rows, outputs), processors) * tile.cost)
 
@@ -192,7 +221,28 @@ def _store_pieces(out_d, tile, m, n, M: tl.constexpr, N: tl.constexpr, PIECES: t
 
 
 @triton.jit
-def _finish(out_d, kept_d, second_d, dup_d, tile, factor, m, n, EPILOGUE: tl.constexpr, NORMED: tl.constexpr):
+def _bias_of(bias_ptr, slots_ptr, m, length, pool, stride):
+    """Where the bias of the document of row m lies, and how many rows there are to read: 1, or 0 for no bias."""
+    document = m // length
+    slot = document.to(tl.int64)
+    if slots_ptr is not None:
+        slot = tl.load(slots_ptr + document).to(tl.int64)
+    return bias_ptr + slot * stride, ((slot >= 0) & (slot < pool)).to(tl.int32)
+
+
+@triton.jit
+def _next_stream(z, pushed, skip, x0, mix_x, mix_x0):
+    """mix_x (z + skip pushed) + mix_x0 x0, by multiply-adds that the compiler cannot choose."""
+    if pushed is not None:
+        z = tl.fma(pushed.to(tl.float32), skip[None, :], z)
+    return tl.fma(x0.to(tl.float32), mix_x0[None, :], z * mix_x[None, :])
+
+
+@triton.jit
+def _finish(
+    out_d, kept_d, second_d, dup_d, pushed_d, vectors, tile, factor, m, n,
+    COLUMNS: tl.constexpr, EPILOGUE: tl.constexpr, NORMED: tl.constexpr,
+):  # fmt: skip
     """Ends a piece of a tile and stores it, rounded. Returns what an epilogue wants to know of its rows, else 0."""
     tile = tile.to(tl.float32)
     sums = 0.0
@@ -223,6 +273,24 @@ def _finish(out_d, kept_d, second_d, dup_d, tile, factor, m, n, EPILOGUE: tl.con
         tile = (tile + kept_d.load([m, n]).to(tl.float32)).to(out_d.dtype).to(tl.float32)
         if NORMED:
             sums = tl.sum(tile * tile, 1)
+    elif EPILOGUE == "boundary":
+        bias_ptr, has_bias, skip_ptr, mix_ptr = vectors
+        column = n + tl.arange(0, tile.shape[1])
+        is_column = column < COLUMNS
+        tile += kept_d.load([m, n]).to(tl.float32)
+        if bias_ptr is not None:
+            tile += tl.load(bias_ptr + column, mask=is_column & (has_bias > 0), other=0.0)[None, :]
+        if dup_d is not None:
+            dup_d.store([m, n], tile.to(dup_d.dtype))
+        pushed, skip = None, None
+        if pushed_d is not None:
+            pushed = pushed_d.load([m, n])
+            skip = tl.load(skip_ptr + column, mask=is_column, other=0.0)
+        mix_x = tl.load(mix_ptr + column, mask=is_column, other=0.0)
+        mix_x0 = tl.load(mix_ptr + COLUMNS + column, mask=is_column, other=0.0)
+        tile = _next_stream(tile, pushed, skip, second_d.load([m, n]), mix_x, mix_x0)
+        tile = tile.to(out_d.dtype).to(tl.float32)
+        sums = tl.sum(tile * tile, 1)
     elif EPILOGUE == "norm_gradient":
         tile -= kept_d.load([m, n]).to(tl.float32) * factor[:, None]
         if second_d is not None:
@@ -233,29 +301,20 @@ def _finish(out_d, kept_d, second_d, dup_d, tile, factor, m, n, EPILOGUE: tl.con
 
 @triton.jit
 def _finish_pieces(
-    out_d, kept_d, second_d, dup_d, tile, factor, m, n,
-    M: tl.constexpr, N: tl.constexpr, PIECES: tl.constexpr, EPILOGUE: tl.constexpr, NORMED: tl.constexpr,
+    out_d, kept_d, second_d, dup_d, pushed_d, vectors, tile, factor, m, n,
+    M: tl.constexpr, N: tl.constexpr, PIECES: tl.constexpr, COLUMNS: tl.constexpr, EPILOGUE: tl.constexpr,
+    NORMED: tl.constexpr,
 ):  # fmt: skip
     """`tile` [M, N] leaves in `PIECES` side by side: less shared memory at a time."""
     if PIECES == 1:
-        return _finish(out_d, kept_d, second_d, dup_d, tile, factor, m, n, EPILOGUE, NORMED)
+        return _finish(out_d, kept_d, second_d, dup_d, pushed_d, vectors, tile, factor, m, n, COLUMNS, EPILOGUE, NORMED)
     else:
         left, right = halves(tile, M, N)
         H: tl.constexpr = N // 2
-        tensors = out_d, kept_d, second_d, dup_d
-        sums = _finish_pieces(*tensors, left, factor, m, n, M, H, PIECES // 2, EPILOGUE, NORMED)
-        sums += _finish_pieces(*tensors, right, factor, m, n + H, M, H, PIECES // 2, EPILOGUE, NORMED)
+        tensors = out_d, kept_d, second_d, dup_d, pushed_d, vectors
+        sums = _finish_pieces(*tensors, left, factor, m, n, M, H, PIECES // 2, COLUMNS, EPILOGUE, NORMED)
+        sums += _finish_pieces(*tensors, right, factor, m, n + H, M, H, PIECES // 2, COLUMNS, EPILOGUE, NORMED)
         return sums
-
-
-@triton.jit
-def _added(sums_ptr, row, ROWS, BLOCKS: tl.constexpr):
-    """sums [BLOCKS, ROWS] of the rows, added up in their order."""
-    total = tl.load(sums_ptr + row, mask=row < ROWS, other=0.0)
-    for _ in tl.static_range(1, BLOCKS):
-        sums_ptr += ROWS
-        total += tl.load(sums_ptr + row, mask=row < ROWS, other=0.0)
-    return total
 
 
 @triton.jit
@@ -263,23 +322,22 @@ def _row_factor(
     norm_ptr, sums_ptr, row, n, ROWS, D: tl.constexpr, EPS: tl.constexpr, BLOCKS: tl.constexpr, EPILOGUE: tl.constexpr
 ):  # fmt: skip
     """What a row of an epilogue with :class:`RowNorm` is multiplied by, or of x in its gradient."""
-    if EPILOGUE == "square":
-        # The approximate rsqrt would be the largest error of fp32.
-        rstd = tl.div_rn(1.0, tl.sqrt_rn(_added(sums_ptr, row, ROWS, BLOCKS) * (1.0 / D) + EPS))
+    if EPILOGUE == "square" or EPILOGUE == "heads":
+        rstd = rstd_of(sums_ptr, row, row < ROWS, ROWS, D, EPS, BLOCKS)
         tl.store(norm_ptr + row, rstd, mask=(row < ROWS) & (n == 0))
         return rstd
     rstd = tl.load(norm_ptr + row, mask=row < ROWS, other=0.0)
     if EPILOGUE == "norm_gradient":
-        return rstd * rstd * (1.0 / D) * _added(sums_ptr, row, ROWS, BLOCKS)
+        return rstd * rstd * (1.0 / D) * added(sums_ptr, row, row < ROWS, ROWS, BLOCKS)
     else:
         return rstd
 
 
 @launched
-@triton.jit(do_not_specialize=["TILES", "S", "ROWS"])
+@triton.jit(do_not_specialize=["TILES", "S", "ROWS", "pool"])
 def _product_kernel(
-    x_d, w_d, out_d, kept_d, second_d, dup_d, cos_ptr, sin_ptr, gain_ptr, rstd_ptr, factors_ptr, norm_ptr, sums_ptr,
-    TILES, S, ROWS,
+    x_d, w_d, out_d, kept_d, second_d, dup_d, pushed_d, cos_ptr, sin_ptr, gain_ptr, rstd_ptr, factors_ptr, norm_ptr,
+    sums_ptr, bias_ptr, slots_ptr, skip_ptr, mix_ptr, pool, bias_stride, TILES, S, ROWS,
     N: tl.constexpr, K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PIECES: tl.constexpr,
     TRANSPOSED: tl.constexpr, EPILOGUE: tl.constexpr, HEAD: tl.constexpr, Q: tl.constexpr, G: tl.constexpr,
     EPS: tl.constexpr, NORMED: tl.constexpr, WIDTH: tl.constexpr, BLOCKS: tl.constexpr,
@@ -299,7 +357,7 @@ def _product_kernel(
         if step == 0:
             tile += tl.num_programs(0)
             m, n = tile // ACROSS * BM, tile % ACROSS * BN
-        if NORMED and EPILOGUE != "residual":  # noqa: SIM102 (known to the compiler, and a number that is not)
+        if NORMED and EPILOGUE != "residual" and EPILOGUE != "boundary":  # noqa: SIM102 (known to the compiler, and a number that is not)
             if step == STEPS - 1:  # before the last product: what it waits for arrives during the one before
                 factor = _row_factor(norm_ptr, sums_ptr, m + tl.arange(0, BM), n, ROWS, WIDTH, EPS, BLOCKS, EPILOGUE)
         x = x_d.load([m, step * BK])
@@ -309,6 +367,8 @@ def _product_kernel(
             acc = _add_product(acc, x, w_d.load([n, step * BK]).T)
         if step == STEPS - 1:
             if EPILOGUE == "heads":
+                if NORMED:
+                    acc *= factor[:, None]
                 _finish_heads(
                     out_d, acc, m, n, cos_ptr, sin_ptr, gain_ptr, rstd_ptr, S, ROWS, BM, BN, PIECES, HEAD, Q, G, EPS
                 )
@@ -316,10 +376,15 @@ def _product_kernel(
                 row = m + tl.arange(0, BM)
                 if EPILOGUE == "factors":
                     acc *= tl.load(factors_ptr + row, mask=row < ROWS, other=0.0)[:, None]
+                own_bias_ptr, has_bias = None, 0
+                if bias_ptr is not None:
+                    own_bias_ptr, has_bias = _bias_of(bias_ptr, slots_ptr, m, S, pool, bias_stride)
+                vectors = own_bias_ptr, has_bias, skip_ptr, mix_ptr
                 sums = _finish_pieces(
-                    out_d, kept_d, second_d, dup_d, acc, factor, m, n, BM, BN, PIECES, EPILOGUE, NORMED
-                )
-                if NORMED and (EPILOGUE == "residual" or EPILOGUE == "slope"):
+                    out_d, kept_d, second_d, dup_d, pushed_d, vectors, acc, factor, m, n,
+                    BM, BN, PIECES, N, EPILOGUE, NORMED,
+                )  # fmt: skip
+                if NORMED and (EPILOGUE == "residual" or EPILOGUE == "slope" or EPILOGUE == "boundary"):
                     tl.store(sums_ptr + (n // BN).to(tl.int64) * ROWS + row, sums, mask=row < ROWS)
             acc = tl.zeros((BM, BN), acc.dtype)
 
@@ -337,6 +402,7 @@ def launch_product(
     dup: Tensor | None = None,
     norm: RowNorm | None = None,
     direct: Tensor | None = None,
+    boundary: Boundary | None = None,
 ) -> Tensor:
     """x [..., K] by weight [N, K] (`transposed`: [K, N]) -> [..., N], written to `result` if it is given, contiguous.
 
@@ -349,7 +415,8 @@ def launch_product(
 
     "residual" adds `kept`, the stream. With `norm` it leaves the sums of squares; "square" is of n W^T for a product by
     the stream; "slope" is by the u of that, times 1 / rms; "norm_gradient" makes of the product the gradient of the
-    stream, which is `kept`: through its norm, and `direct` [..., N] beside it.
+    stream, which is `kept`: through its norm, and `direct` [..., N] beside it. "boundary" adds `kept` and goes on as
+    `boundary` says; it leaves sums of squares, with which "heads" is of n W^T.
     """
     outputs, inputs = weight.shape[::-1] if transposed else weight.shape
     if result is None:  # not a view: autograd refuses an in-place change of a view that an op returned
@@ -364,11 +431,16 @@ def launch_product(
     flat = result.view(rows, outputs)
     out = flat if is_aligned(flat) else empty_aligned(x, rows, outputs)
     weight = aligned(weight)
-    if epilogue in (SLOPE, GATE_SLOPE, ADD, RESIDUAL, NORM_GRADIENT):
+    if epilogue in (SLOPE, GATE_SLOPE, ADD, RESIDUAL, NORM_GRADIENT, BOUNDARY):
         kept = aligned(kept.reshape(-1, outputs))
     second = gate if direct is None else direct
     second = None if second is None else aligned(second.reshape(-1, outputs))
     norm_rstd, sums = norm or (None, None)
+    mix, x0, pushed, skip, bias, slots, x_out, length = boundary or (*(None,) * 7, 1)
+    if boundary is not None:
+        second = aligned(x0.reshape(-1, outputs))
+        pushed = None if pushed is None else aligned(pushed.reshape(-1, outputs))
+        dup = None if x_out is None else x_out if is_aligned(x_out) else empty_aligned(x, rows, outputs)
     in_turns = takes(x, outputs, head_dim)
     if epilogue == SLOPE and transposed and in_turns:
         launch_slope(x, weight, kept, out, norm_rstd, sums)
@@ -377,21 +449,29 @@ def launch_product(
     elif epilogue == NORM_GRADIENT and transposed and direct is not None and in_turns:
         launch_norm_gradient(x, weight, kept, second, out, norm_rstd, sums)
     elif epilogue == HEADS and not transposed and in_turns:
-        launch_heads(x, weight, out, (cos, sin, gain, rstd), queries, keys, head_dim)
+        launch_heads(x, weight, out, (cos, sin, gain, rstd), queries, keys, head_dim, norm_rstd, sums)
+    elif epilogue == BOUNDARY and not transposed and in_turns:
+        launch_boundary(x, weight, kept, out, sums, boundary._replace(x0=second, pushed=pushed, x_out=dup))
     else:
         m, n, k, piece = tile.block_m, tile.block_n, tile.block_k, tile.block_n // tile.pieces
         _product_kernel[(min(processors * tile.programs, tiles),)](
             x_d=tiled(x, m, k), w_d=tiled(weight, *((k, n) if transposed else (n, k))), out_d=tiled(out, m, piece),
             kept_d=None if kept is None else tiled(kept, m, piece),
             second_d=None if second is None else tiled(second, m, piece),
-            dup_d=None if dup is None else tiled(dup, m, piece), cos_ptr=cos, sin_ptr=sin, gain_ptr=gain, rstd_ptr=rstd,
-            factors_ptr=factors, norm_ptr=norm_rstd, sums_ptr=sums, TILES=tiles,
-            S=1 if cos is None else len(cos), ROWS=rows, N=outputs, K=inputs, BM=m, BN=n, BK=k, PIECES=tile.pieces,
+            dup_d=None if dup is None else tiled(dup, m, piece),
+            pushed_d=None if pushed is None else tiled(pushed, m, piece),
+            cos_ptr=cos, sin_ptr=sin, gain_ptr=gain, rstd_ptr=rstd,
+            factors_ptr=factors, norm_ptr=norm_rstd, sums_ptr=sums, bias_ptr=bias, slots_ptr=slots, skip_ptr=skip,
+            mix_ptr=mix, pool=0 if bias is None else len(bias), bias_stride=0 if bias is None else bias.stride(0),
+            TILES=tiles, S=length if cos is None else len(cos), ROWS=rows,
+            N=outputs, K=inputs, BM=m, BN=n, BK=k, PIECES=tile.pieces,
             TRANSPOSED=transposed, EPILOGUE=epilogue,
             HEAD=head_dim, Q=queries, G=keys, EPS=EPS, NORMED=norm is not None,
-            WIDTH=inputs if epilogue == SQUARE else outputs, BLOCKS=0 if norm is None else len(sums),
+            WIDTH=inputs if epilogue in (SQUARE, HEADS) else outputs, BLOCKS=0 if norm is None else len(sums),
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     if out is not flat:
         flat.copy_(out)
+    if boundary is not None and dup is not x_out:
+        x_out.copy_(dup)
     return result

@@ -2,17 +2,20 @@
 
     slope    out [M, N] = x [M, K] W [K, N] * 2 relu(u), from `kept` [M, N]: relu(u)^2, or u
     heads    out [M, N] = x W^T of W [N, K], whose first heads are normed and rotated (:class:`product.Heads`)
-    residual, norm_gradient, and slope by a norm: as of :class:`product.RowNorm`
+    residual, norm_gradient, and slope or heads by a norm: as of :class:`product.RowNorm`
+    boundary: as of :class:`product.Boundary`
 
 The tile of `kept` is loaded beside the operands, into the place that the finished tile leaves from: neither the wait
-for it nor the store is seen. bf16 or fp16; sums and bits are :mod:`product`'s. 2 M N K FLOPs; `kept` is read and out
-written once.
+for it nor the store is seen. Where a tile wants more than one, they come into that place one after the other. bf16 or
+fp16; sums and bits are :mod:`product`'s. 2 M N K FLOPs; `kept` is read and out written once.
 
 NVIDIA H200, ms: slope, 98304 x 512 x 1536, 0.261 (product's, two programs a multiprocessor, 0.348; cuBLAS without the
 slope 0.226); heads, 98304 x 512 x 1024, 0.179 (product's 0.197; its plain store 0.167). `kept` asked for earlier or
 later in the tile: 0.266, 0.270. Without an epilogue or with the square of relu this way loses to product's: 0.208 for
 0.204 (1536 -> 512), 0.256 for 0.244.
 """
+
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -39,6 +42,11 @@ from ..pingpong import (
 )
 from ..rms_norm import EPS as RMS_EPS
 from ..tile import rotate
+
+if TYPE_CHECKING:
+    from .product import Boundary
+
+COLUMN = gl.constexpr(gl.SliceLayout(0, ACC.value))
 
 
 @gluon.jit
@@ -91,22 +99,53 @@ def _row_sums(tile):
 
 
 @gluon.jit
-def _gradient_factor(rstd_ptr, sums_ptr, row, ROWS, D: gl.constexpr, BLOCKS: gl.constexpr):
-    """As product's factor of the stream in its gradient through the norm."""
-    rstd = gl.load(rstd_ptr + row, mask=row < ROWS, other=0.0)
+def _added(sums_ptr, row, ROWS, BLOCKS: gl.constexpr):
     total = gl.load(sums_ptr + row, mask=row < ROWS, other=0.0)
     for _ in gl.static_range(1, BLOCKS):
         sums_ptr += ROWS
         total += gl.load(sums_ptr + row, mask=row < ROWS, other=0.0)
-    return rstd * rstd * (1.0 / D) * total
+    return total
+
+
+@gluon.jit
+def _gradient_factor(norm_ptr, sums_ptr, row, ROWS, D: gl.constexpr, BLOCKS: gl.constexpr):
+    """As product's factor of the stream in its gradient through the norm."""
+    rstd = gl.load(norm_ptr + row, mask=row < ROWS, other=0.0)
+    return rstd * rstd * (1.0 / D) * _added(sums_ptr, row, ROWS, BLOCKS)
+
+
+@gluon.jit
+def _of_columns(ptr, n, COLUMNS: gl.constexpr):
+    column = n + gl.arange(0, BLOCK, COLUMN)
+    return gl.load(ptr + column, mask=column < COLUMNS, other=0.0)[None, :]
+
+
+@gluon.jit
+def _document_bias(bias_ptr, slots_ptr, m, n, length, pool, stride, COLUMNS: gl.constexpr):
+    """[1, BLOCK], what the document of row m adds to the columns from n on."""
+    document = m // length
+    slot = document.to(gl.int64)
+    if slots_ptr is not None:
+        slot = gl.load(slots_ptr + document).to(gl.int64)
+    column = n + gl.arange(0, BLOCK, COLUMN)
+    is_there = (column < COLUMNS) & (slot >= 0) & (slot < pool)
+    return gl.load(bias_ptr + slot * stride + column, mask=is_there, other=0.0)[None, :]
+
+
+@gluon.jit
+def _release(kept_empty, group: gl.constexpr):
+    """Says that a place was read."""
+    fence_async_shared()
+    mbarrier.arrive(kept_empty.index(group))
 
 
 @gluon.jit
 def _finish_tiles(
-    out_desc, cos_ptr, sin_ptr, gain_ptr, rstd_ptr, sums_ptr, S, ROWS, inputs, weights, kepts, loaded, empty, turn,
-    kept_loaded, kept_empty, tiles,
-    GROUP: gl.constexpr, ACROSS: gl.constexpr, STEPS: gl.constexpr, KIND: gl.constexpr, IS_U: gl.constexpr,
-    HEAD: gl.constexpr, Q: gl.constexpr, G: gl.constexpr, EPS: gl.constexpr, D: gl.constexpr, BLOCKS: gl.constexpr,
+    out_desc, x_out_desc, cos_ptr, sin_ptr, gain_ptr, rstd_ptr, norm_ptr, sums_ptr, bias_ptr, slots_ptr, skip_ptr,
+    mix_ptr, pool, bias_stride, S, ROWS, inputs, weights, kepts, loaded, empty, turn, kept_loaded, kept_empty, tiles,
+    GROUP: gl.constexpr, ACROSS: gl.constexpr, STEPS: gl.constexpr, KIND: gl.constexpr, LOADS: gl.constexpr,
+    IS_U: gl.constexpr, HEAD: gl.constexpr, Q: gl.constexpr, G: gl.constexpr, EPS: gl.constexpr, N: gl.constexpr,
+    D: gl.constexpr, BLOCKS: gl.constexpr,
 ):  # fmt: skip
     count = GROUP
     kept = kepts.index(GROUP)
@@ -114,20 +153,26 @@ def _finish_tiles(
         m, n = tile // ACROSS * BLOCK, tile % ACROSS * BLOCK
         row = m + gl.arange(0, BLOCK, ROW)
         sums_row = sums_ptr
-        if BLOCKS:
+        if BLOCKS and KIND != "heads":
             sums_row += (n // BLOCK).to(gl.int64) * ROWS + row
         # What comes from memory is asked for before the product: it arrives meanwhile.
         if KIND == "slope" and BLOCKS:
-            factor = gl.load(rstd_ptr + row, mask=row < ROWS, other=0.0)
+            factor = gl.load(norm_ptr + row, mask=row < ROWS, other=0.0)
         if KIND == "norm_gradient":
-            factor = _gradient_factor(rstd_ptr, sums_ptr, row, ROWS, D, BLOCKS)
+            factor = _gradient_factor(norm_ptr, sums_ptr, row, ROWS, D, BLOCKS)
+        if KIND == "heads" and BLOCKS:
+            factor = gl.div_rn(1.0, gl.sqrt_rn(_added(sums_ptr, row, ROWS, BLOCKS) * (1.0 / D) + EPS))
+            gl.store(norm_ptr + row, factor, mask=(row < ROWS) & (n == 0))
         transposed: gl.constexpr = KIND == "slope" or KIND == "norm_gradient"
         acc = multiply_tile(inputs, weights, loaded, empty, turn, count, GROUP, STEPS, transposed)
+        first = count // 2 * LOADS  # of the loads into the group's place
         if KIND == "heads":
+            if BLOCKS:
+                acc *= factor[:, None]
             acc = _with_heads(acc, m, n, cos_ptr, sin_ptr, gain_ptr, rstd_ptr, S, ROWS, HEAD, Q, G, EPS)
             tma.store_wait(0)
         elif KIND == "slope":
-            mbarrier.wait(kept_loaded.index(GROUP), count // 2 % 2)
+            mbarrier.wait(kept_loaded.index(GROUP), first % 2)
             relu = kept.load(ACC).to(gl.float32)
             relu = gl.where(relu <= 0.0, 0.0, relu) if IS_U else gl.sqrt(relu)
             acc = gl.where(relu == 0.0, 0.0, 2.0 * relu * acc)
@@ -135,17 +180,38 @@ def _finish_tiles(
                 gl.store(sums_row, _row_sums(acc * relu), mask=row < ROWS)
                 acc *= factor[:, None]
         elif KIND == "residual":
-            mbarrier.wait(kept_loaded.index(GROUP), count // 2 % 2)
+            mbarrier.wait(kept_loaded.index(GROUP), first % 2)
             acc = (acc + kept.load(ACC).to(gl.float32)).to(kept.dtype).to(gl.float32)
             if BLOCKS:
                 gl.store(sums_row, _row_sums(acc * acc), mask=row < ROWS)
-        else:
+        elif KIND == "norm_gradient":
             mbarrier.wait(kept_loaded.index(GROUP), 0)
             acc -= kept.load(ACC).to(gl.float32) * factor[:, None]
-            fence_async_shared()
-            mbarrier.arrive(kept_empty.index(GROUP))
+            _release(kept_empty, GROUP)
             mbarrier.wait(kept_loaded.index(GROUP), 1)
             acc += kept.load(ACC).to(gl.float32)
+        else:
+            mbarrier.wait(kept_loaded.index(GROUP), first % 2)
+            acc += kept.load(ACC).to(gl.float32)
+            if bias_ptr is not None:
+                acc += _document_bias(bias_ptr, slots_ptr, m, n, S, pool, bias_stride, N)
+            if x_out_desc is not None:
+                kept.store(acc.to(kept.dtype))
+                fence_async_shared()
+                tma.async_copy_shared_to_global(x_out_desc, [m, n], kept)
+                tma.store_wait(0)
+            _release(kept_empty, GROUP)
+            if LOADS == 3:
+                skip = _of_columns(skip_ptr, n, N)
+                mbarrier.wait(kept_loaded.index(GROUP), (first + 1) % 2)
+                acc = gl.fma(kept.load(ACC).to(gl.float32), skip, acc)
+                _release(kept_empty, GROUP)
+            acc *= _of_columns(mix_ptr, n, N)
+            mix_x0 = _of_columns(mix_ptr + N, n, N)
+            mbarrier.wait(kept_loaded.index(GROUP), (first + LOADS - 1) % 2)
+            acc = gl.fma(kept.load(ACC).to(gl.float32), mix_x0, acc)
+            acc = acc.to(kept.dtype).to(gl.float32)
+            gl.store(sums_row, _row_sums(acc * acc), mask=row < ROWS)
         kept.store(acc.to(kept.dtype))
         fence_async_shared()
         tma.async_copy_shared_to_global(out_desc, [m, n], kept)
@@ -158,7 +224,7 @@ def _finish_tiles(
 
 @gluon.jit
 def _load_kept(kept_desc, m, n, kepts, kept_loaded, kept_empty, group, number):
-    """A tile into its group's place, once what was there before, the group's tile `number` - 1, has left it."""
+    """Load `number` into a group's place, once load `number` - 1 was read there, and what was stored has left it."""
     mbarrier.wait(kept_empty.index(group), (number + 1) % 2)
     mbarrier.expect(kept_loaded.index(group), kept_desc.block_type.nbytes)
     tma.async_copy_global_to_shared(kept_desc, [m, n], kept_loaded.index(group), kepts.index(group))
@@ -166,13 +232,15 @@ def _load_kept(kept_desc, m, n, kepts, kept_loaded, kept_empty, group, number):
 
 @gluon.jit
 def _load(
-    x_desc, w_desc, kept_desc, second_desc, inputs, weights, kepts, loaded, empty, kept_loaded, kept_empty, tiles,
-    ACROSS: gl.constexpr, STEPS: gl.constexpr, KIND: gl.constexpr,
+    x_desc, w_desc, kept_desc, second_desc, third_desc, inputs, weights, kepts, loaded, empty, kept_loaded, kept_empty,
+    tiles,
+    ACROSS: gl.constexpr, STEPS: gl.constexpr, KIND: gl.constexpr, LOADS: gl.constexpr,
 ):  # fmt: skip
-    """With "norm_gradient" two tiles come into a place, one after the other: the second during the next tile's steps,
-    when its group has multiplied and is done with the first.
+    """LOADS tiles come into a place, one after the other: from the second on during the next tile's steps, when their
+    group has multiplied and is done with the one before.
     """
     LATE: gl.constexpr = min(STAGES + 3, STEPS - 1)
+    LATER: gl.constexpr = min(STAGES + 7, STEPS - 1)
     step = 0
     count = 0
     last_m, last_n = 0, 0
@@ -183,47 +251,64 @@ def _load(
                 load_step(x_desc, w_desc, [m, k * DEPTH], [k * DEPTH, n], inputs, weights, loaded, empty, step)
             else:
                 load_step(x_desc, w_desc, [m, k * DEPTH], [n, k * DEPTH], inputs, weights, loaded, empty, step)
-            if KIND == "norm_gradient":
-                if k == LATE and count > 0:
-                    _load_kept(second_desc, last_m, last_n, kepts, kept_loaded, kept_empty, 1 - group, 1)
-                if k == STEPS // 2:
-                    _load_kept(kept_desc, m, n, kepts, kept_loaded, kept_empty, group, 0)
-            elif KIND != "heads" and k == STEPS // 2:
-                _load_kept(kept_desc, m, n, kepts, kept_loaded, kept_empty, group, count // 2)
+            if LOADS > 1 and k == LATE and count > 0:
+                number = (count - 1) // 2 * LOADS + 1
+                _load_kept(second_desc, last_m, last_n, kepts, kept_loaded, kept_empty, 1 - group, number)
+            if LOADS > 2 and k == LATER and count > 0:
+                number = (count - 1) // 2 * LOADS + 2
+                _load_kept(third_desc, last_m, last_n, kepts, kept_loaded, kept_empty, 1 - group, number)
+            if LOADS > 0 and k == STEPS // 2:
+                _load_kept(kept_desc, m, n, kepts, kept_loaded, kept_empty, group, count // 2 * LOADS)
             step += 1
         last_m, last_n = m, n
         count += 1
-    if KIND == "norm_gradient":
-        _load_kept(second_desc, last_m, last_n, kepts, kept_loaded, kept_empty, (count + 1) % 2, 1)
+    number = (count - 1) // 2 * LOADS
+    if LOADS > 1:
+        _load_kept(second_desc, last_m, last_n, kepts, kept_loaded, kept_empty, (count + 1) % 2, number + 1)
+    if LOADS > 2:
+        _load_kept(third_desc, last_m, last_n, kepts, kept_loaded, kept_empty, (count + 1) % 2, number + 2)
 
 
-@gluon.jit(do_not_specialize=["tiles", "S", "ROWS"])
+@gluon.jit(do_not_specialize=["tiles", "S", "ROWS", "pool"])
 def _product(
     x_desc,  # [M, K], blocks [BLOCK, DEPTH]
-    w_desc,  # slope, norm_gradient: [K, N], blocks [DEPTH, BLOCK]; heads, residual: [N, K], blocks [BLOCK, DEPTH]
+    w_desc,  # slope, norm_gradient: [K, N], blocks [DEPTH, BLOCK]; the others: [N, K], blocks [BLOCK, DEPTH]
     kept_desc,  # [M, N], blocks [BLOCK, BLOCK]
     second_desc,
+    third_desc,
     out_desc,
+    x_out_desc,
     cos_ptr,
     sin_ptr,
     gain_ptr,
     rstd_ptr,
+    norm_ptr,
     sums_ptr,
+    bias_ptr,
+    slots_ptr,
+    skip_ptr,
+    mix_ptr,
+    pool,
+    bias_stride,
     S,
     ROWS,
     tiles,
     ACROSS: gl.constexpr,
     STEPS: gl.constexpr,
     KIND: gl.constexpr,
+    LOADS: gl.constexpr,
     IS_U: gl.constexpr,
     HEAD: gl.constexpr,
     Q: gl.constexpr,
     G: gl.constexpr,
     EPS: gl.constexpr,
+    N: gl.constexpr,
     D: gl.constexpr,
     BLOCKS: gl.constexpr,
 ):
-    """`D` is the width of a norm, and BLOCKS the sums of a row that are left or read: 0 without a norm."""
+    """LOADS tiles are read beside a product's. `D` is the width of a norm, and BLOCKS the sums of a row that are left
+    or read: 0 without a norm.
+    """
     transposed: gl.constexpr = KIND == "slope" or KIND == "norm_gradient"
     weight_shape: gl.constexpr = [DEPTH, BLOCK] if transposed else [BLOCK, DEPTH]
     inputs, weights, loaded, empty, turn = make_ring(x_desc.dtype, weight_shape)
@@ -236,16 +321,18 @@ def _product(
     gl.warp_specialize(
         [
             (_finish_tiles, (
-                out_desc, cos_ptr, sin_ptr, gain_ptr, rstd_ptr, sums_ptr, S, ROWS, inputs, weights, kepts, loaded,
-                empty, turn, kept_loaded, kept_empty, tiles, 0, ACROSS, STEPS, KIND, IS_U, HEAD, Q, G, EPS, D, BLOCKS,
+                out_desc, x_out_desc, cos_ptr, sin_ptr, gain_ptr, rstd_ptr, norm_ptr, sums_ptr, bias_ptr, slots_ptr,
+                skip_ptr, mix_ptr, pool, bias_stride, S, ROWS, inputs, weights, kepts, loaded, empty, turn, kept_loaded,
+                kept_empty, tiles, 0, ACROSS, STEPS, KIND, LOADS, IS_U, HEAD, Q, G, EPS, N, D, BLOCKS,
             )),
             (_finish_tiles, (
-                out_desc, cos_ptr, sin_ptr, gain_ptr, rstd_ptr, sums_ptr, S, ROWS, inputs, weights, kepts, loaded,
-                empty, turn, kept_loaded, kept_empty, tiles, 1, ACROSS, STEPS, KIND, IS_U, HEAD, Q, G, EPS, D, BLOCKS,
+                out_desc, x_out_desc, cos_ptr, sin_ptr, gain_ptr, rstd_ptr, norm_ptr, sums_ptr, bias_ptr, slots_ptr,
+                skip_ptr, mix_ptr, pool, bias_stride, S, ROWS, inputs, weights, kepts, loaded, empty, turn, kept_loaded,
+                kept_empty, tiles, 1, ACROSS, STEPS, KIND, LOADS, IS_U, HEAD, Q, G, EPS, N, D, BLOCKS,
             )),
             (_load, (
-                x_desc, w_desc, kept_desc, second_desc, inputs, weights, kepts, loaded, empty, kept_loaded, kept_empty,
-                tiles, ACROSS, STEPS, KIND,
+                x_desc, w_desc, kept_desc, second_desc, third_desc, inputs, weights, kepts, loaded, empty, kept_loaded,
+                kept_empty, tiles, ACROSS, STEPS, KIND, LOADS,
             )),
         ],
         [4, 1],
@@ -270,7 +357,7 @@ def launch_slope(
     of :class:`product.RowNorm`.
     """
     weight_d = swizzled(weight, DEPTH.value, BLOCK.value)
-    _launch("slope", x, weight_d, kept, out, (None, None, None, rstd), sums, IS_U=x.dtype == torch.float16)
+    _launch("slope", x, weight_d, out, [kept], norm=rstd, sums=sums, IS_U=x.dtype == torch.float16)
 
 
 def launch_heads(
@@ -281,19 +368,31 @@ def launch_heads(
     queries: int,
     keys: int,
     head_dim: int,
+    rstd: Tensor | None = None,
+    sums: Tensor | None = None,
 ) -> None:
     """out [M, N] = x [M, K] weight [N, K]^T, its first `queries` and `keys` heads normed and rotated.
 
     `tables` are cos, sin, gain and rstd of :class:`product.Heads`. 16-bit tensors as for :func:`launch_slope`.
     """
     weight_d = swizzled(weight, BLOCK.value, DEPTH.value)
-    _launch("heads", x, weight_d, out, out, tables, HEAD=head_dim, Q=queries, G=keys)
+    about = {"HEAD": head_dim, "Q": queries, "G": keys, "D": x.size(1)}
+    _launch("heads", x, weight_d, out, [], tables, norm=rstd, sums=sums, **about)
 
 
 def launch_residual(x: Tensor, weight: Tensor, stream: Tensor, out: Tensor, sums: Tensor | None) -> None:
     """out [M, N] = x [M, K] weight [N, K]^T + stream [M, N], and `sums` of its squares; as :func:`launch_slope`."""
     weight_d = swizzled(weight, BLOCK.value, DEPTH.value)
-    _launch("residual", x, weight_d, stream, out, (None,) * 4, sums)
+    _launch("residual", x, weight_d, out, [stream], sums=sums)
+
+
+def launch_boundary(x: Tensor, weight: Tensor, stream: Tensor, out: Tensor, sums: Tensor, boundary: "Boundary") -> None:
+    """out [M, N], what the next block reads of x [M, K] weight [N, K]^T + stream [M, N], and `sums` of its squares;
+    tensors of `boundary` as for :func:`launch_slope`.
+    """
+    weight_d = swizzled(weight, BLOCK.value, DEPTH.value)
+    read = [tensor for tensor in (stream, boundary.pushed, boundary.x0) if tensor is not None]
+    _launch("boundary", x, weight_d, out, read, sums=sums, boundary=boundary)
 
 
 def launch_norm_gradient(
@@ -303,30 +402,37 @@ def launch_norm_gradient(
     as :func:`launch_slope`.
     """
     weight_d = swizzled(weight, DEPTH.value, BLOCK.value)
-    _launch("norm_gradient", x, weight_d, stream, out, (None, None, None, rstd), sums, direct)
+    _launch("norm_gradient", x, weight_d, out, [stream, direct], norm=rstd, sums=sums)
 
 
 def _launch(
     kind: str,
     x: Tensor,
     weight_d: TensorDescriptor,
-    kept: Tensor,
     out: Tensor,
-    tables: tuple[Tensor | None, ...],
+    read: list[Tensor],
+    tables: tuple[Tensor | None, ...] = (None,) * 4,
+    norm: Tensor | None = None,
     sums: Tensor | None = None,
-    second: Tensor | None = None,
+    boundary: "Boundary | None" = None,
     **constants: int,
 ) -> None:
+    """`read` are the tensors [M, N] whose tiles a tile wants, in their order."""
     (rows, inputs), outputs, block, depth = x.shape, out.size(1), BLOCK.value, DEPTH.value
     tiles = _tiles(rows, outputs)
     cos, sin, gain, rstd = tables
+    mix, _, _, skip, bias, slots, x_out, length = boundary or (*(None,) * 7, 1)
+    kept_d, second_d, third_d = ([swizzled(tensor, block, block) for tensor in read] + [None] * 3)[:3]
+    out_d = swizzled(out, block, block)
     _product[(min(multiprocessors(x.device), tiles),)](
-        x_desc=swizzled(x, block, depth), w_desc=weight_d, kept_desc=swizzled(kept, block, block),
-        second_desc=None if second is None else swizzled(second, block, block),
-        out_desc=swizzled(out, block, block), cos_ptr=cos, sin_ptr=sin, gain_ptr=gain, rstd_ptr=rstd, sums_ptr=sums,
-        S=1 if cos is None else len(cos), ROWS=rows, tiles=tiles, ACROSS=cdiv(outputs, block),
-        STEPS=cdiv(inputs, depth), KIND=kind, EPS=RMS_EPS, D=outputs, BLOCKS=0 if sums is None else len(sums),
-        **{"IS_U": False, "HEAD": 0, "Q": 0, "G": 0, **constants}, num_warps=4, maxnreg=168,
+        x_desc=swizzled(x, block, depth), w_desc=weight_d, kept_desc=kept_d, second_desc=second_d, third_desc=third_d,
+        out_desc=out_d, x_out_desc=None if x_out is None else swizzled(x_out, block, block), cos_ptr=cos, sin_ptr=sin,
+        gain_ptr=gain, rstd_ptr=rstd, norm_ptr=norm, sums_ptr=sums, bias_ptr=bias, slots_ptr=slots, skip_ptr=skip,
+        mix_ptr=mix, pool=0 if bias is None else len(bias), bias_stride=0 if bias is None else bias.stride(0),
+        S=length if cos is None else len(cos), ROWS=rows, tiles=tiles, ACROSS=cdiv(outputs, block),
+        STEPS=cdiv(inputs, depth), KIND=kind, LOADS=len(read), EPS=RMS_EPS, N=outputs,
+        BLOCKS=0 if sums is None else len(sums),
+        **{"IS_U": False, "HEAD": 0, "Q": 0, "G": 0, "D": outputs, **constants}, num_warps=4, maxnreg=168,
     )  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from ..dispatch import aligned, cdiv, padded_rank
 from ..dot import multiply_add
 from ..launch import launched
 from ..rms_norm import EPS
-from ..tile import tiled
+from ..tile import rstd_of, tiled
 from .adapters import adapters_of, empty_packed
 from .heads import HeadTables, gains, heads_at_once, norm_rotate_by_quarters, norm_rotate_whole
 from .tiles import (
@@ -66,13 +66,21 @@ class Projected(NamedTuple):
     packed_b: Tensor
     rstds: list[Tensor]
     """with HeadTables, 1 / rms of each head of q and of k [B, S, heads] in fp32"""
+    norm: Tensor | None = None
+    """of an unnormed x, 1 / rms of each row [B, S] in fp32"""
 
     def flat(self) -> tuple[Tensor, ...]:
         return *self.outs, self.xa, self.packed_a, self.packed_b, *self.rstds
 
 
 def empty_projected(
-    x: Tensor, lora_a: Tensor, lora_b: Tensor, sizes: Sequence[int], head_dim: int = 0, is_packed: bool | None = None
+    x: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    sizes: Sequence[int],
+    head_dim: int = 0,
+    is_packed: bool | None = None,
+    unnormed: bool = False,
 ) -> Projected:
     """Memory for what :func:`launch_forward` makes. `is_packed` None: where the adapters have another dtype than x."""
     batch, length, _ = x.shape
@@ -84,6 +92,7 @@ def empty_projected(
         x.new_empty(batch, length, len(sizes) * padded_rank(lora_b.size(2))),
         *packed,
         [x.new_empty(batch, length, count, dtype=torch.float32) for count in heads],
+        x.new_empty(batch, length, dtype=torch.float32) if unnormed else None,
     )
 
 
@@ -99,14 +108,14 @@ def _store_piece(q_d, k_d, v_d, p, b, s, n, piece, M: tl.constexpr, N: tl.conste
 
 
 @launched
-@triton.jit(do_not_specialize=["S", "TILES", "COUNT"])
+@triton.jit(do_not_specialize=["S", "TILES", "COUNT", "ROWS"])
 def _forward_kernel(
     x_d, w_d, a_d, b_ptr, bias_ptr, inner_ptr, ranks_ptr, slots_ptr, q_d, k_d, v_d, xa_ptr, u_ptr, cos_ptr, sin_ptr,
-    gain_ptr, rstd_q_ptr, rstd_k_ptr,
-    table_stride, b_stride, S, TILES, COUNT,
+    gain_ptr, rstd_q_ptr, rstd_k_ptr, norm_ptr, squares_ptr,
+    table_stride, b_stride, S, TILES, COUNT, ROWS,
     NQ: tl.constexpr, NK: tl.constexpr, NV: tl.constexpr, D: tl.constexpr, R: tl.constexpr, RT: tl.constexpr,
     STACKED: tl.constexpr, RP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, HEAD: tl.constexpr,
-    HEADS: tl.constexpr, EPS: tl.constexpr, SQUARED: tl.constexpr, INNER: tl.constexpr,
+    HEADS: tl.constexpr, EPS: tl.constexpr, SQUARED: tl.constexpr, INNER: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """A program walks tiles [BM tokens, BN outputs of one projection] in one loop over all steps of all its tiles, so
     that the loads of a tile start while the one before it is finished, whose rounded pieces are stored one a step.
@@ -114,6 +123,8 @@ def _forward_kernel(
     relu(u)^2 of it leaves, at once, for want of registers; and u, where u_ptr is given.
 
     With inner_ptr x A^T, rows INNER apart, was made before; each adapter has a rank of its own in ranks_ptr.
+
+    With squares_ptr the rows x are unnormed: the product is divided by their rms, x A^T is stored as it is.
     """
     GROUPS: tl.constexpr = 1 if v_d is None else 3
     TQ: tl.constexpr = (NQ + BN - 1) // BN
@@ -184,6 +195,9 @@ def _forward_kernel(
                     gain_1 = gains(gain_ptr, head + HEADS, queries, HEADS)
                     gain_2 = gains(gain_ptr, head + 2 * HEADS, queries, HEADS)
                     gain_3 = gains(gain_ptr, head + 3 * HEADS, queries, HEADS)
+            if squares_ptr is not None:
+                norm = rstd_of(squares_ptr, token, mask, ROWS, D, EPS, BLOCKS)
+                tl.store(norm_ptr + token, norm, mask & (p == 0) & (n == 0))
             if bias_ptr is not None:
                 # As a product, with 1: added in registers, a row of it spills 172 bytes.
                 bias = tl.load(bias_ptr + row_n[:, None] + r * 0, (row_n < N)[:, None] & (r == 0)[None, :], other=0.0)
@@ -200,6 +214,8 @@ def _forward_kernel(
                     is_there = (row_n < N)[:, None] & (start + r < rank)[None, :]
                     lora_b = tl.load(b_rows + start, is_there, other=0.0).to(DTYPE)
                     acc = multiply_add(inner, lora_b.T, acc)
+            if squares_ptr is not None:
+                acc *= norm[:, None]
             if u_ptr is not None:
                 tl.store(u_ptr + token[:, None] * N + row_n, acc.to(DTYPE), mask[:, None] & (row_n < N)[None, :])
             if STEPS < 8:
@@ -255,8 +271,11 @@ def launch_forward(
     bias: Tensor | None = None,
     scale: Tensor | None = None,
     ranks: Tensor | None = None,
+    squares: Tensor | None = None,
 ) -> Projected:
     """Everything that the forward makes; with `heads`, q and k are normed, rotated and q is times the gain.
+
+    With `squares`, as of :class:`Unnormed`, the products are of x / rms(x), and xa is of x.
 
     One size is one product. `squared`: the product is u, of which relu(u)^2 is returned; `u` [B, S, N] gets it itself.
     `bias` [N] is added to one product; `scale` and `ranks` are as of :func:`adapters_of`.
@@ -264,7 +283,7 @@ def launch_forward(
     (batch, length, width), rank, groups = x.shape, lora_b.size(2), len(sizes)
     head_dim = heads.head_dim if heads else 0
     is_packed = lora_a.dtype != x.dtype or scale is not None or ranks is not None
-    made = empty_projected(x, lora_a, lora_b, sizes, head_dim, is_packed)
+    made = empty_projected(x, lora_a, lora_b, sizes, head_dim, is_packed, squares is not None)
     packed = (made.packed_a, made.packed_b) if is_packed else None
     adapters = adapters_of(x, lora_a, lora_b, slots, sizes, packed, scale, ranks)
     cos, sin, gain = heads[:3] if heads else (None, None, None)
@@ -279,11 +298,13 @@ def launch_forward(
             x_d=tiled(aligned(x), 1, m, k), w_d=tiled(aligned(weight), n, k), a_d=tiled(adapters.a, 1, padded, k),
             b_ptr=adapters.b, bias_ptr=bias, inner_ptr=None, ranks_ptr=None, slots_ptr=adapters.slots,
             q_d=q_d, k_d=k_d, v_d=v_d, xa_ptr=made.xa, u_ptr=u, cos_ptr=cos, sin_ptr=sin, gain_ptr=gain,
-            rstd_q_ptr=rstd_q, rstd_k_ptr=rstd_k, table_stride=heads.table_stride if heads else None,
-            b_stride=adapters.b.stride(0), S=length, TILES=tiles, COUNT=adapters.b.size(0),
+            rstd_q_ptr=rstd_q, rstd_k_ptr=rstd_k, norm_ptr=made.norm, squares_ptr=squares,
+            table_stride=heads.table_stride if heads else None,
+            b_stride=adapters.b.stride(0), S=length, TILES=tiles, COUNT=adapters.b.size(0), ROWS=batch * length,
             NQ=nq, NK=nk, NV=nv, D=width, R=rank, RT=adapters.b.size(2),
             STACKED=adapters.is_packed and is_stacked(rank, groups), RP=padded, BM=m, BN=n, BK=k, HEAD=head_dim,
             HEADS=heads_at_once(n, head_dim), EPS=EPS, SQUARED=squared, INNER=0,
+            BLOCKS=0 if squares is None else len(squares),
             num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
     return made
@@ -311,8 +332,9 @@ def launch_after_inner(
             x_d=tiled(aligned(x), 1, m, k), w_d=tiled(aligned(weight), n, k), a_d=None, b_ptr=lora_b, bias_ptr=bias,
             inner_ptr=inner, ranks_ptr=ranks, slots_ptr=slots, q_d=tiled(out, 1, m, n // PIECES), k_d=None, v_d=None,
             xa_ptr=None, u_ptr=None, cos_ptr=None, sin_ptr=None, gain_ptr=None, rstd_q_ptr=None, rstd_k_ptr=None,
-            table_stride=None, b_stride=lora_b.stride(0), S=length, TILES=tiles, COUNT=count, NQ=outputs, NK=0, NV=0,
+            norm_ptr=None, squares_ptr=None, table_stride=None, b_stride=lora_b.stride(0), S=length, TILES=tiles,
+            COUNT=count, ROWS=batch * length, NQ=outputs, NK=0, NV=0,
             D=width, R=rank, RT=rank, STACKED=False, RP=STEP, BM=m, BN=n, BK=k, HEAD=0, HEADS=heads_at_once(n, 0),
-            EPS=EPS, SQUARED=False, INNER=inner.stride(1), num_warps=config.warps, num_stages=config.stages,
+            EPS=EPS, SQUARED=False, INNER=inner.stride(1), BLOCKS=0, num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
     return out

@@ -39,11 +39,20 @@ Zhang and Sennrich 2019 (RMSNorm).
 from typing import TYPE_CHECKING
 
 from ...lazy import lazy_exports
-from .reference import EPS, ResidualNorm, residual_norm_ref, rms_norm_ref
+from .reference import EPS, ResidualNorm, Unnormed, opened, residual_norm_ref, rms_norm_ref
 
 if TYPE_CHECKING:
     from .op import residual_norm, rms_norm
 
-__all__ = ["EPS", "ResidualNorm", "residual_norm", "residual_norm_ref", "rms_norm", "rms_norm_ref"]
+__all__ = [
+    "EPS",
+    "ResidualNorm",
+    "Unnormed",
+    "opened",
+    "residual_norm",
+    "residual_norm_ref",
+    "rms_norm",
+    "rms_norm_ref",
+]
 
 __getattr__, __dir__ = lazy_exports(__name__)

@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from ..launch import launched
+from ..tile import rstd_of
 from .forward import bias_row, columns, gains, mean_of_rows
 
 SPLITS_AT_ONCE = 32
@@ -16,14 +17,15 @@ GROUP = 64
 @triton.jit
 def backward(
     dn_ptr, dx_in_ptr, dx_out_ptr, n_ptr, rstd_ptr, x_ptr, branch_ptr, scale_ptr, bias_ptr, slots_ptr, pushed_ptr,
-    skip_ptr, mix_ptr, x0_ptr, weight_ptr, dx_ptr, dbranch_ptr, dpushed_ptr, dx0_ptr, sums_ptr, tokens, pool,
-    bias_stride,
+    skip_ptr, mix_ptr, x0_ptr, weight_ptr, squares_ptr, dx_ptr, dbranch_ptr, dpushed_ptr, dx0_ptr, sums_ptr, tokens,
+    pool, bias_stride, all_tokens,
     BIAS: tl.constexpr, SCALE: tl.constexpr, MIX: tl.constexpr, SKIP: tl.constexpr, WEIGHT: tl.constexpr,
     ADDS: tl.constexpr, UNIT_OFFSET: tl.constexpr, D: tl.constexpr, CHUNKS: tl.constexpr, ROWS: tl.constexpr,
-    CHUNK: tl.constexpr, STEPS: tl.constexpr,
+    CHUNK: tl.constexpr, STEPS: tl.constexpr, EPS: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """Gradients of SPLIT = ROWS * STEPS tokens; BIAS, SCALE, MIX, SKIP, WEIGHT say whose sums go to sums_ptr, in that
-    order. With a weight, which may be 0, n_ptr is x_in.
+    order. With a weight, which may be 0, n_ptr is x_in; with squares_ptr, as of Unnormed, it is, too, and dn_ptr is the
+    gradient of n times rstd.
 
     The sum for `mix_x` wants the stream before the mix. In 16 bits it comes from what is read anyway, as x_in =
     n / rstd and mix_x * stream = x_in - mix_x0 * x0, unless a factor is so small beside the other that digits would be
@@ -70,11 +72,17 @@ def backward(
         grad = tl.zeros((ROWS, CHUNKS, CHUNK), tl.float32)
         if dn_ptr is not None or MIX:
             n = tl.load(n_ptr + base + offsets, mask=mask, other=0.0).to(tl.float32)
-            rstd = tl.load(rstd_ptr + row_of_batch + rows, mask=first + rows < tokens, other=1.0)
-            if weight_ptr is not None:
+            is_token = first + rows < tokens
+            if squares_ptr is not None:
+                rstd = rstd_of(squares_ptr, row_of_batch + rows, is_token, all_tokens, D, EPS, BLOCKS)
+            else:
+                rstd = tl.load(rstd_ptr + row_of_batch + rows, mask=is_token, other=1.0)
+            if weight_ptr is not None or squares_ptr is not None:
                 n *= rstd[:, None, None]
         if dn_ptr is not None:
             dn = tl.load(dn_ptr + base + offsets, mask=mask, other=0.0).to(tl.float32)
+            if squares_ptr is not None:
+                dn *= (1.0 / rstd)[:, None, None]
             if WEIGHT:
                 dweight += dn * n
             if weight_ptr is not None:

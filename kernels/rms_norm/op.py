@@ -82,12 +82,12 @@ def _outputs(x: Tensor, stores_x_out: bool, stores_x_in: bool) -> tuple[Tensor, 
     "klora::residual_norm_backward_",
     mutates_args=("dx", "dbranch", "dpushed", "dscale", "dmix", "dskip", "dbias", "dx0", "dweight"),
 )
-def _backward_op(
+def backward_op(
     dn: Tensor | None,
     dx_in: Tensor | None,
     dx_out: Tensor | None,
     n: Tensor,
-    rstd: Tensor,
+    rstd: Tensor | None,
     x: Tensor | None,
     branch: Tensor | None,
     scale: Tensor | None,
@@ -109,9 +109,11 @@ def _backward_op(
     weight: Tensor | None,
     dweight: Tensor | None,
     unit_offset: bool,
+    squares: Tensor | None,
 ) -> None:
     """Writes the gradients that are given. The rows of `dbias` [slots, D] that `slots` name are written, and all of
-    `dx0` is, or added to with `adds_dx0`. With a weight, `n` is x_in.
+    `dx0` is, or added to with `adds_dx0`. With a weight, `n` is x_in. With `squares`, in place of `rstd`, it is x_in,
+    and `dn` the gradient that :class:`Unnormed` has.
     """
     vectors = [grad for grad in (dscale, dmix, dskip) if grad is not None]
     batch, tokens, width = n.shape
@@ -132,13 +134,14 @@ def _backward_op(
     backward[(batch * splits,)](
         dn_ptr=dn, dx_in_ptr=dx_in, dx_out_ptr=dx_out, n_ptr=n, rstd_ptr=rstd, x_ptr=x, branch_ptr=branch,
         scale_ptr=scale, bias_ptr=bias, slots_ptr=slots, pushed_ptr=pushed, skip_ptr=skip, mix_ptr=mix, x0_ptr=x0,
-        weight_ptr=weight, dx_ptr=dx, dbranch_ptr=dbranch, dpushed_ptr=dpushed, dx0_ptr=dx0, sums_ptr=both,
-        tokens=tokens,
+        weight_ptr=weight, squares_ptr=squares, dx_ptr=dx, dbranch_ptr=dbranch, dpushed_ptr=dpushed, dx0_ptr=dx0,
+        sums_ptr=both, tokens=tokens,
         pool=0 if bias is None else bias.size(0), bias_stride=0 if bias is None else bias.stride(0),
+        all_tokens=batch * tokens,
         BIAS=has_bias, SCALE=dscale is not None, MIX=dmix is not None, SKIP=dskip is not None,
         WEIGHT=has_weight, ADDS=adds_dx0, UNIT_OFFSET=unit_offset, D=width,
-        CHUNKS=config.chunks, ROWS=config.rows, CHUNK=config.chunk, STEPS=SPLIT // config.rows,
-        num_warps=config.num_warps,
+        CHUNKS=config.chunks, ROWS=config.rows, CHUNK=config.chunk, STEPS=SPLIT // config.rows, EPS=EPS,
+        BLOCKS=0 if squares is None else len(squares), num_warps=config.num_warps,
     )  # fmt: skip
     if has_bias:
         _add_splits(sums[0], dbias, slots, batch)
@@ -213,7 +216,7 @@ def _backward(ctx, dx_out, dx_in, dn, _):
     given = dx, dbranch, dpushed, dscale, dmix, dskip, dbias if bias else None, dx0 if x0 else None
     dweight = empty_grad(weight) if needs_weight else None
     adds = ctx.adds_x0 and ctx.x0_grad is not None
-    _backward_op(dn, dx_in, dx_out, *ctx.saved_tensors[:-1], *given, adds, weight, dweight, ctx.unit_offset)
+    backward_op(dn, dx_in, dx_out, *ctx.saved_tensors[:-1], *given, adds, weight, dweight, ctx.unit_offset, None)
     dbias, dx0 = dbias if bias and ctx.bias_grad is None else None, dx0 if x0 and ctx.x0_grad is None else None
     dx, dbranch = dx if x else None, dx if is_shared else dbranch
     return dx, dbranch, dscale, dbias, None, dpushed, dskip, dmix, dx0, *(None,) * 5, dweight, None, None
@@ -296,26 +299,12 @@ def residual_norm(
 
     Example: x_out, x_in, n = residual_norm(x, branch, scale, push=True)
     """
-    reference = _takes_reference(x, ("B", "S", "D"), backend)
-    tensors = {"branch": branch, "pushed": pushed, "x0": x0, "scale": scale, "skip": skip, "mix": mix, "bias": bias}
-    given = {**tensors, "slots": slots, "bias_grad": bias_grad, "x0_grad": x0_grad}
-    for name, other in NEEDS:
-        if given[name] is not None and given[other] is None:
-            raise ValueError(f"{name} is given without {other}")
-    slots, width = expect_slots(slots, x.size(0), x.device), x.size(2)
-    rows = x.size(0) if slots is None else "slots"
-    shapes = {"scale": (width,), "skip": (width,), "mix": (2, width), "bias": (rows, width)}
-    fp32 = () if reference else (torch.float32,)
-    for name, tensor in tensors.items():
-        if tensor is not None:
-            expect(name, tensor, shapes.get(name, x.shape), fp32 if name in shapes else (x.dtype,), x.device)
+    slots = check_boundary(
+        x, branch=branch, pushed=pushed, x0=x0, scale=scale, skip=skip, mix=mix, bias=bias, slots=slots,
+        bias_grad=bias_grad, x0_grad=x0_grad, backend=backend,
+    )  # fmt: skip
+    reference = resolve_backend(backend, x) == "reference"
     _check_gain(x, weight, eps, unit_offset, reference)
-    if bias_grad is not None:
-        expect_rows("bias_grad", bias_grad, bias, (torch.float32,))
-    if x0_grad is not None:
-        expect("x0_grad", x0_grad, x.shape, (x.dtype,), x.device)
-        if not x0_grad.is_contiguous():
-            raise ValueError(f"x0_grad has strides {list(x0_grad.stride())}; wanted a contiguous tensor")
     if reference:
         refuse_in_reference(bias_grad=bias_grad, x0_grad=x0_grad)
         return residual_norm_ref(
@@ -334,6 +323,29 @@ def residual_norm(
     if is_plain:
         x_out = x_in = x
     return ResidualNorm(x_out if push else None, None if last else x_in, n)
+
+
+def check_boundary(x: Tensor, *, backend: str | None, **given: Tensor | None) -> Tensor | None:
+    """The slots as the kernel takes them; raises on tensors of a boundary that the backend does not take."""
+    reference = _takes_reference(x, ("B", "S", "D"), backend)
+    for name, other in NEEDS:
+        if given.get(name) is not None and given.get(other) is None:
+            raise ValueError(f"{name} is given without {other}")
+    slots, width = expect_slots(given["slots"], x.size(0), x.device), x.size(2)
+    rows = x.size(0) if slots is None else "slots"
+    shapes = {"scale": (width,), "skip": (width,), "mix": (2, width), "bias": (rows, width)}
+    fp32 = () if reference else (torch.float32,)
+    for name in ("branch", "pushed", "x0", *shapes):
+        if given.get(name) is not None:
+            expect(name, given[name], shapes.get(name, x.shape), fp32 if name in shapes else (x.dtype,), x.device)
+    bias_grad, x0_grad = given["bias_grad"], given["x0_grad"]
+    if bias_grad is not None:
+        expect_rows("bias_grad", bias_grad, given["bias"], (torch.float32,))
+    if x0_grad is not None:
+        expect("x0_grad", x0_grad, x.shape, (x.dtype,), x.device)
+        if not x0_grad.is_contiguous():
+            raise ValueError(f"x0_grad has strides {list(x0_grad.stride())}; wanted a contiguous tensor")
+    return slots
 
 
 def _check_gain(x: Tensor, weight: Tensor | None, eps: float, unit_offset: bool, reference: bool) -> None:

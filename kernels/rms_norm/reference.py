@@ -11,6 +11,44 @@ from ..slots import rows_of_slots
 EPS = 2.0**-23
 
 
+class Unnormed(NamedTuple):
+    """n = x / rms(x) [B, S, D] that is not stored: the product that reads it is by x, and divides by rms(x) as it ends.
+
+    Autograd knows it as `n`, whose gradient is that of n divided by rms(x): what the product by x gives anyway.
+
+    Example: Unnormed(n=x.new_empty(1).expand_as(x), x=x, squares=x.square().sum(-1).view(1, -1))
+    """
+
+    n: Tensor
+    """[B, S, D] of no memory, whose numbers mean nothing"""
+    x: Tensor
+    """[B, S, D]"""
+    squares: Tensor
+    """[blocks, B S] fp32, the sums of x's squares over blocks of D"""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of n."""
+        return self.n.dtype
+
+    @property
+    def is_cuda(self) -> bool:
+        """Whether it is on a GPU."""
+        return self.n.is_cuda
+
+    def size(self, dim: int) -> int:
+        """Of n."""
+        return self.n.size(dim)
+
+
+def opened(n: Tensor | Unnormed) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """What autograd knows n as, and, where it is not stored, x, whose gradient is not asked for, and its squares.
+
+    Example: n, x, squares = opened(rms_norm(x))
+    """
+    return (n.n, n.x.detach(), n.squares) if isinstance(n, Unnormed) else (n, None, None)
+
+
 class ResidualNorm(NamedTuple):
     """What comes out of a boundary: three tensors [B, S, D] of one dtype, or None.
 
@@ -21,7 +59,7 @@ class ResidualNorm(NamedTuple):
     """the block's output, where it was asked for"""
     x_in: Tensor | None
     """the residual stream that goes on, unless it ends here"""
-    n: Tensor
+    n: Tensor | Unnormed
     """x_in normalised"""
 
 
