@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..kernels import (
     BOS_ID,
+    Unnormed,
     bigram_embedding,
     bigram_hash_ref,
     causal_attention,
@@ -33,6 +34,7 @@ from ..kernels import (
     relu_squared_mlp,
     relu_squared_ref,
     residual_mlp,
+    residual_mlp_norm,
     residual_norm,
     rms_norm_ref,
 )
@@ -91,10 +93,15 @@ class Adapters(NamedTuple):
 class Context(Protocol):
     """Tokens before those of a forward, which reads what is kept of them: it does what depends on that."""
 
+    takes_unnormed: bool
+    """Whether its attention takes an n that is not stored"""
+
     def embedded(self, weights: Weights, tokens: Tensor, backend: str | None) -> Tensor:
         """tokens int [B, S or more] -> x0 [B, S, D] of the last S, in the compute dtype."""
 
-    def attend(self, about: "About", index: int, weight: BlockWeights, n: Tensor, lora: Lora | None) -> Tensor:
+    def attend(
+        self, about: "About", index: int, weight: BlockWeights, n: Tensor | Unnormed, lora: Lora | None
+    ) -> Tensor:
         """What block `index`'s attention gives its input n [B, S, D]: [B, S, Nq]."""
 
 
@@ -103,6 +110,8 @@ class KVCache:
 
     A context of the tokens that it holds; the caller adds those of a forward to `filled`.
     """
+
+    takes_unnormed = False
 
     def __init__(self, weights: Weights, batch: int, length: int):
         config, device = weights.config, weights.embed.device
@@ -190,8 +199,12 @@ def hidden(
         with phase("block"):
             # The output of the last block that pushes is joined through the next one's mix.
             push, popped = index + 1 < pushes, pushed.pop() if joins else None
-            given = {} if after is None else {"x0": x0, "x0_grad": x0_grad, "adds_x0": index + 2 < len(blocks)}
-            x_out, x, n = block(about, weight, after, x, n, given | bias, lora, held, push, popped)
+            given, unnormed = {}, False
+            if after is not None:
+                given = {"x0": x0, "x0_grad": x0_grad, "adds_x0": index + 2 < len(blocks)}
+                its_lora = None if adapters is None else adapters.blocks[index + 1].qkv
+                unnormed = _is_one_op(about, after, its_lora, x0.is_cuda) if held is None else context.takes_unnormed
+            x_out, x, n = block(about, weight, after, x, n, given | bias, lora, held, push, popped, unnormed)
         if push:
             pushed.append(x_out)
     return n
@@ -215,39 +228,35 @@ def block(
     weight: BlockWeights,
     after: BlockWeights | None,
     x: Tensor,
-    n: Tensor,
+    n: Tensor | Unnormed,
     given: dict[str, Tensor | None],
     lora: BlockAdapters,
     held: Callable[..., Tensor] | None,
     push: bool,
     popped: Tensor | None,
-) -> tuple[Tensor | None, Tensor | None, Tensor]:
+    unnormed: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | Unnormed]:
     """One block, from the stream x [B, T, D] and what it reads of it, n [B, S, D], to the next block's x and n.
 
     The first of the results is the block's output, where it is pushed. `after` is the next block, whose join and mix
-    belong to the boundary, as does what is `given` to it. `held` is attention in a context.
+    belong to the boundary, as does what is `given` to it. `held` is attention in a context. `unnormed`: the next block
+    takes an n that is not stored.
     """
     backend = about.backend
     mixed = attention(about, weight, n, lora.qkv, x.size(1), held)
     adapted = lora.o is not None or lora.up is not None or lora.down is not None
+    if after is not None:
+        skip = after.skip if popped is not None else None
+        given = {**given, "pushed": popped, "skip": skip, "mix": after.mix, "push": push}
     if adapted or isinstance(weight.out, Int6Matrix):
         _, x, n = residual_norm(x, *_out(about, weight, mixed, lora.o), backend=backend)
         branch, scale = _mlp(about, weight, n, lora.up, lora.down)
+    elif unnormed:
+        return residual_mlp_norm(mixed, x, weight.out, weight.up, weight.down, **given, backend=backend)
     else:
         x = residual_mlp(mixed, x, weight.out, weight.up, weight.down, backend=backend)
         branch = scale = None
-    return residual_norm(
-        x,
-        branch,
-        scale,
-        **given,
-        pushed=popped,
-        skip=after.skip if popped is not None else None,
-        mix=after.mix if after is not None else None,
-        push=push,
-        last=after is None,
-        backend=backend,
-    )
+    return residual_norm(x, branch, scale, **given, last=after is None, backend=backend)
 
 
 def _linear(x: Tensor, weight: Matrix, backend: str | None) -> Tensor:
@@ -299,33 +308,42 @@ def _projected(about: About, weight: BlockWeights, n: Tensor, lora: Lora | None)
     return *norm_rotary(q, k, *about.rotary, weight.gain, backend=about.backend), v
 
 
+def _by_kernel(about: About, lora: Lora | None, is_cuda: bool) -> bool:
+    """Whether attention is our kernels': what was chosen for training replaces them, but beside adapters."""
+    runs_kernel = about.backend == "triton" or (about.backend is None and is_cuda)
+    return runs_kernel and about.config.head_dim in HEAD_DIMS and (lora is not None or about.chosen == "klora")
+
+
+def _is_one_op(about: About, weight: BlockWeights, lora: Lora | None, is_cuda: bool) -> bool:
+    """Whether one op makes attention's output of n, which then need not be stored."""
+    is_taken = isinstance(weight.qkv, Tensor) and takes(weight.qkv.dtype, about.config.head_dim)
+    return _by_kernel(about, lora, is_cuda) and (lora is not None or is_taken)
+
+
 def attention(
     about: About,
     weight: BlockWeights,
-    n: Tensor,
+    n: Tensor | Unnormed,
     lora: Lora | None,
     tail: int,
     held: Callable[..., Tensor] | None,
 ) -> Tensor:
     """n [B, S, D] -> what the block's attention gives the last `tail` inputs, [B, tail, Nq].
 
-    A head size that our kernels do not take goes through PyTorch's attention, whose backward promises no bits. What was
-    chosen for training replaces both, but beside adapters. `held`, in a context, is its own.
+    A head size that our kernels do not take goes through PyTorch's attention, whose backward promises no bits. `held`,
+    in a context, is its own.
     """
     if held is not None:
         return held(weight, n, lora)[:, n.size(1) - tail :]
     backend, sizes, head_dim = about.backend, about.config.qkv_sizes, about.config.head_dim
-    runs_kernel = backend == "triton" or (backend is None and n.is_cuda)
-    chosen = about.chosen if lora is None else "klora"
-    by_kernel = chosen == "klora" and runs_kernel and head_dim in HEAD_DIMS
     tables, options = (*about.rotary, weight.gain), {"head_dim": head_dim, "tail": tail, "unit_tables": True}
-    if by_kernel and lora is not None:
+    if _is_one_op(about, weight, lora, n.is_cuda):
+        if lora is None:
+            return qkv_attention(n, weight.qkv, *tables, sizes, **options, start=about.start, backend=backend)
         options |= {"slots": about.slots, "sizes": sizes, "grads": lora.grads}
         return lora_attention(n, _dense(weight.qkv, n.dtype), lora.a, lora.b, *tables, **options, backend=backend)
-    if by_kernel and takes(n.dtype, head_dim) and isinstance(weight.qkv, Tensor):
-        return qkv_attention(n, weight.qkv, *tables, sizes, **options, start=about.start, backend=backend)
     q, k, v = _projected(about, weight, n, lora)
-    if by_kernel:
+    if _by_kernel(about, lora, n.is_cuda):
         return causal_attention(q, k, v, tail, start=about.start, backend=backend).flatten(2)
-    name = about.attention if chosen == "klora" else chosen
+    name = about.attention if lora is not None or about.chosen == "klora" else about.chosen
     return attend(q, k, v, name, about.start)[:, q.size(1) - tail :].flatten(2)

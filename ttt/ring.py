@@ -11,11 +11,12 @@ embedding reads nothing: what lies before that does not matter.
 """
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from ..kernels import bigram_embedding, cache_write_, lora_cached_attention
+from ..kernels import Unnormed, bigram_embedding, cache_write_, lora_cached_attention
 from ..kernels.attention import HEAD_DIMS
 from ..model.config import ConfigError, ModelConfig
 from ..model.network import About, Lora
@@ -73,6 +74,7 @@ class RingContext:
     cos: Tensor
     sin: Tensor
     kept: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    takes_unnormed: ClassVar[bool] = True
 
     @classmethod
     def of(cls, ring: Ring, slots: Tensor, filled: Tensor, count: Tensor, column: Tensor) -> "RingContext":
@@ -85,7 +87,7 @@ class RingContext:
         tables = weights.embed, weights.bigram, weights.gate
         return bigram_embedding(tokens, *tables, weights.dtype, backend=backend)[:, LEAD:].contiguous()
 
-    def attend(self, about: About, index: int, weight: BlockWeights, n: Tensor, lora: Lora) -> Tensor:
+    def attend(self, about: About, index: int, weight: BlockWeights, n: Tensor | Unnormed, lora: Lora) -> Tensor:
         """Attention over the chunk and what its window holds of the tokens before it, under the documents' adapters."""
         ring = self.ring
         held = ring.keys[index], ring.values[index], self.slots, self.filled, ring.window

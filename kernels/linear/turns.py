@@ -133,6 +133,12 @@ def _document_bias(bias_ptr, slots_ptr, m, n, length, pool, stride, COLUMNS: gl.
 
 
 @gluon.jit
+def _computed(tile):
+    """`tile`, computed here: the compiler would rather keep what it is computed from across a wait, and spill it."""
+    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=f,f", [tile], dtype=gl.float32, is_pure=False, pack=1)
+
+
+@gluon.jit
 def _release(kept_empty, group: gl.constexpr):
     """Says that a place was read."""
     fence_async_shared()
@@ -200,15 +206,17 @@ def _finish_tiles(
                 fence_async_shared()
                 tma.async_copy_shared_to_global(x_out_desc, [m, n], kept)
                 tma.store_wait(0)
+            acc = _computed(acc)
             _release(kept_empty, GROUP)
             if LOADS == 3:
-                skip = _of_columns(skip_ptr, n, N)
                 mbarrier.wait(kept_loaded.index(GROUP), (first + 1) % 2)
+                skip = _of_columns(skip_ptr, n, N)
                 acc = gl.fma(kept.load(ACC).to(gl.float32), skip, acc)
+                acc = _computed(acc)
                 _release(kept_empty, GROUP)
+            mbarrier.wait(kept_loaded.index(GROUP), (first + LOADS - 1) % 2)
             acc *= _of_columns(mix_ptr, n, N)
             mix_x0 = _of_columns(mix_ptr + N, n, N)
-            mbarrier.wait(kept_loaded.index(GROUP), (first + LOADS - 1) % 2)
             acc = gl.fma(kept.load(ACC).to(gl.float32), mix_x0, acc)
             acc = acc.to(kept.dtype).to(gl.float32)
             gl.store(sums_row, _row_sums(acc * acc), mask=row < ROWS)
