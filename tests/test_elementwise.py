@@ -428,12 +428,29 @@ def test_the_ops_are_registered_as_torch_wants_it():
     backward = torch.ops.klora.residual_norm_backward_
     given = [torch.zeros(3, 16), torch.zeros_like(plain[0])]
     grads = [torch.zeros_like(plain[place]) for place in (0, 1, 5, 2, 7, 6)]
-    torch.library.opcheck(backward, (*plain[:1] * 4, rstd, *plain, *grads, *given, True, None, None, False))
+    torch.library.opcheck(backward, (*plain[:1] * 4, rstd, *plain, *grads, *given, True, None, None, False, None))
     nothing, scale = [None] * 9, t["scale"].detach()
     torch.library.opcheck(
         backward,
-        (plain[0], None, None, plain[0], rstd, *nothing, grads[0], *[None] * 7, False, scale, scale.clone(), True),
+        (
+            plain[0],
+            None,
+            None,
+            plain[0],
+            rstd,
+            *nothing,
+            grads[0],
+            *[None] * 7,
+            False,
+            scale,
+            scale.clone(),
+            True,
+            None,
+        ),
     )
+    squares = plain[0].square().sum(-1).view(1, -1)
+    given = plain[0], None, None, plain[0], None, *nothing, grads[0], *[None] * 7, False, None, None, False, squares
+    torch.library.opcheck(backward, given)
     qkv, gain, dq, dk = heads(S=3)
     cos, sin = rotary_tables(3, 16, 100.0)
     q, k = qkv[..., :64].unflatten(-1, (4, 16)), qkv[..., 64:96].unflatten(-1, (2, 16))

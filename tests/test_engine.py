@@ -433,9 +433,10 @@ def test_a_step_is_shapes_alone_and_runs_the_kernels_once_where_they_are_needed(
     seen = ops.seen
     assert seen == {
         "bigram_embedding": 1,
-        "residual_norm": 11,
+        "residual_norm": 2,  # before the first block and behind the last
         "lora_attention": 10,
-        "residual_mlp": 10,
+        "residual_mlp_norm": 9,
+        "residual_mlp": 1,
         "lora_head_nll_grads_": 1,
         "residual_norm_backward_": 10,  # none below block 0
         "lora_backward_": 10,
@@ -449,6 +450,7 @@ def test_a_step_is_shapes_alone_and_runs_the_kernels_once_where_they_are_needed(
     with Ops() as ops:
         engine._steps[3, 4, True]()
     apart = {"residual_mlp": ["residual_norm", "lora_linear", "lora_mlp"]}
+    apart["residual_mlp_norm"] = [*apart["residual_mlp"], "residual_norm"]
     apart["residual_mlp_backward_"] = ["residual_norm_backward_", *3 * ["lora_backward_"]]
     expected = Counter()
     for name, count in seen.items():
@@ -475,9 +477,10 @@ def test_a_step_that_only_scores_runs_no_backward():
         engine._steps[0, 4, False]()
     assert ops.seen == {
         "bigram_embedding": 1,
-        "residual_norm": 11,
+        "residual_norm": 2,  # before the first block and behind the last
         "lora_attention": 10,
-        "residual_mlp": 10,
+        "residual_mlp_norm": 9,
+        "residual_mlp": 1,
         "head_nll": 1,
     }
 

@@ -99,17 +99,21 @@ def test_opcheck():
     leaves = [call[name].detach().requires_grad_() for name in ("x", "weight", "lora_a", "lora_b")]
     leaves[1] = leaves[1].detach()
     rest = (call["cos"], call["sin"], call["gain"], call["slots"], list(call["sizes"]), 16, 8, None, None, True)
-    torch.library.opcheck(torch.ops.klora.lora_attention.default, (*leaves, *rest, *WITHOUT_CACHE))
+    torch.library.opcheck(torch.ops.klora.lora_attention.default, (*leaves, *rest, *WITHOUT_CACHE, None, None))
     out, lse, q, k, v, _, _, _, *rstds = (
-        t.detach() for t in torch.ops.klora.lora_attention(*leaves, *rest, *WITHOUT_CACHE)
+        t.detach() for t in torch.ops.klora.lora_attention(*leaves, *rest, *WITHOUT_CACHE, None, None)
     )
-    grads = (torch.zeros_like(t) for t in (q, k, v))
-    given = (out, out, lse, q, k, v, *rest[:3], *rstds, True, *WITHOUT_CACHE, *grads)
+    grads = [torch.zeros_like(t) for t in (q, k, v)]
+    given = [out, out, lse, q, k, v, *rest[:3], *rstds, True, *WITHOUT_CACHE, None, *grads]
+    torch.library.opcheck(torch.ops.klora.lora_attention_backward_.default, given)
+    x, squares = leaves[0].detach(), leaves[0].detach().square().sum(-1).view(1, -1)
+    torch.library.opcheck(torch.ops.klora.lora_attention.default, (*leaves, *rest, *WITHOUT_CACHE, x.clone(), squares))
+    given[-4] = squares.view(x.shape[:2])
     torch.library.opcheck(torch.ops.klora.lora_attention_backward_.default, given)
     call, _ = cached(length=17, slots=[1, 0], count=2)
     rest = (call["cos"], call["sin"], *rest[2:6], 17, *rest[7:])
     cache = (call[name].nan_to_num() if call[name].is_floating_point() else call[name] for name in CACHE)
-    torch.library.opcheck(torch.ops.klora.lora_attention.default, (*leaves, *rest, *cache, call["window"]))
+    torch.library.opcheck(torch.ops.klora.lora_attention.default, (*leaves, *rest, *cache, call["window"], None, None))
 
 
 @pytest.mark.slow

@@ -158,10 +158,12 @@ def test_the_op_is_registered_as_torch_wants_it():
     (x, weight, cos, sin, gain, _), sizes, head_dim = draw(length=9)
     leaves = [t.requires_grad_() for t in (x, weight)]
     given = (*leaves, cos, sin, gain.requires_grad_(), list(sizes), head_dim, 9, True, None)
-    torch.library.opcheck(torch.ops.klora.qkv_attention.default, given)
-    out, qkv, rstd, lse = (t.detach() for t in torch.ops.klora.qkv_attention(*given))
-    tables = cos, sin, gain.detach(), list(sizes), head_dim, True, None
-    for dgain in (torch.zeros_like(gain.detach()), None):
+    stream, squares = x.detach().clone(), x.detach().square().sum(-1).view(1, -1)
+    torch.library.opcheck(torch.ops.klora.qkv_attention.default, (*given, None, None))
+    torch.library.opcheck(torch.ops.klora.qkv_attention.default, (*given, stream, squares))
+    out, qkv, rstd, lse, norm = (t.detach() for t in torch.ops.klora.qkv_attention(*given, stream, squares))
+    for dgain, its_norm in ((torch.zeros_like(gain.detach()), norm), (None, None)):
+        tables = cos, sin, gain.detach(), list(sizes), head_dim, True, None, its_norm
         grads = torch.zeros_like(qkv), dgain
         torch.library.opcheck(
             torch.ops.klora.qkv_attention_backward_.default, (out, out, qkv, rstd, lse, *tables, *grads)
