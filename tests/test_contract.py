@@ -47,6 +47,7 @@ from klora.kernels import (
     quantize_int6,
     relu_squared_mlp,
     residual_mlp,
+    residual_mlp_norm,
     residual_norm,
     rms_norm,
     rotary_tables,
@@ -90,6 +91,16 @@ def _with_one_slot(slots: Tensor, **given: Any) -> tuple[Tensor, ...]:
     return lora_cached_attention(**given, slots=slots, cache_slots=slots)
 
 
+def _up_to_attention(
+    weight: Tensor, lora_a: Tensor, lora_b: Tensor, cos: Tensor, sin: Tensor, gain: Tensor, slots: Tensor, backend: str,
+    **given: Any,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """What is not stored shows in the attention behind it."""
+    x_out, x_in, n = residual_mlp_norm(**given, push=True, backend=backend)
+    about = {"head_dim": HEAD, "backend": backend}
+    return x_out, x_in, lora_attention(n, weight, lora_a, lora_b, cos, sin, gain, slots, SIZES, **about)
+
+
 def ops(B: int = 2, S: int = 5, dtype: torch.dtype = torch.float32) -> dict[str, Op]:
     """A call of every op that has outputs, for B documents of S tokens."""
     draw = torch.Generator().manual_seed(0)
@@ -126,6 +137,15 @@ def ops(B: int = 2, S: int = 5, dtype: torch.dtype = torch.float32) -> dict[str,
             residual_mlp,
             {"mixed": randn(B, S, 48), "x": x, "out": randn(D, 48) / 4, "up": randn(48, D) / 4, "down": randn(D, 48)},
             per_document=("mixed", "x"),
+        ),
+        "residual_mlp_norm": Op(
+            _up_to_attention,
+            {"mixed": randn(B, S, 48), **{name: stream[name] for name in ("x", "pushed", "x0")}}
+            | {"out": randn(D, 48) / 4, "up": randn(48, D) / 4, "down": randn(D, 48) / 4}
+            | {"skip": vectors["skip"], "mix": vectors["mix"], "weight": weight, **adapters, **tables},
+            {"slots": slots},
+            tuple(tables),
+            ("mixed", "x", "pushed", "x0"),
         ),
         "rms_norm": Op(rms_norm, {"x": x}),
         "residual_norm": Op(
@@ -188,6 +208,8 @@ WITH_ROTARY = [name for name, op in OPS.items() if "cos" in op.floats]
 WITH_TARGETS = [name for name, op in OPS.items() if "targets" in op.more]
 INPUTS = [(name, tensor) for name, op in OPS.items() for tensor in op.floats]
 FREE = {
+    ("residual_mlp_norm", "triton"): 0,
+    ("residual_mlp_norm", "reference"): 1,
     ("rms_norm", "triton"): 0,
     ("residual_norm", "triton"): 2,
     ("residual_norm", "reference"): 1,
