@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .dispatch import cdiv, custom_op, dtypes_of, empty_grad, expect, next_power_of_2, resolve_backend
+from .dispatch import cdiv, custom_op, dtypes_of, empty_as, empty_grad, expect, next_power_of_2, resolve_backend
 from .launch import launched
 
 TILE = 2048
@@ -97,7 +97,7 @@ def _launch(kernel, gate: Tensor, up: Tensor, dout: Tensor | None = None, **outp
 
 @custom_op("klora::swiglu", mutates_args=())
 def _op(gate: Tensor, up: Tensor) -> Tensor:
-    out = gate.new_empty(gate.shape)
+    out = empty_as(gate)
     _launch(_forward, gate, up, out=out)
     return out
 

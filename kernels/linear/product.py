@@ -266,13 +266,13 @@ def launch_product(
     cos, sin, gain, rstd, queries, keys, head_dim = heads or (None, None, None, None, 0, 0, 0)
     tile = pick_tile(x.dtype, epilogue, rows, outputs, processors, head_dim)
     tiles = tile_count(tile, rows, outputs)
-    flat = result.view(rows, outputs)
+    flat = result.view(rows, outputs) if result.dim() != 2 else result
     out = flat if is_aligned(flat) else empty_aligned(x, rows, outputs)
     weight = aligned(weight)
     if epilogue in (SLOPE, GATE_SLOPE, ADD):
         kept = aligned(kept.reshape(-1, outputs))
     gate = None if gate is None else aligned(gate.reshape(-1, outputs))
-    in_turns = takes(x, outputs, head_dim)
+    in_turns = epilogue in (SLOPE, HEADS) and takes(x, outputs, head_dim)
     if epilogue == SLOPE and transposed and in_turns:
         launch_slope(x, weight, kept, out)
     elif epilogue == HEADS and not transposed and in_turns:

@@ -1,5 +1,6 @@
 """Configs and launchers: what the kernels need of tensors, blocks and memory."""
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -40,6 +41,7 @@ class LoraHeadNllConfig:
     adapter: Tile
 
 
+@functools.cache
 def pick_config(dtype: torch.dtype, rank: int) -> LoraHeadNllConfig:
     """Blocks for h of this dtype and adapters of this rank, 0 without.
 

@@ -8,6 +8,7 @@ from ..dispatch import (
     FLOATS,
     cdiv,
     custom_op,
+    empty_as,
     empty_grad,
     expect,
     expect_multiples,
@@ -74,8 +75,9 @@ def _(x, branch, scale, bias, slots, pushed, skip, mix, x0, bias_grad, x0_grad, 
 
 def _outputs(x: Tensor, stores_x_out: bool, stores_x_in: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Empty x_out, x_in, n and 1 / rms fp32 [B, S]; the first two of no element where they are not stored."""
-    x_out, x_in = (x.new_empty(x.shape if stored else 0) for stored in (stores_x_out, stores_x_in))
-    return x_out, x_in, x.new_empty(x.shape), x.new_empty(x.shape[:2], dtype=torch.float32)
+    x_out = empty_as(x) if stores_x_out else x.new_empty(0)
+    x_in = empty_as(x) if stores_x_in else x.new_empty(0)
+    return x_out, x_in, empty_as(x), x.new_empty(x.size(0), x.size(1), dtype=torch.float32)
 
 
 @custom_op(
@@ -126,9 +128,8 @@ def _backward_op(
     config = pick_config(width, n.dtype, has_bias + kinds + has_weight)
     every = (has_bias + kinds) * batch * splits
     of_weight = round_up(batch * splits, GROUP) if has_weight else 0
-    both = n.new_empty((every + of_weight, width), dtype=torch.float32)
-    sums = both[:every].view(has_bias + kinds, batch, splits, width)
-    dn, dx_in, dx_out = (grad if grad is None else grad.contiguous() for grad in (dn, dx_in, dx_out))
+    both = n.new_empty(every + of_weight, width, dtype=torch.float32)
+    dn, dx_in, dx_out = [grad if grad is None else grad.contiguous() for grad in (dn, dx_in, dx_out)]
     backward[(batch * splits,)](
         dn_ptr=dn, dx_in_ptr=dx_in, dx_out_ptr=dx_out, n_ptr=n, rstd_ptr=rstd, x_ptr=x, branch_ptr=branch,
         scale_ptr=scale, bias_ptr=bias, slots_ptr=slots, pushed_ptr=pushed, skip_ptr=skip, mix_ptr=mix, x0_ptr=x0,
@@ -140,6 +141,7 @@ def _backward_op(
         CHUNKS=config.chunks, ROWS=config.rows, CHUNK=config.chunk, STEPS=SPLIT // config.rows,
         num_warps=config.num_warps,
     )  # fmt: skip
+    sums = both[:every].view(has_bias + kinds, batch, splits, width) if every else None
     if has_bias:
         _add_splits(sums[0], dbias, slots, batch)
     if vectors:
@@ -198,12 +200,15 @@ def _backward(ctx, dx_out, dx_in, dn, _):
     if dn is None and dx_in is None and dx_out is None:
         return (None,) * 17
     x, branch, scale, bias, _, pushed, skip, mix, x0, *_, needs_weight, _, _ = ctx.needs_input_grad
-    n, _, _, _, scaled, _, slots, *_, weight = ctx.saved_tensors
+    *saved, weight = ctx.saved_tensors
+    n, scaled, slots = saved[0], saved[4], saved[6]
     # The gradient of a branch without scale is that of x.
     is_shared = branch and scaled is None
-    dx, dbranch, dpushed = (empty_grad(n, wanted) for wanted in (x or is_shared, branch and not is_shared, pushed))
+    dx, dbranch = empty_grad(n, x or is_shared), empty_grad(n, branch and not is_shared)
+    dpushed = empty_grad(n, pushed)
     width, fp32 = n.size(2), {"dtype": torch.float32}
-    dscale, dskip = (n.new_empty(width, **fp32) if wanted else None for wanted in (scale, skip))
+    dscale = n.new_empty(width, **fp32) if scale else None
+    dskip = n.new_empty(width, **fp32) if skip else None
     dmix = n.new_empty(2, width, **fp32) if mix else None
     dbias, dx0 = ctx.bias_grad, ctx.x0_grad
     if bias and dbias is None:
@@ -213,7 +218,7 @@ def _backward(ctx, dx_out, dx_in, dn, _):
     given = dx, dbranch, dpushed, dscale, dmix, dskip, dbias if bias else None, dx0 if x0 else None
     dweight = empty_grad(weight) if needs_weight else None
     adds = ctx.adds_x0 and ctx.x0_grad is not None
-    _backward_op(dn, dx_in, dx_out, *ctx.saved_tensors[:-1], *given, adds, weight, dweight, ctx.unit_offset)
+    _backward_op(dn, dx_in, dx_out, *saved, *given, adds, weight, dweight, ctx.unit_offset)
     dbias, dx0 = dbias if bias and ctx.bias_grad is None else None, dx0 if x0 and ctx.x0_grad is None else None
     dx, dbranch = dx if x else None, dx if is_shared else dbranch
     return dx, dbranch, dscale, dbias, None, dpushed, dskip, dmix, dx0, *(None,) * 5, dweight, None, None
@@ -249,7 +254,7 @@ def rms_norm(
         return rms_norm_ref(x, weight, eps, unit_offset)
     rows = x.reshape(1, -1, x.size(-1)).contiguous()
     weight = None if weight is None else weight.contiguous()
-    return _op(rows, *(None,) * 10, False, False, False, weight, eps, unit_offset)[2].view(x.shape)
+    return _op(rows, *(None,) * 10, False, False, False, weight, eps, unit_offset)[2].view_as(x)
 
 
 def residual_norm(
