@@ -39,6 +39,25 @@ def test_an_op_makes_few_calls_on_the_host(without_a_gpu, op):
         assert made <= 1.1 * known
 
 
+def test_no_launch_of_an_op_takes_triton_s_own_way_twice(without_a_gpu):
+    found = without_a_gpu["rows"]
+    assert set(found) == set(rows(torch.device("cpu"), torch.float32))
+    assert all(first for first, _ in found.values())
+    assert {name: second for name, (_, second) in found.items() if second} == {}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("op", rows(torch.device("cpu"), torch.float32))
+def test_no_launch_of_an_op_takes_triton_s_own_way_twice_on_a_gpu(op):
+    from launches import forward_and_backward, launches_of_triton  # whose import turns the interpreter off
+
+    row = rows(torch.device("cuda"), torch.bfloat16)[op]
+    forward_and_backward(row)
+    with launches_of_triton(JITFunction.run) as seen:
+        forward_and_backward(row)
+    assert seen == []
+
+
 def test_nothing_changes_where_triton_is_not_the_compiler(monkeypatch):
     interpreted = object()
     assert launched(interpreted) is interpreted

@@ -1,5 +1,7 @@
 """Launchers, the torch.library ops with their autograd, and the public functions."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -53,19 +55,44 @@ def _op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """x_out, x_in, n, 1 / rms. `bias_grad`, `x0_grad` and `adds_x0` are only passed on to the backward."""
     x_out, x_in, n, rstd = outputs = _outputs(x, stores_x_out, stores_x_in)
-    batch, tokens, width = x.shape
-    if x.numel():
-        config = pick_config(width, x.dtype)
-        forward[(batch * cdiv(tokens, config.forward_tokens),)](
-            x_ptr=x, branch_ptr=branch, scale_ptr=scale, bias_ptr=bias, slots_ptr=slots, pushed_ptr=pushed,
-            skip_ptr=skip, mix_ptr=mix, x0_ptr=x0, x_out_ptr=x_out if stores_x_out else None,
-            x_in_ptr=x_in if stores_x_in else None, n_ptr=n, rstd_ptr=rstd, weight_ptr=weight,
-            tokens=tokens,
-            pool=0 if bias is None else bias.size(0), bias_stride=0 if bias is None else bias.stride(0),
-            EPS=eps, UNIT_OFFSET=unit_offset, D=width, CHUNKS=config.chunks, ROWS=config.rows, CHUNK=config.chunk,
-            STEPS=config.forward_tokens // config.rows, num_warps=config.num_warps,
-        )  # fmt: skip
+    stored = x_out if stores_x_out else None, x_in if stores_x_in else None
+    joined = branch, scale, bias, slots, pushed, skip, mix, x0
+    _launch_forward(x.shape, x, *joined, *stored, n, rstd, weight, eps, unit_offset)
     return outputs
+
+
+def _launch_forward(
+    shape: Sequence[int],
+    x: Tensor,
+    branch: Tensor | None,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    slots: Tensor | None,
+    pushed: Tensor | None,
+    skip: Tensor | None,
+    mix: Tensor | None,
+    x0: Tensor | None,
+    x_out: Tensor | None,
+    x_in: Tensor | None,
+    n: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    unit_offset: bool,
+) -> None:
+    """x, of this `shape` [B, S, D], and what joins it -> what is given to be written."""
+    batch, tokens, width = shape
+    if not x.numel():
+        return
+    config = pick_config(width, x.dtype)
+    forward[(batch * cdiv(tokens, config.forward_tokens),)](
+        x_ptr=x, branch_ptr=branch, scale_ptr=scale, bias_ptr=bias, slots_ptr=slots, pushed_ptr=pushed,
+        skip_ptr=skip, mix_ptr=mix, x0_ptr=x0, x_out_ptr=x_out, x_in_ptr=x_in, n_ptr=n, rstd_ptr=rstd,
+        weight_ptr=weight, tokens=tokens,
+        pool=0 if bias is None else bias.size(0), bias_stride=0 if bias is None else bias.stride(0),
+        EPS=eps, UNIT_OFFSET=unit_offset, D=width, CHUNKS=config.chunks, ROWS=config.rows, CHUNK=config.chunk,
+        STEPS=config.forward_tokens // config.rows, num_warps=config.num_warps,
+    )  # fmt: skip
 
 
 @_op.register_fake
@@ -115,8 +142,43 @@ def _backward_op(
     """Writes the gradients that are given. The rows of `dbias` [slots, D] that `slots` name are written, and all of
     `dx0` is, or added to with `adds_dx0`. With a weight, `n` is x_in.
     """
+    given = dn, dx_in, dx_out, n, rstd, x, branch, scale, bias, slots, pushed, skip, mix, x0
+    grads = dx, dbranch, dpushed, dscale, dmix, dskip, dbias, dx0
+    _launch_backward(n.shape, *given, *grads, adds_dx0, weight, dweight, unit_offset)
+
+
+def _launch_backward(
+    shape: Sequence[int],
+    dn: Tensor | None,
+    dx_in: Tensor | None,
+    dx_out: Tensor | None,
+    n: Tensor,
+    rstd: Tensor,
+    x: Tensor | None,
+    branch: Tensor | None,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    slots: Tensor | None,
+    pushed: Tensor | None,
+    skip: Tensor | None,
+    mix: Tensor | None,
+    x0: Tensor | None,
+    dx: Tensor | None,
+    dbranch: Tensor | None,
+    dpushed: Tensor | None,
+    dscale: Tensor | None,
+    dmix: Tensor | None,
+    dskip: Tensor | None,
+    dbias: Tensor | None,
+    dx0: Tensor | None,
+    adds_dx0: bool,
+    weight: Tensor | None,
+    dweight: Tensor | None,
+    unit_offset: bool,
+) -> None:
+    """As :func:`_backward_op`, for n of this `shape` [B, S, D]."""
     vectors = [grad for grad in (dscale, dmix, dskip) if grad is not None]
-    batch, tokens, width = n.shape
+    batch, tokens, width = shape
     if not n.numel():
         for grad in (*vectors, dweight, None if slots is not None else dbias):
             if grad is not None:
@@ -227,6 +289,64 @@ def _backward(ctx, dx_out, dx_in, dn, _):
 _op.register_autograd(_backward, setup_context=_setup_context)
 
 
+@custom_op("klora::rms_norm", mutates_args=())
+def _norm_op(x: Tensor, weight: Tensor | None, eps: float, unit_offset: bool) -> tuple[Tensor, Tensor]:
+    """n of `x` [..., D], contiguous, and 1 / rms of its rows: the launch of a boundary that joins nothing.
+
+    An op of its own: each argument and result, and each view around it, costs PyTorch's autograd 1 us a call.
+    """
+    n, rstd = _norm_outputs(x)
+    _launch_forward((1, rstd.numel(), x.size(-1)), x, *(None,) * 10, n, rstd, weight, eps, unit_offset)
+    return n, rstd
+
+
+@_norm_op.register_fake
+def _(x, weight, eps, unit_offset):
+    return _norm_outputs(x)
+
+
+def _norm_outputs(x: Tensor) -> tuple[Tensor, Tensor]:
+    return empty_as(x), x.new_empty(x.numel() // x.size(-1), dtype=torch.float32)
+
+
+@custom_op("klora::rms_norm_backward_", mutates_args=("dx", "dweight"))
+def _norm_backward_op(
+    dn: Tensor,
+    n: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    dx: Tensor | None,
+    dweight: Tensor | None,
+    unit_offset: bool,
+) -> None:
+    """With a weight, `n` is x."""
+    nothing = (None,) * 9
+    shape = 1, rstd.numel(), n.size(-1)
+    grads = dx, *(None,) * 7
+    _launch_backward(shape, dn, None, None, n, rstd, *nothing, *grads, False, weight, dweight, unit_offset)
+
+
+def _setup_norm(ctx, inputs, output):
+    x, weight, _, ctx.unit_offset = inputs
+    n, rstd = output
+    ctx.save_for_backward(n if weight is None else x, rstd, weight)
+    ctx.mark_non_differentiable(rstd)
+    ctx.set_materialize_grads(False)
+
+
+def _norm_backward(ctx, dn, _):
+    if dn is None:
+        return (None,) * 4
+    n, rstd, weight = ctx.saved_tensors
+    needs_x, needs_weight, _, _ = ctx.needs_input_grad
+    dx, dweight = empty_grad(n, needs_x), empty_grad(weight, needs_weight)
+    _norm_backward_op(dn, n, rstd, weight, dx, dweight, ctx.unit_offset)
+    return dx, dweight, None, None
+
+
+_norm_op.register_autograd(_norm_backward, setup_context=_setup_norm)
+
+
 def rms_norm(
     x: Tensor,
     weight: Tensor | None = None,
@@ -252,9 +372,8 @@ def rms_norm(
     _check_gain(x, weight, eps, unit_offset, reference)
     if reference:
         return rms_norm_ref(x, weight, eps, unit_offset)
-    rows = x.reshape(1, -1, x.size(-1)).contiguous()
     weight = None if weight is None else weight.contiguous()
-    return _op(rows, *(None,) * 10, False, False, False, weight, eps, unit_offset)[2].view_as(x)
+    return _norm_op(x.contiguous(), weight, eps, unit_offset)[0]
 
 
 def residual_norm(
