@@ -117,8 +117,9 @@ def _setup(ctx, inputs, output):
 
 
 def _autograd(ctx, dout):
-    grads = [empty_grad(t, wanted) for t, wanted in zip(ctx.saved_tensors, ctx.needs_input_grad, strict=True)]
-    _backward_op(dout, *ctx.saved_tensors, *grads)
+    saved = ctx.saved_tensors
+    grads = [empty_grad(t, wanted) for t, wanted in zip(saved, ctx.needs_input_grad, strict=True)]
+    _backward_op(dout, *saved, *grads)
     return tuple(grads)
 
 

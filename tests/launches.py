@@ -32,7 +32,11 @@ class Launcher:
         pass
 
     def __call__(self, x, y, z, stream, function, metadata, about, enter, leave, *arguments):
+        if enter is not None:
+            enter(about)
         LAUNCHED.append(((x, y, z), stream, arguments))
+        if leave is not None:
+            leave(about)
 
 
 class Driver:
@@ -134,6 +138,14 @@ def check_who_sees_a_launch() -> None:
     kernel[lambda meta: seen.append("grid") or (1,)](**arguments)
     kernel[(1,)](*[arguments[name] for name in kernel.arg_names])
     assert seen == ["replaced", "hook", "grid"] and [made[2] for made in LAUNCHED[-5:]].count(LAUNCHED[-1][2]) >= 1
+    hooks = triton.knobs.runtime.launch_enter_hook, triton.knobs.runtime.launch_exit_hook
+    for chain in hooks:  # a profiler's, who is told of remembered launches, too
+        told = []
+        chain.add(told.append)
+        kernel[(1,)](**arguments)
+        chain.remove(told.append)
+        kernel[(1,)](**arguments)
+        assert [about.get()["name"] for about in told] == ["kernel"]
     launches = len(LAUNCHED)
     triton.knobs.runtime.debug = True
     assert kernel[(1,)](**arguments) is not None and len(LAUNCHED) == launches + 1
@@ -209,7 +221,10 @@ def forward_and_backward(row) -> None:
 
 
 def launches_of_rows() -> dict[str, list]:
-    """Row of bench/host.py -> launches that take Triton's own way the first time, and the second. Nothing is compiled."""
+    """Row of bench/host.py -> launches that take Triton's own way the first time, and the second.
+
+    Nothing is compiled.
+    """
     from klora.bench.host import rows
 
     for module in list(sys.modules.values()):
