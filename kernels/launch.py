@@ -2,7 +2,7 @@
 
 Triton looks at every argument of every launch, writes its types and options into a text and looks for it: 8 to 20
 microseconds, more than most kernels of a small batch take. :func:`launched` remembers the compilation by a key of what
-Triton looks at and launches that, as `kernel.warmup(...)[grid](...)` does.
+Triton looks at and calls its launcher, as `kernel.warmup(...)[grid](...)` does.
 """
 
 from operator import itemgetter

@@ -293,7 +293,7 @@ _op.register_autograd(_backward, setup_context=_setup_context)
 def _norm_op(x: Tensor, weight: Tensor | None, eps: float, unit_offset: bool) -> tuple[Tensor, Tensor]:
     """n of `x` [..., D], contiguous, and 1 / rms of its rows: the launch of a boundary that joins nothing.
 
-    An op of its own: each argument and result, and each view around it, costs PyTorch's autograd 1 us a call.
+    An op of its own: to autograd each result costs a microsecond, and each view around it five.
     """
     n, rstd = _norm_outputs(x)
     _launch_forward((1, rstd.numel(), x.size(-1)), x, *(None,) * 10, n, rstd, weight, eps, unit_offset)
