@@ -68,7 +68,7 @@ class _Launched(JITFunction):
 
 
 def _is_watched() -> bool:
-    """Whether somebody, such as a profiler, is told of each launch."""
+    """Whether a hook, such as a profiler's, is to be called around each launch."""
     runtime = knobs.runtime
     enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
     return not (type(enter) is type(leave) is HookChain) or bool(enter.calls or leave.calls)
