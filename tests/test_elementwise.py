@@ -423,6 +423,8 @@ def test_the_ops_are_registered_as_torch_wants_it():
     torch.library.opcheck(
         torch.ops.klora.residual_norm, (t["x"], *[None] * 10, False, False, False, t["scale"], 1e-5, True)
     )
+    for weight, unit_offset in ((None, False), (t["scale"], True)):
+        torch.library.opcheck(torch.ops.klora.rms_norm, (t["x"], weight, 1e-5, unit_offset))
     plain = [tensor.detach() for tensor in order]
     rstd = torch.rand(2, 3)
     backward = torch.ops.klora.residual_norm_backward_
@@ -430,27 +432,15 @@ def test_the_ops_are_registered_as_torch_wants_it():
     grads = [torch.zeros_like(plain[place]) for place in (0, 1, 5, 2, 7, 6)]
     torch.library.opcheck(backward, (*plain[:1] * 4, rstd, *plain, *grads, *given, True, None, None, False, None))
     nothing, scale = [None] * 9, t["scale"].detach()
-    torch.library.opcheck(
-        backward,
-        (
-            plain[0],
-            None,
-            None,
-            plain[0],
-            rstd,
-            *nothing,
-            grads[0],
-            *[None] * 7,
-            False,
-            scale,
-            scale.clone(),
-            True,
-            None,
-        ),
-    )
+    weighted = *nothing, grads[0], *[None] * 7, False, scale, scale.clone(), True, None
+    torch.library.opcheck(backward, (plain[0], None, None, plain[0], rstd, *weighted))
     squares = plain[0].square().sum(-1).view(1, -1)
     given = plain[0], None, None, plain[0], None, *nothing, grads[0], *[None] * 7, False, None, None, False, squares
     torch.library.opcheck(backward, given)
+    torch.library.opcheck(
+        torch.ops.klora.rms_norm_backward_,
+        (plain[0], plain[0].clone(), torch.rand(6), scale, grads[0], scale.clone(), True),
+    )
     qkv, gain, dq, dk = heads(S=3)
     cos, sin = rotary_tables(3, 16, 100.0)
     q, k = qkv[..., :64].unflatten(-1, (4, 16)), qkv[..., 64:96].unflatten(-1, (2, 16))

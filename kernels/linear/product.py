@@ -19,6 +19,8 @@ from .turns import launch_boundary, launch_heads, launch_norm_gradient, launch_r
 STORE, SQUARE, SLOPE, HEADS, FACTORS = "store", "square", "slope", "heads", "factors"
 GATE, GATE_SLOPE, ADD = "gate", "gate_slope", "add"
 RESIDUAL, NORM_GRADIENT, BOUNDARY = "residual", "norm_gradient", "boundary"
+IN_TURNS = SLOPE, HEADS, RESIDUAL, NORM_GRADIENT, BOUNDARY
+"""What warps in turns can end with."""
 """Epilogues of a tile: as it is; relu(tile)^2; the tile times the slope of relu(u)^2; heads normed and rotated; each
 row times its factor. For SwiGLU: silu(gate) times the tile; the gradients of gate and up from that of their product;
 the tile and what was there. The tile and the stream; with :class:`RowNorm` the stream's gradient through its norm; with
@@ -428,7 +430,7 @@ def launch_product(
     cos, sin, gain, rstd, queries, keys, head_dim = heads or (None, None, None, None, 0, 0, 0)
     tile = pick_tile(x.dtype, epilogue, rows, outputs, processors, head_dim)
     tiles = tile_count(tile, rows, outputs)
-    flat = result.view(rows, outputs)
+    flat = result.view(rows, outputs) if result.dim() != 2 else result
     out = flat if is_aligned(flat) else empty_aligned(x, rows, outputs)
     weight = aligned(weight)
     if epilogue in (SLOPE, GATE_SLOPE, ADD, RESIDUAL, NORM_GRADIENT, BOUNDARY):
@@ -441,7 +443,7 @@ def launch_product(
         second = aligned(x0.reshape(-1, outputs))
         pushed = None if pushed is None else aligned(pushed.reshape(-1, outputs))
         dup = None if x_out is None else x_out if is_aligned(x_out) else empty_aligned(x, rows, outputs)
-    in_turns = takes(x, outputs, head_dim)
+    in_turns = epilogue in IN_TURNS and takes(x, outputs, head_dim)
     if epilogue == SLOPE and transposed and in_turns:
         launch_slope(x, weight, kept, out, norm_rstd, sums)
     elif epilogue == RESIDUAL and not transposed and in_turns:

@@ -58,9 +58,9 @@ def pick_backward_config(dtype: torch.dtype, rank: int, groups: int = 3) -> Back
     if padded_rank(rank) > 16:
         return BackwardConfig(128, 128, 64, 8, 2 if is_stacked(rank, groups) else 3, 64, 64, 4, 3, 64, 64, 8, 3)
     # NVIDIA H100, 65536 tokens of the seed's sizes, each alone: dx 0.121 ms (a form with 202 KB), dB 0.055, dA 0.029.
-    # dB's blocks (15 KB) fit beside dx's (194 KB, 190 registers) on a multiprocessor: all three took 0.172 ms with a dx
-    # of that size, 0.177 with dB in steps of 64 tokens, and 0.18 - 0.24 beside 202 KB.
-    return BackwardConfig(128, 256, 64, 8, 3, 64, 32, 4, 3, 128, 64, 4, 4)
+    # dB's blocks (20 KB) fit beside dx's (194 KB, 190 registers) on a multiprocessor, and run on beside dA. All three
+    # on an H200: 0.161 ms; with dB in steps of 32 tokens 0.202 in three stages, 0.163 in four; of 128 outputs 0.164.
+    return BackwardConfig(128, 256, 64, 8, 3, 64, 64, 4, 2, 128, 64, 4, 4)
 
 
 @triton.jit
