@@ -303,10 +303,14 @@ def residual_mlp_norm(
     adds_x0: bool = False,
     backend: str | None = None,
 ) -> ResidualNorm:
-    """(x_out, x_in, n): `residual_mlp` of the first five, and `residual_norm` of that and the others; x is [B, S, D].
+    """(x_out, x_in, n) [B, S, D] of what the next block reads: :func:`residual_mlp`, then :func:`residual_norm` of it.
 
-    Of the kernel n is :class:`rms_norm.Unnormed`, for lora_attention, lora_cached_attention and qkv_attention. It is a
-    tensor of the reference, and beside a bias where S is no multiple of 128.
+    `mixed`, `x`, `out`, `up` and `down` are those of residual_mlp, x being [B, S, D]; `mix`, `x0`, `bias`, `slots`,
+    `pushed`, `skip`, `push`, `bias_grad`, `x0_grad` and `adds_x0` those of residual_norm, and so are the gradients.
+
+    Of the kernel n is :class:`Unnormed`, which lora_attention, lora_cached_attention and qkv_attention take. The
+    reference stores it, and so do two launches in place of one beside a bias where S is no multiple of 128. The
+    backward reads x_in, and x_out where mix has a gradient: autograd refuses it once they were changed in place.
 
     `backend` is "reference" or "triton"; None takes the reference on a CPU and the kernel on a GPU.
     ValueError: what either op refuses.

@@ -60,6 +60,7 @@ def tensors() -> dict:
         "down_a": normal(3, 4, 128) / 11,
         "down_b": normal(3, 64, 4),
         "scale": normal(64),
+        "mix": normal(2, 64),
         "q": normal(2, 8, 4, 16),
         "k": normal(2, 8, 2, 16),
         "v": normal(2, 8, 2, 16),
