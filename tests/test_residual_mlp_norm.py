@@ -1,6 +1,7 @@
 """A block's second half and the boundary behind it, up to the next attention: as exact as PyTorch part by part."""
 
 import dataclasses
+import functools
 import os
 import subprocess
 import sys
@@ -73,11 +74,15 @@ def results(inputs, wanted, adapted=False, slots=None, push=False, backend=None,
     return [*(output.detach() for output in outputs), *found]
 
 
+@functools.cache
+def tables_of(length, dtype):
+    return [table.to(dtype) for table in rotary_tables(length, HEAD, 100.0, DEVICE)]
+
+
 def attention_of(n, leaves, adapted, slots, backend):
     wide = len(leaves["gain"]) * HEAD // SIZES[0]
     sizes = [wide * size for size in SIZES]
-    tables = rotary_tables(n.size(1), HEAD, 100.0, DEVICE)
-    tables = *(table.to(leaves["gain"].dtype) for table in tables), leaves["gain"]
+    tables = *tables_of(n.size(1), leaves["gain"].dtype), leaves["gain"]
     if adapted:
         given = *(leaves[name] for name in (*QKV, *ADAPTERS)), *tables
         return lora_attention(n, *given, slots, sizes, head_dim=HEAD, backend=backend)
@@ -147,27 +152,22 @@ def test_every_tile_computes_the_same(tile, monkeypatch):
 
 
 def test_a_document_has_the_same_bits_in_every_batch():
-    inputs = inputs_of(B=3, S=128)
+    inputs = inputs_of(S=128)
     wanted = [name for name in FROZEN if name not in ("bias", *ADAPTERS)]
-    whole = results(inputs, wanted, adapted=True, slots=slots_of(2, 4, 0), push=True, backend="triton")
-    for b, slot in enumerate((2, 4, 0)):
+    whole = results(inputs, wanted, adapted=True, slots=slots_of(2, 4), push=True, backend="triton")
+    for b, slot in enumerate((2, 4)):
         own = {name: t[b : b + 1] if name in ("mixed", "x", "x0", "pushed") else t for name, t in inputs.items()}
         alone = results(own, wanted, adapted=True, slots=slots_of(slot), push=True, backend="triton")
         assert same(alone, [t[b : b + 1] for t in whole])
 
 
 def test_a_slot_outside_the_pool_is_no_bias_and_reads_none():
-    inputs = inputs_of(B=3, S=128)
-    inputs["bias"][0] = float("nan")
-    found = results(inputs, ["x", "bias"], slots=slots_of(-1, 2**40, 2), backend="triton", push=True)
-    inputs["bias"][0] = 0
-    assert same(found, results(inputs, ["x", "bias"], slots=slots_of(-1, POOL, 2), backend="triton", push=True))
-    torch.testing.assert_close(
-        found,
-        results(inputs, ["x", "bias"], slots=slots_of(-1, -1, 2), backend="reference", push=True),
-        rtol=1e-3,
-        atol=1e-3,
-    )
+    inputs = inputs_of(S=128)
+    apart = results(inputs, ["x", "bias"], slots=slots_of(-1, 2), backend="triton", op=in_two_ops)
+    inputs["bias"][[0, 1, POOL - 1]] = float("nan")
+    for outside in (-1, 2**40):
+        found = results(inputs, ["x", "bias"], slots=slots_of(outside, 2), backend="triton")
+        torch.testing.assert_close(found, apart, rtol=1e-4, atol=1e-4)
 
 
 def test_a_bias_of_documents_that_share_a_tile_is_added_as_two_ops_do_it():
@@ -247,7 +247,8 @@ def test_bad_arguments_are_refused():
 def test_a_network_of_kernels_has_the_results_of_the_reference(adapted):
     """Blocks that push and that join, a tail, and gradients of all weights or of the adapters."""
     shape = dataclasses.replace(SMALL, heads=2, kv_heads=1, blocks=4)
-    tokens = torch.randint(3, 300, (2, 128), generator=torch.Generator().manual_seed(0))
+    length, tail = (128, 40) if adapted else (24, 10)
+    tokens = torch.randint(3, 300, (2, length), generator=torch.Generator().manual_seed(0))
 
     def outputs(backend, dtype):
         model = randomized(shape, dtype).requires_grad_(not adapted)
@@ -259,14 +260,13 @@ def test_a_network_of_kernels_has_the_results_of_the_reference(adapted):
             leaves = [leaf for block in blocks for leaf in block]
             adapters = Adapters(torch.tensor([4, 1]), [BlockAdapters(qkv=Lora(a, b), bias=c) for a, b, c in blocks])
         weights = weights_of(model)
-        n = hidden(
-            weights, tokens, [table[:128] for table in weights.rotary(128, 128)], adapters, tail=40, backend=backend
-        )
+        rotary = tuple(table[:length] for table in weights.rotary(length, length))
+        n = hidden(weights, tokens, rotary, adapters, tail, backend=backend)
         return [n, *torch.autograd.grad((n * gradient_like(n)).sum(), leaves, allow_unused=True)]
 
     found = [outputs("triton", torch.float32), outputs("reference", torch.float64), outputs("reference", torch.float32)]
     found = [tensors for tensors in zip(*found, strict=True) if tensors[1] is not None and tensors[1].numel() > 8]
-    assert_as_exact(*zip(*found, strict=True), margin=3)  # four blocks let fp32 errors drift apart
+    assert_as_exact(*zip(*found, strict=True))
 
 
 @pytest.mark.skipif(CUDA, reason="the interpreter runs the kernels where there is no GPU")
