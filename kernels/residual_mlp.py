@@ -31,7 +31,7 @@ written once each. Backward, `residual_norm`'s launch comes before the others. K
 import torch
 from torch import Tensor
 
-from .dispatch import custom_op, dtypes_of, empty_aligned, empty_grad, expect, resolve_backend
+from .dispatch import custom_op, dtypes_of, empty_aligned, empty_grad, expect, refuse_in_reference, resolve_backend
 from .linear import linear_ref
 from .linear.op import linear_dweight
 from .linear.product import (
@@ -321,8 +321,10 @@ def residual_mlp_norm(
     boundary = {"bias": bias, "slots": slots, "pushed": pushed, "skip": skip, "mix": mix, "x0": x0}
     grads = {"bias_grad": bias_grad, "x0_grad": x0_grad}
     slots = check_boundary(x, **boundary, **grads, backend=backend)
-    joins = backend == "triton" and out.numel() and up.numel() and x.numel()
-    if not joins or (bias is not None and x.size(1) % BOUNDARY_ROWS):
+    if backend == "reference":
+        refuse_in_reference(**grads)
+        return residual_mlp_norm_ref(mixed, x, out, up, down, **(boundary | {"slots": slots}), push=push)
+    if not (out.numel() and up.numel() and x.numel()) or (bias is not None and x.size(1) % BOUNDARY_ROWS):
         z = residual_mlp(mixed, x, out, up, down, backend=backend)
         return residual_norm(z, **boundary, **grads, adds_x0=adds_x0, push=push, backend=backend)
     bias = bias if bias is None or bias.stride(1) == 1 else bias.contiguous()
