@@ -244,10 +244,10 @@ def test_the_seconds_of_adapting_are_those_of_their_records():
 def test_what_presets_bring_is_their_record():
     pattern = r"^\| `(\w+)` \| (\d+) s \| ([\d.]+) \| ([\d.]+) \| ([\d.]+)% \| (\d+)% \| ([\d.]+) \|$"
     said = re.findall(pattern, (ROOT / "docs/scoring.md").read_text(), re.M)
-    assert {"quick", "thorough", "best", "contest"} == {preset for preset, *_ in said}
-    for preset, seconds_of_training, *numbers in said:
-        record = json.loads((RESULTS / f"nvidia-h200/tuning/sweep-{seconds_of_training}s.json").read_text())
-        (row,) = (row for row in record["rows"].values() if row["config"] == ttt_preset(preset).to_dict())
-        gain = 1 - row["adapted_bpb"] / record["rows"]["quick"]["base_bpb"]
-        wanted = [f"{row['base_bpb']:.5f}", f"{row['adapted_bpb']:.5f}", f"{100 * gain:.2f}", f"{100 * row['long']:.0f}"]
-        assert numbers == [*wanted, f"{row['seconds']:.1f}"], (preset, seconds_of_training)
+    assert {"quick", "thorough", "best", "contest"} == {name for name, *_ in said}
+    for name, trained, *numbers in said:
+        record = json.loads((RESULTS / f"nvidia-h200/tuning/sweep-{trained}s.json").read_text())
+        (row,) = (row for row in record["rows"].values() if row["config"] == ttt_preset(name).to_dict())
+        gain, long = 1 - row["adapted_bpb"] / record["rows"]["quick"]["base_bpb"], f"{100 * row['long']:.0f}"
+        wanted = [f"{row['base_bpb']:.5f}", f"{row['adapted_bpb']:.5f}", f"{100 * gain:.2f}", long]
+        assert numbers == [*wanted, f"{row['seconds']:.1f}"], (name, trained)
