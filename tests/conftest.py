@@ -164,6 +164,28 @@ def peak_memory(work) -> int:
         tracemalloc.stop()
 
 
+def replayed(call, *, warm_up: int = 0):
+    """What `call` returns from the graph that it is captured in, NaN until the first replay, and what replays it.
+
+    `call` returns a list or tuple of tensors, or None. It runs `warm_up` times before, on another stream; with 0 its
+    kernels have run already. Graph and streams are plain PyTorch's: that is how whoever uses an op captures it.
+    """
+    if warm_up:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(warm_up):
+                call()
+        torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):  # once the GPU has done all that it was given
+        results = call()
+    with torch.no_grad():
+        for tensor in results or ():
+            tensor.fill_(float("nan"))
+    return results, graph.replay
+
+
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():
     """Small tensors gain nothing from more threads, and lose a lot to them on a busy machine."""

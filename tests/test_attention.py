@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from conftest import replayed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from klora.bench.attention import plain_attention
@@ -645,11 +646,9 @@ class TestMoreOnGpu:
         inputs = packed(300, 8, 4, 64, torch.bfloat16, "cuda")
         cu_seqlens = torch.tensor([0, 10, 300, 300], dtype=torch.int32, device="cuda")
         attend(causal_attention_varlen, *inputs, cu_seqlens=cu_seqlens)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            results = attend(causal_attention_varlen, *inputs, cu_seqlens=cu_seqlens)
+        results, replay = replayed(lambda: attend(causal_attention_varlen, *inputs, cu_seqlens=cu_seqlens))
         cu_seqlens.copy_(torch.tensor([0, 1, 100, 290]))
-        graph.replay()
+        replay()
         for x, y in zip(results, attend(causal_attention_varlen, *inputs, cu_seqlens=cu_seqlens), strict=True):
             assert torch.equal(x, y)
 
@@ -677,12 +676,10 @@ class TestMoreOnGpu:
         q, k, v, dout = draw(2, 300, 8, 4, 64, 100, torch.bfloat16, "cuda")
         static = [t.clone() for t in (q, k, v, dout)]
         attend(causal_attention, *static, tail=100)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            results = attend(causal_attention, *static, tail=100)
+        results, replay = replayed(lambda: attend(causal_attention, *static, tail=100))
         for t, fresh in zip(static, draw(2, 300, 8, 4, 64, 100, torch.bfloat16, "cuda", seed=1), strict=True):
             t.copy_(fresh)
-        graph.replay()
+        replay()
         expected = attend(causal_attention, *static, tail=100)
         for x, y in zip(results, expected, strict=True):
             assert torch.equal(x, y)

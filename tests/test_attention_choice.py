@@ -8,7 +8,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from conftest import SMALL, randomized
+from conftest import SMALL, randomized, replayed
 from klora.bench.attention import ENTRIES, SHAPES
 from klora.bench.record import run_group, validate
 from klora.bench.step import ENTRIES as STEP
@@ -434,15 +434,11 @@ class TestAutoOnGpu:
         names = ran(monkeypatch)
         q, k, v = (t.detach() for t in heads(256, 128, "cuda", torch.bfloat16))
         causal_attention(q, k, v)
-        torch.cuda.synchronize()
-        with torch.cuda.graph(torch.cuda.CUDAGraph()):
-            auto_attention(q, k, v)
+        replayed(lambda: [auto_attention(q, k, v)])
         assert names == ["klora"]
         expected = auto_attention(q, k, v)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            out = auto_attention(q, k, v)
-        graph.replay()
+        (out,), replay = replayed(lambda: [auto_attention(q, k, v)])
+        replay()
         assert torch.equal(out, expected) and names[-1] == names[-2] == explain_attention(q, k, v).name
 
     @pytest.mark.parametrize("d", [64, 128])

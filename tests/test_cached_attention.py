@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from conftest import replayed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from klora.bench.tolerance import assert_as_exact
@@ -502,14 +503,11 @@ class TestMoreOnGpu:
             return results
 
         step()
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            results = step()
+        results, replay = replayed(step)
         for name in static:
             static[name].copy_(fresh[name])
         static_dout.copy_(fresh_dout)
-        graph.replay()
+        replay()
         for got, wanted in zip(results, run(fresh, fresh_dout), strict=True):
             assert torch.equal(got, wanted)
         cache_write_(*(fresh[n] for n in ("cache_k", "cache_v", "k", "v", "slots", "filled")), count)

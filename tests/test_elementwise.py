@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import replayed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from klora.bench.tolerance import assert_as_exact, relative_error
@@ -554,17 +555,8 @@ class TestOnTheGpu:
         compiled = torch.compile(whole_block, fullgraph=True)
         for x, y in zip(block_results(compiled, *arguments)[2:], expected[2:], strict=True):
             assert relative_error(x, y) < 1e-2
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            block_results(whole_block, *arguments)
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            held = step(arguments)
-        for tensor in held:
-            tensor.fill_(float("nan"))
-        graph.replay()
+        held, replay = replayed(lambda: step(arguments), warm_up=1)
+        replay()
         for x, y in zip(held, step(arguments), strict=True):
             assert torch.equal(x, y)
 

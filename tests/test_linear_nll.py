@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import replayed
 from klora.bench.tolerance import assert_as_exact
 from klora.kernels import linear_nll, linear_nll_ref, softcap_nll_ref
 from klora.kernels.lora_head_nll.logits import STEP, slice_width
@@ -245,15 +246,6 @@ class TestOnTheGpu:
             loss = linear_nll(*leaves, targets, token_weights=token_weights, memory=1 << 20)
             return loss.detach(), *torch.autograd.grad(loss, leaves)
 
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            step()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            held = step()
-        for tensor in held:
-            tensor.fill_(float("nan"))
-        graph.replay()
+        held, replay = replayed(step, warm_up=1)
+        replay()
         assert all(torch.equal(x, y) for x, y in zip(held, step(), strict=True))

@@ -4,6 +4,7 @@ a document's bits.
 
 import pytest
 import torch
+from conftest import replayed
 from klora.bench.tolerance import assert_as_exact
 from klora.kernels import (
     cache_write_,
@@ -253,15 +254,8 @@ class TestOverACacheOnTheGPU:
         out, dx, da, db = run_cached(alone, dout[2:3])
         for got, whole in zip((out, dx, da[2:3], db[2:3]), first, strict=True):
             assert torch.equal(got, whole[2:3])
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            run_cached(call, dout)
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            captured = run_cached(call, dout)
-        graph.replay()
+        captured, replay = replayed(lambda: run_cached(call, dout), warm_up=1)
+        replay()
         assert all(torch.equal(a, b) for a, b in zip(captured, first, strict=True))
 
 
@@ -295,15 +289,8 @@ class TestOnTheGPU:
         expected = run(call, dout)
         compiled = torch.compile(lambda x: lora_attention(**{**call, "x": x}), fullgraph=True)
         assert torch.equal(compiled(call["x"]), expected[0])
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            run(call, dout)
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            captured = run(call, dout)
-        graph.replay()
+        captured, replay = replayed(lambda: run(call, dout), warm_up=1)
+        replay()
         assert all(torch.equal(a, b) for a, b in zip(captured, expected, strict=True))
 
 

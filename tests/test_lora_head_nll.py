@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import replayed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from klora.bench.tolerance import MARGIN, assert_as_exact
@@ -408,11 +409,9 @@ class TestOnTheGpu:
         lora_head_nll_grads_(h, weight, a, b, targets, dnll, *grads, CAP, TEMPERATURE)
         for grad in grads:
             grad.fill_(float("nan"))
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            outputs = lora_head_nll_grads_(h, weight, a, b, targets, dnll, *grads, CAP, TEMPERATURE)
-        for out in outputs:
-            out.fill_(float("nan"))
-        graph.replay()
+        outputs, replay = replayed(
+            lambda: lora_head_nll_grads_(h, weight, a, b, targets, dnll, *grads, CAP, TEMPERATURE)
+        )
+        replay()
         for x, y in zip((*outputs, *grads), expected, strict=True):
             assert torch.equal(x, y)

@@ -1,4 +1,4 @@
-"""What the tests themselves rely on: the interpreter's short cuts, forked commands, and which tests are traced."""
+"""What the tests themselves rely on: the interpreter's short cuts, forked commands, captured calls, what is traced."""
 
 import ast
 import dataclasses
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import is_covered, wait_for
+from conftest import is_covered, replayed, wait_for
 from forks import Forked
 from klora.kernels import rms_norm, rms_norm_ref
 
@@ -67,6 +67,23 @@ def test_quick_tests_cover_every_package(package):
         if not re.search(r"mark\.(slow|gpu)", " ".join(map(ast.unparse, function.decorator_list)))
     ]
     assert len(quick) >= 50, quick
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+def test_a_replayed_call_has_run_as_often_as_it_says_and_reads_its_inputs_again():
+    x, calls = torch.ones(3, device="cuda"), []
+
+    def call():
+        calls.append(torch.cuda.is_current_stream_capturing())
+        return [x * 2]
+
+    (doubled,), replay = replayed(call, warm_up=2)
+    assert calls == [False, False, True] and doubled.isnan().all()
+    for value in (3.0, 4.0):
+        x.fill_(value)
+        replay()
+        assert torch.equal(doubled, x * 2)
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import replayed
 from klora.bench.tolerance import assert_as_exact
 from klora.kernels import swiglu, swiglu_mlp, swiglu_mlp_ref, swiglu_ref
 from torch import Tensor
@@ -201,21 +202,12 @@ class TestOnTheGpu:
         compiled = torch.compile(swiglu_mlp, fullgraph=True)
         for x, y in zip(results(compiled, inputs), expected, strict=True):
             assert (x.double() - y.double()).norm() < 1e-2 * y.double().norm()
-        stream = torch.cuda.Stream()
         leaves = [t.detach().requires_grad_() for t in inputs]
 
         def step():
             out = swiglu_mlp(*leaves)
             return [out.detach(), *torch.autograd.grad(out.float().sin().sum(), leaves)]
 
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            step()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            held = step()
-        for tensor in held:
-            tensor.fill_(float("nan"))
-        graph.replay()
+        held, replay = replayed(step, warm_up=1)
+        replay()
         assert same(held, step())
