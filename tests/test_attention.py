@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from conftest import replayed
+from conftest import DTYPES, replayed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from klora.bench.attention import plain_attention
@@ -71,7 +71,7 @@ def check(inputs):
     assert_as_exact(attend(causal_attention, *inputs, tail=tail, **KERNEL), exact, *yardsticks)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("B", "S", "H", "G", "d", "tail"),
     [(2, 70, 4, 2, 16, 70), (1, 45, 4, 1, 32, 45), (1, 33, 3, 3, 16, 33), (2, 90, 2, 1, 64, 41), (1, 20, 2, 2, 128, 9)],
@@ -93,7 +93,7 @@ OTHER_HEADS = [
 """Head sizes that a block pads, and the widest."""
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("B", "S", "H", "G", "d", "tail"), OTHER_HEADS)
 def test_heads_of_any_multiple_of_8_are_as_exact_as_pytorchs(B, S, H, G, d, tail, dtype):
     check(draw(B, S, H, G, d, tail, dtype))
@@ -302,7 +302,7 @@ def check_rotated(made):
     assert_as_exact(projections_grads(*inputs, rotary, composed=True), exact, *yardsticks)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_the_backward_ends_in_the_gradients_of_the_projections(dtype):
     check_rotated(rotated(2, 45, 4, 2, 32, 45, dtype))
     check_rotated(rotated(3, 40, 4, 1, 16, 13, dtype))
@@ -421,7 +421,7 @@ def test_starts_are_those_of_the_last_bos():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("S", "H", "G", "d", "tail"), [(70, 4, 2, 16, 70), (70, 2, 2, 32, 70), (66, 4, 1, 16, 23)])
 def test_no_token_sees_another_document(S, H, G, d, tail, dtype):
     check_documents(draw(len(CUTS), S, H, G, d, tail, dtype))
@@ -497,7 +497,7 @@ def check_packed(inputs, entries):
     assert_as_exact(attend(causal_attention_varlen, *inputs, cu_seqlens=cu_seqlens, **KERNEL), exact, *yardsticks)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_packed_documents_are_as_exact_as_each_alone(dtype):
     check_packed(packed(dtype=dtype), CU_SEQLENS)
     check_packed(packed(40, 3, 1, 24, dtype), [0, 0, 7, 30])

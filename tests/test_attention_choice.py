@@ -262,6 +262,7 @@ def test_a_cpu_takes_what_it_took_and_says_so(tmp_path, data, fused):
     assert trainer.model.attention == "flash" and trainer.model.chosen_attention == "klora"
 
 
+@pytest.mark.slow
 def test_records_of_a_step_name_what_ran_attention():
     ceilings = {"bytes_per_second": 1e10, "flops_per_second": 1e11}
     record = run_group("step", STEP, ceilings, CPU, torch.float32, toy=True, rounds=(2, 2))
@@ -281,6 +282,7 @@ def test_the_bench_has_every_package_and_heads_up_to_256():
     assert len(packed) == 2 and all("flash-attn" in entry.missing(CPU) for entry in packed)
 
 
+@pytest.mark.slow
 def test_doctor_lists_the_choices():
     facts = json.loads(klora("doctor", "--device", "cpu", "--json").stdout)
     assert facts["attention choices"].keys() == set(CHOICES)
@@ -412,6 +414,7 @@ def check_auto_compiles(inputs, backend):
     torch.testing.assert_close(compiled(*inputs), auto_attention(*inputs) + 1)
 
 
+@pytest.mark.slow
 def test_auto_attention_compiles(timed):
     check_auto_compiles(heads(), "aot_eager")
     assert len(timed) == 1, "nothing is measured under torch.compile"

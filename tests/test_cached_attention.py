@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from conftest import replayed
+from conftest import DTYPES, replayed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from klora.bench.tolerance import assert_as_exact
@@ -125,7 +125,7 @@ SHAPES = [
 ]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_attention_and_its_gradients_are_as_exact_as_pytorchs(shape, dtype):
     check(*draw(**shape, dtype=dtype))

@@ -29,10 +29,12 @@ def without_a_gpu() -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_a_remembered_launch_is_the_one_that_triton_would_make(without_a_gpu):
     assert without_a_gpu["remembered"] > 20
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("op", CALLS)
 def test_an_op_makes_few_calls_on_the_host(without_a_gpu, op):
     """A count, where a time would say how busy the machine is. Versions of PyTorch and Triton differ by a few calls."""

@@ -160,7 +160,13 @@ def cached_in_turn(call, dout, attention):
 
 
 @pytest.mark.parametrize(
-    "more", [{}, {"slots": [1, -1], "cache_slots": (-1, 1)}, {"length": 37, "filled": (100, 13)}], ids=str
+    "more",
+    [
+        {},
+        {"slots": [1, -1], "cache_slots": (-1, 1)},
+        pytest.param({"length": 37, "filled": (100, 13)}, marks=pytest.mark.slow),
+    ],
+    ids=str,
 )
 def test_over_a_cache_outputs_and_gradients_are_as_exact_as_pytorchs(more):
     call, dout = cached(**{"count": 2, **more})
@@ -200,6 +206,7 @@ def test_a_document_in_chunks_is_the_document_as_a_whole(backend):
     torch.testing.assert_close(torch.cat(outs, 1), whole, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_over_a_cache_gradients_go_into_a_pool_where_one_is_given():
     call, dout = cached(slots=[2, 0], count=4)
     _, _, da, db = run_cached(call, dout)

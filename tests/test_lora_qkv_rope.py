@@ -167,6 +167,7 @@ def test_opcheck():
     torch.library.opcheck(torch.ops.klora.lora_qkv_rope_heads_backward_.default, given)
 
 
+@pytest.mark.slow
 def test_compile_with_fullgraph_gives_the_same_bits():
     call, douts = draw(slots=[1, 0])
     compiled = torch.compile(lora_qkv_rope, fullgraph=True, backend="aot_eager")

@@ -19,6 +19,7 @@ from klora.model.muon_sharded import owners
 
 SHAPES = [(24, 40), (40, 24), (24, 24), (40, 24)]
 BACKENDS = ["reference", "triton"]
+TRITON_SLOW = ["reference", pytest.param("triton", marks=pytest.mark.slow)]
 
 
 def parameters(seed: int = 0, device: str = "cpu", dtype=torch.float32, shapes=SHAPES) -> list[torch.nn.Parameter]:
@@ -262,7 +263,7 @@ def test_gradients_that_are_clipped_by_a_norm_that_is_not_finite_skip_the_step()
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", TRITON_SLOW)
 def test_a_copy_steps_as_the_original(copied, backend):
     params = parameters(shapes=SHAPES[:2])
     optimizer = Muon(params, 0.1, 0.9, 0.1, backend=backend)
@@ -278,7 +279,7 @@ def test_a_copy_steps_as_the_original(copied, backend):
     assert optimizer.skipped_steps == other.skipped_steps == 1
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", TRITON_SLOW)
 def test_dtypes_may_be_mixed_and_some_parameters_empty_or_frozen(backend):
     shapes = [*SHAPES[:2], (0, 8), (8, 0)]
     dtypes = [torch.float32, torch.float16, torch.float32, torch.float16]
@@ -299,7 +300,7 @@ def test_dtypes_may_be_mixed_and_some_parameters_empty_or_frozen(backend):
     assert together.skipped_steps == 0
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", TRITON_SLOW)
 def test_gradients_and_parameters_of_any_strides_are_the_same_matrices(backend):
     """Transposed, with gaps, expanded, and at addresses that are no multiple of 16 bytes."""
     plain = parameters(shapes=[(24, 40)] * 4)
@@ -323,7 +324,7 @@ def test_gradients_and_parameters_of_any_strides_are_the_same_matrices(backend):
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", TRITON_SLOW)
 def test_schedulers_move_a_rate_that_is_a_number_or_a_tensor(backend):
     ends = []
     for lr, capturable in ((0.1, False), (torch.tensor(0.1), False), (torch.tensor([0.1]), False), (0.1, True)):

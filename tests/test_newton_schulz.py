@@ -175,6 +175,7 @@ def test_transposed_strided_and_batched_inputs_are_the_same_matrices():
         assert error(ours, truth(view, steps=2)) < 1e-4
 
 
+@pytest.mark.slow
 def test_what_a_graph_reads_outlives_the_caches(monkeypatch):
     """A graph is captured, and then more shapes come than the cache of plans holds."""
     found = weakref.WeakSet()

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import replayed
+from conftest import DTYPES, replayed
 from klora.bench.tolerance import assert_as_exact
 from klora.kernels import apply_rotary, apply_rotary_ref, norm_rotary, rms_norm_ref, rotary_tables
 from torch import Tensor
@@ -39,7 +39,7 @@ def check(inputs, positions, interleaved) -> None:
     assert_as_exact(ours, exact, run(both_ref, inputs, positions, interleaved=interleaved))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize(("H", "G", "d", "rotated"), [(4, 2, 16, 16), (5, 1, 20, 6), (2, 2, 80, 32), (1, 1, 2, 2)])
 def test_it_is_as_exact_as_pytorch(H, G, d, rotated, interleaved, dtype):
