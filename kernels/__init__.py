@@ -62,6 +62,7 @@ if TYPE_CHECKING:
     from .mlp import relu_squared_mlp, relu_squared_mlp_ref, relu_squared_ref, swiglu_mlp, swiglu_mlp_ref
     from .newton_schulz import muon_apply_, muon_updates, newton_schulz, newton_schulz_ref
     from .qkv_attention import qkv_attention, qkv_attention_ref
+    from .residual_mlp import residual_mlp, residual_mlp_ref
     from .rms_norm import ResidualNorm, residual_norm, residual_norm_ref, rms_norm, rms_norm_ref
     from .rotary import apply_rotary, apply_rotary_ref, norm_rotary, norm_rotary_ref, ntk_base, rotary_tables
     from .slots import check_slots
@@ -135,6 +136,8 @@ __all__ = [
     "relu_squared_mlp",
     "relu_squared_mlp_ref",
     "relu_squared_ref",
+    "residual_mlp",
+    "residual_mlp_ref",
     "residual_norm",
     "residual_norm_ref",
     "rms_norm",

@@ -11,10 +11,11 @@ import inspect
 import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "y", "yes", "on", "true")
 """Whether Triton's interpreter runs the kernels. Triton decides it where a kernel is defined, so later changes of the
@@ -80,37 +81,53 @@ class CustomOp:
 
     def __init__(self, name: str, function: Callable, mutates_args: Sequence[str]):
         signature = inspect.signature(function)
-        self._name, self._function = name, on_its_device(function)
+        self._name, self._function = name, function
         self._count = len(signature.parameters)
         self._written = [i for i, argument in enumerate(signature.parameters) if argument in mutates_args]
         self._returns = signature.return_annotation is not None
         self._makes_list = signature.return_annotation == list[Tensor]
-        self._differentiable: type[torch.autograd.Function] | None = None
+        self._differentiable: Callable | None = None
         if self._returns:
-            self._registered = torch.library.custom_op(name, self._function, mutates_args=mutates_args)
+            self._registered = torch.library.custom_op(name, on_its_device(function), mutates_args=mutates_args)
             self.overload = self._registered._opoverload
         else:
-            self.overload = _writing_op(name, self._write, function, mutates_args)
+            self.overload = _writing_op(name, on_its_device(self._write), function, mutates_args)
 
     def __call__(self, *arguments: Any, **options: Any) -> Any:
-        if torch.compiler.is_compiling() or options or len(arguments) != self._count or not _is_plain(arguments):
+        if torch.compiler.is_compiling() or options or len(arguments) != self._count:
             return self.overload(*arguments, **options)
-        if not self._returns:
-            return self._write(*arguments)
-        if not (torch.is_grad_enabled() and _requires_grad(arguments)):
+        looked = _look(arguments)
+        if looked is None:
+            return self.overload(*arguments)
+        index, needs_grad = looked
+        if index < 0 or index == torch.cuda.current_device():
+            return self._call(arguments, needs_grad)
+        with torch.cuda.device(index):
+            return self._call(arguments, needs_grad)
+
+    def _call(self, arguments: tuple, needs_grad: bool) -> Any:
+        """Past the dispatcher, on the current GPU."""
+        if not (needs_grad and torch.is_grad_enabled()):
             output = self._function(*arguments)
-            self._count_changes(arguments)
+            if self._written:
+                self._count_changes(arguments)
             return output
+        if not self._returns:
+            self._refuse_gradient()
         if self._differentiable is None:
             return self.overload(*arguments)
-        output = self._differentiable.apply(*arguments)
+        output = self._differentiable(*arguments)
         return list(output) if self._makes_list else output
 
     def _write(self, *arguments: Any) -> None:
+        """What the dispatcher calls of an op that returns nothing."""
         if torch.is_grad_enabled() and _requires_grad(arguments):
-            raise RuntimeError(f"{self._name} has no gradient of its own: second derivatives are not possible")
+            self._refuse_gradient()
         self._function(*arguments)
         self._count_changes(arguments)
+
+    def _refuse_gradient(self) -> NoReturn:
+        raise RuntimeError(f"{self._name} has no gradient of its own: second derivatives are not possible")
 
     def _count_changes(self, arguments: Sequence) -> None:
         for i in self._written:
@@ -137,40 +154,53 @@ class CustomOp:
             return backward(ctx, list(gradients))
 
         methods = {"forward": staticmethod(forward), "backward": staticmethod(of_list if makes_list else backward)}
-        self._differentiable = type(self._name.replace("::", "_"), (torch.autograd.Function,), methods)
+        made = type(self._name.replace("::", "_"), (torch.autograd.Function,), methods)
+        # Its own apply, in Python, looks for transforms and what they left, as _look has, and calls this.
+        self._differentiable = super(torch.autograd.Function, made).apply
 
 
-def _is_plain(arguments: Sequence) -> bool:
-    """Whether an op's function may be called as it is, on these arguments, without the dispatcher."""
-    if (
-        torch._C._len_torch_dispatch_stack()
-        or torch._C._are_functorch_transforms_active()
-        or torch.autograd._profiler_enabled()
-        or torch._C._get_tracing_state() is not None
-    ):
-        return False
+def _look(arguments: Sequence) -> tuple[int, bool] | None:
+    """The first tensor's GPU, -1 without one, and whether any tensor requires a gradient.
+
+    None where an op's function may not be called as it is, without the dispatcher.
+    """
+    if _modes() or _transforms() or _is_profiled() or _tracing() is not None:
+        return None
+    index, needs_grad = None, False
     try:
         for argument in arguments:
+            if argument is None:
+                continue
             kind = type(argument)
-            if kind is Tensor or kind is torch.nn.Parameter:
+            if kind is Tensor or kind is Parameter:
                 # Without memory it stands for something, or is empty; the dispatcher knows what to do.
                 if not argument.data_ptr() or argument.is_neg():
-                    return False
+                    return None
+                if index is None:
+                    index = argument.get_device()
+                if argument.requires_grad:
+                    needs_grad = True
             elif kind is list:
-                if not _is_plain_list(argument):
-                    return False
-            elif isinstance(argument, Tensor):
-                return False
+                for one in argument:
+                    if type(one) is int:
+                        continue
+                    if not (type(one) in (Tensor, Parameter) and one.data_ptr()) or one.is_neg():
+                        return None
+                    if index is None:
+                        index = one.get_device()
+                    if one.requires_grad:
+                        needs_grad = True
+            elif kind not in PLAIN and isinstance(argument, Tensor):
+                return None
     except RuntimeError:  # a tensor that has no address
-        return False
-    return True
+        return None
+    return -1 if index is None else index, needs_grad
 
 
-def _is_plain_list(arguments: list) -> bool:
-    return all(
-        type(one) is int or type(one) in (Tensor, torch.nn.Parameter) and one.data_ptr() and not one.is_neg()
-        for one in arguments
-    )
+_modes, _transforms = torch._C._len_torch_dispatch_stack, torch._C._are_functorch_transforms_active
+_is_profiled, _tracing = torch.autograd._profiler_enabled, torch._C._get_tracing_state
+PLAIN = frozenset((bool, int, float, str))
+"""What most arguments are that are no tensor."""
 
 
 def _requires_grad(arguments: Sequence) -> bool:
@@ -241,9 +271,14 @@ def keep_output(output: Tensor) -> tuple[Tensor, Callable[[], bool]]:
     return output.data, lambda: counter._version != before
 
 
+def empty_as(tensor: Tensor) -> Tensor:
+    """Empty, contiguous, of the shape and dtype of `tensor`. `new_empty` takes twice as long to read a shape."""
+    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
+
+
 def empty_grad(tensor: Tensor, wanted: bool = True) -> Tensor | None:
     """Where a backward writes the gradient of `tensor`: contiguous; None where it is not wanted."""
-    return torch.empty_like(tensor, memory_format=torch.contiguous_format) if wanted else None
+    return empty_as(tensor) if wanted else None
 
 
 # Checks
@@ -363,7 +398,7 @@ def round_up(size: int, step: int) -> int:
 
 def padded_rank(rank: int) -> int:
     """R as the tensor cores take it: a power of two, at least 16."""
-    return max(16, next_power_of_2(rank))
+    return 16 if rank <= 16 else next_power_of_2(rank)
 
 
 def is_packed(tensor: Tensor) -> bool:
@@ -373,11 +408,11 @@ def is_packed(tensor: Tensor) -> bool:
 
 def is_aligned(tensor: Tensor) -> bool:
     """Whether the copy engine can reach it: innermost stride 1, other strides and address multiples of 16 bytes."""
-    (*strides, innermost), address = tensor.stride(), tensor.data_ptr()
-    if innermost != 1 or not address or address % 16:
+    strides, address = tensor.stride(), tensor.data_ptr()
+    if strides[-1] != 1 or not address or address % 16:
         return False
     step = 16 // tensor.itemsize
-    for stride in strides:  # noqa: SIM110
+    for stride in strides[:-1]:  # noqa: SIM110
         if stride <= 0 or stride % step:
             return False
     return True
@@ -385,8 +420,9 @@ def is_aligned(tensor: Tensor) -> bool:
 
 def aligned(tensor: Tensor) -> Tensor:
     """`tensor` if the copy engine can reach it or nothing is in it, else a copy that it can reach."""
-    fits = not tensor.numel() or is_aligned(tensor)
-    return tensor if fits else empty_aligned(tensor, *tensor.shape).copy_(tensor)
+    if is_aligned(tensor) or not tensor.numel():
+        return tensor
+    return empty_aligned(tensor, *tensor.shape).copy_(tensor)
 
 
 def empty_aligned(like: Tensor, *shape: int) -> Tensor:

@@ -243,8 +243,9 @@ def _setup(ctx, inputs, output):
 
 
 def _autograd(ctx, dout):
-    grads = [empty_grad(t) for t in ctx.saved_tensors[1:]]
-    _backward_op(dout, ctx.x0_grad, *ctx.saved_tensors, *grads)
+    saved = ctx.saved_tensors
+    grads = [empty_grad(t) for t in saved[1:]]
+    _backward_op(dout, ctx.x0_grad, *saved, *grads)
     needed = ctx.needs_input_grad[1:4]
     return None, *(grad if wanted else None for grad, wanted in zip(grads, needed, strict=True)), None, None
 

@@ -2,7 +2,7 @@
 
 Triton looks at every argument of every launch, writes its types and options into a text and looks for it: 8 to 20
 microseconds, more than most kernels of a small batch take. :func:`launched` remembers the compilation by a key of what
-Triton looks at and launches that, as `kernel.warmup(...)[grid](...)` does.
+Triton looks at and calls its launcher, as `kernel.warmup(...)[grid](...)` does.
 """
 
 from operator import itemgetter
@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from triton import knobs
 from triton.compiler import CompiledKernel
+from triton.knobs import HookChain
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -45,19 +46,32 @@ class _Launched(JITFunction):
             form = self.forms.get(names := tuple(arguments))
             if form is None:
                 form = self.forms[names] = _Form(self, names)
-            device = driver.active.get_current_device()
+            active = driver.active
+            device = active.get_current_device()
             key = form.key(device, arguments)
-            compiled = self.compilations.get(key) if key else None
-            if compiled is None:
+            remembered = self.compilations.get(key) if key else None
+            if remembered is None:
                 compiled = self.run(grid=grid, warmup=False, **arguments)
                 if key and isinstance(compiled, CompiledKernel):
-                    self.compilations[key] = compiled
-            else:
-                stream = driver.active.get_current_stream(device)
-                compiled[(*grid, 1, 1)[:3]](*form.in_order(arguments), stream=stream)
+                    self.compilations[key] = compiled, compiled.run, compiled.function, compiled.packed_metadata
+                return compiled
+            compiled, run, function, metadata = remembered
+            x, y, z = grid if len(grid) == 3 else (*grid, 1, 1)[:3]
+            stream, values = active.get_current_stream(device), form.in_order(arguments)
+            if _is_watched():
+                compiled[x, y, z](*values, stream=stream)
+            else:  # what that ends in, without the metadata and calls of hooks that nobody has set
+                run(x, y, z, stream, function, metadata, None, None, None, *values)
             return compiled
 
         return launch
+
+
+def _is_watched() -> bool:
+    """Whether a hook, such as a profiler's, is to be called around each launch."""
+    runtime = knobs.runtime
+    enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
+    return not (type(enter) is type(leave) is HookChain) or bool(enter.calls or leave.calls)
 
 
 class _Form:
@@ -89,12 +103,13 @@ def _note(values: tuple, key: list) -> int:
     """Appends what Triton looks at; all addresses, or-ed, of which the last four bits are zero where all are on 16."""
     addresses = 0
     for value in values:
+        if value is None:
+            key.append(None)
+            continue
         kind = type(value)
         if kind is Tensor or kind is Parameter:
             addresses |= value.data_ptr()
             key.append(value.dtype)
-        elif value is None:
-            key.append(None)
         elif kind is int:
             if not -(2**31) <= value < 2**31:
                 return ODD

@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dispatch import custom_op, dtypes_of, empty_aligned, expect, resolve_backend
+from .dispatch import custom_op, dtypes_of, empty_aligned, empty_as, expect, resolve_backend
 from .linear.op import linear_dweight, linear_dx
 from .linear.product import ADD, GATE, GATE_SLOPE, SLOPE, SQUARE, launch_product
 from .swiglu import swiglu, swiglu_ref
@@ -74,7 +74,7 @@ def _du_op(dout: Tensor, kept: Tensor, down: Tensor, du: Tensor) -> None:
 
 def mlp_du(dout: Tensor, kept: Tensor, down: Tensor) -> Tensor:
     """du [..., hidden] of dout [..., D] and `kept` [..., hidden]: u in fp16, else a."""
-    du = dout.new_empty(kept.shape)
+    du = empty_as(kept)
     _du_op(dout, kept, down, du)
     return du
 
@@ -177,10 +177,10 @@ def _swiglu_backward(ctx, dout, *_):
     needs_x, needs_gate, needs_up, needs_down, _ = ctx.needs_input_grad
     dx = dgate = dup = None
     if needs_x or needs_gate or needs_up:
-        dg, du = g.new_empty(g.shape), empty_aligned(g, g.shape[:-1].numel(), g.size(-1))
+        dg, du = empty_as(g), empty_aligned(g, g.shape[:-1].numel(), g.size(-1))
         _swiglu_slopes_op(dout, g, u, down, dg, du)
         if needs_x:
-            dx = x.new_empty(x.shape)
+            dx = empty_as(x)
             _swiglu_dx_op(dg, du, gate, up, dx)
         dgate = linear_dweight(dg, x) if needs_gate else None
         dup = linear_dweight(du, x) if needs_up else None

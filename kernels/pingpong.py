@@ -30,6 +30,7 @@ LOAD_REGISTERS = gl.constexpr(24)
 
 SWIZZLED = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
 ACC = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK.value, 16]))
+ROW = gl.constexpr(gl.SliceLayout(1, ACC.value))
 
 
 @gluon.jit

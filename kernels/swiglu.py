@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .dispatch import cdiv, custom_op, dtypes_of, empty_grad, expect, next_power_of_2, resolve_backend
+from .dispatch import cdiv, custom_op, dtypes_of, empty_as, empty_grad, expect, next_power_of_2, resolve_backend
 from .launch import launched
 
 TILE = 2048
@@ -97,7 +97,7 @@ def _launch(kernel, gate: Tensor, up: Tensor, dout: Tensor | None = None, **outp
 
 @custom_op("klora::swiglu", mutates_args=())
 def _op(gate: Tensor, up: Tensor) -> Tensor:
-    out = gate.new_empty(gate.shape)
+    out = empty_as(gate)
     _launch(_forward, gate, up, out=out)
     return out
 
@@ -117,8 +117,9 @@ def _setup(ctx, inputs, output):
 
 
 def _autograd(ctx, dout):
-    grads = [empty_grad(t, wanted) for t, wanted in zip(ctx.saved_tensors, ctx.needs_input_grad, strict=True)]
-    _backward_op(dout, *ctx.saved_tensors, *grads)
+    saved = ctx.saved_tensors
+    grads = [empty_grad(t, wanted) for t, wanted in zip(saved, ctx.needs_input_grad, strict=True)]
+    _backward_op(dout, *saved, *grads)
     return tuple(grads)
 
 

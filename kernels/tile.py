@@ -1,7 +1,5 @@
 """What kernels that read tiles share: how the copy engine moves one, a tile cut in half, and tables of unit length."""
 
-from collections.abc import Sequence
-
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -10,16 +8,16 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 def tiled(tensor: Tensor, *block: int) -> TensorDescriptor:
     """How the copy engine moves blocks of `tensor`: outside of it, it reads zeros and stores nothing."""
-    return descriptor(tensor, tensor.shape, tensor.stride(), block)
+    return descriptor(tensor, list(tensor.shape), list(tensor.stride()), list(block))
 
 
-def descriptor(tensor: Tensor, shape: Sequence[int], strides: Sequence[int], block: Sequence[int]) -> TensorDescriptor:
+def descriptor(tensor: Tensor, shape: list[int], strides: list[int], block: list[int]) -> TensorDescriptor:
     """TensorDescriptor(...) without its checks, a microsecond or two of every launch.
 
     The copy engine can reach the tensor: :func:`klora.kernels.dispatch.is_aligned`; `block` is powers of two.
     """
     made = object.__new__(TensorDescriptor)
-    made.base, made.shape, made.strides, made.block_shape = tensor, list(shape), list(strides), list(block)
+    made.base, made.shape, made.strides, made.block_shape = tensor, shape, strides, block
     return made
 
 

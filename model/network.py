@@ -32,6 +32,7 @@ from ..kernels import (
     norm_rotary,
     relu_squared_mlp,
     relu_squared_ref,
+    residual_mlp,
     residual_norm,
     rms_norm_ref,
 )
@@ -228,10 +229,17 @@ def block(
     """
     backend = about.backend
     mixed = attention(about, weight, n, lora.qkv, x.size(1), held)
-    _, x, n = residual_norm(x, *_out(about, weight, mixed, lora.o), backend=backend)
+    adapted = lora.o is not None or lora.up is not None or lora.down is not None
+    if adapted or isinstance(weight.out, Int6Matrix):
+        _, x, n = residual_norm(x, *_out(about, weight, mixed, lora.o), backend=backend)
+        branch, scale = _mlp(about, weight, n, lora.up, lora.down)
+    else:
+        x = residual_mlp(mixed, x, weight.out, weight.up, weight.down, backend=backend)
+        branch = scale = None
     return residual_norm(
         x,
-        *_mlp(about, weight, n, lora.up, lora.down),
+        branch,
+        scale,
         **given,
         pushed=popped,
         skip=after.skip if popped is not None else None,

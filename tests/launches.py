@@ -1,12 +1,14 @@
 """Launches without a GPU: kernels are compiled for Hopper, and a driver writes down what would be launched.
 
 `python -m tests.launches` ends with status 1 where a remembered launch is not the one that Triton would have made, and
-prints as JSON how many Python calls a call of some ops makes on the host.
+prints as JSON how many Python calls a call of some ops makes on the host, and which launches of the ops of
+bench/host.py are not remembered.
 """
 
 import json
 import os
 import sys
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 os.environ["TRITON_INTERPRET"] = "0"
@@ -14,7 +16,7 @@ os.environ["TRITON_INTERPRET"] = "0"
 import torch
 import triton
 import triton.language as tl
-from klora.kernels import dispatch
+from klora.kernels import dispatch, launch
 from klora.kernels.launch import IS_KNOWN, launched
 from klora.kernels.tile import tiled
 from triton.backends.compiler import GPUTarget
@@ -30,7 +32,11 @@ class Launcher:
         pass
 
     def __call__(self, x, y, z, stream, function, metadata, about, enter, leave, *arguments):
+        if enter is not None:
+            enter(about)
         LAUNCHED.append(((x, y, z), stream, arguments))
+        if leave is not None:
+            leave(about)
 
 
 class Driver:
@@ -132,6 +138,14 @@ def check_who_sees_a_launch() -> None:
     kernel[lambda meta: seen.append("grid") or (1,)](**arguments)
     kernel[(1,)](*[arguments[name] for name in kernel.arg_names])
     assert seen == ["replaced", "hook", "grid"] and [made[2] for made in LAUNCHED[-5:]].count(LAUNCHED[-1][2]) >= 1
+    hooks = triton.knobs.runtime.launch_enter_hook, triton.knobs.runtime.launch_exit_hook
+    for chain in hooks:  # a profiler's, who is told of remembered launches, too
+        told = []
+        chain.add(told.append)
+        kernel[(1,)](**arguments)
+        chain.remove(told.append)
+        kernel[(1,)](**arguments)
+        assert [about.get()["name"] for about in told] == ["kernel"]
     launches = len(LAUNCHED)
     triton.knobs.runtime.debug = True
     assert kernel[(1,)](**arguments) is not None and len(LAUNCHED) == launches + 1
@@ -182,9 +196,60 @@ def calls_of_ops() -> dict[str, list[int]]:
     return found
 
 
+@contextmanager
+def launches_of_triton(run):
+    """While `run` stands for `JITFunction.run`, known to klora.kernels.launch as Triton's own: those that reach it."""
+    seen = []
+
+    def noted(kernel, *given, **options):
+        seen.append(kernel.__name__)
+        return run(kernel, *given, **options)
+
+    plain = JITFunction.run
+    launch.RUN = JITFunction.run = noted
+    try:
+        yield seen
+    finally:
+        launch.RUN = JITFunction.run = plain
+
+
+def forward_and_backward(row) -> None:
+    """One of bench/host.py's rows, as it is measured."""
+    leaves = tuple(leaf.detach().requires_grad_() for leaf in row.leaves)
+    out = row.klora(*leaves)
+    torch.autograd.grad(out, leaves, torch.ones_like(out), allow_unused=True)
+
+
+def launches_of_rows() -> dict[str, list]:
+    """Row of bench/host.py -> launches that take Triton's own way the first time, and the second.
+
+    Nothing is compiled.
+    """
+    from klora.bench.host import rows
+
+    for module in list(sys.modules.values()):
+        if hasattr(module, "resolve_backend"):
+            module.resolve_backend = lambda backend, tensor: backend or "triton"
+
+    def compiled(kernel, *given, **options):
+        made = object.__new__(CompiledKernel)
+        made.module, made.function, made.packed_metadata, made._run = 1, 2, (), lambda *arguments: None
+        return made
+
+    found = {}
+    with launches_of_triton(compiled) as seen:
+        for name, row in rows(torch.device("cpu"), torch.bfloat16).items():
+            found[name] = []
+            for _ in range(2):
+                seen.clear()
+                forward_and_backward(row)
+                found[name].append(list(seen))
+    return found
+
+
 if __name__ == "__main__":
     assert IS_KNOWN and kernel.compilations == {}
     triton.runtime.driver.set_active(driver := Driver())
     check_every_launch(driver)
     check_who_sees_a_launch()
-    print(json.dumps({"remembered": len(kernel.compilations), "calls": calls_of_ops()}))
+    print(json.dumps({"remembered": len(kernel.compilations), "calls": calls_of_ops(), "rows": launches_of_rows()}))

@@ -354,6 +354,9 @@ def check_registration(device):
         given = out, q, k, v, out, lse, None, *WITHOUT_CACHE, *into
         torch.library.opcheck(torch.ops.klora.attention_backward.default, given)
         torch.library.opcheck(op.default, (*leaves, starts_of([[3, 8]] * 2, 20, device), tail))
+    cu_seqlens = torch.tensor(CU_SEQLENS, dtype=torch.int32, device=device)
+    for entries in (cu_seqlens, cu_seqlens[1:], cu_seqlens[::2]):
+        torch.library.opcheck(torch.ops.klora.packed_starts.default, (entries, 70))
 
 
 def check_compiled(device, backend):
@@ -367,6 +370,53 @@ def check_compiled(device, backend):
     compiled = torch.compile(causal_attention_varlen, fullgraph=True, backend=backend)
     eager = attend(causal_attention_varlen, *inputs, cu_seqlens=cu_seqlens, **KERNEL)
     torch.testing.assert_close(attend(compiled, *inputs, cu_seqlens=cu_seqlens, **KERNEL), eager)
+    check_compiled_starts(device, backend)
+
+
+def check_compiled_starts(device, backend):
+    """Of entries that are a whole tensor, a slice, and made by the compiled function itself."""
+
+    def starts(whole, lengths):
+        made = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).int()
+        return [packed_starts(entries, 70) for entries in (whole, whole[1:], made, made[:3])]
+
+    whole = torch.tensor([0, *CU_SEQLENS], dtype=torch.int32, device=device)
+    inputs = whole, torch.tensor([1, 0, 17], device=device)
+    compiled = torch.compile(starts, fullgraph=True, backend=backend)
+    for x, y in zip(compiled(*inputs), starts(*inputs), strict=True):
+        assert torch.equal(x, y)
+    tokens = torch.tensor([[5, 5, 1, 5, 1, 1, 5], [1, 5, 5, 5, 5, 5, 5]], device=device)
+    compiled = torch.compile(document_starts, fullgraph=True, backend=backend)
+    assert torch.equal(compiled(tokens, 1), document_starts(tokens, 1))
+
+
+def check_symbols(device, backend, compiler):
+    """Batch and length stay symbols, and the number of groups may become one."""
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    cu_seqlens = torch.tensor([0, 3, 5], dtype=torch.int32, device=device)
+
+    def attention(q, k, v):
+        packed = causal_attention_varlen(*(t.flatten(0, 1) for t in (q, k, v)), cu_seqlens, backend=backend)
+        return causal_attention(q, k, v, backend=backend) + 1, packed
+
+    counter = CompileCounterWithBackend(compiler)
+    compiled = torch.compile(attention, fullgraph=True, backend=counter)
+    for B, S, G in ((2, 9, 2), (3, 7, 2), (2, 8, 4)):
+        inputs = draw(B, S, 4, G, device=device)[:3]
+        for t in inputs:
+            torch._dynamo.mark_dynamic(t, (0, 1))
+        for x, y in zip(compiled(*inputs), attention(*inputs), strict=True):
+            torch.testing.assert_close(x, y)
+        assert counter.frame_count == 1 or G == 4
+    targets = [str(node.target) for node in counter.graphs[0].graph.nodes]
+    assert "klora.packed_starts.default" in targets and not any("searchsorted" in target for target in targets)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_sizes_may_be_symbols(backend):
+    check_symbols("cpu", backend, "eager")
 
 
 @pytest.mark.slow
@@ -671,6 +721,9 @@ class TestMoreOnGpu:
     def test_opcheck_and_compile(self):
         check_registration("cuda")
         check_compiled("cuda", "inductor")
+
+    def test_sizes_may_be_symbols(self):
+        check_symbols("cuda", "triton", "inductor")
 
     def test_a_cuda_graph_replays_it(self):
         q, k, v, dout = draw(2, 300, 8, 4, 64, 100, torch.bfloat16, "cuda")

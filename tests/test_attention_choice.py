@@ -3,13 +3,15 @@
 import dataclasses
 import json
 import sys
+import warnings
 from importlib.metadata import PackageNotFoundError
 from types import ModuleType
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import SMALL, randomized, replayed
-from klora.bench.attention import ENTRIES, SHAPES
+from klora.bench.attention import ENTRIES, SHAPES, plain_attention
 from klora.bench.record import run_group, validate
 from klora.bench.step import ENTRIES as STEP
 from klora.bench.tolerance import assert_as_exact
@@ -39,6 +41,7 @@ from klora.model.train import Trainer
 from klora.model.weights import frozen_weights
 from test_cli import klora
 from test_train import ALONE, small_preset
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -409,27 +412,111 @@ def test_where_nothing_can_be_measured_a_rule_decides(monkeypatch):
     assert rule(CPU, torch.bfloat16, 128, 4, 2) == "klora"
 
 
-def check_auto_compiles(inputs, backend):
-    compiled = torch.compile(lambda q, k, v: auto_attention(q, k, v) + 1, fullgraph=True, backend=backend)
-    torch.testing.assert_close(compiled(*inputs), auto_attention(*inputs) + 1)
+def one_more(q, k, v, choice="auto"):
+    return auto_attention(q, k, v, choice=choice) + 1
+
+
+def with_gradients(attention, q, k, v):
+    """out, and the gradients of q and v, which `heads` says are wanted."""
+    out = attention(q, k, v)
+    dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
+    return [out.detach(), *torch.autograd.grad(out, (q, v), dout)]
+
+
+def check_auto_compiles(inputs, backend, **options):
+    """Beside what the rule names, which need not be what is the fastest outside of the compiler."""
+    options = {"fullgraph": True, "backend": backend, **options}
+    name = torch.compile(lambda q, k, v: explain_attention(q, k, v).name, **options)(*inputs)
+    exact = with_gradients(lambda q, k, v: plain_attention(q, k, v) + 1, *doubled(inputs))
+    by_name = with_gradients(lambda q, k, v: one_more(q, k, v, name), *inputs)
+    assert_as_exact(with_gradients(torch.compile(one_more, **options), *inputs), exact, by_name)
+
+
+def doubled(inputs):
+    return [t.detach().double().requires_grad_(t.requires_grad) for t in inputs]
 
 
 @pytest.mark.slow
 def test_auto_attention_compiles(timed):
     check_auto_compiles(heads(), "aot_eager")
-    assert len(timed) == 1, "nothing is measured under torch.compile"
+    assert not timed, "nothing is measured under torch.compile"
+
+
+@pytest.mark.slow
+def test_auto_attention_compiles_where_sizes_are_symbols(timed):
+    """Batch and length stay symbols; another size of head compiles again."""
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(one_more, fullgraph=True, backend=counter)
+    for batch, length, d, graphs in ((2, 20, 16, 1), (3, 31, 16, 1), (2, 20, 32, 2), (4, 9, 32, 2)):
+        inputs = [t.detach()[:1].repeat(batch, 1, 1, 1) for t in heads(length, d)]
+        for t in inputs:
+            torch._dynamo.mark_dynamic(t, (0, 1))
+        torch.testing.assert_close(compiled(*inputs), one_more(*inputs, choice="math"))
+        assert counter.frame_count == graphs
+    check_auto_compiles(heads(), "aot_eager", dynamic=True)
+
+
+def of_pytorch(q, k, v):
+    """A kernel of PyTorch's in blocks, called by itself. It rounds p to the dtype, as all in blocks do. PyTorch's plain
+    attention is another yardstick: it computes 16 bits in fp32, and rounds once.
+    """
+    k, v = (t.repeat_interleave(q.size(2) // k.size(2), 2) for t in (k, v))
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        return F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), is_causal=True).transpose(1, 2)
+
+
+def check_exact(inputs, names, attention=auto_attention):
+    exact, yardstick = plain_attention(*doubled(inputs)), of_pytorch(*inputs)
+    for name in names:
+        assert_as_exact([attention(*inputs, choice=name)], [exact], [yardstick])
+
+
+def test_each_choice_is_as_exact_as_a_kernel_of_pytorch_s_and_a_wrong_one_is_not():
+    for dtype in (torch.float32, torch.bfloat16):
+        inputs = heads(dtype=dtype)
+        check_exact(inputs, ("klora", "flash", "math"))
+        for wrong in (
+            lambda q, k, v, choice: auto_attention(1.01 * q, k, v, choice=choice),
+            lambda q, k, v, choice: auto_attention(q, k.roll(1, 1), v.roll(1, 1), choice=choice),
+        ):
+            with pytest.raises(AssertionError, match="output 0: error"):
+                check_exact(inputs, ("flash",), wrong)
+
+
+def test_trying_what_runs_is_unheard_and_needs_no_gradients_outside(monkeypatch):
+    def refuse(q, k, v, *about):
+        warnings.warn("this kernel was not used because", stacklevel=1)
+        raise RuntimeError("No available kernel")
+
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        for context in (torch.no_grad(), torch.inference_mode()):
+            with context:
+                assert not why_not("flash", CPU, torch.float32, 16)
+        monkeypatch.setattr(choices, "causal_attention_ref", refuse)
+        assert "No available kernel" in why_not("flash", CPU, torch.float32, 16)
+        times, refused = auto.measure(*heads())
+    assert times.keys() == {"klora"} and set(refused.values()) == {"No available kernel"}
+    assert not heard
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
 class TestAutoOnGpu:
     @pytest.mark.parametrize("d", [64, 80, 128, 256])
-    def test_the_fastest_is_as_exact_as_pytorch_s_and_its_times_are_named(self, d):
+    def test_the_fastest_is_as_exact_as_pytorch_s_and_its_times_are_named(self, d, monkeypatch):
+        monkeypatch.setattr(auto, "_CHOSEN", {})
+        monkeypatch.setattr(auto, "_MET", {})
         q, k, v = heads(300, d, "cuda", torch.bfloat16)
-        chosen = explain_attention(q, k, v)
+        with warnings.catch_warnings(record=True) as heard:
+            warnings.simplefilter("always")
+            chosen = explain_attention(q, k, v)
+        assert not heard
         assert chosen.times[chosen.name] == min(chosen.times.values()) and "klora" in chosen.times
-        exact = causal_attention_ref(*(t.double() for t in (q, k, v)))
-        assert_as_exact([auto_attention(q, k, v)], [exact], [causal_attention_ref(q, k, v)])
+        assert torch.equal(auto_attention(q, k, v), auto_attention(q, k, v, choice=chosen.name))
+        check_exact((q, k, v), chosen.times)
 
     def test_a_graph_takes_what_was_found_before_it_and_else_ours(self, monkeypatch):
         monkeypatch.setattr(auto, "_CHOSEN", {})
@@ -447,6 +534,7 @@ class TestAutoOnGpu:
     @pytest.mark.parametrize("d", [64, 128])
     def test_it_compiles(self, d):
         check_auto_compiles(heads(256, d, "cuda", torch.bfloat16), "inductor")
+        check_auto_compiles(heads(300, d, "cuda", torch.bfloat16), "inductor", dynamic=True)
 
 
 WIDE = ModelConfig(vocab_size=300, width=256, blocks=4, heads=4, kv_heads=2, mlp_hidden=512, bigram_width=16)

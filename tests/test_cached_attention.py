@@ -4,6 +4,7 @@ import math
 import os
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -381,6 +382,16 @@ def check_compiled(device, backend):
 
     compiled = torch.compile(function, fullgraph=True, backend=backend)
     torch.testing.assert_close(run(call, dout, compiled), run(call, dout, function))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_sizes_may_be_symbols(backend):
+    attention = partial(cached_attention, backend=backend)
+    compiled = torch.compile(attention, fullgraph=True, backend="eager", dynamic=True)
+    for more in ({}, {"T": 5, "window": 31}):
+        call, _ = draw(**more)
+        torch.testing.assert_close(compiled(**call), attention(**call))
 
 
 @pytest.mark.slow

@@ -46,6 +46,7 @@ from klora.kernels import (
     qkv_attention,
     quantize_int6,
     relu_squared_mlp,
+    residual_mlp,
     residual_norm,
     rms_norm,
     rotary_tables,
@@ -56,6 +57,9 @@ from klora.kernels import (
     swiglu_mlp,
 )
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
@@ -118,6 +122,11 @@ def ops(B: int = 2, S: int = 5, dtype: torch.dtype = torch.float32) -> dict[str,
         "relu_squared_mlp": Op(relu_squared_mlp, {"x": x, "up": randn(48, D), "down": randn(D, 48)}),
         "swiglu": Op(swiglu, {"gate": x, "up": randn(B, S, D)}, per_document=("gate", "up")),
         "swiglu_mlp": Op(swiglu_mlp, {"x": x, "gate": randn(48, D), "up": randn(48, D), "down": randn(D, 48)}),
+        "residual_mlp": Op(
+            residual_mlp,
+            {"mixed": randn(B, S, 48), "x": x, "out": randn(D, 48) / 4, "up": randn(48, D) / 4, "down": randn(D, 48)},
+            per_document=("mixed", "x"),
+        ),
         "rms_norm": Op(rms_norm, {"x": x}),
         "residual_norm": Op(
             residual_norm,
@@ -344,6 +353,71 @@ def test_where_and_how_a_tensor_lies_changes_no_number(name, backend):
         more = {tensor: layout(op.more[tensor]) for tensor in ("slots", "targets") if tensor in op.more}
         found = gradients(op, backend, **given, **more)
         (same if backend == "triton" else close)(found, expected)
+
+
+class Fakes(TorchDispatchMode):
+    """Calls each op that returns something for a compiler too; `met` names them, `others` what is otherwise there."""
+
+    def __init__(self):
+        super().__init__()
+        self.met, self.others = set(), []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        if function.namespace == "klora" and function._schema.returns:
+            self.met.add(function._schema.name)
+            with FakeTensorMode() as mode:
+                expected = function(*tree_map_only(Tensor, mode.from_tensor, args), **(kwargs or {}))
+            real, fake = (
+                [(t.shape, t.dtype, t.stride(), t.device) for t in tree_leaves(outputs)] for outputs in (made, expected)
+            )
+            if real != fake:
+                self.others.append((function._schema.name, real, fake))
+        return made
+
+
+def narrowed(op: Op, **places: int) -> Op:
+    """With 17, which is a multiple of nothing, of the rows or columns of these tensors: by their dimension."""
+    return op._replace(floats=op.floats | {name: op.floats[name].narrow(dim, 0, 17) for name, dim in places.items()})
+
+
+def odd(ops: dict[str, Op]) -> list[Op]:
+    return [
+        narrowed(ops["linear"], weight=0),
+        narrowed(ops["linear"], x=2, weight=1),
+        narrowed(ops["relu_squared_mlp"], up=0, down=1),
+        narrowed(ops["swiglu_mlp"], up=0, gate=0, down=1),
+        narrowed(ops["swiglu"], up=2, gate=2),
+        narrowed(ops["lora_linear"], weight=0, lora_b=1),
+        narrowed(ops["lora_linear"], x=2, weight=1, lora_a=2),
+        narrowed(ops["linear_nll"], weight=0),
+        narrowed(ops["lora_head_nll"], weight=0, lora_b=1),
+    ]
+
+
+@pytest.mark.slow
+def test_a_compiler_expects_what_every_op_returns():
+    """Shapes, dtypes, strides and devices, for a layout that a kernel takes and one that it does not, and odd sizes."""
+    assert [getattr(klora.kernels, name) for name in klora.kernels.__all__], "all are registered"
+    x, matrix = torch.rand(3, 64, device=DEVICE), quantize_int6(torch.rand(48, 64, device=DEVICE))
+    packed = [torch.rand(6, 2, 16, device=DEVICE) for _ in range(3)]
+    several = OPS["lora_linear"].floats | {"x": torch.rand(POOL, 5, D, device=DEVICE)}
+    with Fakes() as fakes:
+        for op in OPS.values():
+            gradients(op, "triton")
+        for op in ops(dtype=torch.float16).values():
+            gradients(op, "triton", **{name: strided(tensor) for name, tensor in op.floats.items()})
+        for dtype in (torch.float32, torch.float16):
+            for op in odd(ops(dtype=dtype)):
+                gradients(op, "triton")
+        int6_linear(x, matrix, backend="triton")
+        int6_linear_dx(x[:, :48], matrix, backend="triton")
+        causal_attention_varlen(*packed, torch.tensor([0, 2], dtype=torch.int32, device=DEVICE), backend="triton")
+        lora_linear(several["x"], *([several[name]] * 2 for name in ("weight", "lora_a", "lora_b")), backend="triton")
+    names = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("klora::")}
+    returning = {name for name in names if getattr(torch.ops.klora, name[7:]).default._schema.returns}
+    assert not fakes.others
+    assert fakes.met == returning
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -425,6 +425,8 @@ def test_the_ops_are_registered_as_torch_wants_it():
     torch.library.opcheck(
         torch.ops.klora.residual_norm, (t["x"], *[None] * 10, False, False, False, t["scale"], 1e-5, True)
     )
+    for weight, unit_offset in ((None, False), (t["scale"], True)):
+        torch.library.opcheck(torch.ops.klora.rms_norm, (t["x"], weight, 1e-5, unit_offset))
     plain = [tensor.detach() for tensor in order]
     rstd = torch.rand(2, 3)
     backward = torch.ops.klora.residual_norm_backward_
@@ -435,6 +437,10 @@ def test_the_ops_are_registered_as_torch_wants_it():
     torch.library.opcheck(
         backward,
         (plain[0], None, None, plain[0], rstd, *nothing, grads[0], *[None] * 7, False, scale, scale.clone(), True),
+    )
+    torch.library.opcheck(
+        torch.ops.klora.rms_norm_backward_,
+        (plain[0], plain[0].clone(), torch.rand(6), scale, grads[0], scale.clone(), True),
     )
     qkv, gain, dq, dk = heads(S=3)
     cos, sin = rotary_tables(3, 16, 100.0)

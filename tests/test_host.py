@@ -15,7 +15,7 @@ from klora.kernels.launch import launched
 from triton.runtime.jit import JITFunction
 
 ROOT = Path(__file__).resolve().parent.parent
-CALLS = {"rms_norm": (154, 334), "linear": (129, 284), "lora_linear": (329, 690)}
+CALLS = {"rms_norm": (86, 225), "linear": (104, 245), "lora_linear": (272, 592)}
 """Python's calls, those of C functions included, of a forward, and of a forward and backward."""
 
 
@@ -40,6 +40,25 @@ def test_an_op_makes_few_calls_on_the_host(without_a_gpu, op):
     """A count, where a time would say how busy the machine is. Versions of PyTorch and Triton differ by a few calls."""
     for made, known in zip(without_a_gpu["calls"][op], CALLS[op], strict=True):
         assert made <= 1.1 * known
+
+
+def test_no_launch_of_an_op_takes_triton_s_own_way_twice(without_a_gpu):
+    found = without_a_gpu["rows"]
+    assert set(found) == set(rows(torch.device("cpu"), torch.float32))
+    assert all(first for first, _ in found.values())
+    assert {name: second for name, (_, second) in found.items() if second} == {}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("op", rows(torch.device("cpu"), torch.float32))
+def test_no_launch_of_an_op_takes_triton_s_own_way_twice_on_a_gpu(op):
+    from launches import forward_and_backward, launches_of_triton  # whose import turns the interpreter off
+
+    row = rows(torch.device("cuda"), torch.bfloat16)[op]
+    forward_and_backward(row)
+    with launches_of_triton(JITFunction.run) as seen:
+        forward_and_backward(row)
+    assert seen == []
 
 
 def test_nothing_changes_where_triton_is_not_the_compiler(monkeypatch):

@@ -79,9 +79,10 @@ def padded_rank(rank: int) -> int:
 def kept_by_autograd(shape: ModelConfig, config: TTTConfig) -> int:
     """Numbers that a training step keeps for its backward, for each input of the window, in the compute dtype.
 
-    In each block: the normed input and MLP input, q, k and v, attention's output, the MLP's hidden values and what each
-    LoRA kept, its input times A; q and k before their rotation and another output, whose layout is not the product's,
-    where attention is PyTorch's; the first forward's k and v for a cache. And the outputs pushed for later blocks.
+    In each block: the normed input, the stream before the MLP, q, k and v, attention's output, the MLP's hidden values
+    and what each LoRA kept, its input times A; q and k before their rotation and another output, whose layout is not
+    the product's, where attention is PyTorch's; the first forward's k and v for a cache. And the outputs pushed for
+    later blocks.
     """
     q, k, v = shape.qkv_sizes
     ranks = 3 * padded_rank(max(map(config.rank, "qkv"))) + sum(

@@ -6,21 +6,23 @@ call's own tensors, host and launches included. Later calls look the name up. Ba
 two share what was found, so that rows of any length are not timed again and again.
 
 What cannot be timed follows a rule. While a CUDA graph is captured, a shape that was not met before goes to ours. Under
-torch.compile, heads up to 64 go to ours, and larger ones to the first of cuDNN and flash that runs them. A row with
-documents goes to ours: PyTorch's would write a mask [B, 1, S, S]. So does a call that must be deterministic.
+torch.compile, heads up to 64 go to ours, and larger ones to the first of cuDNN and flash that runs them; batch and
+length may be symbols there. A row with documents goes to ours: PyTorch's would write a mask [B, 1, S, S]. So does a
+call that must be deterministic.
 """
 
 import functools
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from operator import index
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..dispatch import DTYPES, expect_one_of
-from .choices import CHOICES, attend, first_sentence, pick_attention, why_not
+from .choices import CHOICES, attend, first_sentence, pick_attention, refusals_unheard, why_not
 from .op import MOST_HEAD, causal_attention, check_qkv
 
 TIMED = ("klora", "cudnn", "flash", "efficient")
@@ -89,7 +91,8 @@ def explain_attention(
     if not is_free:
         return Chosen("klora", "the only one whose gradients have the same bits in every run", {}, {})
     if not is_timed:
-        name = _name_by_rule(q.device, q.dtype, q.size(3), q.size(2), k.size(2))
+        heads = map(index, (q.size(3), q.size(2), k.size(2)))  # numbers, where the compiler has symbols
+        name = _name_by_rule(q.device, q.dtype, *heads)
         return Chosen(name, "by head size: nothing is timed under torch.compile", {}, {})
     sizes = _sizes(q, k, v)
     if sizes not in _CHOSEN:
@@ -147,8 +150,9 @@ def measure(q: Tensor, k: Tensor, v: Tensor) -> tuple[dict[str, float], dict[str
     for name in TIMED:
         try:
             call = _call(name, q, k, v)
-            for _ in range(WARM_UP):
-                call()
+            with refusals_unheard():
+                for _ in range(WARM_UP):
+                    call()
             _wait(q.device)
             calls[name] = call
         except Exception as error:  # of PyTorch's or of the compiler's, and memory may be short

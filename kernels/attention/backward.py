@@ -302,7 +302,8 @@ def launch_backward(
     """
     (batch, length, heads, width), groups, tail = q.shape, k.size(2), dout.size(1)
     dq, dk, dv = grads
-    dq[:, : length - tail].zero_()
+    if tail < length:
+        dq[:, : length - tail].zero_()
     if not dout.numel():
         for grad in (dk, dv, dgain):
             if grad is not None:

@@ -40,6 +40,7 @@ from ..dispatch import INTEGERS, cdiv, custom_op, describe, expect, refuse_gradi
 from ..launch import launched
 from ..slots import is_in_pool, rows_of_slots
 from .op import HEAD_DIMS, cached_op, check_heads, check_qkv
+from .reference import is_grouped
 
 TOKENS = 32
 """Tokens of one head that a program of the writing launch copies."""
@@ -66,8 +67,9 @@ def cached_attention_ref(
     )
     own = torch.ones(length, length, dtype=torch.bool, device=q.device).tril()
     mask = torch.cat([is_read[:, None].expand(-1, length, -1), own.expand(batch, -1, -1)], -1)[:, None]
+    q = q.transpose(1, 2)
     with sdpa_kernel(SDPBackend.MATH):
-        out = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, mask, enable_gqa=q.size(2) != k.size(1))
+        out = F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=is_grouped(q, k))
     return out.transpose(1, 2)
 
 

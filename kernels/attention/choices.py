@@ -105,17 +105,22 @@ def why_not(
         return "it wants a CUDA GPU"
     if name in PACKAGES and not PACKAGES[name].is_installed:
         return f"the package {PACKAGES[name].distribution} is not installed: {PACKAGES[name].advice}"
-    q = torch.zeros(1, 256, heads, head_dim, device=device, dtype=dtype, requires_grad=True)
-    k = torch.zeros(1, 256, groups, head_dim, device=device, dtype=dtype)
-    start = torch.zeros(1, 256, device=device, dtype=torch.int32) if documents else None
     try:
-        with warnings.catch_warnings(action="ignore"):  # PyTorch explains a refusal in several
+        with torch.inference_mode(False), torch.enable_grad(), refusals_unheard():
+            q = torch.zeros(1, 256, heads, head_dim, device=device, dtype=dtype, requires_grad=True)
+            k = torch.zeros(1, 256, groups, head_dim, device=device, dtype=dtype)
+            start = torch.zeros(1, 256, device=device, dtype=torch.int32) if documents else None
             attend(q, k, k, name, start).sum().backward()
     except Exception as error:  # a package may raise anything, from its import to its launch
         masked = " and a document mask (document_mask=false goes without)" if documents else ""
         what = f"{str(dtype).removeprefix('torch.')} with head size {head_dim}{masked}"
         return f"it does not run {what} here: {first_sentence(error)}"
     return ""
+
+
+def refusals_unheard() -> warnings.catch_warnings:
+    """A context without warnings: PyTorch explains a refusal in several, and whoever tries what runs says it better."""
+    return warnings.catch_warnings(action="ignore")
 
 
 def first_sentence(error: Exception) -> str:

@@ -3,6 +3,7 @@
 The logsumexp is that of powers of two: log2(sum_j 2^(s_ij log2 e)).
 """
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -41,6 +42,7 @@ def padded_head(head_dim: int) -> int:
     return padded_rank(head_dim)
 
 
+@functools.cache
 def pick_config(kernel: str, dtype: torch.dtype, head_dim: int) -> AttentionConfig:
     """The tile of "forward", "bounded" (a forward with a gain), "dq" or "dkdv"."""
     if dtype == torch.float32:
@@ -68,9 +70,9 @@ def by_heads(tensor: Tensor, heads: int, tokens: int) -> TensorDescriptor:
     """How the copy engine moves blocks [heads, tokens, padded d] of tensor [B, S, H, d]: outside of it, it reads zeros
     and stores nothing.
     """
-    batch, length, count, width = tensor.shape
-    strides = [tensor.stride(0), tensor.stride(2), tensor.stride(1), 1]
-    return descriptor(tensor, [batch, count, length, width], strides, [1, heads, tokens, padded_head(width)])
+    (batch, length, count, width), (of_batch, of_token, of_head, _) = tensor.shape, tensor.stride()
+    block = [1, heads, tokens, padded_head(width)]
+    return descriptor(tensor, [batch, count, length, width], [of_batch, of_head, of_token, 1], block)
 
 
 @triton.jit

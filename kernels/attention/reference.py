@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..dispatch import expect
+from ..dispatch import custom_op, expect
 
 BACKENDS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -24,6 +24,11 @@ BACKENDS = {
 }
 
 
+def is_grouped(q: Tensor, k: Tensor) -> bool:
+    """Whether q [B, H, S, d] has other heads than k. A bool under torch.compile too, where sizes may be symbols."""
+    return True if q.size(1) != k.size(1) else False  # noqa: SIM210
+
+
 def document_starts(tokens: Tensor, bos: int) -> Tensor:
     """Where the document of each of `tokens` int [B, S] starts: the last `bos` up to it, else the row; int32 [B, S].
 
@@ -31,6 +36,16 @@ def document_starts(tokens: Tensor, bos: int) -> Tensor:
     """
     position = torch.arange(tokens.size(1), dtype=torch.int32, device=tokens.device)
     return torch.where(tokens == bos, position, 0).cummax(1).values
+
+
+@custom_op("klora::packed_starts", mutates_args=())
+def _packed_starts_op(cu_seqlens: Tensor, total: int) -> Tensor:
+    """An op of its own: PyTorch 2.11's Inductor searches a slice from the start of what it is a slice of."""
+    token = torch.arange(total, dtype=torch.int32, device=cu_seqlens.device)
+    return cu_seqlens[torch.searchsorted(cu_seqlens[1:].contiguous(), token, right=True)]
+
+
+_packed_starts_op.register_fake(lambda cu_seqlens, total: cu_seqlens.new_empty(total))
 
 
 def packed_starts(cu_seqlens: Tensor, total: int) -> Tensor:
@@ -44,8 +59,7 @@ def packed_starts(cu_seqlens: Tensor, total: int) -> Tensor:
     expect("cu_seqlens", cu_seqlens, ("documents + 1",), (torch.int32,))
     if not cu_seqlens.numel():
         raise ValueError("cu_seqlens is empty; wanted int32 [documents + 1], which begins with 0")
-    token = torch.arange(total, dtype=torch.int32, device=cu_seqlens.device)
-    return cu_seqlens[torch.searchsorted(cu_seqlens[1:], token, right=True)][None]
+    return _packed_starts_op(cu_seqlens, total)[None]
 
 
 def check_cu_seqlens(cu_seqlens: Tensor, total: int) -> None:
@@ -83,5 +97,5 @@ def causal_attention_ref(q: Tensor, k: Tensor, v: Tensor, backend: str = "math",
         mask = ((start[:, :, None] <= key) & (key <= key[:, None]))[:, None]
     is_causal = q.size(2) > 1 and mask is None
     with sdpa_kernel(BACKENDS[backend]):
-        out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, enable_gqa=q.size(1) != k.size(1))
+        out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, enable_gqa=is_grouped(q, k))
     return out.transpose(1, 2)

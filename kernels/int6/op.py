@@ -20,6 +20,7 @@ in 1-8, 9-16, 17-32, 33-64, 65-128 and 129-256 each, and for all others up to 8,
 split.
 """
 
+import functools
 from dataclasses import dataclass
 from typing import Literal
 
@@ -60,6 +61,7 @@ H100 = 132
 """Multiprocessors of the GPU on which the numbers below were measured."""
 
 
+@functools.lru_cache(1024)
 def pick_config(
     M: int, N: int, K: int, dtype: torch.dtype, assembly: bool = True, can_be_wide: bool = True, processors: int = H100
 ) -> Int6Config:
@@ -95,6 +97,7 @@ def pick_config(
     return Int6Config("dense")  # 66 of dequantising at 8192x8192
 
 
+@functools.lru_cache(1024)
 def pick_config_dx(
     M: int, N: int, K: int, dtype: torch.dtype, assembly: bool = True, can_be_wide: bool = True, processors: int = H100
 ) -> Int6Config:

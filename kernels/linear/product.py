@@ -14,13 +14,38 @@ from ..launch import launched
 from ..rms_norm import EPS
 from ..swiglu import silu, swiglu_gradient
 from ..tile import halves, norm_rotate, tiled
-from .turns import launch_heads, launch_slope, takes
+from .turns import launch_heads, launch_norm_gradient, launch_residual, launch_slope, takes
 
 STORE, SQUARE, SLOPE, HEADS, FACTORS = "store", "square", "slope", "heads", "factors"
 GATE, GATE_SLOPE, ADD = "gate", "gate_slope", "add"
+RESIDUAL, NORM_GRADIENT = "residual", "norm_gradient"
+IN_TURNS = SLOPE, HEADS, RESIDUAL, NORM_GRADIENT
+"""What warps in turns can end with."""
 """Epilogues of a tile: as it is; relu(tile)^2; the tile times the slope of relu(u)^2; heads normed and rotated; each
 row times its factor. For SwiGLU: silu(gate) times the tile; the gradients of gate and up from that of their product;
-the tile and what was there."""
+the tile and what was there. The tile and the stream; with :class:`RowNorm` the stream's gradient through its norm."""
+
+
+class RowNorm(NamedTuple):
+    """An RMS norm of rows x [rows, D] between products, without a pass over them: n = x / rms(x) is never stored.
+
+    The product that makes x leaves the sums of its squares, tile for tile. The next one is by x itself, and multiplies
+    its rows by 1 / rms. The gradient's mean(dn n) is mean(du u) hidden / D for u = W n, du its gradient: the product
+    that makes du leaves those sums, and the one by W ends in the gradient of x.
+    """
+
+    rstd: Tensor
+    """[rows], fp32, 1 / rms: "square" writes it, "slope" and "norm_gradient" read it"""
+    sums: Tensor
+    """[blocks, rows], fp32: of squares of x, over blocks of D, from "residual" to "square"; of du u, over blocks of
+    hidden, from "slope" to "norm_gradient"
+    """
+
+    @staticmethod
+    def of(width: int, rstd: Tensor, like: Tensor) -> "RowNorm":
+        """With memory for the sums that a product of `width` outputs leaves, in the dtype of `like`."""
+        block = (FP32_TILE if like.dtype == torch.float32 else SLOPE_TILE).block_n
+        return RowNorm(rstd, rstd.new_empty(cdiv(width, block), rstd.numel()))
 
 
 class Heads(NamedTuple):
@@ -71,6 +96,9 @@ SLOPE_TILE = Tile(128, 128, 64, 4, 8, 3, programs=2)
 # Heads are finished all at once, beside fewer loads. NVIDIA H200, 98304 x 512 x 1024 (ms): 0.190; 4 stages and 4 pieces
 # 0.197; head by head 0.238; 128 x 128 and two programs 0.241; 256 x 128 0.216. Without heads: 0.165.
 HEADS_TILE = Tile(128, 256, 64, 2, 8, 3)
+# A row's sum of squares is the same whatever the number of rows: all have as many outputs, in pieces of 32.
+RESIDUAL_TILES = (Tile(128, 128, 64, 4, 8, 3, programs=2), Tile(64, 128, 64, 4, 4, 4, cost=0.75))
+NORM_GRADIENT_TILE = Tile(128, 128, 64, 4, 8, 3, programs=2)
 FP32_TILE = Tile(64, 64, 16, 1, 8, 2)  # no tensor cores: what does not spill; alone, for its sums depend on block_k
 
 
@@ -81,7 +109,9 @@ def pick_tile(dtype: torch.dtype, epilogue: str, rows: int, outputs: int, proces
         return FP32_TILE
     if epilogue in (SLOPE, GATE, GATE_SLOPE):
         return SLOPE_TILE
-    tiles = (HEADS_TILE, *TILES[1:]) if epilogue == HEADS else TILES
+    if epilogue == NORM_GRADIENT:
+        return NORM_GRADIENT_TILE
+    tiles = {HEADS: (HEADS_TILE, *TILES[1:]), RESIDUAL: RESIDUAL_TILES}.get(epilogue, TILES)
     wide = [tile for tile in tiles if tile.block_n >= head_dim]
     return min(wide, key=lambda tile: cdiv(tile_count(tile, rows, outputs), processors) * tile.cost)
 
@@ -96,14 +126,20 @@ def relu(x):
 
 
 @triton.jit
-def times_slope(tile, kept):
-    """fp32 `tile` times the slope of relu(u)^2, 2 relu(u), from what was kept: relu(u)^2, or u in fp16."""
+def relu_of(kept):
+    """relu(u) in fp32 from what was kept: relu(u)^2, or u in fp16."""
     if kept.dtype == tl.float16:
-        root = relu(kept.to(tl.float32))
+        return relu(kept.to(tl.float32))
     elif kept.dtype == tl.float32:
-        root = tl.sqrt_rn(kept)
+        return tl.sqrt_rn(kept)
     else:
-        root = tl.sqrt(kept.to(tl.float32))
+        return tl.sqrt(kept.to(tl.float32))
+
+
+@triton.jit
+def times_slope(tile, kept):
+    """fp32 `tile` times the slope of relu(u)^2, 2 relu(u), from what was kept as of :func:`relu_of`."""
+    root = relu_of(kept)
     return tl.where(root == 0.0, 0.0, 2.0 * root * tile)
 
 
@@ -158,50 +194,97 @@ def _store_pieces(out_d, tile, m, n, M: tl.constexpr, N: tl.constexpr, PIECES: t
 
 
 @triton.jit
-def _finish(out_d, kept_d, gate_d, dup_d, tile, m, n, EPILOGUE: tl.constexpr):
-    """Ends a piece of a tile and stores it, rounded."""
+def _finish(out_d, kept_d, second_d, dup_d, tile, factor, m, n, EPILOGUE: tl.constexpr, NORMED: tl.constexpr):
+    """Ends a piece of a tile and stores it, rounded. Returns what an epilogue wants to know of its rows, else 0."""
     tile = tile.to(tl.float32)
+    sums = 0.0
     if EPILOGUE == "square":
+        if NORMED:
+            tile *= factor[:, None]
         if kept_d is not None:
             kept_d.store([m, n], tile.to(kept_d.dtype))
         tile = relu(tile)
         tile *= tile
     elif EPILOGUE == "slope":
-        tile = times_slope(tile, kept_d.load([m, n]))
+        kept = kept_d.load([m, n])
+        tile = times_slope(tile, kept)
+        if NORMED:
+            sums = tl.sum(tile * relu_of(kept), 1)
+            tile *= factor[:, None]
     elif EPILOGUE == "gate":
         if kept_d is not None:
             kept_d.store([m, n], tile.to(kept_d.dtype))
-        tile *= silu(gate_d.load([m, n]).to(tl.float32))
+        tile *= silu(second_d.load([m, n]).to(tl.float32))
     elif EPILOGUE == "gate_slope":
-        gate, up = gate_d.load([m, n]).to(tl.float32), kept_d.load([m, n]).to(tl.float32)
+        gate, up = second_d.load([m, n]).to(tl.float32), kept_d.load([m, n]).to(tl.float32)
         tile, dup = swiglu_gradient(tile, gate, up)
         dup_d.store([m, n], dup.to(dup_d.dtype))
     elif EPILOGUE == "add":
         tile += kept_d.load([m, n]).to(tl.float32)
+    elif EPILOGUE == "residual":
+        tile = (tile + kept_d.load([m, n]).to(tl.float32)).to(out_d.dtype).to(tl.float32)
+        if NORMED:
+            sums = tl.sum(tile * tile, 1)
+    elif EPILOGUE == "norm_gradient":
+        tile -= kept_d.load([m, n]).to(tl.float32) * factor[:, None]
+        if second_d is not None:
+            tile += second_d.load([m, n]).to(tl.float32)
     out_d.store([m, n], tile.to(out_d.dtype))
+    return sums
 
 
 @triton.jit
 def _finish_pieces(
-    out_d, kept_d, gate_d, dup_d, tile, m, n,
-    M: tl.constexpr, N: tl.constexpr, PIECES: tl.constexpr, EPILOGUE: tl.constexpr,
+    out_d, kept_d, second_d, dup_d, tile, factor, m, n,
+    M: tl.constexpr, N: tl.constexpr, PIECES: tl.constexpr, EPILOGUE: tl.constexpr, NORMED: tl.constexpr,
 ):  # fmt: skip
     """`tile` [M, N] leaves in `PIECES` side by side: less shared memory at a time."""
     if PIECES == 1:
-        _finish(out_d, kept_d, gate_d, dup_d, tile, m, n, EPILOGUE)
+        return _finish(out_d, kept_d, second_d, dup_d, tile, factor, m, n, EPILOGUE, NORMED)
     else:
         left, right = halves(tile, M, N)
-        _finish_pieces(out_d, kept_d, gate_d, dup_d, left, m, n, M, N // 2, PIECES // 2, EPILOGUE)
-        _finish_pieces(out_d, kept_d, gate_d, dup_d, right, m, n + N // 2, M, N // 2, PIECES // 2, EPILOGUE)
+        H: tl.constexpr = N // 2
+        tensors = out_d, kept_d, second_d, dup_d
+        sums = _finish_pieces(*tensors, left, factor, m, n, M, H, PIECES // 2, EPILOGUE, NORMED)
+        sums += _finish_pieces(*tensors, right, factor, m, n + H, M, H, PIECES // 2, EPILOGUE, NORMED)
+        return sums
+
+
+@triton.jit
+def _added(sums_ptr, row, ROWS, BLOCKS: tl.constexpr):
+    """sums [BLOCKS, ROWS] of the rows, added up in their order."""
+    total = tl.load(sums_ptr + row, mask=row < ROWS, other=0.0)
+    for _ in tl.static_range(1, BLOCKS):
+        sums_ptr += ROWS
+        total += tl.load(sums_ptr + row, mask=row < ROWS, other=0.0)
+    return total
+
+
+@triton.jit
+def _row_factor(
+    norm_ptr, sums_ptr, row, n, ROWS, D: tl.constexpr, EPS: tl.constexpr, BLOCKS: tl.constexpr, EPILOGUE: tl.constexpr
+):  # fmt: skip
+    """What a row of an epilogue with :class:`RowNorm` is multiplied by, or of x in its gradient."""
+    if EPILOGUE == "square":
+        # The approximate rsqrt would be the largest error of fp32.
+        rstd = tl.div_rn(1.0, tl.sqrt_rn(_added(sums_ptr, row, ROWS, BLOCKS) * (1.0 / D) + EPS))
+        tl.store(norm_ptr + row, rstd, mask=(row < ROWS) & (n == 0))
+        return rstd
+    rstd = tl.load(norm_ptr + row, mask=row < ROWS, other=0.0)
+    if EPILOGUE == "norm_gradient":
+        return rstd * rstd * (1.0 / D) * _added(sums_ptr, row, ROWS, BLOCKS)
+    else:
+        return rstd
 
 
 @launched
 @triton.jit(do_not_specialize=["TILES", "S", "ROWS"])
 def _product_kernel(
-    x_d, w_d, out_d, kept_d, gate_d, dup_d, cos_ptr, sin_ptr, gain_ptr, rstd_ptr, factors_ptr, TILES, S, ROWS,
+    x_d, w_d, out_d, kept_d, second_d, dup_d, cos_ptr, sin_ptr, gain_ptr, rstd_ptr, factors_ptr, norm_ptr, sums_ptr,
+    TILES, S, ROWS,
     N: tl.constexpr, K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PIECES: tl.constexpr,
     TRANSPOSED: tl.constexpr, EPILOGUE: tl.constexpr, HEAD: tl.constexpr, Q: tl.constexpr, G: tl.constexpr,
-    EPS: tl.constexpr,
+    EPS: tl.constexpr, NORMED: tl.constexpr, WIDTH: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """A program walks tiles [BM rows, BN outputs] in one loop over all steps of all its tiles, so that the loads of a
     tile start while the one before it is finished. Neighbours work on the same rows: x comes from the L2 cache.
@@ -212,11 +295,15 @@ def _product_kernel(
     m, n = 0, 0
     step = STEPS - 1
     acc = tl.zeros((BM, BN), tl.float64 if x_d.dtype == tl.float32 else tl.float32)
+    factor = tl.zeros((BM,), tl.float32)
     for _ in range(0, tl.cdiv(TILES - tl.program_id(0), tl.num_programs(0)) * STEPS):
         step = tl.where(step == STEPS - 1, 0, step + 1)
         if step == 0:
             tile += tl.num_programs(0)
             m, n = tile // ACROSS * BM, tile % ACROSS * BN
+        if NORMED and EPILOGUE != "residual":  # noqa: SIM102 (known to the compiler, and a number that is not)
+            if step == STEPS - 1:  # before the last product: what it waits for arrives during the one before
+                factor = _row_factor(norm_ptr, sums_ptr, m + tl.arange(0, BM), n, ROWS, WIDTH, EPS, BLOCKS, EPILOGUE)
         x = x_d.load([m, step * BK])
         if TRANSPOSED:
             acc = _add_product(acc, x, w_d.load([step * BK, n]))
@@ -228,10 +315,14 @@ def _product_kernel(
                     out_d, acc, m, n, cos_ptr, sin_ptr, gain_ptr, rstd_ptr, S, ROWS, BM, BN, PIECES, HEAD, Q, G, EPS
                 )
             else:
+                row = m + tl.arange(0, BM)
                 if EPILOGUE == "factors":
-                    row = m + tl.arange(0, BM)
                     acc *= tl.load(factors_ptr + row, mask=row < ROWS, other=0.0)[:, None]
-                _finish_pieces(out_d, kept_d, gate_d, dup_d, acc, m, n, BM, BN, PIECES, EPILOGUE)
+                sums = _finish_pieces(
+                    out_d, kept_d, second_d, dup_d, acc, factor, m, n, BM, BN, PIECES, EPILOGUE, NORMED
+                )
+                if NORMED and (EPILOGUE == "residual" or EPILOGUE == "slope"):
+                    tl.store(sums_ptr + (n // BN).to(tl.int64) * ROWS + row, sums, mask=row < ROWS)
             acc = tl.zeros((BM, BN), acc.dtype)
 
 
@@ -246,6 +337,8 @@ def launch_product(
     result: Tensor | None = None,
     gate: Tensor | None = None,
     dup: Tensor | None = None,
+    norm: RowNorm | None = None,
+    direct: Tensor | None = None,
 ) -> Tensor:
     """x [..., K] by weight [N, K] (`transposed`: [K, N]) -> [..., N], written to `result` if it is given, contiguous.
 
@@ -255,6 +348,10 @@ def launch_product(
     Of SwiGLU, "gate" reads `gate` [..., N] and writes the tile to `kept`, if it is given; "gate_slope" reads `gate` and
     up, which is `kept`, and writes dgate to `result` and `dup` [rows, N], whose rows start at multiples of 16 bytes;
     "add" adds `kept`, which may be `result`.
+
+    "residual" adds `kept`, the stream. With `norm` it leaves the sums of squares; "square" is of n W^T for a product by
+    the stream; "slope" is by the u of that, times 1 / rms; "norm_gradient" makes of the product the gradient of the
+    stream, which is `kept`: through its norm, and `direct` [..., N] beside it.
     """
     outputs, inputs = weight.shape[::-1] if transposed else weight.shape
     if result is None:  # not a view: autograd refuses an in-place change of a view that an op returned
@@ -266,15 +363,21 @@ def launch_product(
     cos, sin, gain, rstd, queries, keys, head_dim = heads or (None, None, None, None, 0, 0, 0)
     tile = pick_tile(x.dtype, epilogue, rows, outputs, processors, head_dim)
     tiles = tile_count(tile, rows, outputs)
-    flat = result.view(rows, outputs)
+    flat = result.view(rows, outputs) if result.dim() != 2 else result
     out = flat if is_aligned(flat) else empty_aligned(x, rows, outputs)
     weight = aligned(weight)
-    if epilogue in (SLOPE, GATE_SLOPE, ADD):
+    if epilogue in (SLOPE, GATE_SLOPE, ADD, RESIDUAL, NORM_GRADIENT):
         kept = aligned(kept.reshape(-1, outputs))
-    gate = None if gate is None else aligned(gate.reshape(-1, outputs))
-    in_turns = takes(x, outputs, head_dim)
+    second = gate if direct is None else direct
+    second = None if second is None else aligned(second.reshape(-1, outputs))
+    norm_rstd, sums = norm or (None, None)
+    in_turns = epilogue in IN_TURNS and takes(x, outputs, head_dim)
     if epilogue == SLOPE and transposed and in_turns:
-        launch_slope(x, weight, kept, out)
+        launch_slope(x, weight, kept, out, norm_rstd, sums)
+    elif epilogue == RESIDUAL and not transposed and in_turns:
+        launch_residual(x, weight, kept, out, sums)
+    elif epilogue == NORM_GRADIENT and transposed and direct is not None and in_turns:
+        launch_norm_gradient(x, weight, kept, second, out, norm_rstd, sums)
     elif epilogue == HEADS and not transposed and in_turns:
         launch_heads(x, weight, out, (cos, sin, gain, rstd), queries, keys, head_dim)
     else:
@@ -282,11 +385,13 @@ def launch_product(
         _product_kernel[(min(processors * tile.programs, tiles),)](
             x_d=tiled(x, m, k), w_d=tiled(weight, *((k, n) if transposed else (n, k))), out_d=tiled(out, m, piece),
             kept_d=None if kept is None else tiled(kept, m, piece),
-            gate_d=None if gate is None else tiled(gate, m, piece), dup_d=None if dup is None else tiled(dup, m, piece),
-            cos_ptr=cos, sin_ptr=sin, gain_ptr=gain, rstd_ptr=rstd, factors_ptr=factors, TILES=tiles,
+            second_d=None if second is None else tiled(second, m, piece),
+            dup_d=None if dup is None else tiled(dup, m, piece), cos_ptr=cos, sin_ptr=sin, gain_ptr=gain, rstd_ptr=rstd,
+            factors_ptr=factors, norm_ptr=norm_rstd, sums_ptr=sums, TILES=tiles,
             S=1 if cos is None else len(cos), ROWS=rows, N=outputs, K=inputs, BM=m, BN=n, BK=k, PIECES=tile.pieces,
             TRANSPOSED=transposed, EPILOGUE=epilogue,
-            HEAD=head_dim, Q=queries, G=keys, EPS=EPS,
+            HEAD=head_dim, Q=queries, G=keys, EPS=EPS, NORMED=norm is not None,
+            WIDTH=inputs if epilogue == SQUARE else outputs, BLOCKS=0 if norm is None else len(sums),
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     if out is not flat:

@@ -2,6 +2,7 @@
 
     slope    out [M, N] = x [M, K] W [K, N] * 2 relu(u), from `kept` [M, N]: relu(u)^2, or u
     heads    out [M, N] = x W^T of W [N, K], whose first heads are normed and rotated (:class:`product.Heads`)
+    residual, norm_gradient, and slope by a norm: as of :class:`product.RowNorm`
 
 The tile of `kept` is loaded beside the operands, into the place that the finished tile leaves from: neither the wait
 for it nor the store is seen. bf16 or fp16; sums and bits are :mod:`product`'s. 2 M N K FLOPs; `kept` is read and out
@@ -27,6 +28,8 @@ from ..pingpong import (
     DEPTH,
     GROUP_REGISTERS,
     LOAD_REGISTERS,
+    ROW,
+    STAGES,
     SWIZZLED,
     load_step,
     make_ring,
@@ -73,29 +76,80 @@ def _with_heads(
 
 
 @gluon.jit
+def _halves(tile, N: gl.constexpr):
+    return gl.split(gl.permute(gl.reshape(tile, [BLOCK, 2, N // 2]), [0, 2, 1]))
+
+
+@gluon.jit
+def _row_sums(tile):
+    """As product adds up a row of a tile: pieces of 32, then those."""
+    left, right = _halves(tile, BLOCK)
+    a, b = _halves(left, BLOCK // 2)
+    c, d = _halves(right, BLOCK // 2)
+    sums = (gl.sum(a, 1) + gl.sum(b, 1)) + (gl.sum(c, 1) + gl.sum(d, 1))
+    return gl.convert_layout(sums, ROW)
+
+
+@gluon.jit
+def _gradient_factor(rstd_ptr, sums_ptr, row, ROWS, D: gl.constexpr, BLOCKS: gl.constexpr):
+    """As product's factor of the stream in its gradient through the norm."""
+    rstd = gl.load(rstd_ptr + row, mask=row < ROWS, other=0.0)
+    total = gl.load(sums_ptr + row, mask=row < ROWS, other=0.0)
+    for _ in gl.static_range(1, BLOCKS):
+        sums_ptr += ROWS
+        total += gl.load(sums_ptr + row, mask=row < ROWS, other=0.0)
+    return rstd * rstd * (1.0 / D) * total
+
+
+@gluon.jit
 def _finish_tiles(
-    out_desc, cos_ptr, sin_ptr, gain_ptr, rstd_ptr, S, ROWS, inputs, weights, kepts, loaded, empty, turn, kept_loaded,
-    kept_empty, tiles,
-    GROUP: gl.constexpr, ACROSS: gl.constexpr, STEPS: gl.constexpr, IS_U: gl.constexpr, HEAD: gl.constexpr,
-    Q: gl.constexpr, G: gl.constexpr, EPS: gl.constexpr,
+    out_desc, cos_ptr, sin_ptr, gain_ptr, rstd_ptr, sums_ptr, S, ROWS, inputs, weights, kepts, loaded, empty, turn,
+    kept_loaded, kept_empty, tiles,
+    GROUP: gl.constexpr, ACROSS: gl.constexpr, STEPS: gl.constexpr, KIND: gl.constexpr, IS_U: gl.constexpr,
+    HEAD: gl.constexpr, Q: gl.constexpr, G: gl.constexpr, EPS: gl.constexpr, D: gl.constexpr, BLOCKS: gl.constexpr,
 ):  # fmt: skip
     count = GROUP
     kept = kepts.index(GROUP)
     for tile in range(gl.program_id(0) + GROUP * gl.num_programs(0), tiles, 2 * gl.num_programs(0)):
         m, n = tile // ACROSS * BLOCK, tile % ACROSS * BLOCK
-        acc = multiply_tile(inputs, weights, loaded, empty, turn, count, GROUP, STEPS, HEAD == 0)
-        if HEAD:
+        row = m + gl.arange(0, BLOCK, ROW)
+        sums_row = sums_ptr
+        if BLOCKS:
+            sums_row += (n // BLOCK).to(gl.int64) * ROWS + row
+        # What comes from memory is asked for before the product: it arrives meanwhile.
+        if KIND == "slope" and BLOCKS:
+            factor = gl.load(rstd_ptr + row, mask=row < ROWS, other=0.0)
+        if KIND == "norm_gradient":
+            factor = _gradient_factor(rstd_ptr, sums_ptr, row, ROWS, D, BLOCKS)
+        transposed: gl.constexpr = KIND == "slope" or KIND == "norm_gradient"
+        acc = multiply_tile(inputs, weights, loaded, empty, turn, count, GROUP, STEPS, transposed)
+        if KIND == "heads":
             acc = _with_heads(acc, m, n, cos_ptr, sin_ptr, gain_ptr, rstd_ptr, S, ROWS, HEAD, Q, G, EPS)
             tma.store_wait(0)
-        else:
+        elif KIND == "slope":
             mbarrier.wait(kept_loaded.index(GROUP), count // 2 % 2)
             relu = kept.load(ACC).to(gl.float32)
             relu = gl.where(relu <= 0.0, 0.0, relu) if IS_U else gl.sqrt(relu)
             acc = gl.where(relu == 0.0, 0.0, 2.0 * relu * acc)
+            if BLOCKS:
+                gl.store(sums_row, _row_sums(acc * relu), mask=row < ROWS)
+                acc *= factor[:, None]
+        elif KIND == "residual":
+            mbarrier.wait(kept_loaded.index(GROUP), count // 2 % 2)
+            acc = (acc + kept.load(ACC).to(gl.float32)).to(kept.dtype).to(gl.float32)
+            if BLOCKS:
+                gl.store(sums_row, _row_sums(acc * acc), mask=row < ROWS)
+        else:
+            mbarrier.wait(kept_loaded.index(GROUP), 0)
+            acc -= kept.load(ACC).to(gl.float32) * factor[:, None]
+            fence_async_shared()
+            mbarrier.arrive(kept_empty.index(GROUP))
+            mbarrier.wait(kept_loaded.index(GROUP), 1)
+            acc += kept.load(ACC).to(gl.float32)
         kept.store(acc.to(kept.dtype))
         fence_async_shared()
         tma.async_copy_shared_to_global(out_desc, [m, n], kept)
-        if HEAD == 0:
+        if KIND != "heads":
             tma.store_wait(0)
             mbarrier.arrive(kept_empty.index(GROUP))
         count += 2
@@ -103,50 +157,75 @@ def _finish_tiles(
 
 
 @gluon.jit
+def _load_kept(kept_desc, m, n, kepts, kept_loaded, kept_empty, group, number):
+    """A tile into its group's place, once what was there before, the group's tile `number` - 1, has left it."""
+    mbarrier.wait(kept_empty.index(group), (number + 1) % 2)
+    mbarrier.expect(kept_loaded.index(group), kept_desc.block_type.nbytes)
+    tma.async_copy_global_to_shared(kept_desc, [m, n], kept_loaded.index(group), kepts.index(group))
+
+
+@gluon.jit
 def _load(
-    x_desc, w_desc, kept_desc, inputs, weights, kepts, loaded, empty, kept_loaded, kept_empty, tiles,
-    ACROSS: gl.constexpr, STEPS: gl.constexpr, HEAD: gl.constexpr,
+    x_desc, w_desc, kept_desc, second_desc, inputs, weights, kepts, loaded, empty, kept_loaded, kept_empty, tiles,
+    ACROSS: gl.constexpr, STEPS: gl.constexpr, KIND: gl.constexpr,
 ):  # fmt: skip
+    """With "norm_gradient" two tiles come into a place, one after the other: the second during the next tile's steps,
+    when its group has multiplied and is done with the first.
+    """
+    LATE: gl.constexpr = min(STAGES + 3, STEPS - 1)
     step = 0
     count = 0
+    last_m, last_n = 0, 0
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
         m, n, group = tile // ACROSS * BLOCK, tile % ACROSS * BLOCK, count % 2
         for k in range(STEPS):
-            if HEAD:
-                load_step(x_desc, w_desc, [m, k * DEPTH], [n, k * DEPTH], inputs, weights, loaded, empty, step)
-            else:
+            if KIND == "slope" or KIND == "norm_gradient":
                 load_step(x_desc, w_desc, [m, k * DEPTH], [k * DEPTH, n], inputs, weights, loaded, empty, step)
+            else:
+                load_step(x_desc, w_desc, [m, k * DEPTH], [n, k * DEPTH], inputs, weights, loaded, empty, step)
+            if KIND == "norm_gradient":
+                if k == LATE and count > 0:
+                    _load_kept(second_desc, last_m, last_n, kepts, kept_loaded, kept_empty, 1 - group, 1)
                 if k == STEPS // 2:
-                    mbarrier.wait(kept_empty.index(group), (count // 2 + 1) % 2)
-                    mbarrier.expect(kept_loaded.index(group), kept_desc.block_type.nbytes)
-                    tma.async_copy_global_to_shared(kept_desc, [m, n], kept_loaded.index(group), kepts.index(group))
+                    _load_kept(kept_desc, m, n, kepts, kept_loaded, kept_empty, group, 0)
+            elif KIND != "heads" and k == STEPS // 2:
+                _load_kept(kept_desc, m, n, kepts, kept_loaded, kept_empty, group, count // 2)
             step += 1
-        count += 1  # noqa: SIM113 (Gluon has no enumerate)
+        last_m, last_n = m, n
+        count += 1
+    if KIND == "norm_gradient":
+        _load_kept(second_desc, last_m, last_n, kepts, kept_loaded, kept_empty, (count + 1) % 2, 1)
 
 
 @gluon.jit(do_not_specialize=["tiles", "S", "ROWS"])
 def _product(
     x_desc,  # [M, K], blocks [BLOCK, DEPTH]
-    w_desc,  # slope: [K, N], blocks [DEPTH, BLOCK]; heads: [N, K], blocks [BLOCK, DEPTH]
+    w_desc,  # slope, norm_gradient: [K, N], blocks [DEPTH, BLOCK]; heads, residual: [N, K], blocks [BLOCK, DEPTH]
     kept_desc,  # [M, N], blocks [BLOCK, BLOCK]
+    second_desc,
     out_desc,
     cos_ptr,
     sin_ptr,
     gain_ptr,
     rstd_ptr,
+    sums_ptr,
     S,
     ROWS,
     tiles,
     ACROSS: gl.constexpr,
     STEPS: gl.constexpr,
+    KIND: gl.constexpr,
     IS_U: gl.constexpr,
     HEAD: gl.constexpr,
     Q: gl.constexpr,
     G: gl.constexpr,
     EPS: gl.constexpr,
+    D: gl.constexpr,
+    BLOCKS: gl.constexpr,
 ):
-    """A slope where HEAD is 0."""
-    weight_shape: gl.constexpr = [BLOCK, DEPTH] if HEAD else [DEPTH, BLOCK]
+    """`D` is the width of a norm, and BLOCKS the sums of a row that are left or read: 0 without a norm."""
+    transposed: gl.constexpr = KIND == "slope" or KIND == "norm_gradient"
+    weight_shape: gl.constexpr = [DEPTH, BLOCK] if transposed else [BLOCK, DEPTH]
     inputs, weights, loaded, empty, turn = make_ring(x_desc.dtype, weight_shape)
     kepts = gl.allocate_shared_memory(x_desc.dtype, [2, BLOCK, BLOCK], SWIZZLED)
     kept_loaded = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
@@ -157,16 +236,16 @@ def _product(
     gl.warp_specialize(
         [
             (_finish_tiles, (
-                out_desc, cos_ptr, sin_ptr, gain_ptr, rstd_ptr, S, ROWS, inputs, weights, kepts, loaded, empty, turn,
-                kept_loaded, kept_empty, tiles, 0, ACROSS, STEPS, IS_U, HEAD, Q, G, EPS,
+                out_desc, cos_ptr, sin_ptr, gain_ptr, rstd_ptr, sums_ptr, S, ROWS, inputs, weights, kepts, loaded,
+                empty, turn, kept_loaded, kept_empty, tiles, 0, ACROSS, STEPS, KIND, IS_U, HEAD, Q, G, EPS, D, BLOCKS,
             )),
             (_finish_tiles, (
-                out_desc, cos_ptr, sin_ptr, gain_ptr, rstd_ptr, S, ROWS, inputs, weights, kepts, loaded, empty, turn,
-                kept_loaded, kept_empty, tiles, 1, ACROSS, STEPS, IS_U, HEAD, Q, G, EPS,
+                out_desc, cos_ptr, sin_ptr, gain_ptr, rstd_ptr, sums_ptr, S, ROWS, inputs, weights, kepts, loaded,
+                empty, turn, kept_loaded, kept_empty, tiles, 1, ACROSS, STEPS, KIND, IS_U, HEAD, Q, G, EPS, D, BLOCKS,
             )),
             (_load, (
-                x_desc, w_desc, kept_desc, inputs, weights, kepts, loaded, empty, kept_loaded, kept_empty, tiles,
-                ACROSS, STEPS, HEAD,
+                x_desc, w_desc, kept_desc, second_desc, inputs, weights, kepts, loaded, empty, kept_loaded, kept_empty,
+                tiles, ACROSS, STEPS, KIND,
             )),
         ],
         [4, 1],
@@ -174,21 +253,29 @@ def _product(
     )  # fmt: skip
 
 
+TURNS = 3
+"""Tiles for each multiprocessor, two groups of which take turns."""
+
+
 def takes(x: Tensor, outputs: int, head_dim: int) -> bool:
     """Whether a product of rows [M, K] pays here: 16 bits, on Hopper, and some tiles for each group to take turns.
 
-    Heads of 128 would need more registers than there are.
+    Four tiles a multiprocessor still pay: 16,384 rows to 512 outputs take 0.046 ms for 0.055 (NVIDIA H200). Fewer have
+    not been tried. Heads of 128 would need more registers than there are.
     """
-    return runs_on(x) and head_dim <= 64 and _tiles(x.size(0), outputs) >= 8 * multiprocessors(x.device)
+    return runs_on(x) and head_dim <= 64 and _tiles(x.size(0), outputs) >= TURNS * multiprocessors(x.device)
 
 
-def launch_slope(x: Tensor, weight: Tensor, kept: Tensor, out: Tensor) -> None:
+def launch_slope(
+    x: Tensor, weight: Tensor, kept: Tensor, out: Tensor, rstd: Tensor | None = None, sums: Tensor | None = None
+) -> None:
     """out [M, N] = x [M, K] weight [K, N] times 2 relu(u); `kept` [M, N] is relu(u)^2, in fp16 u.
 
-    All of one 16-bit dtype and reached by the copy engine: rows at multiples of 16 bytes.
+    All of one 16-bit dtype and reached by the copy engine: rows at multiples of 16 bytes. `rstd` and `sums` are those
+    of :class:`product.RowNorm`.
     """
     weight_d = swizzled(weight, DEPTH.value, BLOCK.value)
-    _launch(x, weight_d, kept, out, (None,) * 4, IS_U=x.dtype == torch.float16, HEAD=0, Q=0, G=0)
+    _launch("slope", x, weight_d, kept, out, (None, None, None, rstd), sums, IS_U=x.dtype == torch.float16)
 
 
 def launch_heads(
@@ -205,15 +292,34 @@ def launch_heads(
     `tables` are cos, sin, gain and rstd of :class:`product.Heads`. 16-bit tensors as for :func:`launch_slope`.
     """
     weight_d = swizzled(weight, BLOCK.value, DEPTH.value)
-    _launch(x, weight_d, out, out, tables, IS_U=False, HEAD=head_dim, Q=queries, G=keys)
+    _launch("heads", x, weight_d, out, out, tables, HEAD=head_dim, Q=queries, G=keys)
+
+
+def launch_residual(x: Tensor, weight: Tensor, stream: Tensor, out: Tensor, sums: Tensor | None) -> None:
+    """out [M, N] = x [M, K] weight [N, K]^T + stream [M, N], and `sums` of its squares; as :func:`launch_slope`."""
+    weight_d = swizzled(weight, BLOCK.value, DEPTH.value)
+    _launch("residual", x, weight_d, stream, out, (None,) * 4, sums)
+
+
+def launch_norm_gradient(
+    x: Tensor, weight: Tensor, stream: Tensor, direct: Tensor, out: Tensor, rstd: Tensor, sums: Tensor
+) -> None:
+    """out [M, N], the gradient of the stream [M, N]: x [M, K] weight [K, N], through the norm, and `direct` [M, N];
+    as :func:`launch_slope`.
+    """
+    weight_d = swizzled(weight, DEPTH.value, BLOCK.value)
+    _launch("norm_gradient", x, weight_d, stream, out, (None, None, None, rstd), sums, direct)
 
 
 def _launch(
+    kind: str,
     x: Tensor,
     weight_d: TensorDescriptor,
     kept: Tensor,
     out: Tensor,
     tables: tuple[Tensor | None, ...],
+    sums: Tensor | None = None,
+    second: Tensor | None = None,
     **constants: int,
 ) -> None:
     (rows, inputs), outputs, block, depth = x.shape, out.size(1), BLOCK.value, DEPTH.value
@@ -221,9 +327,11 @@ def _launch(
     cos, sin, gain, rstd = tables
     _product[(min(multiprocessors(x.device), tiles),)](
         x_desc=swizzled(x, block, depth), w_desc=weight_d, kept_desc=swizzled(kept, block, block),
-        out_desc=swizzled(out, block, block), cos_ptr=cos, sin_ptr=sin, gain_ptr=gain, rstd_ptr=rstd,
+        second_desc=None if second is None else swizzled(second, block, block),
+        out_desc=swizzled(out, block, block), cos_ptr=cos, sin_ptr=sin, gain_ptr=gain, rstd_ptr=rstd, sums_ptr=sums,
         S=1 if cos is None else len(cos), ROWS=rows, tiles=tiles, ACROSS=cdiv(outputs, block),
-        STEPS=cdiv(inputs, depth), EPS=RMS_EPS, **constants, num_warps=4, maxnreg=168,
+        STEPS=cdiv(inputs, depth), KIND=kind, EPS=RMS_EPS, D=outputs, BLOCKS=0 if sums is None else len(sums),
+        **{"IS_U": False, "HEAD": 0, "Q": 0, "G": 0, **constants}, num_warps=4, maxnreg=168,
     )  # fmt: skip
 
 

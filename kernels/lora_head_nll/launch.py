@@ -1,18 +1,21 @@
 """Configs and launchers: what the kernels need of tensors, blocks and memory."""
 
+import functools
 from dataclasses import dataclass
 
 import torch
-import triton
+import triton.language as tl
 from torch import Tensor
 
-from ..dispatch import aligned, cdiv, empty_aligned, is_packed, next_power_of_2, padded_rank
+from ..dispatch import DTYPES, aligned, cdiv, empty_aligned, is_packed, next_power_of_2, padded_rank
 from ..linear.product import FACTORS, launch_product
 from ..tile import tiled
 from . import turns
 from .backward import adapter_gradient, hidden_gradient, scale_rows
 from .forward import sweep
 from .reference import NO_SOFTCAP
+
+IN_TRITON = {dtype: getattr(tl, str(dtype).split(".")[1]) for dtype in DTYPES}
 
 LARGEST_LOGIT = 60.0
 """Up to this softcap / temperature, V * exp(logit) is far from the limits of fp32, and no maximum has to be tracked."""
@@ -40,6 +43,7 @@ class LoraHeadNllConfig:
     adapter: Tile
 
 
+@functools.cache
 def pick_config(dtype: torch.dtype, rank: int) -> LoraHeadNllConfig:
     """Blocks for h of this dtype and adapters of this rank, 0 without.
 
@@ -72,13 +76,14 @@ def pick_config(dtype: torch.dtype, rank: int) -> LoraHeadNllConfig:
 
 def empty_outputs(h: Tensor, weight: Tensor, lora_a: Tensor | None, keep: bool) -> tuple[Tensor, ...]:
     """Empty tensors: nll [B, S], the logsumexp in two terms [2, B, S], E [B, S, V], u and E B [B, S, padded R]."""
-    rows = h.shape[:2]
-    nll, lse = (h.new_empty(size, dtype=torch.float32) for size in (rows, (2, *rows)))
+    batch, tokens, _ = h.shape
+    fp32 = {"dtype": torch.float32}
+    nll, lse = h.new_empty(batch, tokens, **fp32), h.new_empty(2, batch, tokens, **fp32)
     if not keep:
-        return nll, lse, *(h.new_empty(0) for _ in range(3))
+        return nll, lse, h.new_empty(0), h.new_empty(0), h.new_empty(0)
     rank = 0 if lora_a is None else padded_rank(lora_a.size(1))
-    e = empty_aligned(h, *rows, weight.size(0))
-    return nll, lse, e, *(h.new_empty((*rows, rank), dtype=torch.float32) for _ in range(2))
+    e = empty_aligned(h, batch, tokens, weight.size(0))
+    return nll, lse, e, h.new_empty(batch, tokens, rank, **fp32), h.new_empty(batch, tokens, rank, **fp32)
 
 
 @dataclass(frozen=True)
@@ -126,7 +131,7 @@ class Head:
     def shared(self, tile: Tile) -> dict:
         """What the kernels over h and the vocabulary take alike."""
         return dict(
-            slots_ptr=self.slots, S=self.h.size(1), DTYPE=getattr(triton.language, str(self.h.dtype).split(".")[1]),
+            slots_ptr=self.slots, S=self.h.size(1), DTYPE=IN_TRITON[self.h.dtype],
             V=self.weight.size(0), D=self.weight.size(1), RANK=self.rank, RANK_PADDED=padded_rank(max(1, self.rank)),
             num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip

@@ -77,7 +77,8 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, dnll, *_):
     if dnll is None:
         return (None,) * 9
-    inputs, made, needed = ctx.saved_tensors[:6], ctx.saved_tensors[6:], ctx.needs_input_grad
+    saved, needed = ctx.saved_tensors, ctx.needs_input_grad
+    inputs, made = saved[:6], saved[6:]
     h, weight, lora_a, lora_b, *_ = inputs
     grads = empty_grad(h), empty_grad(weight, needed[1]), *(t if t is None else empty_grad(t) for t in (lora_a, lora_b))
     _head_nll_backward(*inputs, *ctx.numbers, dnll, *made, *grads)

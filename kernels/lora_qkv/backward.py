@@ -1,7 +1,7 @@
-"""The backward launches: dx and t = dY B, beside them dB, then dA from t and x."""
+"""The backward launches: dx and t = dY B, then dA from t and x; beside both dB."""
 
 from collections.abc import Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 
@@ -58,9 +58,9 @@ def pick_backward_config(dtype: torch.dtype, rank: int, groups: int = 3) -> Back
     if padded_rank(rank) > 16:
         return BackwardConfig(128, 128, 64, 8, 2 if is_stacked(rank, groups) else 3, 64, 64, 4, 3, 64, 64, 8, 3)
     # NVIDIA H100, 65536 tokens of the seed's sizes, each alone: dx 0.121 ms (a form with 202 KB), dB 0.055, dA 0.029.
-    # dB's blocks (15 KB) fit beside dx's (194 KB, 190 registers) on a multiprocessor: all three took 0.172 ms with a dx
-    # of that size, 0.177 with dB in steps of 64 tokens, and 0.18 - 0.24 beside 202 KB.
-    return BackwardConfig(128, 256, 64, 8, 3, 64, 32, 4, 3, 128, 64, 4, 4)
+    # dB's blocks (20 KB) fit beside dx's (194 KB, 190 registers) on a multiprocessor, and run on beside dA. All three
+    # on an H200: 0.161 ms; with dB in steps of 32 tokens 0.202 in three stages, 0.163 in four; of 128 outputs 0.164.
+    return BackwardConfig(128, 256, 64, 8, 3, 64, 64, 4, 2, 128, 64, 4, 4)
 
 
 @triton.jit
@@ -243,17 +243,18 @@ def _da_kernel(
         tl.store(out, da, (j < ROWS)[:, None] & (column < D)[None, :])
 
 
-@contextmanager
-def _beside(device: torch.device, ready: torch.cuda.Event | None):
-    """What is launched inside runs once `ready`, beside what the current stream was given since; then they join."""
+def _beside(device: torch.device, ready: torch.cuda.Event | None) -> AbstractContextManager:
+    """What is launched inside runs once `ready`, beside what the current stream is given, until :func:`_join`."""
     if ready is None:
-        yield
-        return
+        return nullcontext()
     side = _side_stream(device)
     side.wait_event(ready)
-    with torch.cuda.stream(side):
-        yield
-    torch.cuda.current_stream(device).wait_stream(side)
+    return torch.cuda.stream(side)
+
+
+def _join(device: torch.device, ready: torch.cuda.Event | None) -> None:
+    if ready is not None:
+        torch.cuda.current_stream(device).wait_stream(_side_stream(device))
 
 
 @cache
@@ -320,6 +321,7 @@ def launch_backward(
         count=da.size(0), B=batch, S=length, D=width, ROWS=groups * rank // parts, RT=rows, STEP=stacked, PARTS=parts,
         BD=d, BS=s, BP=batch_pow2, num_warps=config.da_warps, num_stages=config.da_stages,
     )  # fmt: skip
+    _join(x.device, ready)
 
 
 def launch_dx_after_inner(

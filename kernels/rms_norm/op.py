@@ -1,5 +1,7 @@
 """Launchers, the torch.library ops with their autograd, and the public functions."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -8,6 +10,7 @@ from ..dispatch import (
     FLOATS,
     cdiv,
     custom_op,
+    empty_as,
     empty_grad,
     expect,
     expect_multiples,
@@ -52,19 +55,44 @@ def _op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """x_out, x_in, n, 1 / rms. `bias_grad`, `x0_grad` and `adds_x0` are only passed on to the backward."""
     x_out, x_in, n, rstd = outputs = _outputs(x, stores_x_out, stores_x_in)
-    batch, tokens, width = x.shape
-    if x.numel():
-        config = pick_config(width, x.dtype)
-        forward[(batch * cdiv(tokens, config.forward_tokens),)](
-            x_ptr=x, branch_ptr=branch, scale_ptr=scale, bias_ptr=bias, slots_ptr=slots, pushed_ptr=pushed,
-            skip_ptr=skip, mix_ptr=mix, x0_ptr=x0, x_out_ptr=x_out if stores_x_out else None,
-            x_in_ptr=x_in if stores_x_in else None, n_ptr=n, rstd_ptr=rstd, weight_ptr=weight,
-            tokens=tokens,
-            pool=0 if bias is None else bias.size(0), bias_stride=0 if bias is None else bias.stride(0),
-            EPS=eps, UNIT_OFFSET=unit_offset, D=width, CHUNKS=config.chunks, ROWS=config.rows, CHUNK=config.chunk,
-            STEPS=config.forward_tokens // config.rows, num_warps=config.num_warps,
-        )  # fmt: skip
+    stored = x_out if stores_x_out else None, x_in if stores_x_in else None
+    joined = branch, scale, bias, slots, pushed, skip, mix, x0
+    _launch_forward(x.shape, x, *joined, *stored, n, rstd, weight, eps, unit_offset)
     return outputs
+
+
+def _launch_forward(
+    shape: Sequence[int],
+    x: Tensor,
+    branch: Tensor | None,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    slots: Tensor | None,
+    pushed: Tensor | None,
+    skip: Tensor | None,
+    mix: Tensor | None,
+    x0: Tensor | None,
+    x_out: Tensor | None,
+    x_in: Tensor | None,
+    n: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    unit_offset: bool,
+) -> None:
+    """x, of this `shape` [B, S, D], and what joins it -> what is given to be written."""
+    batch, tokens, width = shape
+    if not x.numel():
+        return
+    config = pick_config(width, x.dtype)
+    forward[(batch * cdiv(tokens, config.forward_tokens),)](
+        x_ptr=x, branch_ptr=branch, scale_ptr=scale, bias_ptr=bias, slots_ptr=slots, pushed_ptr=pushed,
+        skip_ptr=skip, mix_ptr=mix, x0_ptr=x0, x_out_ptr=x_out, x_in_ptr=x_in, n_ptr=n, rstd_ptr=rstd,
+        weight_ptr=weight, tokens=tokens,
+        pool=0 if bias is None else bias.size(0), bias_stride=0 if bias is None else bias.stride(0),
+        EPS=eps, UNIT_OFFSET=unit_offset, D=width, CHUNKS=config.chunks, ROWS=config.rows, CHUNK=config.chunk,
+        STEPS=config.forward_tokens // config.rows, num_warps=config.num_warps,
+    )  # fmt: skip
 
 
 @_op.register_fake
@@ -74,8 +102,9 @@ def _(x, branch, scale, bias, slots, pushed, skip, mix, x0, bias_grad, x0_grad, 
 
 def _outputs(x: Tensor, stores_x_out: bool, stores_x_in: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Empty x_out, x_in, n and 1 / rms fp32 [B, S]; the first two of no element where they are not stored."""
-    x_out, x_in = (x.new_empty(x.shape if stored else 0) for stored in (stores_x_out, stores_x_in))
-    return x_out, x_in, x.new_empty(x.shape), x.new_empty(x.shape[:2], dtype=torch.float32)
+    x_out = empty_as(x) if stores_x_out else x.new_empty(0)
+    x_in = empty_as(x) if stores_x_in else x.new_empty(0)
+    return x_out, x_in, empty_as(x), x.new_empty(x.size(0), x.size(1), dtype=torch.float32)
 
 
 @custom_op(
@@ -113,8 +142,43 @@ def _backward_op(
     """Writes the gradients that are given. The rows of `dbias` [slots, D] that `slots` name are written, and all of
     `dx0` is, or added to with `adds_dx0`. With a weight, `n` is x_in.
     """
+    given = dn, dx_in, dx_out, n, rstd, x, branch, scale, bias, slots, pushed, skip, mix, x0
+    grads = dx, dbranch, dpushed, dscale, dmix, dskip, dbias, dx0
+    _launch_backward(n.shape, *given, *grads, adds_dx0, weight, dweight, unit_offset)
+
+
+def _launch_backward(
+    shape: Sequence[int],
+    dn: Tensor | None,
+    dx_in: Tensor | None,
+    dx_out: Tensor | None,
+    n: Tensor,
+    rstd: Tensor,
+    x: Tensor | None,
+    branch: Tensor | None,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    slots: Tensor | None,
+    pushed: Tensor | None,
+    skip: Tensor | None,
+    mix: Tensor | None,
+    x0: Tensor | None,
+    dx: Tensor | None,
+    dbranch: Tensor | None,
+    dpushed: Tensor | None,
+    dscale: Tensor | None,
+    dmix: Tensor | None,
+    dskip: Tensor | None,
+    dbias: Tensor | None,
+    dx0: Tensor | None,
+    adds_dx0: bool,
+    weight: Tensor | None,
+    dweight: Tensor | None,
+    unit_offset: bool,
+) -> None:
+    """As :func:`_backward_op`, for n of this `shape` [B, S, D]."""
     vectors = [grad for grad in (dscale, dmix, dskip) if grad is not None]
-    batch, tokens, width = n.shape
+    batch, tokens, width = shape
     if not n.numel():
         for grad in (*vectors, dweight, None if slots is not None else dbias):
             if grad is not None:
@@ -126,9 +190,8 @@ def _backward_op(
     config = pick_config(width, n.dtype, has_bias + kinds + has_weight)
     every = (has_bias + kinds) * batch * splits
     of_weight = round_up(batch * splits, GROUP) if has_weight else 0
-    both = n.new_empty((every + of_weight, width), dtype=torch.float32)
-    sums = both[:every].view(has_bias + kinds, batch, splits, width)
-    dn, dx_in, dx_out = (grad if grad is None else grad.contiguous() for grad in (dn, dx_in, dx_out))
+    both = n.new_empty(every + of_weight, width, dtype=torch.float32)
+    dn, dx_in, dx_out = [grad if grad is None else grad.contiguous() for grad in (dn, dx_in, dx_out)]
     backward[(batch * splits,)](
         dn_ptr=dn, dx_in_ptr=dx_in, dx_out_ptr=dx_out, n_ptr=n, rstd_ptr=rstd, x_ptr=x, branch_ptr=branch,
         scale_ptr=scale, bias_ptr=bias, slots_ptr=slots, pushed_ptr=pushed, skip_ptr=skip, mix_ptr=mix, x0_ptr=x0,
@@ -140,6 +203,7 @@ def _backward_op(
         CHUNKS=config.chunks, ROWS=config.rows, CHUNK=config.chunk, STEPS=SPLIT // config.rows,
         num_warps=config.num_warps,
     )  # fmt: skip
+    sums = both[:every].view(has_bias + kinds, batch, splits, width) if every else None
     if has_bias:
         _add_splits(sums[0], dbias, slots, batch)
     if vectors:
@@ -198,12 +262,15 @@ def _backward(ctx, dx_out, dx_in, dn, _):
     if dn is None and dx_in is None and dx_out is None:
         return (None,) * 17
     x, branch, scale, bias, _, pushed, skip, mix, x0, *_, needs_weight, _, _ = ctx.needs_input_grad
-    n, _, _, _, scaled, _, slots, *_, weight = ctx.saved_tensors
+    *saved, weight = ctx.saved_tensors
+    n, scaled, slots = saved[0], saved[4], saved[6]
     # The gradient of a branch without scale is that of x.
     is_shared = branch and scaled is None
-    dx, dbranch, dpushed = (empty_grad(n, wanted) for wanted in (x or is_shared, branch and not is_shared, pushed))
+    dx, dbranch = empty_grad(n, x or is_shared), empty_grad(n, branch and not is_shared)
+    dpushed = empty_grad(n, pushed)
     width, fp32 = n.size(2), {"dtype": torch.float32}
-    dscale, dskip = (n.new_empty(width, **fp32) if wanted else None for wanted in (scale, skip))
+    dscale = n.new_empty(width, **fp32) if scale else None
+    dskip = n.new_empty(width, **fp32) if skip else None
     dmix = n.new_empty(2, width, **fp32) if mix else None
     dbias, dx0 = ctx.bias_grad, ctx.x0_grad
     if bias and dbias is None:
@@ -213,13 +280,71 @@ def _backward(ctx, dx_out, dx_in, dn, _):
     given = dx, dbranch, dpushed, dscale, dmix, dskip, dbias if bias else None, dx0 if x0 else None
     dweight = empty_grad(weight) if needs_weight else None
     adds = ctx.adds_x0 and ctx.x0_grad is not None
-    _backward_op(dn, dx_in, dx_out, *ctx.saved_tensors[:-1], *given, adds, weight, dweight, ctx.unit_offset)
+    _backward_op(dn, dx_in, dx_out, *saved, *given, adds, weight, dweight, ctx.unit_offset)
     dbias, dx0 = dbias if bias and ctx.bias_grad is None else None, dx0 if x0 and ctx.x0_grad is None else None
     dx, dbranch = dx if x else None, dx if is_shared else dbranch
     return dx, dbranch, dscale, dbias, None, dpushed, dskip, dmix, dx0, *(None,) * 5, dweight, None, None
 
 
 _op.register_autograd(_backward, setup_context=_setup_context)
+
+
+@custom_op("klora::rms_norm", mutates_args=())
+def _norm_op(x: Tensor, weight: Tensor | None, eps: float, unit_offset: bool) -> tuple[Tensor, Tensor]:
+    """n of `x` [..., D], contiguous, and 1 / rms of its rows: the launch of a boundary that joins nothing.
+
+    An op of its own: to autograd each result costs a microsecond, and each view around it five.
+    """
+    n, rstd = _norm_outputs(x)
+    _launch_forward((1, rstd.numel(), x.size(-1)), x, *(None,) * 10, n, rstd, weight, eps, unit_offset)
+    return n, rstd
+
+
+@_norm_op.register_fake
+def _(x, weight, eps, unit_offset):
+    return _norm_outputs(x)
+
+
+def _norm_outputs(x: Tensor) -> tuple[Tensor, Tensor]:
+    return empty_as(x), x.new_empty(x.numel() // x.size(-1), dtype=torch.float32)
+
+
+@custom_op("klora::rms_norm_backward_", mutates_args=("dx", "dweight"))
+def _norm_backward_op(
+    dn: Tensor,
+    n: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    dx: Tensor | None,
+    dweight: Tensor | None,
+    unit_offset: bool,
+) -> None:
+    """With a weight, `n` is x."""
+    nothing = (None,) * 9
+    shape = 1, rstd.numel(), n.size(-1)
+    grads = dx, *(None,) * 7
+    _launch_backward(shape, dn, None, None, n, rstd, *nothing, *grads, False, weight, dweight, unit_offset)
+
+
+def _setup_norm(ctx, inputs, output):
+    x, weight, _, ctx.unit_offset = inputs
+    n, rstd = output
+    ctx.save_for_backward(n if weight is None else x, rstd, weight)
+    ctx.mark_non_differentiable(rstd)
+    ctx.set_materialize_grads(False)
+
+
+def _norm_backward(ctx, dn, _):
+    if dn is None:
+        return (None,) * 4
+    n, rstd, weight = ctx.saved_tensors
+    needs_x, needs_weight, _, _ = ctx.needs_input_grad
+    dx, dweight = empty_grad(n, needs_x), empty_grad(weight, needs_weight)
+    _norm_backward_op(dn, n, rstd, weight, dx, dweight, ctx.unit_offset)
+    return dx, dweight, None, None
+
+
+_norm_op.register_autograd(_norm_backward, setup_context=_setup_norm)
 
 
 def rms_norm(
@@ -247,9 +372,8 @@ def rms_norm(
     _check_gain(x, weight, eps, unit_offset, reference)
     if reference:
         return rms_norm_ref(x, weight, eps, unit_offset)
-    rows = x.reshape(1, -1, x.size(-1)).contiguous()
     weight = None if weight is None else weight.contiguous()
-    return _op(rows, *(None,) * 10, False, False, False, weight, eps, unit_offset)[2].view(x.shape)
+    return _norm_op(x.contiguous(), weight, eps, unit_offset)[0]
 
 
 def residual_norm(

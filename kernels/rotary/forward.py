@@ -4,6 +4,7 @@ A tile is [HEADS, TOKENS, HALF] of the left half of each head, and as much of th
 into each other belong to one lane, and a mean over a head needs two shuffles.
 """
 
+import functools
 from dataclasses import dataclass
 
 import triton
@@ -24,6 +25,7 @@ class NormRotaryConfig:
     num_warps: int
 
 
+@functools.cache
 def pick_config(heads: int, head_dim: int) -> NormRotaryConfig:
     """Tiles of 2,048 elements a half head: 16 a lane, loads of 16 bytes for 16-bit dtypes."""
     half = next_power_of_2(head_dim // 2)

@@ -8,6 +8,7 @@ from ..dispatch import (
     cdiv,
     custom_op,
     describe,
+    empty_as,
     empty_grad,
     expect,
     next_power_of_2,
@@ -41,7 +42,7 @@ def with_whole_heads(tensor: Tensor) -> Tensor:
 
 @custom_op("klora::norm_rotary", mutates_args=())
 def _op(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, gain: Tensor | None) -> tuple[Tensor, Tensor]:
-    q_out, k_out = q.new_empty(q.shape), k.new_empty(k.shape)
+    q_out, k_out = empty_as(q), empty_as(k)
     if q.numel():
         q, k = with_whole_heads(q), with_whole_heads(k)
         _launch(forward, q, k, cos_ptr=cos, sin_ptr=sin, gain_ptr=gain, q_out_ptr=q_out, k_out_ptr=k_out)

@@ -23,6 +23,7 @@ from ..dispatch import (
     cdiv,
     custom_op,
     describe,
+    empty_as,
     expect,
     expect_multiples,
     next_power_of_2,
@@ -113,7 +114,7 @@ def rotate_both(
 def _op(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, interleaved: bool, inverse: bool
 ) -> tuple[Tensor, Tensor]:
-    q_out, k_out = q.new_empty(q.shape), k.new_empty(k.shape)
+    q_out, k_out = empty_as(q), empty_as(k)
     if q.numel():
         q, k = with_whole_heads(q), with_whole_heads(k)
         batch, tokens, heads, head_dim = q.shape
