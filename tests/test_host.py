@@ -42,6 +42,7 @@ def test_an_op_makes_few_calls_on_the_host(without_a_gpu, op):
         assert made <= 1.1 * known
 
 
+@pytest.mark.slow
 def test_no_launch_of_an_op_takes_triton_s_own_way_twice(without_a_gpu):
     found = without_a_gpu["rows"]
     assert set(found) == set(rows(torch.device("cpu"), torch.float32))
@@ -51,6 +52,7 @@ def test_no_launch_of_an_op_takes_triton_s_own_way_twice(without_a_gpu):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("op", rows(torch.device("cpu"), torch.float32))
+@pytest.mark.slow
 def test_no_launch_of_an_op_takes_triton_s_own_way_twice_on_a_gpu(op):
     from launches import forward_and_backward, launches_of_triton  # whose import turns the interpreter off
 
