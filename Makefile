@@ -14,7 +14,7 @@ WORKERS := OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto 
 help:
 	@echo "make demo       train, export, adapt and report on this machine, in a few minutes on a CPU"
 	@echo "make test       the whole test suite; what needs a GPU is left out without one"
-	@echo "make test-fast  the tests of every package that take less than a second each"
+	@echo "make test-fast  the quick tests of every package: none takes much more than a second"
 	@echo "make coverage   the whole suite without a GPU, and which lines of model and ttt it runs; half as long again"
 	@echo "make audit      planted cheats, strict causality and recomputed scores: the tests behind docs/trust.md"
 	@echo "make faults     kill train, export, score and ranks fifty times each, and go on each time; a quarter of an hour"
@@ -64,7 +64,7 @@ growth: setup
 	$(BIN)/python tests/growth.py --seconds $(or $(SECONDS),1800)
 
 test-fast: setup
-	@echo "the quick tests: about 3 minutes on two cores"
+	@echo "the quick tests: about 2 minutes on two cores"
 	$(WORKERS) -m "not gpu and not slow"
 
 audit: setup

@@ -66,14 +66,14 @@ def step_work(shape: Shape, device: torch.device, dtype: torch.dtype) -> dict[st
         moved = tokens * (inputs + outputs + reads) + inputs * outputs
         return Work(1, 2 * tokens * inputs * outputs, size * moved)
 
-    heads, slope = product(width, stacked), product(width, hidden, reads=hidden)
-    plain = [
-        product(queries, width),
-        product(width, queries),
-        product(width, hidden),
-        product(hidden, width),
-        product(hidden, width),
-        product(stacked, width),
+    plain = [product(width, queries), product(width, hidden), product(stacked, width)]
+    # Outputs and head size of products that warps in turns may make; what they end in reads more.
+    turning = [
+        (stacked, config.head_dim, product(width, stacked)),
+        (hidden, 0, product(width, hidden, reads=hidden)),
+        (width, 0, product(queries, width, reads=width)),
+        (width, 0, product(hidden, width, reads=width)),
+        (width, 0, product(hidden, width, reads=2 * width)),
     ]
     work: dict[str, Work] = {}
 
@@ -84,8 +84,8 @@ def step_work(shape: Shape, device: torch.device, dtype: torch.dtype) -> dict[st
     for one in plain:
         add("_product_kernel", blocks, one)
     add("_product_kernel", 1, product(config.vocab_size, width))  # the head's, to its input
-    add("_product" if takes(rows, stacked, config.head_dim) else "_product_kernel", blocks, heads)
-    add("_product" if takes(rows, hidden, 0) else "_product_kernel", blocks, slope)
+    for outputs, head_dim, one in turning:
+        add("_product" if takes(rows, outputs, head_dim) else "_product_kernel", blocks, one)
 
     square = shape["B"] * shape["S"] ** 2 * queries  # FLOPs of a product over the causal half
     for name, products, of_queries, of_keys in (
@@ -99,7 +99,7 @@ def step_work(shape: Shape, device: torch.device, dtype: torch.dtype) -> dict[st
     add("_sweep", 1, sweep)
 
     for name, tensors in residual_tensors(config).items():
-        launches = 2 * blocks + 1
+        launches = blocks + 1
         add(name, 1, Work(launches, 0, size * tokens * width * tensors + 4 * tokens * launches))
     return work
 
@@ -107,17 +107,17 @@ def step_work(shape: Shape, device: torch.device, dtype: torch.dtype) -> dict[st
 def residual_tensors(config: ModelConfig) -> dict[str, int]:
     """Kernel of the residual stream -> tensors [B, S, D] that all its launches in a step read or write.
 
-    A boundary reads x and branch and writes x and n. Its backward reads dn, dx and n and writes dx, which is the
-    branch's too. A mix adds x0, in the backward x, branch and x0, and dx0, which all but one boundary add to. A push
-    adds its output; a join what it reads and, in the backward, its gradient. The first norm's x is x0; the last one's
-    is not written.
+    They are the boundaries of blocks; what follows attention lies in products. One reads x and writes x and n. Its
+    backward reads dn, dx and n and writes dx. A mix adds x0, in the backward x0, and dx0, which all but one boundary
+    add to; what else its sums want is made of n, but in fp32, which reads x. A push adds its output; a join what it
+    reads and, in the backward, its gradient. The first norm's x is x0; the last one's is not written.
     """
     blocks, pushes = config.blocks, config.blocks // 2
     joins, mixed = times_in_step(config)["residual_norm_joined_trained"], blocks - 1
     pushed = max(pushes - 1, 0)
     return {
-        "forward": 3 + 4 * blocks + 5 * mixed + pushed + joins + 3,
-        "backward": 7 + 4 * blocks + 9 * mixed - (mixed > 0) + pushed + 2 * joins + 3,
+        "forward": 3 + 4 * mixed + pushed + joins + 2,
+        "backward": 7 + 7 * mixed - (mixed > 0) + pushed + 2 * joins + 3,
     }
 
 

@@ -52,6 +52,9 @@ SENTENCES = [
 ]
 
 
+DTYPES = [torch.float32, pytest.param(torch.float16, marks=pytest.mark.slow)]
+"""Of kernels in the interpreter, which has no bfloat16. In half precision they do the same again: `slow`."""
+
 RENDERED = {"test_bench_report", "test_curves", "test_growth", "test_hostile", "test_report"}
 """Files of tests in which pictures are rendered."""
 
@@ -96,6 +99,27 @@ def speed_up_the_interpreter() -> None:
             dtypes[name] = np_dtype_of(dtype)
         return dtypes[name]
 
+    blocks, tensors = {}, {}
+    init_block, init_tensor = tl.block_type.__init__, tl.tensor.__init__
+
+    @functools.wraps(init_block)
+    def init_block_of_a_shape(self, element_ty, shape):
+        sizes = [getattr(size, "value", size) for size in shape]
+        key = element_ty.name, type(shape), *sizes, *map(type, sizes)
+        if key not in blocks:
+            init_block(self, element_ty, shape)
+            blocks[key] = {name: value for name, value in vars(self).items() if name != "element_ty"}
+        vars(self).update(blocks[key], element_ty=element_ty)
+
+    @functools.wraps(init_tensor)
+    def init_tensor_of_a_type(self, handle, type):
+        own = {"handle": handle, "type": type, "dtype": type.scalar}
+        if type.name not in tensors:
+            init_tensor(self, handle, type)
+            tensors[type.name] = {name: value for name, value in vars(self).items() if name not in own}
+        vars(self).update(tensors[type.name], **own)
+
+    tl.block_type.__init__, tl.tensor.__init__ = init_block_of_a_shape, init_tensor_of_a_type
     builder = interpreter.interpreter_builder
     interpreter.inspect = SimpleNamespace(**{**vars(inspect), "getmembers": builtins_to_patch})
     interpreter._patch_lang, interpreter._get_np_dtype = patch_once_a_launch, np_dtype_by_name
@@ -162,6 +186,28 @@ def peak_memory(work) -> int:
         return tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
+
+
+def replayed(call, *, warm_up: int = 0):
+    """What `call` returns from the graph that it is captured in, NaN until the first replay, and what replays it.
+
+    `call` returns a list or tuple of tensors, or None. It runs `warm_up` times before, on another stream; with 0 its
+    kernels have run already. Graph and streams are plain PyTorch's: that is how whoever uses an op captures it.
+    """
+    if warm_up:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(warm_up):
+                call()
+        torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):  # once the GPU has done all that it was given
+        results = call()
+    with torch.no_grad():
+        for tensor in results or ():
+            tensor.fill_(float("nan"))
+    return results, graph.replay
 
 
 @pytest.fixture(scope="session", autouse=True)

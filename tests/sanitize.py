@@ -22,22 +22,19 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
 FILES = (
-    *("test_attention", "test_cached_attention", "test_contract", "test_elementwise", "test_embedding"),
-    *(
-        "test_int6_linear",
-        "test_lora_adam",
-        "test_lora_attention",
-        "test_lora_head_nll",
-        "test_lora_linear",
-        "test_lora_linears",
-    ),
-    *("test_lora_qkv", "test_lora_qkv_rope", "test_mlp", "test_newton_schulz", "test_qkv_attention"),
+    *("test_attention", "test_cached_attention", "test_contract", "test_elementwise"),
+    *("test_embedding", "test_int6_linear", "test_linear_nll", "test_lora_adam"),
+    *("test_lora_attention", "test_lora_head_nll", "test_lora_linear", "test_lora_linears"),
+    *("test_lora_qkv", "test_lora_qkv_rope", "test_mlp", "test_muon"),
+    *("test_newton_schulz", "test_qkv_attention", "test_residual_mlp", "test_rotary"),
+    "test_swiglu",
 )
 LEFT_OUT = "graph or captur or compile or fullgraph or opcheck or faster or speed or twenty or every_time or past_2_31"
 KERNEL = re.compile(r"in (?:kernel )?`?([A-Za-z_]\w*)(?:\(|`|\+0x| in )|at ([A-Za-z_]\w*)\+0x|at (\w+)\(")
@@ -74,6 +71,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--sanitizer", default=shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     )
+    parser.add_argument("--jobs", type=int, default=1, help="processes at a time, which share the GPU and its memory")
     parser.add_argument("--seconds", type=float, default=3600.0, help="limit of one tool over one file")
     parser.add_argument("--logs", type=Path, default=Path("runs/sanitize"), help="where the tools' output goes")
     given = parser.parse_args(arguments)
@@ -85,32 +83,30 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     given.logs.mkdir(parents=True, exist_ok=True)
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "TRITON_INTERPRET": "0"}
-    failed = False
-    for tool in given.tool or TOOLS:
-        for name in given.file or FILES:
-            asked = command(
-                given.sanitizer,
-                tool,
-                Path(__file__).with_name(f"{name}.py"),
-                "" if given.whole else f"not ({LEFT_OUT})",
-            )
-            print(
-                "$ PYTORCH_NO_CUDA_MEMORY_CACHING=1", " ".join(f"'{a}'" if " " in a else a for a in asked), flush=True
-            )
-            log, began = given.logs / f"{tool}-{name}.txt", time.monotonic()
-            with open(log, "w") as file:
-                try:
-                    status = subprocess.run(
-                        asked, stdout=file, stderr=subprocess.STDOUT, env=environment, timeout=given.seconds
-                    ).returncode
-                except subprocess.TimeoutExpired:
-                    status = -1
-            counted, kernels = findings(log.read_text(errors="replace"))
-            ended = {-1: f"cut off after {given.seconds:.0f} s", 0: "tests pass", 5: "no test chosen"}
-            said = ended.get(status, f"status {status}")
-            where = "; ".join(f"{kernel} x{count}" for kernel, count in kernels.most_common(20))
-            print(f"{tool} {name}: {counted} findings, {said}, {time.monotonic() - began:.0f} s {where}", flush=True)
-            failed |= status not in (0, 5) or (counted > 0 and tool != "initcheck")
+
+    def run(tool: str, name: str) -> bool:
+        """Whether this tool over this file found something that fails the run."""
+        file = Path(__file__).with_name(f"{name}.py")
+        asked = command(given.sanitizer, tool, file, "" if given.whole else f"not ({LEFT_OUT})")
+        print("$ PYTORCH_NO_CUDA_MEMORY_CACHING=1", " ".join(f"'{a}'" if " " in a else a for a in asked), flush=True)
+        log, began = given.logs / f"{tool}-{name}.txt", time.monotonic()
+        with open(log, "w") as output:
+            try:
+                status = subprocess.run(
+                    asked, stdout=output, stderr=subprocess.STDOUT, env=environment, timeout=given.seconds
+                ).returncode
+            except subprocess.TimeoutExpired:
+                status = -1
+        counted, kernels = findings(log.read_text(errors="replace"))
+        ended = {-1: f"cut off after {given.seconds:.0f} s", 0: "tests pass", 5: "no test chosen"}
+        said = ended.get(status, f"status {status}")
+        where = "; ".join(f"{kernel} x{count}" for kernel, count in kernels.most_common(20))
+        print(f"{tool} {name}: {counted} findings, {said}, {time.monotonic() - began:.0f} s {where}", flush=True)
+        return status not in (0, 5) or (counted > 0 and tool != "initcheck")
+
+    with ThreadPoolExecutor(given.jobs) as pool:
+        runs = [pool.submit(run, tool, name) for tool in given.tool or TOOLS for name in given.file or FILES]
+        failed = any([one.result() for one in runs])
     print(
         "sanitize: findings or failures, see above"
         if failed

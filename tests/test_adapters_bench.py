@@ -67,6 +67,7 @@ def test_the_record_has_every_row(folder, tmp_path, without_a_gpu, capsys):
     assert "training mode" in record["rows"]["peft-mixed-batch"]["mode"]
 
 
+@pytest.mark.slow
 def test_a_missing_peft_is_named_as_missing(folder, tmp_path, without_a_gpu, monkeypatch):
     monkeypatch.setattr(adapters, "find_spec", lambda name: None)
     rows = "klora,peft-one-by-one,peft-mixed-batch"
@@ -76,6 +77,7 @@ def test_a_missing_peft_is_named_as_missing(folder, tmp_path, without_a_gpu, mon
     assert record["missing"] == dict.fromkeys(rows.split(",")[1:], "package peft is not installed")
 
 
+@pytest.mark.slow
 def test_a_peer_that_raises_is_named_and_ours_raises(module, monkeypatch):
     def refuse(work):
         raise TypeError("no such argument")
@@ -159,6 +161,7 @@ def test_a_step_is_that_of_the_stacked_adapters(name, module):
     assert ours == pytest.approx(theirs, rel=1e-4) and ours[2] < ours[1] < ours[0]
 
 
+@pytest.mark.slow
 def test_one_by_one_takes_the_steps_of_every_adapter_and_times_some(module, monkeypatch):
     pytest.importorskip("peft", reason="pip install -e '.[test]' brings peft")
     monkeypatch.setattr(adapters, "ONE_BY_ONE", 2)
@@ -176,6 +179,7 @@ def test_one_by_one_takes_the_steps_of_every_adapter_and_times_some(module, monk
     assert row["measured_adapters"] == 2 and row["ms_are"] == "scaled to 4 adapters by their number"
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_tried_in_parts(module, monkeypatch):
     class Large(Klora):
         def backward(self, rows):

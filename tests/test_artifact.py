@@ -133,6 +133,7 @@ class TestChooseClips:
             sum(curve.error[at[name]] for name, curve in curves.items()),
         )
 
+    @pytest.mark.slow
     @given(st.integers(0, 20), st.floats(0.0, 1.0))
     @settings(deadline=None, max_examples=30)
     def test_no_other_choice_of_as_many_bits_has_less_error(self, seed, share):
@@ -211,6 +212,7 @@ class TestBudget:
             errors.append(summary.relative_error)
         assert errors == sorted(errors, reverse=True) and errors[-1] > loose.relative_error
 
+    @pytest.mark.slow
     def test_an_unreachable_budget_names_the_smallest_that_works(self, tmp_path):
         path = tmp_path / "model.klora"
         with pytest.raises(
@@ -235,6 +237,7 @@ class TestBudget:
         assert large.relative_error > 2 * small.relative_error
         assert all(large.clips[name] > small.clips[name] for name in small.clips)
 
+    @pytest.mark.slow
     def test_the_tokenizer_and_the_provenance_count(self, tmp_path, loose):
         budget = loose.bytes
         noise = random.Random(0).randbytes(budget // 5)
@@ -244,7 +247,15 @@ class TestBudget:
         for summary in (tokenizer, provenance):
             assert summary.bytes <= budget and summary.relative_error > 1.5 * loose.relative_error
 
-    @pytest.mark.parametrize("budget", [1_050_000, 1_150_000, 1_300_000, 16_000_000])
+    @pytest.mark.parametrize(
+        "budget",
+        [
+            pytest.param(1_050_000, marks=pytest.mark.slow),
+            pytest.param(1_150_000, marks=pytest.mark.slow),
+            1_300_000,
+            16_000_000,
+        ],
+    )
     def test_one_slow_compression_is_enough(self, tmp_path, monkeypatch, budget):
         """It takes up to half a minute on a real model: sizes are predicted, not tried."""
         config = WIDE.override({"width": 256, "mlp_hidden": 768, "vocab_size": 1024})
@@ -427,6 +438,7 @@ def test_the_header_says_what_the_documentation_says(tmp_path):
 class TestLargeErrors:
     """A budget that ruins the weights is not taken in silence."""
 
+    @pytest.mark.slow
     def test_a_small_budget_gets_a_warning_and_advice_that_holds(self, tmp_path, loose):
         assert loose.warning is None and loose.relative_error < 0.002
         path = tmp_path / "model.klora"

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from conftest import DTYPES, replayed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from klora.bench.attention import plain_attention
@@ -70,7 +71,7 @@ def check(inputs):
     assert_as_exact(attend(causal_attention, *inputs, tail=tail, **KERNEL), exact, *yardsticks)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("B", "S", "H", "G", "d", "tail"),
     [(2, 70, 4, 2, 16, 70), (1, 45, 4, 1, 32, 45), (1, 33, 3, 3, 16, 33), (2, 90, 2, 1, 64, 41), (1, 20, 2, 2, 128, 9)],
@@ -92,7 +93,7 @@ OTHER_HEADS = [
 """Head sizes that a block pads, and the widest."""
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("B", "S", "H", "G", "d", "tail"), OTHER_HEADS)
 def test_heads_of_any_multiple_of_8_are_as_exact_as_pytorchs(B, S, H, G, d, tail, dtype):
     check(draw(B, S, H, G, d, tail, dtype))
@@ -301,7 +302,7 @@ def check_rotated(made):
     assert_as_exact(projections_grads(*inputs, rotary, composed=True), exact, *yardsticks)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_the_backward_ends_in_the_gradients_of_the_projections(dtype):
     check_rotated(rotated(2, 45, 4, 2, 32, 45, dtype))
     check_rotated(rotated(3, 40, 4, 1, 16, 13, dtype))
@@ -470,7 +471,7 @@ def test_starts_are_those_of_the_last_bos():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("S", "H", "G", "d", "tail"), [(70, 4, 2, 16, 70), (70, 2, 2, 32, 70), (66, 4, 1, 16, 23)])
 def test_no_token_sees_another_document(S, H, G, d, tail, dtype):
     check_documents(draw(len(CUTS), S, H, G, d, tail, dtype))
@@ -546,7 +547,7 @@ def check_packed(inputs, entries):
     assert_as_exact(attend(causal_attention_varlen, *inputs, cu_seqlens=cu_seqlens, **KERNEL), exact, *yardsticks)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_packed_documents_are_as_exact_as_each_alone(dtype):
     check_packed(packed(dtype=dtype), CU_SEQLENS)
     check_packed(packed(40, 3, 1, 24, dtype), [0, 0, 7, 30])
@@ -695,11 +696,9 @@ class TestMoreOnGpu:
         inputs = packed(300, 8, 4, 64, torch.bfloat16, "cuda")
         cu_seqlens = torch.tensor([0, 10, 300, 300], dtype=torch.int32, device="cuda")
         attend(causal_attention_varlen, *inputs, cu_seqlens=cu_seqlens)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            results = attend(causal_attention_varlen, *inputs, cu_seqlens=cu_seqlens)
+        results, replay = replayed(lambda: attend(causal_attention_varlen, *inputs, cu_seqlens=cu_seqlens))
         cu_seqlens.copy_(torch.tensor([0, 1, 100, 290]))
-        graph.replay()
+        replay()
         for x, y in zip(results, attend(causal_attention_varlen, *inputs, cu_seqlens=cu_seqlens), strict=True):
             assert torch.equal(x, y)
 
@@ -730,12 +729,10 @@ class TestMoreOnGpu:
         q, k, v, dout = draw(2, 300, 8, 4, 64, 100, torch.bfloat16, "cuda")
         static = [t.clone() for t in (q, k, v, dout)]
         attend(causal_attention, *static, tail=100)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            results = attend(causal_attention, *static, tail=100)
+        results, replay = replayed(lambda: attend(causal_attention, *static, tail=100))
         for t, fresh in zip(static, draw(2, 300, 8, 4, 64, 100, torch.bfloat16, "cuda", seed=1), strict=True):
             t.copy_(fresh)
-        graph.replay()
+        replay()
         expected = attend(causal_attention, *static, tail=100)
         for x, y in zip(results, expected, strict=True):
             assert torch.equal(x, y)

@@ -10,7 +10,7 @@ from types import ModuleType
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import SMALL, randomized
+from conftest import SMALL, randomized, replayed
 from klora.bench.attention import ENTRIES, SHAPES, plain_attention
 from klora.bench.record import run_group, validate
 from klora.bench.step import ENTRIES as STEP
@@ -265,6 +265,7 @@ def test_a_cpu_takes_what_it_took_and_says_so(tmp_path, data, fused):
     assert trainer.model.attention == "flash" and trainer.model.chosen_attention == "klora"
 
 
+@pytest.mark.slow
 def test_records_of_a_step_name_what_ran_attention():
     ceilings = {"bytes_per_second": 1e10, "flops_per_second": 1e11}
     record = run_group("step", STEP, ceilings, CPU, torch.float32, toy=True, rounds=(2, 2))
@@ -284,6 +285,7 @@ def test_the_bench_has_every_package_and_heads_up_to_256():
     assert len(packed) == 2 and all("flash-attn" in entry.missing(CPU) for entry in packed)
 
 
+@pytest.mark.slow
 def test_doctor_lists_the_choices():
     facts = json.loads(klora("doctor", "--device", "cpu", "--json").stdout)
     assert facts["attention choices"].keys() == set(CHOICES)
@@ -434,6 +436,7 @@ def doubled(inputs):
     return [t.detach().double().requires_grad_(t.requires_grad) for t in inputs]
 
 
+@pytest.mark.slow
 def test_auto_attention_compiles(timed):
     check_auto_compiles(heads(), "aot_eager")
     assert not timed, "nothing is measured under torch.compile"
@@ -521,15 +524,11 @@ class TestAutoOnGpu:
         names = ran(monkeypatch)
         q, k, v = (t.detach() for t in heads(256, 128, "cuda", torch.bfloat16))
         causal_attention(q, k, v)
-        torch.cuda.synchronize()
-        with torch.cuda.graph(torch.cuda.CUDAGraph()):
-            auto_attention(q, k, v)
+        replayed(lambda: [auto_attention(q, k, v)])
         assert names == ["klora"]
         expected = auto_attention(q, k, v)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            out = auto_attention(q, k, v)
-        graph.replay()
+        (out,), replay = replayed(lambda: [auto_attention(q, k, v)])
+        replay()
         assert torch.equal(out, expected) and names[-1] == names[-2] == explain_attention(q, k, v).name
 
     @pytest.mark.parametrize("d", [64, 128])

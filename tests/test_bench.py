@@ -214,6 +214,7 @@ def test_exactly_five_percent_is_allowed_and_more_is_not(record):
         assert len(slower_than(record, other)) == count
 
 
+@pytest.mark.slow
 def test_the_command_ends_with_status_1_when_a_baseline_is_beaten(tmp_path):
     klora("bench", "attention", "--rounds", "3", "--out", tmp_path, "--json")
     path = tmp_path / "cpu" / "attention.json"

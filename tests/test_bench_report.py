@@ -265,6 +265,7 @@ def test_what_pictures_say(tmp_path, monkeypatch):
     assert "† unsteady: p80 - p20" in speedup and "†" not in floor + roofline
 
 
+@pytest.mark.slow
 def test_a_bound_is_never_the_fastest_variant(tmp_path, monkeypatch):
     said = drawn_texts(monkeypatch)
     draw([record([result("eager"), result("bare", 1.1, errors=[], allowed=[])], bounds=BOUNDS)], tmp_path)
@@ -358,6 +359,7 @@ def test_the_section_of_the_pieces_says_what_each_is_worth_in_a_step():
     assert "would cost" not in markdown_tables(step_records()[1:])
 
 
+@pytest.mark.slow
 def test_the_waterfall_is_drawn_with_every_piece(tmp_path, monkeypatch):
     said = drawn_texts(monkeypatch)
     pictures = draw(step_records(head=False), tmp_path)

@@ -8,6 +8,7 @@ from functools import partial
 
 import pytest
 import torch
+from conftest import DTYPES, replayed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from klora.bench.tolerance import assert_as_exact
@@ -125,7 +126,7 @@ SHAPES = [
 ]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_attention_and_its_gradients_are_as_exact_as_pytorchs(shape, dtype):
     check(*draw(**shape, dtype=dtype))
@@ -513,14 +514,11 @@ class TestMoreOnGpu:
             return results
 
         step()
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            results = step()
+        results, replay = replayed(step)
         for name in static:
             static[name].copy_(fresh[name])
         static_dout.copy_(fresh_dout)
-        graph.replay()
+        replay()
         for got, wanted in zip(results, run(fresh, fresh_dout), strict=True):
             assert torch.equal(got, wanted)
         cache_write_(*(fresh[n] for n in ("cache_k", "cache_v", "k", "v", "slots", "filled")), count)

@@ -175,6 +175,7 @@ def test_fp32_is_as_close_to_float64_as_the_plain_loop_after_1_8_and_48_steps():
         assert error <= allowed_error(theirs, torch.float32, 8)
 
 
+@pytest.mark.slow
 def test_a_document_does_not_know_its_batch_or_its_slot():
     """Another document was in the slot before, on other steps: nothing of it is read."""
     model, docs = model64(), documents((100, 90, 33, 7, 64, 1))

@@ -154,6 +154,7 @@ def test_the_default_documents_are_those_that_training_held_out():
     assert 0 < len(names) < len(all_names) and names < all_names
 
 
+@pytest.mark.slow
 def test_provenance_names_the_sources_without_folders(run, corpus):
     provenance = load_artifact(run / "model.klora").provenance
     assert provenance["sources"] == {"kind": "text", "files": [corpus.name], "validation_share": 0.2}

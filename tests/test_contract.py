@@ -621,6 +621,7 @@ def test_the_kernel_on_cpu_tensors_is_refused_by_name(name, monkeypatch):
         EVERY_OP[name](backend="cuda")
 
 
+@pytest.mark.slow
 def test_without_the_interpreter_the_refusal_is_not_triton_s():
     code = "import torch; from klora.kernels import rms_norm; rms_norm(torch.ones(2, 16), backend='triton')"
     environment = os.environ | {"TRITON_INTERPRET": "0"}

@@ -54,6 +54,7 @@ def test_a_run_between_the_seeds_is_inside(tmp_path, seeds, capsys):
         assert image.size == (1800, 1200)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("shift", "side", "other"), [(0.13, "above", "below"), (-0.15, "below", "above")])
 def test_how_far_a_run_leaves_the_spread_is_said(tmp_path, seeds, capsys, shift, side, other):
     losses = decay()

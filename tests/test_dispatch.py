@@ -279,6 +279,7 @@ class Subclass(torch.Tensor):
     pass
 
 
+@pytest.mark.slow
 def test_whoever_listens_in_between_is_heard(through_torch_ops):
     """Modes, transforms, tracers, profilers, subclasses and tensors that stand for others take the dispatcher."""
     seen = []

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import DTYPES
 from klora.bench.tolerance import assert_as_exact
 from klora.kernels import BOS_ID
 from klora.kernels.embedding import bigram_embedding, bigram_embedding_ref
@@ -22,7 +23,7 @@ def run(function, tokens, embed, bigram, gate, dout, dtype, **options):
 
 
 @pytest.mark.parametrize("shape", [(2, 70), (1, 1), (3, 5)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_outputs_and_gradients_are_as_near_to_float64_as_the_reference_s(shape, dtype):
     inputs = draw(*shape, dtype=torch.int32 if dtype == torch.float16 else torch.int64)
     dout = inputs[-1].to(dtype).float()

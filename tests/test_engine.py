@@ -259,6 +259,7 @@ def test_documents_that_are_through_are_handed_over_once_with_what_they_have_in_
     np.testing.assert_allclose(sums, adapted.nats, rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_an_engine_is_used_again_without_a_trace_of_the_run_before():
     model, docs = model64(), documents()
     engine = engine_for(model, docs, TTT)

@@ -34,6 +34,7 @@ def test_documents_are_the_same_every_time_and_start_with_bos():
     assert all(np.array_equal(a.tokens, b.tokens) for a, b in zip(one, other, strict=True))
 
 
+@pytest.mark.slow
 def test_errors_are_relative_to_the_exact_model_after_the_steps_that_are_named(small):
     found = engine.errors(small, small, CONFIG)
     assert set(found) == {"engine", "eager"} and set(found["engine"]) == {"1", "3"}
@@ -47,6 +48,7 @@ CACHED_CONFIG = TTTConfig(
 )
 
 
+@pytest.mark.slow
 def test_errors_of_cached_context_are_those_of_the_reference_ops(small):
     documents = engine.drawn([80, 80])
     exact = engine.plain_nll(small, documents, CACHED_CONFIG)

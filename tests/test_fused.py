@@ -191,7 +191,7 @@ def test_the_kernels_fold_int6_values_as_the_reference_does(is_on, device):
     torch.testing.assert_close(ours[1], values if is_on else weight, rtol=1e-6, atol=0.0)
 
 
-@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("backend", ["reference", pytest.param("triton", marks=pytest.mark.slow)])
 def test_nothing_of_one_document_reaches_the_next(backend):
     model = randomized(dataclasses.replace(SMALL, blocks=2, heads=2, kv_heads=1))
     model.backend = backend

@@ -334,6 +334,7 @@ def test_the_model_comes_back_as_it_was(fails, monkeypatch):
     assert all(torch.equal(tensor, numbers[name]) for name, tensor in module.state_dict().items())
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_where_it_stopped(tmp_path):
     config, module = TTT.override({"batch": 1}), tiny_llama()
     key, whole = fingerprint("model", DOCUMENTS, config, False), scored(DOCUMENTS, config, module)
@@ -356,6 +357,7 @@ def test_a_stopped_run_goes_on_where_it_stopped(tmp_path):
     assert [d.adapted_nats for d in again.documents] == pytest.approx([d.adapted_nats for d in whole.documents])
 
 
+@pytest.mark.slow
 def test_where_memory_runs_out_half_as_many_documents_go_on(monkeypatch):
     train, said = HfStep.train, []
 
@@ -381,6 +383,7 @@ def test_the_estimate_grows_with_places_and_window():
     assert needs[1, 32] < needs[4, 32] < needs[4, 64] < 2.2 * needs[4, 32]
 
 
+@pytest.mark.slow
 def test_a_sweep_chooses_constants_for_such_a_model():
     documents = [document(30, seed) for seed in range(6)]
     model = HfModel(tiny_llama(), TTT)

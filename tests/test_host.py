@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import replayed
 from klora.bench.host import LIMITS, host_time, measured, rows
 from klora.kernels import lora_linear
 from klora.kernels.launch import launched
@@ -28,10 +29,12 @@ def without_a_gpu() -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_a_remembered_launch_is_the_one_that_triton_would_make(without_a_gpu):
     assert without_a_gpu["remembered"] > 20
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("op", CALLS)
 def test_an_op_makes_few_calls_on_the_host(without_a_gpu, op):
     """A count, where a time would say how busy the machine is. Versions of PyTorch and Triton differ by a few calls."""
@@ -39,6 +42,7 @@ def test_an_op_makes_few_calls_on_the_host(without_a_gpu, op):
         assert made <= 1.1 * known
 
 
+@pytest.mark.slow
 def test_no_launch_of_an_op_takes_triton_s_own_way_twice(without_a_gpu):
     found = without_a_gpu["rows"]
     assert set(found) == set(rows(torch.device("cpu"), torch.float32))
@@ -48,6 +52,7 @@ def test_no_launch_of_an_op_takes_triton_s_own_way_twice(without_a_gpu):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("op", rows(torch.device("cpu"), torch.float32))
+@pytest.mark.slow
 def test_no_launch_of_an_op_takes_triton_s_own_way_twice_on_a_gpu(op):
     from launches import forward_and_backward, launches_of_triton  # whose import turns the interpreter off
 
@@ -98,10 +103,8 @@ def test_a_remembered_launch_gives_the_bits_of_the_first_and_can_be_captured():
     first = lora_linear(x, weight, a, b).clone()
     for _ in range(3):
         assert torch.equal(lora_linear(x, weight, a, b), first)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = lora_linear(x, weight, a, b)
-    graph.replay()
+    (out,), replay = replayed(lambda: [lora_linear(x, weight, a, b)])
+    replay()
     assert torch.equal(out, first)
     shifted = torch.empty(x.numel() + 1, device="cuda", dtype=x.dtype)[1:].view(x.shape).copy_(x)
     assert shifted.data_ptr() % 16 and torch.equal(lora_linear(shifted, weight, a, b), first)

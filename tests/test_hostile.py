@@ -95,7 +95,7 @@ def test_the_fuzzer_opens_what_it_writes(target, files, tmp_path, monkeypatch):
         lambda: {}["absent"],
         lambda: os._exit(3),
         lambda: torch.zeros(100 << 20, dtype=torch.uint8).fill_(1),
-        lambda: [None for _ in range(3 * 10**7)],
+        pytest.param(lambda: [None for _ in range(3 * 10**7)], marks=pytest.mark.slow),
     ],
     ids=["traceback", "crash", "memory", "time"],
 )
@@ -284,6 +284,7 @@ class TestJson:
         with pytest.raises(ValueError, match="beyond 64 bits"):
             parse_json(f"[NaN, {10**400}]", numbers=False)
 
+    @pytest.mark.slow
     @settings(max_examples=50)
     @given(
         st.recursive(
@@ -339,6 +340,7 @@ class TestJournal:
         (tmp_path / "journal.jsonl").write_text("\n".join([lines[0].decode(), json.dumps(line)]) + "\n")
         return Journal(tmp_path / "journal.jsonl", fuzz.FINGERPRINT, resume=True)
 
+    @pytest.mark.slow
     def test_as_it_is(self, tmp_path, files):
         self.written(tmp_path, files).close()
 
@@ -568,6 +570,7 @@ def test_a_tokenizer_whose_pieces_are_no_text(files):
         Tokenizer(whole[:at] + b"\xff\xff" + whole[at + 2 :])
 
 
+@pytest.mark.slow
 def test_a_hostile_artifact_does_not_end_the_commands_with_a_traceback(files, tmp_path):
     whole, tokenizer = files.data["model.klora"], files.data["tokenizer.model"]
     path = tmp_path / "model.klora"

@@ -79,7 +79,7 @@ print(json.dumps([seconds(part) for part in ("import torch", "import klora.kerne
     raise AssertionError(runs)
 
 
-@pytest.mark.parametrize("option", ["--version", "--help"])
+@pytest.mark.parametrize("option", ["--version", pytest.param("--help", marks=pytest.mark.slow)])
 def test_version_and_help_are_fast_and_load_no_torch(option):
     code = f"""sys.argv = ["klora", {option!r}]
 from klora.cli import main

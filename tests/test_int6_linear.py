@@ -10,6 +10,7 @@ import pytest
 import safetensors.torch
 import torch
 import torch.nn.functional as F
+from conftest import DTYPES, replayed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from klora.bench import int6 as bench
@@ -175,7 +176,7 @@ class TestInterpreter:
     """The kernels without inline assembly, in fp32 and fp16."""
 
     @pytest.mark.parametrize(("rows", "columns"), ODD)
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+    @pytest.mark.parametrize("dtype", DTYPES)
     def test_product_and_gradients(self, rows, columns, dtype):
         check_product(matrix(rows, columns), 5, dtype, "cpu")
 
@@ -192,7 +193,7 @@ class TestInterpreter:
         assert torch.equal(out.T, weight.dequantize())
 
     @pytest.mark.parametrize("group_size", [None, 32])
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+    @pytest.mark.parametrize("dtype", DTYPES)
     def test_dequantised_bits(self, group_size, dtype):
         weight = matrix(40, 160, group_size)
         assert torch.equal(dequantize(weight.packed, weight.scale, weight.shape, dtype), weight.dequantize(dtype))
@@ -649,12 +650,9 @@ class TestGPU:
         weight = matrix(1536, 2048, device="cuda")
         x, dout = (torch.randn(rows, n, device="cuda", dtype=torch.bfloat16) for n in (2048, 1536))
         int6_linear(x, weight), int6_linear_dx(dout, weight)
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            out, dx = int6_linear(x, weight), int6_linear_dx(dout, weight)
+        (out, dx), replay = replayed(lambda: (int6_linear(x, weight), int6_linear_dx(dout, weight)))
         x.normal_(), dout.normal_()
-        graph.replay()
+        replay()
         assert torch.equal(out, int6_linear(x, weight)) and torch.equal(dx, int6_linear_dx(dout, weight))
 
     def test_no_second_copy_for_the_backward(self):

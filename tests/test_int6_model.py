@@ -445,6 +445,7 @@ class TestStandsInForALinear:
             assert module(x).dtype == torch.bfloat16
         assert module(x).dtype == torch.float32
 
+    @pytest.mark.slow
     def test_compiles_whole(self):
         module, x = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 48)), torch.randn(2, 64)
         quantize_linears(module)

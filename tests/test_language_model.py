@@ -65,7 +65,7 @@ def test_a_score_is_the_logits_own(lm):
     result = lm.score(TEXTS)
     assert result.documents[0].base_bpb == pytest.approx(nll.item() / math.log(2) / len(TEXTS[0].encode()), rel=1e-5)
     assert [document.name for document in result.documents] == ["0", "1"]
-    totals = lm.score([*TEXTS, "words " * 2000]).totals()
+    totals = lm.score([*TEXTS, "words " * 500]).totals()
     assert totals["by_status"] == {"base model alone": 3} and not totals["deadline_hit"]
     assert lm.score(dict(zip("ab", TEXTS, strict=True))).totals() == result.totals()
     assert lm.score(TEXTS[0]).documents == result.documents[:1] and lm.score([]).totals()["documents"] == 0
@@ -80,7 +80,7 @@ def test_adapting_changes_the_long_documents_scores_and_not_the_model(lm):
     assert all(torch.equal(tensor, before[name]) for name, tensor in lm.model.state_dict().items())
 
 
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("mode", [pytest.param(torch.no_grad, marks=pytest.mark.slow), torch.inference_mode])
 def test_a_caller_that_evaluates_gets_the_same_adaptation(lm, artifact, mode):
     settings = {"adapt_from": 64, "chunk": 32, "window": 64}
     expected = lm.adapt(TEXTS, **settings)

@@ -4,6 +4,7 @@ a document's bits.
 
 import pytest
 import torch
+from conftest import replayed
 from klora.bench.tolerance import assert_as_exact
 from klora.kernels import (
     cache_write_,
@@ -163,7 +164,13 @@ def cached_in_turn(call, dout, attention):
 
 
 @pytest.mark.parametrize(
-    "more", [{}, {"slots": [1, -1], "cache_slots": (-1, 1)}, {"length": 37, "filled": (100, 13)}], ids=str
+    "more",
+    [
+        {},
+        {"slots": [1, -1], "cache_slots": (-1, 1)},
+        pytest.param({"length": 37, "filled": (100, 13)}, marks=pytest.mark.slow),
+    ],
+    ids=str,
 )
 def test_over_a_cache_outputs_and_gradients_are_as_exact_as_pytorchs(more):
     call, dout = cached(**{"count": 2, **more})
@@ -203,6 +210,7 @@ def test_a_document_in_chunks_is_the_document_as_a_whole(backend):
     torch.testing.assert_close(torch.cat(outs, 1), whole, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_over_a_cache_gradients_go_into_a_pool_where_one_is_given():
     call, dout = cached(slots=[2, 0], count=4)
     _, _, da, db = run_cached(call, dout)
@@ -257,15 +265,8 @@ class TestOverACacheOnTheGPU:
         out, dx, da, db = run_cached(alone, dout[2:3])
         for got, whole in zip((out, dx, da[2:3], db[2:3]), first, strict=True):
             assert torch.equal(got, whole[2:3])
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            run_cached(call, dout)
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            captured = run_cached(call, dout)
-        graph.replay()
+        captured, replay = replayed(lambda: run_cached(call, dout), warm_up=1)
+        replay()
         assert all(torch.equal(a, b) for a, b in zip(captured, first, strict=True))
 
 
@@ -299,15 +300,8 @@ class TestOnTheGPU:
         expected = run(call, dout)
         compiled = torch.compile(lambda x: lora_attention(**{**call, "x": x}), fullgraph=True)
         assert torch.equal(compiled(call["x"]), expected[0])
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            run(call, dout)
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            captured = run(call, dout)
-        graph.replay()
+        captured, replay = replayed(lambda: run(call, dout), warm_up=1)
+        replay()
         assert all(torch.equal(a, b) for a, b in zip(captured, expected, strict=True))
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import DTYPES, replayed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from klora.bench.tolerance import MARGIN, assert_as_exact
@@ -62,7 +63,7 @@ def joined(results):
     return [torch.stack(tensors) for tensors in zip(*results, strict=True)]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("B", "S", "D", "V", "R"),
     [(2, 7, 32, 70, 3), (1, 1, 16, 5, 1), (3, 40, 48, 129, 17), (1, 9, 16, 40, 128)],
@@ -91,7 +92,7 @@ def test_outputs_and_gradients_are_as_exact_as_pytorchs(B, S, D, V, R, dtype):
     assert_as_exact(ours, exact, plain)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_one_sweep_with_a_row_factor_as_in_bf16(dtype, monkeypatch):
     """The way that bf16 takes, in dtypes that the interpreter knows; at this cap exp(logit) is in their range."""
     monkeypatch.setattr(Head, "is_bounded", True)
@@ -408,11 +409,9 @@ class TestOnTheGpu:
         lora_head_nll_grads_(h, weight, a, b, targets, dnll, *grads, CAP, TEMPERATURE)
         for grad in grads:
             grad.fill_(float("nan"))
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            outputs = lora_head_nll_grads_(h, weight, a, b, targets, dnll, *grads, CAP, TEMPERATURE)
-        for out in outputs:
-            out.fill_(float("nan"))
-        graph.replay()
+        outputs, replay = replayed(
+            lambda: lora_head_nll_grads_(h, weight, a, b, targets, dnll, *grads, CAP, TEMPERATURE)
+        )
+        replay()
         for x, y in zip((*outputs, *grads), expected, strict=True):
             assert torch.equal(x, y)

@@ -11,7 +11,7 @@ import torch
 from klora.bench.tolerance import relative_error
 from klora.lora import LoraError, attach
 from oracles.adapted import adapted_rows
-from test_lora import assert_exact, assert_same_numbers, parts, randomize, snapshot
+from tiny_lora import assert_exact, assert_same_numbers, parts, randomize, snapshot
 
 transformers = pytest.importorskip("transformers", reason="pip install -e '.[test]' brings transformers")
 peft = pytest.importorskip("peft", reason="pip install -e '.[test]' brings peft")
@@ -147,7 +147,9 @@ CONFIGS = {
 }
 
 
-@families
+@pytest.mark.parametrize(
+    "family", [pytest.param(name, marks=[pytest.mark.slow] * (name not in ("Llama", "GPT2"))) for name in FAMILIES]
+)
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_we_read_what_peft_saves(family, kind, tmp_path):
     targets = FAMILIES[family][1]

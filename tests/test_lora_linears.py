@@ -6,6 +6,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from conftest import DTYPES, replayed
 from klora.bench.tolerance import assert_as_exact
 from klora.kernels import Dropout, Int6Matrix, drop_ref, lora_linear, lora_linear_ref, quantize_int6, row_keys
 from klora.kernels.lora_linear import reduce
@@ -105,8 +106,10 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "case", [pytest.param(c, marks=[pytest.mark.slow] * (c == "three at six bits")) for c in CASES]
+)
 def test_outputs_and_gradients_are_as_exact_as_plain_pytorchs(case, dtype):
     assert_as_exact_as_plain_pytorch(inputs(**CASES[case], dtype=dtype))
 
@@ -127,7 +130,9 @@ def test_every_way_is_reached_by_shape():
     assert dx_way("after", 1, False) == "after" and dx_way("after", 1, True) == dx_way("after", 3, False) == "added"
 
 
-@pytest.mark.parametrize(("K", "dtype"), [(24, torch.float16), (24, torch.float32), (32, torch.float16)])
+@pytest.mark.parametrize(
+    ("K", "dtype"), [(24, torch.float16), pytest.param(24, torch.float32, marks=pytest.mark.slow), (32, torch.float16)]
+)
 def test_what_lies_above_an_adapters_rank_is_not_read_and_gets_no_gradient(K, dtype):
     R, N = (16, 48) if K == 32 else (40, 40)
     given = inputs((N,), K=K, R=R, ranks=(3, 0, 16, 5), slots=(0, 1, 2, 2), dtype=dtype)
@@ -157,6 +162,7 @@ def test_an_adapter_takes_a_product_as_wide_as_its_own_rank():
         assert out.tolist() == wanted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rate", [0.0, 0.4])
 def test_parts_of_a_slot_are_added_in_one_order(rate, monkeypatch):
     """A slot with one document of one part, one with two, and documents of several parts."""
@@ -169,7 +175,15 @@ def test_parts_of_a_slot_are_added_in_one_order(rate, monkeypatch):
     torch.testing.assert_close(again, whole)
 
 
-@pytest.mark.parametrize("case", [{"sizes": (40, 16)}, {"dtype": torch.float16}, {"rate": 0.5}, {"int6": True}])
+@pytest.mark.parametrize(
+    "case",
+    [
+        {"sizes": (40, 16)},
+        {"dtype": torch.float16},
+        {"rate": 0.5},
+        pytest.param({"int6": True}, marks=pytest.mark.slow),
+    ],
+)
 def test_a_documents_bits_do_not_depend_on_what_else_is_in_the_batch(case):
     given = inputs(**{"batch": 3, "slots": (3, 0, 2), "length": 40} | case)
     together = results(lora_linear, given, backend="triton")
@@ -221,7 +235,15 @@ def test_gradients_are_written_to_the_named_rows_of_a_pool(slots, length):
         assert torch.equal(view[list(named)], gradient[list(named)])
 
 
-@pytest.mark.parametrize("case", [{}, {"dtype": torch.float16}, {"int6": True}, {"K": 32, "sizes": (48,), "R": 16}])
+@pytest.mark.parametrize(
+    "case",
+    [
+        {},
+        {"dtype": torch.float16},
+        pytest.param({"int6": True}, marks=pytest.mark.slow),
+        {"K": 32, "sizes": (48,), "R": 16},
+    ],
+)
 def test_an_output_may_be_changed_in_place(case):
     given = inputs(**case | {"ranks": (1, 5, 16, 9)})
     wanted = results(lora_linear, given | {"douts": [2 * dout for dout in given["douts"]]}, backend="triton")
@@ -236,7 +258,10 @@ def test_an_output_may_be_changed_in_place(case):
         assert torch.equal(one, other)
 
 
-@pytest.mark.parametrize("case", [{}, {"int6": True, "length": 130}, {"K": 32, "sizes": (48,), "R": 16}])
+@pytest.mark.parametrize(
+    "case",
+    [{}, pytest.param({"int6": True, "length": 130}, marks=pytest.mark.slow), {"K": 32, "sizes": (48,), "R": 16}],
+)
 def test_autocast_around_the_op_changes_nothing(case):
     given = inputs(**case | {"ranks": (1, 5, 16, 9)})
     wanted = results(lora_linear, given, backend="triton")
@@ -388,15 +413,7 @@ class TestOnTheGPU:
         torch.use_deterministic_algorithms(False)
         given = inputs(**self.BATCH | {"length": 256} | case)
         wanted = results(lora_linear, given)
-        stream = torch.cuda.Stream()
-        with torch.cuda.stream(stream):
-            results(lora_linear, given)
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            held = results(lora_linear, given)
-        for tensor in held:
-            tensor.fill_(float("nan"))
-        graph.replay()
+        held, replay = replayed(lambda: results(lora_linear, given), warm_up=1)
+        replay()
         for one, other in zip(wanted, held, strict=True):
             assert torch.equal(one, other)

@@ -64,7 +64,7 @@ def test_fuzz_sanitize_and_growth_say_what_they_run(tmp_path):
 
 def test_the_readme_and_the_command_say_how_long_the_tests_take(tmp_path):
     readme = (ROOT / "README.md").read_text()
-    for target, most in (("test", 8), ("test-fast", 3)):
+    for target, most in (("test", 8), ("test-fast", 2)):
         (minutes,) = re.findall(rf"make {target} +#.*: about ([\d.]+) minutes", readme)
         assert f"about {minutes} minutes on two cores" in commands(target, tmp_path)
         assert float(minutes) <= most, "which is what they may take"

@@ -12,12 +12,14 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from conftest import replayed
 from klora.kernels.newton_schulz import coefficients_of, newton_schulz_ref
 from klora.model.muon import Muon, split_parameters
 from klora.model.muon_sharded import owners
 
 SHAPES = [(24, 40), (40, 24), (24, 24), (40, 24)]
 BACKENDS = ["reference", "triton"]
+TRITON_SLOW = ["reference", pytest.param("triton", marks=pytest.mark.slow)]
 
 
 def parameters(seed: int = 0, device: str = "cpu", dtype=torch.float32, shapes=SHAPES) -> list[torch.nn.Parameter]:
@@ -261,7 +263,7 @@ def test_gradients_that_are_clipped_by_a_norm_that_is_not_finite_skip_the_step()
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", TRITON_SLOW)
 def test_a_copy_steps_as_the_original(copied, backend):
     params = parameters(shapes=SHAPES[:2])
     optimizer = Muon(params, 0.1, 0.9, 0.1, backend=backend)
@@ -277,7 +279,7 @@ def test_a_copy_steps_as_the_original(copied, backend):
     assert optimizer.skipped_steps == other.skipped_steps == 1
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", TRITON_SLOW)
 def test_dtypes_may_be_mixed_and_some_parameters_empty_or_frozen(backend):
     shapes = [*SHAPES[:2], (0, 8), (8, 0)]
     dtypes = [torch.float32, torch.float16, torch.float32, torch.float16]
@@ -298,7 +300,7 @@ def test_dtypes_may_be_mixed_and_some_parameters_empty_or_frozen(backend):
     assert together.skipped_steps == 0
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", TRITON_SLOW)
 def test_gradients_and_parameters_of_any_strides_are_the_same_matrices(backend):
     """Transposed, with gaps, expanded, and at addresses that are no multiple of 16 bytes."""
     plain = parameters(shapes=[(24, 40)] * 4)
@@ -322,7 +324,7 @@ def test_gradients_and_parameters_of_any_strides_are_the_same_matrices(backend):
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", TRITON_SLOW)
 def test_schedulers_move_a_rate_that_is_a_number_or_a_tensor(backend):
     ends = []
     for lr, capturable in ((0.1, False), (torch.tensor(0.1), False), (torch.tensor([0.1]), False), (0.1, True)):
@@ -633,9 +635,7 @@ class TestOnGpu:
         for params, optimizer in ((eager, one), (captured, two)):
             set_gradients(params, 0)
             optimizer.step()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            two.step()
+        _, replay = replayed(two.step)
         for step in range(1, 4):
             for optimizer in (one, two):
                 optimizer.param_groups[0]["lr"].fill_(0.1 / step)
@@ -644,7 +644,7 @@ class TestOnGpu:
             for p, q in zip(captured, eager, strict=True):
                 p.grad.copy_(q.grad)
             one.step()
-            graph.replay()
+            replay()
         assert all(torch.equal(a, b) for a, b in zip(eager, captured, strict=True))
 
     @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -659,18 +659,16 @@ class TestOnGpu:
         for params, optimizer in ((plain, one), (captured, two)):
             set_gradients(params, 0)
             optimizer.step()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            two.step()
+        _, replay = replayed(two.step)
         before = snapshot(captured, two)
         captured[-1].grad[99, 331] = bad
-        graph.replay()
+        replay()
         assert same(snapshot(captured, two), before) and two.skipped_steps == 1
         set_gradients(plain, 1)
         for p, q in zip(captured, plain, strict=True):
             p.grad.copy_(q.grad)
         one.step()
-        graph.replay()
+        replay()
         assert same(snapshot(captured, two), snapshot(plain, one)) and two.skipped_steps == 1
         assert not any(torch.equal(t, b) for t, b in zip(snapshot(captured, two), before, strict=True))
 

@@ -59,6 +59,7 @@ def test_all_chunks_agree_within_rounding_where_nothing_adapts(model):
     assert abs(nats(model, documents)[0] / nats(model, documents, still)[0] - 1) > 1e-4  # and adapting does change it
 
 
+@pytest.mark.slow
 def test_chunk_2_changes_when_a_batch_mate_gets_longer_under_the_stretched_cosine(model):
     def totals(targets: int, schedule) -> list[float]:
         return [nats(model, [document(targets), document(mate, 1)], TTT, schedule)[0] for mate in (48, 160)]
@@ -70,6 +71,7 @@ def test_chunk_2_changes_when_a_batch_mate_gets_longer_under_the_stretched_cosin
         assert (abs(near - far) > 1e-4 * near) is moves
 
 
+@pytest.mark.slow
 def test_adam_runs_on_for_documents_that_have_ended(model):
     """So that the next pass starts from another adapter; ours does not know the mate."""
     config = dataclasses.replace(TTT, protocol=MULTI_EPOCH, lr_floor=1.0)

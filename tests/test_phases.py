@@ -116,7 +116,7 @@ def test_the_shared_adapter_and_what_starts_from_it_are_the_oracles(name):
                 assert not torch.equal(engine.pool.initial, row)
 
 
-@pytest.mark.parametrize("context", ["recomputed", "cached"])
+@pytest.mark.parametrize("context", ["recomputed", pytest.param("cached", marks=pytest.mark.slow)])
 def test_a_run_gives_the_oracles_numbers_and_leaves_less_to_the_base_model(context):
     config, docs = PHASED.override({"context": context}), documents()
     result, rows = run(docs, config), oracle.shared_rows(SHALLOW64, docs, config)
@@ -222,6 +222,7 @@ def test_without_phases_their_settings_change_nothing():
     assert one.to_json()["depends_on_earlier_documents"] is False
 
 
+@pytest.mark.slow
 def test_neither_the_order_of_documents_nor_the_batch_nor_another_run_changes_a_score():
     docs = documents()
     whole = nats(run(docs))
@@ -249,7 +250,7 @@ def together(world: int, lost: tuple[int, ...] = (), **options):
     return found, store
 
 
-@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("world", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(3, marks=pytest.mark.slow)])
 def test_ranks_give_the_scores_of_one_process(world):
     alone, (found, _) = run(documents()), together(world)
     assert len(found) == world

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import DTYPES
 from klora.bench.tolerance import MARGIN, assert_as_exact, relative_error
 from klora.kernels import rotary_tables
 from klora.kernels.attention import document_starts
@@ -41,7 +42,7 @@ def rounded(inputs, dtype):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("length", "head_dim", "tail"), [(37, 16, None), (20, 32, 5), (70, 64, None)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_outputs_and_gradients_are_as_near_to_float64_as_the_reference_s(length, head_dim, tail, dtype):
     inputs, sizes, head_dim = draw(length=length, head_dim=head_dim)
     inputs = rounded(inputs, dtype)

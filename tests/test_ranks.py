@@ -249,6 +249,7 @@ def test_the_documents_of_a_lost_rank_go_to_the_others(tmp_path, alone):
         np.testing.assert_allclose(scores(result), scores(alone), rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_the_deadline_is_one_decision_and_what_it_leaves_out_is_said(tmp_path, alone):
     store = dist.HashStore()
     boards = [StoreQueue(store, rank, 2) for rank in range(2)]
@@ -381,7 +382,7 @@ class StoppedStore:
         return call
 
 
-@pytest.mark.parametrize("calls", [0, 5, 30])
+@pytest.mark.parametrize("calls", [0, 5, pytest.param(30, marks=pytest.mark.slow)])
 def test_a_store_that_stands_still_ends_the_others_after_patience(tmp_path, calls):
     started = time.monotonic()
     book = journal(tmp_path, 0)
@@ -392,6 +393,7 @@ def test_a_store_that_stands_still_ends_the_others_after_patience(tmp_path, call
     Journal(book.path, "run", resume=True).close()  # whole
 
 
+@pytest.mark.slow
 def test_where_the_first_rank_is_lost_the_others_say_how_to_get_the_results(tmp_path, alone):
     """It took documents, was stopped, and its store lives on in the launcher."""
     store = dist.HashStore()

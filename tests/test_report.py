@@ -239,6 +239,7 @@ NAMES = [
 ]
 
 
+@pytest.mark.slow
 def test_names_are_escaped_shortened_and_drawable(tmp_path):
     for status in (ADAPTED, NOT_ADAPTED):
         documents = [document(name, adapted=1.2 - 0.01 * (i - 4.5), status=status) for i, name in enumerate(NAMES)]

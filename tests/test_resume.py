@@ -123,6 +123,7 @@ def test_foreign_safetensors_are_refused(tmp_path):
         load_tensors(tmp_path / "foreign.safetensors")
 
 
+@pytest.mark.slow
 def test_a_torn_row_of_the_curve_is_dropped(tmp_path, data):
     Trainer(small_preset(max_steps=3), data, tmp_path, ALONE).run()
     with open(tmp_path / "loss.csv", "a") as file:
@@ -130,6 +131,7 @@ def test_a_torn_row_of_the_curve_is_dropped(tmp_path, data):
     assert [row["step"] for row in LossCurve(tmp_path, resume_at=3).rows()] == ["1", "2", "3"]
 
 
+@pytest.mark.slow
 def test_a_disk_that_fails_costs_rows_and_checkpoints_not_the_run(tmp_path, data, monkeypatch):
     from klora.model import train as module
 
@@ -296,7 +298,7 @@ def finished(tmp_path_factory, data) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", ["checkpoint.safetensors", "model.safetensors"])
+@pytest.mark.parametrize("name", [pytest.param("checkpoint.safetensors", marks=pytest.mark.slow), "model.safetensors"])
 def test_a_flipped_bit_is_refused_with_the_files_name(tmp_path, finished, name):
     """Anywhere: in the header's length, the header, the metadata, a tensor."""
     path, whole = tmp_path / name, (finished / name).read_bytes()
@@ -385,6 +387,7 @@ def full(*given, **options):
     raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_at_a_checkpoint_costs_that_checkpoint(tmp_path, data, monkeypatch):
     said, kept = [], []
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import DTYPES, replayed
 from klora.bench.tolerance import assert_as_exact
 from klora.kernels import apply_rotary, apply_rotary_ref, norm_rotary, rms_norm_ref, rotary_tables
 from torch import Tensor
@@ -38,7 +39,7 @@ def check(inputs, positions, interleaved) -> None:
     assert_as_exact(ours, exact, run(both_ref, inputs, positions, interleaved=interleaved))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize(("H", "G", "d", "rotated"), [(4, 2, 16, 16), (5, 1, 20, 6), (2, 2, 80, 32), (1, 1, 2, 2)])
 def test_it_is_as_exact_as_pytorch(H, G, d, rotated, interleaved, dtype):
@@ -161,17 +162,8 @@ class TestOnTheGpu:
         inputs, positions = draw(4, 500, 8, 4, 64, 32, torch.bfloat16, length=1024)
         about = {"interleaved": interleaved}
         first = run(apply_rotary, inputs, positions, **about)
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            run(apply_rotary, inputs, positions, **about)
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            held = run(apply_rotary, inputs, positions, **about)
-        for tensor in held:
-            tensor.fill_(float("nan"))
-        graph.replay()
+        held, replay = replayed(lambda: run(apply_rotary, inputs, positions, **about), warm_up=1)
+        replay()
         compiled = run(torch.compile(apply_rotary, fullgraph=True), inputs, positions, **about)
         for results in (held, compiled, run(apply_rotary, inputs, positions, **about)):
             assert all(torch.equal(x, y) for x, y in zip(results, first, strict=True))

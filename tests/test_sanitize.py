@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import klora.kernels
 import pytest
 import sanitize
 import torch
@@ -36,6 +37,14 @@ def test_every_file_is_there_and_has_tests_for_a_gpu():
         assert "mark.gpu" in Path(__file__).with_name(f"{name}.py").read_text(), name
 
 
+def test_no_file_of_an_op_is_missing():
+    """A file of tests that is named after an op, or a module of kernels."""
+    modules = (path.stem for path in Path(klora.kernels.__file__).parent.iterdir())
+    named = {f"test_{name}" for name in (*klora.kernels.__all__, *modules)}
+    files = {file.stem for file in Path(__file__).parent.glob("test_*.py") if "mark.gpu" in file.read_text()}
+    assert len(files & named) > 12 and files & named <= {*sanitize.FILES, "test_dispatch"}
+
+
 @pytest.mark.parametrize(
     ("text", "status", "tool"), [(CLEAN, 0, "memcheck"), (MEMCHECK, 1, "memcheck"), (MEMCHECK, 0, "initcheck")]
 )
@@ -45,7 +54,18 @@ def test_the_verdict(text, status, tool, tmp_path, monkeypatch, capsys):
     stub.write_text(f"#!/bin/sh\ncat <<'END'\n{text}END\n")
     stub.chmod(0o755)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    given = ["--sanitizer", str(stub), "--tool", tool, "--file", "test_mlp", "--logs", str(tmp_path / "logs")]
+    given = [
+        "--jobs",
+        "2",
+        "--sanitizer",
+        str(stub),
+        "--tool",
+        tool,
+        "--file",
+        "test_mlp",
+        "--logs",
+        str(tmp_path / "logs"),
+    ]
     assert sanitize.main(given) == status
     said = capsys.readouterr().out
     assert f"--tool {tool}" in said and "PYTORCH_NO_CUDA_MEMORY_CACHING=1" in said, "the command is printed"

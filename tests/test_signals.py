@@ -79,6 +79,7 @@ def test_a_signal_is_heard_within_a_validation(tmp_path, data):
     assert [row["validation_bpb"] for row in LossCurve(tmp_path, resume_at=1).rows()] == [""]
 
 
+@pytest.mark.slow
 def test_a_second_interrupt_does_not_wait_for_the_operation_in_progress():
     script = """
 import hashlib, sys

@@ -1,7 +1,8 @@
-"""What the tests themselves rely on: the interpreter's short cuts, forked commands, and which tests are traced."""
+"""What the tests themselves rely on: the interpreter's short cuts, forked commands, captured calls, what is traced."""
 
 import ast
 import dataclasses
+import functools
 import json
 import os
 import re
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import is_covered, wait_for
+from conftest import is_covered, replayed, wait_for
 from forks import Forked
 from klora.kernels import rms_norm, rms_norm_ref
 
@@ -28,6 +29,29 @@ def test_the_interpreter_knows_the_same_numpy_dtypes_by_name():
         for dtype in (scalar, tl.pointer_type(scalar), tl.pointer_type(tl.pointer_type(scalar))):
             for kind in (dtype, tl.block_type(dtype, [4, 8])):
                 assert ours(kind) == ours(kind) == theirs(kind), kind
+
+
+@interpreted
+def test_types_and_tensors_of_the_interpreter_are_what_triton_makes():
+    import triton.language as tl
+
+    def made(cls, *arguments):
+        ours, theirs = cls(*arguments), cls.__new__(cls)
+        cls.__init__.__wrapped__(theirs, *arguments)
+        assert ours.__class__ is theirs.__class__ and vars(ours).keys() == vars(theirs).keys()
+        for name, value in vars(theirs).items():
+            assert str(getattr(ours, name)) == str(value) and type(getattr(ours, name)) is type(value), name
+        return ours
+
+    for _ in range(2):
+        for element in (tl.float32, tl.int1, tl.pointer_type(tl.float16), tl.pointer_type(tl.float16, const=True)):
+            made(tl.tensor, object, element)
+            for shape in ([4], [4, 8], [tl.constexpr(4), 8], tl.tuple([4, 8])):
+                block = made(tl.block_type, element, shape)
+                assert block.element_ty is element and made(tl.tensor, object, block).type is block
+        for refused, error in (([3], ValueError), ([], TypeError), ([4.0], TypeError), ((4, 8), AssertionError)):
+            with pytest.raises(error):
+                tl.block_type(tl.float32, refused)
 
 
 @interpreted
@@ -55,18 +79,41 @@ def test_tests_of_kernels_alone_are_not_traced_by_coverage(request):
         assert bool(item.get_closest_marker("no_cover")) is not is_covered(item.path), item.nodeid
 
 
+@functools.cache
+def quick_tests(file: Path) -> list[str]:
+    """The functions of a file that `make test-fast` runs, with some of their cases at least."""
+    return [
+        f"{file.name}::{function.name}"
+        for function in ast.parse(file.read_text()).body
+        if isinstance(function, ast.FunctionDef) and function.name.startswith("test_")
+        if not any(re.match(r"pytest\.mark\.(slow|gpu)", ast.unparse(mark)) for mark in function.decorator_list)
+    ]
+
+
 @pytest.mark.parametrize("package", ["kernels", "model", "ttt", "cli", "bench"])
 def test_quick_tests_cover_every_package(package):
-    """What `make test-fast` runs: functions of tests that no mark leaves out, of the files that name the package."""
-    quick = [
-        f"{file.name}::{function.name}"
-        for file in Path(__file__).parent.glob("test_*.py")
-        if re.search(rf"^(from|import) klora\.{package}\b", text := file.read_text(), re.M)
-        for function in ast.parse(text).body
-        if isinstance(function, ast.FunctionDef) and function.name.startswith("test_")
-        if not re.search(r"mark\.(slow|gpu)", " ".join(map(ast.unparse, function.decorator_list)))
-    ]
+    """In the files that name the package."""
+    files = Path(__file__).parent.glob("test_*.py")
+    naming = [file for file in files if re.search(rf"^(from|import) klora\.{package}\b", file.read_text(), re.M)]
+    quick = [name for file in naming for name in quick_tests(file)]
     assert len(quick) >= 50, quick
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+def test_a_replayed_call_has_run_as_often_as_it_says_and_reads_its_inputs_again():
+    x, calls = torch.ones(3, device="cuda"), []
+
+    def call():
+        calls.append(torch.cuda.is_current_stream_capturing())
+        return [x * 2]
+
+    (doubled,), replay = replayed(call, warm_up=2)
+    assert calls == [False, False, True] and doubled.isnan().all()
+    for value in (3.0, 4.0):
+        x.fill_(value)
+        replay()
+        assert torch.equal(doubled, x * 2)
 
 
 @pytest.mark.slow

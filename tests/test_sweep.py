@@ -89,6 +89,7 @@ def test_the_rows_begin_with_what_is_to_be_beaten_and_try_every_lead():
     assert len({json.dumps(config.to_dict()) for config in ROWS.values()}) == len(ROWS)
 
 
+@pytest.mark.slow
 def test_documents_after_a_phase_start_from_what_it_learned():
     tuning = Sample(randomized().requires_grad_(False), [document(100, n) for n in range(4)])
     alone, learned = (tuning.run(TINY.override({"lr": 0.01, "phase_lr": 0.01, "phases": n})) for n in (0, 1))
@@ -183,6 +184,7 @@ def test_a_row_that_fails_costs_no_other_and_is_tried_again(text, monkeypatch):
     assert read()["rows"]["cached"]["adapted_bpb"] > 0
 
 
+@pytest.mark.slow
 def test_no_row_begins_that_leaves_no_time_for_the_held_out_half(text, monkeypatch, capsys):
     arguments, read = text
     now, found = [0.0], iter([1.0, 0.9, 0.8, 0.7, 0.6, 0.5])

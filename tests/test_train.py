@@ -148,6 +148,7 @@ def test_the_steps_with_int6_matrices_are_the_last_share_of_the_run():
     assert not is_quantized(TrainConfig(max_steps=10), 10, 1e9)
 
 
+@pytest.mark.slow
 def test_validation_keeps_documents_apart_where_training_does(tmp_path, data):
     model, stream = randomized(SMALL_MODEL), TokenStream(data.validation)
     apart, together = (
@@ -315,6 +316,7 @@ def test_an_average_that_is_no_number_does_not_lose_the_run(tmp_path, data):
     assert (result.kept, result.validation_bpb) == ("last", {"last": 2.0})
 
 
+@pytest.mark.slow
 def test_a_picture_that_cannot_be_drawn_costs_one_line(tmp_path, data, monkeypatch):
 
     def fail(figure, dpi):

@@ -188,6 +188,13 @@ def test_nothing_adapted_changes_nothing_where_windows_exceed_the_training_lengt
         assert d.status == ADAPTED and d.adapted_nats == pytest.approx(d.base_nats, rel=1e-6)
 
 
+queues = pytest.mark.parametrize(
+    "queue",
+    [DocumentQueue, pytest.param(lambda: StoreQueue(dist.HashStore(), 0, 1), marks=pytest.mark.slow)],
+    ids=["alone", "store"],
+)
+
+
 def poison(monkeypatch, place: int, after: int) -> None:
     """Let the adapter of the document of that place, longest first, be no numbers after its chunk `after`."""
     launch = Engine._launch
@@ -201,7 +208,7 @@ def poison(monkeypatch, place: int, after: int) -> None:
     monkeypatch.setattr(Engine, "_launch", poisoned)
 
 
-@pytest.mark.parametrize("queue", [DocumentQueue, lambda: StoreQueue(dist.HashStore(), 0, 1)], ids=["alone", "store"])
+@queues
 def test_a_document_that_diverges_falls_back_and_no_other_bit_changes(tmp_path, monkeypatch, queue):
     """What it scored before stays, as it would if the document ended there; its batch mates are kept as ever."""
     documents = [document(n, n) for n in (40, 200, 64, 150, 20)]
@@ -235,6 +242,7 @@ def test_a_rate_at_which_all_diverge_leaves_the_first_chunks_and_the_base_model(
         assert "2 documents diverged" in result.notes[-1]
 
 
+@pytest.mark.slow
 def test_where_a_document_diverges_does_not_depend_on_what_follows(tmp_path, monkeypatch):
     """A document cut after any target keeps every score before it."""
     whole = document(150, 3)
@@ -262,8 +270,12 @@ class Full:
         patch.setattr(owner, name, full)
 
 
-@pytest.mark.parametrize("queue", [DocumentQueue, lambda: StoreQueue(dist.HashStore(), 0, 1)], ids=["alone", "store"])
-@pytest.mark.parametrize(("method", "numbers"), [("train", (5, 14)), ("_inputs", (1,))], ids=["twice", "at first"])
+@queues
+@pytest.mark.parametrize(
+    ("method", "numbers"),
+    [pytest.param("train", (5, 14), marks=pytest.mark.slow), ("_inputs", (1,))],
+    ids=["twice", "at first"],
+)
 def test_memory_that_runs_out_halves_the_batch_aloud_and_changes_no_score(
     tmp_path, monkeypatch, queue, method, numbers
 ):
@@ -286,6 +298,7 @@ def lines_with_results(folder) -> list[str]:
     return [line for line in (folder / "journal.jsonl").read_text().splitlines() if '"result"' in line]
 
 
+@pytest.mark.slow
 def test_memory_that_one_document_alone_exhausts_is_an_error(tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
         Full(patch, EngineStep, "_inputs", *range(1, 99))
@@ -307,6 +320,7 @@ def test_memory_that_runs_out_in_the_base_pass_halves_what_goes_at_a_time(tmp_pa
         score([document(100)], tmp_path / "one")
 
 
+@pytest.mark.slow
 def test_a_shared_adapter_learns_again_where_memory_ran_out(tmp_path, monkeypatch):
     config = TTTConfig(**{**TTT.to_dict(), "layout": "start", "min_tokens": 512, "phases": 2, "phase_chunks": 2})
     documents = [document(n, n) for n in (40, 90, 64, 70, 33, 80)]
@@ -425,6 +439,7 @@ def test_a_name_that_is_not_utf8_is_scored_and_stored(tmp_path):
     assert b"n\xff.txt" in (tmp_path / "documents.csv").read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("protocol", ["multi_epoch", "min_nll"])
 def test_leaky_protocols_leak_and_say_so_everywhere(tmp_path, protocol):
     documents = [document(n, n) for n in (100, 64, 40)]
@@ -492,6 +507,7 @@ def test_a_rate_that_rises_and_falls_goes_by_the_targets_scored():
             TTTConfig(**{"protocol": "min_nll", name: 5})
 
 
+@pytest.mark.slow
 def test_deadline_leaves_the_rest_to_the_base_model_and_says_which(tmp_path, monkeypatch):
     documents = [document(n, n) for n in (200, 180, 160, 140, 120, 20)]
     rounds = []
@@ -516,7 +532,7 @@ def test_deadline_leaves_the_rest_to_the_base_model_and_says_which(tmp_path, mon
     assert result.totals()["by_status"] == {PARTIAL: 2, NOT_ADAPTED: 3, SHORT: 1}
 
 
-@pytest.mark.parametrize("protocol", ["score_first", "min_nll"])
+@pytest.mark.parametrize("protocol", ["score_first", pytest.param("min_nll", marks=pytest.mark.slow)])
 def test_a_run_gives_the_results_of_the_oracle(tmp_path, protocol):
     documents = [document(n, n) for n in (20, 200, 33, 0, 120, 31)]
     config, said = TTT.override({"protocol": protocol}), []
@@ -555,7 +571,7 @@ def test_a_run_without_a_journal_gives_the_same_and_leaves_nothing(tmp_path, mon
     assert not empty.documents and empty.totals()["documents"] == 0
 
 
-@pytest.mark.parametrize("queue", [DocumentQueue, lambda: StoreQueue(dist.HashStore(), 0, 1)], ids=["alone", "store"])
+@queues
 def test_the_weights_of_each_model_are_frozen_once(tmp_path, monkeypatch, queue):
     made, make = [], weights.weights_of
     monkeypatch.setattr(weights, "weights_of", lambda *given, **how: made.append(given) or make(*given, **how))
@@ -636,6 +652,7 @@ def test_every_target_has_its_rank_rate_and_scale():
     assert AdapterLayout(SMALL, config.override({"weight_decay": 0.5})).decay()[0] == 0.25
 
 
+@pytest.mark.slow
 def test_a_smaller_rank_of_q_k_or_v_stays_zero_and_is_that_rank():
     """Rows of A and columns of B past it are zeros after many steps; one projection alone is that of its own config."""
     config = TTT.override({"q_rank": 3, "k_rank": 1, "targets": "q,k,head", "weight_decay": 0.1, "steps_per_chunk": 3})

@@ -65,6 +65,7 @@ def test_the_best_on_one_half_scores_the_other_alone(monkeypatch):
     assert [done for _, done, _ in seen] == sorted(done for _, done, _ in seen)
 
 
+@pytest.mark.slow
 def test_what_a_sweep_cannot_do_is_refused_and_it_can_be_stopped():
     request = ScoreRequest(randomized(), DOCUMENTS, TTT)
     for change, says in (
@@ -79,6 +80,7 @@ def test_what_a_sweep_cannot_do_is_refused_and_it_can_be_stopped():
         sweep(dataclasses.replace(request, should_stop=lambda: True))
 
 
+@pytest.mark.slow
 def test_every_output_says_how_many_documents_were_left_out(tmp_path, tokenizer, monkeypatch):
     config = dataclasses.replace(SMALL, vocab_size=tokenizer.vocab_size)
     save_artifact(tmp_path / "m.klora", randomized(config).state_dict(), config, tokenizer.to_bytes(), {"steps": 0})

@@ -40,7 +40,11 @@ def with_methods() -> dict[str, object]:
     return PUBLIC | methods
 
 
-LINES = [pytest.param(line, id=name) for name, thing in with_methods().items() for line in examples(thing)]
+LINES = [
+    pytest.param(line, id=name, marks=[pytest.mark.slow] * (name == "sweep"))
+    for name, thing in with_methods().items()
+    for line in examples(thing)
+]
 
 
 def one_of_each_half(tokenizer) -> list:

@@ -231,6 +231,7 @@ def test_a_run_goes_on_only_with_the_same_model_scorer_and_text(
     assert "belongs to a run with another artifact, other documents or other settings" in refused.stderr
 
 
+@pytest.mark.slow
 def test_targets_that_an_interrupted_run_had_scored_are_kept_too(lines, tokenizer, tmp_path):
     """A journal holds sums: what it holds is scored again, and must be what it says."""
     documents = list(documents_from_texts(Corpus.jsonl([lines]).documents(), tokenizer))

@@ -181,6 +181,7 @@ class TestWarmed:
         warmed(work_of, GPU, Output())
         assert kernels.recordings == 1 and not capsys.readouterr().out
 
+    @pytest.mark.slow
     def test_what_is_gone_from_the_cache_is_compiled_again(self, monkeypatch, tmp_path, capsys):
         kernels = Kernels(monkeypatch, tmp_path, 9)
         warmed(work_of, GPU, Output())
@@ -189,6 +190,7 @@ class TestWarmed:
         assert kernels.recordings == 2 and "\n4 kernels compiled" in capsys.readouterr().out
         assert len(kernels.cached) == 9
 
+    @pytest.mark.slow
     def test_other_settings_and_other_code_have_lists_of_their_own(self, monkeypatch, tmp_path):
         kernels = Kernels(monkeypatch, tmp_path, 5)
         for make in (work_of, lambda: work_of(width=64), lambda: work_of(width=32)):
