@@ -98,25 +98,30 @@ def step_work(shape: Shape, device: torch.device, dtype: torch.dtype) -> dict[st
     sweep = product(width, config.vocab_size)
     add("_sweep", 1, sweep)
 
-    for name, tensors in residual_tensors(config).items():
-        launches = blocks + 1
-        add(name, 1, Work(launches, 0, size * tokens * width * tensors + 4 * tokens * launches))
+    tensors = residual_tensors(config)
+    joined = Work(0, 0, size * tokens * width * tensors.pop("joined"))
+    add("_product" if takes(rows, width, 0) else "_product_kernel", 1, joined)
+    for name, count in tensors.items():
+        launches = 2 if name == "forward" else blocks + 1
+        add(name, 1, Work(launches, 0, size * tokens * width * count + 4 * tokens * launches))
     return work
 
 
 def residual_tensors(config: ModelConfig) -> dict[str, int]:
     """Kernel of the residual stream -> tensors [B, S, D] that all its launches in a step read or write.
 
-    They are the boundaries of blocks; what follows attention lies in products. One reads x and writes x and n. Its
-    backward reads dn, dx and n and writes dx. A mix adds x0, in the backward x0, and dx0, which all but one boundary
-    add to; what else its sums want is made of n, but in fp32, which reads x. A push adds its output; a join what it
-    reads and, in the backward, its gradient. The first norm's x is x0; the last one's is not written.
+    They are the boundaries of blocks, forward the first and the last: those between blocks are "joined" with the
+    product before, which reads x0 and what is joined and writes the stream before the mix, besides what it would
+    without. A backward reads dn, dx and n, or x in its place, and writes dx; with a mix x0, and dx0, which all but one
+    boundary add to; what else its sums want is made of n, but in fp32, which reads x. A push adds its gradient, a join
+    what it reads and its gradient. The first norm's x is x0; the last one's is not written.
     """
     blocks, pushes = config.blocks, config.blocks // 2
     joins, mixed = times_in_step(config)["residual_norm_joined_trained"], blocks - 1
     pushed = max(pushes - 1, 0)
     return {
-        "forward": 3 + 4 * mixed + pushed + joins + 2,
+        "forward": 3 + 2,
+        "joined": 2 * mixed + joins,
         "backward": 7 + 7 * mixed - (mixed > 0) + pushed + 2 * joins + 3,
     }
 

@@ -112,11 +112,12 @@ def test_the_work_of_the_kernels_is_that_of_the_step(blocks):
 def test_the_bytes_of_the_residual_stream_are_those_of_its_tensors():
     config = model_config(SEED)
     assert residual_tensors(config) == {
-        "forward": 3 + 9 * 4 + 4 + 4 + 2,
+        "forward": 3 + 2,
+        "joined": 9 * 2 + 4,
         "backward": 7 + (8 * 7 + 6) + 4 + 2 * 4 + 3,
     }
     forward = step_work(SEED, torch.device("cpu"), torch.bfloat16)["forward"]
-    assert forward == Work(11, 0, 96 * 1024 * (49 * 512 * 2 + 11 * 4))
+    assert forward == Work(2, 0, 96 * 1024 * (5 * 512 * 2 + 2 * 4))
 
 
 @pytest.mark.slow
