@@ -15,10 +15,6 @@ PIECES = 8
 """Pieces, side by side, in which a tile leaves: shared memory for one of them is enough."""
 
 
-STEP = 16
-"""Ranks that a matrix instruction takes at once."""
-
-
 def of_three(projections: Sequence, nothing: Any = None) -> Sequence:
     """What the kernels take for q, k and v: as it is, or the one product as q."""
     return (*projections, nothing, nothing) if len(projections) == 1 else projections
@@ -43,19 +39,6 @@ def stacked_rank(rank: int, groups: int) -> int:
 def slot_in_pool(slot, count):
     """`slot` as the copy engine takes it; -1, of which it reads zeros, for a slot outside the pool."""
     return tl.where((slot >= 0) & (slot < count), slot, -1).to(tl.int32)
-
-
-@triton.jit
-def slot_and_rank(slots_ptr, ranks_ptr, b, count, R: tl.constexpr):
-    """The slot of document b, and the rank of its adapter there: 0 for a document without one."""
-    slot = tl.zeros((), tl.int64) + b
-    if slots_ptr is not None:
-        slot = tl.load(slots_ptr + b).to(tl.int64)
-    is_named = (slot >= 0) & (slot < count)
-    rank = tl.where(is_named, R, 0)
-    if ranks_ptr is not None:
-        rank = tl.minimum(tl.maximum(tl.load(ranks_ptr + slot, is_named, other=0), 0), R)
-    return slot, rank
 
 
 @triton.jit
