@@ -36,9 +36,10 @@ class AfterConfig:
 
 
 FORWARD = AfterConfig(128, 256, 64, 8, 3, late=True)
-"""The tile of :func:`pick_forward_config`, with which 65,536 rows of 2,048 took as long as cuBLAS on an H200."""
+"""NVIDIA H200, 65,536 x 2,048 x 2,048, the same tile with ranks at its end: 0.783 ms of rank 16, cuBLAS 0.774."""
 BACKWARD = AfterConfig(128, 256, 64, 8, 3, late=False)
-"""The tile of :func:`pick_backward_config`. At once: 168 registers and 148 KB leave place for dA and dB beside it."""
+"""As above 0.801 ms, cuBLAS 0.783. At once, by the compiler: 158 registers and 160 KiB leave a multiprocessor as much
+as a program of dA or dB takes (:func:`klora.kernels.lora_linear.reduce.pick_tiled_reduce_config`)."""
 
 
 @triton.jit

@@ -290,8 +290,9 @@ def lora_linear(
     int32 or int64 [B] names the adapter of each document, -1 none; None gives document b adapter b. Slots are not
     looked at on the host, and one past the pool counts as -1. `scale` float32 [slots] multiplies B; `ranks` int32 or
     int64 [slots] says how many rows of A and columns of B each adapter has, up to R: the others are not read, and their
-    gradients are zero. A document costs the rank of its own adapter, rounded up to 16, 32 or a multiple of 64, whatever
-    R is. `bias` is [N] in x's dtype. `dropout` is of the adapters' input: a :class:`Dropout`.
+    gradients are zero. A document costs the pool's R where the product is one's own, else the rank of its own adapter
+    (:mod:`klora.kernels.lora_linear`). `bias` is [N] in x's dtype. `dropout` is of the adapters' input: a
+    :class:`Dropout`.
 
     With a sequence of weights, such as those of q, k and v, everything else but x and slots is a sequence or None too,
     and the outputs are a tuple: x is read for all of them at once.

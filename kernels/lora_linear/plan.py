@@ -9,13 +9,14 @@ from ..dispatch import padded_rank
 
 Way = Literal["joint", "after", "added"]
 
-JOINT = 65_536
-"""Ranks times features up to which u is made in the launch of the product. There it costs R / 256 of the product, in
-every tile of 256 outputs; in a launch of its own a pass over x, 187 / N of a product of N features on an H200, with
-its launches and the adapters rounded for it: as much at R N = 65,536. Measured on that side of it at 2,048 alone: of
-rank 16, 1.18 of two products for 1.27."""
-JOINT_RANK = 64
-"""The largest of a joint launch: above it no tile of 256 outputs holds the sums."""
+JOINT = 32_768
+"""Ranks times features up to which u is made in the launch of the product. There A costs R / 256 of a product, in every
+tile of 256 outputs, and B at its end another microsecond a tile, 50 / K. In a launch of its own u costs a pass over x,
+187 / N on an H200, 64 / K for a step of ranks, and a launch: about as much at R N = 32,768, by arithmetic for 512 to
+4,096 features. Measured there, at 2,048 of rank 16: joint 1.18 times two products, after 1.27 (before its ranks were
+steps)."""
+JOINT_RANK = 32
+"""The largest of a joint launch. At 64, beside whose dx of 223 KB no dB fits, after is ahead at 512 too."""
 SHORT = 64
 """Tokens below which half a tile of one's own product would be empty, which holds rows of one document alone."""
 

@@ -31,7 +31,7 @@ from .tiles import (
 @dataclass(frozen=True)
 class BackwardConfig:
     """Tile of a dx step: block_m tokens x block_d of D, block_n outputs; of dB: db_n outputs, db_s tokens a step; of
-    dA: da_d of D, da_s tokens a step.
+    dA: da_d of D, da_s tokens a step. dB's programs walk their tiles, db_programs on a multiprocessor.
     """
 
     block_m: int
@@ -47,6 +47,7 @@ class BackwardConfig:
     da_s: int
     da_warps: int
     da_stages: int
+    db_programs: int = 1
 
 
 def pick_backward_config(dtype: torch.dtype, rank: int, groups: int = 3) -> BackwardConfig:
@@ -54,7 +55,11 @@ def pick_backward_config(dtype: torch.dtype, rank: int, groups: int = 3) -> Back
         block_m = 32 if stacked_rank(rank, groups) <= 64 else 16  # t is [block_m, stacked_rank] in registers
         return BackwardConfig(block_m, 64, 16, 4, 2, 64, 16, 8, 2, 32, 16, 8, 2)
     if padded_rank(rank) > 16:
-        return BackwardConfig(128, 128, 64, 8, 2 if is_stacked(rank, groups) else 3, 64, 64, 4, 3, 64, 64, 8, 3)
+        # A tile of 256 computes t half as often as two of 128; it fits, 223 KB, beside the t of one product up to 64.
+        # dB does not fit beside it: as many programs as multiprocessors hold, 49 KB each. By the compiler.
+        width = 256 if groups == 1 and rank <= 64 else 128
+        stages = 2 if is_stacked(rank, groups) else 3
+        return BackwardConfig(128, width, 64, 8, stages, 64, 64, 4, 3, 64, 64, 8, 3, db_programs=4)
     # NVIDIA H100, 65536 tokens of the seed's sizes, each alone: dx 0.121 ms (a form with 202 KB), dB 0.055, dA 0.029.
     # dB's blocks (20 KB) fit beside dx's (194 KB, 190 registers) on a multiprocessor, and run on beside dA. All three
     # on an H200: 0.161 ms; with dB in steps of 32 tokens 0.202 in three stages, 0.163 in four; of 128 outputs 0.164.
@@ -291,7 +296,7 @@ def launch_backward(
         n, s = config.db_n, config.db_s
         tiles = batch * sum(cdiv(size, n) for size in sizes)
         q_d, k_d, v_d = of_three([tiled(grad, 1, s, n) for grad in grads])
-        _db_kernel[(programs(x.device, tiles),)](
+        _db_kernel[(programs(x.device, tiles, config.db_programs),)](
             q_d=q_d, k_d=k_d, v_d=v_d, xa_d=tiled(xa, 1, s, padded),
             db_ptr=db, scale_ptr=scale, slots_ptr=slots, db_stride=db.stride(0), count=db.size(0),
             B=batch, S=length, TILES=tiles,

@@ -42,10 +42,10 @@ class ForwardConfig:
     widest_head: int
 
 
-def pick_forward_config(dtype: torch.dtype, rank: int) -> ForwardConfig:
+def pick_forward_config(dtype: torch.dtype, rank: int, groups: int = 3) -> ForwardConfig:
     if dtype == torch.float32:
         return ForwardConfig(64, 64, 16, 8, 2, 64)  # no tensor cores: what does not spill
-    if padded_rank(rank) > 16:
+    if padded_rank(rank) > 16 and (groups == 3 or rank > 64):
         return ForwardConfig(128, 128, 64, 8, 3, 64)  # R up to 64 fits registers and shared memory
     # NVIDIA H100, 65536 x 512 x 1024: 0.128 ms; 4 stages 0.132; cuBLAS without adapters 0.110. A form of it with norm
     # and rotation 0.170; those in a launch after it 0.210. Heads of 64 spill nothing, of 32 1.1 KB, of 128 1.0 KB.
@@ -253,7 +253,7 @@ def launch_forward(
     cos, sin, gain = heads[:3] if heads else (None, None, None)
     rstd_q, rstd_k = made.rstds or (None, None)
     if made.xa.numel():
-        padded, config = padded_rank(rank), pick_forward_config(x.dtype, rank)
+        padded, config = padded_rank(rank), pick_forward_config(x.dtype, rank, groups)
         m, n, k = config.block_m, config.block_n, config.block_k
         tiles = batch * cdiv(length, m) * sum(cdiv(size, n) for size in sizes)
         q_d, k_d, v_d = of_three([tiled(out, 1, m, n // PIECES) for out in made.outs])

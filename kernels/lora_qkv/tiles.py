@@ -20,9 +20,9 @@ def of_three(projections: Sequence, nothing: Any = None) -> Sequence:
     return (*projections, nothing, nothing) if len(projections) == 1 else projections
 
 
-def programs(device: torch.device, tiles: int) -> int:
-    """One a multiprocessor, or one a tile where there are fewer tiles."""
-    return min(multiprocessors(device), tiles)
+def programs(device: torch.device, tiles: int, each: int = 1) -> int:
+    """`each` of a multiprocessor, or one a tile where there are fewer tiles."""
+    return min(each * multiprocessors(device), tiles)
 
 
 def is_stacked(rank: int, groups: int) -> bool:
