@@ -121,8 +121,8 @@ def test_every_way_is_reached_by_shape():
         weight = torch.empty(N, K, dtype=dtype, device="meta")
         return plan([weight] * projections, length, rank, dropout)
 
-    assert way(512, 512) == way(2048, 2048) == way(512, 2048, 16) == way(1024, 512, 32) == "joint"
-    assert way(2064, 2048) == way(2048, 1024, 32) == way(512, 512, 64) == way(4096, 4096) == "after"
+    assert way(512, 512) == way(2048, 2048) == way(512, 2048, 16) == way(1024, 512, 32) == way(512, 512, 64) == "joint"
+    assert way(2064, 2048) == way(2048, 1024, 32) == way(1024, 512, 64) == way(4096, 4096) == "after"
     assert way(24, 40) == way(512, 512, projections=3) == way(512, 512, dropout=True) == way(512, 512, 200) == "after"
     assert way(4096, 4096, dtype=torch.float32) == way(20, 40) == way(4096, 4096, length=63) == "added"
     assert plan([None], 1024, 8, False) == "added" and way(512, 512, length=1) == "joint"

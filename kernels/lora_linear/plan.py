@@ -15,8 +15,8 @@ tile of 256 outputs, and B at its end another microsecond a tile, 50 / K. In a l
 187 / N on an H200, 64 / K for a step of ranks, and a launch: about as much at R N = 32,768, by arithmetic for 512 to
 4,096 features. Measured there, at 2,048 of rank 16: joint 1.18 times two products, after 1.27 (before its ranks were
 steps)."""
-JOINT_RANK = 32
-"""The largest of a joint launch. At 64, beside whose dx of 223 KB no dB fits, after is ahead at 512 too."""
+JOINT_RANK = 64
+"""The largest of a joint launch: above it no tile of 256 outputs holds the sums."""
 SHORT = 64
 """Tokens below which half a tile of one's own product would be empty, which holds rows of one document alone."""
 

@@ -164,14 +164,14 @@ def _fold_kernel(
                 slot = each.to(tl.int64)
                 every = slots_of(slots_ptr, 0, counts[p], B, BP)[1]
                 b = following(every, slot, -1, B, BP)
-                is_mine, is_named = slot < counts[p], b < B
+                is_first, has_one = slot < counts[p], b < B
             else:
                 b = each
                 slot, every = slots_of(slots_ptr, b, counts[p], B, BP)
-                is_mine, is_named = slot >= 0, True
+                is_first, has_one = slot >= 0, True
                 if slots_ptr is not None:
-                    is_mine = is_mine & (following(every, slot, -1, B, BP) == b)
-            if is_mine & ((is_named & _is_alone(slots_ptr, every, slot, b, B, parts, BP)) == 0):
+                    is_first = is_first & (following(every, slot, -1, B, BP) == b)
+            if is_first & ((has_one & _is_alone(slots_ptr, every, slot, b, B, parts, BP)) == 0):
                 rank = slot_and_rank(slots_ptr, ranks[p], tl.minimum(b, B - 1), counts[p], WIDEST[p])[1]
                 i = (block - FIRSTS[p]) * BLOCK + tl.arange(0, BLOCK)
                 j = i % WIDEST[p] if ACROSS else i // SIZES[p]
