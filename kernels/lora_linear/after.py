@@ -16,9 +16,8 @@ from ..dispatch import aligned, cdiv
 from ..dot import multiply_add
 from ..launch import launched
 from ..lora_qkv.adapters import Adapters
-from ..lora_qkv.tiles import PIECES, cleared, eighths, programs, slot_in_pool, store_tile
+from ..lora_qkv.tiles import PIECES, begun, eighths, programs, slot_in_pool, store_tile
 from ..tile import tiled
-from .pool import STEP
 
 
 @dataclass(frozen=True)
@@ -47,29 +46,12 @@ def _store_first(y_d, piece, b, s, n, M: tl.constexpr, N: tl.constexpr):
     y_d.store([b, s, n], piece.reshape(1, M, N))
 
 
-@triton.jit
-def _begun(bias_ptr, n, N: tl.constexpr, M: tl.constexpr, W: tl.constexpr, RANKS: tl.constexpr, dtype: tl.constexpr):
-    """The sums of a tile [M, W] before its first step: zeros, or the bias from `n` on, which are 1 times it.
-
-    By a matrix instruction, as :func:`cleared`, and while the sums of the tile before are gone: added to a finished
-    tile it spills 244 bytes.
-    """
-    if bias_ptr is None:
-        return cleared(M, W, dtype)
-    else:
-        column, r = n + tl.arange(0, W), tl.arange(0, RANKS)
-        is_first = (column < N)[:, None] & (r == 0)[None, :]
-        bias = tl.load(bias_ptr + column[:, None] + r * 0, is_first, other=0.0)
-        one = (tl.arange(0, M) >= 0)[:, None] & (r == 0)[None, :]
-        return tl.dot(one.to(dtype), bias.T)
-
-
 @launched
 @triton.jit(do_not_specialize=["S", "TILES", "COUNT"])
 def _after_kernel(
     x_d, w_d, inner_d, factor_d, bias_ptr, slots_ptr, y_d, S, TILES, COUNT,
     K: tl.constexpr, N: tl.constexpr, R: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    RANKS: tl.constexpr, TRANSPOSED: tl.constexpr, LATE: tl.constexpr,
+    TRANSPOSED: tl.constexpr, LATE: tl.constexpr,
 ):  # fmt: skip
     """A program walks tiles [BM tokens, BN outputs] in one loop over all steps of all its tiles, as the kernels of
     `lora_qkv` do. TRANSPOSED, the weight is [K, N] and the adapter's factor [R, N]; else [N, K] and [N, R].
@@ -85,7 +67,7 @@ def _after_kernel(
     step = STEPS - 1
     acc = tl.zeros((BM, BN), tl.float32)
     if bias_ptr is not None:
-        acc = _begun(bias_ptr, tl.program_id(0) % ACROSS * BN, N, BM, BN, RANKS, DTYPE)
+        acc = begun(bias_ptr, tl.program_id(0) % ACROSS * BN, N, BM, BN, DTYPE)
     if LATE:
         y0 = tl.zeros((BM, W), DTYPE)
         y1, y2, y3, y4, y5, y6, y7 = y0, y0, y0, y0, y0, y0, y0
@@ -124,7 +106,7 @@ def _after_kernel(
                 left, done_b, done_s, done_n = 8, b, s, n
             else:
                 store_tile(y_d, acc, b, s, n, BM, BN)
-            acc = _begun(bias_ptr, (tile + tl.num_programs(0)) % ACROSS * BN, N, BM, BN, RANKS, DTYPE)
+            acc = begun(bias_ptr, (tile + tl.num_programs(0)) % ACROSS * BN, N, BM, BN, DTYPE)
     if LATE:
         for _ in range(left):
             _store_first(y_d, y0, done_b, done_s, done_n, BM, W)
@@ -166,6 +148,6 @@ def _launch(
             x_d=tiled(aligned(x), 1, m, k), w_d=tiled(aligned(weight)[None], 1, *block), inner_d=tiled(inner, 1, m, k),
             factor_d=tiled(factor, 1, *block), bias_ptr=bias, slots_ptr=adapters.slots,
             y_d=tiled(y, 1, m, n // PIECES), S=length, TILES=tiles, COUNT=factor.size(0), K=width, N=outputs,
-            R=adapters.rank, BM=m, BN=n, BK=k, RANKS=STEP, TRANSPOSED=is_transposed, LATE=config.late,
+            R=adapters.rank, BM=m, BN=n, BK=k, TRANSPOSED=is_transposed, LATE=config.late,
             num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from ..dispatch import multiprocessors, next_power_of_2, padded_rank
+from ..dot import multiply
 from ..linear.product import relu, times_slope
 from ..tile import halves
 
@@ -52,6 +53,23 @@ def cleared(M: tl.constexpr, N: tl.constexpr, dtype: tl.constexpr):
         return tl.zeros((M, N), tl.float32)
     else:
         return tl.dot(tl.zeros((M, 16), dtype), tl.zeros((16, N), dtype))
+
+
+@triton.jit
+def begun(bias_ptr, n, COUNT: tl.constexpr, M: tl.constexpr, N: tl.constexpr, dtype: tl.constexpr):
+    """The sums [M, N] of a tile before its first step: zeros, or those of its columns' bias, from `n` on of COUNT.
+
+    A product with 1, by matrix instructions as in :func:`cleared`, and while the sums of the tile before are gone:
+    added to a finished tile it spills.
+    """
+    if bias_ptr is None:
+        return cleared(M, N, dtype)
+    else:
+        column, r = n + tl.arange(0, N), tl.arange(0, 16)
+        is_first = (column < COUNT)[:, None] & (r == 0)[None, :]
+        bias = tl.load(bias_ptr + column[:, None] + r * 0, is_first, other=0.0)
+        one = (tl.arange(0, M) >= 0)[:, None] & (r == 0)[None, :]
+        return multiply(one.to(dtype), bias.T)
 
 
 @triton.jit
