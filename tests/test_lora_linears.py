@@ -10,9 +10,10 @@ from conftest import DTYPES, replayed
 from klora.bench.tolerance import assert_as_exact
 from klora.kernels import Dropout, Int6Matrix, drop_ref, lora_linear, lora_linear_ref, quantize_int6, row_keys
 from klora.kernels.lora_linear import reduce
-from klora.kernels.lora_linear.inner import pick_inner_config
+from klora.kernels.lora_linear.inner import launch_inner, launch_tiled_inner, pick_inner_config
 from klora.kernels.lora_linear.plan import dx_way, plan
-from klora.kernels.lora_linear.pool import variant_of, variants
+from klora.kernels.lora_linear.pool import Pool, variant_of, variants
+from klora.kernels.lora_qkv.adapters import adapters_of
 from torch import Tensor
 
 pytestmark = pytest.mark.usefixtures("empty_is_nan")
@@ -102,6 +103,10 @@ CASES = {
     "no multiples of 8": {"sizes": (17,), "K": 7, "R": 3, "ranks": None, "slots": None},
     "joint, with all": {"sizes": (48,), "K": 32, "R": 8, "ranks": (1, 5, 8, 0), "slots": (1, 1, 0, 3)},
     "joint, its dtype": {"sizes": (32,), "K": 16, "R": 16, "ranks": (1, 9, 16, 4), "low": True, "slots": (1, 2, 0, 3)},
+    "after, its dtype, in place": {"plain": True, "low": True, "ranks": None, "R": 24},
+    "after, two steps of ranks": {"R": 80, "ranks": (1, 80, 64, 70), "slots": (1, 3, -1, 1)},
+    "no document with an adapter": {"slots": (-1, 7, -1, -1)},
+    "joint, above 16": {"sizes": (48,), "K": 32, "R": 20, "ranks": (1, 5, 20, 0), "slots": (1, 2, 0, 3)},
     "above 128": {"sizes": (48,), "K": 32, "R": 200, "ranks": (1, 5, 200, 70), "slots": (1, 3, 2, 3), "length": 9},
 }
 
@@ -115,18 +120,15 @@ def test_outputs_and_gradients_are_as_exact_as_plain_pytorchs(case, dtype):
 
 
 def test_every_way_is_reached_by_shape():
-    def way(N, K, rank=8, ranks=True, dropout=False, dtype=torch.bfloat16, projections=1, length=1024):
+    def way(N, K, rank=8, dropout=False, dtype=torch.bfloat16, projections=1, length=1024):
         weight = torch.empty(N, K, dtype=dtype, device="meta")
-        return plan([weight] * projections, length, rank, ranks, dropout)
+        return plan([weight] * projections, length, rank, dropout)
 
-    assert way(512, 512) == way(1536, 512) == way(512, 512, 128, ranks=False) == "joint"
-    assert way(512, 512, 64) == way(2048, 2048) == way(24, 40) == way(512, 512, projections=3) == "after"
-    assert way(512, 512, dropout=True) == "after" and way(512, 512, 200, ranks=False) == "after"
-    assert way(4096, 4096) == way(11008, 2048) == way(2048, 2048, dtype=torch.float32) == way(20, 40) == "added"
-    assert (
-        plan([None], 1024, 8, True, False) == way(2048, 2048, length=63) == "added"
-        and way(512, 512, length=1) == "joint"
-    )
+    assert way(512, 512) == way(2048, 2048) == way(512, 2048, 16) == way(1024, 512, 32) == way(512, 512, 64) == "joint"
+    assert way(2064, 2048) == way(2048, 1024, 32) == way(1024, 512, 64) == way(4096, 4096) == "after"
+    assert way(24, 40) == way(512, 512, projections=3) == way(512, 512, dropout=True) == way(512, 512, 200) == "after"
+    assert way(4096, 4096, dtype=torch.float32) == way(20, 40) == way(4096, 4096, length=63) == "added"
+    assert plan([None], 1024, 8, False) == "added" and way(512, 512, length=1) == "joint"
     assert dx_way("after", 1, False) == "after" and dx_way("after", 1, True) == dx_way("after", 3, False) == "added"
 
 
@@ -163,10 +165,15 @@ def test_an_adapter_takes_a_product_as_wide_as_its_own_rank():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rate", [0.0, 0.4])
-def test_parts_of_a_slot_are_added_in_one_order(rate, monkeypatch):
-    """A slot with one document of one part, one with two, and documents of several parts."""
-    given = inputs((40, 16), length=40, R=20, ranks=(20, 3, 17, 20), slots=(1, 3, 1, -1), rate=rate)
+@pytest.mark.parametrize(
+    "case",
+    [{"sizes": (40, 16)}, {"sizes": (40, 16), "rate": 0.4}, {"dtype": torch.float16, "length": 70}],
+)
+def test_parts_of_a_slot_are_added_in_one_order(case, monkeypatch):
+    """A slot with one document of one part, one with two, and documents of several parts; the last by the copy
+    engine.
+    """
+    given = inputs(**{"length": 40, "R": 20, "ranks": (20, 3, 17, 20), "slots": (1, 3, 1, -1)} | case)
     whole = results(lora_linear, given, backend="triton")
     monkeypatch.setattr(reduce, "PART", 16)
     assert_as_exact_as_plain_pytorch(given)
@@ -175,11 +182,33 @@ def test_parts_of_a_slot_are_added_in_one_order(rate, monkeypatch):
     torch.testing.assert_close(again, whole)
 
 
+def test_a_slot_that_no_document_has_gets_zeros():
+    """Of several parts and of one, where the pool's gradients are fresh memory."""
+    for given in (inputs(dtype=torch.float16), inputs((40, 16), slots=(1, 1, 1, 1))):
+        named = {slot for slot in given["slots"].tolist() if slot >= 0}
+        grads = results(lora_linear, given, backend="triton")[len(given["weight"]) + 1 :]
+        for grad in grads[: 2 * len(given["weight"])]:
+            assert [bool(grad[slot].any()) for slot in range(4)] == [slot in named for slot in range(4)]
+
+
+def test_what_nobody_reads_above_a_rank_is_zeros():
+    """The product takes steps of the pool's R: an inner row that is short has zeros there, whoever made it."""
+    ranks = torch.tensor([3, 0, 40, 17], dtype=torch.int32, device=DEVICE)
+    a, b = (torch.randn(size, device=DEVICE, dtype=torch.float16) for size in ((4, 40, 24), (4, 48, 40)))
+    x, slots = torch.randn(3, 70, 24, device=DEVICE, dtype=torch.float16), torch.tensor([3, 2, -1], device=DEVICE)
+    pool = Pool.of([a], [b], slots, [None], [ranks], [None], 0.0)
+    packed = adapters_of(x, a, b, slots, [48], ranks=ranks)
+    for inner in (launch_inner([x], pool), launch_tiled_inner(x, pool, packed)):
+        assert inner.shape == (3, 70, 48) and inner[0, :, :17].any() and inner[1, :, :40].any()
+        assert not inner[0, :, 17:].any() and not inner[1, :, 40:].any() and not inner[2].any()
+
+
 @pytest.mark.parametrize(
     "case",
     [
         {"sizes": (40, 16)},
         {"dtype": torch.float16},
+        {"dtype": torch.float16, "length": 70},
         {"rate": 0.5},
         pytest.param({"int6": True}, marks=pytest.mark.slow),
     ],
@@ -375,7 +404,10 @@ class TestOnTheGPU:
         [
             {"sizes": (512,), "K": 512},
             {"sizes": (512,), "K": 512, "R": 16, "ranks": (1, 5, 16, 9, 7, 0)},
+            {"sizes": (512,), "K": 512, "R": 32, "ranks": (1, 5, 32, 9, 20, 0)},
             {"sizes": (2048,), "K": 1024},
+            {"sizes": (2048,), "K": 1024, "low": True, "plain": True, "ranks": None},
+            {"sizes": (1000,), "K": 520, "R": 200, "ranks": (1, 5, 200, 64, 70, 0)},
             {"sizes": (4096,), "K": 2048},
             {"sizes": (1024, 256, 256), "K": 1024, "rate": 0.1},
             {"sizes": (40,), "K": 24, "rate": 0.3},

@@ -15,15 +15,17 @@ PyTorch's products round them. Every sum is made in a fixed order, without atomi
 document's bits do not depend on what else a batch of this shape holds. Where cuBLAS makes the product it may take
 another kernel for another number of rows; else they do not depend on that either.
 
-FLOPs a row: 2 K N and 2 r (K + N) forward, 2 K N and 4 r (K + N) backward, with r rounded up to 16, 32 or a
-multiple of 64: the pool's R costs memory alone, but joint. Where the products are made is :mod:`plan`'s to say:
+FLOPs a row: 2 K N and 2 r (K + N) forward, 2 K N and 4 r (K + N) backward. joint and after, r is the pool's R, rounded
+up to 16, 32 or a multiple of 64, and adapters of fp32 or with ranks are rounded first, one for each document; added,
+it is the rank of the document's own adapter. Where the products are made is :mod:`plan`'s to say:
 
     joint    u in the same launch as x W^T: `lora_qkv`'s kernels with one projection for three
-    after    u first, in a launch of its own; then x W^T and u B^T in one
+    after    u first, in a launch of its own; then [x | u] [W | B]^T, the ranks more steps of the sum
     added    u first, x W^T by cuBLAS or the kernels of six bits, and u B^T added in a pass over y
 
 Bytes beside the products': x once more for u, dy once more for t, x and dy once more for dA and dB; u and t
-written and read; added, y and dx read and written once more.
+written and read; added, y and dx read and written once more. dA and dB are made beside dx, on a second stream, but
+added.
 """
 
 from typing import TYPE_CHECKING

@@ -15,8 +15,7 @@ from torch import Tensor
 from ..dispatch import cdiv
 from ..dot import multiply_add
 from ..launch import launched
-from ..lora_qkv.tiles import slot_and_rank
-from .pool import Pool, documents, kept, load_factor
+from .pool import Pool, documents, kept, load_factor, slot_and_rank
 
 
 @dataclass(frozen=True)

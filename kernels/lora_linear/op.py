@@ -11,11 +11,13 @@ from ..dropout import Dropout
 from ..int6.layout import Int6Matrix
 from ..int6.op import int6_product, int6_product_dx
 from ..linear.op import cublas_, linear_dweight
-from ..lora_qkv.backward import launch_dx_after_inner
-from ..lora_qkv.forward import empty_projected, launch_after_inner, launch_forward
+from ..lora_qkv.adapters import Adapters, adapters_of, empty_packed
+from ..lora_qkv.backward import beside, join
+from ..lora_qkv.forward import empty_projected, launch_forward
 from ..lora_qkv.op import Lora, Saved, gradients, with_zeros, zero_named_rows
 from .add import launch_add
-from .inner import launch_inner
+from .after import launch_after, launch_dx_after
+from .inner import launch_inner, launch_tiled_inner
 from .plan import Way, dx_way, plan
 from .pool import Pool, dense, inner_width
 from .reduce import launch_reduce
@@ -84,14 +86,27 @@ def _unpacked(given: Sequence[Tensor], count: int) -> list[Tensor | None]:
     return [one if one.numel() else None for one in given] or [None] * count
 
 
-def _way(x, weights, int6_scales, lora_b, ranks, keys) -> Way:
+def _way(x, weights, int6_scales, lora_b, keys) -> Way:
     kinds = _unpacked(int6_scales, len(weights))
     dense_weights = [weight if scale is None else None for weight, scale in zip(weights, kinds, strict=True)]
-    return plan(dense_weights, x.size(1), max(b.size(2) for b in lora_b), bool(ranks), bool(keys))
+    return plan(dense_weights, x.size(1), max(b.size(2) for b in lora_b), bool(keys))
 
 
 def _pool(lora_a, lora_b, slots, scales, ranks, keys, rate) -> Pool:
     return Pool.of(lora_a, lora_b, slots, *(_unpacked(one, len(lora_a)) for one in (scales, ranks, keys)), rate)
+
+
+def _adapters(x: Tensor, pool: Pool, p: int, packed: tuple[Tensor, Tensor] | None = None) -> Adapters:
+    """Projection `p`'s as the copy engine reads them, in `packed` if need be. Scales are the inner rows'."""
+    lora_a, lora_b = pool.lora_a[p], pool.lora_b[p]
+    return adapters_of(x, lora_a, lora_b, pool.slots, [lora_b.size(1)], packed, ranks=pool.ranks[p])
+
+
+def _kept_adapters(way: Way, x, lora_a, lora_b, ranks, keys) -> tuple[Tensor, Tensor]:
+    """Memory for packed adapters that the backward reads too; empty where it packs none, or none again."""
+    is_read = dx_way(way, len(lora_b), bool(keys)) == "after"
+    is_packed = is_read and (lora_a[0].dtype != x.dtype or bool(ranks))
+    return empty_packed(x, lora_b[0], 1) if is_packed else (x.new_empty(0), x.new_empty(0))
 
 
 @custom_op("klora::lora_linears", mutates_args=())
@@ -110,20 +125,28 @@ def _op(
     grads_a: list[Tensor],
     grads_b: list[Tensor],
 ) -> list[Tensor]:
-    """y of each projection, then the inner rows. A weight is dense, or with a scale in int6_scales packed at six bits.
-    What may be missing is as :func:`_packed` makes it. `grads_a` and `grads_b` are only passed on to the backward; they
-    are empty where autograd gets the gradients.
+    """y of each projection, the inner rows, and the adapters that were packed for the backward too (else empty). A
+    weight is dense, or with a scale in int6_scales packed at six bits. What may be missing is as :func:`_packed` makes
+    it. `grads_a` and `grads_b` are only passed on to the backward; they are empty where autograd gets the gradients.
     """
     pool, flat = _pool(lora_a, lora_b, slots, scales, ranks, keys, rate), dense(x)
-    inner = launch_inner([flat] * len(weights), pool)
-    way, outs = _way(x, weights, int6_scales, lora_b, ranks, keys), []
+    way, outs = _way(x, weights, int6_scales, lora_b, keys), []
+    packed = _kept_adapters(way, x, lora_a, lora_b, ranks, keys)
+    adapters = []
+    if way == "after":
+        adapters = [_adapters(flat, pool, p, packed if packed[0].numel() else None) for p in range(len(weights))]
+    if len(adapters) == 1 and not keys:
+        inner = launch_tiled_inner(flat, pool, adapters[0])
+    else:
+        inner = launch_inner([flat] * len(weights), pool)
     more = (_unpacked(one, len(weights)) for one in (int6_scales, biases))
     for p, (weight, int6_scale, bias) in enumerate(zip(weights, *more, strict=True)):
-        if way == "after":
-            own = inner[..., pool.starts[p] :]
-            outs.append(launch_after_inner(flat, weight, bias, own, pool.lora_b[p], slots, pool.ranks[p]))
-            continue
         rows, outputs = flat.view(-1, flat.size(2)), lora_b[p].size(1)
+        if way == "after":
+            y = x.new_empty(*x.shape[:2], outputs)
+            launch_after(flat, weight, inner[..., pool.places[p]], adapters[p], y, bias)
+            outs.append(y)
+            continue
         if int6_scale is None:
             y = x.new_empty(*x.shape[:2], outputs)
             cublas_(y.view(-1, outputs), rows, weight.mT, bias)
@@ -132,12 +155,15 @@ def _op(
             y = torch.ops.aten._unsafe_view(y, [*x.shape[:2], outputs])  # a view could not be changed in place
         launch_add(y, inner, pool, p)
         outs.append(y)
-    return [*outs, inner]
+    return [*outs, inner, *packed]
 
 
 @_op.register_fake
 def _(x, weights, int6_scales, biases, lora_a, lora_b, slots, scales, ranks, keys, rate, grads_a, grads_b):
-    return [*(x.new_empty(*x.shape[:2], b.size(1)) for b in lora_b), x.new_empty(*x.shape[:2], inner_width(lora_b))]
+    outs = [x.new_empty(*x.shape[:2], b.size(1)) for b in lora_b]
+    way = _way(x, weights, int6_scales, lora_b, keys)
+    inner = x.new_empty(*x.shape[:2], inner_width(lora_b))
+    return [*outs, inner, *_kept_adapters(way, x, lora_a, lora_b, ranks, keys)]
 
 
 @custom_op("klora::lora_linears_backward_", mutates_args=("dx", "das", "dbs"))
@@ -146,6 +172,7 @@ def _backward_op(
     x: Tensor,
     inner: Tensor,
     weight: Tensor | None,
+    packed: list[Tensor],
     lora_a: list[Tensor],
     lora_b: list[Tensor],
     slots: Tensor | None,
@@ -153,55 +180,68 @@ def _backward_op(
     ranks: list[Tensor],
     keys: list[Tensor],
     rate: float,
+    fills: bool,
     dx: Tensor | None,
     das: list[Tensor],
     dbs: list[Tensor],
 ) -> None:
-    """Writes the rows of dA and dB that `slots` name, and dx: all of it by the `weight` of one projection; without one
-    it adds the adapters' part to what is there. dx may be None, `das` and `dbs` together empty.
+    """Writes the rows of dA and dB that `slots` name, with `fills` zeros to the others, and dx: all of it by the
+    `weight` of one projection and its adapters, `packed` or in place; without one it adds the adapters' part to what is
+    there. dx may be None, `das` and `dbs` together empty.
     """
     if not x.numel():
         zero_named_rows([*das, *dbs], slots)
         return
     pool, dys, x = _pool(lora_a, lora_b, slots, scales, ranks, keys, rate), [dense(dy) for dy in dys], dense(x)
-    t = launch_inner(dys, pool, is_backward=True)
-    if dx is not None and weight is not None:
-        launch_dx_after_inner(dys[0], weight, t, pool.lora_a[0], slots, pool.ranks[0], dx)
-    elif dx is not None:
-        launch_add(dx, t, pool)
+    ready = None
+    if weight is None:
+        t = launch_inner(dys, pool, is_backward=True)
+        if dx is not None:
+            launch_add(dx, t, pool)
+    else:
+        adapters = Adapters(*packed, lora_b[0].size(2), None) if packed[0].numel() else _adapters(x, pool, 0)
+        t = launch_tiled_inner(dys[0], pool, adapters, is_backward=True)
+        if dx is not None:
+            ready = torch.cuda.current_stream(x.device).record_event() if x.is_cuda else None
+            launch_dx_after(dys[0], weight, t, adapters, dx)
     if das:
-        launch_reduce([x] * len(das), t, pool, das, of_a=True)
-        launch_reduce(dys, inner, pool, dbs, of_a=False)
+        with beside(x.device, ready):
+            launch_reduce(dys, inner, pool, dbs, of_a=False, fills=fills)
+            launch_reduce([x] * len(das), t, pool, das, of_a=True, fills=fills)
+        join(x.device, ready)
 
 
 def _setup(ctx, inputs, output):
     x, weights, int6_scales, biases, lora_a, lora_b, slots, scales, ranks, keys, ctx.rate, *ctx.grads = inputs
     lists = weights, int6_scales, lora_a, lora_b, scales, ranks, keys
-    ctx.save_for_backward(x, output[-1], slots, *(tensor for one in lists for tensor in one))
+    ctx.save_for_backward(x, *output[-3:], slots, *(tensor for one in lists for tensor in one))
     ctx.counts = [len(one) for one in lists]
-    ctx.way = _way(x, weights, int6_scales, lora_b, ranks, keys)
-    ctx.mark_non_differentiable(output[-1])
+    ctx.way = _way(x, weights, int6_scales, lora_b, keys)
+    ctx.mark_non_differentiable(*output[-3:])
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, douts):
-    x, inner, slots, *rest = ctx.saved_tensors
+    x, inner, *packed, slots = ctx.saved_tensors[:5]
+    rest = ctx.saved_tensors[5:]
     rest = iter(rest)
     lists = [list(islice(rest, count)) for count in ctx.counts]
     weights, int6_scales, lora_a, lora_b, scales, ranks, keys = lists
     needs_x, needs_weights, _, needs_bias, needs_a, needs_b, *_ = ctx.needs_input_grad
     (das, dbs), is_pooled = ctx.grads, bool(ctx.grads[0])
-    dys = with_zeros(x, douts[:-1], [b.size(1) for b in lora_b])
+    dys = with_zeros(x, douts[:-3], [b.size(1) for b in lora_b])
     if not is_pooled and any((*needs_a, *needs_b)):
-        fresh = torch.empty_like if slots is None and x.numel() else torch.zeros_like
+        fresh = torch.empty_like if x.numel() else torch.zeros_like
         das, dbs = ([fresh(lora, memory_format=torch.contiguous_format) for lora in one] for one in (lora_a, lora_b))
-    dx, weight = None, None
-    if needs_x and dx_way(ctx.way, len(weights), bool(keys)) == "after":
-        dx, weight = empty_grad(x), weights[0]
+    is_after = dx_way(ctx.way, len(weights), bool(keys)) == "after"
+    dx, weight = None, weights[0] if is_after else None
+    if needs_x and is_after:
+        dx = empty_grad(x)
     elif needs_x:
         dx = _products_dx(dys, weights, _unpacked(int6_scales, len(weights)), x)
     if needs_x or das:
-        _backward_op(dys, x, inner, weight, *lists[2:4], slots, *lists[4:], ctx.rate, dx, das, dbs)
+        about = *lists[2:4], slots, *lists[4:], ctx.rate, not is_pooled
+        _backward_op(dys, x, inner, weight, packed, *about, dx, das, dbs)
     dweights = [linear_dweight(dy, x) if needed else None for dy, needed in zip(dys, needs_weights, strict=True)]
     dbiases = [dys[p].sum((0, 1)) if needed else None for p, needed in enumerate(needs_bias)]
     da, db = (
@@ -250,8 +290,9 @@ def lora_linear(
     int32 or int64 [B] names the adapter of each document, -1 none; None gives document b adapter b. Slots are not
     looked at on the host, and one past the pool counts as -1. `scale` float32 [slots] multiplies B; `ranks` int32 or
     int64 [slots] says how many rows of A and columns of B each adapter has, up to R: the others are not read, and their
-    gradients are zero. A document costs the rank of its own adapter, rounded up to 16, 32 or a multiple of 64, whatever
-    R is. `bias` is [N] in x's dtype. `dropout` is of the adapters' input: a :class:`Dropout`.
+    gradients are zero. A document costs the pool's R where the product is one's own, else the rank of its own adapter
+    (:mod:`klora.kernels.lora_linear`). `bias` is [N] in x's dtype. `dropout` is of the adapters' input: a
+    :class:`Dropout`.
 
     With a sequence of weights, such as those of q, k and v, everything else but x and slots is a sequence or None too,
     and the outputs are a tuple: x is read for all of them at once.
@@ -274,8 +315,8 @@ def lora_linear(
     given = expect_projections(x, weight, lora_a, lora_b, slots, *options.values(), grads, backend)
     if backend == "reference":
         return lora_linear_ref(x, weight, lora_a, lora_b, given.slots, **options)
-    a, b, has_ranks = given.lora_a, given.lora_b, any(one is not None for one in given.ranks)
-    way = plan(given.dense, x.size(1), max(one.size(2) for one in b), has_ranks, dropout is not None)
+    a, b = given.lora_a, given.lora_b
+    way = plan(given.dense, x.size(1), max(one.size(2) for one in b), dropout is not None)
     if way == "joint":
         pooled = given.grads[0] or (None, None)
         more = given.biases[0], given.scales[0], given.ranks[0]
@@ -287,7 +328,6 @@ def lora_linear(
     int6_scales, biases, scales, all_ranks, keys = (
         _packed(x, one) for one in (int6_scales, given.biases, given.scales, given.ranks, given.keys)
     )
-    *outs, _ = _op(
-        x, weights, int6_scales, biases, a, b, given.slots, scales, all_ranks, keys, given.rate, *pooled
-    )  # fmt: skip
+    about = scales, all_ranks, keys, given.rate, *pooled
+    outs = _op(x, weights, int6_scales, biases, a, b, given.slots, *about)[: len(weights)]
     return tuple(outs) if isinstance(weight, list | tuple) else outs[0]

@@ -5,37 +5,38 @@ from typing import Literal
 
 from torch import Tensor, float32
 
+from ..dispatch import padded_rank
+
 Way = Literal["joint", "after", "added"]
 
-NARROW = 2048
-"""Features below which u is made in the launch of the product: a pass of its own over x would take a tenth as long as
-the product or more. By bytes and FLOPs; not measured."""
-WIDE = 4096
-"""Features from which cuBLAS makes the product: a pass over y takes less than a tenth as long. By bytes and FLOPs;
-not measured."""
+JOINT = 32_768
+"""Ranks times features up to which u is made in the launch of the product. There A costs R / 256 of a product, in every
+tile of 256 outputs, and B at its end another microsecond a tile, 50 / K. In a launch of its own u costs a pass over x,
+187 / N on an H200, 64 / K for a step of ranks, and a launch: about as much at R N = 32,768, by arithmetic for 512 to
+4,096 features. Measured there, at 2,048 of rank 16: joint 1.18 times two products, after 1.27 (before its ranks were
+steps)."""
+JOINT_RANK = 64
+"""The largest of a joint launch: above it no tile of 256 outputs holds the sums."""
 SHORT = 64
 """Tokens below which half a tile of one's own product would be empty, which holds rows of one document alone."""
-JOINT_RANK, JOINT_RANKS = 128, 16
-"""The largest R of a joint launch, where all adapters have it, and where each has its own: there all cost R."""
 
 
-def plan(weights: Sequence[Tensor | None], length: int, rank: int, has_ranks: bool, has_dropout: bool) -> Way:
+def plan(weights: Sequence[Tensor | None], length: int, rank: int, has_dropout: bool) -> Way:
     """The way of all projections of documents of `length` tokens; a weight that is None is at six bits, `rank` is the
     pool's.
 
-    joint     one dense product, below NARROW, without dropout, K and N multiples of 16; small ranks if each has its own
-    after     dense weights of 16 bits, below WIDE, from SHORT tokens on, K and N multiples of 8
+    joint     one dense product, without dropout, K and N multiples of 16; rank times the larger of them up to JOINT
+    after     dense weights of 16 bits, from SHORT tokens on, K and N multiples of 8
     added     all others
     """
     if any(weight is None for weight in weights):
         return "added"
     sizes = [size for weight in weights for size in weight.shape]
-    most_rank = JOINT_RANKS if has_ranks else JOINT_RANK
-    is_narrow = max(sizes) < NARROW and not any(size % 16 for size in sizes)
-    if len(weights) == 1 and not has_dropout and rank <= most_rank and is_narrow:
+    is_small = rank <= JOINT_RANK and padded_rank(rank) * max(sizes) <= JOINT
+    if len(weights) == 1 and not has_dropout and is_small and not any(size % 16 for size in sizes):
         return "joint"
     is_dense = weights[0].dtype != float32 and not any(size % 8 for size in sizes)
-    return "after" if is_dense and max(sizes) < WIDE and length >= SHORT else "added"
+    return "after" if is_dense and length >= SHORT else "added"
 
 
 def dx_way(way: Way, projections: int, has_dropout: bool) -> Way:

@@ -11,7 +11,9 @@ from torch import Tensor
 
 from ..dispatch import cdiv, is_packed, round_up
 from ..dropout import FIRST, GOLDEN, SECOND, threshold
-from ..lora_qkv.tiles import STEP
+
+STEP = 16
+"""Ranks that a matrix instruction takes at once."""
 
 _GOLDEN, _FIRST, _SECOND = tl.constexpr(GOLDEN), tl.constexpr(FIRST), tl.constexpr(SECOND)
 
@@ -21,8 +23,8 @@ class Pool:
     """The adapters of P projections of one input, and which a document has. Lists have one entry for each projection.
 
     What is computed for a row by one factor of an adapter is its inner row: x A^T, or dy B. The inner rows of all
-    projections lie side by side, [B, S, `total`], each from `starts` on, in a place of its pool's rank rounded up to
-    STEP. Written and read is only what the rank of the row's own adapter takes, rounded up likewise.
+    projections lie side by side, [B, S, sum], each from `starts` on, in a place of its pool's rank rounded up to
+    STEP. Above the rank of the row's own adapter they are zeros.
     """
 
     lora_a: list[Tensor]
@@ -57,8 +59,9 @@ class Pool:
         return places[:-1]
 
     @property
-    def total(self) -> int:
-        return inner_width(self.lora_b)
+    def places(self) -> list[slice]:
+        """The columns of each projection's inner rows."""
+        return [slice(start, start + round_up(r, STEP)) for start, r in zip(self.starts, self.widest, strict=True)]
 
     @property
     def threshold(self) -> int:
@@ -74,6 +77,19 @@ class Pool:
 def inner_width(lora_b: Sequence[Tensor]) -> int:
     """Numbers of a row's inner rows."""
     return sum(round_up(b.size(2), STEP) for b in lora_b)
+
+
+@triton.jit
+def slot_and_rank(slots_ptr, ranks_ptr, b, count, R: tl.constexpr):
+    """The slot of document b, and the rank of its adapter there: 0 for a document without one."""
+    slot = tl.zeros((), tl.int64) + b
+    if slots_ptr is not None:
+        slot = tl.load(slots_ptr + b).to(tl.int64)
+    is_named = (slot >= 0) & (slot < count)
+    rank = tl.where(is_named, R, 0)
+    if ranks_ptr is not None:
+        rank = tl.minimum(tl.maximum(tl.load(ranks_ptr + slot, is_named, other=0), 0), R)
+    return slot, rank
 
 
 def variants(ranks: int) -> int:

@@ -4,7 +4,8 @@
 
 A program sums PART tokens of one document in their order. The parts of a slot are added in the order of the batch and
 of the tokens by a second launch; where a document is one part and no other has its slot, the first one writes the
-gradient. So the bits are the same in every run, and a document's do not depend on the documents of other slots.
+gradient. So the bits are the same in every run, and a document's do not depend on the documents of other slots. Of one
+projection in 16 bits without a mask, tiles come by the copy engine.
 """
 
 from collections.abc import Sequence
@@ -15,16 +16,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..dispatch import cdiv, next_power_of_2, padded_rank
+from ..dispatch import cdiv, is_aligned, next_power_of_2, padded_rank
 from ..dot import multiply_add
 from ..launch import launched
 from ..lora_qkv.backward import following, slots_of
-from ..lora_qkv.tiles import slot_and_rank
-from .pool import Pool, kept, variant_of, variants
+from ..tile import tiled
+from .pool import Pool, kept, slot_and_rank, variant_of, variants
 
 PART = 1024
 """Tokens of a part. It must not depend on the batch: the bits of a slot do not either."""
-FOLD = 1024
+FOLD = 2048
 """Numbers that a program of the second launch adds."""
 
 
@@ -45,23 +46,35 @@ def pick_reduce_config(dtype: torch.dtype, rank: int) -> ReduceConfig:
     return ReduceConfig(32, 16, ranks, 4, 2) if dtype == torch.float32 else ReduceConfig(128, 64, ranks, 4, 3)
 
 
+def pick_tiled_reduce_config(rank: int) -> ReduceConfig:
+    """48 KiB in two stages and up to 111 registers: one fits beside a program of dx, four where that is done. By the
+    compiler; no GPU has chosen.
+    """
+    return ReduceConfig(128, 64, min(64, padded_rank(rank)), 4, 2)
+
+
 @triton.jit
 def _reduce_tile(
-    y_ptr, inner_ptr, grad_ptr, part_ptr, is_alone, key, token, first, last, c, r, rank,
+    y_ptr, inner_ptr, y_d, inner_d, grad_ptr, part_ptr, is_alone, key, b, S, first, last, n, r, rank,
     C: tl.constexpr, R: tl.constexpr, TOTAL: tl.constexpr, ACROSS: tl.constexpr, THRESHOLD: tl.constexpr,
     BC: tl.constexpr, BS: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
-    """Columns `c`, ranks r to r + W: the sum of rows `first` to `last` of a document whose tokens begin at `token`."""
-    j = r + tl.arange(0, W)
+    """Columns n to n + BC, ranks r to r + W: the sum of rows `first` to `last` of document b."""
+    c, j, token = n + tl.arange(0, BC), r + tl.arange(0, W), b.to(tl.int64) * S
     acc = tl.zeros((BC, W), tl.float32)
     for start in range(first, last, BS):
-        row = start + tl.arange(0, BS)
-        at, is_row = (token + row)[:, None], (row < last)[:, None]
-        y = tl.load(y_ptr + at * C + c[None, :], is_row & (c < C)[None, :], other=0.0)
-        if THRESHOLD:
-            y = kept(y, key, row, c, C, THRESHOLD)
-        inner = tl.load(inner_ptr + at * TOTAL + j[None, :], is_row & (j < rank)[None, :], other=0.0)
+        if y_d is not None:
+            y = y_d.load([b, start, n]).reshape(BS, BC)
+            inner = inner_d.load([b, start, r]).reshape(BS, W)
+        else:
+            row = start + tl.arange(0, BS)
+            at, is_row = (token + row)[:, None], (row < last)[:, None]
+            y = tl.load(y_ptr + at * C + c[None, :], is_row & (c < C)[None, :], other=0.0)
+            if THRESHOLD:
+                y = kept(y, key, row, c, C, THRESHOLD)
+            inner = tl.load(inner_ptr + at * TOTAL + j[None, :], is_row & (j < rank)[None, :], other=0.0)
         acc = multiply_add(y.T, inner, acc)
+    acc = tl.where((j < rank)[None, :], acc, 0.0)
     _store(grad_ptr, part_ptr, is_alone, acc, c, j, (c < C)[:, None] & (j < R)[None, :], C, R, ACROSS)
 
 
@@ -91,12 +104,15 @@ def _is_alone(slots_ptr, every, slot, b, B, parts, BP: tl.constexpr):
 @launched
 @triton.jit(do_not_specialize=["B", "S"])
 def _reduce_kernel(
-    ys, inner_ptr, grads, strides, counts, ranks, keys, slots_ptr, parts_ptr, B, S,
+    ys, inner_ptr, y_d, inner_d, grads, strides, counts, ranks, keys, slots_ptr, parts_ptr, B, S,
     P: tl.constexpr, SIZES: tl.constexpr, WIDEST: tl.constexpr, STARTS: tl.constexpr, FIRSTS: tl.constexpr,
     PLACES: tl.constexpr, TOTAL: tl.constexpr, ACROSS: tl.constexpr, THRESHOLD: tl.constexpr, PART: tl.constexpr,
     BC: tl.constexpr, BS: tl.constexpr, WIDTH: tl.constexpr, VARIANTS: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
-    """Program (part of a document, tile of columns and WIDTH ranks of a projection)."""
+    """Program (part of a document, tile of columns and WIDTH ranks of a projection). With y_d and inner_d there is one
+    projection, PART a multiple of BS and a program as wide as WIDTH.
+    """
+    LEAST: tl.constexpr = WIDTH >> (VARIANTS - 1)
     tile, part = tl.program_id(0) % FIRSTS[P], tl.program_id(0) // FIRSTS[P]
     parts = tl.cdiv(S, PART)
     b, first = part // parts, part % parts * PART
@@ -104,7 +120,7 @@ def _reduce_kernel(
         if (tile >= FIRSTS[p]) & (tile < FIRSTS[p + 1]):
             CHUNKS: tl.constexpr = (WIDEST[p] + WIDTH - 1) // WIDTH
             slot, rank = slot_and_rank(slots_ptr, ranks[p], b, counts[p], WIDEST[p])
-            c = (tile - FIRSTS[p]) // CHUNKS * BC + tl.arange(0, BC)
+            n = (tile - FIRSTS[p]) // CHUNKS * BC
             r = (tile - FIRSTS[p]) % CHUNKS * WIDTH
             named, every = slots_of(slots_ptr, b, counts[p], B, BP)
             is_alone = _is_alone(slots_ptr, every, slot, b, B, parts, BP)
@@ -121,12 +137,12 @@ def _reduce_kernel(
                 for i in tl.static_range(VARIANTS):
                     if variant == i:
                         _reduce_tile(
-                            ys[p], inner_ptr + STARTS[p], grad_ptr, part_ptr, is_alone, key, b.to(tl.int64) * S, first,
-                            last, c, r, rank, SIZES[p], WIDEST[p], TOTAL, ACROSS, THRESHOLD, BC, BS, 16 * 2**i,
+                            ys[p], inner_ptr + STARTS[p], y_d, inner_d, grad_ptr, part_ptr, is_alone, key, b, S, first,
+                            last, n, r, rank, SIZES[p], WIDEST[p], TOTAL, ACROSS, THRESHOLD, BC, BS, LEAST * 2**i,
                         )  # fmt: skip
-                if is_alone:  # zeros for what the pool has above the width of this rank
-                    j = r + tl.arange(0, WIDTH)
-                    mask = (c < SIZES[p])[:, None] & ((j >= r + (16 << variant)) & (j < WIDEST[p]))[None, :]
+                if VARIANTS > 1 and is_alone:  # zeros for what the pool has above the width of this rank
+                    c, j = n + tl.arange(0, BC), r + tl.arange(0, WIDTH)
+                    mask = (c < SIZES[p])[:, None] & ((j >= r + (LEAST << variant)) & (j < WIDEST[p]))[None, :]
                     zeros = tl.zeros((BC, WIDTH), tl.float32)
                     _store(grad_ptr, None, True, zeros, c, j, mask, SIZES[p], WIDEST[p], ACROSS)
 
@@ -136,16 +152,27 @@ def _reduce_kernel(
 def _fold_kernel(
     parts_ptr, grads, strides, counts, ranks, slots_ptr, B, S,
     P: tl.constexpr, SIZES: tl.constexpr, WIDEST: tl.constexpr, FIRSTS: tl.constexpr, PLACES: tl.constexpr,
-    ACROSS: tl.constexpr, PART: tl.constexpr, BLOCK: tl.constexpr, BP: tl.constexpr,
+    ACROSS: tl.constexpr, PART: tl.constexpr, FILLS: tl.constexpr, BLOCK: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
-    """Program (BLOCK numbers of a gradient, document): the first document with a slot adds all parts of it."""
-    block, b, parts = tl.program_id(0) % FIRSTS[P], tl.program_id(0) // FIRSTS[P], tl.cdiv(S, PART)
+    """Program (BLOCK numbers of a gradient, document): the first document with a slot adds all parts of it. FILLS: a
+    program is a slot's, and one that no document has gets zeros.
+    """
+    block, each, parts = tl.program_id(0) % FIRSTS[P], tl.program_id(0) // FIRSTS[P], tl.cdiv(S, PART)
     for p in tl.static_range(P):
         if (block >= FIRSTS[p]) & (block < FIRSTS[p + 1]):
-            slot, rank = slot_and_rank(slots_ptr, ranks[p], b, counts[p], WIDEST[p])
-            named, every = slots_of(slots_ptr, b, counts[p], B, BP)
-            is_first = (named >= 0) & ((slots_ptr is None) | (following(every, slot, -1, B, BP) == b))
-            if is_first & (_is_alone(slots_ptr, every, slot, b, B, parts, BP) == 0):
+            if FILLS:
+                slot = each.to(tl.int64)
+                every = slots_of(slots_ptr, 0, counts[p], B, BP)[1]
+                b = following(every, slot, -1, B, BP)
+                is_first, has_one = slot < counts[p], b < B
+            else:
+                b = each
+                slot, every = slots_of(slots_ptr, b, counts[p], B, BP)
+                is_first, has_one = slot >= 0, True
+                if slots_ptr is not None:
+                    is_first = is_first & (following(every, slot, -1, B, BP) == b)
+            if is_first & ((has_one & _is_alone(slots_ptr, every, slot, b, B, parts, BP)) == 0):
+                rank = slot_and_rank(slots_ptr, ranks[p], tl.minimum(b, B - 1), counts[p], WIDEST[p])[1]
                 i = (block - FIRSTS[p]) * BLOCK + tl.arange(0, BLOCK)
                 j = i % WIDEST[p] if ACROSS else i // SIZES[p]
                 total = tl.zeros((BLOCK,), tl.float32)
@@ -159,13 +186,18 @@ def _fold_kernel(
                 tl.store(out, total.to(grads[p].dtype.element_ty), i < WIDEST[p] * SIZES[p])
 
 
-def launch_reduce(ys: list[Tensor], inner: Tensor, pool: Pool, grads: Sequence[Tensor], of_a: bool) -> None:
+def launch_reduce(
+    ys: list[Tensor], inner: Tensor, pool: Pool, grads: Sequence[Tensor], of_a: bool, fills: bool = False
+) -> None:
     """Writes the rows of `grads` that the slots name: of lora_a, by the inputs and the inner rows of the backward; or
     of lora_b, by the gradients of the outputs and the inner rows of the forward. `ys` are contiguous, one for each
-    projection.
+    projection. `fills`: the other rows become zeros.
     """
-    (batch, length, _), projections = ys[0].shape, len(ys)
-    config = pick_reduce_config(ys[0].dtype, max(pool.widest))
+    (batch, length, _), projections, y = ys[0].shape, len(ys), ys[0]
+    threshold, widest = pool.threshold if of_a else 0, max(pool.widest)
+    is_tiled = projections == 1 and not threshold and y.dtype != torch.float32 and is_aligned(y)
+    config = pick_tiled_reduce_config(widest) if is_tiled else pick_reduce_config(y.dtype, widest)
+    step = min(config.block_s, PART)
     sizes, batch_pow2 = [y.size(2) for y in ys], next_power_of_2(batch)
     tiles, places, blocks = [0], [0], [0]
     for size, rank in zip(sizes, pool.widest, strict=True):
@@ -174,6 +206,7 @@ def launch_reduce(ys: list[Tensor], inner: Tensor, pool: Pool, grads: Sequence[T
         blocks.append(blocks[-1] + cdiv(size * rank, FOLD))
     parts = cdiv(length, PART)
     is_whole = parts == 1 and pool.slots is None
+    fills = fills and pool.slots is not None
     sums = None if is_whole else inner.new_empty(batch * parts, places[-1], dtype=torch.float32)
     shared = dict(
         grads=tuple(grads), strides=tuple(grad.stride(0) for grad in grads),
@@ -182,9 +215,12 @@ def launch_reduce(ys: list[Tensor], inner: Tensor, pool: Pool, grads: Sequence[T
         ACROSS=not of_a, PART=PART, BP=batch_pow2,
     )  # fmt: skip
     _reduce_kernel[(batch * parts * tiles[-1],)](
-        ys=tuple(ys), inner_ptr=inner, keys=tuple(pool.keys), **shared, STARTS=tuple(pool.starts), FIRSTS=tuple(tiles),
-        TOTAL=inner.size(2), THRESHOLD=pool.threshold if of_a else 0, BC=config.block_c, BS=config.block_s,
-        WIDTH=config.ranks, VARIANTS=variants(config.ranks), num_warps=config.warps, num_stages=config.stages,
+        ys=tuple(ys), inner_ptr=inner, y_d=tiled(y, 1, step, config.block_c) if is_tiled else None,
+        inner_d=tiled(inner, 1, step, config.ranks) if is_tiled else None, keys=tuple(pool.keys), **shared,
+        STARTS=tuple(pool.starts), FIRSTS=tuple(tiles), TOTAL=inner.size(2), THRESHOLD=threshold, BC=config.block_c,
+        BS=step, WIDTH=config.ranks, VARIANTS=1 if is_tiled else variants(config.ranks), num_warps=config.warps,
+        num_stages=config.stages,
     )  # fmt: skip
     if not is_whole:
-        _fold_kernel[(blocks[-1] * batch,)](**shared, FIRSTS=tuple(blocks), BLOCK=FOLD, num_warps=4)
+        each = max(grad.size(0) for grad in grads) if fills else batch
+        _fold_kernel[(blocks[-1] * each,)](**shared, FIRSTS=tuple(blocks), FILLS=fills, BLOCK=FOLD, num_warps=8)

@@ -10,19 +10,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..dispatch import aligned, cdiv, next_power_of_2, padded_rank
+from ..dispatch import cdiv, next_power_of_2, padded_rank
 from ..dot import multiply_add
 from ..launch import launched
 from ..tile import tiled
 from .adapters import Adapters
 from .tiles import (
     PIECES,
-    STEP,
     cleared,
     is_stacked,
     of_three,
     programs,
-    slot_and_rank,
     slot_in_pool,
     stacked_rank,
     store_slopes,
@@ -33,7 +31,7 @@ from .tiles import (
 @dataclass(frozen=True)
 class BackwardConfig:
     """Tile of a dx step: block_m tokens x block_d of D, block_n outputs; of dB: db_n outputs, db_s tokens a step; of
-    dA: da_d of D, da_s tokens a step.
+    dA: da_d of D, da_s tokens a step. dB's programs walk their tiles, db_programs on a multiprocessor.
     """
 
     block_m: int
@@ -49,6 +47,7 @@ class BackwardConfig:
     da_s: int
     da_warps: int
     da_stages: int
+    db_programs: int = 1
 
 
 def pick_backward_config(dtype: torch.dtype, rank: int, groups: int = 3) -> BackwardConfig:
@@ -56,7 +55,11 @@ def pick_backward_config(dtype: torch.dtype, rank: int, groups: int = 3) -> Back
         block_m = 32 if stacked_rank(rank, groups) <= 64 else 16  # t is [block_m, stacked_rank] in registers
         return BackwardConfig(block_m, 64, 16, 4, 2, 64, 16, 8, 2, 32, 16, 8, 2)
     if padded_rank(rank) > 16:
-        return BackwardConfig(128, 128, 64, 8, 2 if is_stacked(rank, groups) else 3, 64, 64, 4, 3, 64, 64, 8, 3)
+        # A tile of 256 computes t half as often as two of 128; it fits, 223 KB, beside the t of one product up to 64.
+        # dB does not fit beside it: as many programs as multiprocessors hold, 49 KB each. By the compiler.
+        width = 256 if groups == 1 and rank <= 64 else 128
+        stages = 2 if is_stacked(rank, groups) else 3
+        return BackwardConfig(128, width, 64, 8, stages, 64, 64, 4, 3, 64, 64, 8, 3, db_programs=4)
     # NVIDIA H100, 65536 tokens of the seed's sizes, each alone: dx 0.121 ms (a form with 202 KB), dB 0.055, dA 0.029.
     # dB's blocks (20 KB) fit beside dx's (194 KB, 190 registers) on a multiprocessor, and run on beside dA. All three
     # on an H200: 0.161 ms; with dB in steps of 32 tokens 0.202 in three stages, 0.163 in four; of 128 outputs 0.164.
@@ -74,10 +77,10 @@ def _store_dx(dx_d, kept_d, dx, b, s, d, BM: tl.constexpr, BD: tl.constexpr):
 @launched
 @triton.jit(do_not_specialize=["S", "TILES", "COUNT"])
 def _dx_kernel(
-    q_d, k_d, v_d, w_d, a_ptr, b_d, inner_ptr, ranks_ptr, slots_ptr, dx_d, kept_d, t_ptr, a_stride, S, TILES, COUNT,
+    q_d, k_d, v_d, w_d, a_ptr, b_d, slots_ptr, dx_d, kept_d, t_ptr, a_stride, S, TILES, COUNT,
     NQ: tl.constexpr, NK: tl.constexpr, NV: tl.constexpr, D: tl.constexpr, R: tl.constexpr, RT: tl.constexpr,
     BM: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, STACKED: tl.constexpr, PACKED: tl.constexpr,
-    WITH_DX: tl.constexpr, INNER: tl.constexpr,
+    WITH_DX: tl.constexpr,
 ):  # fmt: skip
     """A program walks tiles [BM tokens, BD of D] like the forward's; a step takes BN outputs of q, k or v where they
     lie, without joining them. One product is q alone, without k_d and v_d.
@@ -87,9 +90,6 @@ def _dx_kernel(
     far left of it as its projection's place is. What lies left of it reads as zeros.
 
     With kept_d x is a relu(u)^2, and the gradient of u leaves for that of x.
-
-    With inner_ptr the t of one product, rows INNER apart, was made before; each adapter has a rank of its own in
-    ranks_ptr.
     """
     GROUPS: tl.constexpr = 1 if v_d is None else 3
     PARTS: tl.constexpr = 1 if STACKED else GROUPS
@@ -122,9 +122,8 @@ def _dx_kernel(
             elif step >= CQ:
                 g_d, n, first, place = k_d, (step - CQ) * BN, NQ, R
         g = g_d.load([b, s, n]).reshape(BM, BN)
-        if inner_ptr is None:
-            lora_b = b_d.load([slot, first + n, -place if STACKED and not PACKED else 0]).reshape(BN, RT)
-            t = multiply_add(g, lora_b, t)
+        lora_b = b_d.load([slot, first + n, -place if STACKED and not PACKED else 0]).reshape(BN, RT)
+        t = multiply_add(g, lora_b, t)
         if WITH_DX:
             dx = multiply_add(g, w_d.load([first + n, d]), dx)
         part, is_whole = 0, step == STEPS - 1
@@ -134,29 +133,19 @@ def _dx_kernel(
         if is_whole:
             j, row_s = tl.arange(0, RT), s + tl.arange(0, BM)
             rounded = t.to(DTYPE)
-            if inner_ptr is not None:
-                token, column = b.to(tl.int64) * S + row_s, d + tl.arange(0, BD)
-                rank = slot_and_rank(slots_ptr, ranks_ptr, b, COUNT, R)[1]
-                for r in range(0, rank, RT):
-                    inner = tl.load(inner_ptr + token[:, None] * INNER + r + j, (row_s < S)[:, None], other=0.0)
-                    a_rows = a_ptr + slot.to(tl.int64) * a_stride + (r + j)[:, None] * D + column
-                    a = tl.load(a_rows, (r + j < rank)[:, None] & (column < D)[None, :], other=0.0).to(DTYPE)
-                    dx = multiply_add(inner, a, dx)
-            elif WITH_DX:
+            if WITH_DX:
                 column = d + tl.arange(0, BD)
                 named = (slot >= 0) & (slot < COUNT) & (j < ROWS)
                 a_rows = a_ptr + slot.to(tl.int64) * a_stride + (part * R + j)[:, None] * D + column
                 a = tl.load(a_rows, named[:, None] & (column < D)[None, :], other=0.0)
                 dx = multiply_add(rounded, a, dx)
-            if inner_ptr is None:  # noqa: SIM102 (known to the compiler, and a number that is not)
-                if d == 0:
-                    t_rows = t_ptr + (b.to(tl.int64) * S + row_s)[:, None] * (PARTS * RT) + part * RT + j
-                    tl.store(t_rows, rounded, (row_s < S)[:, None])
+            if d == 0:
+                t_rows = t_ptr + (b.to(tl.int64) * S + row_s)[:, None] * (PARTS * RT) + part * RT + j
+                tl.store(t_rows, rounded, (row_s < S)[:, None])
             if WITH_DX and (PARTS == 1 or step == STEPS - 1):
                 _store_dx(dx_d, kept_d, dx, b, s, d, BM, BD)
                 dx = cleared(BM, BD, DTYPE)
-            if inner_ptr is None:
-                t = cleared(BM, RT, DTYPE)
+            t = cleared(BM, RT, DTYPE)
 
 
 @triton.jit
@@ -243,8 +232,8 @@ def _da_kernel(
         tl.store(out, da, (j < ROWS)[:, None] & (column < D)[None, :])
 
 
-def _beside(device: torch.device, ready: torch.cuda.Event | None) -> AbstractContextManager:
-    """What is launched inside runs once `ready`, beside what the current stream is given, until :func:`_join`."""
+def beside(device: torch.device, ready: torch.cuda.Event | None) -> AbstractContextManager:
+    """What is launched inside runs once `ready`, beside what the current stream is given, until :func:`join`."""
     if ready is None:
         return nullcontext()
     side = _side_stream(device)
@@ -252,7 +241,7 @@ def _beside(device: torch.device, ready: torch.cuda.Event | None) -> AbstractCon
     return torch.cuda.stream(side)
 
 
-def _join(device: torch.device, ready: torch.cuda.Event | None) -> None:
+def join(device: torch.device, ready: torch.cuda.Event | None) -> None:
     if ready is not None:
         torch.cuda.current_stream(device).wait_stream(_side_stream(device))
 
@@ -293,22 +282,21 @@ def launch_backward(
     q_d, k_d, v_d = of_three([tiled(grad, 1, m, n) for grad in grads])
     _dx_kernel[(programs(x.device, tiles),)](
         q_d=q_d, k_d=k_d, v_d=v_d, w_d=tiled(weight, n, d),
-        a_ptr=adapters.a, b_d=tiled(adapters.b, 1, n, stacked), inner_ptr=None, ranks_ptr=None,
-        slots_ptr=adapters.slots,
+        a_ptr=adapters.a, b_d=tiled(adapters.b, 1, n, stacked), slots_ptr=adapters.slots,
         dx_d=tiled(x if dx is None else dx, 1, m, d // PIECES),
         kept_d=None if kept is None else tiled(kept, 1, m, d // PIECES), t_ptr=t, a_stride=adapters.a.stride(0),
         S=length, TILES=tiles, COUNT=adapters.a.size(0), NQ=nq, NK=nk, NV=nv, D=width, R=rank, RT=stacked, BM=m, BD=d,
-        BN=n, STACKED=is_stacked(rank, groups), PACKED=adapters.is_packed, WITH_DX=dx is not None, INNER=0,
+        BN=n, STACKED=is_stacked(rank, groups), PACKED=adapters.is_packed, WITH_DX=dx is not None,
         num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
     if da is None:
         return
     batch_pow2 = next_power_of_2(batch)
-    with _beside(x.device, ready):
+    with beside(x.device, ready):
         n, s = config.db_n, config.db_s
         tiles = batch * sum(cdiv(size, n) for size in sizes)
         q_d, k_d, v_d = of_three([tiled(grad, 1, s, n) for grad in grads])
-        _db_kernel[(programs(x.device, tiles),)](
+        _db_kernel[(programs(x.device, tiles, config.db_programs),)](
             q_d=q_d, k_d=k_d, v_d=v_d, xa_d=tiled(xa, 1, s, padded),
             db_ptr=db, scale_ptr=scale, slots_ptr=slots, db_stride=db.stride(0), count=db.size(0),
             B=batch, S=length, TILES=tiles,
@@ -321,27 +309,4 @@ def launch_backward(
         count=da.size(0), B=batch, S=length, D=width, ROWS=groups * rank // parts, RT=rows, STEP=stacked, PARTS=parts,
         BD=d, BS=s, BP=batch_pow2, num_warps=config.da_warps, num_stages=config.da_stages,
     )  # fmt: skip
-    _join(x.device, ready)
-
-
-def launch_dx_after_inner(
-    dout: Tensor,
-    weight: Tensor,
-    inner: Tensor,
-    lora_a: Tensor,
-    slots: Tensor | None,
-    ranks: Tensor | None,
-    dx: Tensor,
-) -> None:
-    """dx = dout W + inner A of `inner` [B, S, ..], a view whose first columns are dout B; as `launch_after_inner`."""
-    (batch, length, outputs), (count, rank, width) = dout.shape, lora_a.shape
-    config = pick_backward_config(dout.dtype, STEP, 1)
-    m, d, n = config.block_m, config.block_d, config.block_n
-    tiles = batch * cdiv(length, m) * cdiv(width, d)
-    _dx_kernel[(programs(dout.device, tiles),)](
-        q_d=tiled(aligned(dout), 1, m, n), k_d=None, v_d=None, w_d=tiled(aligned(weight), n, d), a_ptr=lora_a, b_d=None,
-        inner_ptr=inner, ranks_ptr=ranks, slots_ptr=slots, dx_d=tiled(dx, 1, m, d // PIECES), kept_d=None, t_ptr=None,
-        a_stride=lora_a.stride(0), S=length, TILES=tiles, COUNT=count, NQ=outputs, NK=0, NV=0, D=width, R=rank,
-        RT=STEP, BM=m, BD=d, BN=n, STACKED=False, PACKED=False, WITH_DX=True, INNER=inner.stride(1),
-        num_warps=config.warps, num_stages=config.stages,
-    )  # fmt: skip
+    join(x.device, ready)

@@ -20,13 +20,12 @@ from .adapters import adapters_of, empty_packed
 from .heads import HeadTables, gains, heads_at_once, norm_rotate_by_quarters, norm_rotate_whole
 from .tiles import (
     PIECES,
-    STEP,
+    begun,
     cleared,
     eighths,
     is_stacked,
     of_three,
     programs,
-    slot_and_rank,
     slot_in_pool,
     store_squares,
 )
@@ -44,11 +43,12 @@ class ForwardConfig:
     widest_head: int
 
 
-def pick_forward_config(dtype: torch.dtype, rank: int) -> ForwardConfig:
+def pick_forward_config(dtype: torch.dtype, rank: int, groups: int = 3, has_bias: bool = False) -> ForwardConfig:
     if dtype == torch.float32:
         return ForwardConfig(64, 64, 16, 8, 2, 64)  # no tensor cores: what does not spill
-    if padded_rank(rank) > 16:
+    if padded_rank(rank) > 16 and (groups == 3 or rank > (32 if has_bias else 64)):
         return ForwardConfig(128, 128, 64, 8, 3, 64)  # R up to 64 fits registers and shared memory
+    # It holds up to 64 ranks of one product, 223 KB, and 32 with a bias (of 64 that spills 40 bytes).
     # NVIDIA H100, 65536 x 512 x 1024: 0.128 ms; 4 stages 0.132; cuBLAS without adapters 0.110. A form of it with norm
     # and rotation 0.170; those in a launch after it 0.210. Heads of 64 spill nothing, of 32 1.1 KB, of 128 1.0 KB.
     return ForwardConfig(128, 256, 64, 8, 3, 128)
@@ -110,19 +110,16 @@ def _store_piece(q_d, k_d, v_d, p, b, s, n, piece, M: tl.constexpr, N: tl.conste
 @launched
 @triton.jit(do_not_specialize=["S", "TILES", "COUNT", "ROWS"])
 def _forward_kernel(
-    x_d, w_d, a_d, b_ptr, bias_ptr, inner_ptr, ranks_ptr, slots_ptr, q_d, k_d, v_d, xa_ptr, u_ptr, cos_ptr, sin_ptr,
-    gain_ptr, rstd_q_ptr, rstd_k_ptr, norm_ptr, squares_ptr,
-    table_stride, b_stride, S, TILES, COUNT, ROWS,
+    x_d, w_d, a_d, b_ptr, bias_ptr, slots_ptr, q_d, k_d, v_d, xa_ptr, u_ptr, cos_ptr, sin_ptr, gain_ptr, rstd_q_ptr,
+    rstd_k_ptr, norm_ptr, squares_ptr, table_stride, b_stride, S, TILES, COUNT, ROWS,
     NQ: tl.constexpr, NK: tl.constexpr, NV: tl.constexpr, D: tl.constexpr, R: tl.constexpr, RT: tl.constexpr,
     STACKED: tl.constexpr, RP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, HEAD: tl.constexpr,
-    HEADS: tl.constexpr, EPS: tl.constexpr, SQUARED: tl.constexpr, INNER: tl.constexpr, BLOCKS: tl.constexpr,
+    HEADS: tl.constexpr, EPS: tl.constexpr, SQUARED: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """A program walks tiles [BM tokens, BN outputs of one projection] in one loop over all steps of all its tiles, so
     that the loads of a tile start while the one before it is finished, whose rounded pieces are stored one a step.
     Neighbours work on the same tokens: x comes from the L2 cache. One product is q alone, without k_d and v_d; SQUARED,
     relu(u)^2 of it leaves, at once, for want of registers; and u, where u_ptr is given.
-
-    With inner_ptr x A^T, rows INNER apart, was made before; each adapter has a rank of its own in ranks_ptr.
 
     With squares_ptr the rows x are unnormed: the product is divided by their rms, x A^T is stored as it is.
     """
@@ -139,6 +136,8 @@ def _forward_kernel(
     b, s, p, n, slot = 0, 0, 0, 0, 0
     step = STEPS - 1
     acc = tl.zeros((BM, BN), tl.float32)
+    if bias_ptr is not None:
+        acc = begun(bias_ptr, tl.program_id(0) % TQ * BN, NQ, BM, BN, DTYPE)
     xa = tl.zeros((BM, RP), tl.float32)
     y0 = tl.zeros((BM, W), DTYPE)
     y1, y2, y3, y4, y5, y6, y7 = y0, y0, y0, y0, y0, y0, y0
@@ -162,9 +161,8 @@ def _forward_kernel(
             first = tl.where(p == 0, 0, tl.where(p == 1, NQ, NQ + NK))
         x = x_d.load([b, s, step * BK]).reshape(BM, BK)
         w = w_d.load([first + n, step * BK])
-        if inner_ptr is None:
-            a = a_d.load([slot, p * R, step * BK]).reshape(RP, BK)
-            xa = multiply_add(x, a.T, xa)
+        a = a_d.load([slot, p * R, step * BK]).reshape(RP, BK)
+        xa = multiply_add(x, a.T, xa)
         acc = multiply_add(x, w.T, acc)
         if left > 0:
             _store_piece(q_d, k_d, v_d, done_p, done_b, done_s, done_n, y0, BM, W)
@@ -178,8 +176,7 @@ def _forward_kernel(
             b_rows = b_ptr + slot.to(tl.int64) * b_stride + row_n[:, None] * RT + r
             if STACKED:
                 b_rows += p * R
-            if inner_ptr is None:
-                lora_b = tl.load(b_rows, (row_n < N)[:, None] & (r < R)[None, :] & named, other=0.0)
+            lora_b = tl.load(b_rows, (row_n < N)[:, None] & (r < R)[None, :] & named, other=0.0)
             if cos_ptr is not None:
                 # What comes from memory is asked for before the product below: it arrives meanwhile.
                 offsets = row_s[:, None] * (HEAD // 2) + tl.arange(0, HEAD // 2)
@@ -198,22 +195,9 @@ def _forward_kernel(
             if squares_ptr is not None:
                 norm = rstd_of(squares_ptr, token, mask, ROWS, D, EPS, BLOCKS)
                 tl.store(norm_ptr + token, norm, mask & (p == 0) & (n == 0))
-            if bias_ptr is not None:
-                # As a product, with 1: added in registers, a row of it spills 172 bytes.
-                bias = tl.load(bias_ptr + row_n[:, None] + r * 0, (row_n < N)[:, None] & (r == 0)[None, :], other=0.0)
-                one = (s + tl.arange(0, BM) >= 0)[:, None] & (r == 0)[None, :]
-                acc = multiply_add(one.to(DTYPE), bias.T, acc)
-            if inner_ptr is None:
-                # R rows of A were wanted and RP loaded: those past R belong to the next projection
-                inner = tl.where((r < R)[None, :], xa, 0.0).to(DTYPE)
-                acc = multiply_add(inner, lora_b.T, acc)
-            else:
-                rank = slot_and_rank(slots_ptr, ranks_ptr, b, COUNT, R)[1]
-                for start in range(0, rank, RP):
-                    inner = tl.load(inner_ptr + token[:, None] * INNER + start + r, mask[:, None], other=0.0)
-                    is_there = (row_n < N)[:, None] & (start + r < rank)[None, :]
-                    lora_b = tl.load(b_rows + start, is_there, other=0.0).to(DTYPE)
-                    acc = multiply_add(inner, lora_b.T, acc)
+            # R rows of A were wanted and RP loaded: those past R belong to the next projection
+            inner = tl.where((r < R)[None, :], xa, 0.0).to(DTYPE)
+            acc = multiply_add(inner, lora_b.T, acc)
             if squares_ptr is not None:
                 acc *= norm[:, None]
             if u_ptr is not None:
@@ -246,12 +230,13 @@ def _forward_kernel(
                 store_squares(q_d, acc, b, s, n, BM, BN)
             else:
                 left, done_b, done_s, done_p, done_n = 8, b, s, p, n
-            if inner_ptr is None:  # noqa: SIM102 (known to the compiler, and a number that is not)
-                if n == 0:
-                    tl.store(xa_ptr + (token[:, None] * GROUPS + p) * RP + r, inner, mask[:, None])
-            acc = cleared(BM, BN, DTYPE)
-            if inner_ptr is None:
-                xa = cleared(BM, RP, DTYPE)
+            if n == 0:
+                tl.store(xa_ptr + (token[:, None] * GROUPS + p) * RP + r, inner, mask[:, None])
+            if bias_ptr is None:
+                acc = cleared(BM, BN, DTYPE)
+            else:
+                acc = begun(bias_ptr, (tile + tl.num_programs(0)) % TQ * BN, NQ, BM, BN, DTYPE)
+            xa = cleared(BM, RP, DTYPE)
     for _ in range(left):
         _store_piece(q_d, k_d, v_d, done_p, done_b, done_s, done_n, y0, BM, W)
         y0, y1, y2, y3, y4, y5, y6 = y1, y2, y3, y4, y5, y6, y7
@@ -289,52 +274,22 @@ def launch_forward(
     cos, sin, gain = heads[:3] if heads else (None, None, None)
     rstd_q, rstd_k = made.rstds or (None, None)
     if made.xa.numel():
-        padded, config = padded_rank(rank), pick_forward_config(x.dtype, rank)
+        padded, config = padded_rank(rank), pick_forward_config(x.dtype, rank, groups, bias is not None)
         m, n, k = config.block_m, config.block_n, config.block_k
         tiles = batch * cdiv(length, m) * sum(cdiv(size, n) for size in sizes)
         q_d, k_d, v_d = of_three([tiled(out, 1, m, n // PIECES) for out in made.outs])
         nq, nk, nv = of_three(sizes, 0)
         _forward_kernel[(programs(x.device, tiles),)](
             x_d=tiled(aligned(x), 1, m, k), w_d=tiled(aligned(weight), n, k), a_d=tiled(adapters.a, 1, padded, k),
-            b_ptr=adapters.b, bias_ptr=bias, inner_ptr=None, ranks_ptr=None, slots_ptr=adapters.slots,
+            b_ptr=adapters.b, bias_ptr=bias, slots_ptr=adapters.slots,
             q_d=q_d, k_d=k_d, v_d=v_d, xa_ptr=made.xa, u_ptr=u, cos_ptr=cos, sin_ptr=sin, gain_ptr=gain,
             rstd_q_ptr=rstd_q, rstd_k_ptr=rstd_k, norm_ptr=made.norm, squares_ptr=squares,
             table_stride=heads.table_stride if heads else None,
             b_stride=adapters.b.stride(0), S=length, TILES=tiles, COUNT=adapters.b.size(0), ROWS=batch * length,
             NQ=nq, NK=nk, NV=nv, D=width, R=rank, RT=adapters.b.size(2),
             STACKED=adapters.is_packed and is_stacked(rank, groups), RP=padded, BM=m, BN=n, BK=k, HEAD=head_dim,
-            HEADS=heads_at_once(n, head_dim), EPS=EPS, SQUARED=squared, INNER=0,
+            HEADS=heads_at_once(n, head_dim), EPS=EPS, SQUARED=squared,
             BLOCKS=0 if squares is None else len(squares),
             num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
     return made
-
-
-def launch_after_inner(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    inner: Tensor,
-    lora_b: Tensor,
-    slots: Tensor | None,
-    ranks: Tensor | None,
-) -> Tensor:
-    """x W^T + inner B^T + bias [B, S, N] of `inner` [B, S, ..], a view whose first columns are x A^T: only those of a
-    document's own rank are read. 16 bits; of `lora_b` [slots, N, R] each slot is contiguous.
-    """
-    (batch, length, width), (count, outputs, rank) = x.shape, lora_b.shape
-    out = x.new_empty(batch, length, outputs)
-    config = pick_forward_config(x.dtype, STEP)
-    m, n, k = config.block_m, config.block_n, config.block_k
-    tiles = batch * cdiv(length, m) * cdiv(outputs, n)
-    if tiles:
-        _forward_kernel[(programs(x.device, tiles),)](
-            x_d=tiled(aligned(x), 1, m, k), w_d=tiled(aligned(weight), n, k), a_d=None, b_ptr=lora_b, bias_ptr=bias,
-            inner_ptr=inner, ranks_ptr=ranks, slots_ptr=slots, q_d=tiled(out, 1, m, n // PIECES), k_d=None, v_d=None,
-            xa_ptr=None, u_ptr=None, cos_ptr=None, sin_ptr=None, gain_ptr=None, rstd_q_ptr=None, rstd_k_ptr=None,
-            norm_ptr=None, squares_ptr=None, table_stride=None, b_stride=lora_b.stride(0), S=length, TILES=tiles,
-            COUNT=count, ROWS=batch * length, NQ=outputs, NK=0, NV=0,
-            D=width, R=rank, RT=rank, STACKED=False, RP=STEP, BM=m, BN=n, BK=k, HEAD=0, HEADS=heads_at_once(n, 0),
-            EPS=EPS, SQUARED=False, INNER=inner.stride(1), BLOCKS=0, num_warps=config.warps, num_stages=config.stages,
-        )  # fmt: skip
-    return out

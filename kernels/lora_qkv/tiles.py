@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from ..dispatch import multiprocessors, next_power_of_2, padded_rank
+from ..dot import multiply
 from ..linear.product import relu, times_slope
 from ..tile import halves
 
@@ -15,18 +16,14 @@ PIECES = 8
 """Pieces, side by side, in which a tile leaves: shared memory for one of them is enough."""
 
 
-STEP = 16
-"""Ranks that a matrix instruction takes at once."""
-
-
 def of_three(projections: Sequence, nothing: Any = None) -> Sequence:
     """What the kernels take for q, k and v: as it is, or the one product as q."""
     return (*projections, nothing, nothing) if len(projections) == 1 else projections
 
 
-def programs(device: torch.device, tiles: int) -> int:
-    """One a multiprocessor, or one a tile where there are fewer tiles."""
-    return min(multiprocessors(device), tiles)
+def programs(device: torch.device, tiles: int, each: int = 1) -> int:
+    """`each` of a multiprocessor, or one a tile where there are fewer tiles."""
+    return min(each * multiprocessors(device), tiles)
 
 
 def is_stacked(rank: int, groups: int) -> bool:
@@ -46,19 +43,6 @@ def slot_in_pool(slot, count):
 
 
 @triton.jit
-def slot_and_rank(slots_ptr, ranks_ptr, b, count, R: tl.constexpr):
-    """The slot of document b, and the rank of its adapter there: 0 for a document without one."""
-    slot = tl.zeros((), tl.int64) + b
-    if slots_ptr is not None:
-        slot = tl.load(slots_ptr + b).to(tl.int64)
-    is_named = (slot >= 0) & (slot < count)
-    rank = tl.where(is_named, R, 0)
-    if ranks_ptr is not None:
-        rank = tl.minimum(tl.maximum(tl.load(ranks_ptr + slot, is_named, other=0), 0), R)
-    return slot, rank
-
-
-@triton.jit
 def cleared(M: tl.constexpr, N: tl.constexpr, dtype: tl.constexpr):
     """Zeros [M, N] in fp32 for the sums of the next tile.
 
@@ -69,6 +53,23 @@ def cleared(M: tl.constexpr, N: tl.constexpr, dtype: tl.constexpr):
         return tl.zeros((M, N), tl.float32)
     else:
         return tl.dot(tl.zeros((M, 16), dtype), tl.zeros((16, N), dtype))
+
+
+@triton.jit
+def begun(bias_ptr, n, COUNT: tl.constexpr, M: tl.constexpr, N: tl.constexpr, dtype: tl.constexpr):
+    """The sums [M, N] of a tile before its first step: zeros, or those of its columns' bias, from `n` on of COUNT.
+
+    A product with 1, by matrix instructions as in :func:`cleared`, and while the sums of the tile before are gone:
+    added to a finished tile it spills.
+    """
+    if bias_ptr is None:
+        return cleared(M, N, dtype)
+    else:
+        column, r = n + tl.arange(0, N), tl.arange(0, 16)
+        is_first = (column < COUNT)[:, None] & (r == 0)[None, :]
+        bias = tl.load(bias_ptr + column[:, None] + r * 0, is_first, other=0.0)
+        one = (tl.arange(0, M) >= 0)[:, None] & (r == 0)[None, :]
+        return multiply(one.to(dtype), bias.T)
 
 
 @triton.jit
