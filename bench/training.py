@@ -12,9 +12,8 @@ from torch import Tensor
 
 from ..kernels import pick_attention
 from ..kernels.embedding import bigram_embedding, bigram_embedding_ref
-from ..kernels.linear import linear, linear_ref
-from ..kernels.mlp import relu_squared_mlp, relu_squared_mlp_ref
 from ..kernels.qkv_attention import qkv_attention, qkv_attention_ref
+from ..kernels.residual_mlp import residual_mlp, residual_mlp_ref
 from ..kernels.rms_norm import residual_norm, residual_norm_ref
 from ..kernels.rotary import rotary_tables
 from .entry import Call, Entry, Shape, Tensors, Variant
@@ -23,9 +22,8 @@ SEED = {"96x1024": {"B": 96, "S": 1024, "D": 512, "hidden": 1536, "H": 8, "G": 4
 TOY = {"B": 2, "S": 20, "D": 32, "hidden": 48, "H": 4, "G": 2, "d": 16, "V": 300, "rows": 40}
 GATE = {**SEED["96x1024"], "B": 4, "S": 1000}
 
-AFTER_ATTENTION = ("x", "branch")
-BETWEEN_BLOCKS = ("x", "branch", "mix", "x0")
-JOINED = ("x", "branch", "mix", "x0", "pushed", "skip")
+BETWEEN_BLOCKS = ("x", "mix", "x0")
+JOINED = ("x", "mix", "x0", "pushed", "skip")
 
 
 def _all_gradients(function: Call) -> Call:
@@ -82,15 +80,17 @@ def _draw_qkv(shape: Shape, device: torch.device, dtype: torch.dtype, generator:
     return randn(*rows, width).to(dtype), weight.to(dtype), gain, randn(*rows, outputs).to(dtype)
 
 
-def _draw_products(*names: tuple[str, str]):
-    """x, weights [N, K] of the sizes that `names` name, and dout."""
+def _weights(shape: Shape) -> tuple[tuple[int, int], ...]:
+    """Sizes [N, K] of Wo, W1 and W2."""
+    width, hidden = shape["D"], shape["hidden"]
+    return (width, shape["H"] * shape["d"]), (hidden, width), (width, hidden)
 
-    def draw(shape: Shape, device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Tensors:
-        randn, rows = _randn(device, generator), (shape["B"], shape["S"])
-        weights = [(randn(shape[n], shape[k]) * shape[k] ** -0.5).to(dtype) for n, k in names]
-        return randn(*rows, shape[names[0][1]]).to(dtype), *weights, randn(*rows, shape[names[-1][0]]).to(dtype)
 
-    return draw
+def _draw_residual_mlp(shape: Shape, device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Tensors:
+    randn, rows = _randn(device, generator), (shape["B"], shape["S"])
+    weights = [(randn(n, k) * k**-0.5).to(dtype) for n, k in _weights(shape)]
+    mixed, x, dz = (randn(*rows, size).to(dtype) for size in (shape["H"] * shape["d"], shape["D"], shape["D"]))
+    return mixed, x, *weights, dz
 
 
 def _embedding(function: Call) -> Call:
@@ -133,16 +133,10 @@ def _stream(tensors: int):
     return lambda shape, itemsize: tensors * itemsize * shape["B"] * shape["S"] * shape["D"]
 
 
-def _products(names: tuple[str, ...], moved: tuple[str, ...]):
-    """Bytes and FLOPs of products of rows by matrices D x `names`, forward and both gradients; `moved` are the sizes of
-    the activations that go through memory once.
-    """
-
-    def count(shape: Shape, itemsize: int) -> int:
-        rows = shape["B"] * shape["S"]
-        return itemsize * (rows * sum(shape[name] for name in moved) + 3 * sum(shape["D"] * shape[n] for n in names))
-
-    return count, lambda shape: 6 * shape["B"] * shape["S"] * shape["D"] * sum(shape[name] for name in names)
+def _residual_mlp_bytes(shape: Shape, itemsize: int) -> int:
+    """mixed, x, y, z; dz, y, mixed, dx, dmixed; a and du written and read. Weights twice, their gradients once."""
+    rows = shape["B"] * shape["S"]
+    return itemsize * (rows * (9 * shape["D"] + 4 * shape["hidden"]) + 3 * sum(n * k for n, k in _weights(shape)))
 
 
 def _qkv_flops(shape: Shape) -> int:
@@ -166,9 +160,6 @@ def _residual(op: str, names: tuple[str, ...], tensors: int) -> Entry:
     )
 
 
-LINEAR_BYTES, LINEAR_FLOPS = _products(("D",), ("D",) * 5)
-MLP_BYTES, MLP_FLOPS = _products(("hidden", "hidden"), ("D",) * 5 + ("hidden",) * 4)
-
 ENTRIES = (
     Entry(
         group="training",
@@ -182,9 +173,8 @@ ENTRIES = (
         bytes=_stream(4),
         flops=lambda shape: 20 * shape["B"] * shape["S"] * shape["D"],
     ),
-    _residual("residual_norm_after_attention_trained", AFTER_ATTENTION, 9),
-    _residual("residual_norm_between_blocks_trained", BETWEEN_BLOCKS, 12),
-    _residual("residual_norm_joined_trained", JOINED, 14),
+    _residual("residual_norm_between_blocks_trained", BETWEEN_BLOCKS, 10),
+    _residual("residual_norm_joined_trained", JOINED, 13),
     Entry(
         group="training",
         op="qkv_attention_trained",
@@ -203,26 +193,14 @@ ENTRIES = (
     ),
     Entry(
         group="training",
-        op="linear_trained",
+        op="residual_mlp_trained",
         shapes=SEED,
         toy=TOY,
         gate=GATE,
-        draw=_draw_products(("D", "D")),
-        truth=lambda shape, *inputs: _all_gradients(linear_ref)(*inputs),
-        variants=_variants(_all_gradients, linear_ref, linear),
-        bytes=LINEAR_BYTES,
-        flops=LINEAR_FLOPS,
-    ),
-    Entry(
-        group="training",
-        op="relu_squared_mlp_trained",
-        shapes=SEED,
-        toy=TOY,
-        gate=GATE,
-        draw=_draw_products(("hidden", "D"), ("D", "hidden")),
-        truth=lambda shape, *inputs: _all_gradients(relu_squared_mlp_ref)(*inputs),
-        variants=_variants(_all_gradients, relu_squared_mlp_ref, relu_squared_mlp),
-        bytes=MLP_BYTES,
-        flops=MLP_FLOPS,
+        draw=_draw_residual_mlp,
+        truth=lambda shape, *inputs: _all_gradients(residual_mlp_ref)(*inputs),
+        variants=_variants(_all_gradients, residual_mlp_ref, residual_mlp),
+        bytes=_residual_mlp_bytes,
+        flops=lambda shape: 6 * shape["B"] * shape["S"] * sum(n * k for n, k in _weights(shape)),
     ),
 )

@@ -27,12 +27,10 @@ def times_in_step(config: ModelConfig) -> dict[str, int]:
     joined = max(min(pushes, blocks - pushes) - 1, 0)
     return {
         "embedding_trained": 1,
-        "residual_norm_after_attention_trained": blocks,
         "residual_norm_between_blocks_trained": blocks - 1 - joined,
         "residual_norm_joined_trained": joined,
         "qkv_attention_trained": blocks,
-        "linear_trained": blocks,
-        "relu_squared_mlp_trained": blocks,
+        "residual_mlp_trained": blocks,
         "softcap_nll_forward_backward": 1,
     }
 

@@ -275,12 +275,10 @@ def test_a_bound_is_never_the_fastest_variant(tmp_path, monkeypatch):
 SEED_SIZES = {"D": 512, "hidden": 1536, "H": 8, "G": 4, "d": 64, "V": 1024, "rows": 10240}
 PIECES = {  # op -> torch.compile's and klora's milliseconds
     "embedding_trained": (2.0, 1.0),
-    "residual_norm_after_attention_trained": (0.5, 0.3),
     "residual_norm_between_blocks_trained": (0.7, 0.4),
     "residual_norm_joined_trained": (0.9, 0.5),
     "qkv_attention_trained": (1.6, 1.2),
-    "linear_trained": (0.3, 0.31),
-    "relu_squared_mlp_trained": (1.6, 1.4),
+    "residual_mlp_trained": (1.60, 1.61),
 }
 
 
@@ -298,7 +296,7 @@ def step_records(head=True, blocks=10, pieces=PIECES):
         for op, pair in pieces.items()
         for name, ms in zip(("torch.compile", "klora"), pair, strict=True)
     ]
-    parts += [result("klora", 9.0, op="linear_trained", timing="events", **trained)]  # not timed alike
+    parts += [result("klora", 9.0, op="residual_mlp_trained", timing="events", **trained)]  # not timed alike
     losses = {"shape": "98304", "sizes": {"B": 96, "S": 1024, "D": 512, "V": 1024}}
     losses = [
         result(name, ms, op="softcap_nll_forward_backward", **losses)
@@ -310,12 +308,10 @@ def step_records(head=True, blocks=10, pieces=PIECES):
 
 SAVINGS = {
     "embedding_trained": 1 * 1.0,
-    "residual_norm_after_attention_trained": 10 * 0.2,
     "residual_norm_between_blocks_trained": 5 * 0.3,
     "residual_norm_joined_trained": 4 * 0.4,
     "qkv_attention_trained": 10 * 0.4,
-    "linear_trained": 10 * -0.01,
-    "relu_squared_mlp_trained": 10 * 0.2,
+    "residual_mlp_trained": 10 * -0.01,
     "softcap_nll_forward_backward": 1 * 0.1,
 }
 
@@ -336,7 +332,7 @@ def test_a_waterfall_goes_from_one_step_to_the_other():
     results = [result for made in step_records() for result in made["results"]]
     (found,) = waterfalls(results)
     assert {saving.op: saving.ms for saving in found.savings} == pytest.approx(SAVINGS)
-    assert found.savings[0].op == "qkv_attention_trained" and found.savings[-1].op == "linear_trained"
+    assert found.savings[0].op == "qkv_attention_trained" and found.savings[-1].op == "residual_mlp_trained"
     assert (found.before, found.after, found.others) == (64.8, 41.5, {"eager": 131.9, "original": 69.8})
     assert found.rest == pytest.approx(64.8 - 41.5 - sum(SAVINGS.values())) and not found.unmeasured
     (headless,) = waterfalls([r for made in step_records(head=False) for r in made["results"]])
@@ -354,7 +350,7 @@ def test_the_section_of_the_pieces_says_what_each_is_worth_in_a_step():
     assert "What removing a piece, for torch.compile of it, would cost a training step (seed-98304):" in section
     assert "| piece | torch.compile, ms | klora, ms | times a step | ms a step |" in section
     assert "| residual norm joined | 0.900 | 0.500 | 4 | +1.60 |" in section
-    assert "| linear | 0.300 | 0.310 | 10 | -0.100 |" in section and "| together |  |  |  | +12.1 |" in section
+    assert "| residual mlp | 1.60 | 1.61 | 10 | -0.100 |" in section and "| together |  |  |  | +8.10 |" in section
     assert "would cost" not in markdown_tables([record([result()], "training")])
     assert "would cost" not in markdown_tables(step_records()[1:])
 
