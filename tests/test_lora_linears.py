@@ -119,8 +119,15 @@ def test_every_way_is_reached_by_shape():
         weight = torch.empty(N, K, dtype=dtype, device="meta")
         return plan([weight] * projections, length, rank, ranks, dropout)
 
-    assert way(512, 512) == way(1536, 512) == way(512, 512, 128, ranks=False) == "joint"
-    assert way(512, 512, 64) == way(2048, 2048) == way(24, 40) == way(512, 512, projections=3) == "after"
+    assert way(512, 512) == way(1536, 512) == way(512, 512, 128, ranks=False) == way(2048, 2048, 16) == "joint"
+    assert (
+        way(512, 512, 64)
+        == way(2048, 2048, 17)
+        == way(2064, 2048)
+        == way(24, 40)
+        == way(512, 512, projections=3)
+        == "after"
+    )
     assert way(512, 512, dropout=True) == "after" and way(512, 512, 200, ranks=False) == "after"
     assert way(4096, 4096) == way(11008, 2048) == way(2048, 2048, dtype=torch.float32) == way(20, 40) == "added"
     assert (
