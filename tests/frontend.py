@@ -11,19 +11,11 @@ os.environ |= {"TRITON_INTERPRET": "0", "CUDA_VISIBLE_DEVICES": ""}
 
 import test_lora_linears
 import torch
-from klora.kernels import dispatch
+from hopper import pretend
 from klora.kernels.precompile import Compilation, recorded
 from test_contract import gradients, ops
 from triton._C.libtriton import ir
-from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
-from triton.runtime import driver
-
-
-class NoGPU:  # as much of a driver as compiling asks of it
-    get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
-    get_current_device = staticmethod(lambda: 0)
-    get_current_stream = staticmethod(lambda device: 0)
 
 
 def to_ir(kernel: Compilation) -> None:
@@ -47,7 +39,7 @@ def work() -> None:
 
 
 if __name__ == "__main__":
-    driver._active, dispatch.INTERPRETED = NoGPU(), True
+    pretend()
     refused = 0
     kernels = recorded(work).values()
     for kernel in kernels:

@@ -139,13 +139,13 @@ def check_who_sees_a_launch() -> None:
     kernel[(1,)](*[arguments[name] for name in kernel.arg_names])
     assert seen == ["replaced", "hook", "grid"] and [made[2] for made in LAUNCHED[-5:]].count(LAUNCHED[-1][2]) >= 1
     hooks = triton.knobs.runtime.launch_enter_hook, triton.knobs.runtime.launch_exit_hook
-    for chain in hooks:  # a profiler's, who is told of remembered launches, too
-        told = []
-        chain.add(told.append)
+    for chain in hooks:  # a profiler's, who hears of remembered launches, too
+        heard = []
+        chain.add(heard.append)
         kernel[(1,)](**arguments)
-        chain.remove(told.append)
+        chain.remove(heard.append)
         kernel[(1,)](**arguments)
-        assert [about.get()["name"] for about in told] == ["kernel"]
+        assert [about.get()["name"] for about in heard] == ["kernel"]
     launches = len(LAUNCHED)
     triton.knobs.runtime.debug = True
     assert kernel[(1,)](**arguments) is not None and len(LAUNCHED) == launches + 1

@@ -5,10 +5,12 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import klora.bench.adapter_trainers as trainers
 import klora.bench.adapters as adapters
 import pytest
 import torch
-from klora.bench.adapters import FASTER, GATE, ROWS, Klora, Row, Work, gate, linears_of, mixed_ranks, timed, verdicts
+from klora.bench.adapter_trainers import Klora, Work, linears_of
+from klora.bench.adapters import FASTER, GATE, ROWS, Row, gate, mixed_ranks, timed, verdicts
 from klora.bench.gate import RedGate, why_broken
 from klora.errors import KloraError
 from tiny_hf import saved, tiny_llama
@@ -156,7 +158,7 @@ def test_a_step_is_that_of_the_stacked_adapters(name, module):
     pytest.importorskip("peft", reason="pip install -e '.[test]' brings peft")
     given = work(module)
     trainer = ROWS[name].build(given)
-    plain = adapters.Stacked(replace(given, module=trainer.dense()))
+    plain = trainers.Stacked(replace(given, module=trainer.dense()))
     ours, theirs = ([float(one.step()) for _ in range(3)] for one in (trainer, plain))
     assert ours == pytest.approx(theirs, rel=1e-4) and ours[2] < ours[1] < ours[0]
 
@@ -164,9 +166,9 @@ def test_a_step_is_that_of_the_stacked_adapters(name, module):
 @pytest.mark.slow
 def test_one_by_one_takes_the_steps_of_every_adapter_and_times_some(module, monkeypatch):
     pytest.importorskip("peft", reason="pip install -e '.[test]' brings peft")
-    monkeypatch.setattr(adapters, "ONE_BY_ONE", 2)
+    monkeypatch.setattr(trainers, "ONE_BY_ONE", 2)
     set_to = []
-    trainer = adapters.PeftOneByOne(work(module))
+    trainer = trainers.PeftOneByOne(work(module))
     set_adapter = trainer.model.set_adapter
     monkeypatch.setattr(trainer.model, "set_adapter", lambda name: set_to.append(name) or set_adapter(name))
     before = [[leaf.clone() for leaf in trainer._flat(n)] for n in range(4)]
@@ -195,8 +197,8 @@ def test_what_does_not_fit_is_tried_in_parts(module, monkeypatch):
 def test_pefts_layers_are_those_that_peft_makes(module):
     peft = pytest.importorskip("peft", reason="pip install -e '.[test]' brings peft")
     given = work(copy.deepcopy(module).to(torch.bfloat16), dtype=torch.bfloat16)
-    ours = adapters.PeftMixedBatch(given).model
-    about = peft.LoraConfig(r=4, lora_alpha=8, target_modules=list(adapters.LINEARS))
+    ours = trainers.PeftMixedBatch(given).model
+    about = peft.LoraConfig(r=4, lora_alpha=8, target_modules=list(trainers.LINEARS))
     plain = peft.get_peft_model(given.copy(), about, adapter_name="0").eval()
     for name in ("1", "2", "3"):
         plain.add_adapter(name, about)

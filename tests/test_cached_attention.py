@@ -1,14 +1,12 @@
 """Attention of a chunk over a cache: against float64 and the assembled window, rings, who reads what, the writing."""
 
 import math
-import os
-import subprocess
-import sys
 from functools import partial
 
 import pytest
 import torch
 from conftest import DTYPES, replayed
+from hopper import compiled_for_hopper
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from klora.bench.tolerance import assert_as_exact
@@ -402,15 +400,10 @@ def test_opcheck_and_compile_on_a_cpu():
 
 COMPILED_FOR_HOPPER = """
 import torch
+from hopper import NoGPU
 from klora.kernels.attention import backward, cached, forward
 from klora.kernels.attention.cached_keys import Cache
-from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
-
-class NoGPU:  # as much of a driver as compiling asks of it
-    get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
-    get_current_device = staticmethod(lambda: 0)
-    get_current_stream = staticmethod(lambda device: 0)
 
 class Compiled:
     def __init__(self, module, name, reads_cache):
@@ -442,9 +435,7 @@ for d in (64, 128):
 @pytest.mark.slow
 def test_the_kernels_compile_for_hopper():
     """In a process where Triton is itself."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-c", COMPILED_FOR_HOPPER], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    compiled_for_hopper(COMPILED_FOR_HOPPER)
 
 
 # On a GPU

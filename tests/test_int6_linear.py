@@ -2,15 +2,13 @@
 
 import copy
 import dataclasses
-import os
-import subprocess
-import sys
 
 import pytest
 import safetensors.torch
 import torch
 import torch.nn.functional as F
 from conftest import DTYPES, replayed
+from hopper import compiled_for_hopper
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from klora.bench import int6 as bench
@@ -434,14 +432,9 @@ def test_a_contraction_is_shared_by_as_many_programs_as_the_gpu_runs():
 
 COMPILED_FOR_HOPPER = """
 import torch
+from hopper import NoGPU
 from klora.kernels.int6 import quantize_int6, wide
-from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
-
-class NoGPU:  # as much of a driver as compiling asks of it
-    get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
-    get_current_device = staticmethod(lambda: 0)
-    get_current_stream = staticmethod(lambda device: 0)
 
 class Compiled:
     def __getitem__(self, grid):
@@ -461,9 +454,7 @@ for dtype, backward, split in ((torch.bfloat16, False, 1), (torch.bfloat16, True
 @pytest.mark.slow
 def test_the_wide_kernel_compiles_for_hopper():
     """It has no interpreter; this is what can be said of it without a GPU. In a process where Triton is itself."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-c", COMPILED_FOR_HOPPER], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    compiled_for_hopper(COMPILED_FOR_HOPPER)
 
 
 class TestBenchmark:

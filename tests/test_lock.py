@@ -90,7 +90,7 @@ def test_a_file_system_without_locks_costs_a_warning(tmp_path, monkeypatch):
 
 
 def test_a_second_command_is_refused_before_it_changes_anything(tmp_path):
-    """Whatever it is told to do."""
+    """Whatever it is asked to do."""
     out = tmp_path / "out"
     commands = [("score", "no.klora"), ("train",), ("demo",)]
     with locked(out):

@@ -1,12 +1,9 @@
 """What follows a block's attention in one op: as exact as PyTorch part by part, and the same bits in every batch."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from conftest import DTYPES, replayed
+from hopper import compiled_for_hopper
 from klora.bench.tolerance import assert_as_exact
 from klora.kernels.linear import product, turns
 from klora.kernels.linear.product import NORM_GRADIENT_TILE, RESIDUAL_TILES, TILES
@@ -179,18 +176,12 @@ def test_it_is_traced_whole():
 
 COMPILED_FOR_HOPPER = """
 import torch, triton
-from klora.kernels import dispatch, residual_mlp
+from hopper import pretend
+from klora.kernels import residual_mlp
 from klora.kernels.linear import product
 from klora.kernels.precompile import recorded
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
 
-class NoGPU:  # as much of a driver as compiling asks of it
-    get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
-    get_current_device = staticmethod(lambda: 0)
-    get_current_stream = staticmethod(lambda device: 0)
-
-driver._active, dispatch.INTERPRETED = NoGPU(), True
+pretend()
 
 def leaf(*size):
     return torch.zeros(size, dtype=torch.bfloat16, requires_grad=True)
@@ -215,10 +206,7 @@ for in_turns in (False, True):
 @pytest.mark.slow
 def test_it_compiles_for_hopper():
     """In a process where Triton is itself."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-c", COMPILED_FOR_HOPPER], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    found = {line.strip() for line in done.stdout.splitlines()}
+    found = {line.strip() for line in compiled_for_hopper(COMPILED_FOR_HOPPER).splitlines()}
     ends = "residual", "slope", "norm_gradient"
     assert {f"{kernel} {kind}" for kernel in ("_product_kernel", "_product") for kind in ends} <= found
 

@@ -21,16 +21,10 @@ GPU = torch.device("cuda")
 
 NO_GPU = """
 import torch
-from klora.kernels import dispatch
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
+from hopper import pretend
 
-class NoGPU:  # as much of a driver as recording and compiling ask of it
-    get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
-    get_current_device = staticmethod(lambda: 0)
-    get_current_stream = staticmethod(lambda device: 0)
-
-driver._active, dispatch.INTERPRETED, CPU = NoGPU(), True, torch.device("cpu")
+pretend()
+CPU = torch.device("cpu")
 """
 """Kernels can be asked for on CPU tensors, and none of them could be launched."""
 
@@ -66,7 +60,7 @@ RECORDED = """
 import dataclasses, json
 import klora.model.gpt, klora.model.optimizers
 from klora.cli import warm
-from klora.kernels import precompile
+from klora.kernels import dispatch, precompile
 from klora.kernels.attention import backward
 from klora.model.config import Preset, TrainConfig
 from klora.ttt.protocols import ttt_preset
