@@ -9,7 +9,7 @@ import triton.language as tl
 from conftest import DTYPES, replayed
 from klora.bench.tolerance import assert_as_exact
 from klora.kernels import Dropout, Int6Matrix, drop_ref, lora_linear, lora_linear_ref, quantize_int6, row_keys
-from klora.kernels.lora_linear import reduce
+from klora.kernels.lora_linear import after, reduce
 from klora.kernels.lora_linear.inner import launch_inner, launch_tiled_inner, pick_inner_config
 from klora.kernels.lora_linear.plan import dx_way, plan
 from klora.kernels.lora_linear.pool import Pool, variant_of, variants
@@ -117,6 +117,17 @@ CASES = {
 )
 def test_outputs_and_gradients_are_as_exact_as_plain_pytorchs(case, dtype):
     assert_as_exact_as_plain_pytorch(inputs(**CASES[case], dtype=dtype))
+
+
+def test_a_weight_in_shares_gives_the_same_bits(monkeypatch):
+    """Its columns are taken in groups where all of them would not stay in L2; the last group may be smaller."""
+    given = inputs(sizes=(600,), K=24, length=200, dtype=torch.float16)
+    whole = results(lora_linear, given, backend="triton")
+    monkeypatch.setattr(after, "WEIGHT_IN_L2", 2 * 256 * 24 * 2)
+    assert after.columns_at_a_time(3, 256 * 24, 2) == 2
+    monkeypatch.setattr(after, "programs", lambda device, tiles: 5)
+    for one, other in zip(whole, results(lora_linear, given, backend="triton"), strict=True):
+        assert torch.equal(one, other)
 
 
 def test_every_way_is_reached_by_shape():
@@ -409,6 +420,7 @@ class TestOnTheGPU:
             {"sizes": (2048,), "K": 1024, "low": True, "plain": True, "ranks": None},
             {"sizes": (1000,), "K": 520, "R": 200, "ranks": (1, 5, 200, 64, 70, 0)},
             {"sizes": (4096,), "K": 2048},
+            {"sizes": (2048,), "K": 4224},
             {"sizes": (1024, 256, 256), "K": 1024, "rate": 0.1},
             {"sizes": (40,), "K": 24, "rate": 0.3},
             {"sizes": (1000, 8), "K": 1024, "R": 256, "ranks": (1, 250, 256, 64, 40, 0)},

@@ -16,29 +16,46 @@ from ..dispatch import aligned, cdiv
 from ..dot import multiply_add
 from ..launch import launched
 from ..lora_qkv.adapters import Adapters
-from ..lora_qkv.tiles import PIECES, begun, eighths, programs, slot_in_pool, store_tile
+from ..lora_qkv.tiles import PIECES, begun, eighths, programs, slot_in_pool
 from ..tile import tiled
 
 
 @dataclass(frozen=True)
 class AfterConfig:
-    """Tile of a step: block_m tokens x block_n outputs, block_k of the sum. `late`: the pieces of a tile leave one a
-    step of the next.
-    """
+    """Tile of a step: block_m tokens x block_n outputs, block_k of the sum."""
 
     block_m: int
     block_n: int
     block_k: int
     warps: int
     stages: int
-    late: bool
 
 
-FORWARD = AfterConfig(128, 256, 64, 8, 3, late=True)
-"""NVIDIA H200, 65,536 x 2,048 x 2,048, the same tile with ranks at its end: 0.783 ms of rank 16, cuBLAS 0.774."""
-BACKWARD = AfterConfig(128, 256, 64, 8, 3, late=False)
-"""As above 0.801 ms, cuBLAS 0.783. At once, by the compiler: 158 registers and 160 KiB leave a multiprocessor as much
-as a program of dA or dB takes (:func:`klora.kernels.lora_linear.reduce.pick_tiled_reduce_config`)."""
+CONFIG = AfterConfig(128, 256, 64, 8, 3)
+"""NVIDIA H200, 65,536 x 2,048 x 2,048, rank 64: y 0.730 ms, dx 0.801, cuBLAS 0.708. Beside dx a multiprocessor has room
+for a program of dA or dB (:func:`klora.kernels.lora_linear.reduce.pick_tiled_reduce_config`)."""
+
+
+WEIGHT_IN_L2 = 16 << 20
+"""Bytes of a weight that tiles side by side in time read again and again: a third of a Hopper's L2, beside x and y."""
+
+
+def columns_at_a_time(columns: int, width: int, itemsize: int) -> int:
+    """Columns of the weight, each of `width` numbers, that all rows take before the next ones, in equal shares."""
+    shares = cdiv(columns * width * itemsize, WEIGHT_IN_L2)
+    return cdiv(columns, shares)
+
+
+@triton.jit
+def _placed(tile, rows, ACROSS: tl.constexpr, GROUP: tl.constexpr):
+    """(row, column) of a tile: the first GROUP columns of all rows come first."""
+    if GROUP >= ACROSS:
+        return tile // ACROSS, tile % ACROSS
+    else:
+        first = tile // (rows * GROUP) * GROUP
+        width = max(1, min(GROUP, ACROSS - first))  # a tile past the last one has no column
+        within = tile - first * rows
+        return within // width, first + within % width
 
 
 @triton.jit
@@ -51,10 +68,11 @@ def _store_first(y_d, piece, b, s, n, M: tl.constexpr, N: tl.constexpr):
 def _after_kernel(
     x_d, w_d, inner_d, factor_d, bias_ptr, slots_ptr, y_d, S, TILES, COUNT,
     K: tl.constexpr, N: tl.constexpr, R: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    TRANSPOSED: tl.constexpr, LATE: tl.constexpr,
+    GROUP: tl.constexpr, TRANSPOSED: tl.constexpr,
 ):  # fmt: skip
     """A program walks tiles [BM tokens, BN outputs] in one loop over all steps of all its tiles, as the kernels of
-    `lora_qkv` do. TRANSPOSED, the weight is [K, N] and the adapter's factor [R, N]; else [N, K] and [N, R].
+    `lora_qkv` do. The pieces of a tile leave one a step of the next. TRANSPOSED, the weight is [K, N] and the adapter's
+    factor [R, N]; else [N, K] and [N, R].
     """
     ACROSS: tl.constexpr = (N + BN - 1) // BN
     OWN: tl.constexpr = (K + BK - 1) // BK
@@ -62,22 +80,22 @@ def _after_kernel(
     W: tl.constexpr = BN // 8
     DTYPE: tl.constexpr = x_d.dtype
     across = tl.cdiv(S, BM)
+    rows = TILES // ACROSS
     tile = tl.program_id(0) - tl.num_programs(0)
     b, s, n, slot = 0, 0, 0, 0
     step = STEPS - 1
     acc = tl.zeros((BM, BN), tl.float32)
     if bias_ptr is not None:
-        acc = begun(bias_ptr, tl.program_id(0) % ACROSS * BN, N, BM, BN, DTYPE)
-    if LATE:
-        y0 = tl.zeros((BM, W), DTYPE)
-        y1, y2, y3, y4, y5, y6, y7 = y0, y0, y0, y0, y0, y0, y0
-        left, done_b, done_s, done_n = 0, 0, 0, 0
+        acc = begun(bias_ptr, _placed(tl.program_id(0), rows, ACROSS, GROUP)[1] * BN, N, BM, BN, DTYPE)
+    y0 = tl.zeros((BM, W), DTYPE)
+    y1, y2, y3, y4, y5, y6, y7 = y0, y0, y0, y0, y0, y0, y0
+    left, done_b, done_s, done_n = 0, 0, 0, 0
     for _ in range(0, tl.cdiv(TILES - tl.program_id(0), tl.num_programs(0)) * STEPS):
         step = tl.where(step == STEPS - 1, 0, step + 1)
         if step == 0:
             tile += tl.num_programs(0)
-            row = tile // ACROSS
-            b, s, n = row // across, row % across * BM, tile % ACROSS * BN
+            row, column = _placed(tile, rows, ACROSS, GROUP)
+            b, s, n = row // across, row % across * BM, column * BN
             slot = b
             if slots_ptr is not None:
                 slot = slot_in_pool(tl.load(slots_ptr + b), COUNT)
@@ -89,29 +107,25 @@ def _after_kernel(
             acc = multiply_add(x, columns_d.load([which, k, n]).reshape(BK, BN), acc)
         else:
             acc = multiply_add(x, columns_d.load([which, n, k]).reshape(BN, BK).T, acc)
-        if LATE:  # noqa: SIM102 (known to the compiler, and a number that is not)
-            if left > 0:
-                _store_first(y_d, y0, done_b, done_s, done_n, BM, W)
-                y0, y1, y2, y3, y4, y5, y6 = y1, y2, y3, y4, y5, y6, y7
-                done_n += W
-                left -= 1
-        if step == STEPS - 1:
-            if LATE:
-                if STEPS < 8:
-                    for _ in range(left):
-                        _store_first(y_d, y0, done_b, done_s, done_n, BM, W)
-                        y0, y1, y2, y3, y4, y5, y6 = y1, y2, y3, y4, y5, y6, y7
-                        done_n += W
-                y0, y1, y2, y3, y4, y5, y6, y7 = eighths(acc.to(DTYPE), BM, BN)
-                left, done_b, done_s, done_n = 8, b, s, n
-            else:
-                store_tile(y_d, acc, b, s, n, BM, BN)
-            acc = begun(bias_ptr, (tile + tl.num_programs(0)) % ACROSS * BN, N, BM, BN, DTYPE)
-    if LATE:
-        for _ in range(left):
+        if left > 0:
             _store_first(y_d, y0, done_b, done_s, done_n, BM, W)
             y0, y1, y2, y3, y4, y5, y6 = y1, y2, y3, y4, y5, y6, y7
             done_n += W
+            left -= 1
+        if step == STEPS - 1:
+            if STEPS < 8:
+                for _ in range(left):
+                    _store_first(y_d, y0, done_b, done_s, done_n, BM, W)
+                    y0, y1, y2, y3, y4, y5, y6 = y1, y2, y3, y4, y5, y6, y7
+                    done_n += W
+            y0, y1, y2, y3, y4, y5, y6, y7 = eighths(acc.to(DTYPE), BM, BN)
+            left, done_b, done_s, done_n = 8, b, s, n
+            following = _placed(tile + tl.num_programs(0), rows, ACROSS, GROUP)[1]
+            acc = begun(bias_ptr, following * BN, N, BM, BN, DTYPE)
+    for _ in range(left):
+        _store_first(y_d, y0, done_b, done_s, done_n, BM, W)
+        y0, y1, y2, y3, y4, y5, y6 = y1, y2, y3, y4, y5, y6, y7
+        done_n += W
 
 
 def launch_after(
@@ -121,16 +135,15 @@ def launch_after(
 
     `inner` [B, S, R rounded up to 16] is finite wherever x is, and zeros above a document's own rank.
     """
-    _launch(FORWARD, x, weight, inner, adapters.b, adapters, y, bias)
+    _launch(x, weight, inner, adapters.b, adapters, y, bias)
 
 
 def launch_dx_after(dy: Tensor, weight: Tensor, inner: Tensor, adapters: Adapters, dx: Tensor) -> None:
     """dx = dy W + inner A, as :func:`launch_after`."""
-    _launch(BACKWARD, dy, weight, inner, adapters.a, adapters, dx, is_transposed=True)
+    _launch(dy, weight, inner, adapters.a, adapters, dx, is_transposed=True)
 
 
 def _launch(
-    config: AfterConfig,
     x: Tensor,
     weight: Tensor,
     inner: Tensor,
@@ -141,6 +154,7 @@ def _launch(
     is_transposed: bool = False,
 ) -> None:
     (batch, length, width), outputs = x.shape, y.size(2)
+    config = CONFIG
     m, n, k = config.block_m, config.block_n, config.block_k
     tiles, block = batch * cdiv(length, m) * cdiv(outputs, n), (k, n) if is_transposed else (n, k)
     if tiles:
@@ -148,6 +162,7 @@ def _launch(
             x_d=tiled(aligned(x), 1, m, k), w_d=tiled(aligned(weight)[None], 1, *block), inner_d=tiled(inner, 1, m, k),
             factor_d=tiled(factor, 1, *block), bias_ptr=bias, slots_ptr=adapters.slots,
             y_d=tiled(y, 1, m, n // PIECES), S=length, TILES=tiles, COUNT=factor.size(0), K=width, N=outputs,
-            R=adapters.rank, BM=m, BN=n, BK=k, TRANSPOSED=is_transposed, LATE=config.late,
+            R=adapters.rank, BM=m, BN=n, BK=k,
+            GROUP=columns_at_a_time(cdiv(outputs, n), n * width, x.element_size()), TRANSPOSED=is_transposed,
             num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
