@@ -67,12 +67,14 @@ def rstd_of(squares_ptr, row, mask, ROWS, D: tl.constexpr, EPS: tl.constexpr, BL
 
 
 @triton.jit
-def norm_rotate(left, right, cos, sin, gain, HEAD: tl.constexpr, EPS: tl.constexpr, IS_EXACT: tl.constexpr):
+def norm_rotate(left, right, cos, sin, gain, eps, HEAD: tl.constexpr, IS_EXACT: tl.constexpr):
     """Heads [M, heads, HEAD/2] twice, normed, rotated and times `gain` [heads]; and 1 / rms of each [M, heads].
+
+    `eps` is one number, or one a row [M, 1].
 
     The approximate rsqrt would be the largest error of fp32: IS_EXACT does without it.
     """
-    square = tl.sum(left * left + right * right, 2) * (1.0 / HEAD) + EPS
+    square = tl.sum(left * left + right * right, 2) * (1.0 / HEAD) + eps
     rstd = tl.div_rn(1.0, tl.sqrt_rn(square)) if IS_EXACT else tl.rsqrt(square)
     scale = (rstd * gain[None, :])[:, :, None]
     left, right = rotate(left, right, cos, sin)

@@ -15,7 +15,7 @@ from ..dispatch import aligned, cdiv, padded_rank
 from ..dot import multiply_add
 from ..launch import launched
 from ..rms_norm import EPS
-from ..tile import rstd_of, tiled
+from ..tile import added, tiled
 from .adapters import adapters_of, empty_packed
 from .heads import HeadTables, gains, heads_at_once, norm_rotate_by_quarters, norm_rotate_whole
 from .tiles import (
@@ -192,14 +192,16 @@ def _forward_kernel(
                     gain_1 = gains(gain_ptr, head + HEADS, queries, HEADS)
                     gain_2 = gains(gain_ptr, head + 2 * HEADS, queries, HEADS)
                     gain_3 = gains(gain_ptr, head + 3 * HEADS, queries, HEADS)
-            if squares_ptr is not None:
-                norm = rstd_of(squares_ptr, token, mask, ROWS, D, EPS, BLOCKS)
-                tl.store(norm_ptr + token, norm, mask & (p == 0) & (n == 0))
             # R rows of A were wanted and RP loaded: those past R belong to the next projection
             inner = tl.where((r < R)[None, :], xa, 0.0).to(DTYPE)
             acc = multiply_add(inner, lora_b.T, acc)
+            square = None
             if squares_ptr is not None:
-                acc *= norm[:, None]
+                square = added(squares_ptr, token, mask, ROWS, BLOCKS) * (1.0 / D) + EPS
+                norm = tl.div_rn(1.0, tl.sqrt_rn(square))
+                tl.store(norm_ptr + token, norm, mask & (p == 0) & (n == 0))
+                if cos_ptr is None:
+                    acc *= norm[:, None]
             if u_ptr is not None:
                 tl.store(u_ptr + token[:, None] * N + row_n, acc.to(DTYPE), mask[:, None] & (row_n < N)[None, :])
             if STEPS < 8:
@@ -216,13 +218,15 @@ def _forward_kernel(
                     if HEADS * HEAD < BN:
                         y0, y1, y2, y3, y4, y5, y6, y7 = norm_rotate_by_quarters(
                             acc, cos, sin, gain_0, gain_1, gain_2, gain_3, rstd_rows, mask, head, heads,
-                            BM, BN, HEAD, EPS, DTYPE,
+                            square, BM, BN, HEAD, EPS, DTYPE,
                         )  # fmt: skip
                     else:
                         y0, y1, y2, y3, y4, y5, y6, y7 = norm_rotate_whole(
-                            acc, cos, sin, gain_0, rstd_rows, mask, head, heads, BM, BN, HEAD, EPS, DTYPE
+                            acc, cos, sin, gain_0, rstd_rows, mask, head, heads, square, BM, BN, HEAD, EPS, DTYPE
                         )
                 else:
+                    if squares_ptr is not None:
+                        acc *= norm[:, None]
                     y0, y1, y2, y3, y4, y5, y6, y7 = eighths(acc.to(DTYPE), BM, BN)
             elif not SQUARED:
                 y0, y1, y2, y3, y4, y5, y6, y7 = eighths(acc.to(DTYPE), BM, BN)

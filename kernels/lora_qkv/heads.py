@@ -39,16 +39,24 @@ def gains(gain_ptr, head, count, HEADS: tl.constexpr):
 
 @triton.jit
 def _norm_rotate(
-    tile, cos, sin, gain, M: tl.constexpr, N: tl.constexpr, HEAD: tl.constexpr, EPS: tl.constexpr, dtype: tl.constexpr
-):
+    tile, cos, sin, gain, square, M: tl.constexpr, N: tl.constexpr, HEAD: tl.constexpr, EPS: tl.constexpr,
+    dtype: tl.constexpr,
+):  # fmt: skip
     """The heads in `tile` [M, N] normed, rotated, times `gain` and rounded, as two halves; and 1 / rms of each.
 
+    `square` [M] is mean(x^2) + eps of an unnormed row x that the heads are products of, or None. Their norm takes the
+    division by its root away, but for eps, which is in the row's own measure: 1 / rms is that of the divided heads.
     The two numbers that rotate into each other belong to one lane, and so splitting and joining moves nothing. A single
     head is not joined all the same: 850 instructions fewer at 4 heads a tile, and no spills.
     """
     HEADS: tl.constexpr = N // HEAD
     left, right = tl.split(tile.reshape(M, HEADS, 2, HEAD // 2).permute(0, 1, 3, 2))
-    left, right, rstd = norm_rotate(left, right, cos[:, None, :], sin[:, None, :], gain, HEAD, EPS, dtype == tl.float32)
+    eps = EPS
+    if square is not None:
+        eps = square[:, None] * EPS
+    left, right, rstd = norm_rotate(left, right, cos[:, None, :], sin[:, None, :], gain, eps, HEAD, dtype == tl.float32)
+    if square is not None:
+        rstd *= tl.sqrt_rn(square)[:, None]
     rotated_left, rotated_right = left.to(dtype), right.to(dtype)
     if HEADS == 1:
         first, second = rotated_left.reshape(M, N // 2), rotated_right.reshape(M, N // 2)
@@ -60,11 +68,11 @@ def _norm_rotate(
 
 @triton.jit
 def norm_rotate_whole(
-    tile, cos, sin, gain, rstd_ptr, mask, head, count, M: tl.constexpr, N: tl.constexpr, HEAD: tl.constexpr,
+    tile, cos, sin, gain, rstd_ptr, mask, head, count, square, M: tl.constexpr, N: tl.constexpr, HEAD: tl.constexpr,
     EPS: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
     """The PIECES of the rotated tile, whose heads are those from `head` on. Stores 1 / rms of them."""
-    left, right, rstd = _norm_rotate(tile, cos, sin, gain, M, N, HEAD, EPS, dtype)
+    left, right, rstd = _norm_rotate(tile, cos, sin, gain, square, M, N, HEAD, EPS, dtype)
     _store_rstd(rstd_ptr, rstd, mask, head, count, N // HEAD)
     a, b = halves(left, M, N // 2)
     c, d = halves(right, M, N // 2)
@@ -77,8 +85,8 @@ def norm_rotate_whole(
 
 @triton.jit
 def norm_rotate_by_quarters(
-    tile, cos, sin, gain_0, gain_1, gain_2, gain_3, rstd_ptr, mask, head, count, M: tl.constexpr, N: tl.constexpr,
-    HEAD: tl.constexpr, EPS: tl.constexpr, dtype: tl.constexpr,
+    tile, cos, sin, gain_0, gain_1, gain_2, gain_3, rstd_ptr, mask, head, count, square, M: tl.constexpr,
+    N: tl.constexpr, HEAD: tl.constexpr, EPS: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
     """As :func:`norm_rotate_whole`, a quarter of the tile after the other: registers for one of them are enough."""
     Q: tl.constexpr = N // 4
@@ -86,13 +94,13 @@ def norm_rotate_by_quarters(
     left, right = halves(tile, M, N)
     z0, z1 = halves(left, M, N // 2)
     z2, z3 = halves(right, M, N // 2)
-    y0, y1, rstd = _norm_rotate(z0, cos, sin, gain_0, M, Q, HEAD, EPS, dtype)
+    y0, y1, rstd = _norm_rotate(z0, cos, sin, gain_0, square, M, Q, HEAD, EPS, dtype)
     _store_rstd(rstd_ptr, rstd, mask, head, count, HEADS)
-    y2, y3, rstd = _norm_rotate(z1, cos, sin, gain_1, M, Q, HEAD, EPS, dtype)
+    y2, y3, rstd = _norm_rotate(z1, cos, sin, gain_1, square, M, Q, HEAD, EPS, dtype)
     _store_rstd(rstd_ptr, rstd, mask, head + HEADS, count, HEADS)
-    y4, y5, rstd = _norm_rotate(z2, cos, sin, gain_2, M, Q, HEAD, EPS, dtype)
+    y4, y5, rstd = _norm_rotate(z2, cos, sin, gain_2, square, M, Q, HEAD, EPS, dtype)
     _store_rstd(rstd_ptr, rstd, mask, head + 2 * HEADS, count, HEADS)
-    y6, y7, rstd = _norm_rotate(z3, cos, sin, gain_3, M, Q, HEAD, EPS, dtype)
+    y6, y7, rstd = _norm_rotate(z3, cos, sin, gain_3, square, M, Q, HEAD, EPS, dtype)
     _store_rstd(rstd_ptr, rstd, mask, head + 3 * HEADS, count, HEADS)
     return y0, y1, y2, y3, y4, y5, y6, y7
 
