@@ -2,13 +2,11 @@
 
 import dataclasses
 import functools
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 from conftest import SMALL, randomized
+from hopper import compiled_for_hopper
 from klora.bench.tolerance import assert_as_exact
 from klora.kernels import (
     lora_attention,
@@ -318,18 +316,12 @@ def test_it_is_traced_whole_with_the_attention_behind_it(adapted):
 COMPILED_FOR_HOPPER = """
 import os, subprocess, tempfile
 import torch, triton
-from klora.kernels import dispatch, lora_attention, qkv_attention, residual_mlp_norm, rotary_tables
+from hopper import pretend
+from klora.kernels import lora_attention, qkv_attention, residual_mlp_norm, rotary_tables
 from klora.kernels.linear import product
 from klora.kernels.precompile import recorded
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
 
-class NoGPU:  # as much of a driver as compiling asks of it
-    get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
-    get_current_device = staticmethod(lambda: 0)
-    get_current_stream = staticmethod(lambda device: 0)
-
-driver._active, dispatch.INTERPRETED = NoGPU(), True
+pretend()
 CUOBJDUMP = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
 
 def leaf(*size, dtype=torch.bfloat16):
@@ -387,10 +379,7 @@ for in_turns in (False, True):
 @pytest.mark.slow
 def test_it_compiles_for_hopper_and_spills_nothing():
     """In a process where Triton is itself."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-c", COMPILED_FOR_HOPPER], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    found = {line.strip() for line in done.stdout.splitlines()}
+    found = {line.strip() for line in compiled_for_hopper(COMPILED_FOR_HOPPER).splitlines()}
     assert {f"{name} {kind}" for name in ("_product_kernel", "_product") for kind in ("boundary", "heads")} <= found
 
 
