@@ -56,7 +56,7 @@ class Muon(torch.optim.Optimizer):
     If mu m + g of any matrix has an entry that is not finite, the whole step is skipped: no weight and no momentum
     changes, and nothing decays. `skipped_steps` counts them.
 
-    Parameters may be DTensors placed Shard(0) or Replicate() on one mesh of one dimension: call FSDP2's fully_shard(model)
+    Parameters may be DTensors placed Shard(0) or Replicate() on one mesh of one dimension: fully_shard(model) of FSDP2
     first, then Muon as ever. Momentum lies as they do, and each rank orthogonalises its share of the sharded ones.
 
     Parameters may be of several dtypes. One without gradient rests, one without entries too. A state_dict of

@@ -200,6 +200,7 @@ def a_state_dict_goes_on_to_the_bit_and_moves_between_layouts(mesh):
     whole = train(plain, other, 2)
     train(params, optimizer, 2)
     state = copy.deepcopy(optimizer.state_dict())
+    assert same(train(*copy.deepcopy((params, optimizer)), 1, first=3), through)
     assert all(isinstance(one["momentum"], DTensor) for one in state["state"].values())
     resumed = Muon(params, 0.5)
     resumed.load_state_dict(state)

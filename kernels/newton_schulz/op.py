@@ -361,12 +361,12 @@ def muon_apply_(
 
     So a skipped step of :func:`muon_updates` changes nothing. `parameters` and `updates` are lists of matrices [m, n],
     of one float dtype each. `lr` and `weight_decay` are numbers or scalar tensors. `scale` is 'original', sqrt(max(1, m
-    / n)), or 'match_rms_adamw', 0.2 sqrt(max(m, n)). Of parameters that are some rows of larger matrices, `rows` are the
-    m of those. Parameters may require gradients; none is recorded.
+    / n)), or 'match_rms_adamw', 0.2 sqrt(max(m, n)). Parameters may require gradients; none is recorded. `rows` are the
+    m of larger matrices of which the parameters are some rows; None: they are whole.
 
     `backend` is "reference" or "triton"; None takes the kernel on a GPU (Hopper), but for float64.
     ValueError: what is no matrix [m, n] of floating point, lists of several dtypes or devices or of different shapes,
-    parameters that share memory, another scale.
+    parameters that share memory, another scale, fewer `rows` than a parameter has.
 
     Example: muon_apply_(parameters, updates, lr=0.02, weight_decay=0.01)
     """
