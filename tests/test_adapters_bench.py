@@ -158,10 +158,11 @@ class Coarse(Klora):
         return self.right
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("row", "is_right"), [(ROWS["klora-int6"], True), (ROWS["klora"], True),
                                                (Row(Coarse, is_ours=True), False)])  # fmt: skip
 def test_in_bf16_right_arithmetic_is_allowed_and_a_scale_that_lost_a_bit_is_not(module, row, is_right):
-    """Whichever the weights and tokens: of one batch of tokens, right arithmetic was red in one of four."""
+    """Of one batch of tokens, right arithmetic was red in one of four."""
     of_bf16 = work(copy.deepcopy(module).to(torch.bfloat16), dtype=torch.bfloat16)
     errors = gate(of_bf16, row, "six bits")
     assert errors["float32"]["error"] <= errors["float32"]["allowed"]
