@@ -301,9 +301,10 @@ def expect(
 
     A number in `shape` has to be met, a name stands for any size, "..." in front for any dimensions: ("...", "D").
     """
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} is {tensor!r}; wanted a tensor, {_wanted(shape, dtypes, device)}")
-    expect_plain(name, tensor)
+    if type(tensor) is not Tensor and type(tensor) is not Parameter:
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} is {tensor!r}; wanted a tensor, {_wanted(shape, dtypes, device)}")
+        expect_plain(name, tensor)
     is_there = device is None or tensor.device == device
     if is_there and (not dtypes or tensor.dtype in dtypes) and _fits(tensor.shape, shape):
         return

@@ -119,18 +119,15 @@ class Rows:
 
     def __init__(self, muon: "Muon", group: Group, parameters: list[DTensor]):
         self.muon, self.group, self.parameters = muon, group, parameters
-        gradients, self.momenta = _gradients(parameters), _momenta(muon, parameters)
-        device = gradients[0].device
+        self.momenta = _momenta(muon, parameters)
+        g, m, device = _flat(_gradients(parameters)), _flat(self.momenta), self.momenta[0].device
         rate = checked_rate("momentum", group["momentum"], device)
-        self.advanced = torch._foreach_mul(self.momenta, rate)
-        torch._foreach_add_(self.advanced, gradients)
-        given = self.advanced
+        g = g.to(m.dtype)
+        self.advanced = given = rate * m + g
         if group["nesterov"]:
-            wide = [g.to(m.dtype) for g, m in zip(gradients, self.momenta, strict=True)]
-            given = torch._foreach_mul(self.advanced, rate / (1.0 + rate))
-            torch._foreach_add_(given, torch._foreach_mul(wide, 1.0 / (1.0 + rate)))
+            given = (rate / (1.0 + rate)) * self.advanced + (1.0 / (1.0 + rate)) * g
         self.exchange = Exchange([p.shape for p in parameters], parameters[0].device_mesh)
-        owned = self.exchange.to_owners(given)
+        owned = self.exchange.to_owners(_as_parts(given, self.momenta))
         self.directions = _directions(muon, group, owned, list(map(torch.zeros_like, owned))) if owned else None
         self.finite = self.directions.finite if owned else torch.ones((), dtype=torch.int32, device=device)
 
@@ -140,8 +137,8 @@ class Rows:
         wire = torch.float16 if finite.is_cuda and dtype != torch.float64 else dtype
         updates = self.directions.updates(finite) if self.directions else []
         updates = self.exchange.to_rows(updates, wire, finite.device)
-        for m, new in zip(self.momenta, self.advanced, strict=True):
-            m.copy_(torch.where(finite > 0, new, m))
+        momenta = torch.where(finite > 0, self.advanced, _flat(self.momenta))
+        torch._foreach_copy_(self.momenta, _as_parts(momenta, self.momenta))
         _apply(self.muon, self.group, self.parameters, updates)
 
 
@@ -197,9 +194,10 @@ def _all_to_all(
     sent, received = (torch.empty(sum(map(_count, some)), dtype=dtype, device=device) for some in (sizes, shapes))
     flat = [part for some in parts for part in some]
     if flat:
-        torch._foreach_copy_([place for some in _views(sent, sizes) for place in some], flat)
+        torch._foreach_copy_(_as_parts(sent, flat), flat)
     dist.all_to_all_single(received, sent, list(map(_count, shapes)), list(map(_count, sizes)), group=group)
-    return _views(received, shapes)
+    views = iter(_views(received, [shape for some in shapes for shape in some]))
+    return [[next(views) for _ in some] for some in shapes]
 
 
 def _count(shapes: Iterable[Sequence[int]]) -> int:
@@ -207,11 +205,19 @@ def _count(shapes: Iterable[Sequence[int]]) -> int:
     return sum(rows * columns for rows, columns in shapes)
 
 
-def _views(buffer: Tensor, shapes: Sequence[Sequence[Sequence[int]]]) -> list[list[Tensor]]:
+def _views(buffer: Tensor, shapes: Sequence[Sequence[int]]) -> list[Tensor]:
     """Matrices of these shapes, one after the other in `buffer`."""
-    flat = [shape for some in shapes for shape in some]
-    views = (part.view(shape) for part, shape in zip(buffer.split([_count([s]) for s in flat]), flat, strict=True))
-    return [[next(views) for _ in some] for some in shapes]
+    return [part.view(*shape) for part, shape in zip(buffer.split([_count([s]) for s in shapes]), shapes, strict=True)]
+
+
+def _flat(tensors: Sequence[Tensor]) -> Tensor:
+    """Their entries, one after the other."""
+    return torch.cat([tensor.flatten() for tensor in tensors])
+
+
+def _as_parts(buffer: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """What :func:`_flat` of such tensors holds of each."""
+    return _views(buffer, [tensor.shape for tensor in tensors])
 
 
 def _gradients(parameters: Sequence[DTensor]) -> list[Tensor]:
