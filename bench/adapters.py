@@ -17,8 +17,9 @@ of its own, on all seven linears of a block. The base is bf16 and frozen, the ad
 
 All rows have the same adapters, tokens and loss, and attention by PyTorch's causal kernels, without masks. Nothing is
 dropped out. First the gate: for a cut of the model, in fp32, the gradients of every adapter, B not zero, against those
-of the stacked adapters in float64 (bench/tolerance.py). Rows are timed one after another, each on a model of its own
-that is freed after it. A step that runs out of memory is tried again in 2, 4, ... `parts`, one after the other.
+of the stacked adapters in float64 (bench/tolerance.py), of several batches of tokens. Rows are timed one after another,
+each on a model of its own that is freed after it. A step that runs out of memory is tried again in 2, 4, ... `parts`,
+one after the other.
 """
 
 import gc
@@ -61,6 +62,13 @@ LEAST, MOST = 4, 64
 """Of mixed ranks."""
 
 GATE = {"layers": 2, "batch": 3, "tokens": 64}
+DRAWS = {torch.float32: 4, torch.bfloat16: 32, torch.float16: 32}
+"""Batches of random tokens whose gradients the gate takes as one sample. The numbers of one gradient are no independent
+roundings: an adapter's A has thousands, and what is wrong with them comes from some tokens times ranks. So of one batch
+in bf16 the error of right arithmetic is 0.97 of PyTorch's, give or take 0.15, as if 50 numbers were compared: one batch
+in four was red for nothing. Of 32 it is 0.96, give or take 0.03, and of scales or weights that lose one bit 1.12, give
+or take 0.04. Over 20 models the worst adapter has 0.86 to 0.97 of what is allowed, with scales that lose a bit 1.03 to
+1.19 (six bits and dense, 64 wide, 12 tokens, by a CPU's bf16). In fp32 the floor is wider, and four do."""
 
 FASTER = {"peft-one-by-one": 4.0, "peft-one-by-one, set_adapter left out": 4.0, "peft-mixed-batch": 3.0}
 FASTER |= {"compiled-bmm": 1.5}
@@ -102,17 +110,17 @@ ROWS = {
 
 
 def gate(work: Work, row: Row, name: str) -> dict[str, Any]:
-    """Of a cut of `work`: the worst error of an adapter's gradient for A or B, in fp32 and, of ours, in its dtype.
+    """Of a cut of `work`: the worst error of an adapter's gradient for A or B, in fp32 and, of ours, in its dtype; the
+    worst is the nearest to what is allowed.
 
     RedGate: one in fp32 is larger than the rule allows.
     """
     cut, found = work.cut(**GATE), {}
     for dtype in dict.fromkeys((torch.float32, work.dtype if row.is_ours else torch.float32)):
         trainer = row.build(replace(cut, dtype=dtype))
-        ours = _gradients(trainer)
         of_base = replace(cut, module=trainer.dense(), dtype=dtype)
-        plain = _gradients(Stacked(of_base))
-        exact = _gradients(Stacked(replace(of_base, dtype=torch.float64), has_masks=True))
+        truth = Stacked(replace(of_base, dtype=torch.float64), has_masks=True)
+        ours, plain, exact = (_sample(one, DRAWS[dtype]) for one in (trainer, Stacked(of_base), truth))
         worst: dict[str, Any] = {}
         for part, sizes in exact.items():
             eager, error = (relative_error(gradients[part], sizes) for gradients in (plain, ours))
@@ -120,10 +128,21 @@ def gate(work: Work, row: Row, name: str) -> dict[str, Any]:
             if dtype == torch.float32 and not error <= allowed:
                 says = f"{name}: the gradient of {part} is {error:.2e} from float64; allowed: {allowed:.2e}"
                 raise RedGate(f"{says}. No speed is reported.")
-            if not worst or error > worst["error"]:
+            if not worst or error * worst["allowed"] > worst["error"] * allowed:
                 worst = {"error": error, "eager": eager, "allowed": allowed, "of": part}
         found[str(dtype).removeprefix("torch.")] = worst
     return found
+
+
+def _sample(trainer: Trainer, draws: int) -> dict[str, Tensor]:
+    """The gradients of so many batches of random tokens, one after the other; the same tokens for every trainer."""
+    tokens, vocabulary = trainer.work.tokens, trainer.work.module.get_input_embeddings().num_embeddings
+    draw, each = torch.Generator().manual_seed(0), []
+    for _ in range(draws):
+        trainer.work = replace(trainer.work, tokens=torch.randint(vocabulary, tokens.shape, generator=draw).to(tokens))
+        each.append(_gradients(trainer))
+        trainer.forget()
+    return {part: torch.cat([one[part] for one in each]) for part in each[0]}
 
 
 def _gradients(trainer: Trainer) -> dict[str, Tensor]:

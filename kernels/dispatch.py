@@ -9,6 +9,7 @@ No Triton is imported here: references and packages without kernels may import i
 import functools
 import inspect
 import os
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any, NoReturn
@@ -300,14 +301,34 @@ def expect(
 
     A number in `shape` has to be met, a name stands for any size, "..." in front for any dimensions: ("...", "D").
     """
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} is {tensor!r}; wanted a tensor, {_wanted(shape, dtypes, device)}")
+    if type(tensor) is not Tensor and type(tensor) is not Parameter:
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} is {tensor!r}; wanted a tensor, {_wanted(shape, dtypes, device)}")
+        expect_plain(name, tensor)
     is_there = device is None or tensor.device == device
     if is_there and (not dtypes or tensor.dtype in dtypes) and _fits(tensor.shape, shape):
         return
     place = "" if is_there else f" on {tensor.device}"
     wanted = _wanted(shape, dtypes, None if is_there else device)
     raise ValueError(f"{name} is {describe(tensor)}{place}; wanted {wanted}")
+
+
+def expect_plain(name: str, *tensors: Tensor) -> None:
+    """ValueError for a DTensor: a kernel has one GPU's memory, and what a reference makes of shards is not its."""
+    for tensor in tensors:
+        kind = type(tensor)
+        if kind is not Tensor and kind is not Parameter and is_dtensor(tensor):
+            raise ValueError(
+                f"DTensor was given for `{name}`, {describe(tensor)} placed {tuple(tensor.placements)}; allowed: plain "
+                f"tensors; give {name}.to_local(), this rank's part, or {name}.full_tensor(). Under fully_shard call "
+                "the op in a module's forward: parameters are plain there"
+            )
+
+
+def is_dtensor(tensor: Any) -> bool:
+    """Whether this is a torch.distributed.tensor.DTensor. Who has none never imports that package, nor does this."""
+    package = sys.modules.get("torch.distributed.tensor")
+    return package is not None and isinstance(tensor, package.DTensor)
 
 
 def _fits(given: torch.Size, shape: Sequence[int | str]) -> bool:

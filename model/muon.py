@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..kernels.dispatch import is_dtensor
 from ..kernels.newton_schulz import (
     EPS,
     MuonDirections,
@@ -54,6 +55,9 @@ class Muon(torch.optim.Optimizer):
 
     If mu m + g of any matrix has an entry that is not finite, the whole step is skipped: no weight and no momentum
     changes, and nothing decays. `skipped_steps` counts them.
+
+    Parameters may be DTensors placed Shard(0) or Replicate() on one mesh of one dimension: fully_shard(model) of FSDP2
+    first, then Muon as ever. Momentum lies as they do, and each rank orthogonalises its share of the sharded ones.
 
     Parameters may be of several dtypes. One without gradient rests, one without entries too. A state_dict of
     torch.optim.Muon loads; :meth:`torch_state_dict` is for the way back. A deepcopy has the same process group; an
@@ -115,7 +119,7 @@ class Muon(torch.optim.Optimizer):
         try:
             _check_settings(group, given)
             _check_parameters(group["params"])
-            check_apart([p for one in self.param_groups for p in one["params"]])
+            check_apart(self._parts([p for one in self.param_groups for p in one["params"]]))
         except ValueError:
             self.param_groups.pop()
             raise
@@ -129,7 +133,11 @@ class Muon(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         batches = self._batches()
-        if batches:
+        if batches and is_dtensor(batches[0][1][0]):
+            from .muon_dtensor import step_dtensors
+
+            step_dtensors(self, batches)
+        elif batches:
             (self._step if self.process_group is None else self._step_sharded)(batches)
         return loss
 
@@ -148,6 +156,10 @@ class Muon(torch.optim.Optimizer):
         for number, parameter in zip(numbers, parameters, strict=True):
             if number in state_dict["state"]:
                 momentum = state_dict["state"][number]["momentum"]
+                if is_dtensor(parameter) or is_dtensor(momentum):
+                    from .muon_dtensor import placed_as
+
+                    momentum = placed_as(momentum, parameter)
                 self.state[parameter]["momentum"] = momentum.to(parameter.device, _momentum_dtype(parameter), copy=True)
 
     def torch_state_dict(self) -> dict[str, Any]:
@@ -212,6 +224,14 @@ class Muon(torch.optim.Optimizer):
             skipped = groups[0].get("skipped_steps", 0)
             groups[0]["skipped_steps"] = torch.tensor(int(skipped), dtype=torch.int64)
         return {**state_dict, "state": state, "param_groups": groups}
+
+    def _parts(self, parameters: list[Tensor]) -> list[Tensor]:
+        """What this rank has of the parameters: all of them, where none is a DTensor."""
+        if not any(map(is_dtensor, parameters)):
+            return parameters
+        from .muon_dtensor import local_parts
+
+        return local_parts(parameters, self.process_group)
 
     def _batches(self) -> list[tuple[dict[str, Any], list[Tensor]]]:
         """The parameters to be updated, with their group; those of a batch are of one kind."""

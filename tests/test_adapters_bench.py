@@ -140,6 +140,46 @@ def test_six_bits_are_compared_with_the_weights_that_they_hold(module):
     assert sum(not torch.equal(ours, own) for ours, own in pairs) == 7 * 3
 
 
+class Coarse(Klora):
+    """In bf16, six-bit weights whose scales have lost digits: `bits` of 11 are left."""
+
+    bits = 7
+
+    def __init__(self, work):
+        super().__init__(work, base="int6")
+        self.right = super().dense()
+        if work.dtype == torch.bfloat16:
+            for place in self.lora.pool.places:
+                mantissa, exponent = torch.frexp(self.module.get_submodule(place.name).scale)
+                rounded = torch.ldexp((mantissa * 2**self.bits).round() / 2**self.bits, exponent)
+                self.module.get_submodule(place.name).scale.copy_(rounded)
+
+    def dense(self):
+        return self.right
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("row", "is_right"), [(ROWS["klora-int6"], True), (ROWS["klora"], True),
+                                               (Row(Coarse, is_ours=True), False)])  # fmt: skip
+def test_in_bf16_right_arithmetic_is_allowed_and_a_scale_that_lost_a_bit_is_not(module, row, is_right):
+    """Of one batch of tokens, right arithmetic was red in one of four."""
+    of_bf16 = work(copy.deepcopy(module).to(torch.bfloat16), dtype=torch.bfloat16)
+    errors = gate(of_bf16, row, "six bits")
+    assert errors["float32"]["error"] <= errors["float32"]["allowed"]
+    assert (errors["bfloat16"]["error"] <= errors["bfloat16"]["allowed"]) == is_right
+
+
+def test_the_gate_compares_several_batches_of_tokens_that_are_the_same_for_all(module):
+    given = work(module)
+    one, other = (trainers.Stacked(given), ROWS["klora"].build(given))
+    ours, theirs = (adapters._sample(trainer, 3) for trainer in (one, other))
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+    of_one = adapters._sample(trainers.Stacked(given), 1)
+    for part, first in of_one.items():
+        assert ours[part].shape == (3 * first.numel(),) and torch.equal(ours[part][: first.numel()], first)
+        assert not torch.allclose(ours[part][first.numel() : 2 * first.numel()], first, rtol=0.1)
+
+
 @pytest.mark.parametrize("name", ROWS)
 def test_parts_of_a_batch_give_the_gradients_of_the_whole(name, module):
     pytest.importorskip("peft", reason="pip install -e '.[test]' brings peft")

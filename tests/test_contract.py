@@ -6,9 +6,11 @@ One table holds a small call of each op. The reference is the other side of each
 import inspect
 import math
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +18,7 @@ from typing import Any, NamedTuple
 import klora.kernels
 import pytest
 import torch
+import torch.distributed as dist
 from klora.bench.tolerance import assert_as_exact, relative_error
 from klora.kernels import (
     apply_rotary,
@@ -59,6 +62,8 @@ from klora.kernels import (
 )
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -619,6 +624,51 @@ def test_the_kernel_on_cpu_tensors_is_refused_by_name(name, monkeypatch):
         EVERY_OP[name](backend="triton")
     with pytest.raises(ValueError, match="backend is 'cuda'; allowed: None, 'reference', 'triton'"):
         EVERY_OP[name](backend="cuda")
+
+
+@pytest.fixture(scope="module")
+def as_dtensor():
+    """Makes a DTensor of a tensor, a list of one: on a mesh of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    mesh = init_device_mesh("cpu", (1,))
+    yield partial(tree_map_only, Tensor, lambda tensor: distribute_tensor(tensor, mesh, [Shard(0)]))
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", EVERY_OP)
+def test_a_dtensor_is_refused_by_the_name_of_its_argument(name, backend, as_dtensor):
+    """Each tensor alone, and no op runs: what it would write stays as it is."""
+    call = EVERY_OP[name]
+    if isinstance(call, partial):
+        function = call.func
+        given = dict(inspect.signature(function).bind_partial(*call.args, **call.keywords).arguments)
+    else:
+        function, given = call.function, {**call.floats, **call.more}
+    tensors = [key for key, value in given.items() if any(isinstance(leaf, Tensor) for leaf in tree_leaves(value))]
+    assert tensors
+    for key in tensors:
+        said = "slots|cache_slots" if key == "slots" else key
+        wanted = rf"DTensor was given for `({said})`.*allowed: plain tensors; give ({said})\.to_local\(\).*full_tensor"
+        with pytest.raises(ValueError, match=wanted):
+            function(**{**given, key: as_dtensor(given[key])}, backend=backend)
+
+
+def test_a_dtensor_is_refused_where_weights_are_packed_and_in_lists(as_dtensor):
+    weight, x = torch.rand(48, 64), torch.rand(2, 5, 64)
+    matrix, pools = quantize_int6(weight), ([torch.rand(2, 3, 64)] * 2, [torch.rand(2, 48, 3)] * 2)
+    calls = {
+        "weight": lambda: quantize_int6(as_dtensor(weight)),
+        "second_moment": lambda: quantize_int6(weight, second_moment=as_dtensor(torch.rand(64))),
+        "codes": lambda: klora.kernels.pack_int6(as_dtensor(matrix.codes())),
+        "packed": lambda: klora.kernels.unpack_int6(as_dtensor(matrix.packed), matrix.shape),
+        "weight.scale": lambda: int6_linear(x, replace(matrix, scale=as_dtensor(matrix.scale))),
+        "weight[1]": lambda: lora_linear(x, [weight, as_dtensor(weight)], *pools),
+        "v": lambda: klora.kernels.auto_attention(*torch.rand(2, 2, 5, 2, 16), as_dtensor(torch.rand(2, 5, 2, 16))),
+    }
+    for name, call in calls.items():
+        with pytest.raises(ValueError, match=rf"DTensor was given for `{re.escape(name)}`"):
+            call()
 
 
 @pytest.mark.slow

@@ -135,8 +135,9 @@ def test_every_way_is_reached_by_shape():
         weight = torch.empty(N, K, dtype=dtype, device="meta")
         return plan([weight] * projections, length, rank, dropout)
 
-    assert way(512, 512) == way(2048, 2048) == way(512, 2048, 16) == way(1024, 512, 32) == way(512, 512, 64) == "joint"
-    assert way(2064, 2048) == way(2048, 1024, 32) == way(1024, 512, 64) == way(4096, 4096) == "after"
+    assert way(512, 512) == way(1024, 1024) == way(1024, 512, 32) == way(512, 512, 64) == "joint"
+    assert way(1040, 1024) == way(2048, 2048) == way(512, 2048, 16) == way(1024, 512, 64) == way(4096, 4096) == "after"
+    assert way(2048, 2048, length=63) == way(2048, 2048, dtype=torch.float32) == "joint"  # where `added` is left
     assert way(24, 40) == way(512, 512, projections=3) == way(512, 512, dropout=True) == way(512, 512, 200) == "after"
     assert way(4096, 4096, dtype=torch.float32) == way(20, 40) == way(4096, 4096, length=63) == "added"
     assert plan([None], 1024, 8, False) == "added" and way(512, 512, length=1) == "joint"
@@ -421,6 +422,7 @@ class TestOnTheGPU:
             {"sizes": (1000,), "K": 520, "R": 200, "ranks": (1, 5, 200, 64, 70, 0)},
             {"sizes": (4096,), "K": 2048},
             {"sizes": (2048,), "K": 4224},
+            {"sizes": (2048,), "K": 2048, "R": 16, "ranks": (1, 5, 16, 9, 7, 0)},
             {"sizes": (1024, 256, 256), "K": 1024, "rate": 0.1},
             {"sizes": (40,), "K": 24, "rate": 0.3},
             {"sizes": (1000, 8), "K": 1024, "R": 256, "ranks": (1, 250, 256, 64, 40, 0)},

@@ -399,6 +399,19 @@ def test_batches_of_no_matrices_and_empty_lists(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("scale", ["original", "match_rms_adamw"])
+def test_rows_of_a_matrix_are_applied_as_in_the_whole(scale, backend):
+    whole, update = torch.randn(30, 8), torch.randn(30, 8)
+    parts = [whole[:7].clone(), whole[7:].clone()]
+    muon_apply_([whole], [update], 0.1, 0.5, scale, backend)
+    muon_apply_(parts, [update[:7], update[7:]], 0.1, 0.5, scale, backend, rows=[30, 30])
+    assert torch.equal(torch.cat(parts), whole)
+    for rows in ([30], [30, 7]):
+        with pytest.raises(ValueError, match=r"rows are \[30.*for each of 2 parameters its own rows or more"):
+            muon_apply_(parts, [update[:7], update[7:]], 0.1, 0.5, scale, backend, rows=rows)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_one_entry_that_is_not_finite_skips_the_call(backend):
     gradients, momenta, weights = ([torch.randn(8, 12), torch.randn(70, 9)] for _ in range(3))
     for bad in (math.nan, math.inf, -math.inf):
@@ -504,7 +517,7 @@ def test_the_operators_pass_opcheck():
     torch.library.opcheck(op.muon_norms, (*about, torch.float32, *norms))
     op.muon_norms(*about, torch.float32, *norms)
     torch.library.opcheck(op.muon_updates, (*about, *norms, torch.zeros((), dtype=torch.int64), result[:128]))
-    torch.library.opcheck(op.muon_apply, ([tall], [torch.randn_like(tall)], 0.1, 0.0, None, None, "original"))
+    torch.library.opcheck(op.muon_apply, ([tall], [torch.randn_like(tall)], 0.1, 0.0, None, None, "original", [30]))
 
 
 def test_it_compiles_whole():

@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..dispatch import expect_plain
 from .reference import (
     CODE_MAX,
     GROUP_SIZES,
@@ -66,6 +67,7 @@ def pack_int6(codes: Tensor) -> Tensor:
 
     Example: packed = pack_int6(codes)
     """
+    expect_plain("codes", codes)
     if codes.dtype != torch.int8 or codes.dim() != 2 or 0 in codes.shape:
         raise ValueError(f"codes are {codes.dtype} {list(codes.shape)}; packing takes int8 [N, K], neither of them 0")
     outside = (codes < -CODE_MAX) | (codes > CODE_MAX)
@@ -90,6 +92,7 @@ def unpack_int6(packed: Tensor, shape: tuple[int, int]) -> Tensor:
 
     Example: codes = unpack_int6(pack_int6(codes), (128, 64))
     """
+    expect_plain("packed", packed)
     wanted = packed_shape(*shape)
     if packed.dtype != torch.int32 or tuple(packed.shape) != wanted:
         found = f"{packed.dtype} {list(packed.shape)}"

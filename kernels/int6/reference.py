@@ -32,6 +32,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..dispatch import expect_plain
+
 CODE_MAX = 31
 """Codes run from -31 to 31; -32 is not used, so that the grid is symmetric."""
 
@@ -87,6 +89,7 @@ def quantize_int6_ref(
 
     Example: codes, scales = quantize_int6_ref(weight, group_size=32)
     """
+    expect_plain("weight", weight)
     if weight.dim() != 2 or weight.numel() == 0:
         raise ValueError(f"weight has shape {list(weight.shape)}; int6 takes [N, K] with N and K at least 1")
     if not weight.is_floating_point():
@@ -149,6 +152,7 @@ def _importance(second_moment: Tensor, weight: Tensor, clip: float | None, group
     """The second moment as fp32 [groups, inputs] on the weight's device, each group with a mean of 1."""
     if clip is not None:
         raise ValueError(f"a second moment is given with clip={clip}; it weights the search: leave the clip None")
+    expect_plain("second_moment", second_moment)
     if tuple(second_moment.shape) != (weight.size(1),):
         raise ValueError(f"second_moment has shape {list(second_moment.shape)}; this weight takes [{weight.size(1)}]")
     importance = second_moment.detach().to(weight.device, torch.float32)

@@ -13,8 +13,11 @@ JOINT = 32_768
 """Ranks times features up to which u is made in the launch of the product. There A costs R / 256 of a product, in every
 tile of 256 outputs, and B at its end another microsecond a tile, 50 / K. In a launch of its own u costs a pass over x,
 187 / N on an H200, 64 / K for a step of ranks, and a launch: about as much at R N = 32,768, by arithmetic for 512 to
-4,096 features. Measured there, at 2,048 of rank 16: joint 1.18 times two products, after 1.27 (before its ranks were
-steps)."""
+4,096 features. Measured there: at 512 features joint is the faster one at every rank to 64, forward and backward."""
+JOINT_FEATURES = 1_024
+"""The most features of a joint launch where `after` is possible. Measured on an H200, 65,536 rows, forward and backward
+in ms, joint / after: at 2,048 features 1.830 / 1.717 at rank 8 and 1.905 / 1.776 at rank 16 (forward alone 0.818 /
+0.815). Between 512 and 2,048 nothing was measured. `added` is no match: at 2,048 1.50 products to the 1.18 of joint."""
 JOINT_RANK = 64
 """The largest of a joint launch: above it no tile of 256 outputs holds the sums."""
 SHORT = 64
@@ -25,18 +28,20 @@ def plan(weights: Sequence[Tensor | None], length: int, rank: int, has_dropout: 
     """The way of all projections of documents of `length` tokens; a weight that is None is at six bits, `rank` is the
     pool's.
 
-    joint     one dense product, without dropout, K and N multiples of 16; rank times the larger of them up to JOINT
+    joint     one dense product, without dropout, K and N multiples of 16; rank times the larger of them up to JOINT,
+              and that up to JOINT_FEATURES unless only `added` is left
     after     dense weights of 16 bits, from SHORT tokens on, K and N multiples of 8
     added     all others
     """
     if any(weight is None for weight in weights):
         return "added"
     sizes = [size for weight in weights for size in weight.shape]
+    takes_after = weights[0].dtype != float32 and not any(size % 8 for size in sizes) and length >= SHORT
     is_small = rank <= JOINT_RANK and padded_rank(rank) * max(sizes) <= JOINT
-    if len(weights) == 1 and not has_dropout and is_small and not any(size % 16 for size in sizes):
+    is_narrow = max(sizes) <= JOINT_FEATURES or not takes_after
+    if len(weights) == 1 and not has_dropout and is_small and is_narrow and not any(size % 16 for size in sizes):
         return "joint"
-    is_dense = weights[0].dtype != float32 and not any(size % 8 for size in sizes)
-    return "after" if is_dense and length >= SHORT else "added"
+    return "after" if takes_after else "added"
 
 
 def dx_way(way: Way, projections: int, has_dropout: bool) -> Way:

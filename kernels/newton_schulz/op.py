@@ -87,8 +87,11 @@ def _layout(
 
 
 @lru_cache(maxsize=256)
-def _targets(layouts: Layouts, pitches: tuple[int, ...], scale: str, device: torch.device) -> tuple[Pieces, Tensor]:
-    scales = torch.tensor([update_scale(size[1], size[2], scale) for size, _ in layouts], dtype=torch.float32)
+def _targets(
+    layouts: Layouts, pitches: tuple[int, ...], rows: tuple[int, ...], scale: str, device: torch.device
+) -> tuple[Pieces, Tensor]:
+    factors = [update_scale(whole, size[2], scale) for whole, (size, _) in zip(rows, layouts, strict=True)]
+    scales = torch.tensor(factors, dtype=torch.float32)
     return pieces_of(layouts, PIECE, pitches, device), scales.to(device)
 
 
@@ -194,10 +197,11 @@ def _muon_apply(
     lr_on_device: Tensor | None,
     weight_decay_on_device: Tensor | None,
     scale: str,
+    rows: list[int],
 ) -> None:
     strides, device = tuple(u.stride(-2) for u in updates), parameters[0].device
     check_device(device)
-    pieces, scales = _lasting(_targets(_layouts(parameters), strides, scale, device), device)
+    pieces, scales = _lasting(_targets(_layouts(parameters), strides, tuple(rows), scale, device), device)
     rates = (lr, weight_decay) if lr_on_device is None else (lr_on_device, weight_decay_on_device)
     apply_updates(parameters, updates, scales, *rates, pieces)
 
@@ -351,16 +355,18 @@ def muon_apply_(
     weight_decay: float | Tensor,
     scale: str = "original",
     backend: str | None = None,
+    rows: Sequence[int] | None = None,
 ) -> None:
     """W <- (1 - lr * decay) W - lr * update_scale * u, in place; an entry stays as it is where u is NaN.
 
     So a skipped step of :func:`muon_updates` changes nothing. `parameters` and `updates` are lists of matrices [m, n],
     of one float dtype each. `lr` and `weight_decay` are numbers or scalar tensors. `scale` is 'original', sqrt(max(1, m
-    / n)), or 'match_rms_adamw', 0.2 sqrt(max(m, n)). Parameters may require gradients; none is recorded.
+    / n)), or 'match_rms_adamw', 0.2 sqrt(max(m, n)). Parameters may require gradients; none is recorded. `rows` are the
+    m of larger matrices of which the parameters are some rows; None: they are whole.
 
     `backend` is "reference" or "triton"; None takes the kernel on a GPU (Hopper), but for float64.
     ValueError: what is no matrix [m, n] of floating point, lists of several dtypes or devices or of different shapes,
-    parameters that share memory, another scale.
+    parameters that share memory, another scale, fewer `rows` than a parameter has.
 
     Example: muon_apply_(parameters, updates, lr=0.02, weight_decay=0.01)
     """
@@ -372,10 +378,13 @@ def muon_apply_(
     check_tensors("updates", updates, 2)
     check_alike("parameters", parameters, "updates", updates)
     check_apart(parameters, updates)
+    rows = [p.size(0) for p in parameters] if rows is None else list(rows)
+    if len(rows) != len(parameters) or any(p.size(0) > whole for p, whole in zip(parameters, rows, strict=True)):
+        raise ValueError(f"rows are {rows}; allowed: for each of {len(parameters)} parameters its own rows or more")
     device = parameters[0].device
     rates = [checked_rate("lr", lr, device), checked_rate("weight_decay", weight_decay, device)]
     if not takes_kernel(parameters[0], backend, updates[0].dtype):
-        muon_apply_ref_(parameters, updates, *rates, scale)
+        muon_apply_ref_(parameters, updates, *rates, scale, rows)
         return
     if any(isinstance(rate, Tensor) for rate in rates):
         on_device = [
@@ -386,4 +395,4 @@ def muon_apply_(
         on_device = [None, None]
     flat = [p.detach()[None] for p in parameters]
     side_by_side = [u.detach() if u.stride(-1) == 1 else u.detach().contiguous() for u in updates]
-    _muon_apply(flat, [u[None] for u in side_by_side], *rates, *on_device, scale)
+    _muon_apply(flat, [u[None] for u in side_by_side], *rates, *on_device, scale, rows)

@@ -170,11 +170,16 @@ def muon_apply_ref_(
     lr: float | Tensor,
     weight_decay: float | Tensor,
     scale: str = "original",
+    rows: Sequence[int] | None = None,
 ) -> None:
-    """W <- (1 - lr * decay) W - lr * update_scale * u, in place; an entry stays where u is NaN."""
+    """W <- (1 - lr * decay) W - lr * update_scale * u, in place; an entry stays where u is NaN.
+
+    `rows` are those of the matrices that the parameters are parts of; None: they are whole.
+    """
     if not parameters:
         return
+    rows = [parameter.size(0) for parameter in parameters] if rows is None else rows
     decayed = torch._foreach_mul(parameters, 1.0 - lr * weight_decay)
-    for parameter, new, update in zip(parameters, decayed, updates, strict=True):
-        new.sub_(update.to(parameter.dtype) * (lr * update_scale(*parameter.shape, scale)))
+    for parameter, new, update, whole in zip(parameters, decayed, updates, rows, strict=True):
+        new.sub_(update.to(parameter.dtype) * (lr * update_scale(whole, parameter.size(1), scale)))
         parameter.copy_(torch.where(update.isnan(), parameter, new))

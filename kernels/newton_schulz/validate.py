@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..dispatch import DTYPES, is_hopper, resolve_backend
+from ..dispatch import DTYPES, expect_plain, is_hopper, resolve_backend
 
 
 def pick_backend(device: torch.device) -> str:
@@ -37,6 +37,7 @@ def check_device(device: torch.device) -> None:
 
 def check_tensors(name: str, tensors: Sequence[Tensor], ndim: int | None = None) -> None:
     """ValueError for what is no matrix, or not of `ndim` dimensions, and for a list that is not of one kind."""
+    expect_plain(name, *tensors)
     for t in tensors:
         if t.ndim < 2 or 0 in t.shape[-2:] or t.ndim != (ndim or t.ndim):
             allowed = "[m, n]" if ndim == 2 else "[..., m, n]"
