@@ -70,17 +70,20 @@ def captured(
     warm_up: int = 2,
     stream: torch.cuda.Stream | None = None,
     pool: tuple[int, int] | None = None,
+    capture_error_mode: str = "global",
 ) -> Replay:
     """`call` as the replay of one graph, after `warm_up` runs of it.
 
     Both take place on `stream`, or on one of their own. Graphs that never run at the same time may share the memory of
     a `pool`, from torch.cuda.graph_pool_handle(); then they share the stream too, because memory that was freed on one
-    is not handed out on another.
+    is not handed out on another. `capture_error_mode` is CUDA's: "thread_local" lets other threads, such as NCCL's
+    watchdog, do meanwhile what may not be captured.
     """
     replay = Replay(torch.cuda.CUDAGraph(), call)
     stream = stream or capture_stream(replay, device)
     for _ in range(warm_up):
         run_on(stream, call)
-    with phase("capture"), _no_collection(), torch.cuda.graph(replay.graph, pool=pool, stream=stream):
+    options = {"pool": pool, "stream": stream, "capture_error_mode": capture_error_mode}
+    with phase("capture"), _no_collection(), torch.cuda.graph(replay.graph, **options):
         call()
     return replay

@@ -7,6 +7,7 @@ from ..kernels.newton_schulz import pick_backend
 from .config import TrainConfig
 from .gpt import GPT, is_block_matrix
 from .muon import Muon
+from .muon_sharded import SharedStep
 
 MUON_STATE, ADAMW_STATE = {"momentum"}, {"step", "exp_avg", "exp_avg_sq"}
 """What the optimizers keep of a parameter."""
@@ -34,10 +35,12 @@ class Optimizers:
     """Muon for the block matrices, AdamW for everything else; each parameter is in exactly one.
 
     With `rates`, fp32 [4] on the model's device, the learning rates of matrices, embedding and the rest, and Muon's
-    momentum, are read from there, in every replay of a CUDA graph.
+    momentum, are read from there, in every replay of a CUDA graph. With `shared`, fp32 [N], which the gradients of all
+    matrices are parts of, the ranks of the default process group share Newton-Schulz: a step is `shared.orthogonalise`
+    on all of them, then :meth:`step_on_device`.
     """
 
-    def __init__(self, model: GPT, config: TrainConfig, rates: Tensor | None = None):
+    def __init__(self, model: GPT, config: TrainConfig, rates: Tensor | None = None, shared: Tensor | None = None):
         matrices, embedding, rest = [], [], []
         self.names: dict[nn.Parameter, str] = {}
         for name, parameter in model.named_parameters():
@@ -66,6 +69,7 @@ class Optimizers:
             fused=on_device,
             capturable=on_device and rates.is_cuda,
         )
+        self.shared = None if shared is None else SharedStep(self.muon, shared)
 
     def momentum(self, step: int) -> float:
         """Muon's momentum at `step`: a line from muon_momentum_start to muon_momentum."""
@@ -90,7 +94,10 @@ class Optimizers:
     def step_on_device(self, finite: Tensor) -> None:
         """Update all parameters at the rates on the device, unless `finite`, a bool on the device, says no."""
         self.adamw.found_inf = (~finite).float()
-        self.muon.step()
+        if self.shared is None:
+            self.muon.step()
+        else:
+            self.shared.apply(finite)
         self.adamw.step()
 
     def forget_skipped(self) -> None:
