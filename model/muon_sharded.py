@@ -29,7 +29,7 @@ ALIGNMENT = 8
 
 # torch 2.13 renames both and warns of the old names; torch 2.11 has only those.
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 def owners(shapes: Sequence[torch.Size], world: int) -> list[int]:
@@ -91,7 +91,7 @@ class UpdateShards:
     def start_gathering(self, bucket: Bucket, updates: Sequence[Tensor], finite: Tensor | float = 1.0) -> None:
         """Send this rank's updates of `bucket` to all, and whether they are `finite`."""
         self.fill(bucket, updates, finite)
-        self.waiting[bucket] = _all_gather(bucket.updates.view(-1), bucket.update, group=self.group, async_op=True)
+        self.waiting[bucket] = all_gather(bucket.updates.view(-1), bucket.update, group=self.group, async_op=True)
 
     def fill(self, bucket: Bucket, updates: Sequence[Tensor], finite: Tensor | float = 1.0) -> None:
         """Make these what :meth:`gather_all` sends."""
@@ -102,7 +102,7 @@ class UpdateShards:
     def gather_all(self) -> None:
         """Send what was filled in, one bucket after the other."""
         for bucket in self.buckets:
-            _all_gather(bucket.updates.view(-1), bucket.update, group=self.group)
+            all_gather(bucket.updates.view(-1), bucket.update, group=self.group)
 
     def wait(self) -> None:
         """Until all updates that are under way are here."""

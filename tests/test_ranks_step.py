@@ -16,6 +16,7 @@ from klora.kernels.momentum import advance_momentum_
 from klora.model import fused, muon_sharded, reduction
 from klora.model.config import ConfigError, ModelConfig, TrainConfig
 from klora.model.fused import FusedStep
+from klora.model.gpt import GPT
 from klora.model.parallel import Ranks
 from klora.model.stored import StoredWeights
 
@@ -109,7 +110,7 @@ class Damage:
         if self.kind == "death":
             patch.setattr(reduction.dist, "all_reduce", self.aborted)
         if self.kind == "death in the gather":
-            patch.setattr(muon_sharded, "_all_gather", lambda received, sent, **k: self.aborted(received))
+            patch.setattr(muon_sharded, "all_gather", lambda received, sent, **k: self.aborted(received))
 
     def aborted(self, tensor, **options) -> SimpleNamespace:
         """A collective whose communicator was aborted: it returns, and leaves anything behind."""
@@ -281,3 +282,73 @@ def test_the_momentum_kernel_advances_where_the_step_is_taken(taken, device):
     advance_momentum_(plain, gradient, rate, is_taken, "reference")
     torch.testing.assert_close(ours, plain, rtol=1e-6, atol=1e-6)
     assert torch.equal(ours, before) is not taken
+
+
+# ---- two GPUs, NCCL
+
+WIDE = ModelConfig(vocab_size=300, width=256, blocks=5, heads=4, kv_heads=2, mlp_hidden=512, bigram_width=16)
+ON_GPU = [
+    (collectives, micro_batches, shard, dtype)
+    for collectives in ("captured", "between")
+    for micro_batches, shard, dtype in (
+        (1, False, "float32"),
+        (2, False, "float32"),
+        (1, True, "float32"),
+        (2, True, "bfloat16"),
+    )
+]
+
+
+def _gpu_rank(rank: int, folder: str) -> None:
+    device = torch.device("cuda", rank)
+    torch.cuda.set_device(device)
+    init = {"init_method": f"file://{folder}/meet", "rank": rank, "world_size": 2, "device_id": device}
+    dist.init_process_group("cpu:gloo,cuda:nccl", **init)
+    found = {}
+    for case in ON_GPU:
+        for capture in (True, False):
+            collectives, micro_batches, shard, dtype = case
+            alive = torch.ones(1, dtype=torch.int32).pin_memory()
+            most = Ranks(rank, 2, device).most
+            ranks = SimpleNamespace(rank=rank, world=2, device=device, alive=alive, most=most)
+            model = GPT(WIDE)
+            model.load_state_dict(randomized(WIDE).state_dict())
+            model.configure(device, torch.bfloat16)
+            config = CONFIG.override({"graph_collectives": collectives, "reduce_dtype": dtype})
+            said = []
+            rows, options = ROWS // 2 // micro_batches, {"shard_muon": shard, "say": said.append}
+            step = FusedStep(model, config, rows, micro_batches, ranks, LENGTH, capture, **options)
+            reports = stepped(step, range(STEPS))
+            whole, before = kept(step), counted(step)
+            alive.zero_()
+            lost = stepped(step, [BAD])
+            found[case, capture] = {
+                "said": said,
+                "reports": reports,
+                "kept": {name: t.cpu() for name, t in whole.items()},
+                "lost": lost,
+                "unchanged": all(torch.equal(t, whole[name]) for name, t in kept(step).items()),
+                "counted": (before, counted(step)),
+            }
+    torch.save(found, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two GPUs")
+def test_two_gpus_capture_what_they_call_and_are_equal_bit_for_bit(tmp_path):
+    """Collectives in one graph, between graphs and in none give the same bits; a rank that is gone changes nothing."""
+    mp.start_processes(_gpu_rank, args=(str(tmp_path),), nprocs=2, start_method="spawn")
+    one, other = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    for (case, capture), mine in one.items():
+        theirs, called = other[case, capture], one[case, False]
+        assert mine["said"] == [], f"{case} fell back"
+        assert mine["reports"] == theirs["reports"] == called["reports"], (case, capture)
+        assert all(math.isfinite(loss) for loss, _ in mine["reports"])
+        for state in (theirs["kept"], called["kept"]):
+            assert_same(mine["kept"], state)
+        assert math.isnan(mine["lost"][0][0]) and mine["unchanged"] and theirs["unchanged"], (case, capture)
+        (_, *averaged), (skipped, *still) = mine["counted"]
+        assert skipped == 1 and averaged == still
+    for case in ON_GPU:
+        assert_same(one[("captured", *case[1:]), True]["kept"], one[("between", *case[1:]), True]["kept"])
