@@ -237,12 +237,12 @@ class TrainConfig(Settings):
     dtype: str = setting("auto", "compute dtype; auto: bfloat16 on a GPU", choices=("auto", "float32", "bfloat16"))
     reduce_dtype: str = setting(
         "float32",
-        "dtype in which ranks add up the gradients of matrices; everything else and the loss in float32",
+        "dtype in which ranks add up the matrices' gradients of a fused step; everything else in float32",
         choices=("float32", "bfloat16"),
     )
     graph_collectives: str = setting(
         "captured",
-        "collectives of a fused step: in its CUDA graph, overlapped with the backward; or between graphs",
+        "what ranks exchange in a fused step: within its CUDA graph, overlapped with the backward; or between graphs",
         choices=("captured", "between"),
     )
     muon_lr: float = setting(0.02, "learning rate of Muon (block matrices)", at_least=0.0)

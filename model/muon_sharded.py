@@ -12,6 +12,7 @@ of a run is whole on every rank that is left when another one dies.
 
 import math
 from collections.abc import Sequence
+from itertools import groupby
 
 import torch
 import torch.distributed as dist
@@ -25,7 +26,7 @@ BUCKETS = 3
 GATHERS = 2
 """The same of a training step, where the products of few matrices take no less time than those of many."""
 ALIGNMENT = 8
-"""Elements to which each matrix is rounded in a buffer: 16 bytes of the narrowest dtype, for whole vectors."""
+"""Elements to which matrices of one width are rounded in a buffer: 16 bytes of the narrowest dtype."""
 
 # torch 2.13 renames both and warns of the old names; torch 2.11 has only those.
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -52,10 +53,20 @@ class Bucket:
     """Some matrices of every rank, and the buffers in which their updates travel."""
 
     def __init__(self, members: list[list[int]], parameters: Sequence[Tensor]):
-        self.members = members
-        sizes = [[-(-parameters[i].numel() // ALIGNMENT) * ALIGNMENT for i in row] for row in members]
-        self.width = max(map(sum, sizes)) + ALIGNMENT  # the last element says whether what was sent is finite
-        self.starts = [[sum(row[:k]) for k in range(len(row))] for row in sizes]
+        # Those with as many columns lie below each other: one copy brings them in.
+        self.members = [sorted(row, key=lambda i: parameters[i].size(-1)) for row in members]
+        self.starts: list[list[int]] = []
+        stops = []
+        for row in self.members:
+            starts, stop = [], 0
+            for before, i in zip([None, *row], row, strict=False):
+                if before is not None and parameters[before].size(-1) != parameters[i].size(-1):
+                    stop = -(-stop // ALIGNMENT) * ALIGNMENT
+                starts.append(stop)
+                stop += parameters[i].numel()
+            self.starts.append(starts)
+            stops.append(-(-stop // ALIGNMENT) * ALIGNMENT)
+        self.width = max(stops) + ALIGNMENT  # the last element says whether what was sent is finite
         options = {"device": parameters[0].device, "dtype": _wire_dtype(parameters[0])}
         self.update = torch.zeros(self.width, **options)
         self.updates = torch.zeros(len(members), self.width, **options)
@@ -95,8 +106,11 @@ class UpdateShards:
 
     def fill(self, bucket: Bucket, updates: Sequence[Tensor], finite: Tensor | float = 1.0) -> None:
         """Make these what :meth:`gather_all` sends."""
-        for view, update in zip(bucket.views(bucket.update, self.rank, self.parameters), updates, strict=True):
-            view.copy_(update)
+        placed = zip(updates, bucket.starts[self.rank], strict=True)
+        for columns, some in groupby(placed, key=lambda one: one[0].size(-1)):
+            below, (start, *_) = zip(*some, strict=True)
+            rows = sum(len(update) for update in below)
+            torch.cat(below, out=bucket.update[start : start + rows * columns].view(rows, columns))
         bucket.update[-1] = finite
 
     def gather_all(self) -> None:

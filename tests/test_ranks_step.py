@@ -258,6 +258,50 @@ def test_buckets_are_all_of_the_sums_once_in_ranges_of_blocks_last_first():
     assert len(StoredWeights(randomized(dataclasses.replace(SMALL, blocks=1)), ranges=4).buckets) == 2
 
 
+@pytest.fixture
+def one_of_gloo(tmp_path):
+    """A process group of this process alone: collectives give what they are given."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("shard", [False, True])
+@pytest.mark.parametrize("fails", ["nowhere", "here", "there"])
+def test_collectives_that_cannot_be_captured_run_between_graphs_on_all_ranks(one_of_gloo, monkeypatch, fails, shard):
+    """Without a GPU a stand-in captures; the warm-up before it changes nothing."""
+    seen, said = [], []
+
+    def captured(part, device, **options):
+        if fails == "here" and step.collectives == "captured":
+            raise RuntimeError("operation not permitted when stream is capturing")
+        assert options["capture_error_mode"] == "thread_local"
+        seen.append(part)
+        return part
+
+    failed = [1.0] if fails == "there" else [0.0]
+    ranks = SimpleNamespace(rank=0, world=2, device=CPU, most=lambda own: [max(own, *failed)])
+    step = FusedStep(randomized(), CONFIG, 4, 1, ranks, shard_muon=shard)
+    for name, stand_in in (
+        ("capture_stream", lambda owner, device: None),
+        ("run_on", lambda stream, call: call()),
+        ("captured", captured),
+    ):
+        monkeypatch.setattr(fused, name, stand_in)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    before = step.stored.values.clone()
+    micro_batches, rest = step._made(True, said.append)
+    assert torch.equal(step.stored.values, before) and counted(step) == (0, 0, 0)
+    assert all(not t.any() for name, t in kept(step).items() if name != "values")
+    assert len(micro_batches) == 1
+    if fails == "nowhere":
+        assert step.collectives == "captured" and rest == [] and said == [] and seen == micro_batches
+        return
+    assert step.collectives == "between" and len(said) == 1 and len(rest) == (4 if shard else 2)
+    assert ("RuntimeError: operation not permitted" if fails == "here" else "it failed on another rank") in said[0]
+    assert [part in seen for part in rest] == ([False, True, False, True] if shard else [False, True])
+
+
 def test_the_flags_of_a_step_on_ranks_are_refused_by_name():
     for name in ("reduce_dtype", "graph_collectives"):
         with pytest.raises(ConfigError, match=f"{name}='x' is not possible; allowed: one of"):
