@@ -179,14 +179,13 @@ def check_results(run: Run, way: Way) -> None:
             late = step.run([own], index, 1.0)
             found += [late] if late else []
         reports.append(found + step.flush())
-    apart = [
-        max(abs(a[k] / b[k] - 1) for a, b in zip(*reports, strict=True)) for k in range(2)
-    ]  # NaN counts as too far
-    is_right = apart[0] < 1e-3 and apart[1] < 2e-2
-    row = {"way": way._asdict(), "collectives": together.collectives, "loss_apart": apart[0], "norm_apart": apart[1]}
+    losses, norms = ([abs(a[k] / b[k] - 1) for a, b in zip(*reports, strict=True)] for k in range(2))
+    # The first ones are of the same weights; later ones differ by what two orders of a sum make of bf16.
+    is_right = losses[0] < 1e-4 and norms[0] < 1e-2 and all(loss < 1e-2 for loss in losses)
+    row = {"way": way._asdict(), "collectives": together.collectives, "losses_apart": losses, "norms_apart": norms}
     run.record.setdefault("results", []).append(row | {"right": is_right})
     if not is_right:
-        raise ArithmeticError(f"{way}: losses {apart[0]:.1e} and norms {apart[1]:.1e} apart from those of one rank")
+        raise ArithmeticError(f"losses {losses} and norms {norms} apart from those of one rank")
 
 
 def check_replicas(run: Run, way: Way) -> None:
@@ -206,7 +205,7 @@ def check_replicas(run: Run, way: Way) -> None:
     row |= {"entries_apart": int(apart), "last_loss": reports[-1][0], "skipped": step.optimizers.muon.skipped_steps}
     run.record.setdefault("replicas", []).append(row | {"seconds": time.perf_counter() - started})
     if apart or row["skipped"] or not math.isfinite(row["last_loss"]):
-        raise ArithmeticError(f"{way}: {row}")
+        raise ArithmeticError(f"{apart} entries apart after {row['steps']} steps: {row}")
 
 
 def time_alone(run: Run, rows: int) -> None:
@@ -223,7 +222,7 @@ def time_together(run: Run, way: Way, rows: int) -> None:
     row = {"tokens_a_rank": rows * run.sizes.length, "way": way._asdict(), "collectives": step.collectives, "ms": times}
     whole = next((one["ms"]["p50"] for one in run.record.get("alone", ()) if one["tokens"] == _whole(run)), None)
     if whole:
-        row |= {"of_one_rank": times["p50"] / whole, "at_most": LIMITS.get(rows)}
+        row |= {"of_one_rank": times["p50"] / whole, "at_most": LIMITS.get(rows) if run.ranks.world == 2 else None}
     run.record.setdefault("together", []).append(row)
 
 
@@ -306,7 +305,7 @@ def time_adamw(run: Run) -> None:
         all_gather(received, sent)
 
     def graph(call: Callable[[], object]) -> Callable[[], object]:
-        return captured(call, device, capture_error_mode="thread_local") if device.type == "cuda" else call
+        return captured(call, device, collectives=True) if device.type == "cuda" else call
 
     for name, call in (("on each", whole), ("shared", shared)):
         replay = graph(call)

@@ -269,13 +269,13 @@ class FusedStep:
 
     def _captured(self, stream: torch.cuda.Stream) -> tuple[list[Callable[[], None]], list[Callable[[], None]]]:
         pool, replays = torch.cuda.graph_pool_handle(), {}
-        options = {} if self._is_alone else {"capture_error_mode": "thread_local"}
+        options = {"warm_up": 0, "stream": stream, "pool": pool, "collectives": not self._is_alone}
 
         def replay(part: Callable[[], None]) -> Callable[[], None]:
             if isinstance(part, _Eager):
                 return part
             if part not in replays:
-                replays[part] = captured(part, self.device, warm_up=0, stream=stream, pool=pool, **options)
+                replays[part] = captured(part, self.device, **options)
             return replays[part]
 
         micro_batches, rest = self._parts()

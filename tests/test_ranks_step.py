@@ -1,5 +1,6 @@
 """The training step on several ranks, over gloo on a CPU: the curve, weights and state of one process, or nothing."""
 
+import contextlib
 import dataclasses
 import math
 from functools import cache
@@ -13,10 +14,11 @@ import torch.multiprocessing as mp
 from conftest import SMALL, randomized
 from klora.kernels import BOS_ID
 from klora.kernels.momentum import advance_momentum_
-from klora.model import fused, muon_sharded, reduction
+from klora.model import fused, graphs, muon_sharded, reduction
 from klora.model.config import ConfigError, ModelConfig, TrainConfig
 from klora.model.fused import FusedStep
 from klora.model.gpt import GPT
+from klora.model.graphs import release_collectives
 from klora.model.parallel import Ranks
 from klora.model.stored import StoredWeights
 
@@ -275,7 +277,7 @@ def test_collectives_that_cannot_be_captured_run_between_graphs_on_all_ranks(one
     def captured(part, device, **options):
         if fails == "here" and step.collectives == "captured":
             raise RuntimeError("operation not permitted when stream is capturing")
-        assert options["capture_error_mode"] == "thread_local"
+        assert options["collectives"]
         seen.append(part)
         return part
 
@@ -300,6 +302,31 @@ def test_collectives_that_cannot_be_captured_run_between_graphs_on_all_ranks(one
     assert step.collectives == "between" and len(said) == 1 and len(rest) == (4 if shard else 2)
     assert ("RuntimeError: operation not permitted" if fails == "here" else "it failed on another rank") in said[0]
     assert [part in seen for part in rest] == ([False, True, False, True] if shard else [False, True])
+
+
+def test_graphs_with_collectives_end_before_the_process_group_and_no_others(monkeypatch):
+    """NCCL's communicator waits for its graphs when it is destroyed."""
+    ended, modes = [], []
+
+    class Graph:
+        def reset(self):
+            ended.append(self)
+
+    def graph(captured_graph, capture_error_mode, **options):
+        modes.append(capture_error_mode)
+        return contextlib.nullcontext()
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    with_some, without = (
+        graphs.captured(lambda: None, CPU, warm_up=0, stream=SimpleNamespace(), collectives=each)
+        for each in (True, False)
+    )
+    release_collectives()
+    assert ended == [with_some.graph] and without.graph not in ended and modes == ["thread_local", "global"]
+    del with_some
+    release_collectives()
+    assert len(ended) == 1
 
 
 def test_the_flags_of_a_step_on_ranks_are_refused_by_name():
@@ -375,6 +402,7 @@ def _gpu_rank(rank: int, folder: str) -> None:
                 "counted": (before, counted(step)),
             }
     torch.save(found, f"{folder}/{rank}.pt")
+    release_collectives()
     dist.destroy_process_group()
 
 
