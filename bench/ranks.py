@@ -31,7 +31,7 @@ from torch import Tensor
 
 from ..model.attention import choose_attention
 from ..model.config import TrainConfig
-from ..model.fused import RANGES, FusedStep
+from ..model.fused import EXCHANGE, Exchange, FusedStep
 from ..model.gpt import is_block_matrix
 from ..model.graphs import captured
 from ..model.muon_sharded import all_gather
@@ -47,9 +47,9 @@ LIMITS = {ROWS: 1.04, ROWS // 2: 0.54}
 MODEL = """\
 step(N) = alone + exposed(2) * t(N) / t(2), with t(N) = 2 (N - 1) latency + 2 (N - 1) / N * bytes / bandwidth: a ring's
 all-reduce of what no backward hides. That is the first range of blocks and all that is no matrix, or everything where
-the collectives stand between graphs. exposed(2) is the measured step of two ranks less that of one; latency and
-bandwidth are fitted to the measured all-reduces of two. It assumes the same link between all GPUs, no straggler, and
-that each rank still orthogonalises as many matrices."""
+the collectives stand between graphs or all blocks are one range. exposed(2) is the measured step of two ranks less that
+of one; latency and bandwidth are fitted to the measured all-reduces of two. It assumes the same link between all GPUs,
+no straggler, and that each rank still orthogonalises as many matrices."""
 
 
 class Way(NamedTuple):
@@ -57,21 +57,26 @@ class Way(NamedTuple):
 
     collectives: str = "captured"
     reduce_dtype: str = "float32"
-    shard_muon: bool = False
+    ranges: int = EXCHANGE.ranges
+    muon_gathers: int = 0
 
     def __str__(self) -> str:
-        return f"{self.collectives}, {self.reduce_dtype}, Newton-Schulz {'shared' if self.shard_muon else 'on each'}"
+        shared = f"shared in {self.muon_gathers}" if self.muon_gathers else "on each"
+        return f"{self.collectives}, {self.reduce_dtype}, {self.ranges} ranges, Newton-Schulz {shared}"
 
 
 WAYS = (
-    Way("between"),
-    Way("between", shard_muon=True),
+    Way("between", ranges=1),
+    Way("between", ranges=1, muon_gathers=1),
     Way(),
+    Way(ranges=1),
     Way(reduce_dtype="bfloat16"),
-    Way(shard_muon=True),
-    Way(reduce_dtype="bfloat16", shard_muon=True),
+    Way(reduce_dtype="bfloat16", ranges=1),
+    Way(muon_gathers=1),
+    Way(muon_gathers=2),
 )
-"""Those that need least of NCCL first."""
+"""Those that need least of NCCL first. With one range nothing hides behind the backward, and nothing is in its way: a
+collective takes multiprocessors, and a kernel whose blocks are as many as those has two waves then."""
 
 
 class Sizes(NamedTuple):
@@ -153,7 +158,7 @@ class Run:
             1,
             ranks,
             self.sizes.length,
-            shard_muon=way.shard_muon,
+            exchange=Exchange(way.ranges, way.muon_gathers),
             say=self.say,
         )
 
@@ -317,7 +322,7 @@ def time_adamw(run: Run) -> None:
 def project(record: dict[str, Any], tokens: int, exposed: dict[str, int]) -> list[dict[str, Any]]:
     """Milliseconds of a step of `tokens` tokens a GPU on more GPUs, by MODEL, for each way that was timed.
 
-    `exposed` are the fp32 bytes that nothing hides, for each kind of `collectives`.
+    `exposed` are the fp32 bytes that nothing hides: "all" of them, or those of the "last" buckets.
     """
     alone = next(row["ms"]["p50"] for row in record["alone"] if row["tokens"] == tokens)
     latency, bandwidth = fit([row for row in record["links"] if row["collective"] == "all_reduce"])
@@ -329,7 +334,8 @@ def project(record: dict[str, Any], tokens: int, exposed: dict[str, int]) -> lis
     for row in record["together"]:
         if row["tokens_a_rank"] == tokens:
             narrow = 0.5 if row["way"]["reduce_dtype"] == "bfloat16" else 1.0
-            moved, extra = narrow * exposed[row["collectives"]], max(row["ms"]["p50"] - alone, 0.0)
+            hides = row["collectives"] == "captured" and row["way"]["ranges"] > 1
+            moved, extra = narrow * exposed["last" if hides else "all"], max(row["ms"]["p50"] - alone, 0.0)
             for world in (4, 8):
                 ms = alone + extra * on_wire(world, moved) / on_wire(2, moved)
                 about = {"gpus": world, "tokens_a_step": world * tokens, "way": row["way"]}
@@ -376,12 +382,12 @@ def _nccl() -> dict[str, Any]:
     return {"version": version, "variables": {k: v for k, v in sorted(os.environ.items()) if k.startswith("NCCL_")}}
 
 
-def measure(run: Run) -> None:
-    """Everything, in the order of the record."""
+def measure(run: Run, checks: bool) -> None:
+    """Everything, in the order of the record; without `checks`, times alone."""
     sizes, together = run.sizes, run.ranks.world > 1
     ways = WAYS if together else ()
     run.part("attention", lambda: _choose(run))
-    for way in ways:
+    for way in ways if checks else ():
         run.part(f"results, {way}", lambda way=way: check_results(run, way))
     if together:
         run.part("links", lambda: time_links(run))
@@ -392,7 +398,7 @@ def measure(run: Run) -> None:
             run.part(f"time, {rows} rows a rank, {way}", lambda way=way, rows=rows: time_together(run, way, rows))
     if together:
         run.part("AdamW", lambda: time_adamw(run))
-    for way in ways:
+    for way in ways if checks else ():
         run.part(f"replicas, {way}", lambda way=way: check_replicas(run, way))
     if run.ranks.world == 2:
         run.part("projection", lambda: _project(run))
@@ -404,13 +410,12 @@ def _choose(run: Run) -> None:
     chosen = choose_attention(run.model, "auto", sizes.rows[0], sizes.length, ranks, capture=is_captured)
     run.record["attention"] = str(chosen)
     run.record["parameters"] = sum(p.numel() for p in run.model.parameters())
-    run.record["ranges"] = RANGES
 
 
 def _project(run: Run) -> None:
     stored = run.step(run.sizes.few, Way()).stored
     last = sum(bucket.sums.stop - bucket.sums.start for bucket in stored.buckets[-2:])
-    exposed = {"captured": 4 * last, "between": 4 * len(stored.sums)}
+    exposed = {"last": 4 * last, "all": 4 * len(stored.sums)}
     if run.ranks.is_first:
         rows = project(run.record, _whole(run), exposed)
         run.record["projection"] = {"is": "a projection, not a measurement", "model": MODEL, "exposed_bytes": exposed}
@@ -421,6 +426,7 @@ def main(
     record: Annotated[Path, typer.Option(help="Where to write the record.")],
     commit: Annotated[str, typer.Option(help="Of the tree; asked of git where it is not given.")] = "",
     seconds: Annotated[float, typer.Option(help="After which nothing new begins.")] = 480.0,
+    checks: Annotated[bool, typer.Option(help="Whether results and replicas are compared, too.")] = True,
     toy: Annotated[bool, typer.Option(help="Tiny sizes, for a try on a CPU.")] = False,
 ) -> None:
     """Measure the training step on the ranks that torchrun started."""
@@ -430,7 +436,7 @@ def main(
     with join_ranks() as ranks:
         dtype = torch.bfloat16 if ranks.device.type == "cuda" else torch.float32
         run = Run(ranks, sizes, record, commit, dtype, seconds)
-        measure(run)
+        measure(run, checks)
         run.write()
         if ranks.is_first:
             print(table(run.record))

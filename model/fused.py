@@ -21,6 +21,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,18 +43,25 @@ AHEAD = 2
 """Steps that the host may be ahead of the device, so that the device never waits for it."""
 RATES = 6
 """Numbers of a step that the device reads: three learning rates, Muon's momentum, the weights of EMA and SWA."""
-RANGES = 4
-"""Of blocks whose gradients ranks add up together: their sums hide behind the backward of the blocks before."""
-SHARD_MUON = False
-"""Whether each rank orthogonalises its share of the matrices, or all of them."""
+
+
+class Exchange(NamedTuple):
+    """How ranks share out a step; what each choice costs is measured by bench/ranks.py."""
+
+    ranges: int = 4
+    """of blocks, whose gradients are added up together: their sums hide behind the backward of the blocks before"""
+    muon_gathers: int = 0
+    """in which updates go round where each rank orthogonalises its share of the matrices; 0: each does all"""
+
+
+EXCHANGE = Exchange()
 
 
 class FusedStep:
     """Training steps of `model`, each over `micro_batches` batches of `rows` sequences of `length` tokens.
 
     The model's parameters move into the buffers of `stored`, and stay views of them. On several ranks, all of them run
-    the same steps. `shard_muon`: each orthogonalises its share of the matrices. `say` gets a line where the collectives
-    could not be captured.
+    the same steps, shared out as `exchange` says. `say` gets a line where the collectives could not be captured.
     """
 
     def __init__(
@@ -65,7 +73,7 @@ class FusedStep:
         ranks: Ranks,
         length: int | None = None,
         capture: bool = True,
-        shard_muon: bool = SHARD_MUON,
+        exchange: Exchange = EXCHANGE,
         say: Callable[[str], None] = warnings.warn,
     ):
         device, length = model.embed.device, length or model.config.train_length
@@ -74,11 +82,12 @@ class FusedStep:
         self._is_alone = ranks.world == 1
         wire = torch.float32 if self._is_alone else getattr(torch, config.reduce_dtype)
         clip = config.qat_clip if config.qat_share else 0.0
-        self.stored = StoredWeights(model, clip, 1 if self._is_alone else RANGES, wire)
+        self.stored = StoredWeights(model, clip, 1 if self._is_alone else exchange.ranges, wire)
         self.reduction = None if self._is_alone else GradientReduction(self.stored)
         self.rates = torch.zeros(RATES, device=device)
-        shared = self.stored.matrix_grads if shard_muon and not self._is_alone else None
-        self.optimizers = Optimizers(model, config, rates=self.rates[:4], shared=shared)
+        self.optimizers = Optimizers(model, config, rates=self.rates[:4])
+        if exchange.muon_gathers and not self._is_alone:
+            self.optimizers.share(self.stored.matrix_grads, exchange.muon_gathers)
         self.averages = WeightAverages(model, config, self.stored.values)
         self.rotary = tuple(table[:length].contiguous() for table in model.rotary(length, length))
         self.tokens = torch.ones(rows, length + 1, dtype=torch.int32, device=device)

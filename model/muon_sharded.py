@@ -23,8 +23,6 @@ from ..kernels.newton_schulz import MuonDirections, muon_apply_
 
 BUCKETS = 3
 """Exchanges of a step: one is computed while its neighbours travel. More would make them smaller than a link wants."""
-GATHERS = 2
-"""The same of a training step, where the products of few matrices take no less time than those of many."""
 ALIGNMENT = 8
 """Elements to which matrices of one width are rounded in a buffer: 16 bytes of the narrowest dtype."""
 
@@ -175,7 +173,7 @@ class SharedStep:
     collective. What is applied is what was gathered, also by its owner.
     """
 
-    def __init__(self, muon: torch.optim.Optimizer, gradients: Tensor, buckets: int = GATHERS):
+    def __init__(self, muon: torch.optim.Optimizer, gradients: Tensor, buckets: int):
         (self.group,) = muon.param_groups
         self.muon, self.gradients = muon, gradients
         self.momenta = torch.zeros_like(gradients)

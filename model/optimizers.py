@@ -35,12 +35,10 @@ class Optimizers:
     """Muon for the block matrices, AdamW for everything else; each parameter is in exactly one.
 
     With `rates`, fp32 [4] on the model's device, the learning rates of matrices, embedding and the rest, and Muon's
-    momentum, are read from there, in every replay of a CUDA graph. With `shared`, fp32 [N], which the gradients of all
-    matrices are parts of, the ranks of the default process group share Newton-Schulz: a step is `shared.orthogonalise`
-    on all of them, then :meth:`step_on_device`.
+    momentum, are read from there, in every replay of a CUDA graph.
     """
 
-    def __init__(self, model: GPT, config: TrainConfig, rates: Tensor | None = None, shared: Tensor | None = None):
+    def __init__(self, model: GPT, config: TrainConfig, rates: Tensor | None = None):
         matrices, embedding, rest = [], [], []
         self.names: dict[nn.Parameter, str] = {}
         for name, parameter in model.named_parameters():
@@ -69,7 +67,15 @@ class Optimizers:
             fused=on_device,
             capturable=on_device and rates.is_cuda,
         )
-        self.shared = None if shared is None else SharedStep(self.muon, shared)
+        self.shared: SharedStep | None = None
+
+    def share(self, gradients: Tensor, gathers: int) -> None:
+        """Let the ranks of the default process group share Newton-Schulz, its results going round in `gathers` parts.
+
+        `gradients` fp32 [N] holds those of all matrices. A step is `shared.orthogonalise` on all ranks, then
+        :meth:`step_on_device`.
+        """
+        self.shared = SharedStep(self.muon, gradients, gathers)
 
     def momentum(self, step: int) -> float:
         """Muon's momentum at `step`: a line from muon_momentum_start to muon_momentum."""

@@ -47,7 +47,7 @@ def test_a_projection_adds_what_nothing_hides_and_grows_it_as_a_ring_does():
         {"tokens_a_rank": 98304, "way": way._asdict(), "collectives": way.collectives, "ms": times} for way in WAYS[:3]
     ]
     record = {"alone": [{"tokens": 98304, "ms": {"p50": 40.0}}], "links": links(0.01, 2.0e8), "together": rows}
-    found = project(record, 98304, {"captured": 2 * 10**7, "between": 10**8})
+    found = project(record, 98304, {"last": 2 * 10**7, "all": 10**8})
     ms = {(row["gpus"], Way(**row["way"])): row["ms"] for row in found}
     # Of two: 0.02 + 0.1 ms; of eight 0.14 + 0.175.
     assert ms[8, Way()] == pytest.approx(40.0 + 0.8 * 0.315 / 0.12)

@@ -16,7 +16,7 @@ from klora.kernels import BOS_ID
 from klora.kernels.momentum import advance_momentum_
 from klora.model import fused, graphs, muon_sharded, reduction
 from klora.model.config import ConfigError, ModelConfig, TrainConfig
-from klora.model.fused import FusedStep
+from klora.model.fused import Exchange, FusedStep
 from klora.model.gpt import GPT
 from klora.model.graphs import release_collectives
 from klora.model.parallel import Ranks
@@ -32,8 +32,8 @@ SETTINGS = {
     "options": {"micro_batches": 2, "document_mask": True, "qat_share": 1.0},
     "between": {"graph_collectives": "between"},
     "between-two": {"graph_collectives": "between", "micro_batches": 2},
-    "shared": {"shard_muon": True},
-    "shared-between-two": {"shard_muon": True, "graph_collectives": "between", "micro_batches": 2},
+    "shared": {"muon_gathers": 2},
+    "shared-between-two": {"muon_gathers": 1, "graph_collectives": "between", "micro_batches": 2},
     "wire": {"reduce_dtype": "bfloat16"},
     "wire-between-two": {"reduce_dtype": "bfloat16", "graph_collectives": "between", "micro_batches": 2},
 }
@@ -55,9 +55,9 @@ def drawn() -> torch.Tensor:
 
 def made(name: str, ranks, model: ModelConfig = SMALL) -> FusedStep:
     options = dict(SETTINGS[name])
-    micro_batches, shard = options.pop("micro_batches", 1), options.pop("shard_muon", False)
+    micro_batches, exchange = options.pop("micro_batches", 1), Exchange(muon_gathers=options.pop("muon_gathers", 0))
     rows = ROWS // ranks.world // micro_batches
-    return FusedStep(randomized(model), CONFIG.override(options), rows, micro_batches, ranks, shard_muon=shard)
+    return FusedStep(randomized(model), CONFIG.override(options), rows, micro_batches, ranks, exchange=exchange)
 
 
 def stepped(step: FusedStep, steps, before=lambda index: None) -> list[tuple[float, float]]:
@@ -268,9 +268,9 @@ def one_of_gloo(tmp_path):
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("shard", [False, True])
+@pytest.mark.parametrize("gathers", [0, 2])
 @pytest.mark.parametrize("fails", ["nowhere", "here", "there"])
-def test_collectives_that_cannot_be_captured_run_between_graphs_on_all_ranks(one_of_gloo, monkeypatch, fails, shard):
+def test_collectives_that_cannot_be_captured_run_between_graphs_on_all_ranks(one_of_gloo, monkeypatch, fails, gathers):
     """Without a GPU a stand-in captures; the warm-up before it changes nothing."""
     seen, said = [], []
 
@@ -283,7 +283,7 @@ def test_collectives_that_cannot_be_captured_run_between_graphs_on_all_ranks(one
 
     failed = [1.0] if fails == "there" else [0.0]
     ranks = SimpleNamespace(rank=0, world=2, device=CPU, most=lambda own: [max(own, *failed)])
-    step = FusedStep(randomized(), CONFIG, 4, 1, ranks, shard_muon=shard)
+    step = FusedStep(randomized(), CONFIG, 4, 1, ranks, exchange=Exchange(muon_gathers=gathers))
     for name, stand_in in (
         ("capture_stream", lambda owner, device: None),
         ("run_on", lambda stream, call: call()),
@@ -299,9 +299,9 @@ def test_collectives_that_cannot_be_captured_run_between_graphs_on_all_ranks(one
     if fails == "nowhere":
         assert step.collectives == "captured" and rest == [] and said == [] and seen == micro_batches
         return
-    assert step.collectives == "between" and len(said) == 1 and len(rest) == (4 if shard else 2)
+    assert step.collectives == "between" and len(said) == 1 and len(rest) == (4 if gathers else 2)
     assert ("RuntimeError: operation not permitted" if fails == "here" else "it failed on another rank") in said[0]
-    assert [part in seen for part in rest] == ([False, True, False, True] if shard else [False, True])
+    assert [part in seen for part in rest] == ([False, True, False, True] if gathers else [False, True])
 
 
 def test_graphs_with_collectives_end_before_the_process_group_and_no_others(monkeypatch):
@@ -359,13 +359,13 @@ def test_the_momentum_kernel_advances_where_the_step_is_taken(taken, device):
 
 WIDE = ModelConfig(vocab_size=300, width=256, blocks=5, heads=4, kv_heads=2, mlp_hidden=512, bigram_width=16)
 ON_GPU = [
-    (collectives, micro_batches, shard, dtype)
+    (collectives, micro_batches, gathers, dtype)
     for collectives in ("captured", "between")
-    for micro_batches, shard, dtype in (
-        (1, False, "float32"),
-        (2, False, "float32"),
-        (1, True, "float32"),
-        (2, True, "bfloat16"),
+    for micro_batches, gathers, dtype in (
+        (1, 0, "float32"),
+        (2, 0, "float32"),
+        (1, 2, "float32"),
+        (2, 1, "bfloat16"),
     )
 ]
 
@@ -378,7 +378,7 @@ def _gpu_rank(rank: int, folder: str) -> None:
     found = {}
     for case in ON_GPU:
         for capture in (True, False):
-            collectives, micro_batches, shard, dtype = case
+            collectives, micro_batches, gathers, dtype = case
             alive = torch.ones(1, dtype=torch.int32).pin_memory()
             most = Ranks(rank, 2, device).most
             ranks = SimpleNamespace(rank=rank, world=2, device=device, alive=alive, most=most)
@@ -387,7 +387,7 @@ def _gpu_rank(rank: int, folder: str) -> None:
             model.configure(device, torch.bfloat16)
             config = CONFIG.override({"graph_collectives": collectives, "reduce_dtype": dtype})
             said = []
-            rows, options = ROWS // 2 // micro_batches, {"shard_muon": shard, "say": said.append}
+            rows, options = ROWS // 2 // micro_batches, {"exchange": Exchange(muon_gathers=gathers), "say": said.append}
             step = FusedStep(model, config, rows, micro_batches, ranks, LENGTH, capture, **options)
             reports = stepped(step, range(STEPS))
             whole, before = kept(step), counted(step)
