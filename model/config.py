@@ -235,6 +235,16 @@ class TrainConfig(Settings):
         0.11, "and their scale in units of a row's rms; export searches one a matrix", above=0.0, at_most=2.0
     )
     dtype: str = setting("auto", "compute dtype; auto: bfloat16 on a GPU", choices=("auto", "float32", "bfloat16"))
+    reduce_dtype: str = setting(
+        "float32",
+        "dtype in which ranks add up the matrices' gradients of a fused step; everything else in float32",
+        choices=("float32", "bfloat16"),
+    )
+    graph_collectives: str = setting(
+        "captured",
+        "what ranks exchange in a fused step: within its CUDA graph, overlapped with the backward; or between graphs",
+        choices=("captured", "between"),
+    )
     muon_lr: float = setting(0.02, "learning rate of Muon (block matrices)", at_least=0.0)
     muon_momentum_start: float = setting(0.92, "Nesterov momentum at step 0", at_least=0.0, below=1.0)
     muon_momentum: float = setting(0.99, "Nesterov momentum after its warm-up", at_least=0.0, below=1.0)

@@ -3,8 +3,14 @@
 Shapes and addresses are fixed; what changes from step to step (learning rates, momentum, the averages' weights, tokens)
 is written into device tensors before a replay. Nothing waits for the device: tokens come from pinned memory on a stream
 beside the computing one, and a step's loss and gradient norm are copied out behind it and read when they are there.
-With one micro-batch and one rank a step is one graph; else it is one of the first micro-batch, one of the others, and
-one of the update, with the sum over ranks before it.
+With one micro-batch a step is one graph; else it is one of the first micro-batch, one of the others, and one of the
+update.
+
+Ranks add up their gradients in buckets, while the backward of the last micro-batch goes on (reduction.py). Those
+collectives are part of the graph that the update belongs to; with `graph_collectives=between` they stand between two
+graphs, and overlap with nothing. What every rank applies comes from the same bits, so that replicas stay equal. Until
+the last collective of a step has returned, nothing of weights, momenta, AdamW's state or averages is written; and
+where a rank is gone by then (`Ranks.alive`), nothing after it either. The loss of such a step is reported as NaN.
 
 A step whose loss or gradient norm is no number changes no weight, on the device, before the host knows: the clip makes
 every gradient a NaN then, and both optimizers leave everything as it is. The host learns of it AHEAD steps later. Those
@@ -12,7 +18,10 @@ in between are steps from the same unharmed weights.
 """
 
 import math
+import warnings
 from collections.abc import Callable, Iterable
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +36,7 @@ from .graphs import capture_stream, captured, run_on
 from .optimizers import Optimizers
 from .parallel import Ranks
 from .ranges import phase
+from .reduction import GradientReduction
 from .stored import StoredWeights
 
 AHEAD = 2
@@ -35,10 +45,23 @@ RATES = 6
 """Numbers of a step that the device reads: three learning rates, Muon's momentum, the weights of EMA and SWA."""
 
 
+class Exchange(NamedTuple):
+    """How ranks share out a step; what each choice costs is measured by bench/ranks.py."""
+
+    ranges: int = 4
+    """of blocks, whose gradients are added up together: their sums hide behind the backward of the blocks before"""
+    muon_gathers: int = 0
+    """in which updates go round where each rank orthogonalises its share of the matrices; 0: each does all"""
+
+
+EXCHANGE = Exchange()
+
+
 class FusedStep:
     """Training steps of `model`, each over `micro_batches` batches of `rows` sequences of `length` tokens.
 
-    The model's parameters move into the buffers of `stored`, and stay views of them.
+    The model's parameters move into the buffers of `stored`, and stay views of them. On several ranks, all of them run
+    the same steps, shared out as `exchange` says. `say` gets a line where the collectives could not be captured.
     """
 
     def __init__(
@@ -50,26 +73,36 @@ class FusedStep:
         ranks: Ranks,
         length: int | None = None,
         capture: bool = True,
+        exchange: Exchange = EXCHANGE,
+        say: Callable[[str], None] = warnings.warn,
     ):
         device, length = model.embed.device, length or model.config.train_length
         self.model, self.config, self.ranks, self.device = model, config, ranks, device
         self.rows, self.micro_batches = rows, micro_batches
-        self.stored = StoredWeights(model, config.qat_clip if config.qat_share else 0.0)
+        self._is_alone = ranks.world == 1
+        wire = torch.float32 if self._is_alone else getattr(torch, config.reduce_dtype)
+        clip = config.qat_clip if config.qat_share else 0.0
+        self.stored = StoredWeights(model, clip, 1 if self._is_alone else exchange.ranges, wire)
+        self.reduction = None if self._is_alone else GradientReduction(self.stored)
         self.rates = torch.zeros(RATES, device=device)
         self.optimizers = Optimizers(model, config, rates=self.rates[:4])
+        if exchange.muon_gathers and not self._is_alone:
+            self.optimizers.share(self.stored.matrix_grads, exchange.muon_gathers)
         self.averages = WeightAverages(model, config, self.stored.values)
         self.rotary = tuple(table[:length].contiguous() for table in model.rotary(length, length))
         self.tokens = torch.ones(rows, length + 1, dtype=torch.int32, device=device)
-        self.total = torch.zeros((), device=device)
+        self.total = self.stored.total
+        self._alive = torch.ones(1, dtype=torch.int32, device=device)
         self.report = torch.zeros(2, device=device)
         pinned = device.type == "cuda"
         self._ring = torch.zeros(AHEAD, 2, pin_memory=pinned)
         self._rates_ring = torch.zeros(AHEAD, RATES, pin_memory=pinned)
         self._feed = TokenFeed(self.tokens)
         self._events: list[torch.cuda.Event | None] = [None] * AHEAD
+        self._weights = [(0.0, 0.0)] * AHEAD
         self._steps = 0
-        self._whole = micro_batches == 1 and ranks.world == 1
-        self._first, self._other, self._update = self._made(capture and pinned)
+        self.collectives = "none" if self._is_alone else config.graph_collectives
+        self._micro_batches, self._rest = self._made(capture and pinned, say)
 
     def run(
         self, batches: Iterable[Tensor], step: int, lr_scale: float, quantized: bool = False
@@ -88,20 +121,20 @@ class FusedStep:
         self.rates.copy_(self._rates_ring[slot], non_blocking=True)
         for index, rows in enumerate(batches):
             self._feed.send(rows)
-            (self._other if index else self._first)()
-        if not self._whole:
-            self.ranks.sum_(self.stored.sums)
-            self.ranks.sum_(self.total)
-            self._update()
+            self._micro_batches[index]()
+        for part in self._rest:
+            part()
         self._ring[slot].copy_(self.report, non_blocking=True)
         self._events[slot] = self._recorded()
+        self._weights[slot] = weights
         self._steps += 1
-        self.averages.count(*weights)
         return late
 
     def replay(self) -> None:
-        """The step over what `tokens` and `rates` hold; for measuring, where a step is one graph."""
-        self._first()
+        """The step over what `tokens` and `rates` hold; for measuring, with one micro-batch."""
+        self._micro_batches[0]()
+        for part in self._rest:
+            part()
 
     def refresh(self) -> None:
         """Take the parameters as they are now: they were changed from outside."""
@@ -116,7 +149,10 @@ class FusedStep:
         if event is None:
             return None
         event.synchronize()
-        return tuple(self._ring[slot].tolist())
+        loss, norm = self._ring[slot].tolist()
+        if self._is_alone or (math.isfinite(loss) and math.isfinite(norm)):  # several ranks leave the averages, too
+            self.averages.count(*self._weights[slot])
+        return loss, norm
 
     def _recorded(self):
         if self.device.type != "cuda":
@@ -125,7 +161,8 @@ class FusedStep:
         event.record()
         return event
 
-    def _gradients(self, first: bool) -> None:
+    def _gradients(self, first: bool, last: bool = True, reduces: bool = False) -> None:
+        """Forward and backward of one micro-batch; its gradients are taken, and with `reduces` added up over ranks."""
         inputs, targets = self.tokens[:, :-1].contiguous(), self.tokens[:, 1:].contiguous()
         weights, stored = self.stored.weights, self.stored
         start = document_starts(inputs, BOS_ID) if self.config.document_mask else None
@@ -135,54 +172,143 @@ class FusedStep:
                 softcap = self.model.config.logit_softcap
                 nll = softcap_nll(hidden, weights.head, targets, softcap, backend=self.model.backend)
                 loss = nll.sum() / self.config.batch_tokens
+            if first:
+                self.total.copy_(loss.detach())
+            else:
+                self.total.add_(loss.detach())
             with phase("backward"):
-                gradients = torch.autograd.grad(loss, stored.leaves)
-        stored.take(gradients, first)
-        if first:
-            self.total.copy_(loss.detach())
-        else:
-            self.total.add_(loss.detach())
+                if reduces:
+                    self.reduction.backward(loss, first)
+                else:
+                    stored.take(torch.autograd.grad(loss, stored.leaves), first, last)
 
     @torch.no_grad()
-    def _updates(self) -> None:
+    def _prepare(self, send: bool = True) -> None:
+        """From the sums to clipped gradients. Ranks that share Newton-Schulz make their updates, and `send` them."""
         with phase("optimizer"):
             self.stored.finish()
             gradients = self.stored.grads
-            norm = torch.linalg.vector_norm(gradients)
-            finite = torch.isfinite(norm) & torch.isfinite(self.total)
-            clip = (self.config.grad_clip / (norm + 1e-6)).clamp(max=1.0)
-            gradients.mul_(torch.where(finite, clip, math.nan))
-            self.optimizers.step_on_device(finite)
-            self.averages.update_on_device(self.rates[4:], self.model.backend)
+            self._norm = torch.linalg.vector_norm(gradients)
+            self._finite = torch.isfinite(self._norm) & torch.isfinite(self.total)
+            self._taken = self._finite
+            if not self._is_alone and self.optimizers.shared is None:
+                self._taken = self._finite & self._are_all_alive()
+            clip = (self.config.grad_clip / (self._norm + 1e-6)).clamp(max=1.0)
+            gradients.mul_(torch.where(self._taken, clip, math.nan))
+            if self.optimizers.shared is not None:
+                self.optimizers.shared.orthogonalise(self._finite, send)
+
+    @torch.no_grad()
+    def _commit(self) -> None:
+        """Write weights, states and averages, after the last collective."""
+        with phase("optimizer"):
+            weights, total = self.rates[4:], self.total
+            if self.optimizers.shared is not None:
+                self._taken = self._finite & self.optimizers.shared.finite() & self._are_all_alive()
+            if not self._is_alone:
+                weights = torch.where(self._taken, weights, 0.0)
+                total = torch.where(self._taken == self._finite, total, math.nan)
+            self.optimizers.step_on_device(self._taken)
+            self.averages.update_on_device(weights, self.model.backend)
             self.stored.refresh()
-            torch.stack([self.total, norm], out=self.report)
+            torch.stack([total, self._norm], out=self.report)
 
-    def _made(self, capture: bool) -> tuple[Callable[[], None], ...]:
-        """The first micro-batch (with the update, where a step is one graph), another one, and the update."""
+    def _are_all_alive(self) -> Tensor:
+        """Whether all ranks are there when the device comes here, bool []."""
+        alive = getattr(self.ranks, "alive", None)
+        if alive is not None:
+            self._alive.copy_(alive, non_blocking=True)
+        return self._alive[0] > 0
 
-        def first() -> None:
-            self._gradients(first=True)
-            if self._whole:
-                self._updates()
+    def _updates(self) -> None:
+        self._prepare()
+        self._commit()
 
-        parts = first, lambda: self._gradients(first=False), self._updates
+    def _parts(self) -> tuple[list[Callable[[], None]], list[Callable[[], None]]]:
+        """What a step calls: for each of its micro-batches, and after them."""
+        count, shared = self.micro_batches, self.optimizers.shared
+        first = last = partial(self._gradients, first=True, last=count == 1)
+        parts = [first]
+        if count > 1:
+            last = partial(self._gradients, first=False)
+            middle = last if self._is_alone else partial(self._gradients, first=False, last=False)
+            parts += [*[middle] * (count - 2), last]
+
+        def whole() -> None:
+            last(reduces=not self._is_alone)
+            self._updates()
+
+        if self._is_alone and count > 1:
+            return parts, [self._updates]
+        if self.collectives != "between":
+            return [*parts[:-1], whole], []
+        if shared is None:
+            return parts, [_Eager(self.reduction.reduce), self._updates]
+        prepare = partial(self._prepare, send=False)
+        return parts, [_Eager(self.reduction.reduce), prepare, _Eager(shared.gather), self._commit]
+
+    def _made(
+        self, capture: bool, say: Callable[[str], None]
+    ) -> tuple[list[Callable[[], None]], list[Callable[[], None]]]:
+        """The parts of a step; with `capture`, as replays of CUDA graphs.
+
+        If the collectives cannot be captured on some rank, they stand between graphs on all, and `say` tells why.
+        """
         if not capture:
-            return parts
-        stream, pool = capture_stream(self, self.device), torch.cuda.graph_pool_handle()
+            return self._parts()
+        stream = capture_stream(self, self.device)
         run_on(stream, self._warm_up)
         self.optimizers.forget_skipped()
-        wanted = (True, self.micro_batches > 1, not self._whole)
-        return tuple(
-            captured(part, self.device, warm_up=0, stream=stream, pool=pool) if is_wanted else part
-            for part, is_wanted in zip(parts, wanted, strict=True)
-        )
+        if self._is_alone:
+            return self._captured(stream)
+        problem = None
+        try:
+            made = self._captured(stream)
+        except RuntimeError as error:
+            problem = error
+        (failed,) = self.ranks.most(float(problem is not None))
+        if not failed:
+            return made
+        why = f"{type(problem).__name__}: {problem}" if problem else "it failed on another rank"
+        if self.collectives == "between":
+            raise RuntimeError(f"a training step could not be captured: {why}") from problem
+        say(f"the collectives of a step could not be captured and run between its CUDA graphs, which is slower: {why}")
+        self.collectives = "between"
+        return self._captured(capture_stream(self, self.device))
+
+    def _captured(self, stream: torch.cuda.Stream) -> tuple[list[Callable[[], None]], list[Callable[[], None]]]:
+        pool, replays = torch.cuda.graph_pool_handle(), {}
+        options = {"warm_up": 0, "stream": stream, "pool": pool, "collectives": not self._is_alone}
+
+        def replay(part: Callable[[], None]) -> Callable[[], None]:
+            if isinstance(part, _Eager):
+                return part
+            if part not in replays:
+                replays[part] = captured(part, self.device, **options)
+            return replays[part]
+
+        micro_batches, rest = self._parts()
+        return list(map(replay, micro_batches)), list(map(replay, rest))
 
     def _warm_up(self) -> None:
-        """Compile every kernel and make every state, without changing a parameter: the gradients are NaN."""
-        self._gradients(first=True)
-        self._gradients(first=False)
+        """Compile every kernel and make every state, without changing a parameter: the gradients are NaN.
+
+        Collectives run as they will be captured, so that NCCL has what it needs for them.
+        """
+        self._gradients(first=True, last=False)
+        self._gradients(first=False, reduces=not self._is_alone)
         self.total.fill_(math.nan)
         self._updates()
+
+
+class _Eager:
+    """A part of a step that is in no CUDA graph."""
+
+    def __init__(self, call: Callable[[], None]):
+        self._call = call
+
+    def __call__(self) -> None:
+        self._call()
 
 
 class TokenFeed:

@@ -28,6 +28,7 @@ class Replay:
             self.graph.replay()
 
 
+_WITH_COLLECTIVES: weakref.WeakSet[Replay] = weakref.WeakSet()
 _IDLE: dict[torch.device, list[torch.cuda.Stream]] = {}
 
 
@@ -70,17 +71,28 @@ def captured(
     warm_up: int = 2,
     stream: torch.cuda.Stream | None = None,
     pool: tuple[int, int] | None = None,
+    collectives: bool = False,
 ) -> Replay:
     """`call` as the replay of one graph, after `warm_up` runs of it.
 
     Both take place on `stream`, or on one of their own. Graphs that never run at the same time may share the memory of
     a `pool`, from torch.cuda.graph_pool_handle(); then they share the stream too, because memory that was freed on one
-    is not handed out on another.
+    is not handed out on another. With `collectives` in the call, NCCL's threads may do meanwhile what may not be
+    captured, and :func:`release_collectives` ends the graph.
     """
     replay = Replay(torch.cuda.CUDAGraph(), call)
     stream = stream or capture_stream(replay, device)
     for _ in range(warm_up):
         run_on(stream, call)
-    with phase("capture"), _no_collection(), torch.cuda.graph(replay.graph, pool=pool, stream=stream):
+    options = {"pool": pool, "stream": stream, "capture_error_mode": "thread_local" if collectives else "global"}
+    if collectives:
+        _WITH_COLLECTIVES.add(replay)
+    with phase("capture"), _no_collection(), torch.cuda.graph(replay.graph, **options):
         call()
     return replay
+
+
+def release_collectives() -> None:
+    """End every graph with collectives, before the process group does: NCCL waits for its graphs, even for ever."""
+    for replay in list(_WITH_COLLECTIVES):
+        replay.graph.reset()

@@ -7,6 +7,7 @@ from ..kernels.newton_schulz import pick_backend
 from .config import TrainConfig
 from .gpt import GPT, is_block_matrix
 from .muon import Muon
+from .muon_sharded import SharedStep
 
 MUON_STATE, ADAMW_STATE = {"momentum"}, {"step", "exp_avg", "exp_avg_sq"}
 """What the optimizers keep of a parameter."""
@@ -66,6 +67,15 @@ class Optimizers:
             fused=on_device,
             capturable=on_device and rates.is_cuda,
         )
+        self.shared: SharedStep | None = None
+
+    def share(self, gradients: Tensor, gathers: int) -> None:
+        """Let the ranks of the default process group share Newton-Schulz, its results going round in `gathers` parts.
+
+        `gradients` fp32 [N] holds those of all matrices. A step is `shared.orthogonalise` on all ranks, then
+        :meth:`step_on_device`.
+        """
+        self.shared = SharedStep(self.muon, gradients, gathers)
 
     def momentum(self, step: int) -> float:
         """Muon's momentum at `step`: a line from muon_momentum_start to muon_momentum."""
@@ -90,7 +100,10 @@ class Optimizers:
     def step_on_device(self, finite: Tensor) -> None:
         """Update all parameters at the rates on the device, unless `finite`, a bool on the device, says no."""
         self.adamw.found_inf = (~finite).float()
-        self.muon.step()
+        if self.shared is None:
+            self.muon.step()
+        else:
+            self.shared.apply(finite)
         self.adamw.step()
 
     def forget_skipped(self) -> None:

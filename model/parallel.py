@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .config import ConfigError
+from .graphs import release_collectives
 
 PREPARATION = datetime.timedelta(hours=6)
 """How long a rank waits for another: the first one may tokenize a large corpus while the others stand by."""
@@ -109,4 +110,5 @@ def join_ranks(device: str = "auto") -> Iterator[Ranks]:
     try:
         yield Ranks(dist.get_rank(), dist.get_world_size(), chosen)
     finally:
+        release_collectives()
         dist.destroy_process_group()

@@ -289,7 +289,7 @@ class Trainer:
             began=_began_with(self.folder / RUN) if resume else "",
         )
         if self.is_fused:
-            self.stepper = FusedStep(self.model, self.config, rows // micro_batches, micro_batches, ranks)
+            self.stepper = FusedStep(self.model, self.config, rows // micro_batches, micro_batches, ranks, say=self.say)
         else:
             self.stepper = EagerStep(self.model, self.config, ranks)
         self.optimizers, self.averages = self.stepper.optimizers, self.stepper.averages
