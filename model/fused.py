@@ -13,6 +13,7 @@ in between are steps from the same unharmed weights.
 
 import math
 from collections.abc import Callable, Iterable
+from itertools import takewhile
 
 import torch
 from torch import Tensor
@@ -92,7 +93,8 @@ class FusedStep:
         if not self._whole:
             self.ranks.sum_(self.stored.sums)
             self.ranks.sum_(self.total)
-            self._update()
+            with self.ranks.changing():
+                self._update()
         self._ring[slot].copy_(self.report, non_blocking=True)
         self._events[slot] = self._recorded()
         self._steps += 1
@@ -110,6 +112,12 @@ class FusedStep:
     def flush(self) -> list[tuple[float, float]]:
         """Wait for the steps that are under way; their (loss, gradient norm), oldest first."""
         return [late for i in range(AHEAD) if (late := self._read((self._steps + i) % AHEAD)) is not None]
+
+    def finished(self) -> list[tuple[float, float]]:
+        """As :meth:`flush`, of the steps that are over: it waits for none."""
+        slots = ((self._steps + i) % AHEAD for i in range(AHEAD))
+        over = takewhile(lambda slot: self._events[slot].query(), (slot for slot in slots if self._events[slot]))
+        return [self._read(slot) for slot in over]
 
     def _read(self, slot: int) -> tuple[float, float] | None:
         event, self._events[slot] = self._events[slot], None
@@ -225,3 +233,6 @@ class _Done:
 
     def synchronize(self) -> None:
         pass
+
+    def query(self) -> bool:
+        return True
