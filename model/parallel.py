@@ -220,12 +220,12 @@ def join_ranks(
     watch.start()
     try:
         with watch.waiting():
-            # NCCL's own watchdog would end the process before the state is written.
-            os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
+            # NCCL's own watchdog, which torchrun turns on, would end the process before the state is written.
+            os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "0"
             backend, more = ("cpu:gloo,cuda:nccl", {"device_id": chosen}) if chosen.type == "cuda" else ("gloo", {})
             dist.init_process_group(
                 backend,
-                store=dist.PrefixStore("klora/train", store),
+                store=dist.PrefixStore(f"klora/train/{attempt()}/group", store),
                 rank=rank,
                 world_size=world,
                 timeout=PREPARATION,

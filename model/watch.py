@@ -52,6 +52,9 @@ than the patience, since on a GPU the host may wait for its device, and that for
 OBEY, STOP = 5.0, 15.0
 """Seconds after a signal until something must be wrong, and until the run ends without its main thread."""
 
+TOUCH = 10.0
+"""Seconds after a collective has failed in which a lost rank shows: after them the run ends without a name for it."""
+
 GRACE = 3.0
 """Seconds in which a rank may meet by itself the error that another one has ended with."""
 
@@ -229,7 +232,7 @@ class Watch:
         has_alarm = any(pulse.get("alarm") for pulse in (*others.values(), self._pulse))
         patience = min(self.patience, max(SUSPECT, 3 * self.beat)) if has_alarm else self.patience
         there = {rank: pulse for rank, pulse in others.items() if "failed" not in pulse}
-        silent = {rank: self._now - self._changed[rank] for rank in there}
+        silent = {rank: self._answered - self._changed[rank] for rank in there}  # as far as the store told
         lost = tuple(rank for rank, seconds in silent.items() if seconds >= patience)
         if self._now - self._answered >= self.patience:
             return Verdict(f"the launcher, which keeps the ranks' store, has not answered for {self.patience:g} s")
@@ -244,7 +247,7 @@ class Watch:
         if self._lasted("failed", bool(failed)) >= GRACE:
             rank, (status, text) = min(failed.items())
             return Verdict(f"rank {rank} has ended: {text}" if text else "", status, tuple(failed))
-        if self._lasted("broken", bool(self._broken)) >= self.patience:
+        if self._lasted("broken", bool(self._broken)) >= TOUCH:
             return Verdict(f"the ranks have lost touch ({self._broken:.300})")
         if self._lasted("stop", bool(self._signal())) >= STOP:
             return Verdict("stopped by a signal", 128 + self._signal())
