@@ -3,7 +3,7 @@
 Two threads in each rank. One gives this rank's pulse to the store about once a second and reads those of the others, on
 a connection of its own: a call may wait for ever where the launcher stands still. The other one judges, and waits for
 nobody. A rank is lost when its pulse stands still for `patience` seconds. It is stuck when its main thread, which is
-not waiting for others, has come no further for half as long again, and for ten times its longest stretch so far. A rank
+not waiting for others, has come no further for half as long again, and for four times its longest stretch so far. A rank
 that waits in a collective is neither: its threads go on.
 
 Then training ends on every rank, whatever its main thread waits for. `alive` becomes 0, from which on no step changes a
@@ -45,7 +45,7 @@ SUSPECT = 3.0
 """Seconds without a pulse, and at least three beats, after which a rank is lost once something else has gone wrong: a
 collective has failed, or a signal to stop was not obeyed. torchrun kills what is left 30 s after a rank's death."""
 
-STILL, STRETCH = 1.5, 10
+STILL, STRETCH = 1.5, 4
 """A main thread stands still after so many times the patience, and so many times its longest stretch so far. It is more
 than the patience, since on a GPU the host may wait for its device, and that for a lost rank."""
 
