@@ -181,7 +181,7 @@ def share_threads() -> None:
     Else each takes all of them, and they wait for each other. torchrun sets OMP_NUM_THREADS, to 1.
     """
     if processes_here() > 1 and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // processes_here()))
+        torch.set_num_threads(max(1, torch.get_num_threads() // processes_here()))
 
 
 def own_device(name: str = "auto") -> torch.device:

@@ -3,8 +3,8 @@
 Two threads in each rank. One gives this rank's pulse to the store about once a second and reads those of the others, on
 a connection of its own: a call may wait for ever where the launcher stands still. The other one judges, and waits for
 nobody. A rank is lost when its pulse stands still for `patience` seconds. It is stuck when its main thread, which is
-not waiting for others, has come no further for half as long again, and for four times its longest stretch so far. A rank
-that waits in a collective is neither: its threads go on.
+not waiting for others, has come no further for half as long again, and for four times its longest stretch so far. A
+rank that waits in a collective is neither: its threads go on.
 
 Then training ends on every rank, whatever its main thread waits for. `alive` becomes 0, from which on no step changes a
 weight. The lowest rank that is left writes the state after the last finished step and says so. All leave by os._exit: a
@@ -29,8 +29,6 @@ from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
-
-from ..errors import KloraError
 
 PATIENCE = 30.0
 """Seconds without a pulse after which a rank counts as lost."""
@@ -66,10 +64,6 @@ WRITE = 20.0
 
 JOIN = 1800.0
 """Seconds in which every rank must have come."""
-
-
-class NotKept(KloraError, RuntimeError):
-    """Why the state after the last step could not be written."""
 
 
 @dataclass(frozen=True)
@@ -116,14 +110,15 @@ class Watch:
         self._broken = ""
 
     def start(self) -> None:
-        for work in (self._exchange, self._judge):
-            threading.Thread(target=work, daemon=True).start()
+        self._exchanging = threading.Thread(target=self._exchange, daemon=True)
+        self._exchanging.start()
+        threading.Thread(target=self._judge, daemon=True).start()
 
     @contextmanager
     def guard(self, save: Callable[[], str], heard: Callable[[], int]) -> Iterator[None]:
         """Meanwhile there is a state to keep: `save` writes it, with `changing` held, and returns what is kept where.
 
-        `heard` is the number of the signal that asked for a stop, or 0. NotKept from `save`: why nothing was written.
+        `heard` is the number of the signal that asked for a stop, or 0.
         """
         self._save, self._signal = save, heard
         try:
@@ -266,51 +261,49 @@ class Watch:
         verdict = next(_verdict_of(pulse) for pulse in pulses.values() if "verdict" in pulse)
         for rank in verdict.lost:
             self._kill(pulses[rank])
-        gone = self._now - self._answered >= self.patience
-        ready = [rank for rank, pulse in pulses.items() if "failed" not in pulse]
-        # Without the store nobody knows who else is left.
-        writer = 0 if gone else min((rank for rank in ready if rank not in verdict.lost), default=min(ready))
+        ready = [rank for rank, pulse in pulses.items() if _may_write(pulse)]
+        writer = min((rank for rank in ready if rank not in verdict.lost), default=min(ready))
         if self.rank == writer:
             with suppress(Exception):  # whatever a report costs, the process ends
                 kept = self._kept()
                 if verdict.why:
                     self.report(f"{verdict.why}. {kept}")
-        elif not gone:
+        else:
             until = time.monotonic() + WRITE
-            while time.monotonic() < until and not self._pulses[writer].get("left"):
+            while self._exchanging.is_alive() and time.monotonic() < until and not self._pulses[writer].get("left"):
                 time.sleep(self.beat / 2)
         self._pulse["left"] = True
         self._tell()
         leave_now(verdict.status)
 
     def _kept(self) -> str:
-        """What is kept, for people."""
-        save = self._save
+        """Write what there is to keep, in a thread of its own: the disk or the GPU may not answer. What came of it."""
+        save, kept = self._save, []
         if save is None:
             return "No step was under way; the same command goes on or starts again"
-        kept: list[str] = []
 
         def write() -> None:
             try:
-                if not self.changing.acquire(timeout=WRITE):
-                    raise NotKept("the weights were being changed")
-                time.sleep(self._settle)
-                kept.append(save())
+                with self.changing:
+                    time.sleep(self._settle)
+                    kept.append(save())
+                    threading.Event().wait()  # nothing changes from here on
             except Exception as error:
-                kept.append(f"the state after the last step could not be kept ({error})")
+                kept.append(f"The state after the last step could not be written ({error}); the last checkpoint stays")
 
-        writing = threading.Thread(target=write, daemon=True)
-        writing.start()
-        writing.join(WRITE)
-        return kept[0] if kept else f"The state after the last step could not be written within {WRITE:g} s"
+        threading.Thread(target=write, daemon=True).start()
+        until = time.monotonic() + WRITE
+        while not kept and time.monotonic() < until:
+            time.sleep(self.beat / 10)
+        late = f"The state after the last step could not be written within {WRITE:g} s; the last checkpoint stays"
+        return kept[0] if kept else late
 
     def _kill(self, pulse: dict[str, Any]) -> None:
         """End a lost rank that is a child of this process's parent and gives no pulse: it may not wake up and write."""
         if "failed" in pulse or pulse.get("still") or (pulse["host"], pulse["parent"]) != (_host(), os.getppid()):
             return
-        with suppress(OSError, ValueError, IndexError):
-            fields = Path(f"/proc/{pulse['pid']}/stat").read_text().rpartition(")")[2].split()
-            if int(fields[1]) == os.getppid():
+        with suppress(OSError):
+            if _state_of(pulse["pid"])[1:] == (str(os.getppid()),):
                 os.kill(pulse["pid"], signal.SIGKILL)
 
 
@@ -327,6 +320,21 @@ def leave_now(status: int) -> None:
 def _verdict_of(pulse: dict[str, Any]) -> Verdict:
     why, status, lost = pulse["verdict"]
     return Verdict(why, status, tuple(lost))
+
+
+def _may_write(pulse: dict[str, Any]) -> bool:
+    """Whether a rank has a part in the end: it has not left before, and is not known to be dead or stopped."""
+    if "failed" in pulse or (pulse.get("left") and "verdict" not in pulse):
+        return False
+    return pulse["host"] != _host() or "verdict" in pulse or _state_of(pulse["pid"])[:1] not in ((), ("Z",), ("T",))
+
+
+def _state_of(pid: int) -> tuple[str, ...]:
+    """(state, parent) of a process of this machine, '?' where the system does not tell; nothing where there is none."""
+    try:
+        return tuple(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:2])
+    except OSError:
+        return () if Path("/proc/self/stat").exists() else ("?", "")
 
 
 def _host() -> str:
