@@ -629,7 +629,7 @@ class Trainer:
         again = f"`klora train --resume --out {self.folder}` goes on from there, on any number of GPUs"
         with torch.cuda.stream(self._beside) if self._beside else nullcontext():
             state = self.optimizers.state_tensors()
-            steps = {int(tensor) for name, tensor in state.items() if name.endswith("/step")}
+            steps = {int(tensor.cpu()) for name, tensor in state.items() if name.endswith("/step")}
             step, book = max(steps, default=0), next((book for book in self._books if book["step"] in steps), None)
             if step == 0:
                 return "No step was finished; the same command starts again"

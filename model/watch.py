@@ -101,8 +101,8 @@ class Watch:
         self._changed: dict[int, float] = {}
         self._now, self._answered = 0.0, 0.0
         """Seconds that this process has run: one that was stopped for a while takes nobody for lost because of it."""
-        self._news, self._told = 0, 0
-        self._push, self._is_over, self._is_told = threading.Event(), threading.Event(), threading.Condition()
+        self._news, self._sent = 0, 0
+        self._push, self._is_over, self._has_sent = threading.Event(), threading.Event(), threading.Condition()
         self._save: Callable[[], str] | None = None
         self._signal: Callable[[], int] = lambda: 0
         self._since: dict[str, float] = {}
@@ -158,15 +158,15 @@ class Watch:
             status = 130 if isinstance(error, KeyboardInterrupt) else getattr(error, "exit_code", 2)
             self._pulse["failed"] = [status, str(error)]
         self._is_over.set()
-        self._tell()
+        self._send()
 
-    def _tell(self) -> None:
+    def _send(self) -> None:
         """Give the pulse to the store now, as far as it answers."""
         self._news += 1
         news = self._news
         self._push.set()
-        with self._is_told:
-            self._is_told.wait_for(lambda: self._told >= news, 2 * self.beat)
+        with self._has_sent:
+            self._has_sent.wait_for(lambda: self._sent >= news, 2 * self.beat)
 
     def _exchange(self) -> None:
         """Beat and read, until this process leaves; a store that fails once is not asked again."""
@@ -183,9 +183,9 @@ class Watch:
                     for rank, text in enumerate(store.multi_get(keys)):
                         self._note(rank, json.loads(text))
                 self._answered = self._now
-                with self._is_told:
-                    self._told = news
-                    self._is_told.notify_all()
+                with self._has_sent:
+                    self._sent = news
+                    self._has_sent.notify_all()
                 if is_last:
                     return
                 self._push.wait(self.beat)
@@ -227,7 +227,7 @@ class Watch:
         has_alarm = any(pulse.get("alarm") for pulse in (*others.values(), self._pulse))
         patience = min(self.patience, max(SUSPECT, 3 * self.beat)) if has_alarm else self.patience
         there = {rank: pulse for rank, pulse in others.items() if "failed" not in pulse}
-        silent = {rank: self._answered - self._changed[rank] for rank in there}  # as far as the store told
+        silent = {rank: self._answered - self._changed[rank] for rank in there}  # as of its last answer
         lost = tuple(rank for rank, seconds in silent.items() if seconds >= patience)
         if self._now - self._answered >= self.patience:
             return Verdict(f"the launcher, which keeps the ranks' store, has not answered for {self.patience:g} s")
@@ -254,7 +254,7 @@ class Watch:
         """End this process, and tell the others to; on one rank write what there is to keep, and say so."""
         self.alive.fill_(0)
         self._pulse["verdict"] = [verdict.why, verdict.status, verdict.lost]
-        self._tell()
+        self._send()
         time.sleep(2 * self.beat)
         pulses = dict(sorted({**self._pulses, self.rank: self._pulse}.items()))
         # Ranks that came to several verdicts at once take that of the lowest.
@@ -273,7 +273,7 @@ class Watch:
             while self._exchanging.is_alive() and time.monotonic() < until and not self._pulses[writer].get("left"):
                 time.sleep(self.beat / 2)
         self._pulse["left"] = True
-        self._tell()
+        self._send()
         leave_now(verdict.status)
 
     def _kept(self) -> str:

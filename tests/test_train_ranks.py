@@ -491,3 +491,45 @@ def test_the_first_rank_of_a_machine_is_its_own(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "0")
     assert Ranks(8, 16, device).is_first_here
     assert ALONE.alive.tolist() == [1] and ALONE.alive.dtype == torch.int32
+
+
+def test_only_a_run_that_this_launcher_began_is_gone_on_with(monkeypatch):
+    """A folder that held another run was refused, and its refusal may have been what the launcher started again."""
+    device, store = torch.device("cpu"), dist.HashStore()
+    first, second = (Ranks(rank, 2, device, store=store) for rank in range(2))
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    second.begin()
+    assert not ALONE.has_begun and not first.has_begun and not second.has_begun
+    first.begin()
+    assert not ALONE.has_begun and first.has_begun and second.has_begun
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    assert not first.has_begun
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+def test_the_state_is_read_beside_what_never_ends_on_the_gpu(tmp_path, data):
+    """A collective with a lost rank stands in the stream of the steps for ever; here a kernel does for seconds."""
+    device = torch.device("cuda", 0)
+    preset = small_preset(width=256, mlp_hidden=768, fused="true", max_steps=8)
+    trainer, said = Trainer(preset, data, tmp_path, Ranks(0, 1, device)), []
+    assert trainer.ranks.alive.is_pinned()
+
+    def hang(row):
+        if row["step"] == 4:
+            torch.cuda.synchronize()
+            trainer._beside = torch.cuda.Stream(device)
+            torch.cuda._sleep(2 * 10**10)
+            hung = torch.cuda.Event()
+            hung.record()
+            said.append(trainer._save_last_step())
+            said.append(hung.query())
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        trainer.run(hang)
+    assert said[0].startswith("The state after step") and not said[1]
+    resumed = Trainer(preset, data, tmp_path, Ranks(0, 1, device), resume=True)
+    assert 4 <= resumed.step <= 6 and len(losses(tmp_path)) == resumed.step
+    for name, tensor in trainer.model.named_parameters():
+        assert torch.equal(tensor, dict(resumed.model.named_parameters())[name]), name
