@@ -654,8 +654,8 @@ class Trainer:
     def _report_finished(self, step: int) -> None:
         """Add the rows up to `step` that loss.csv lacks."""
         rows, results = [row for row in self._pending if row["step"] <= step], self.stepper.finished()
-        if self.curve and len(rows) == len(results):
-            for row, (loss, norm) in zip(rows, results, strict=True):
+        if self.curve and len(rows) <= len(results):  # else the main thread has taken the oldest
+            for row, (loss, norm) in zip(rows, results, strict=False):
                 self.curve.add(**row | {"seconds": row["seconds"] or self.elapsed, "loss": loss, "grad_norm": norm})
 
     def _load_checkpoint(self) -> None:

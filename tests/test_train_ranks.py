@@ -530,6 +530,6 @@ def test_the_state_is_read_beside_what_never_ends_on_the_gpu(tmp_path, data):
         trainer.run(hang)
     assert said[0].startswith("The state after step") and not said[1]
     resumed = Trainer(preset, data, tmp_path, Ranks(0, 1, device), resume=True)
-    assert 4 <= resumed.step <= 6 and len(losses(tmp_path)) == resumed.step
+    assert 4 <= resumed.step <= 6 and resumed.step - 1 <= len(losses(tmp_path)) <= resumed.step
     for name, tensor in trainer.model.named_parameters():
         assert torch.equal(tensor, dict(resumed.model.named_parameters())[name]), name
