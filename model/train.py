@@ -637,6 +637,8 @@ class Trainer:
                 why = "a part of the optimizer's state lay on another rank"
             elif step != self.last_checkpoint and book is None:
                 why = "the averages were being compared"
+            elif not (self.folder / RUN).is_file():
+                why = f"{self.folder} of this machine is not the run's"
             elif step != self.last_checkpoint:
                 try:
                     self._write_checkpoint(book, self.elapsed)

@@ -192,7 +192,7 @@ with join_ranks("cpu", patience=2.0) as ranks:
     trainer = Trainer(preset, prepared_from_shards(shards), Path(out), ranks)
     nll = trainer.model.nll
     def harm(*given, **options):
-        if trainer.step == 3 and ranks.rank == 1:
+        if trainer.step == 3 and ranks.rank == 1 and kind != "clock":
             if kind == "error":
                 raise OSError("the disk of this rank is gone")
             if kind == "stuck":
@@ -200,8 +200,10 @@ with join_ranks("cpu", patience=2.0) as ranks:
             return nll(*given, **options) * float("nan")
         return nll(*given, **options)
     trainer.model.nll = harm
+    trainer.clock.started -= 0.4 * ranks.rank if kind == "clock" else 0.0
     try:
-        trainer.run()
+        step = trainer.run().step
+        print(step, *(parameter.double().sum().item() for parameter in trainer.model.parameters()))
     except NonFiniteLoss as error:
         print(f"{trainer.step}: {error}")
 """
@@ -226,6 +228,19 @@ def test_what_befalls_one_rank_ends_all(tmp_path, data, kind):
     assert why[kind] in said[0][1] and "The state after step 3 is in" in said[0][1]
     assert load_tensors(tmp_path / "run" / "checkpoint.safetensors")[1]["step"] == 3
     assert len(losses(tmp_path / "run")) == 3
+
+
+@pytest.mark.slow
+def test_clocks_that_differ_decide_the_same_on_all_ranks(tmp_path, data):
+    """When to validate, to write, to lower the rate and to end: else the ranks would wait for each other, or differ."""
+    (tmp_path / "clock.py").write_text(POISONED)
+    times = {"max_steps": 0, "seconds": 2.0, "validate_seconds": 0.5, "checkpoint_seconds": 0.5}
+    preset = small_preset(**times)
+    about = [preset.model.to_dict(), preset.train.to_dict(), str(data.folder), str(tmp_path / "run"), "clock"]
+    ranks = together(2, tmp_path / "clock.py", json.dumps(about))
+    said = [process.communicate() for process in ranks]
+    assert [process.returncode for process in ranks] == [0, 0], said
+    assert said[0][0] == said[1][0] and int(said[0][0].split()[0]) >= 2
 
 
 class TestData:
@@ -432,6 +447,9 @@ def test_a_state_that_lies_elsewhere_or_is_compared_leaves_the_last_checkpoint(t
             assert "step 3 could not be kept (a part of the optimizer's state lay on another rank)" in said
             assert "checkpoint.safetensors has that after step 2: `klora train --resume" in said
             trainer.optimizers.state_tensors = state
+            trainer.folder = tmp_path / "of-this-machine"
+            assert "of-this-machine of this machine is not the run's); " in trainer._save_last_step()
+            trainer.folder = tmp_path
             trainer._books.clear()
             assert "(the averages were being compared)" in trainer._save_last_step()
             assert digests(tmp_path)["checkpoint.safetensors"] == before
