@@ -11,6 +11,7 @@ from ..model.checkpoint import CheckpointError
 from ..model.config import ModelConfig
 from ..model.loading import load_run, tokenizer_of_run
 from ..model.lock import locked
+from ..model.parallel import rank_of_many
 from ..model.train import TOKENIZER
 from . import options
 from .console import Output
@@ -35,6 +36,8 @@ def export(
 
     Example: klora export runs/tiny --out tiny.klora
     """
+    if rank_of_many():  # one process compresses, however many were started
+        return
     output = Output(as_json)
     path = out or run / "model.klora"
     summary = export_run(run, path, budget, output)

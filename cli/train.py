@@ -1,6 +1,7 @@
 """`klora train`: text to tokenizer to shards to trained weights, in one run folder."""
 
 import dataclasses
+import json
 import signal
 from datetime import datetime
 from pathlib import Path
@@ -18,6 +19,7 @@ from ..model.prepare import Prepared, prepare, prepared_from_shards
 from ..model.reading import read_json
 from ..model.storage import attempt, differences
 from ..model.train import CHECKPOINT, MODEL, RUN, Trainer, TrainResult, compute_dtype
+from ..model.watch import PATIENCE
 from . import options
 from .console import Output
 
@@ -55,6 +57,14 @@ def train(
             help="Start afresh in --out though a run is there; OUT/replaced keeps it until the new one has finished.",
         ),
     ] = False,
+    patience: Annotated[
+        float,
+        typer.Option(
+            "--patience",
+            min=2.0,
+            help="Of several ranks: seconds without a sign of life after which one is lost and training ends.",
+        ),
+    ] = PATIENCE,
     device: options.Device = "auto",
     cache: options.Cache = options.DEFAULT_CACHE,
     warm: options.Warm = True,
@@ -66,7 +76,8 @@ def train(
     Without --text, --jsonl or --shards it reads the running Python's own standard library, which is text that every
     machine has. The run folder gets run.json, loss.csv, loss.png, checkpoint.safetensors and, at the end,
     model.safetensors, which `klora export` turns into an artifact: the best of the last weights and their averages.
-    Ctrl-C writes a checkpoint; --resume goes on. A second Ctrl-C ends at once.
+    Ctrl-C writes a checkpoint; --resume goes on. A second Ctrl-C ends at once. Of several ranks, one that is lost ends
+    training with a checkpoint and status 75; where torchrun starts them again, they go on by themselves.
 
     Presets: tiny for a CPU and two minutes; seed, 10 blocks for 600 s on 8 GPUs; seed-11l with 11 blocks; seed-2k on
     rows of 2,048 tokens, for windows of that length. --set document_mask=true keeps the documents of a row apart, --set
@@ -92,12 +103,21 @@ def train(
     if resume and overwrite:
         raise ConfigError("--resume goes on with the run in --out and --overwrite starts afresh; give one of them")
     names_text = bool(text or jsonl or validation_text or validation_jsonl) or validation_share is not None
-    with locked(out, rank_of_many(), say=output.warn), join_ranks(device) as ranks:
-        if not (resume or overwrite):
+
+    def report(why: str) -> None:
+        if as_json:
+            print(json.dumps({"error": why, "kind": "LostRank"}))
+        output.warn(why)
+
+    with locked(out, rank_of_many(), say=output.warn), join_ranks(device, patience, report) as ranks:
+        # A launcher that starts the ranks again repeats their command, which began the run that they go on with.
+        is_again = ranks.has_begun
+        if not (resume or overwrite or is_again):
             require_no_run(out)
         output.is_silent |= not ranks.is_first
-        if resume:
-            if preset_name or shards or field != "text" or names_text:
+        goes_on = resume or ranks.from_first(is_again and (out / CHECKPOINT).exists())
+        if goes_on:
+            if resume and (preset_name or shards or field != "text" or names_text):
                 raise ConfigError(
                     f"--resume takes preset and data from the run{_kept_there(out)}; leave out --preset and the "
                     "options that name text"
@@ -120,12 +140,12 @@ def train(
             corpora = _corpora(text, jsonl, field, validation_text, validation_jsonl, validation_share)
             data, sources = prepare_first(corpora, chosen, cache, ranks, output), describe(*corpora)
         if warm and ranks.device.type == "cuda":
-            if ranks.is_first:
+            if ranks.is_first_here:
                 from .warm import training, warmed
 
                 warmed(lambda: training(chosen, ranks.device, ranks.world), ranks.device, output)
             ranks.wait()
-        result = run_training(chosen, data, out, ranks, output, sources, resume)
+        result = run_training(chosen, data, out, ranks, output, sources, goes_on)
         if ranks.is_first:
             output.result({"run": str(out), **vars(result), "notes": list(data.notes)})
     if result.signal:
@@ -171,10 +191,13 @@ def run_training(
     try:
         trainer = Trainer(chosen, data, out, ranks, resume, sources, output.warn)
     except KeyboardInterrupt:
-        output.warn(
-            "stopped before the first step; the data and what was saved before are kept. The same command starts again"
-        )
+        if ranks.is_first:
+            output.warn(
+                "stopped before the first step; the data and what was saved before are kept. The same command starts "
+                "again"
+            )
         raise typer.Exit(128 + signal.SIGINT) from None
+    ranks.begin()
     config = chosen.train
     output.say(f"training {chosen.name} on {ranks.device} x {ranks.world}; attention {trainer.attention}")
     output.say(str(trainer.estimate))
@@ -212,6 +235,7 @@ def prepare_first(
 ) -> Prepared:
     """Tokenizer and shards of both corpora: rank 0 makes them, the others find them.
 
+    On other machines, which may have folders of their own, the first rank there makes what it does not find.
     Ctrl-C ends the command with status 130 and says what is kept.
     """
     names = {"tokenizer": "learning the tokenizer", "train": "tokenizing train", "validation": "tokenizing validation"}
@@ -227,11 +251,15 @@ def prepare_first(
 
                 prepare(*corpora, chosen.model.vocab_size, cache, progress)
         ranks.wait()
+        if ranks.is_first_here and not ranks.is_first:
+            prepare(*corpora, chosen.model.vocab_size, cache)
+        ranks.wait()
     except KeyboardInterrupt:
-        output.warn(
-            f"stopped while {reached}. Of the data nothing is kept: {cache} holds only what was whole before, and no "
-            "run was begun. The same command starts again"
-        )
+        if ranks.is_first:
+            output.warn(
+                f"stopped while {reached}. Of the data nothing is kept: {cache} holds only what was whole before, and "
+                "no run was begun. The same command starts again"
+            )
         raise typer.Exit(128 + signal.SIGINT) from None
     data = prepare(*corpora, chosen.model.vocab_size, cache)
     if ranks.is_first:

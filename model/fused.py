@@ -20,7 +20,9 @@ in between are steps from the same unharmed weights.
 import math
 import warnings
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from functools import partial
+from itertools import takewhile
 from typing import NamedTuple
 
 import torch
@@ -83,7 +85,9 @@ class FusedStep:
         wire = torch.float32 if self._is_alone else getattr(torch, config.reduce_dtype)
         clip = config.qat_clip if config.qat_share else 0.0
         self.stored = StoredWeights(model, clip, 1 if self._is_alone else exchange.ranges, wire)
-        self.reduction = None if self._is_alone else GradientReduction(self.stored)
+        # On a GPU it is the device that waits, in an order that a capture keeps; the host goes on.
+        self._waiting = ranks.waiting if device.type == "cpu" else nullcontext
+        self.reduction = None if self._is_alone else GradientReduction(self.stored, self._waiting)
         self.rates = torch.zeros(RATES, device=device)
         self.optimizers = Optimizers(model, config, rates=self.rates[:4])
         if exchange.muon_gathers and not self._is_alone:
@@ -144,6 +148,12 @@ class FusedStep:
         """Wait for the steps that are under way; their (loss, gradient norm), oldest first."""
         return [late for i in range(AHEAD) if (late := self._read((self._steps + i) % AHEAD)) is not None]
 
+    def finished(self) -> list[tuple[float, float]]:
+        """As :meth:`flush`, of the steps that are over: it waits for none."""
+        slots = ((self._steps + i) % AHEAD for i in range(AHEAD))
+        over = takewhile(lambda slot: self._events[slot].query(), (slot for slot in slots if self._events[slot]))
+        return [self._read(slot) for slot in over]
+
     def _read(self, slot: int) -> tuple[float, float] | None:
         event, self._events[slot] = self._events[slot], None
         if event is None:
@@ -196,12 +206,13 @@ class FusedStep:
             clip = (self.config.grad_clip / (self._norm + 1e-6)).clamp(max=1.0)
             gradients.mul_(torch.where(self._taken, clip, math.nan))
             if self.optimizers.shared is not None:
-                self.optimizers.shared.orthogonalise(self._finite, send)
+                with self._waiting():
+                    self.optimizers.shared.orthogonalise(self._finite, send)
 
     @torch.no_grad()
     def _commit(self) -> None:
         """Write weights, states and averages, after the last collective."""
-        with phase("optimizer"):
+        with self.ranks.changing(), phase("optimizer"):
             weights, total = self.rates[4:], self.total
             if self.optimizers.shared is not None:
                 self._taken = self._finite & self.optimizers.shared.finite() & self._are_all_alive()
@@ -215,9 +226,7 @@ class FusedStep:
 
     def _are_all_alive(self) -> Tensor:
         """Whether all ranks are there when the device comes here, bool []."""
-        alive = getattr(self.ranks, "alive", None)
-        if alive is not None:
-            self._alive.copy_(alive, non_blocking=True)
+        self._alive.copy_(self.ranks.alive, non_blocking=True)
         return self._alive[0] > 0
 
     def _updates(self) -> None:
@@ -351,3 +360,6 @@ class _Done:
 
     def synchronize(self) -> None:
         pass
+
+    def query(self) -> bool:
+        return True

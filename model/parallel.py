@@ -1,10 +1,15 @@
-"""One process a device: who this process is, and the few collectives that training needs."""
+"""One process a device: who this process is, and the few collectives that training needs.
+
+Processes that were started side by side, by torchrun or by whoever sets its variables (RANK, WORLD_SIZE, MASTER_ADDR,
+MASTER_PORT), watch over each other: see watch.py.
+"""
 
 import datetime
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -12,27 +17,102 @@ from torch import Tensor
 
 from .config import ConfigError
 from .graphs import release_collectives
+from .watch import JOIN, PATIENCE, SETTLE, Watch
 
 PREPARATION = datetime.timedelta(hours=6)
 """How long a rank waits for another: the first one may tokenize a large corpus while the others stand by."""
 
+BEGUN = "klora/train/begun"
+"""Key in the launcher's store, which outlives the processes that it starts again: they have begun a run."""
+
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process's rank among `world` processes, and its device. A single process is rank 0 of 1."""
+    """This process's rank among `world` processes, and its device. A single process is rank 0 of 1.
+
+    `alive`, int32 [1] on the CPU, pinned where the device is a GPU, is 1 until a rank is lost. A step of several ranks
+    reads it on its device after its last collective, and changes nothing where it is 0.
+    """
 
     rank: int
     world: int
     device: torch.device
+    alive: Tensor = field(default=None, repr=False, compare=False)
+    watch: Watch | None = field(default=None, repr=False, compare=False)
+    store: dist.Store | None = field(default=None, repr=False, compare=False)
+    """The launcher's, on a connection for the main thread."""
+
+    def __post_init__(self):
+        if self.alive is None:
+            object.__setattr__(self, "alive", alive_on(self.device))
 
     @property
     def is_first(self) -> bool:
         return self.rank == 0
 
+    @property
+    def is_first_here(self) -> bool:
+        """Whether this process is the first one of its machine."""
+        return int(os.environ.get("LOCAL_RANK", self.rank)) == 0 if self.world > 1 else True
+
+    def waiting(self) -> AbstractContextManager[None]:
+        """Around a call in which this process waits for the other ranks.
+
+        Every collective stands in one. Where it fails because a rank is gone, it does not return: the watch ends the
+        process, and keeps what there is.
+        """
+        return self.watch.waiting() if self.watch else nullcontext()
+
+    def changing(self) -> AbstractContextManager:
+        """Around whatever changes weights, optimizer, averages or the run's files: no other thread reads them then.
+
+        No collective belongs inside: a dead rank would keep the state from being written.
+        """
+        return self.watch.changing if self.watch else nullcontext()
+
+    def mark(self) -> None:
+        """Show that this process gets on."""
+        if self.watch:
+            self.watch.mark()
+
+    def stop_if_lost(self) -> None:
+        """Where a rank is lost, do not return: the watch ends this process. Such a step's loss is no number."""
+        if self.watch and not self.alive:
+            self.watch.hold()
+
+    def expect(self, seconds: float = 0.0) -> None:
+        """From here on this process is expected to get on within `seconds`, or as fast as it did so far."""
+        if self.watch:
+            self.watch.expect(seconds)
+
+    def guard(self, save: Callable[[], str], heard: Callable[[], int]) -> AbstractContextManager[None]:
+        """Let `save` write the state where a rank is lost meanwhile: see :meth:`Watch.guard`."""
+        return self.watch.guard(save, heard) if self.watch else nullcontext()
+
+    def begin(self) -> None:
+        """Note in the launcher's store that a run has begun."""
+        if self.store and self.is_first:
+            self.store.set(BEGUN, "1")
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether the same launcher started these processes again, after their run had begun."""
+        return self.store is not None and attempt() > 0 and self.store.check([BEGUN])
+
+    def from_first(self, value: Any) -> Any:
+        """The first rank's `value`, anything small that can be pickled."""
+        if self.world == 1:
+            return value
+        values = [value]
+        with self.waiting():
+            dist.broadcast_object_list(values, src=0, device=torch.device("cpu"))
+        return values[0]
+
     def sum_(self, tensor: Tensor) -> Tensor:
         """Sum over ranks, in place."""
         if self.world > 1:
-            dist.all_reduce(tensor)
+            with self.waiting():
+                dist.all_reduce(tensor)
         return tensor
 
     def most(self, *values: float) -> list[float]:
@@ -43,13 +123,20 @@ class Ranks:
         if self.world == 1:
             return list(values)
         tensor = torch.tensor(values, dtype=torch.float64)
-        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        with self.waiting():
+            dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
         return tensor.tolist()
 
     def wait(self) -> None:
         """Return when every rank is here."""
         if self.world > 1:
-            dist.barrier()
+            with self.waiting():
+                dist.barrier()
+
+
+def alive_on(device: torch.device) -> Tensor:
+    """The flag of :class:`Ranks`, 1."""
+    return torch.ones(1, dtype=torch.int32, pin_memory=device.type == "cuda")
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -81,9 +168,26 @@ def rank_of_many() -> str:
     return os.environ["RANK"].lstrip("0") if is_one_of_many() else ""
 
 
+def attempt() -> int:
+    """How often torchrun has started these processes again."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
 def processes_here() -> int:
-    """How many of them run on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if is_one_of_many() else 1
+    """How many of them run on this machine: LOCAL_WORLD_SIZE, or all where they meet on this machine by name."""
+    if not is_one_of_many():
+        return 1
+    is_local = os.environ.get("MASTER_ADDR") in ("localhost", "127.0.0.1", "::1")
+    return int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"] if is_local else "1"))
+
+
+def share_threads() -> None:
+    """Give each of several processes its share of this machine's cores, unless OMP_NUM_THREADS says how many.
+
+    Else each takes all of them, and they wait for each other. torchrun sets OMP_NUM_THREADS, to 1.
+    """
+    if processes_here() > 1 and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, torch.get_num_threads() // processes_here()))
 
 
 def own_device(name: str = "auto") -> torch.device:
@@ -95,20 +199,59 @@ def own_device(name: str = "auto") -> torch.device:
 
 
 @contextmanager
-def join_ranks(device: str = "auto") -> Iterator[Ranks]:
-    """The ranks of this run: torchrun's if it launched us (NCCL for what lies on a GPU, else gloo), or one alone."""
-    chosen = pick_device(device)
-    if not dist.is_torchelastic_launched():
+def join_ranks(
+    device: str = "auto", patience: float = PATIENCE, report: Callable[[str], None] | None = None
+) -> Iterator[Ranks]:
+    """The ranks of this run, one process alone or several (NCCL for what lies on a GPU, else gloo).
+
+    Where one of several is lost, gives no pulse for `patience` seconds or ends with an error, all end within a minute,
+    by os._exit, and one of them gives `report` a sentence. ConfigError: the processes cannot meet, or not on `device`.
+    """
+    if device.startswith("cuda:") and processes_here() > 1:
+        raise ConfigError(
+            f"device={device!r} names one GPU and {processes_here()} processes run here; give --device cuda, which "
+            "gives each its own"
+        )
+    chosen = own_device(device)
+    if not is_one_of_many():
         yield Ranks(0, 1, chosen)
         return
-    if chosen.type == "cuda":
-        chosen = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(chosen)
-        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=chosen, timeout=PREPARATION)
-    else:
-        dist.init_process_group("gloo", timeout=PREPARATION)
+    share_threads()
     try:
-        yield Ranks(dist.get_rank(), dist.get_world_size(), chosen)
-    finally:
+        store, rank, world = next(dist.rendezvous("env://", timeout=datetime.timedelta(seconds=JOIN)))
+    except (ValueError, dist.DistError) as error:
+        raise ConfigError(f"RANK and WORLD_SIZE are set, but the ranks cannot meet: {error}") from None
+    alive, settle = alive_on(chosen), SETTLE if chosen.type == "cuda" else 0.0
+    watch = Watch(_pulses, rank, world, alive, patience, settle=settle, **({"report": report} if report else {}))
+    watch.start()
+    try:
+        with watch.waiting():
+            # NCCL's own watchdog, which torchrun turns on, would end the process before the state is written.
+            os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "0"
+            backend, more = ("cpu:gloo,cuda:nccl", {"device_id": chosen}) if chosen.type == "cuda" else ("gloo", {})
+            dist.init_process_group(
+                backend,
+                store=dist.PrefixStore(f"klora/train/{attempt()}/group", store),
+                rank=rank,
+                world_size=world,
+                timeout=PREPARATION,
+                **more,
+            )
+        yield Ranks(rank, world, chosen, alive, watch, _launcher())
+    except BaseException as error:
+        watch.leave(error)
         release_collectives()
-        dist.destroy_process_group()
+        raise
+    watch.leave()
+    release_collectives()
+    dist.destroy_process_group()
+
+
+def _launcher() -> dist.Store:
+    """A connection of its own to the launcher's store."""
+    return dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+
+
+def _pulses() -> dist.Store:
+    """As :func:`_launcher`, to the part for the pulses of this attempt."""
+    return dist.PrefixStore(f"klora/train/{attempt()}", _launcher())

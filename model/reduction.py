@@ -4,6 +4,8 @@ Hooks on the autograd leaves tell when a bucket is whole: then it is on its way,
 one order on all ranks. What comes back is the same on all ranks bit for bit.
 """
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
 import torch
@@ -14,10 +16,13 @@ from .stored import StoredWeights
 
 
 class GradientReduction:
-    """Adds up the buckets of `stored` over the default process group, whose ranks all call the same methods."""
+    """Adds up the buckets of `stored` over the default process group, whose ranks all call the same methods.
 
-    def __init__(self, stored: StoredWeights):
-        self.stored = stored
+    `waiting` stands around what waits for the other ranks, as :meth:`Ranks.waiting` does.
+    """
+
+    def __init__(self, stored: StoredWeights, waiting: Callable[[], AbstractContextManager] = nullcontext):
+        self.stored, self._waiting = stored, waiting
         self._is_on = False
         for number, bucket in enumerate(stored.buckets):
             for place, leaf in enumerate(stored.leaves[bucket.leaves]):
@@ -35,13 +40,15 @@ class GradientReduction:
             self._is_on, self._gradients = False, []
         if len(self._works) != len(buckets):
             raise RuntimeError(f"{len(self._works)} of {len(buckets)} buckets of gradients came: a leaf has none")
-        for work in self._works:
-            work.wait()
+        with self._waiting():
+            for work in self._works:
+                work.wait()
 
     def reduce(self) -> None:
         """The same sum after the backward, of what :meth:`StoredWeights.take` has taken."""
-        for number in range(len(self.stored.buckets)):
-            dist.all_reduce(self.stored.carried(number))
+        with self._waiting():
+            for number in range(len(self.stored.buckets)):
+                dist.all_reduce(self.stored.carried(number))
 
     def _arrived(self, number: int, place: int, gradient: Tensor) -> None:
         if not self._is_on:

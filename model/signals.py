@@ -13,10 +13,10 @@ GRACE = 1.0
 class StopSignals:
     """While active, SIGINT and SIGTERM are noted in `received` instead of obeyed; a second SIGINT is obeyed at once.
 
-    Python's handlers wait for the operation in progress, which may be a backward of a minute. Therefore a thread reads
-    the signals from Python's wakeup descriptor. It answers the first one with `say`, and after a second SIGINT it ends
-    the process with status 130 where KeyboardInterrupt has not done so within GRACE seconds. Outside the main thread,
-    where Python allows no handlers, signals stay as they are.
+    Python's handlers wait for the operation in progress, which may be a backward of a minute, or a collective with a
+    dead rank. Therefore a thread reads the signals from Python's wakeup descriptor. It notes and answers the first one,
+    with `say`, and after a second SIGINT it ends the process with status 130 where KeyboardInterrupt has not done so
+    within GRACE seconds. Outside the main thread, where Python allows no handlers, signals stay as they are.
     """
 
     def __init__(self, say: Callable[[str], None] = lambda text: None):
@@ -45,6 +45,7 @@ class StopSignals:
                 if number not in (signal.SIGINT, signal.SIGTERM):
                     continue
                 count += 1
+                self.received = self.received or number
                 if count == 1:
                     self._say("stopping at the next safe point; Ctrl-C again ends at once, what was saved stays")
                 elif number == signal.SIGINT and not self._over.wait(GRACE):

@@ -21,7 +21,7 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,7 +49,7 @@ from .config import ConfigError, Preset, TrainConfig
 from .curve import LossCurve
 from .estimate import Estimate, available_memory, estimate, fused_memory, least_memory, require_memory, state_bytes
 from .evaluate import validation_bpb
-from .fused import FusedStep
+from .fused import AHEAD, FusedStep
 from .gpt import GPT, parameter_count
 from .optimizers import FlatGradients, Optimizers
 from .parallel import Ranks, processes_here
@@ -72,6 +72,9 @@ CHECKPOINT_FIELDS = {"step": int, "seconds": float, "loss": float, "sampler": di
 }
 ROW_BYTES = 8
 """Of a token of a step's rows: as they are read, stacked and widened."""
+
+SLOW = 600.0
+"""Seconds that a validation, a checkpoint or the end of a run may take on a rank that the others wait for."""
 
 SLOW_STEP = 2.0
 """Seconds a step from which several ranks agree between micro-batches on whether to stop; it takes a collective."""
@@ -191,9 +194,9 @@ class EagerStep:
             total.mul_(config.batch_tokens / tokens)
         grad_norm = self.gradients.clip_(config.grad_clip)
         loss, norm = torch.stack([total, grad_norm]).tolist()
-        self._last = loss, norm
-        if math.isfinite(loss) and math.isfinite(norm):
-            with phase("optimizer"):
+        with self.ranks.changing(), phase("optimizer"):
+            self._last = loss, norm
+            if math.isfinite(loss) and math.isfinite(norm):
                 self.optimizers.step(step, scale)
                 self.averages.update(step + 1, scale)
 
@@ -204,6 +207,9 @@ class EagerStep:
         """(loss, gradient norm) of the step that none has asked for."""
         last, self._last = self._last, None
         return [last] if last else []
+
+    finished = flush
+    """No step is under way once :meth:`run` has returned."""
 
 
 class TrainingClock:
@@ -297,11 +303,13 @@ class Trainer:
         self.validation = TokenStream(data.validation)
         if len(self.validation) < 2:
             raise ConfigError(f"the validation shards hold {len(self.validation)} token; allowed: at least 2")
-        self.step, self.tokens, self.loss = 0, 0, math.nan
+        self.step, self.tokens, self.loss, self.elapsed = 0, 0, math.nan, 0.0
         self.clock = TrainingClock(ranks.device)
+        self._books: deque[dict[str, Any]] = deque([self._book(0, 0, 0, 0)], maxlen=AHEAD + 2)
+        self._beside = torch.cuda.Stream(ranks.device) if ranks.watch and ranks.device.type == "cuda" else None
         self.last_checkpoint, self.is_resumed = 0, resume
         shards = [*data.train, *data.validation]
-        self.shards = survey(shards, data.tokenizer.vocab_size) if ranks.is_first else []
+        self.shards = ranks.from_first(survey(shards, data.tokenizer.vocab_size) if ranks.is_first else [])
         if resume:
             self._load_checkpoint()
         with self.clock.held():
@@ -321,7 +329,7 @@ class Trainer:
     def run(self, progress: Callable[[dict[str, Any]], None] = lambda row: None) -> TrainResult:
         """Train to the end or to a signal. `progress` gets each row of loss.csv, once its loss is known."""
         config, step_seconds = self.config, math.inf
-        with StopSignals(self.say) as stop:
+        with StopSignals(self.say) as stop, self.ranks.guard(self._save_last_step, lambda: stop.received):
             (elapsed,) = self.ranks.most(self.clock.seconds())
             next_validation, next_checkpoint = elapsed + config.validate_seconds, elapsed + config.checkpoint_seconds
             while not self._is_over(elapsed):
@@ -333,9 +341,11 @@ class Trainer:
                     (signalled,) = self.ranks.most(stop.received)
                     return self._interrupted(int(signalled)) if signalled else self._finish()
                 elapsed, signalled = self.ranks.most(self.clock.seconds(), stop.received)
-                self._pending[-1]["seconds"] = elapsed
+                self._pending[-1]["seconds"] = self.elapsed = elapsed
+                self.ranks.expect()
                 step_seconds = elapsed - before
                 if elapsed >= next_validation and not signalled:
+                    self.ranks.expect(SLOW)
                     with self.clock.held():
                         bpb = self._validate(lambda: bool(stop.received))
                     (signalled,) = self.ranks.most(stop.received)
@@ -373,14 +383,25 @@ class Trainer:
         first step that the cap cuts is taken with the mean gradient of the tokens read.
         """
         config, length = self.config, self.preset.model.train_length
-        position, read = self.sampler.state(), 0
+        position, read, book = self.sampler.state(), 0, self._books[-1]
         with phase("data"):
             all_rows = self.rows_per_rank * self.ranks.world
             rows = self.sampler.take_rows(all_rows, self.ranks.rank, self.ranks.world)
+        averaged = self.averages.weights_at(self.step + 1, scale)
+        # Noted before the step, whose end no other thread sees.
+        self._books.append(
+            self._book(
+                self.step + 1,
+                self.tokens + config.batch_tokens,
+                book["ema_updates"] + (averaged[0] > 0),
+                book["swa_snapshots"] + (averaged[1] > 0),
+            )
+        )
 
         def batches() -> Iterator[Tensor]:
             nonlocal read
             for part in rows.split(self.stepper.rows or max(1, config.micro_batch_tokens // length)):
+                self.ranks.mark()
                 if watched:
                     elapsed, signalled = self.ranks.most(self.clock.seconds(), stop.received)
                     if signalled or (elapsed >= config.seconds and read and self.step):
@@ -394,10 +415,11 @@ class Trainer:
             late = self.stepper.run(batches(), self.step, scale, quantized)
         except _StepCut:
             self.sampler.load_state(position)
+            self._books.pop()
             return False
         self._report([late] if late else [], progress)
         self.step += 1
-        self.tokens += read
+        self.tokens = self._books[-1]["tokens"] = self.tokens + read
         row = {"step": self.step, "seconds": 0.0, "tokens": self.tokens, "lr_scale": scale}
         self._pending.append(row | {"momentum": self.optimizers.momentum(self.step - 1)})
         return True
@@ -405,9 +427,11 @@ class Trainer:
     def _report(self, reports: Sequence[tuple[float, float]], progress: Callable[[dict[str, Any]], None]) -> None:
         """Write the rows of the oldest steps that have none, from their (loss, gradient norm)."""
         for loss, norm in reports:
-            row = self._pending.popleft()
+            with self.ranks.changing():
+                row = self._pending.popleft()
             self.loss = loss
             if not (math.isfinite(loss) and math.isfinite(norm)):
+                self.ranks.stop_if_lost()
                 if self.curve:
                     self.curve.close()
                 raise NonFiniteLoss(self._explain_non_finite(row["step"], norm))
@@ -415,6 +439,11 @@ class Trainer:
             if self.curve:
                 self.curve.add(**row)
             progress(row)
+
+    def _book(self, step: int, tokens: int, ema_updates: int, swa_snapshots: int) -> dict[str, Any]:
+        """What a checkpoint says of the run after `step` steps, which have read what the sampler has given."""
+        counts = {"step": step, "tokens": tokens, "ema_updates": ema_updates, "swa_snapshots": swa_snapshots}
+        return {**counts, "sampler": self.sampler.state()}
 
     def _explain_non_finite(self, step: int, norm: float) -> str:
         return (
@@ -429,6 +458,11 @@ class Trainer:
 
     def _validate(self, should_stop: Callable[[], bool] = lambda: False) -> float:
         config = self.config
+
+        def should_end() -> bool:
+            self.ranks.mark()
+            return should_stop()
+
         return validation_bpb(
             self.model,
             self.validation,
@@ -436,7 +470,7 @@ class Trainer:
             config.validate_tokens,
             config.micro_batch_tokens,
             self.ranks,
-            should_stop,
+            should_end,
             config.document_mask,
         )
 
@@ -444,6 +478,8 @@ class Trainer:
         """Evaluate the last weights and both averages, keep the best, write model.safetensors."""
         seconds = self.clock.seconds()
         self._try_to_save_checkpoint()
+        with self.ranks.changing():  # from here on the model holds what is compared
+            self._books.clear()
         last = {name: parameter.detach().clone() for name, parameter in self.model.named_parameters()}
         candidates, scores = {"last": last, **self.averages.candidates(), **self._finished_before()}, {}
         for name, weights in candidates.items():
@@ -563,29 +599,67 @@ class Trainer:
             self.ranks.wait()
 
     def _save_checkpoint(self) -> None:
+        self.ranks.expect(SLOW)
         if self.ranks.is_first:
             averages = self.averages
-            tensors = {
-                **with_prefix("model", dict(self.model.named_parameters())),
-                **with_prefix("optimizer", self.optimizers.state_tensors()),
-                **with_prefix("ema", averages.ema),
-                **with_prefix("swa", averages.swa),
-            }
-            meta = {
-                "step": self.step,
-                "tokens": self.tokens,
-                "seconds": self.clock.seconds(),
-                "loss": self.loss,
-                "sampler": self.sampler.state(),
-                "ema_updates": averages.ema_updates,
-                "swa_snapshots": averages.swa_snapshots,
-                "shards": self.shards,
-                "model": self.preset.model.to_dict(),
-            }
-            save_tensors(self.folder / CHECKPOINT, tensors, meta)
+            with self.ranks.changing():
+                book = self._book(self.step, self.tokens, averages.ema_updates, averages.swa_snapshots)
+                self._write_checkpoint(book, self.clock.seconds())
             self.curve.draw()
         self.ranks.wait()
         self.last_checkpoint = self.step
+
+    def _write_checkpoint(self, book: dict[str, Any], seconds: float) -> None:
+        tensors = {
+            **with_prefix("model", dict(self.model.named_parameters())),
+            **with_prefix("optimizer", self.optimizers.state_tensors()),
+            **with_prefix("ema", self.averages.ema),
+            **with_prefix("swa", self.averages.swa),
+        }
+        about = {"seconds": seconds, "loss": self.loss, "shards": self.shards, "model": self.preset.model.to_dict()}
+        save_tensors(self.folder / CHECKPOINT, tensors, book | about)
+
+    def _save_last_step(self) -> str:
+        """Write the state after the last finished step as the checkpoint, whatever the main thread waits for.
+
+        The watch calls it, with `changing` held: no step changes anything any more. On a GPU steps may be under way
+        that will never end. Therefore AdamW's own count says which step was the last, and copies take a stream beside
+        them. Returns what is kept, for people.
+        """
+        path, why = self.folder / CHECKPOINT, ""
+        again = f"`klora train --resume --out {self.folder}` goes on from there, on any number of GPUs"
+        with torch.cuda.stream(self._beside) if self._beside else nullcontext():
+            state = self.optimizers.state_tensors()
+            steps = {int(tensor.cpu()) for name, tensor in state.items() if name.endswith("/step")}
+            step, book = max(steps, default=0), next((book for book in self._books if book["step"] in steps), None)
+            if step == 0:
+                return "No step was finished; the same command starts again"
+            if len(steps) > 1 or {name.rpartition("/")[0] for name in state} != set(self.optimizers.names.values()):
+                why = "a part of the optimizer's state lay on another rank"
+            elif step != self.last_checkpoint and book is None:
+                why = "the averages were being compared"
+            elif not (self.folder / RUN).is_file():
+                why = f"{self.folder} of this machine is not the run's"
+            elif step != self.last_checkpoint:
+                try:
+                    self._write_checkpoint(book, self.elapsed)
+                    self.last_checkpoint = step
+                    self._report_finished(step)
+                except OSError as error:
+                    why = str(error)
+        if not why:
+            return f"The state after step {step} is in {path}; {again}"
+        lost = f"The state after step {step} could not be kept ({why})"
+        if not self.last_checkpoint:
+            return f"{lost}, and there is no checkpoint yet; the same command starts again"
+        return f"{lost}; {path} has that after step {self.last_checkpoint}: {again}"
+
+    def _report_finished(self, step: int) -> None:
+        """Add the rows up to `step` that loss.csv lacks."""
+        rows, results = [row for row in self._pending if row["step"] <= step], self.stepper.finished()
+        if self.curve and len(rows) <= len(results):  # else the main thread has taken the oldest
+            for row, (loss, norm) in zip(rows, results, strict=False):
+                self.curve.add(**row | {"seconds": row["seconds"] or self.elapsed, "loss": loss, "grad_norm": norm})
 
     def _load_checkpoint(self) -> None:
         path, device = self.folder / CHECKPOINT, self.ranks.device
@@ -613,7 +687,8 @@ class Trainer:
         self.step = self.last_checkpoint = meta["step"]
         self.tokens = meta.get("tokens", self.step * self.config.batch_tokens)
         self.loss = meta["loss"]
-        self.clock = TrainingClock(device, meta["seconds"])
+        self.elapsed, self.clock = meta["seconds"], TrainingClock(device, meta["seconds"])
+        self._books.append(self._book(self.step, self.tokens, meta["ema_updates"], meta["swa_snapshots"]))
 
     def _require_same_shards(self, path: Path, known: list) -> None:
         """ShardError unless the shards are those that the checkpoint at `path` was trained on, token for token."""

@@ -127,7 +127,7 @@ def _rank(rank: int, world: int, folder: str) -> None:
     found = {}
 
     def ranks():
-        return SimpleNamespace(rank=rank, world=world, device=CPU, alive=torch.ones(1, dtype=torch.int32))
+        return Ranks(rank, world, CPU)
 
     for name, on in CASES:
         if on == world:
@@ -282,7 +282,8 @@ def test_collectives_that_cannot_be_captured_run_between_graphs_on_all_ranks(one
         return part
 
     failed = [1.0] if fails == "there" else [0.0]
-    ranks = SimpleNamespace(rank=0, world=2, device=CPU, most=lambda own: [max(own, *failed)])
+    ranks = Ranks(0, 2, CPU)
+    monkeypatch.setattr(Ranks, "most", lambda self, own: [max(own, *failed)])
     step = FusedStep(randomized(), CONFIG, 4, 1, ranks, exchange=Exchange(muon_gathers=gathers))
     for name, stand_in in (
         ("capture_stream", lambda owner, device: None),
@@ -379,9 +380,7 @@ def _gpu_rank(rank: int, folder: str) -> None:
     for case in ON_GPU:
         for capture in (True, False):
             collectives, micro_batches, gathers, dtype = case
-            alive = torch.ones(1, dtype=torch.int32).pin_memory()
-            most = Ranks(rank, 2, device).most
-            ranks = SimpleNamespace(rank=rank, world=2, device=device, alive=alive, most=most)
+            ranks = Ranks(rank, 2, device)
             model = GPT(WIDE)
             model.load_state_dict(randomized(WIDE).state_dict())
             model.configure(device, torch.bfloat16)
@@ -391,7 +390,7 @@ def _gpu_rank(rank: int, folder: str) -> None:
             step = FusedStep(model, config, rows, micro_batches, ranks, LENGTH, capture, **options)
             reports = stepped(step, range(STEPS))
             whole, before = kept(step), counted(step)
-            alive.zero_()
+            ranks.alive.zero_()
             lost = stepped(step, [BAD])
             found[case, capture] = {
                 "said": said,
