@@ -14,7 +14,7 @@ from .config import TrainConfig
 
 
 class WeightAverages:
-    """EMA and SWA of a module's parameters, each in fp32.
+    """EMA and SWA of a module's parameters, each in fp32: `ema`, and in `swa` the sum of the snapshots so far.
 
     With `values`, the one buffer that all parameters are views of, the averages lie in buffers alike, and
     :meth:`update_on_device` is part of a step that may be captured.
@@ -24,7 +24,7 @@ class WeightAverages:
         self.config, self._values = config, values
         self.parameters = dict(module.named_parameters())
         self._flat = None if values is None else torch.zeros(2, len(values), device=values.device)
-        self.ema, self._total = (
+        self.ema, self.swa = (
             {name: self._zeros_like(p.detach(), index) for name, p in self.parameters.items()} for index in range(2)
         )
         self.ema_updates = 0
@@ -36,11 +36,6 @@ class WeightAverages:
             return torch.zeros_like(parameter)
         start = parameter.storage_offset() - self._values.storage_offset()
         return self._flat[index, start : start + parameter.numel()].view_as(parameter)
-
-    @property
-    def swa(self) -> dict[str, Tensor]:
-        """The sum of the snapshots; empty before the first."""
-        return self._total if self.swa_snapshots else {}
 
     def weights_at(self, step: int, lr_scale: float) -> tuple[float, float]:
         """What the weights after `step` steps count in the EMA and in the SWA's sum; 0: they are left out."""
@@ -61,7 +56,7 @@ class WeightAverages:
         if ema:
             torch._foreach_lerp_(list(self.ema.values()), weights, ema)
         if swa:
-            torch._foreach_add_(list(self._total.values()), weights)
+            torch._foreach_add_(list(self.swa.values()), weights)
         self.count(ema, swa)
 
     def update_on_device(self, weights: Tensor, backend: str) -> None:
@@ -77,7 +72,7 @@ class WeightAverages:
         for name in self.parameters:
             self.ema[name].copy_(ema[name])
             if swa:
-                self._total[name].copy_(swa[name])
+                self.swa[name].copy_(swa[name])
         self.ema_updates, self.swa_snapshots = counts["ema_updates"], counts["swa_snapshots"]
 
     def candidates(self) -> dict[str, dict[str, Tensor]]:
@@ -87,5 +82,5 @@ class WeightAverages:
             weight = 1 - self.config.ema_decay ** (self.config.ema_every * self.ema_updates)
             found["ema"] = {name: tensor / weight for name, tensor in self.ema.items()}
         if self.swa_snapshots:
-            found["swa"] = {name: tensor / self.swa_snapshots for name, tensor in self._total.items()}
+            found["swa"] = {name: tensor / self.swa_snapshots for name, tensor in self.swa.items()}
         return found

@@ -614,7 +614,7 @@ class Trainer:
             **with_prefix("model", dict(self.model.named_parameters())),
             **with_prefix("optimizer", self.optimizers.state_tensors()),
             **with_prefix("ema", self.averages.ema),
-            **with_prefix("swa", self.averages.swa),
+            **with_prefix("swa", self.averages.swa if book["swa_snapshots"] else {}),
         }
         about = {"seconds": seconds, "loss": self.loss, "shards": self.shards, "model": self.preset.model.to_dict()}
         save_tensors(self.folder / CHECKPOINT, tensors, book | about)
