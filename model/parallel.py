@@ -81,8 +81,8 @@ def rank_of_many() -> str:
 
 
 def processes_here() -> int:
-    """How many of them run on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if is_one_of_many() else 1
+    """How many of them run on this machine: all, where whoever started them does not say."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"])) if is_one_of_many() else 1
 
 
 def own_device(name: str = "auto") -> torch.device:
