@@ -2,10 +2,11 @@
 
 :class:`DocumentQueue` is that of one process, a world of one: all documents are its own from the start.
 
-:class:`StoreQueue` is that of several ranks, each a process that reads all documents. Long ones are handed out longest
-first, one at a time, by a counter in a torch.distributed store; a rank holds no more than its share of what is left, so
-that none ends long after the others. Short ones go out in blocks once the long ones are gone. Results are published in
-the store as they come, base and adapted scores of a document together, and the first rank writes the report.
+:class:`StoreQueue` is that of several ranks, each a process that reads all documents. Long ones are handed out first,
+one at a time, by a counter in a torch.distributed store; a rank holds no more than its share of what is left, so that
+none ends long after the others, and the longest are dealt out among them. Short ones go out in blocks once the long
+ones are gone. Results are published in the store as they come, base and adapted scores of a document together, and the
+first rank writes the report.
 
 There are no collectives: between the first rank's word at the start and its stay until the others have left, no rank
 waits for a certain other one. A rank counts up its own pulse while it works; a rank with nothing left to do watches the
@@ -15,16 +16,17 @@ pulses of those that hold documents without a result, and takes over the documen
 A rank that died may be started again alone, under the same number, while the others live. The store counts how often
 each rank was started, and all that a process says there is said as the :class:`Member` that it is: of which rank, and
 which of its starts. So a new process publishes beside its predecessor and not over it, and its pulse is its own. What
-the predecessor held without a result goes at once to whoever runs out of work first, the new process
-included. The deadline is one time for
-all: each rank counts the seconds that the first one gave it on a clock of its own that nobody sets, and the first rank
-to see it pass tells the others. A store that gives no answer for `patience` seconds counts as gone, and so does a first
-rank that was lost: it alone writes the results, and what is scored is kept.
+the predecessor held without a result goes at once to whoever runs out of work first, the new process included.
+
+The deadline is one time for all: each rank counts the seconds that the first one gave it on a clock of its own that
+nobody sets, and the first rank to see it pass tells the others. A store that gives no answer for `patience` seconds
+counts as gone, and so does a first rank that was lost: it alone writes the results, and what is scored is kept.
 
 A document's score depends on that document alone, and with phases on the earlier groups, of which every rank learns the
 same before it takes documents of the next one. So it is the same on any number of ranks.
 """
 
+import heapq
 import json
 import os
 import queue
@@ -136,8 +138,11 @@ class DocumentQueue:
         self.publish(done)
         return set(done), Deadline(seconds, spent)
 
-    def waiting(self, taken: Taken, name: str = "long") -> HandsOut | None:
-        """What hands the documents of the list `name` to an engine; None: all of them are this process's."""
+    def waiting(self, taken: Taken, name: str = "long", order: Sequence[int] | None = None) -> HandsOut | None:
+        """What hands the documents of the list `name` to an engine; None: all of them are this process's.
+
+        `order` is that in which their places, longest first, are claimed; as they are, if left out.
+        """
         return None
 
     def claim(self, name: str, count: int = 1) -> range:
@@ -243,8 +248,8 @@ class StoreQueue(DocumentQueue):
         starts = ((rank, self.store.add(f"starts/{rank}", 0)) for rank in range(self.world))
         return [Member(rank, start) for rank, count in starts for start in range(1, count + 1)]
 
-    def waiting(self, taken: Taken, name: str = "long") -> HandsOut:
-        return lambda visits: SharedWaiting(visits, self, taken, name)
+    def waiting(self, taken: Taken, name: str = "long", order: Sequence[int] | None = None) -> HandsOut:
+        return lambda visits: SharedWaiting(visits, self, taken, name, order)
 
     def claim(self, name: str, count: int = 1) -> range:
         stop = self.store.add(f"next/{name}", count)
@@ -446,10 +451,22 @@ class SharedDeadline(Deadline):
 
 
 class SharedWaiting(Waiting):
-    """The documents of the list `name` that wait for a slot on any rank. `taken` gets the places this rank got."""
+    """The documents of the list `name` that wait for a slot on any rank. `taken` gets the places this rank got.
 
-    def __init__(self, visits: np.ndarray, queue: StoreQueue, taken: Taken, name: str = "long"):
-        super().__init__(visits)
+    They are claimed in `order`, which :func:`dealt` makes; longest first, if left out.
+    """
+
+    def __init__(
+        self,
+        visits: np.ndarray,
+        queue: StoreQueue,
+        taken: Taken,
+        name: str = "long",
+        order: Sequence[int] | None = None,
+    ):
+        self._order = np.arange(len(visits)) if order is None else np.asarray(order, dtype=np.int64)
+        super().__init__(visits[self._order])
+        self._longest = np.maximum.accumulate(self.visits[::-1], 0)[::-1]
         self.queue, self._taken, self._name = queue, taken, name
 
     def take(self, free: int, held: int) -> np.ndarray:
@@ -458,17 +475,43 @@ class SharedWaiting(Waiting):
             # A share of what nobody has yet is enough to hold, or one document.
             if held and held * self.queue.world >= self._rest[self.next].sum():
                 break
-            place = self.queue.claim(self._name).start
-            self.next = min(place + 1, len(self.visits))
-            if place < len(self.visits):
-                taken.append(place)
-                held += int(self.visits[place].sum())
+            number = self.queue.claim(self._name).start
+            self.next = min(number + 1, len(self.visits))
+            if number < len(self.visits):
+                taken.append(int(self._order[number]))
+                held += int(self.visits[number].sum())
         self._taken(taken)
         return np.array(taken, dtype=np.int64)
 
     @property
     def left(self) -> np.ndarray:
         return self._rest[self.next] // self.queue.world
+
+    @property
+    def longest(self) -> np.ndarray:
+        return self._longest[self.next] if self.next < len(self.visits) else np.zeros_like(self._rest[0])
+
+
+def dealt(work: Sequence[int], world: int) -> list[int]:
+    """The order in which documents of so much `work` each, most first, are claimed by `world` ranks.
+
+    Ranks come one after the other, and each begins with a share of what is then left: 1 / (world + 1) of it, by the
+    rule of :class:`SharedWaiting`. Longest first, the one that comes first had all of the longest, whose chunks follow
+    one another, and was done a third later than the mean of eight. So what is handed out at the start is dealt out into
+    as many piles of equal work, and one pile follows the other. The rest goes longest first to whoever has a slot free.
+
+    Example: order = dealt([50, 40, 30, 2, 1, 1, 1], world=2)
+    """
+    share = (1 - (world / (world + 1)) ** world) / world * sum(work)
+    piles: list[tuple[int, int, list[int]]] = [(0, rank, []) for rank in range(world)]
+    count = 0
+    while count < len(work) and piles[0][0] < share:
+        filled, rank, places = piles[0]
+        places.append(count)
+        heapq.heapreplace(piles, (filled + work[count], rank, places))
+        count += 1
+    first = [place for _, _, places in sorted(piles, key=lambda pile: pile[1]) for place in places]
+    return [*first, *range(count, len(work))]
 
 
 def queue_of_processes(patience: float = PATIENCE) -> DocumentQueue:
