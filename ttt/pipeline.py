@@ -494,7 +494,8 @@ class _Run:
         if self.gains is not None:
             attempt("the gain along the documents", lambda: self._keep_gains(engine, indices, adapted), self.say)
         if self.config.phases:  # one engine for all groups, whose facts of a run are those of the last one
-            sums = {name: self.engine_facts.get(name, 0) + engine.facts[name] for name in ("rounds", "seconds")}
+            added = "rounds", "seconds", "handing_over_seconds"
+            sums = {name: self.engine_facts.get(name, 0) + engine.facts[name] for name in added}
             self.engine_facts = {**engine.facts, **sums}
             del self.engine_facts["useful_places"]
         elif not self.engine_facts or engine.facts["batch"] < self.engine_facts["batch"]:
