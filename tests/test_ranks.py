@@ -5,6 +5,8 @@ import json
 import os
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 
@@ -29,7 +31,7 @@ from klora.ttt.queue import (
     dealt,
     queue_of_processes,
 )
-from klora.ttt.results import DIVERGED, NOT_ADAPTED, SHORT, DocumentResult, NonFiniteScore
+from klora.ttt.results import ADAPTED, DIVERGED, NOT_ADAPTED, SHORT, DocumentResult, NonFiniteScore
 from klora.ttt.schedule import OVERHEAD, Schedule, queues_of, visits_of
 from test_engine import TTT, model64
 from test_ttt import document
@@ -666,3 +668,50 @@ def test_a_killed_rank_is_started_again_while_the_other_lives(tmp_path, scoring)
     assert found["restarted_ranks"] == [1] and found["ranks"] == 2
     assert [d["adapted_nats"] for d in found["documents"]] == [d["adapted_nats"] for d in expected["documents"]]
     assert not list(two.glob("journal*"))
+
+
+SCORED = """
+import json, os, sys
+import numpy as np
+import torch.distributed as dist
+from klora.model.parallel import own_device
+from klora.ttt.pipeline import ScoreRequest, score
+from klora.ttt.protocols import ttt_preset
+from klora.ttt.queue import StoreQueue
+from test_engine import on_gpu
+from test_ttt import document
+
+store, rank, world = next(dist.rendezvous("env://")) if "RANK" in os.environ else (None, 0, 1)
+lengths = [1, 40, 300, *map(int, np.random.default_rng(0).lognormal(6.5, 1.0, 60))]
+texts, found = [document(n, seed) for seed, n in enumerate(lengths)], {}
+for name in sys.argv[2:]:
+    preset, _, phases = name.partition("+")
+    config = ttt_preset(preset).override({"deadline": 0.0, "phases": phases or 0})
+    queue = StoreQueue(dist.PrefixStore(name, store), rank, world) if store else None
+    result = score(ScoreRequest(on_gpu(device=str(own_device())), texts, config, queue=queue))
+    assert result.facts.get("ranks", 1) == world and not result.facts.get("lost_ranks")
+    found[name] = [[d.name, d.status, d.base_nats, d.tempered_nats, d.adapted_nats] for d in result.documents]
+if rank == 0:
+    with open(sys.argv[1], "w") as file:
+        json.dump(found, file)
+"""
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_gpus_give_the_bits_of_one(tmp_path):
+    """Every preset, and phases: by torchrun, as a user starts it."""
+    names = ["quick", "quick+2", "thorough", "best", "contest", "contest+1", "design"]
+    (tmp_path / "scored.py").write_text(SCORED)
+    path, env = os.pathsep.join(filter(None, sys.path)), {**os.environ, "OMP_NUM_THREADS": "4"}
+    launchers = {1: [], 2: ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]}
+    found = {}
+    for world, launcher in launchers.items():
+        out = tmp_path / f"{world}.json"
+        command = [sys.executable, *launcher, tmp_path / "scored.py", out, *names]
+        done = subprocess.run(command, env={**env, "PYTHONPATH": path}, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-4000:]
+        found[world] = json.loads(out.read_text())
+    for name in names:
+        assert found[1][name] == found[2][name], name
+        assert any(status == ADAPTED for _, status, *_ in found[1][name])
