@@ -49,7 +49,10 @@ def scored(ranks: int, arguments: Sequence[str], folder: Path) -> dict[str, Any]
     seconds = time.perf_counter() - started
     if done.returncode:
         raise SystemExit(f"{' '.join(run)} ended with {done.returncode}:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
-    return json.loads((folder / "score.json").read_text(encoding="utf-8")) | {"whole": seconds}
+    result = json.loads((folder / "score.json").read_text(encoding="utf-8")) | {"whole": seconds}
+    if not result["engine"]:
+        raise SystemExit("the first rank adapted no document: give more of them, and longer ones")
+    return result
 
 
 def times_of(result: Mapping[str, Any]) -> dict[str, float]:
