@@ -383,13 +383,13 @@ class _Log:
             self._written = self._read[self._queue.member] = store.add(key, 1)
 
     def new(self) -> Iterator[tuple[Member, list]]:
-        """Every list that others told since this was asked last, and by whom."""
+        """Every list that others appended since this was asked last, and by whom."""
         store = self._queue.store
         for member in self._queue.members():
-            told = store.add(f"{self._name}/{member}", 0)
-            for number in range(self._read.get(member, 0), told):
+            count = store.add(f"{self._name}/{member}", 0)
+            for number in range(self._read.get(member, 0), count):
                 yield member, json.loads(store.get(f"{self._name}/{member}/{number}"))
-            self._read[member] = told
+            self._read[member] = count
 
 
 class _Store:
