@@ -456,7 +456,7 @@ def say_totals(result: ScoreResult, output: Output) -> None:
     output.table("", rows)
     if result.documents and all(document.status == SHORT for document in result.documents):
         output.say(f"note: no document was adapted: {_why_short(result.config)}", style="bold yellow")
-    for note in result.notes:
+    for note in [*result.notes, *_notes_on_ranks(result)]:
         output.say(f"note: {note}", style="bold yellow")
     if result.deadline_hit:
         output.say(
@@ -466,6 +466,13 @@ def say_totals(result: ScoreResult, output: Output) -> None:
         )
     if result.config.is_leaky:
         output.say(LEAK_WARNING, style="bold red")
+
+
+def _notes_on_ranks(result: ScoreResult) -> list[str]:
+    """What became of ranks that did not come to the end, which changes no score."""
+    became = {"lost_ranks": "were lost, and others took over their documents", "absent_ranks": "never came"}
+    ranks = {says: ", ".join(map(str, result.facts.get(name, ()))) for name, says in became.items()}
+    return [f"of the ranks, these {says}: {numbers}" for says, numbers in ranks.items() if numbers]
 
 
 def _why_short(config: TTTConfig) -> str:

@@ -547,7 +547,7 @@ def test_a_rank_that_is_started_again_is_another_process_than_its_predecessor():
     assert not first.take_over([1, 2]), "and whoever comes first has them"
     new.leave()
     facts = first.leave()
-    assert facts["lost_ranks"] == [1] and facts["restarted_ranks"] == [1]
+    assert facts["lost_ranks"] == [1] and facts["restarted_ranks"] == [1] and facts["absent_ranks"] == []
 
 
 def test_the_first_rank_stays_for_one_that_was_started_again_and_lost_before():
@@ -668,6 +668,18 @@ def test_a_killed_rank_is_started_again_while_the_other_lives(tmp_path, scoring)
     assert found["restarted_ranks"] == [1] and found["ranks"] == 2
     assert [d["adapted_nats"] for d in found["documents"]] == [d["adapted_nats"] for d in expected["documents"]]
     assert not list(two.glob("journal*"))
+
+
+@pytest.mark.slow
+def test_a_rank_that_never_comes_is_waited_for_no_longer_than_patience(tmp_path, scoring):
+    """Its command was refused, say: the others stood for half an hour and said nothing."""
+    many = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "RANK": "0"}
+    first = Forked([*scoring, "--out", tmp_path / "out", "--patience", "2"], environment={**os.environ, **many})
+    said = first.communicate()
+    assert first.returncode == 0, said
+    found = json.loads((tmp_path / "out" / "score.json").read_text())
+    assert found["absent_ranks"] == [1] and found["lost_ranks"] == [] and len(found["documents"]) == 8
+    assert "of the ranks, these never came: 1" in said[0] and "were lost" not in said[0]
 
 
 SCORED = """

@@ -65,6 +65,9 @@ TAKEN_OVER = 64
 JOIN = timedelta(minutes=30)
 """How long a rank waits for the first one, which may read the journals of an interrupted run."""
 
+CALL = timedelta(minutes=1)
+"""How long a rank calls for the first one's store in a library that hears no signal, before it calls again."""
+
 GONE = (
     "the process that keeps the ranks' store, the first rank or its launcher, is gone ({}); what is scored is kept: "
     "the same command with --resume goes on from there"
@@ -351,9 +354,13 @@ class StoreQueue(DocumentQueue):
             time.sleep(0.02)
         if self.is_first:  # whose store is there until it goes; others may note their seconds late
             seconds = self.seconds_of_ranks()
-        restarted = [rank for rank in range(self.world) if self.last_of(rank).start > 1]
+        started = {member.rank: member.start for member in self.members()}
+        about = {
+            "restarted_ranks": [rank for rank, start in started.items() if start > 1],
+            "absent_ranks": sorted(set(range(self.world)) - set(started)),
+        }
         lost_ranks = sorted({member.rank for member in lost})
-        return {"ranks": self.world, "lost_ranks": lost_ranks, "restarted_ranks": restarted, "rank_seconds": seconds}
+        return {"ranks": self.world, "lost_ranks": lost_ranks, **about, "rank_seconds": seconds}
 
     def pass_deadline(self) -> None:
         """Tell all ranks that the deadline has passed."""
@@ -522,10 +529,34 @@ def queue_of_processes(patience: float = PATIENCE) -> DocumentQueue:
     if not is_one_of_many():
         return DocumentQueue()
     try:
-        store, rank, world = next(dist.rendezvous("env://", timeout=JOIN))
+        store, rank, world = _met()
     except (ValueError, dist.DistError) as error:
         raise ConfigError(f"RANK and WORLD_SIZE are set, but the ranks cannot meet: {error}") from None
     # A restarted run starts from its journals, not from what its predecessor left in the launcher's store.
     attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
     store = dist.PrefixStore(f"klora/score/{attempt}", store)
     return StoreQueue(store, rank, world, patience, is_restarted=attempt > 0)
+
+
+def _met() -> tuple[dist.Store, int, int]:
+    """The store of the ranks, this one and how many there are. ValueError or DistError: they cannot meet.
+
+    Where no launcher keeps the store the first rank does, and waits for nobody: one that never comes, because its
+    command was refused, is missed at the end. PyTorch's own rendezvous would wait for all of them, without a word.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        return next(dist.rendezvous("env://", timeout=JOIN))
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        if not os.environ.get(name):
+            raise ValueError(f"environment variable {name} expected, but not set")
+    host, port, rank, world = (os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE"))
+    until = time.monotonic() + JOIN.total_seconds()
+    while True:
+        try:
+            store = dist.TCPStore(host, int(port), None, int(rank) == 0, CALL, wait_for_workers=False)
+            break
+        except dist.DistError:
+            if int(rank) == 0 or time.monotonic() >= until:
+                raise
+    store.set_timeout(JOIN)
+    return store, int(rank), int(world)
