@@ -12,6 +12,7 @@ from typer.core import TyperGroup
 from typer.main import get_command
 
 from .. import KloraError, __version__
+from ..cores import spin_less
 from .console import Said, printable
 
 COMMANDS = {
@@ -98,6 +99,7 @@ def klora(
 
 def main() -> None:
     """Run the command line. A user's mistake or a broken file ends with one sentence on stderr and exit status 2."""
+    spin_less()
     try:
         if not any(isinstance(handler, Said) for handler in logging.getLogger("klora").handlers):
             logging.getLogger("klora").addHandler(Said())

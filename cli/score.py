@@ -1,7 +1,6 @@
 """`klora score`: an artifact, documents and a protocol to bits per byte and a report."""
 
 import hashlib
-import os
 import time
 from collections.abc import Callable, Mapping
 from contextlib import closing
@@ -49,6 +48,7 @@ from ..ttt.sweep import sweep
 from ..ttt.verify import write_nll
 from . import options
 from .console import Output
+from .threads import settle_threads, share_of_cores
 
 SPARE_BYTES = 2**24
 """Disk space that a run wants whatever it scores: the report, its picture, a journal of some thousand documents."""
@@ -276,6 +276,7 @@ def score_artifact(
     started = time.perf_counter()
     require_writable(folder, SPARE_BYTES)
     chosen = own_device(device)
+    settle_threads(chosen, processes_here())
     scorer = pick_scorer(scorer, chosen)
     if hf_dtype is None:
         subject = Subject.of_artifact(path, chosen, weights, prequant)
@@ -293,7 +294,7 @@ def score_artifact(
     output.is_silent, output.as_json = output.is_silent or not queue.is_first, output.as_json and queue.is_first
     many = f" x {queue.world}" if queue.is_shared else ""
     output.say(f"scoring {len(documents):,} documents, {label(config.protocol)}, on {chosen}{many}")
-    if warm and not queue.is_shared and chosen.type == "cuda":
+    if warm and chosen.type == "cuda":
         from .warm import scoring, warmed
 
         started = time.perf_counter()
@@ -455,7 +456,7 @@ def say_totals(result: ScoreResult, output: Output) -> None:
     output.table("", rows)
     if result.documents and all(document.status == SHORT for document in result.documents):
         output.say(f"note: no document was adapted: {_why_short(result.config)}", style="bold yellow")
-    for note in result.notes:
+    for note in [*result.notes, *_notes_on_ranks(result)]:
         output.say(f"note: {note}", style="bold yellow")
     if result.deadline_hit:
         output.say(
@@ -465,6 +466,13 @@ def say_totals(result: ScoreResult, output: Output) -> None:
         )
     if result.config.is_leaky:
         output.say(LEAK_WARNING, style="bold red")
+
+
+def _notes_on_ranks(result: ScoreResult) -> list[str]:
+    """What became of ranks that did not come to the end, which changes no score."""
+    became = {"lost_ranks": "were lost, and others took over their documents", "absent_ranks": "never came"}
+    ranks = {says: ", ".join(map(str, result.facts.get(name, ()))) for name, says in became.items()}
+    return [f"of the ranks, these {says}: {numbers}" for says, numbers in ranks.items() if numbers]
 
 
 def _why_short(config: TTTConfig) -> str:
@@ -495,7 +503,7 @@ def documents_of(
         found = list(documents_from_tokens(TokenStream(find_shards(shards, "val")).documents(), tokenizer))
     else:
         corpus = options.corpus_from(text, jsonl, field) or _held_out_stdlib(provenance)
-        threads = max(1, (os.cpu_count() or 1) // processes_here())
+        threads = share_of_cores(processes_here())
         found = list(documents_from_texts(corpus.documents(), tokenizer, threads))
     return with_own_names(found, say)
 

@@ -5,11 +5,13 @@ score` do the same by themselves where kernels are missing. What they took the l
 that they see at once whether all of it is still there.
 """
 
+import fcntl
 import gc
 import hashlib
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -41,6 +43,9 @@ if TYPE_CHECKING:
 
 FEWEST = 4
 """Missing kernels from which a run starts processes for them, which takes two or three seconds."""
+
+TURN = 180.0
+"""Seconds after which a run no longer waits for another that compiles: several times what all kernels take."""
 
 SLOTS = (16, 17)
 """Kernels for a pool of a multiple of 16 slots are others than for a pool of any number."""
@@ -207,25 +212,55 @@ def compile_missing(found: "Mapping[str, Compilation]", output: Output, jobs: in
 
 
 def warmed(make: Callable[[], Work], device: torch.device, output: Output) -> None:
-    """Before a run: compile what it takes and Triton's cache lacks. Whatever goes wrong here, the run goes on."""
+    """Before a run: compile what it takes and Triton's cache lacks. Whatever goes wrong here, the run goes on.
+
+    Of several processes one compiles, whether they know of each other or not, and the others wait for what it compiles.
+    """
     if device.type != "cuda":
         return
     try:
         work = make()
         if _are_listed(work):
             return
-        found = record(work, device)
-        from ..kernels.precompile import is_cached
+        with _in_turn(_list_of(work).parent, output):
+            if _are_listed(work):
+                return
+            found = record(work, device)
+            from ..kernels.precompile import is_cached
 
-        missing = sum(not is_cached(key, one.name) for key, one in found.items())
-        if missing >= FEWEST:
-            output.say(
-                f"compiling {missing} kernels side by side, once on this machine; --no-warm leaves them to the run"
-            )
-            compile_missing(found, output)
-        _list_kernels(work, found)
+            missing = sum(not is_cached(key, one.name) for key, one in found.items())
+            if missing >= FEWEST:
+                output.say(
+                    f"compiling {missing} kernels side by side, once on this machine; --no-warm leaves them to the run"
+                )
+                compile_missing(found, output)
+            _list_kernels(work, found)
     except Exception as error:
         output.warn(f"kernels were not compiled ahead ({type(error).__name__}: {error}); the run compiles them itself")
+
+
+@contextmanager
+def _in_turn(folder: Path, output: Output) -> Iterator[None]:
+    """Hold the lock of `folder`, after whoever has it, but for no longer than TURN seconds and not where none can be.
+
+    The system takes it back from a process that dies.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "compiling.lock", "ab") as file:
+        until, has_waited = time.monotonic() + TURN, False
+        while time.monotonic() < until:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if not has_waited:
+                    output.say("another process compiles kernels on this machine; waiting for them")
+                has_waited = True
+                time.sleep(0.1)
+                continue
+            except OSError:  # a file system without locks
+                pass
+            break
+        yield
 
 
 def _are_listed(work: Work) -> bool:

@@ -14,7 +14,6 @@ that begins with it would launch it, and a kernel is compiled under the hash tha
 import hashlib
 import importlib
 import io
-import os
 import pickle
 import signal
 import sys
@@ -35,6 +34,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.cache import get_cache_key, get_cache_manager
 from triton.runtime.jit import JITFunction
 
+from ..cores import usable_cores
 from .launch import RUN
 
 MOST_JOBS = 8
@@ -138,7 +138,7 @@ def compile_all(
     `jobs` None is one a core, at most MOST_JOBS. `progress` gets how many are done, of how many. The processes import
     the caller's main module, as those of multiprocessing do.
     """
-    jobs = min(jobs or min(MOST_JOBS, os.cpu_count() or 1), max(1, len(compilations)))
+    jobs = min(jobs or min(MOST_JOBS, usable_cores()), max(1, len(compilations)))
     failed = []
     pool = ProcessPoolExecutor(jobs, get_context("spawn"), initializer=_ignore_interrupts)
     try:

@@ -174,20 +174,8 @@ def attempt() -> int:
 
 
 def processes_here() -> int:
-    """How many of them run on this machine: LOCAL_WORLD_SIZE, or all where they meet on this machine by name."""
-    if not is_one_of_many():
-        return 1
-    is_local = os.environ.get("MASTER_ADDR") in ("localhost", "127.0.0.1", "::1")
-    return int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"] if is_local else "1"))
-
-
-def share_threads() -> None:
-    """Give each of several processes its share of this machine's cores, unless OMP_NUM_THREADS says how many.
-
-    Else each takes all of them, and they wait for each other. torchrun sets OMP_NUM_THREADS, to 1.
-    """
-    if processes_here() > 1 and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, torch.get_num_threads() // processes_here()))
+    """How many of them run on this machine: all, where whoever started them does not say."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"])) if is_one_of_many() else 1
 
 
 def own_device(name: str = "auto") -> torch.device:
@@ -216,7 +204,6 @@ def join_ranks(
     if not is_one_of_many():
         yield Ranks(0, 1, chosen)
         return
-    share_threads()
     try:
         store, rank, world = next(dist.rendezvous("env://", timeout=datetime.timedelta(seconds=JOIN)))
     except (ValueError, dist.DistError) as error:

@@ -1,13 +1,17 @@
-"""Grids: only the first axis of a launch may count documents, tokens or slots; CUDA takes 65,535 on the other two."""
+"""Grids: only the first axis of a launch may count documents, tokens or slots; CUDA takes 65,535 on the other two.
+
+And slots: what names them is read in the width that it has, or refused.
+"""
 
 import ast
+from functools import partial
 from pathlib import Path
 
 import klora.kernels
 import pytest
 import torch
 from klora.kernels import cache_write_, lora_adam_
-from test_contract import DEVICE, OPS, Op, gradients, ops
+from test_contract import BACKENDS, DEVICE, OPS, POOL, WITH_SLOTS, Op, gradients, ops
 
 KERNELS = Path(klora.kernels.__file__).parent
 LARGEST = 65_535
@@ -93,3 +97,73 @@ def test_slots_are_on_the_first_axis(grids):
         assert beyond_the_first(grids, lambda call=call: call(66_000)) == beyond_the_first(
             grids, lambda call=call: call(2)
         )
+
+
+def test_nothing_outside_of_the_kernels_launches_any():
+    """So the launches above are all that there are."""
+    for folder in ("ttt", "model", "lora", "cli", "bench"):
+        for path in (KERNELS.parent / folder).rglob("*.py"):
+            assert "triton.jit" not in path.read_text() and "gluon" not in path.read_text(), path
+
+
+# ---- the integers that name them
+
+
+def adam(slots: torch.Tensor, backend: str) -> list[torch.Tensor]:
+    pools = [torch.full((POOL, 10), 0.5, device=DEVICE) for _ in range(4)]
+    step, lr = torch.zeros(POOL, dtype=torch.int64, device=DEVICE), torch.ones(POOL, device=DEVICE)
+    lora_adam_(*pools, step, lr, slots, backend=backend)
+    return [*pools, step]
+
+
+def write(slots: torch.Tensor, backend: str, **more: torch.Tensor) -> list[torch.Tensor]:
+    chunk = torch.arange(2 * 3 * 16, device=DEVICE).view(2, 3, 1, 16) / 8
+    keys, values = torch.zeros(2, POOL, 8, 1, 16, device=DEVICE)
+    counts = {name: torch.full((2,), 3, device=DEVICE) for name in ("filled", "count")} | more
+    cache_write_(keys, values, chunk, -chunk, slots, **counts, backend=backend)
+    return [keys, values]
+
+
+def op_with_slots(name: str, slots: torch.Tensor, backend: str) -> list[torch.Tensor]:
+    return gradients(OPS[name], backend, slots=slots)
+
+
+NAMED = {"lora_adam_": adam, "cache_write_": write} | {name: partial(op_with_slots, name) for name in WITH_SLOTS}
+"""What every public op that takes slots gives for these ones."""
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", NAMED)
+def test_slots_are_int32_or_int64_and_mean_the_same(name, backend):
+    slots = torch.tensor([2, -1], device=DEVICE)
+    expected = NAMED[name](slots, backend)
+    for found, other in zip(NAMED[name](slots.int(), backend), expected, strict=True):
+        assert torch.equal(found, other)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", NAMED)
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.bool, torch.float32])
+def test_other_numbers_are_no_slots(name, backend, dtype):
+    """They would be read as some of 32 bits, or cut to them."""
+    with pytest.raises(ValueError, match=r"slots is .*; wanted int32 or int64"):
+        NAMED[name](torch.ones(2, dtype=dtype, device=DEVICE), backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ["filled", "count"])
+def test_counts_of_a_cache_are_int32_or_int64(name, backend):
+    slots, given = torch.tensor([0, 1], device=DEVICE), torch.tensor([4, 2], device=DEVICE)
+    for found, other in zip(*(write(slots, backend, **{name: of}) for of in (given, given.int())), strict=True):
+        assert torch.equal(found, other)
+    with pytest.raises(ValueError, match=rf"{name} is .*; wanted int32 or int64"):
+        write(slots, backend, **{name: given.short()})
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", NAMED)
+def test_a_slot_that_32_bits_would_cut_to_another_is_none(name, backend):
+    wrong = torch.tensor([2**32 + 2, -(2**63)], device=DEVICE)
+    none = NAMED[name](torch.tensor([-1, -1], device=DEVICE), backend)
+    for found, other in zip(NAMED[name](wrong, backend), none, strict=True):
+        assert torch.equal(found, other)

@@ -37,7 +37,7 @@ def chained(records: list[dict]) -> str:
     chain, text = "", ""
     for record in records:
         record = {name: value for name, value in record.items() if name != "chain"}
-        chain = _chained(chain, record)
+        chain = _chained(chain, json.dumps(record))
         text += json.dumps(record | {"chain": chain}) + "\n"
     return text
 

@@ -26,7 +26,7 @@ from klora.ttt.journal import JournalError, fingerprint
 from klora.ttt.phases import groups_of, shared_steps
 from klora.ttt.pipeline import Interrupted, ScoreRequest
 from klora.ttt.protocols import TTTConfig, ttt_preset
-from klora.ttt.queue import Deadline, StoreQueue
+from klora.ttt.queue import Deadline, StoreQueue, dealt
 from klora.ttt.results import ADAPTED, NOT_ADAPTED, SHORT
 from klora.ttt.step import COUNT, SLOT, TRAINED, EngineStep, clear_plan
 from oracles import phases as oracle
@@ -294,7 +294,8 @@ def test_the_documents_of_a_rank_that_is_lost_in_a_later_group_go_to_the_others(
     lost = StoreQueue(store, 2, 3)
     lost.beat()
     later = sorted(groups_of(docs, 2)[1], key=lambda i: -docs[i].targets)
-    lost.own([later[lost.claim("long/1").start]])
+    order = dealt([docs[i].targets for i in later if docs[i].targets > 0], 3)
+    lost.own([later[order[lost.claim("long/1").start]]])
 
     def one(rank: int) -> None:
         found[rank] = run(docs, queue=StoreQueue(store, rank, 3, patience=2.5))

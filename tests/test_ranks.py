@@ -1,7 +1,12 @@
 """Several ranks score one set of documents: every document once, the same scores, and nothing lost with a rank."""
 
+import dataclasses
 import json
+import os
+import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 
@@ -9,13 +14,25 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from conftest import SMALL, randomized, wait_for, words
+from forks import Forked
+from klora.model.artifact import save_artifact
 from klora.model.config import ConfigError
-from klora.ttt.engine import Engine
+from klora.ttt.engine import ROWS, Engine, slots_a_place
 from klora.ttt.journal import Journal, JournalError, open_journal
 from klora.ttt.pipeline import Interrupted, ScoreRequest, score
-from klora.ttt.queue import LostStore, SharedDeadline, SharedWaiting, StoreQueue, queue_of_processes
-from klora.ttt.results import DIVERGED, NOT_ADAPTED, SHORT, DocumentResult, NonFiniteScore
-from klora.ttt.schedule import visits_of
+from klora.ttt.protocols import ttt_preset
+from klora.ttt.queue import (
+    LostStore,
+    Member,
+    SharedDeadline,
+    SharedWaiting,
+    StoreQueue,
+    dealt,
+    queue_of_processes,
+)
+from klora.ttt.results import ADAPTED, DIVERGED, NOT_ADAPTED, SHORT, DocumentResult, NonFiniteScore
+from klora.ttt.schedule import OVERHEAD, Schedule, queues_of, visits_of
 from test_engine import TTT, model64
 from test_ttt import document
 
@@ -53,6 +70,12 @@ def together(tmp_path, world: int, config=CONFIG, **options):
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
     return run(Journal(tmp_path_factory.mktemp("alone") / "journal.jsonl", "run", False), None)
+
+
+def claims(world: int) -> list[int]:
+    """The long documents in the order in which so many ranks claim them."""
+    long = sorted((i for i in range(len(LENGTHS)) if LENGTHS[i] >= 31), key=lambda i: -LENGTHS[i])
+    return [long[place] for place in dealt([LENGTHS[i] for i in long], world)]
 
 
 def scores(result) -> list[float]:
@@ -122,25 +145,29 @@ def test_a_rank_is_lost_when_its_pulse_stands_still_and_only_one_other_takes_a_d
     boards = [StoreQueue(store, rank, 3, patience=10.0, clock=lambda: now[0]) for rank in range(3)]
     boards[1].own([7])
     boards[1].beat()
-    assert not boards[0].is_lost(1)
+    rank_1 = boards[1].member
+    assert not boards[0].is_lost(rank_1)
     now[0] = 9.0
     boards[1].beat()
-    assert not boards[0].is_lost(1)
+    assert not boards[0].is_lost(rank_1)
     now[0] = 18.9
-    assert not boards[0].is_lost(1)
+    assert not boards[0].is_lost(rank_1)
     now[0] = 19.0
-    assert boards[0].is_lost(1) and not boards[0].is_lost(0)
-    assert not boards[2].is_lost(1)  # who has not watched for as long cannot tell
-    assert boards[2].owner(7) == 1 and boards[2].owner(8) is None
-    assert boards[0].is_lost(1) and not boards[2].take_over([7])
+    assert boards[0].is_lost(rank_1) and not boards[0].is_lost(boards[0].member)
+    assert not boards[2].is_lost(rank_1)  # who has not watched for as long cannot tell
+    assert boards[0].is_lost(rank_1) and not boards[2].take_over([7])
+    assert boards[2].owner(7) == rank_1 and boards[2].owner(8) is None
     now[0] = 29.0
-    assert boards[2].take_over([7, 8]) == [7] and boards[2].lost() == [1]
-    assert boards[0].owner(7) == 2 and not boards[0].take_over([7])
+    assert boards[2].take_over([7, 8]) == [7] and boards[2].lost() == [rank_1]
+    assert not boards[0].take_over([7]) and boards[0].owner(7) == boards[2].member
     now[0] = 38.9  # nobody said that document 8 was taken: patience is for it, too
     boards[2].beat()
     assert not boards[2].take_over([8])
     now[0] = 39.0
-    assert boards[2].take_over([8]) == [8] and boards[0].owner(8) == 2
+    assert boards[2].take_over([8]) == [8] and not boards[0].take_over([8])
+    now[0] = 49.0
+    assert boards[0].take_over([7, 8]) == [7], "who took it over can be lost, too"
+    assert boards[0].owner(8) == boards[2].member and boards[0].take_over([8]) == [8]
 
 
 def test_the_first_rank_stays_until_the_others_have_left_or_are_lost():
@@ -150,7 +177,7 @@ def test_the_first_rank_stays_until_the_others_have_left_or_are_lost():
     StoreQueue(store, 3, 4).own([5])
     assert not second.take_over([5])
     now[0] = 10.0
-    assert second.take_over([5]) == [5] and first.lost() == [3]
+    assert second.take_over([5]) == [5] and first.lost() == [Member(3, 1)]
     thread = threading.Thread(target=first.leave)
     thread.start()
     time.sleep(0.1)
@@ -188,6 +215,46 @@ def test_ranks_get_every_document_once_longest_first_and_none_holds_more_than_it
     assert all(places == sorted(places) for places in taken)
     totals = [visits[places].sum() for places in taken]
     assert max(totals) < 1.25 * min(totals)
+
+
+def test_the_longest_documents_are_dealt_out_and_the_rest_comes_longest_first():
+    work = [int(n) for n in np.sort(np.random.default_rng(0).lognormal(7.0, 1.0, 500))[::-1]]
+    for world in (1, 2, 4, 8):
+        order, share = dealt(work, world), sum(work) / (world + 1)
+        assert sorted(order) == list(range(500))
+        piles = np.flatnonzero(np.diff(order) < 0)  # each begins with a longer one than the last of the one before
+        assert len(piles) == world - 1 if world < 8 else len(piles) <= world
+        assert sorted([order[0], *(order[place + 1] for place in piles)])[:world] == list(range(world))
+        sums = [sum(work[place] for place in pile) for pile in np.split(order, piles + 1)]
+        assert max(sums[:-1] or [0]) <= share + work[0]
+    assert dealt([], 3) == [] and dealt([5], 2) == [0]
+
+
+@pytest.mark.parametrize("world", [2, 4, 8])
+def test_ranks_with_uneven_documents_end_at_about_the_same_time(world):
+    """Within 5% of the mean: 2,000 documents of a lognormal law, in rounds that cost what the schedule takes them to.
+
+    Longest first, without piles, the rank that came first ended a third after the mean of eight.
+    """
+    config = ttt_preset()
+    queues, rows = queues_of(config), sorted({*(row for row in ROWS if row < config.batch), config.batch})
+    targets = np.sort(np.random.default_rng(0).lognormal(7.0, 1.0, 2000).astype(np.int64))[::-1] + 1
+    chunks = -(-targets // config.chunk)
+    visits = visits_of(chunks, config.passes, [queue.first for queue in queues])
+    order, store, taken, ranks = dealt(targets.tolist(), world), dist.HashStore(), [[] for _ in range(world)], []
+    for rank in range(world):
+        waiting = SharedWaiting(visits, StoreQueue(store, rank, world), taken[rank].extend, order=order)
+        slots = slots_a_place(config) * config.batch
+        ranks.append(iter(Schedule(chunks, config.passes, slots, queues, rows, config.trained_from, waiting)))
+    seconds, at_work = np.zeros(world), set(range(world))
+    while at_work:
+        rank = min(at_work, key=lambda rank: seconds[rank])
+        if (step := next(ranks[rank], None)) is None:
+            at_work.remove(rank)
+        else:
+            seconds[rank] += OVERHEAD + step.rows * queues[step.queue].length
+    assert sorted(place for places in taken for place in places) == list(range(2000))
+    assert seconds.max() <= 1.05 * seconds.mean()
 
 
 # ---- whole runs
@@ -228,11 +295,10 @@ def test_the_documents_of_a_lost_rank_go_to_the_others(tmp_path, alone):
     store = dist.HashStore()
     lost = StoreQueue(store, 1, 3)
     lost.beat()
-    order = sorted(range(len(LENGTHS)), key=lambda i: (-LENGTHS[i], i))
-    long = [i for i in order if LENGTHS[i] >= 31]
-    first, *others = [long[place] for place in lost.claim("long", 3)]
+    long = claims(3)
+    first, *others = [long[number] for number in lost.claim("long", 3)]
     lost.own(others)  # of the first it could not say so any more
-    lost.own([i for i in order if i not in long])
+    lost.own([i for i in range(len(LENGTHS)) if i not in long])
     lost.claim("short", 512)
     found, model = {}, model64()
 
@@ -339,10 +405,12 @@ def test_a_rank_that_waits_after_the_deadline_leaves_the_store_in_peace(tmp_path
 
 
 class GoneStore:
-    """A store whose keeper has died."""
+    """A store whose keeper died as soon as this process had said that it is there."""
 
     def __getattr__(self, name):
         def call(*arguments):
+            if arguments[:1] == ("starts/0",):
+                return 1
             raise dist.DistNetworkError("connection reset by peer")
 
         return call
@@ -448,6 +516,113 @@ def test_a_model_of_no_numbers_ends_all_ranks_at_once(tmp_path):
     assert len(ended) == 2 and all("the unadapted model gives" in text for text in ended)
 
 
+# ---- a rank that is started again alone
+
+
+def test_a_rank_that_is_started_again_is_another_process_than_its_predecessor():
+    """What it says goes beside what the other said, and the other's documents wait for nobody's patience."""
+    store, now = dist.HashStore(), [0.0]
+    first, old = (StoreQueue(store, rank, 2, patience=1000.0, clock=lambda: now[0]) for rank in range(2))
+    results = [DocumentResult(str(n), 3, 6, SHORT, 1.0 + n, 1.0, 0.5) for n in range(4)]
+    first.begin({}, 100.0, 0.0)
+    assert not old.is_restarted
+    old.beat()
+    old.own([old.claim("long").start, old.claim("long").start])
+    old.publish({0: results[0]})
+    assert not first.take_over([1]) and not first.is_lost(old.member)
+
+    new = StoreQueue(store, 1, 2, patience=1000.0, clock=lambda: now[0])
+    assert new.is_restarted and (new.member, old.member) == (Member(1, 2), Member(1, 1))
+    done, deadline = new.begin({3: results[3]}, 100.0, 60.0)  # of its journal, which nobody else has read
+    assert done == set() and 39 < deadline.end - time.perf_counter() <= 40
+    assert list(new.claim("long")) == [2]
+    new.own([2])
+    new.publish({2: results[2]})
+    old.publish({1: results[1]})  # it was not dead after all
+    for queue in (first, new):
+        queue.collect()
+        assert queue.results == dict(enumerate(results))
+    assert first.is_lost(old.member) and not first.is_lost(new.member)
+    assert new.take_over([1, 2]) == [1], "its own documents are not its predecessor's"
+    assert not first.take_over([1, 2]), "and whoever comes first has them"
+    new.leave()
+    facts = first.leave()
+    assert facts["lost_ranks"] == [1] and facts["restarted_ranks"] == [1] and facts["absent_ranks"] == []
+
+
+def test_the_first_rank_stays_for_one_that_was_started_again_and_lost_before():
+    store = dist.HashStore()
+    first, old = (StoreQueue(store, rank, 2, patience=1000.0) for rank in range(2))
+    old.own([5])
+    new = StoreQueue(store, 1, 2, patience=1000.0)
+    assert first.take_over([5]) == [5]
+    thread = threading.Thread(target=first.leave)
+    thread.start()
+    time.sleep(0.1)
+    assert thread.is_alive()
+    old.leave()
+    time.sleep(0.1)
+    assert thread.is_alive(), "its successor is at work"
+    new.leave()
+    thread.join(timeout=600)
+    assert not thread.is_alive()
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_started_again_goes_on_from_its_journal(tmp_path, alone):
+    """It had finished a document that it could not publish, and held two more."""
+    store, model = dist.HashStore(), model64()
+    old = StoreQueue(store, 1, 2)
+    held = [claims(2)[number] for number in old.claim("long", 3)]
+    old.own(held)
+    book = journal(tmp_path, 1)
+    book.add({held[0]: alone.documents[held[0]]})
+    book.close()
+    found, adapted = {}, []
+
+    def one(rank: int) -> None:
+        queue = StoreQueue(store, rank, 2, patience=600.0)
+        own = Journal(tmp_path / f"journal-{rank}.jsonl", "run", resume=queue.is_restarted)
+        adapt = own.add
+        own.add = lambda results, seconds=None: (adapted.extend(results), adapt(results, seconds))
+        found[rank] = run(own, queue, model=model)
+
+    threads = [threading.Thread(target=one, args=(rank,)) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted([*adapted, held[0]]) == list(range(len(LENGTHS))), "every other document once"
+    for result in found.values():
+        np.testing.assert_allclose(scores(result), scores(alone), rtol=1e-12)
+        assert result.facts["lost_ranks"] == result.facts["restarted_ranks"] == [1]
+
+
+def test_claims_are_told_in_lists_and_nothing_is_asked_about_a_document_whose_rank_lives():
+    """A store's answer takes a tenth of a millisecond: 50,000 documents must not wait for one each."""
+    calls = []
+
+    class Counting:
+        def __init__(self, store):
+            self.store = store
+
+        def __getattr__(self, name):
+            return lambda *arguments: (calls.append(name), getattr(self.store, name)(*arguments))[1]
+
+    store = Counting(dist.HashStore())
+    first, second = (StoreQueue(store, rank, 2) for rank in range(2))
+    calls.clear()
+    second.own(range(50_000))
+    assert len(calls) <= 2
+    calls.clear()
+    assert not first.take_over(range(50_000))
+    assert len(calls) <= 12 and first.owner(49_999) == second.member
+    calls.clear()
+    first.publish({n: DocumentResult(str(n), 3, 6, SHORT, 1.0, 1.0, 1.0) for n in range(5_000)})
+    second.collect()
+    assert len(calls) <= 4 * 5_000 / 256 + 12
+
+
 # ---- processes
 
 
@@ -455,3 +630,100 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def scoring(tmp_path_factory, tokenizer) -> list:
+    """`klora score` of some texts by a small model, without --out."""
+    folder = tmp_path_factory.mktemp("scoring")
+    config = dataclasses.replace(SMALL, vocab_size=tokenizer.vocab_size, blocks=2)
+    save_artifact(folder / "m.klora", randomized(config).state_dict(), config, tokenizer.to_bytes(), {"steps": 0})
+    (folder / "texts").mkdir()
+    for number in range(8):
+        (folder / "texts" / f"{number}.txt").write_text(words(number, 40 + 30 * (number % 4)))
+    sets = [part for pair in ("chunk=16", "window=64", "batch=2") for part in ("--set", pair)]
+    return ["-m", "klora.cli", "score", folder / "m.klora", "--text", folder / "texts", *sets, "--device", "cpu"]
+
+
+@pytest.mark.slow
+def test_a_killed_rank_is_started_again_while_the_other_lives(tmp_path, scoring):
+    """By the same command. Nobody waits for the patience of ten minutes, and the scores are those of one process."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    many = env | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+
+    def start(rank: int) -> Forked:
+        return Forked([*scoring, "--out", two, "--patience", "600"], environment={**many, "RANK": str(rank)})
+
+    first, second = start(0), start(1)
+    wait_for((two / "journal-1.jsonl").exists, second)
+    second.send_signal(signal.SIGKILL)
+    assert second.wait() == -signal.SIGKILL
+    again = start(1)
+    said = [process.communicate() for process in (first, again)]
+    assert [first.returncode, again.returncode] == [0, 0], said
+    alone = Forked([*scoring, "--out", one], environment=env)
+    assert alone.wait() == 0
+    expected, found = (json.loads((folder / "score.json").read_text()) for folder in (one, two))
+    assert found["restarted_ranks"] == [1] and found["ranks"] == 2
+    assert [d["adapted_nats"] for d in found["documents"]] == [d["adapted_nats"] for d in expected["documents"]]
+    assert not list(two.glob("journal*"))
+
+
+@pytest.mark.slow
+def test_a_rank_that_never_comes_is_waited_for_no_longer_than_patience(tmp_path, scoring):
+    """Its command was refused, say: the others stood for half an hour and said nothing."""
+    many = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "RANK": "0"}
+    first = Forked([*scoring, "--out", tmp_path / "out", "--patience", "2"], environment={**os.environ, **many})
+    said = first.communicate()
+    assert first.returncode == 0, said
+    found = json.loads((tmp_path / "out" / "score.json").read_text())
+    assert found["absent_ranks"] == [1] and found["lost_ranks"] == [] and len(found["documents"]) == 8
+    assert "of the ranks, these never came: 1" in said[0] and "were lost" not in said[0]
+
+
+SCORED = """
+import json, os, sys
+import numpy as np
+import torch.distributed as dist
+from klora.model.parallel import own_device
+from klora.ttt.pipeline import ScoreRequest, score
+from klora.ttt.protocols import ttt_preset
+from klora.ttt.queue import StoreQueue
+from test_engine import on_gpu
+from test_ttt import document
+
+store, rank, world = next(dist.rendezvous("env://")) if "RANK" in os.environ else (None, 0, 1)
+lengths = [1, 40, 300, *map(int, np.random.default_rng(0).lognormal(6.5, 1.0, 60))]
+texts, found = [document(n, seed) for seed, n in enumerate(lengths)], {}
+for name in sys.argv[2:]:
+    preset, _, phases = name.partition("+")
+    config = ttt_preset(preset).override({"deadline": 0.0, "phases": phases or 0})
+    queue = StoreQueue(dist.PrefixStore(name, store), rank, world) if store else None
+    result = score(ScoreRequest(on_gpu(device=str(own_device())), texts, config, queue=queue))
+    assert result.facts.get("ranks", 1) == world and not result.facts.get("lost_ranks")
+    found[name] = [[d.name, d.status, d.base_nats, d.tempered_nats, d.adapted_nats] for d in result.documents]
+if rank == 0:
+    with open(sys.argv[1], "w") as file:
+        json.dump(found, file)
+"""
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_gpus_give_the_bits_of_one(tmp_path):
+    """Every preset, and phases: by torchrun, as a user starts it."""
+    names = ["quick", "quick+2", "thorough", "best", "contest", "contest+1", "design"]
+    (tmp_path / "scored.py").write_text(SCORED)
+    path, env = os.pathsep.join(filter(None, sys.path)), {**os.environ, "OMP_NUM_THREADS": "4"}
+    launchers = {1: [], 2: ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]}
+    found = {}
+    for world, launcher in launchers.items():
+        out = tmp_path / f"{world}.json"
+        command = [sys.executable, *launcher, tmp_path / "scored.py", out, *names]
+        done = subprocess.run(command, env={**env, "PYTHONPATH": path}, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-4000:]
+        found[world] = json.loads(out.read_text())
+    for name in names:
+        assert found[1][name] == found[2][name], name
+        assert any(status == ADAPTED for _, status, *_ in found[1][name])

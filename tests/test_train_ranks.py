@@ -22,7 +22,7 @@ from forks import Forked
 from klora.model import watch
 from klora.model.checkpoint import load_tensors
 from klora.model.config import ConfigError
-from klora.model.parallel import Ranks, join_ranks, processes_here, share_threads
+from klora.model.parallel import Ranks, join_ranks
 from klora.model.shards import RowSampler, TokenStream
 from klora.model.train import Trainer
 from klora.model.watch import LOST, Watch
@@ -466,28 +466,6 @@ def test_one_process_exports_however_many_were_started(tmp_path, data, monkeypat
         monkeypatch.setenv("RANK", str(rank))
         done = klora("export", tmp_path)
         assert (tmp_path / "model.klora").exists() == (rank == 0) and bool(done.stdout) == (rank == 0)
-
-
-def test_processes_of_a_machine_share_its_cores_unless_they_are_told(monkeypatch):
-    given = []
-    monkeypatch.setattr(torch, "set_num_threads", given.append)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 32)
-    for name in ("OMP_NUM_THREADS", "LOCAL_WORLD_SIZE", "RANK", "WORLD_SIZE", "MASTER_ADDR"):
-        monkeypatch.delenv(name, raising=False)
-    assert processes_here() == 1
-    monkeypatch.setenv("RANK", "1")
-    monkeypatch.setenv("WORLD_SIZE", "16")
-    monkeypatch.setenv("MASTER_ADDR", "node0")
-    assert processes_here() == 1
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
-    assert processes_here() == 8
-    share_threads()
-    monkeypatch.delenv("LOCAL_WORLD_SIZE")
-    monkeypatch.setenv("MASTER_ADDR", "localhost")
-    share_threads()
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    share_threads()
-    assert given == [4, 2]
 
 
 def test_ranks_that_cannot_meet_say_so(monkeypatch):

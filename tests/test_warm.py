@@ -1,10 +1,14 @@
 """Kernels compiled ahead: what is recorded without a launch, the processes that compile it, and who asks for it."""
 
+import errno
+import fcntl
 import json
 import os
 import re
 import subprocess
 import sys
+import threading
+import time
 
 import pytest
 import torch
@@ -221,6 +225,51 @@ class TestWarmed:
         said = capsys.readouterr()
         assert said.err.strip() == "klora: 2 kernels could not be compiled ahead; the first: kernel 0: no reason"
         assert "\n4 kernels compiled in" in said.out
+
+    def test_of_several_processes_one_compiles_and_the_others_wait_for_it(self, monkeypatch, tmp_path, capsys):
+        """Four scorings at once, by hand or by a launcher, compiled the same kernels four times."""
+        kernels, others = Kernels(monkeypatch, tmp_path, 5), []
+        compile_all = kernels.compile_all
+
+        def slowly(*arguments):
+            others.extend(threading.Thread(target=warmed, args=(work_of, GPU, Output())) for _ in range(3))
+            for other in others:
+                other.start()
+            until = time.monotonic() + 60
+            while capsys_said() < 3 and time.monotonic() < until:
+                time.sleep(0.01)
+            return compile_all(*arguments)
+
+        said = []
+
+        def capsys_said() -> int:
+            said.append(capsys.readouterr().out)
+            return "".join(said).count("another process compiles kernels on this machine; waiting for them")
+
+        monkeypatch.setattr("klora.kernels.precompile.compile_all", slowly)
+        warmed(work_of, GPU, Output())
+        for other in others:
+            other.join(timeout=60)
+        assert capsys_said() == 3 and kernels.recordings == 1 and len(kernels.cached) == 5
+        assert "".join(said).count("kernels compiled in") == 1
+
+    def test_one_that_stands_still_is_not_waited_for_for_ever(self, monkeypatch, tmp_path, capsys):
+        kernels = Kernels(monkeypatch, tmp_path, 5)
+        monkeypatch.setattr(warm_module, "TURN", 0.3)
+        (tmp_path / "klora").mkdir()
+        with open(tmp_path / "klora" / "compiling.lock", "wb") as held:
+            fcntl.flock(held, fcntl.LOCK_EX)
+            warmed(work_of, GPU, Output())
+        assert kernels.recordings == 1 and len(kernels.cached) == 5
+
+    def test_a_folder_without_locks_is_as_good(self, monkeypatch, tmp_path):
+        def unable(*about):
+            raise OSError(errno.ENOLCK, "no locks available")
+
+        kernels = Kernels(monkeypatch, tmp_path, 5)
+        monkeypatch.setattr(warm_module.fcntl, "flock", unable)
+        warmed(work_of, GPU, Output())
+        assert kernels.recordings == 1 and len(kernels.cached) == 5
 
     def test_without_a_gpu_there_is_nothing_to_do(self):
         warmed(lambda: pytest.fail("nothing is recorded"), torch.device("cpu"), Output())

@@ -339,13 +339,14 @@ class Engine:
         self.prepare(shapes, deadline.passed)
         self._load(run, [documents[index] for index in order])
 
-        def hand_over(adapted: Adapted) -> None:
+        def hand_over() -> None:
             through = run.newly_through()
             if len(through):
-                finished(order[through], adapted.of(through))
+                found = self._read(run, int(through[0]), int(through[-1]) + 1)
+                finished(order[through], found.of(through - through[0]))
 
         began = handed = time.perf_counter()
-        launched = 0
+        launched, spent = 0, 0.0
         for number, taken in enumerate(rounds):
             self._wait(number)
             if deadline.passed() or should_stop():
@@ -355,15 +356,18 @@ class Engine:
             run.count(taken, self.queues[taken.queue].length)
             progress(run.passed)
             if time.perf_counter() - handed > every:
-                hand_over(self._read(run))
+                stopped = time.perf_counter()
+                hand_over()
                 handed = time.perf_counter()
-        adapted = self._read(run)
+                spent += handed - stopped
+        adapted = self._read(run, 0, len(order))
         self.facts |= {
             "rounds": launched,
             "useful_places": run.inputs / max(run.places, 1),
             "seconds": time.perf_counter() - began,
+            "handing_over_seconds": spent,
         }
-        hand_over(adapted)
+        hand_over()
         return adapted.of(np.argsort(order))
 
     @on_its_device
@@ -453,13 +457,17 @@ class Engine:
         found = [record[r, o + 1 : o + 1 + n].copy() for r, o, n in zip(rows, run.offsets, run.targets, strict=True)]
         return [found[place] for place in np.argsort(order)]
 
-    def _read(self, run: "Run") -> Adapted:
-        """What is recorded: nats of each document in the pass that counts, how many targets, and which pass."""
-        record = self.record[: self._records * len(self.tokens)].view(self._records, -1)[:, : run.tokens].cpu().numpy()
-        covered, count = run.covered(), len(run.offsets)
+    def _read(self, run: "Run", first: int, stop: int) -> Adapted:
+        """What is recorded of the documents from `first` up to `stop`, which alone leave the device: nats of each in
+        the pass that counts, how many targets, and which pass.
+        """
+        covered, count = run.covered()[first:stop], stop - first
         if not count:
             return Adapted(np.zeros(0), covered, np.zeros(0, dtype=np.int64), np.zeros(0, dtype=bool))
-        totals = np.stack([np.add.reduceat(row, run.offsets, dtype=np.float64) for row in record])
+        begin, end = int(run.offsets[first]), int(run.offsets[stop - 1] + run.targets[stop - 1]) + 1
+        record = self.record[: self._records * len(self.tokens)].view(self._records, -1)[:, begin:end].cpu().numpy()
+        offsets, targets = run.offsets[first:stop] - begin, run.targets[first:stop]
+        totals = np.stack([np.add.reduceat(row, offsets, dtype=np.float64) for row in record])
         if self.config.protocol == MIN_NLL:
             kept = np.where(np.isfinite(totals), totals, np.inf).argmin(0)
             rows = kept
@@ -468,8 +476,8 @@ class Engine:
         nats = totals[rows, np.arange(count)]
         diverged = ~np.isfinite(nats)
         for place in np.flatnonzero(diverged):
-            begin = run.offsets[place] + 1
-            nll = record[rows[place], begin : begin + run.targets[place]]
+            begin = offsets[place] + 1
+            nll = record[rows[place], begin : begin + targets[place]]
             finite = 0 if self.config.is_leaky else int(np.isfinite(nll).argmin())
             covered[place], nats[place] = finite, nll[:finite].sum(dtype=np.float64)
         return Adapted(nats, covered, kept, diverged)

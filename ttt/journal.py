@@ -10,7 +10,6 @@ damage and mixtures; whoever can run this code can write another journal.
 they had come, and a checksum behind the array.
 """
 
-import dataclasses
 import hashlib
 import json
 import math
@@ -105,9 +104,9 @@ class Journal:
 
     def _line(self, record: dict[str, Any]) -> str:
         """The next line of the journal."""
-        record = record | {"protocol": self._protocol, "seconds": self.seconds}
-        self._chain = _chained(self._chain, record)
-        return json.dumps(record | {"chain": self._chain}) + "\n"
+        text = json.dumps(record | {"protocol": self._protocol, "seconds": self.seconds})
+        self._chain = _chained(self._chain, text)
+        return f'{text[:-1]}, "chain": "{self._chain}"}}\n'
 
     def _read(self, path: Path) -> None:
         """Take in the documents and the seconds of a journal."""
@@ -344,16 +343,16 @@ def _parsed(line: bytes) -> dict[str, Any]:
 
 
 def _record(index: int, result: DocumentResult) -> dict[str, Any]:
-    return {"index": index, "result": dataclasses.asdict(result)}
+    return {"index": index, "result": vars(result)}
 
 
 def _about(document: Document) -> tuple[str, int, int]:
     return document.name, document.targets, document.bytes
 
 
-def _chained(chain: str, record: dict[str, Any]) -> str:
-    """The checksum of a line after one whose checksum is `chain`."""
-    return hashlib.sha256(f"{chain} {json.dumps(record)}".encode()).hexdigest()[:32]
+def _chained(chain: str, text: str) -> str:
+    """The checksum of a line, whose JSON without it is `text`, after one whose checksum is `chain`."""
+    return hashlib.sha256(f"{chain} {text}".encode()).hexdigest()[:32]
 
 
 def _next_chain(chain: str, record: dict[str, Any]) -> str:
@@ -361,7 +360,7 @@ def _next_chain(chain: str, record: dict[str, Any]) -> str:
     found = record.get("chain")
     if found is None:
         raise ValueError("it has no checksum, as no line of this klora")
-    expected = _chained(chain, {name: value for name, value in record.items() if name != "chain"})
+    expected = _chained(chain, json.dumps({name: value for name, value in record.items() if name != "chain"}))
     if found != expected:
         raise ValueError("its checksum is wrong: it was changed, or it does not belong behind the line before it")
     return expected

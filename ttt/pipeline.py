@@ -34,7 +34,7 @@ from .hf_model import HfModel
 from .journal import Journal, JournalError, NoJournal
 from .phases import groups_of
 from .protocols import TTTConfig
-from .queue import DocumentQueue, HandsOut, LostStore, Taken
+from .queue import DocumentQueue, HandsOut, LostStore, Taken, dealt
 from .results import Adapted, DocumentResult, NonFiniteScore, ScoreResult, is_short, unadapted, with_adaptation
 from .token_gains import TokenGains
 
@@ -239,9 +239,11 @@ class _Run:
         if long:
             self.learn_until(group)
         suffix = f"/{group}" if group else ""
-        self.adapt(long, partial(self.queue.waiting, name=f"long{suffix}"))
+        order_of_claims = dealt([self.documents[index].targets for index in long], self.queue.world)
+        self.adapt(long, partial(self.queue.waiting, name=f"long{suffix}", order=order_of_claims))
         self.tick()
-        for name, indices in ((f"long{suffix}", long), (f"short{suffix}", short)):
+        claimable = [long[place] for place in order_of_claims]
+        for name, indices in ((f"long{suffix}", claimable), (f"short{suffix}", short)):
             while numbers := [number for number in self.queue.claim(name, BLOCK) if number < len(indices)]:
                 claimed = [indices[number] for number in numbers]
                 self.queue.own(claimed)
@@ -492,7 +494,8 @@ class _Run:
         if self.gains is not None:
             attempt("the gain along the documents", lambda: self._keep_gains(engine, indices, adapted), self.say)
         if self.config.phases:  # one engine for all groups, whose facts of a run are those of the last one
-            sums = {name: self.engine_facts.get(name, 0) + engine.facts[name] for name in ("rounds", "seconds")}
+            added = "rounds", "seconds", "handing_over_seconds"
+            sums = {name: self.engine_facts.get(name, 0) + engine.facts[name] for name in added}
             self.engine_facts = {**engine.facts, **sums}
             del self.engine_facts["useful_places"]
         elif not self.engine_facts or engine.facts["batch"] < self.engine_facts["batch"]:

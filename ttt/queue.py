@@ -2,34 +2,41 @@
 
 :class:`DocumentQueue` is that of one process, a world of one: all documents are its own from the start.
 
-:class:`StoreQueue` is that of several ranks, each a process that reads all documents. Long ones are handed out longest
-first, one at a time, by a counter in a torch.distributed store; a rank holds no more than its share of what is left, so
-that none ends long after the others. Short ones go out in blocks once the long ones are gone. Results are published in
-the store as they come, base and adapted scores of a document together, and the first rank writes the report.
+:class:`StoreQueue` is that of several ranks, each a process that reads all documents. Long ones are handed out first,
+one at a time, by a counter in a torch.distributed store; a rank holds no more than its share of what is left, so that
+none ends long after the others, and the longest are dealt out among them. Short ones go out in blocks once the long
+ones are gone. Results are published in the store as they come, base and adapted scores of a document together, and the
+first rank writes the report.
 
 There are no collectives: between the first rank's word at the start and its stay until the others have left, no rank
 waits for a certain other one. A rank counts up its own pulse while it works; a rank with nothing left to do watches the
 pulses of those that hold documents without a result, and takes over the documents of one that stood still for
-`patience` seconds. A document that two ranks end up scoring gets the same score from both. The deadline is one time for
-all: each rank counts the seconds that the first one gave it on a clock of its own that nobody sets, and the first rank
-to see it pass tells the others. A store that gives no answer for `patience` seconds counts as gone, and so does a first
-rank that was lost: it alone writes the results, and what is scored is kept.
+`patience` seconds. A document that two ranks end up scoring gets the same score from both.
+
+A rank that died may be started again alone, under the same number, while the others live. The store counts how often
+each rank was started, and all that a process says there is said as the :class:`Member` that it is: of which rank, and
+which of its starts. So a new process publishes beside its predecessor and not over it, and its pulse is its own. What
+the predecessor held without a result goes at once to whoever runs out of work first, the new process included.
+
+The deadline is one time for all: each rank counts the seconds that the first one gave it on a clock of its own that
+nobody sets, and the first rank to see it pass tells the others. A store that gives no answer for `patience` seconds
+counts as gone, and so does a first rank that was lost: it alone writes the results, and what is scored is kept.
 
 A document's score depends on that document alone, and with phases on the earlier groups, of which every rank learns the
 same before it takes documents of the next one. So it is the same on any number of ranks.
 """
 
+import heapq
 import json
 import os
 import queue
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch.distributed as dist
@@ -58,6 +65,9 @@ TAKEN_OVER = 64
 JOIN = timedelta(minutes=30)
 """How long a rank waits for the first one, which may read the journals of an interrupted run."""
 
+CALL = timedelta(minutes=1)
+"""How long a rank calls for the first one's store in a library that hears no signal, before it calls again."""
+
 GONE = (
     "the process that keeps the ranks' store, the first rank or its launcher, is gone ({}); what is scored is kept: "
     "the same command with --resume goes on from there"
@@ -70,6 +80,21 @@ LOST_FIRST = (
     "all documents are scored, but the first rank, which writes the results, is lost; what is scored is kept: the same "
     "command with --resume writes them"
 )
+
+
+class Member(NamedTuple):
+    """One process of a run: its rank, and which start of that rank it is, from 1 on."""
+
+    rank: int
+    start: int
+
+    def __str__(self) -> str:
+        return f"{self.rank}.{self.start}"
+
+    @classmethod
+    def of(cls, text: str) -> "Member":
+        """The member that `str` made a text of."""
+        return cls(*map(int, text.split(".")))
 
 
 class LostStore(KloraError, RuntimeError):
@@ -90,7 +115,7 @@ class DocumentQueue:
     """The queue of one process. Documents are named by their index in the request.
 
     `results` are those that are known here, of all processes. `is_shared`: documents are claimed, not owned from the
-    start. `is_restarted`: a launcher started the processes again after a loss.
+    start. `is_restarted`: this process follows one that was lost, and goes on from its journal.
     """
 
     rank, world = 0, 1
@@ -116,8 +141,11 @@ class DocumentQueue:
         self.publish(done)
         return set(done), Deadline(seconds, spent)
 
-    def waiting(self, taken: Taken, name: str = "long") -> HandsOut | None:
-        """What hands the documents of the list `name` to an engine; None: all of them are this process's."""
+    def waiting(self, taken: Taken, name: str = "long", order: Sequence[int] | None = None) -> HandsOut | None:
+        """What hands the documents of the list `name` to an engine; None: all of them are this process's.
+
+        `order` is that in which their places, longest first, are claimed; as they are, if left out.
+        """
         return None
 
     def claim(self, name: str, count: int = 1) -> range:
@@ -170,7 +198,6 @@ class StoreQueue(DocumentQueue):
         is_restarted: bool = False,
     ):
         super().__init__()
-        self.is_restarted = is_restarted
         self.store, self.rank, self.world, self.patience, self.clock = (
             _Store(store, patience),
             rank,
@@ -178,8 +205,12 @@ class StoreQueue(DocumentQueue):
             patience,
             clock,
         )
-        self._read = [0] * world
-        self._pulses: dict[int, tuple[bytes, float]] = {}
+        self.member = Member(rank, self.store.add(f"starts/{rank}", 1))
+        self.is_restarted = is_restarted or self.member.start > 1
+        self._results, self._claims = _Log(self, "results"), _Log(self, "claims")
+        self._first_owner: dict[int, Member] = {}
+        self._heir: dict[int, Member] = {}
+        self._pulses: dict[Member, tuple[int, float]] = {}
         self._beaten = -float("inf")
         self._ownerless_since: float | None = None
 
@@ -190,9 +221,10 @@ class StoreQueue(DocumentQueue):
         spent: float = 0.0,
         tick: Callable[[], None] = lambda: None,
     ) -> tuple[set[int], Deadline]:
-        if self.is_first:
+        left = seconds - spent if seconds else None
+        if self.is_first or self.member.start > 1:  # whose journal no other has read
             self.publish(done)
-            left = seconds - spent if seconds else None
+        if self.is_first and self.member.start == 1:
             self.store.set("begin", json.dumps({"left": left, "done": sorted(done)}))
         # The store's own wait would hear no signal.
         until = self.clock() + JOIN.total_seconds()
@@ -202,27 +234,44 @@ class StoreQueue(DocumentQueue):
                 raise LostStore(f"the first rank has not begun within {JOIN}; start all ranks at about the same time")
             time.sleep(0.05)
         said = json.loads(self.store.get("begin"))
+        if said["left"] is not None and left is not None:  # a rank that was started again has spent more
+            said["left"] = min(said["left"], left)
         return set(said["done"]), SharedDeadline(self, said["left"])
 
-    def waiting(self, taken: Taken, name: str = "long") -> HandsOut:
-        return lambda visits: SharedWaiting(visits, self, taken, name)
+    def last_of(self, rank: int) -> Member:
+        """The process that was started last under that number, or that is to be started first."""
+        return Member(rank, max(1, self.store.add(f"starts/{rank}", 0)))
+
+    def _works(self, member: Member, lost: Sequence[Member]) -> bool:
+        """Whether that process may still want the store."""
+        return not (member in lost or self.store.check([f"left/{member}"]) or self.is_lost(member))
+
+    def members(self) -> list[Member]:
+        """All processes that were started so far, rank by rank."""
+        starts = ((rank, self.store.add(f"starts/{rank}", 0)) for rank in range(self.world))
+        return [Member(rank, start) for rank, count in starts for start in range(1, count + 1)]
+
+    def waiting(self, taken: Taken, name: str = "long", order: Sequence[int] | None = None) -> HandsOut:
+        return lambda visits: SharedWaiting(visits, self, taken, name, order)
 
     def claim(self, name: str, count: int = 1) -> range:
         stop = self.store.add(f"next/{name}", count)
         return range(stop - count, stop)
 
     def own(self, indices: Iterable[int]) -> None:
-        for index in indices:
-            self.store.set(f"owner/{index}", str(self.rank))
+        owned = list(indices)
+        self._first_owner |= dict.fromkeys(owned, self.member)
+        self._claims.append([owned])
 
-    def owner(self, index: int) -> int | None:
-        """The rank that has document `index`; None while nobody took it."""
-        key = f"owner/{index}"
-        return int(self.store.get(key)) if self.store.check([key]) else None
+    def owner(self, index: int) -> Member | None:
+        """Who has document `index`, as far as this process knows; None where nobody is known to have taken it."""
+        return self._heir.get(index) or self._first_owner.get(index)
 
     def take_over(self, missing: Sequence[int]) -> list[int]:
-        lost: set[int | None] = {rank for rank in range(self.world) if self.is_lost(rank)}
+        for member, indices in self._claims.new():
+            self._first_owner |= dict.fromkeys(indices, member)
         owners = {index: self.owner(index) for index in missing}
+        lost: set[Member | None] = {member for member in self.members() if self.is_lost(member)}
         # Whoever claimed a document and died before it could say so left no owner.
         if None not in owners.values():
             self._ownerless_since = None
@@ -236,51 +285,49 @@ class StoreQueue(DocumentQueue):
                 taken.append(index)
         return taken
 
-    def _take_from(self, owner: int | None, index: int) -> bool:
-        """Whether document `index` of the lost rank `owner`, or of none that is known, is this rank's now."""
-        own = str(self.rank)
-        before = "" if owner is None else str(owner)
-        is_taken = self.store.compare_set(f"owner/{index}", before, own).decode() == own
+    def _take_from(self, owner: Member | None, index: int) -> bool:
+        """Whether document `index` of the lost `owner`, or of none that is known, is this process's now."""
+        before = str(self._heir.get(index, ""))
+        heir = self.store.compare_set(f"heir/{index}", before, str(self.member)).decode()
+        self._heir[index] = Member.of(heir)
+        is_taken = self._heir[index] == self.member
         if is_taken and owner is not None:
             self.store.set(f"lost/{owner}", "")
         return is_taken
 
-    def lost(self) -> list[int]:
-        """The ranks from which any rank took documents over."""
-        return [rank for rank in range(self.world) if self.store.check([f"lost/{rank}"])]
+    def lost(self) -> list[Member]:
+        """The processes from which any other took documents over."""
+        return [member for member in self.members() if self.store.check([f"lost/{member}"])]
 
     def publish(self, results: dict[int, DocumentResult]) -> None:
         super().publish(results)
-        items = list(results.items())
-        for begin in range(0, len(items), PUBLISHED):
-            text = json.dumps({index: asdict(result) for index, result in items[begin : begin + PUBLISHED]})
-            self.store.set(f"results/{self.rank}/{self._read[self.rank]}", text)
-            self._read[self.rank] = self.store.add(f"batches/{self.rank}", 1)
+        items = [(index, vars(result)) for index, result in results.items()]
+        self._results.append(items[begin : begin + PUBLISHED] for begin in range(0, len(items), PUBLISHED))
 
     def collect(self) -> None:
         if self.store.check(["failed"]):
             raise NonFiniteScore(self.store.get("failed").decode())
-        for rank in range(self.world):
-            published = self.store.add(f"batches/{rank}", 0)
-            for number in range(self._read[rank], published):
-                found = json.loads(self.store.get(f"results/{rank}/{number}"))
-                self.results |= {int(index): DocumentResult(**result) for index, result in found.items()}
-            self._read[rank] = published
+        for _, found in self._results.new():
+            self.results |= {index: DocumentResult(**result) for index, result in found}
 
     def beat(self) -> None:
-        """Count up this rank's pulse, at most once a second."""
+        """Count up this process's pulse, at most once a second."""
         if self.clock() - self._beaten >= 1.0:
             self._beaten = self.clock()
-            self.store.add(f"pulse/{self.rank}", 1)
+            self.store.add(f"pulse/{self.member}", 1)
 
-    def is_lost(self, rank: int) -> bool:
-        """Whether that rank's pulse has stood still for `patience` seconds while this rank watched."""
-        pulse = self.store.add(f"pulse/{rank}", 0)
-        seen, since = self._pulses.get(rank, (None, 0.0))
-        if pulse != seen:
-            self._pulses[rank] = pulse, self.clock()
+    def is_lost(self, member: Member) -> bool:
+        """Whether another has come in that process's place, or this one saw its pulse stand still for `patience` s."""
+        if member == self.member:
             return False
-        return rank != self.rank and self.clock() - since >= self.patience
+        if self.store.add(f"starts/{member.rank}", 0) > member.start:
+            return True
+        pulse = self.store.add(f"pulse/{member}", 0)
+        seen, since = self._pulses.get(member, (None, 0.0))
+        if pulse != seen:
+            self._pulses[member] = pulse, self.clock()
+            return False
+        return self.clock() - since >= self.patience
 
     def fail(self, why: str) -> None:
         self.store.set("failed", why)
@@ -299,16 +346,21 @@ class StoreQueue(DocumentQueue):
         LostStore for the others where it was lost.
         """
         lost, seconds = self.lost(), self.seconds_of_ranks()
-        self.store.set(f"left/{self.rank}", "")
-        if 0 in lost and not self.is_first:
+        self.store.set(f"left/{self.member}", "")
+        if self.last_of(0) in lost and not self.is_first:
             raise LostStore(LOST_FIRST)
-        staying = set(range(self.world)) - set(self.lost()) if self.is_first else set()
-        while staying and not should_stop():
-            staying = {rank for rank in staying if not self.store.check([f"left/{rank}"]) and not self.is_lost(rank)}
+        staying = range(self.world) if self.is_first else ()
+        while (staying := [rank for rank in staying if self._works(self.last_of(rank), lost)]) and not should_stop():
             time.sleep(0.02)
         if self.is_first:  # whose store is there until it goes; others may note their seconds late
             seconds = self.seconds_of_ranks()
-        return {"ranks": self.world, "lost_ranks": lost, "rank_seconds": seconds}
+        started = {member.rank: member.start for member in self.members()}
+        about = {
+            "restarted_ranks": [rank for rank, start in started.items() if start > 1],
+            "absent_ranks": sorted(set(range(self.world)) - set(started)),
+        }
+        lost_ranks = sorted({member.rank for member in lost})
+        return {"ranks": self.world, "lost_ranks": lost_ranks, **about, "rank_seconds": seconds}
 
     def pass_deadline(self) -> None:
         """Tell all ranks that the deadline has passed."""
@@ -317,6 +369,34 @@ class StoreQueue(DocumentQueue):
     def deadline_passed(self) -> bool:
         """Whether any rank saw the deadline pass."""
         return self.store.check(["deadline"])
+
+
+class _Log:
+    """Lists that each process of a queue tells all others, in order: numbered values under `name` and its member.
+
+    A value is set before it is counted: what is counted can be read, whenever its writer dies.
+    """
+
+    def __init__(self, queue: StoreQueue, name: str):
+        self._queue, self._name = queue, name
+        self._written = 0
+        self._read: dict[Member, int] = {}
+
+    def append(self, values: Iterable[list]) -> None:
+        """Tell the others each of these lists that is not empty."""
+        store, key = self._queue.store, f"{self._name}/{self._queue.member}"
+        for value in filter(None, values):
+            store.set(f"{key}/{self._written}", json.dumps(value))
+            self._written = self._read[self._queue.member] = store.add(key, 1)
+
+    def new(self) -> Iterator[tuple[Member, list]]:
+        """Every list that others appended since this was asked last, and by whom."""
+        store = self._queue.store
+        for member in self._queue.members():
+            count = store.add(f"{self._name}/{member}", 0)
+            for number in range(self._read.get(member, 0), count):
+                yield member, json.loads(store.get(f"{self._name}/{member}/{number}"))
+            self._read[member] = count
 
 
 class _Store:
@@ -378,10 +458,22 @@ class SharedDeadline(Deadline):
 
 
 class SharedWaiting(Waiting):
-    """The documents of the list `name` that wait for a slot on any rank. `taken` gets the places this rank got."""
+    """The documents of the list `name` that wait for a slot on any rank. `taken` gets the places this rank got.
 
-    def __init__(self, visits: np.ndarray, queue: StoreQueue, taken: Taken, name: str = "long"):
-        super().__init__(visits)
+    They are claimed in `order`, which :func:`dealt` makes; longest first, if left out.
+    """
+
+    def __init__(
+        self,
+        visits: np.ndarray,
+        queue: StoreQueue,
+        taken: Taken,
+        name: str = "long",
+        order: Sequence[int] | None = None,
+    ):
+        self._order = np.arange(len(visits)) if order is None else np.asarray(order, dtype=np.int64)
+        super().__init__(visits[self._order])
+        self._longest = np.maximum.accumulate(self.visits[::-1], 0)[::-1]
         self.queue, self._taken, self._name = queue, taken, name
 
     def take(self, free: int, held: int) -> np.ndarray:
@@ -390,17 +482,43 @@ class SharedWaiting(Waiting):
             # A share of what nobody has yet is enough to hold, or one document.
             if held and held * self.queue.world >= self._rest[self.next].sum():
                 break
-            place = self.queue.claim(self._name).start
-            self.next = min(place + 1, len(self.visits))
-            if place < len(self.visits):
-                taken.append(place)
-                held += int(self.visits[place].sum())
+            number = self.queue.claim(self._name).start
+            self.next = min(number + 1, len(self.visits))
+            if number < len(self.visits):
+                taken.append(int(self._order[number]))
+                held += int(self.visits[number].sum())
         self._taken(taken)
         return np.array(taken, dtype=np.int64)
 
     @property
     def left(self) -> np.ndarray:
         return self._rest[self.next] // self.queue.world
+
+    @property
+    def longest(self) -> np.ndarray:
+        return self._longest[self.next] if self.next < len(self.visits) else np.zeros_like(self._rest[0])
+
+
+def dealt(work: Sequence[int], world: int) -> list[int]:
+    """The order in which documents of so much `work` each, most first, are claimed by `world` ranks.
+
+    Ranks come one after the other, and each begins with a share of what is then left: 1 / (world + 1) of it, by the
+    rule of :class:`SharedWaiting`. Longest first, the one that comes first had all of the longest, whose chunks follow
+    one another, and was done a third later than the mean of eight. So what is handed out at the start is dealt out into
+    as many piles of equal work, and one pile follows the other. The rest goes longest first to whoever has a slot free.
+
+    Example: order = dealt([50, 40, 30, 2, 1, 1, 1], world=2)
+    """
+    share = (1 - (world / (world + 1)) ** world) / world * sum(work)
+    piles: list[tuple[int, int, list[int]]] = [(0, rank, []) for rank in range(world)]
+    count = 0
+    while count < len(work) and piles[0][0] < share:
+        filled, rank, places = piles[0]
+        places.append(count)
+        heapq.heapreplace(piles, (filled + work[count], rank, places))
+        count += 1
+    first = [place for _, _, places in sorted(piles, key=lambda pile: pile[1]) for place in places]
+    return [*first, *range(count, len(work))]
 
 
 def queue_of_processes(patience: float = PATIENCE) -> DocumentQueue:
@@ -411,10 +529,34 @@ def queue_of_processes(patience: float = PATIENCE) -> DocumentQueue:
     if not is_one_of_many():
         return DocumentQueue()
     try:
-        store, rank, world = next(dist.rendezvous("env://", timeout=JOIN))
+        store, rank, world = _met()
     except (ValueError, dist.DistError) as error:
         raise ConfigError(f"RANK and WORLD_SIZE are set, but the ranks cannot meet: {error}") from None
     # A restarted run starts from its journals, not from what its predecessor left in the launcher's store.
     attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
     store = dist.PrefixStore(f"klora/score/{attempt}", store)
     return StoreQueue(store, rank, world, patience, is_restarted=attempt > 0)
+
+
+def _met() -> tuple[dist.Store, int, int]:
+    """The store of the ranks, this one and how many there are. ValueError or DistError: they cannot meet.
+
+    Where no launcher keeps the store the first rank does, and waits for nobody: one that never comes, because its
+    command was refused, is missed at the end. PyTorch's own rendezvous would wait for all of them, without a word.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        return next(dist.rendezvous("env://", timeout=JOIN))
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        if not os.environ.get(name):
+            raise ValueError(f"environment variable {name} expected, but not set")
+    host, port, rank, world = (os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE"))
+    until = time.monotonic() + JOIN.total_seconds()
+    while True:
+        try:
+            store = dist.TCPStore(host, int(port), None, int(rank) == 0, CALL, wait_for_workers=False)
+            break
+        except dist.DistError:
+            if int(rank) == 0 or time.monotonic() >= until:
+                raise
+    store.set_timeout(JOIN)
+    return store, int(rank), int(world)
