@@ -5,7 +5,9 @@ MASTER_PORT), watch over each other: see watch.py.
 """
 
 import datetime
+import math
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -21,6 +23,9 @@ from .watch import JOIN, PATIENCE, SETTLE, Watch
 
 PREPARATION = datetime.timedelta(hours=6)
 """How long a rank waits for another: the first one may tokenize a large corpus while the others stand by."""
+
+CALL = datetime.timedelta(minutes=1)
+"""How long a rank calls for the first one's store in a library that hears no signal, before it calls again."""
 
 BEGUN = "klora/train/begun"
 """Key in the launcher's store, which outlives the processes that it starts again: they have begun a run."""
@@ -53,7 +58,7 @@ class Ranks:
     @property
     def is_first_here(self) -> bool:
         """Whether this process is the first one of its machine."""
-        return int(os.environ.get("LOCAL_RANK", self.rank)) == 0 if self.world > 1 else True
+        return self.world == 1 or _number("LOCAL_RANK", default=self.rank) == 0
 
     def waiting(self) -> AbstractContextManager[None]:
         """Around a call in which this process waits for the other ranks.
@@ -97,7 +102,7 @@ class Ranks:
     @property
     def has_begun(self) -> bool:
         """Whether the same launcher started these processes again, after their run had begun."""
-        return self.store is not None and attempt() > 0 and self.store.check([BEGUN])
+        return self.store is not None and restarts() > 0 and self.store.check([BEGUN])
 
     def from_first(self, value: Any) -> Any:
         """The first rank's `value`, anything small that can be pickled."""
@@ -160,30 +165,83 @@ def pick_device(name: str = "auto") -> torch.device:
 
 def is_one_of_many() -> bool:
     """Whether a launcher (torchrun, or whoever sets its variables) started several processes of this command."""
-    return "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return "RANK" in os.environ and _number("WORLD_SIZE", 1, default=1) > 1
 
 
 def rank_of_many() -> str:
     """The number of this process among several; empty for the first one, and for one that is alone."""
-    return os.environ["RANK"].lstrip("0") if is_one_of_many() else ""
+    return str(_rank() or "") if is_one_of_many() else ""
 
 
-def attempt() -> int:
+def restarts() -> int:
     """How often torchrun has started these processes again."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    return _number("TORCHELASTIC_RESTART_COUNT", default=0)
 
 
 def processes_here() -> int:
     """How many of them run on this machine: all, where whoever started them does not say."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"])) if is_one_of_many() else 1
+    return _number("LOCAL_WORLD_SIZE", 1, default=_number("WORLD_SIZE", 1)) if is_one_of_many() else 1
 
 
 def own_device(name: str = "auto") -> torch.device:
     """As :func:`pick_device`; of several processes on GPUs, each gets the GPU of its local rank."""
     chosen = pick_device(name)
     if chosen.type == "cuda" and chosen.index is None and is_one_of_many():
-        chosen = pick_device(f"cuda:{os.environ.get('LOCAL_RANK', os.environ['RANK'])}")
+        chosen = pick_device(f"cuda:{_number('LOCAL_RANK', default=_rank())}")
     return chosen
+
+
+def _rank() -> int:
+    return _number("RANK", most=_number("WORLD_SIZE", 1) - 1)
+
+
+def _number(name: str, least: int = 0, most: float = math.inf, default: int | None = None) -> int:
+    """The launcher's variable of that name, `default` where it is not set; ConfigError where it is no such number."""
+    text = os.environ.get(name, default)
+    try:
+        number = int(text)
+        if least <= number <= most:
+            return number
+    except (TypeError, ValueError):
+        pass
+    allowed = f"{least} to {most}" if most < math.inf else f"whole numbers from {least}"
+    raise ConfigError(f"the environment has {name}={text}; allowed for one of several ranks: {allowed}")
+
+
+def met() -> tuple[dist.Store, int, int]:
+    """The store that all ranks reach, the number of this one and how many there are. ConfigError: they cannot meet.
+
+    Where no launcher keeps the store the first rank does, and waits for nobody: PyTorch's own rendezvous would wait for
+    all of them, without a word.
+    """
+    timeout = datetime.timedelta(seconds=JOIN)
+    rank, world = _rank(), _number("WORLD_SIZE", 1)
+    try:
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            return next(dist.rendezvous("env://", timeout=timeout))
+        until = time.monotonic() + JOIN
+        while True:
+            try:
+                store = dist.TCPStore(*_address(), None, rank == 0, CALL, wait_for_workers=False)
+                break
+            except dist.DistError:
+                if rank == 0 or time.monotonic() >= until:
+                    raise
+    except (ValueError, dist.DistError) as error:
+        raise ConfigError(f"RANK and WORLD_SIZE are set, but the ranks cannot meet: {error}") from None
+    store.set_timeout(timeout)
+    return store, rank, world
+
+
+def _address() -> tuple[str, int]:
+    """Of the ranks' store. ConfigError: nobody says it."""
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if missing:
+        raise ConfigError(
+            f"RANK and WORLD_SIZE are set, but {' and '.join(missing)} not; set the address and a free port of the "
+            "first rank's machine on every rank, or start the ranks by torchrun"
+        )
+    return os.environ["MASTER_ADDR"], _number("MASTER_PORT", most=65535)
 
 
 @contextmanager
@@ -204,10 +262,7 @@ def join_ranks(
     if not is_one_of_many():
         yield Ranks(0, 1, chosen)
         return
-    try:
-        store, rank, world = next(dist.rendezvous("env://", timeout=datetime.timedelta(seconds=JOIN)))
-    except (ValueError, dist.DistError) as error:
-        raise ConfigError(f"RANK and WORLD_SIZE are set, but the ranks cannot meet: {error}") from None
+    store, rank, world = met()
     alive, settle = alive_on(chosen), SETTLE if chosen.type == "cuda" else 0.0
     watch = Watch(_pulses, rank, world, alive, patience, settle=settle, **({"report": report} if report else {}))
     watch.start()
@@ -218,7 +273,7 @@ def join_ranks(
             backend, more = ("cpu:gloo,cuda:nccl", {"device_id": chosen}) if chosen.type == "cuda" else ("gloo", {})
             dist.init_process_group(
                 backend,
-                store=dist.PrefixStore(f"klora/train/{attempt()}/group", store),
+                store=dist.PrefixStore(f"klora/train/{restarts()}/group", store),
                 rank=rank,
                 world_size=world,
                 timeout=PREPARATION,
@@ -236,9 +291,9 @@ def join_ranks(
 
 def _launcher() -> dist.Store:
     """A connection of its own to the launcher's store."""
-    return dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    return dist.TCPStore(*_address(), is_master=False)
 
 
 def _pulses() -> dist.Store:
     """As :func:`_launcher`, to the part for the pulses of this attempt."""
-    return dist.PrefixStore(f"klora/train/{attempt()}", _launcher())
+    return dist.PrefixStore(f"klora/train/{restarts()}", _launcher())

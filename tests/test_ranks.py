@@ -128,7 +128,7 @@ def test_a_rank_that_waits_for_the_first_can_be_stopped_and_does_not_wait_for_ev
     with pytest.raises(Interrupted, match="0 of 12 documents"):
         run(journal(tmp_path, 1), StoreQueue(dist.HashStore(), 1, 2), should_stop=stop)
     waiting = StoreQueue(dist.HashStore(), 1, 2, clock=lambda: now.append(now[-1] + 1000) or now[-1])
-    with pytest.raises(LostStore, match="the first rank has not begun within 0:30:00"):
+    with pytest.raises(LostStore, match="the first rank has not begun within 1800 s"):
         waiting.begin({})
 
 
@@ -136,7 +136,7 @@ def test_ranks_without_a_master_address_are_refused(monkeypatch):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("MASTER_ADDR", raising=False)
-    with pytest.raises(ConfigError, match="the ranks cannot meet: .*MASTER_ADDR expected"):
+    with pytest.raises(ConfigError, match="RANK and WORLD_SIZE are set, but MASTER_ADDR"):
         queue_of_processes()
 
 

@@ -6,6 +6,7 @@ Ranks are lost for good: by SIGKILL, or by SIGSTOP, after which a process answer
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -26,6 +27,7 @@ from klora.model.parallel import Ranks, join_ranks
 from klora.model.shards import RowSampler, TokenStream
 from klora.model.train import Trainer
 from klora.model.watch import LOST, Watch
+from klora.ttt.queue import queue_of_processes
 from test_cli import klora
 from test_ranks import free_port
 from test_train import ALONE, CONFIG, SMALL_MODEL, digests, losses, small_preset
@@ -468,13 +470,44 @@ def test_one_process_exports_however_many_were_started(tmp_path, data, monkeypat
         assert (tmp_path / "model.klora").exists() == (rank == 0) and bool(done.stdout) == (rank == 0)
 
 
-def test_ranks_that_cannot_meet_say_so(monkeypatch):
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.delenv("MASTER_ADDR", raising=False)
-    with pytest.raises(ConfigError, match="the ranks cannot meet: .*MASTER_ADDR"), join_ranks("cpu"):
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"MASTER_ADDR": ""}, "RANK and WORLD_SIZE are set, but MASTER_ADDR not; set the address and a free port"),
+        ({"MASTER_ADDR": "", "MASTER_PORT": ""}, "but MASTER_ADDR and MASTER_PORT not; .* or start the ranks by torch"),
+        ({"MASTER_PORT": "http"}, "MASTER_PORT=http; allowed for one of several ranks: 0 to 65535"),
+        ({"MASTER_PORT": "99999"}, "MASTER_PORT=99999; .*: 0 to 65535"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE=two; .*: whole numbers from 1"),
+        ({"RANK": "first"}, "RANK=first; .*: 0 to 1"),
+        ({"RANK": "2"}, "RANK=2; .*: 0 to 1"),
+        ({"RANK": "-1"}, "RANK=-1; .*: 0 to 1"),
+        ({"LOCAL_WORLD_SIZE": "0"}, "LOCAL_WORLD_SIZE=0; .*: whole numbers from 1"),
+    ],
+)
+def test_ranks_that_cannot_meet_say_so(monkeypatch, given, says):
+    about = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    for name, text in (about | given).items():
+        monkeypatch.setenv(name, text)
+    with pytest.raises(ConfigError, match=says), join_ranks("cpu"):
         pass
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+
+
+def test_ranks_whose_port_is_taken_say_so(monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        about = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        for name, text in about.items():
+            monkeypatch.setenv(name, text)
+        says = f"RANK and WORLD_SIZE are set, but the ranks cannot meet: .*port: {port}.* address already in use"
+        with pytest.raises(ConfigError, match=says), join_ranks("cpu"):
+            pass
+        with pytest.raises(ConfigError, match=says):
+            queue_of_processes()
+
+
+def test_ranks_of_one_machine_are_not_put_on_one_gpu(monkeypatch):
+    for name, text in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, text)
     says = "names one GPU and 2 processes run here; give --device cuda"
     with pytest.raises(ConfigError, match=says), join_ranks("cuda:1"):
         pass

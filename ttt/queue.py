@@ -28,13 +28,11 @@ same before it takes documents of the next one. So it is the same on any number 
 
 import heapq
 import json
-import os
 import queue
 import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from datetime import timedelta
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -42,8 +40,8 @@ import numpy as np
 import torch.distributed as dist
 
 from ..errors import KloraError
-from ..model.config import ConfigError
-from ..model.parallel import is_one_of_many
+from ..model.parallel import is_one_of_many, met, restarts
+from ..model.watch import JOIN
 from .results import DocumentResult, NonFiniteScore
 from .schedule import Waiting
 
@@ -61,12 +59,6 @@ HandsOut = Callable[[np.ndarray], Waiting]
 
 TAKEN_OVER = 64
 """Documents of a lost rank that another takes over at a time, so that several can share them."""
-
-JOIN = timedelta(minutes=30)
-"""How long a rank waits for the first one, which may read the journals of an interrupted run."""
-
-CALL = timedelta(minutes=1)
-"""How long a rank calls for the first one's store in a library that hears no signal, before it calls again."""
 
 GONE = (
     "the process that keeps the ranks' store, the first rank or its launcher, is gone ({}); what is scored is kept: "
@@ -227,11 +219,13 @@ class StoreQueue(DocumentQueue):
         if self.is_first and self.member.start == 1:
             self.store.set("begin", json.dumps({"left": left, "done": sorted(done)}))
         # The store's own wait would hear no signal.
-        until = self.clock() + JOIN.total_seconds()
+        until = self.clock() + JOIN  # it may read the journals of an interrupted run
         while not self.store.check(["begin"]):
             tick()
             if self.clock() >= until:
-                raise LostStore(f"the first rank has not begun within {JOIN}; start all ranks at about the same time")
+                raise LostStore(
+                    f"the first rank has not begun within {JOIN:g} s; start all ranks at about the same time"
+                )
             time.sleep(0.05)
         said = json.loads(self.store.get("begin"))
         if said["left"] is not None and left is not None:  # a rank that was started again has spent more
@@ -528,35 +522,7 @@ def queue_of_processes(patience: float = PATIENCE) -> DocumentQueue:
     """
     if not is_one_of_many():
         return DocumentQueue()
-    try:
-        store, rank, world = _met()
-    except (ValueError, dist.DistError) as error:
-        raise ConfigError(f"RANK and WORLD_SIZE are set, but the ranks cannot meet: {error}") from None
+    store, rank, world = met()
     # A restarted run starts from its journals, not from what its predecessor left in the launcher's store.
-    attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
-    store = dist.PrefixStore(f"klora/score/{attempt}", store)
-    return StoreQueue(store, rank, world, patience, is_restarted=attempt > 0)
-
-
-def _met() -> tuple[dist.Store, int, int]:
-    """The store of the ranks, this one and how many there are. ValueError or DistError: they cannot meet.
-
-    Where no launcher keeps the store the first rank does, and waits for nobody: one that never comes, because its
-    command was refused, is missed at the end. PyTorch's own rendezvous would wait for all of them, without a word.
-    """
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        return next(dist.rendezvous("env://", timeout=JOIN))
-    for name in ("MASTER_ADDR", "MASTER_PORT"):
-        if not os.environ.get(name):
-            raise ValueError(f"environment variable {name} expected, but not set")
-    host, port, rank, world = (os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE"))
-    until = time.monotonic() + JOIN.total_seconds()
-    while True:
-        try:
-            store = dist.TCPStore(host, int(port), None, int(rank) == 0, CALL, wait_for_workers=False)
-            break
-        except dist.DistError:
-            if int(rank) == 0 or time.monotonic() >= until:
-                raise
-    store.set_timeout(JOIN)
-    return store, int(rank), int(world)
+    store = dist.PrefixStore(f"klora/score/{restarts()}", store)
+    return StoreQueue(store, rank, world, patience, is_restarted=restarts() > 0)
