@@ -310,14 +310,8 @@ class FusedStep:
         self._updates()
 
 
-class _Eager:
+class _Eager(partial):
     """A part of a step that is in no CUDA graph."""
-
-    def __init__(self, call: Callable[[], None]):
-        self._call = call
-
-    def __call__(self) -> None:
-        self._call()
 
 
 class TokenFeed:

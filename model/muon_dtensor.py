@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 from ..kernels.newton_schulz import MuonDirections, muon_apply_
 from ..kernels.newton_schulz.validate import checked_rate
-from .muon_sharded import owners
+from .muon_sharded import owners, wire_dtype
 
 if TYPE_CHECKING:
     from .muon import Muon
@@ -126,23 +126,21 @@ class Rows:
         self.advanced = given = rate * m + g
         if group["nesterov"]:
             given = (rate / (1.0 + rate)) * self.advanced + (1.0 / (1.0 + rate)) * g
-        self.exchange = Exchange([p.shape for p in parameters], parameters[0].device_mesh)
+        self.exchange = RowExchange([p.shape for p in parameters], parameters[0].device_mesh)
         owned = self.exchange.to_owners(_as_parts(given, self.momenta))
         self.directions = _directions(muon, group, owned, list(map(torch.zeros_like, owned))) if owned else None
         self.finite = self.directions.finite if owned else torch.ones((), dtype=torch.int32, device=device)
 
     def take(self, finite: Tensor) -> None:
         """The second half, if `finite` is 1."""
-        dtype = self.momenta[0].dtype
-        wire = torch.float16 if finite.is_cuda and dtype != torch.float64 else dtype
         updates = self.directions.updates(finite) if self.directions else []
-        updates = self.exchange.to_rows(updates, wire, finite.device)
+        updates = self.exchange.to_rows(updates, wire_dtype(self.momenta[0]), finite.device)
         momenta = torch.where(finite > 0, self.advanced, _flat(self.momenta))
         torch._foreach_copy_(self.momenta, _as_parts(momenta, self.momenta))
         _apply(self.muon, self.group, self.parameters, updates)
 
 
-class Exchange:
+class RowExchange:
     """Rows of matrices of these shapes to the matrices' owners, and rows back; every rank of `mesh` takes part."""
 
     def __init__(self, shapes: Sequence[torch.Size], mesh: DeviceMesh):

@@ -65,7 +65,7 @@ class Bucket:
             self.starts.append(starts)
             stops.append(-(-stop // ALIGNMENT) * ALIGNMENT)
         self.width = max(stops) + ALIGNMENT  # the last element says whether what was sent is finite
-        options = {"device": parameters[0].device, "dtype": _wire_dtype(parameters[0])}
+        options = {"device": parameters[0].device, "dtype": wire_dtype(parameters[0])}
         self.update = torch.zeros(self.width, **options)
         self.updates = torch.zeros(len(members), self.width, **options)
 
@@ -77,9 +77,9 @@ class Bucket:
         ]
 
 
-def _wire_dtype(parameter: Tensor) -> torch.dtype:
-    """Of updates on their way: on a GPU that of the kernels' results, whose entries are about 1 at most."""
-    return torch.float16 if parameter.is_cuda and parameter.dtype != torch.float64 else parameter.dtype
+def wire_dtype(like: Tensor) -> torch.dtype:
+    """Of updates on their way to matrices like this: on a GPU the kernels' own, since entries are about 1 at most."""
+    return torch.float16 if like.is_cuda and like.dtype != torch.float64 else like.dtype
 
 
 class UpdateShards:

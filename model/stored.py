@@ -30,7 +30,7 @@ SCALED = (("o", "attn_scale"), ("down", "mlp_scale"))
 VECTORS = ("resid_mix", "gain", "attn_scale", "mlp_scale")
 
 
-class Bucket(NamedTuple):
+class GradientBucket(NamedTuple):
     """Gradients that come at about the same time in a backward, and travel together."""
 
     leaves: slice
@@ -119,15 +119,15 @@ class StoredWeights:
             self.part_grads[name] = [grad for grads in found for grad in grads[name].unbind()]
         return found
 
-    def _made_buckets(self, end: int) -> list[Bucket]:
+    def _made_buckets(self, end: int) -> list[GradientBucket]:
         """The buckets, the last range first; the matrices' gradients end at `end`."""
         leaf = start = 0
-        buckets: list[Bucket] = []
+        buckets: list[GradientBucket] = []
         for grads in self._range_grads:
             leaves, size = sum(len(grad) for grad in grads.values()), sum(grad.numel() for grad in grads.values())
-            buckets.insert(0, Bucket(slice(leaf, leaf + leaves), slice(start, start + size)))
+            buckets.insert(0, GradientBucket(slice(leaf, leaf + leaves), slice(start, start + size)))
             leaf, start = leaf + leaves, start + size
-        return [*buckets, Bucket(slice(leaf, len(self.leaves)), slice(end, len(self.sums)))]
+        return [*buckets, GradientBucket(slice(leaf, len(self.leaves)), slice(end, len(self.sums)))]
 
     @torch.no_grad()
     def _move_parameters(self) -> None:
