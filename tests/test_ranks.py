@@ -18,21 +18,15 @@ from conftest import SMALL, randomized, wait_for, words
 from forks import Forked
 from klora.model.artifact import save_artifact
 from klora.model.config import ConfigError
+from klora.ttt.claims import SharedWaiting, dealt
 from klora.ttt.engine import ROWS, Engine, slots_a_place
 from klora.ttt.journal import Journal, JournalError, open_journal
 from klora.ttt.pipeline import Interrupted, ScoreRequest, score
 from klora.ttt.protocols import ttt_preset
-from klora.ttt.queue import (
-    LostStore,
-    Member,
-    SharedDeadline,
-    SharedWaiting,
-    StoreQueue,
-    dealt,
-    queue_of_processes,
-)
+from klora.ttt.queue import Member, SharedDeadline, StoreQueue, queue_of_processes
 from klora.ttt.results import ADAPTED, DIVERGED, NOT_ADAPTED, SHORT, DocumentResult, NonFiniteScore
 from klora.ttt.schedule import OVERHEAD, Schedule, queues_of, visits_of
+from klora.ttt.store import LostStore
 from test_engine import TTT, model64
 from test_ttt import document
 
@@ -686,14 +680,14 @@ SCORED = """
 import json, os, sys
 import numpy as np
 import torch.distributed as dist
-from klora.model.parallel import own_device
+from klora.model.parallel import is_one_of_many, met, own_device
 from klora.ttt.pipeline import ScoreRequest, score
 from klora.ttt.protocols import ttt_preset
 from klora.ttt.queue import StoreQueue
 from test_engine import on_gpu
 from test_ttt import document
 
-store, rank, world = next(dist.rendezvous("env://")) if "RANK" in os.environ else (None, 0, 1)
+store, rank, world = met() if is_one_of_many() else (None, 0, 1)
 lengths = [1, 40, 300, *map(int, np.random.default_rng(0).lognormal(6.5, 1.0, 60))]
 texts, found = [document(n, seed) for seed, n in enumerate(lengths)], {}
 for name in sys.argv[2:]:

@@ -28,14 +28,16 @@ from ..model.gpt import GPT
 from ..model.storage import attempt
 from ..model.weights import Weights, frozen_weights
 from .base import BaseNll
+from .claims import Taken, dealt
 from .documents import Document
 from .engine import ROWS, Engine, engine_of, memory_of
 from .hf_model import HfModel
 from .journal import Journal, JournalError, NoJournal
 from .phases import groups_of
 from .protocols import TTTConfig
-from .queue import DocumentQueue, HandsOut, LostStore, Taken, dealt
+from .queue import DocumentQueue, HandsOut
 from .results import Adapted, DocumentResult, NonFiniteScore, ScoreResult, is_short, unadapted, with_adaptation
+from .store import LostStore
 from .token_gains import TokenGains
 
 ENGINE, UNCAPTURED = "engine", "uncaptured"

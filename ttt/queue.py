@@ -26,24 +26,20 @@ A document's score depends on that document alone, and with phases on the earlie
 same before it takes documents of the next one. So it is the same on any number of ranks.
 """
 
-import heapq
 import json
-import queue
-import threading
 import time
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch.distributed as dist
 
-from ..errors import KloraError
 from ..model.parallel import is_one_of_many, met, restarts
 from ..model.watch import JOIN
+from .claims import SharedWaiting, Taken
 from .results import DocumentResult, NonFiniteScore
 from .schedule import Waiting
+from .store import LostStore, PatientStore
 
 PATIENCE = 60.0
 """Seconds without a pulse after which a rank counts as lost: several times what compiling and capturing take."""
@@ -51,22 +47,11 @@ PATIENCE = 60.0
 PUBLISHED = 256
 """Results in one value of the store: a TCPStore drops whoever sends more than 8 MiB, and a resumed run has many."""
 
-Taken = Callable[[list[int]], None]
-"""Hears the places, of documents longest first, that were handed to this process."""
-
 HandsOut = Callable[[np.ndarray], Waiting]
 """Makes, from the visits of the documents longest first, what hands out some of them: `waiting` of Engine.adapt."""
 
 TAKEN_OVER = 64
 """Documents of a lost rank that another takes over at a time, so that several can share them."""
-
-GONE = (
-    "the process that keeps the ranks' store, the first rank or its launcher, is gone ({}); what is scored is kept: "
-    "the same command with --resume goes on from there"
-)
-
-
-NO_ANSWER = "it has not answered for {:g} s"
 
 LOST_FIRST = (
     "all documents are scored, but the first rank, which writes the results, is lost; what is scored is kept: the same "
@@ -87,10 +72,6 @@ class Member(NamedTuple):
     def of(cls, text: str) -> "Member":
         """The member that `str` made a text of."""
         return cls(*map(int, text.split(".")))
-
-
-class LostStore(KloraError, RuntimeError):
-    """The process that keeps the ranks' store, or the first rank, is gone or never came, and what to do."""
 
 
 class Deadline:
@@ -191,7 +172,7 @@ class StoreQueue(DocumentQueue):
     ):
         super().__init__()
         self.store, self.rank, self.world, self.patience, self.clock = (
-            _Store(store, patience),
+            PatientStore(store, patience),
             rank,
             world,
             patience,
@@ -393,49 +374,6 @@ class _Log:
             self._read[member] = count
 
 
-class _Store:
-    """A store whose errors are LostStore, and so is an answer that does not come within `patience` seconds.
-
-    A process that is stopped keeps its connections open: a call waits for ever, in a library that no signal reaches.
-    Therefore a thread makes the calls. It is left behind where it waits.
-    """
-
-    def __init__(self, store: dist.Store, patience: float):
-        self._patience, self._is_gone = patience, False
-        self._asked: queue.SimpleQueue = queue.SimpleQueue()
-        self._answers: queue.SimpleQueue = queue.SimpleQueue()
-        threading.Thread(target=_serve, args=(store, self._asked, self._answers), daemon=True).start()
-        weakref.finalize(self, self._asked.put, None)
-
-    def __getattr__(self, name: str) -> Callable[..., Any]:
-        return partial(self._answered, name)
-
-    def _answered(self, name: str, *arguments: Any) -> Any:
-        try:
-            if self._is_gone:  # a late answer would be taken for that of another call
-                raise queue.Empty
-            self._asked.put((name, arguments))
-            answer, error = self._answers.get(timeout=self._patience)
-        except queue.Empty:
-            self._is_gone = True
-            raise LostStore(GONE.format(NO_ANSWER.format(self._patience))) from None
-        if isinstance(error, dist.DistError):
-            raise LostStore(GONE.format(error)) from None
-        if error is not None:
-            raise error
-        return answer
-
-
-def _serve(store: dist.Store, asked: queue.SimpleQueue, answers: queue.SimpleQueue) -> None:
-    """Make the calls that are asked for, until None is."""
-    while (call := asked.get()) is not None:
-        name, arguments = call
-        try:
-            answers.put((getattr(store, name)(*arguments), None))
-        except Exception as error:
-            answers.put((None, error))
-
-
 class SharedDeadline(Deadline):
     """A deadline for all ranks, in `left` seconds or never: it has passed for all once one rank saw it pass."""
 
@@ -449,70 +387,6 @@ class SharedDeadline(Deadline):
                 self.queue.pass_deadline()
             self._passed = self.queue.deadline_passed()
         return self._passed
-
-
-class SharedWaiting(Waiting):
-    """The documents of the list `name` that wait for a slot on any rank. `taken` gets the places this rank got.
-
-    They are claimed in `order`, which :func:`dealt` makes; longest first, if left out.
-    """
-
-    def __init__(
-        self,
-        visits: np.ndarray,
-        queue: StoreQueue,
-        taken: Taken,
-        name: str = "long",
-        order: Sequence[int] | None = None,
-    ):
-        self._order = np.arange(len(visits)) if order is None else np.asarray(order, dtype=np.int64)
-        super().__init__(visits[self._order])
-        self._longest = np.maximum.accumulate(self.visits[::-1], 0)[::-1]
-        self.queue, self._taken, self._name = queue, taken, name
-
-    def take(self, free: int, held: int) -> np.ndarray:
-        taken: list[int] = []
-        while len(taken) < free and self.next < len(self.visits):
-            # A share of what nobody has yet is enough to hold, or one document.
-            if held and held * self.queue.world >= self._rest[self.next].sum():
-                break
-            number = self.queue.claim(self._name).start
-            self.next = min(number + 1, len(self.visits))
-            if number < len(self.visits):
-                taken.append(int(self._order[number]))
-                held += int(self.visits[number].sum())
-        self._taken(taken)
-        return np.array(taken, dtype=np.int64)
-
-    @property
-    def left(self) -> np.ndarray:
-        return self._rest[self.next] // self.queue.world
-
-    @property
-    def longest(self) -> np.ndarray:
-        return self._longest[self.next] if self.next < len(self.visits) else np.zeros_like(self._rest[0])
-
-
-def dealt(work: Sequence[int], world: int) -> list[int]:
-    """The order in which documents of so much `work` each, most first, are claimed by `world` ranks.
-
-    Ranks come one after the other, and each begins with a share of what is then left: 1 / (world + 1) of it, by the
-    rule of :class:`SharedWaiting`. Longest first, the one that comes first had all of the longest, whose chunks follow
-    one another, and was done a third later than the mean of eight. So what is handed out at the start is dealt out into
-    as many piles of equal work, and one pile follows the other. The rest goes longest first to whoever has a slot free.
-
-    Example: order = dealt([50, 40, 30, 2, 1, 1, 1], world=2)
-    """
-    share = (1 - (world / (world + 1)) ** world) / world * sum(work)
-    piles: list[tuple[int, int, list[int]]] = [(0, rank, []) for rank in range(world)]
-    count = 0
-    while count < len(work) and piles[0][0] < share:
-        filled, rank, places = piles[0]
-        places.append(count)
-        heapq.heapreplace(piles, (filled + work[count], rank, places))
-        count += 1
-    first = [place for _, _, places in sorted(piles, key=lambda pile: pile[1]) for place in places]
-    return [*first, *range(count, len(work))]
 
 
 def queue_of_processes(patience: float = PATIENCE) -> DocumentQueue:

@@ -1,0 +1,79 @@
+"""In which order ranks claim the documents of a list, and how many of them each holds."""
+
+import heapq
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from .schedule import Waiting
+
+if TYPE_CHECKING:
+    from .queue import DocumentQueue
+
+Taken = Callable[[list[int]], None]
+"""Hears the places, of documents longest first, that were handed to this process."""
+
+
+class SharedWaiting(Waiting):
+    """The documents of the list `name` that wait for a slot on any rank. `taken` gets the places this rank got.
+
+    They are claimed in `order`, which :func:`dealt` makes; longest first, if left out.
+    """
+
+    def __init__(
+        self,
+        visits: np.ndarray,
+        queue: "DocumentQueue",
+        taken: Taken,
+        name: str = "long",
+        order: Sequence[int] | None = None,
+    ):
+        self._order = np.arange(len(visits)) if order is None else np.asarray(order, dtype=np.int64)
+        super().__init__(visits[self._order])
+        self._longest = np.maximum.accumulate(self.visits[::-1], 0)[::-1]
+        self.queue, self._taken, self._name = queue, taken, name
+
+    def take(self, free: int, held: int) -> np.ndarray:
+        taken: list[int] = []
+        while len(taken) < free and self.next < len(self.visits):
+            # A share of what nobody has yet is enough to hold, or one document.
+            if held and held * self.queue.world >= self._rest[self.next].sum():
+                break
+            number = self.queue.claim(self._name).start
+            self.next = min(number + 1, len(self.visits))
+            if number < len(self.visits):
+                taken.append(int(self._order[number]))
+                held += int(self.visits[number].sum())
+        self._taken(taken)
+        return np.array(taken, dtype=np.int64)
+
+    @property
+    def left(self) -> np.ndarray:
+        return self._rest[self.next] // self.queue.world
+
+    @property
+    def longest(self) -> np.ndarray:
+        return self._longest[self.next] if self.next < len(self.visits) else np.zeros_like(self._rest[0])
+
+
+def dealt(work: Sequence[int], world: int) -> list[int]:
+    """The order in which documents of so much `work` each, most first, are claimed by `world` ranks.
+
+    Ranks come one after the other, and each begins with a share of what is then left: 1 / (world + 1) of it, by the
+    rule of :class:`SharedWaiting`. Longest first, the one that comes first had all of the longest, whose chunks follow
+    one another, and was done a third later than the mean of eight. So what is handed out at the start is dealt out into
+    as many piles of equal work, and one pile follows the other. The rest goes longest first to whoever has a slot free.
+
+    Example: order = dealt([50, 40, 30, 2, 1, 1, 1], world=2)
+    """
+    share = (1 - (world / (world + 1)) ** world) / world * sum(work)
+    piles: list[tuple[int, int, list[int]]] = [(0, rank, []) for rank in range(world)]
+    count = 0
+    while count < len(work) and piles[0][0] < share:
+        filled, rank, places = piles[0]
+        places.append(count)
+        heapq.heapreplace(piles, (filled + work[count], rank, places))
+        count += 1
+    first = [place for _, _, places in sorted(piles, key=lambda pile: pile[1]) for place in places]
+    return [*first, *range(count, len(work))]
