@@ -13,7 +13,7 @@ from ..model.gpt import GPT
 from ..model.lock import locked
 from ..model.parallel import Ranks, pick_device
 from ..model.reading import read_json
-from ..model.train import RUN
+from ..model.run_folder import RUN
 from ..ttt.protocols import ttt_preset
 from . import options
 from .console import Output

@@ -12,7 +12,7 @@ from ..model.config import ModelConfig
 from ..model.loading import load_run, tokenizer_of_run
 from ..model.lock import locked
 from ..model.parallel import rank_of_many
-from ..model.train import TOKENIZER
+from ..model.run_folder import TOKENIZER
 from . import options
 from .console import Output
 

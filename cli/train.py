@@ -17,8 +17,9 @@ from ..model.lock import locked
 from ..model.parallel import Ranks, join_ranks, processes_here, rank_of_many
 from ..model.prepare import Prepared, prepare, prepared_from_shards
 from ..model.reading import read_json
+from ..model.run_folder import CHECKPOINT, MODEL, RUN
 from ..model.storage import attempt, differences
-from ..model.train import CHECKPOINT, MODEL, RUN, Trainer, TrainResult, compute_dtype
+from ..model.train import Trainer, TrainResult, compute_dtype
 from ..model.watch import PATIENCE
 from . import options
 from .console import Output

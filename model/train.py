@@ -17,11 +17,10 @@ import dataclasses
 import hashlib
 import json
 import math
-import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,11 +29,8 @@ import torch
 from torch import Tensor
 
 from ..errors import KloraError
-from ..kernels import BOS_ID
-from ..kernels.attention import document_starts
 from ..version import __version__
 from .attention import choose_attention
-from .average import WeightAverages
 from .checkpoint import (
     CheckpointError,
     load_tensors,
@@ -47,23 +43,19 @@ from .checkpoint import (
 )
 from .config import ConfigError, Preset, TrainConfig
 from .curve import LossCurve
+from .eager import EagerStep
 from .estimate import Estimate, available_memory, estimate, fused_memory, least_memory, require_memory, state_bytes
 from .evaluate import validation_bpb
 from .fused import AHEAD, FusedStep
 from .gpt import GPT, parameter_count
-from .optimizers import FlatGradients, Optimizers
 from .parallel import Ranks, processes_here
 from .prepare import Prepared
 from .ranges import phase
-from .reading import read_json
+from .run_folder import CHECKPOINT, MODEL, RUN, TOKENIZER, began_with, drop_replaced, set_aside
+from .schedule import TrainingClock, is_quantized, lr_scale
 from .shards import RowSampler, ShardError, ShardFacts, TokenStream, survey
 from .signals import StopSignals
 from .storage import require_writable, write_bytes, write_text
-
-CHECKPOINT, MODEL, RUN, TOKENIZER = "checkpoint.safetensors", "model.safetensors", "run.json", "tokenizer.model"
-RUN_FILES = (CHECKPOINT, MODEL, RUN, TOKENIZER, "loss.csv", "loss.png")
-REPLACED = "replaced"
-"""Folder within a run's that keeps the run it replaces until it has finished."""
 
 CHECKPOINT_FIELDS = {"step": int, "seconds": float, "loss": float, "sampler": dict, "model": dict} | {
     "ema_updates": int,
@@ -108,28 +100,6 @@ class TrainResult:
     """Number of the signal that interrupted the run."""
 
 
-def lr_scale(config: TrainConfig, step: int, elapsed: float) -> float:
-    """Learning-rate multiplier of step `step` after `elapsed` seconds: 1, then linear to 0 over the warmdown.
-
-    The warmdown lasts `warmdown_steps` at the mean step time so far, at most the share `warmdown_most` of the run. With
-    `max_steps` it is counted in steps, and the clock does not touch it.
-    """
-    if config.max_steps:
-        warmdown, left = min(config.warmdown_steps, config.warmdown_most * config.max_steps), config.max_steps - step
-    elif step:
-        warmdown = min(config.warmdown_steps * elapsed / step, config.warmdown_most * config.seconds)
-        left = max(config.seconds - elapsed, 0.0)
-    else:
-        return 1.0
-    return min(1.0, left / warmdown) if warmdown else 1.0
-
-
-def is_quantized(config: TrainConfig, step: int, elapsed: float) -> bool:
-    """Whether step `step`, after `elapsed` seconds, is of the share at the end of the run with int6 matrices."""
-    done, whole = (step, config.max_steps) if config.max_steps else (elapsed, config.seconds)
-    return config.qat_share > 0 and done >= (1 - config.qat_share) * whole
-
-
 def is_fused(config: TrainConfig, model: GPT) -> bool:
     """Whether training takes the fused step; ConfigError where it was asked for and cannot be had."""
     on_gpu = model.embed.device.type == "cuda"
@@ -157,85 +127,6 @@ def micro_batches_of(rows: int, most: int) -> int:
 
 class _StepCut(Exception):
     """A step ends between two of its micro-batches."""
-
-
-class EagerStep:
-    """The step in eager PyTorch, as :class:`FusedStep` takes it: over micro-batches of any number of rows."""
-
-    rows = None
-
-    def __init__(self, model: GPT, config: TrainConfig, ranks: Ranks):
-        self.model, self.config, self.ranks = model, config, ranks
-        self.gradients = FlatGradients(model)
-        self.optimizers = Optimizers(model, config)
-        self.averages = WeightAverages(model, config)
-        self._last: tuple[float, float] | None = None
-
-    def run(self, batches: Iterable[Tensor], step: int, scale: float, quantized: bool = False) -> None:
-        """One step over token rows int [rows, length + 1]; :meth:`flush` tells what it gave."""
-        config, device = self.config, self.ranks.device
-        int6_clip = config.qat_clip if quantized else 0.0
-        self.gradients.buffer.zero_()
-        total, tokens = torch.zeros((), device=device), 0
-        for rows in batches:
-            rows = rows.to(device, non_blocking=True)
-            start = document_starts(rows[:, :-1], BOS_ID) if config.document_mask else None
-            with phase("forward"):
-                nll = self.model.nll(rows[:, :-1], rows[:, 1:], start=start, int6_clip=int6_clip)
-                loss = nll.sum() / config.batch_tokens
-            with phase("backward"):
-                loss.backward()
-            total += loss.detach()
-            tokens += rows[:, 1:].numel() * self.ranks.world
-        self.ranks.sum_(self.gradients.buffer)
-        self.ranks.sum_(total)
-        if tokens < config.batch_tokens:
-            self.gradients.buffer.mul_(config.batch_tokens / tokens)
-            total.mul_(config.batch_tokens / tokens)
-        grad_norm = self.gradients.clip_(config.grad_clip)
-        loss, norm = torch.stack([total, grad_norm]).tolist()
-        with self.ranks.changing(), phase("optimizer"):
-            self._last = loss, norm
-            if math.isfinite(loss) and math.isfinite(norm):
-                self.optimizers.step(step, scale)
-                self.averages.update(step + 1, scale)
-
-    def refresh(self) -> None:
-        """Nothing of the step is kept beside the parameters."""
-
-    def flush(self) -> list[tuple[float, float]]:
-        """(loss, gradient norm) of the step that none has asked for."""
-        last, self._last = self._last, None
-        return [last] if last else []
-
-    finished = flush
-    """No step is under way once :meth:`run` has returned."""
-
-
-class TrainingClock:
-    """Seconds of training, of this run and of those it continues; it can be held for other work."""
-
-    def __init__(self, device: torch.device, elapsed: float = 0.0):
-        self.device = device
-        self.started = time.perf_counter() - elapsed
-
-    def seconds(self) -> float:
-        return time.perf_counter() - self.started
-
-    @contextmanager
-    def held(self):
-        """Time spent inside does not count."""
-        self._synchronize()
-        before = time.perf_counter()
-        try:
-            yield
-        finally:
-            self._synchronize()
-            self.started += time.perf_counter() - before
-
-    def _synchronize(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
 
 
 class Trainer:
@@ -292,7 +183,7 @@ class Trainer:
             capture=self.is_fused,
             documents=self.config.document_mask,
             configured=configured,
-            began=_began_with(self.folder / RUN) if resume else "",
+            began=began_with(self.folder / RUN) if resume else "",
         )
         if self.is_fused:
             self.stepper = FusedStep(self.model, self.config, rows // micro_batches, micro_batches, ranks, say=self.say)
@@ -321,7 +212,7 @@ class Trainer:
         self.curve = None
         if ranks.is_first:
             if not resume:
-                self._set_aside()
+                set_aside(self.folder, self.say)
             self._describe_run()
             text = "normalised text" if data.tokenizer.changes else ""
             self.curve = LossCurve(self.folder, resume_at=self.step, say=say, bytes_of=text)
@@ -511,7 +402,7 @@ class Trainer:
                 save_tensors(self.folder / MODEL, dict(self.model.named_parameters()), meta)
             except OSError as error:
                 raise OSError(f"{error}; training is done: make space, then --resume writes the weights") from None
-            self._drop_replaced()
+            drop_replaced(self.folder)
             self.curve.close()
         self.ranks.wait()
         return result
@@ -552,29 +443,6 @@ class Trainer:
             attention=str(self.attention),
             signal=number,
         )
-
-    def _set_aside(self) -> None:
-        """Move the run that is in the folder to replaced/; it is deleted if unfinished and replaced/ holds a run."""
-        names = [name for name in RUN_FILES if (self.folder / name).is_file()]
-        kept = self.folder / REPLACED
-        if not {CHECKPOINT, MODEL} & set(names):
-            return
-        if MODEL in names or not kept.exists():
-            self._drop_replaced()
-            kept.mkdir(exist_ok=True)
-            for name in names:
-                (self.folder / name).rename(kept / name)
-            self.say(f"the run that was in {self.folder} is kept in {kept} until this one has finished")
-        else:
-            for name in (CHECKPOINT, RUN):
-                (self.folder / name).unlink(missing_ok=True)
-
-    def _drop_replaced(self) -> None:
-        """Remove the run in replaced/, and the folder if it is then empty."""
-        for name in RUN_FILES:
-            (self.folder / REPLACED / name).unlink(missing_ok=True)
-        with suppress(OSError):
-            (self.folder / REPLACED).rmdir()
 
     def _describe_run(self) -> None:
         """Write what the run is, so that --resume and export need no other argument."""
@@ -707,14 +575,6 @@ class Trainer:
             f"{what} than the run was trained on; put the shards back as they were, or start the run afresh with "
             "--overwrite"
         )
-
-
-def _began_with(path: Path) -> str:
-    """What ran attention in the run that `path` describes; empty where it does not say."""
-    try:
-        return str(read_json(path)["attention"]["name"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return ""
 
 
 def compute_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:

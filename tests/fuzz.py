@@ -496,7 +496,8 @@ def run_json(files: Files, folder: Path, draw: random.Random) -> Iterator[None]:
     from klora.bench.curves import _is_eager
     from klora.cli.demo import is_demo
     from klora.model.estimate import least_memory
-    from klora.model.train import _began_with, rows_per_rank
+    from klora.model.run_folder import began_with
+    from klora.model.train import rows_per_rank
 
     run = json.loads(files.data["run.json"])
     path = folder / "run.json"
@@ -506,7 +507,7 @@ def run_json(files: Files, folder: Path, draw: random.Random) -> Iterator[None]:
         else mutated_bytes(files.data["run.json"], draw)
     )
     yield
-    _began_with(path), is_demo(folder), _is_eager(folder)
+    began_with(path), is_demo(folder), _is_eager(folder)
     real = command.prepared_from_shards
     command.prepared_from_shards = lambda data: files.prepared if str(data) == run["data"] else real(data)
     try:

@@ -22,7 +22,8 @@ from klora.model.gpt import GPT, is_block_matrix
 from klora.model.loading import load_run
 from klora.model.optimizers import FlatGradients, Optimizers
 from klora.model.parallel import Ranks
-from klora.model.train import Trainer, is_quantized
+from klora.model.schedule import is_quantized
+from klora.model.train import Trainer
 from test_train import CONFIG, losses
 
 CPU = torch.device("cpu")

@@ -16,9 +16,9 @@ import pytest
 from conftest import SMALL, randomized, words
 from klora.model.artifact import load_artifact, save_artifact
 from klora.model.checkpoint import load_tensors, save_tensors
+from klora.model.run_folder import MODEL
 from klora.model.shards import ShardWriter
 from klora.model.tokenizer import Tokenizer, TokenizerError
-from klora.model.train import MODEL
 from klora.ttt.protocols import ttt_preset
 from klora.ttt.report import write_report
 from klora.ttt.results import NOT_ADAPTED, DocumentResult, ScoreResult, read_documents_csv

@@ -22,9 +22,10 @@ from klora.model.gpt import GPT
 from klora.model.loading import load_run, model_from_run
 from klora.model.muon import Muon
 from klora.model.parallel import Ranks, pick_device
+from klora.model.schedule import is_quantized, lr_scale
 from klora.model.shards import ShardWriter, TokenStream
 from klora.model.tokenizer import TokenizerError
-from klora.model.train import NonFiniteLoss, Trainer, is_quantized, lr_scale
+from klora.model.train import NonFiniteLoss, Trainer
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 SMALL_MODEL = SMALL.override({"vocab_size": 320})
