@@ -268,6 +268,7 @@ def join_ranks(
     watch.start()
     try:
         with watch.waiting():
+            watch.gather()
             # NCCL's own watchdog, which torchrun turns on, would end the process before the state is written.
             os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "0"
             backend, more = ("cpu:gloo,cuda:nccl", {"device_id": chosen}) if chosen.type == "cuda" else ("gloo", {})

@@ -20,7 +20,6 @@ import math
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,34 +33,25 @@ from .attention import choose_attention
 from .checkpoint import (
     CheckpointError,
     load_tensors,
-    require_counts,
     save_tensors,
-    unusable,
-    version_of,
-    with_prefix,
-    without_prefix,
 )
 from .config import ConfigError, Preset, TrainConfig
 from .curve import LossCurve
 from .eager import EagerStep
 from .estimate import Estimate, available_memory, estimate, fused_memory, least_memory, require_memory, state_bytes
 from .evaluate import validation_bpb
-from .fused import AHEAD, FusedStep
+from .fused import FusedStep
 from .gpt import GPT, parameter_count
 from .parallel import Ranks, processes_here
 from .prepare import Prepared
 from .ranges import phase
 from .run_folder import CHECKPOINT, MODEL, RUN, TOKENIZER, began_with, drop_replaced, set_aside
+from .run_state import RunState
 from .schedule import TrainingClock, is_quantized, lr_scale
-from .shards import RowSampler, ShardError, ShardFacts, TokenStream, survey
+from .shards import RowSampler, TokenStream, survey
 from .signals import StopSignals
 from .storage import require_writable, write_bytes, write_text
 
-CHECKPOINT_FIELDS = {"step": int, "seconds": float, "loss": float, "sampler": dict, "model": dict} | {
-    "ema_updates": int,
-    "swa_snapshots": int,
-    "shards": list,
-}
 ROW_BYTES = 8
 """Of a token of a step's rows: as they are read, stacked and widened."""
 
@@ -196,11 +186,10 @@ class Trainer:
             raise ConfigError(f"the validation shards hold {len(self.validation)} token; allowed: at least 2")
         self.step, self.tokens, self.loss, self.elapsed = 0, 0, math.nan, 0.0
         self.clock = TrainingClock(ranks.device)
-        self._books: deque[dict[str, Any]] = deque([self._book(0, 0, 0, 0)], maxlen=AHEAD + 2)
-        self._beside = torch.cuda.Stream(ranks.device) if ranks.watch and ranks.device.type == "cuda" else None
-        self.last_checkpoint, self.is_resumed = 0, resume
+        self.is_resumed = resume
         shards = [*data.train, *data.validation]
-        self.shards = ranks.from_first(survey(shards, data.tokenizer.vocab_size) if ranks.is_first else [])
+        shards = ranks.from_first(survey(shards, data.tokenizer.vocab_size) if ranks.is_first else [])
+        self.state = RunState(self.folder, self.stepper, self.sampler, ranks, data.folder, shards)
         if resume:
             self._load_checkpoint()
         with self.clock.held():
@@ -274,14 +263,14 @@ class Trainer:
         first step that the cap cuts is taken with the mean gradient of the tokens read.
         """
         config, length = self.config, self.preset.model.train_length
-        position, read, book = self.sampler.state(), 0, self._books[-1]
+        position, read, book = self.sampler.state(), 0, self.state.books[-1]
         with phase("data"):
             all_rows = self.rows_per_rank * self.ranks.world
             rows = self.sampler.take_rows(all_rows, self.ranks.rank, self.ranks.world)
         averaged = self.averages.weights_at(self.step + 1, scale)
         # Noted before the step, whose end no other thread sees.
-        self._books.append(
-            self._book(
+        self.state.books.append(
+            self.state.book(
                 self.step + 1,
                 self.tokens + config.batch_tokens,
                 book["ema_updates"] + (averaged[0] > 0),
@@ -306,11 +295,11 @@ class Trainer:
             late = self.stepper.run(batches(), self.step, scale, quantized)
         except _StepCut:
             self.sampler.load_state(position)
-            self._books.pop()
+            self.state.books.pop()
             return False
         self._report([late] if late else [], progress)
         self.step += 1
-        self.tokens = self._books[-1]["tokens"] = self.tokens + read
+        self.tokens = self.state.books[-1]["tokens"] = self.tokens + read
         row = {"step": self.step, "seconds": 0.0, "tokens": self.tokens, "lr_scale": scale}
         self._pending.append(row | {"momentum": self.optimizers.momentum(self.step - 1)})
         return True
@@ -331,11 +320,6 @@ class Trainer:
                 self.curve.add(**row)
             progress(row)
 
-    def _book(self, step: int, tokens: int, ema_updates: int, swa_snapshots: int) -> dict[str, Any]:
-        """What a checkpoint says of the run after `step` steps, which have read what the sampler has given."""
-        counts = {"step": step, "tokens": tokens, "ema_updates": ema_updates, "swa_snapshots": swa_snapshots}
-        return {**counts, "sampler": self.sampler.state()}
-
     def _explain_non_finite(self, step: int, norm: float) -> str:
         return (
             f"step {step} gave loss {self.loss} and gradient norm {norm}; the weights were not updated with "
@@ -344,7 +328,7 @@ class Trainer:
         )
 
     def _kept(self) -> str:
-        saved = f"{self.folder / CHECKPOINT} (step {self.last_checkpoint})" if self.last_checkpoint else "none yet"
+        saved = f"{self.folder / CHECKPOINT} (step {self.state.last})" if self.state.last else "none yet"
         return f"Last checkpoint: {saved}"
 
     def _validate(self, should_stop: Callable[[], bool] = lambda: False) -> float:
@@ -370,7 +354,7 @@ class Trainer:
         seconds = self.clock.seconds()
         self._try_to_save_checkpoint()
         with self.ranks.changing():  # from here on the model holds what is compared
-            self._books.clear()
+            self.state.books.clear()
         last = {name: parameter.detach().clone() for name, parameter in self.model.named_parameters()}
         candidates, scores = {"last": last, **self.averages.candidates(), **self._finished_before()}, {}
         for name, weights in candidates.items():
@@ -471,56 +455,18 @@ class Trainer:
         if self.ranks.is_first:
             averages = self.averages
             with self.ranks.changing():
-                book = self._book(self.step, self.tokens, averages.ema_updates, averages.swa_snapshots)
-                self._write_checkpoint(book, self.clock.seconds())
+                book = self.state.book(self.step, self.tokens, averages.ema_updates, averages.swa_snapshots)
+                self.state.write(book, self.clock.seconds(), self.loss)
             self.curve.draw()
         self.ranks.wait()
-        self.last_checkpoint = self.step
-
-    def _write_checkpoint(self, book: dict[str, Any], seconds: float) -> None:
-        tensors = {
-            **with_prefix("model", dict(self.model.named_parameters())),
-            **with_prefix("optimizer", self.optimizers.state_tensors()),
-            **with_prefix("ema", self.averages.ema),
-            **with_prefix("swa", self.averages.swa if book["swa_snapshots"] else {}),
-        }
-        about = {"seconds": seconds, "loss": self.loss, "shards": self.shards, "model": self.preset.model.to_dict()}
-        save_tensors(self.folder / CHECKPOINT, tensors, book | about)
+        self.state.last = self.step
 
     def _save_last_step(self) -> str:
-        """Write the state after the last finished step as the checkpoint, whatever the main thread waits for.
+        """Keep the state after the last finished step, whatever the main thread waits for; what is kept, for people.
 
-        The watch calls it, with `changing` held: no step changes anything any more. On a GPU steps may be under way
-        that will never end. Therefore AdamW's own count says which step was the last, and copies take a stream beside
-        them. Returns what is kept, for people.
+        The watch calls it, with `changing` held.
         """
-        path, why = self.folder / CHECKPOINT, ""
-        again = f"`klora train --resume --out {self.folder}` goes on from there, on any number of GPUs"
-        with torch.cuda.stream(self._beside) if self._beside else nullcontext():
-            state = self.optimizers.state_tensors()
-            steps = {int(tensor.cpu()) for name, tensor in state.items() if name.endswith("/step")}
-            step, book = max(steps, default=0), next((book for book in self._books if book["step"] in steps), None)
-            if step == 0:
-                return "No step was finished; the same command starts again"
-            if len(steps) > 1 or {name.rpartition("/")[0] for name in state} != set(self.optimizers.names.values()):
-                why = "a part of the optimizer's state lay on another rank"
-            elif step != self.last_checkpoint and book is None:
-                why = "the averages were being compared"
-            elif not (self.folder / RUN).is_file():
-                why = f"{self.folder} of this machine is not the run's"
-            elif step != self.last_checkpoint:
-                try:
-                    self._write_checkpoint(book, self.elapsed)
-                    self.last_checkpoint = step
-                    self._report_finished(step)
-                except OSError as error:
-                    why = str(error)
-        if not why:
-            return f"The state after step {step} is in {path}; {again}"
-        lost = f"The state after step {step} could not be kept ({why})"
-        if not self.last_checkpoint:
-            return f"{lost}, and there is no checkpoint yet; the same command starts again"
-        return f"{lost}; {path} has that after step {self.last_checkpoint}: {again}"
+        return self.state.save_last(self.elapsed, self.loss, self._report_finished)
 
     def _report_finished(self, step: int) -> None:
         """Add the rows up to `step` that loss.csv lacks."""
@@ -530,51 +476,11 @@ class Trainer:
                 self.curve.add(**row | {"seconds": row["seconds"] or self.elapsed, "loss": loss, "grad_norm": norm})
 
     def _load_checkpoint(self) -> None:
-        path, device = self.folder / CHECKPOINT, self.ranks.device
-        tensors, meta = load_tensors(path, fields=CHECKPOINT_FIELDS)
-        if meta["model"] != self.preset.model.to_dict():
-            raise CheckpointError(f"{path} holds another model than run.json describes; start the run afresh")
-        tokens = {"tokens"} & meta.keys()
-        require_counts(path, meta, ("step", "ema_updates", "swa_snapshots", *tokens), ("seconds",))
-        if self.ranks.is_first:
-            self._require_same_shards(path, meta["shards"])
-        optimizer = without_prefix("optimizer", tensors)
-        try:
-            self.model.load_state_dict(without_prefix("model", tensors))
-            self.stepper.refresh()
-            # AdamW counts its steps in a CPU tensor, whatever the device of the moments.
-            self.optimizers.load_state_tensors(
-                {name: t if name.endswith("/step") else t.to(device) for name, t in optimizer.items()}
-            )
-            self.averages.load(without_prefix("ema", tensors), without_prefix("swa", tensors), meta)
-            self.sampler.load_state(meta["sampler"])
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            if isinstance(error, ShardError):
-                raise
-            raise unusable(path, error, version_of(path)) from None
-        self.step = self.last_checkpoint = meta["step"]
+        meta = self.state.load()
+        self.step, self.loss, self.elapsed = meta["step"], meta["loss"], meta["seconds"]
         self.tokens = meta.get("tokens", self.step * self.config.batch_tokens)
-        self.loss = meta["loss"]
-        self.elapsed, self.clock = meta["seconds"], TrainingClock(device, meta["seconds"])
-        self._books.append(self._book(self.step, self.tokens, meta["ema_updates"], meta["swa_snapshots"]))
-
-    def _require_same_shards(self, path: Path, known: list) -> None:
-        """ShardError unless the shards are those that the checkpoint at `path` was trained on, token for token."""
-        found = [tuple(facts) for facts in self.shards]
-        try:
-            known = [tuple(ShardFacts(*facts)) for facts in known]
-        except TypeError as error:
-            raise unusable(path, error, version_of(path)) from None
-        if known == found:
-            return
-        now = next((facts for facts, then in zip(found, known, strict=False) if facts != then), None)
-        what = (
-            f"{now[0]} holds other tokens" if now else f"{self.data.folder} holds {len(found)} shards, not {len(known)}"
-        )
-        raise ShardError(
-            f"{what} than the run was trained on; put the shards back as they were, or start the run afresh with "
-            "--overwrite"
-        )
+        self.clock = TrainingClock(self.ranks.device, self.elapsed)
+        self.state.books.append(self.state.book(self.step, self.tokens, meta["ema_updates"], meta["swa_snapshots"]))
 
 
 def compute_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:

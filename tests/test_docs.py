@@ -59,9 +59,9 @@ def commands() -> list[tuple[str, list[str]]]:
 KLORA = [
     (where, line[line.index("klora.cli" if line[0] == "torchrun" else "klora") + 1 :])
     for where, line in commands()
-    if line[0] in ("klora", "torchrun")
+    if line[0] == "klora" or "klora.cli" in line
 ]
-OTHER = [(where, line) for where, line in commands() if line[0] not in ("klora", "torchrun")]
+OTHER = [(where, line) for where, line in commands() if line[0] != "klora" and "klora.cli" not in line]
 
 
 @pytest.mark.parametrize(("where", "arguments"), KLORA, ids=[f"{w} {' '.join(a[:2])}" for w, a in KLORA])
@@ -91,7 +91,7 @@ def test_every_other_command_names_what_there_is(where, line):
             for name in names:
                 extra = re.fullmatch(r"(?:\.|klora-kernels|-e)(?:\[([\w-]+)\])?", name)
                 assert extra and (not extra[1] or f'"{extra[1]}": [' in setup), name
-        case ["python", "-m", module, *_]:
+        case ["python", "-m", module, *_] | ["torchrun", "--nproc-per-node", _, "-m", module, *_]:
             assert (ROOT / f"{module.removeprefix('klora.').replace('.', '/')}.py").exists()
         case ["python" | "pytest", path, *_]:
             assert (ROOT / path).exists()

@@ -168,6 +168,34 @@ def test_an_interrupt_stops_all_ranks_with_one_checkpoint_and_one_sentence(tmp_p
     assert said[1][0] == said[1][1] == ""
 
 
+WAITING = """
+import signal, sys
+from klora.model.parallel import join_ranks
+signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever started the tests may ignore it
+try:
+    with join_ranks("cpu"):
+        pass
+except KeyboardInterrupt:
+    sys.exit(130)
+"""
+
+
+@pytest.mark.slow
+def test_a_rank_that_waits_for_another_to_come_can_be_interrupted():
+    port = free_port()
+    alone = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    waiting = Forked(["-c", WAITING], environment={**ENVIRONMENT, **alone})
+    wait_for(lambda: is_heard(port), waiting)
+    time.sleep(1.0)
+    waiting.send_signal(signal.SIGINT)
+    assert waiting.wait(60) == 130
+
+
+def is_heard(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
 @pytest.mark.slow
 def test_the_first_rank_may_take_the_store_with_it(tmp_path, data):
     """Without torchrun it is the first rank's. Another rank of its machine sees that it is dead."""
@@ -449,10 +477,10 @@ def test_a_state_that_lies_elsewhere_or_is_compared_leaves_the_last_checkpoint(t
             assert "step 3 could not be kept (a part of the optimizer's state lay on another rank)" in said
             assert "checkpoint.safetensors has that after step 2: `klora train --resume" in said
             trainer.optimizers.state_tensors = state
-            trainer.folder = tmp_path / "of-this-machine"
+            trainer.state.folder = tmp_path / "of-this-machine"
             assert "of-this-machine of this machine is not the run's); " in trainer._save_last_step()
-            trainer.folder = tmp_path
-            trainer._books.clear()
+            trainer.state.folder = tmp_path
+            trainer.state.books.clear()
             assert "(the averages were being compared)" in trainer._save_last_step()
             assert digests(tmp_path)["checkpoint.safetensors"] == before
             raise KeyboardInterrupt
@@ -481,11 +509,10 @@ def test_one_process_exports_however_many_were_started(tmp_path, data, monkeypat
         ({"RANK": "first"}, "RANK=first; .*: 0 to 1"),
         ({"RANK": "2"}, "RANK=2; .*: 0 to 1"),
         ({"RANK": "-1"}, "RANK=-1; .*: 0 to 1"),
-        ({"LOCAL_WORLD_SIZE": "0"}, "LOCAL_WORLD_SIZE=0; .*: whole numbers from 1"),
     ],
 )
 def test_ranks_that_cannot_meet_say_so(monkeypatch, given, says):
-    about = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    about = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
     for name, text in (about | given).items():
         monkeypatch.setenv(name, text)
     with pytest.raises(ConfigError, match=says), join_ranks("cpu"):
@@ -510,6 +537,9 @@ def test_ranks_of_one_machine_are_not_put_on_one_gpu(monkeypatch):
         monkeypatch.setenv(name, text)
     says = "names one GPU and 2 processes run here; give --device cuda"
     with pytest.raises(ConfigError, match=says), join_ranks("cuda:1"):
+        pass
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "0")
+    with pytest.raises(ConfigError, match="LOCAL_WORLD_SIZE=0; .*: whole numbers from 1"), join_ranks("cuda:1"):
         pass
 
 
@@ -547,7 +577,7 @@ def test_the_state_is_read_beside_what_never_ends_on_the_gpu(tmp_path, data):
     def hang(row):
         if row["step"] == 4:
             torch.cuda.synchronize()
-            trainer._beside = torch.cuda.Stream(device)
+            trainer.state._beside = torch.cuda.Stream(device)
             torch.cuda._sleep(2 * 10**10)
             hung = torch.cuda.Event()
             hung.record()
