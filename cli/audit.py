@@ -9,7 +9,7 @@ import typer
 from ..model.artifact import load_artifact
 from ..model.config import ConfigError
 from ..model.loading import WEIGHTS_HELP, model_from_artifact, tokenizer_of
-from ..model.parallel import own_device, processes_here
+from ..model.parallel import own_device
 from ..ttt.audit import ROUNDING, AuditReport, audit_model
 from ..ttt.documents import Document
 from ..ttt.pipeline import SCORERS, pick_scorer
@@ -76,7 +76,7 @@ def audit(
         raise ConfigError("--shards was given together with --text or --jsonl; give one of them")
     options.require_field_is_read(field, jsonl)
     loaded, chosen = load_artifact(artifact), own_device(device)
-    settle_threads(chosen, processes_here())
+    settle_threads(chosen)
     scorer = pick_scorer(scorer, chosen)
     model = model_from_artifact(loaded, chosen, weights)
     source = text, jsonl, field, shards

@@ -19,7 +19,7 @@ from ..model.corpus import Corpus
 from ..model.gpt import GPT
 from ..model.loading import WEIGHTS_HELP, model_from_artifact, model_from_run, tokenizer_of
 from ..model.lock import locked
-from ..model.parallel import is_one_of_many, own_device, processes_here, rank_of_many
+from ..model.parallel import is_one_of_many, own_device, rank_of_many
 from ..model.prepare import tokenizer_beside
 from ..model.shards import TokenStream, find_shards
 from ..model.signals import StopSignals
@@ -276,7 +276,7 @@ def score_artifact(
     started = time.perf_counter()
     require_writable(folder, SPARE_BYTES)
     chosen = own_device(device)
-    settle_threads(chosen, processes_here())
+    settle_threads(chosen)
     scorer = pick_scorer(scorer, chosen)
     if hf_dtype is None:
         subject = Subject.of_artifact(path, chosen, weights, prequant)
@@ -503,8 +503,7 @@ def documents_of(
         found = list(documents_from_tokens(TokenStream(find_shards(shards, "val")).documents(), tokenizer))
     else:
         corpus = options.corpus_from(text, jsonl, field) or _held_out_stdlib(provenance)
-        threads = share_of_cores(processes_here())
-        found = list(documents_from_texts(corpus.documents(), tokenizer, threads))
+        found = list(documents_from_texts(corpus.documents(), tokenizer, share_of_cores()))
     return with_own_names(found, say)
 
 

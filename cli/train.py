@@ -14,7 +14,7 @@ from ..model.checkpoint import CheckpointError, load_meta, unusable
 from ..model.config import PRESETS, ConfigError, ModelConfig, Preset, TrainConfig, preset
 from ..model.corpus import Corpus
 from ..model.lock import locked
-from ..model.parallel import Ranks, join_ranks, processes_here, rank_of_many
+from ..model.parallel import Ranks, join_ranks, rank_of_many
 from ..model.prepare import Prepared, prepare, prepared_from_shards
 from ..model.reading import read_json
 from ..model.run_folder import CHECKPOINT, MODEL, RUN
@@ -112,7 +112,7 @@ def train(
         output.warn(why)
 
     with locked(out, rank_of_many(), say=output.warn), join_ranks(device, patience, report) as ranks:
-        settle_threads(ranks.device, processes_here())
+        settle_threads(ranks.device)
         # A launcher that starts the ranks again repeats their command, which began the run that they go on with.
         is_again = ranks.has_begun
         if not (resume or overwrite or is_again):

@@ -8,7 +8,7 @@ import typer
 from ..model.artifact import load_artifact
 from ..model.config import ConfigError
 from ..model.loading import model_from_artifact, tokenizer_of
-from ..model.parallel import own_device, processes_here
+from ..model.parallel import own_device
 from ..model.train import device_name
 from ..ttt.audit import AuditReport, Check
 from ..ttt.hf import hashes_of_folder
@@ -68,7 +68,7 @@ def verify(
     stored = Stored(result)
     kept = read_nll(nll, stored) if nll else None
     chosen = own_device(device)
-    settle_threads(chosen, processes_here())
+    settle_threads(chosen)
     loaded = load_artifact(artifact) if artifact else None
     here = hashes_of(loaded) if loaded else hashes_of_folder(hf)
     same = here == stored.hashes

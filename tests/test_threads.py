@@ -80,9 +80,11 @@ def test_threads_are_a_share_of_the_cores_and_few_beside_a_gpu(monkeypatch, eigh
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     if omp:
         monkeypatch.setenv("OMP_NUM_THREADS", omp)
-    threads.settle_threads(device, processes)
+    monkeypatch.setattr(threads, "processes_here", lambda: processes)
+    threads.settle_threads(device)
     assert chosen[-1] == expected
-    threads.settle_threads(device, 1)  # more than it has, nobody gives it
+    monkeypatch.setattr(threads, "processes_here", lambda: 1)
+    threads.settle_threads(device)  # more than it has, nobody gives it
     assert chosen[-1] == expected
 
 
