@@ -47,13 +47,17 @@ class RunState:
         data: Path,
         shards: list[ShardFacts],
     ):
-        self.folder, self.path, self.ranks = folder, folder / CHECKPOINT, ranks
+        self.folder, self.ranks = folder, ranks
         self.sampler, self.data, self.shards = sampler, data, shards
         self.stepper, self.model = stepper, stepper.model
         self.optimizers, self.averages = stepper.optimizers, stepper.averages
         self.last = 0
         self.books: deque[dict[str, Any]] = deque([self.book(0, 0, 0, 0)], maxlen=AHEAD + 2)
         self._beside = torch.cuda.Stream(ranks.device) if ranks.watch and ranks.device.type == "cuda" else None
+
+    @property
+    def path(self) -> Path:
+        return self.folder / CHECKPOINT
 
     def book(self, step: int, tokens: int, ema_updates: int, swa_snapshots: int) -> dict[str, Any]:
         """What is no tensor of the state after `step` steps, which have read what the sampler has given."""

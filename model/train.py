@@ -45,7 +45,7 @@ from .gpt import GPT, parameter_count
 from .parallel import Ranks, processes_here
 from .prepare import Prepared
 from .ranges import phase
-from .run_folder import CHECKPOINT, MODEL, RUN, TOKENIZER, began_with, drop_replaced, set_aside
+from .run_folder import MODEL, RUN, TOKENIZER, began_with, drop_replaced, set_aside
 from .run_state import RunState
 from .schedule import TrainingClock, is_quantized, lr_scale
 from .shards import RowSampler, TokenStream, survey
@@ -328,7 +328,7 @@ class Trainer:
         )
 
     def _kept(self) -> str:
-        saved = f"{self.folder / CHECKPOINT} (step {self.state.last})" if self.state.last else "none yet"
+        saved = f"{self.state.path} (step {self.state.last})" if self.state.last else "none yet"
         return f"Last checkpoint: {saved}"
 
     def _validate(self, should_stop: Callable[[], bool] = lambda: False) -> float:

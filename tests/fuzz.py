@@ -537,7 +537,7 @@ def checkpoint(files: Files, folder: Path, draw: random.Random) -> Iterator[None
     trainer = files.trainer
     (folder / "checkpoint.safetensors").write_bytes(forged_safetensors(files.data["checkpoint.safetensors"], draw))
     yield
-    trainer.folder = folder
+    trainer.state.folder = folder
     trainer._load_checkpoint()
     if draw.random() < 0.1:  # what was taken in can be trained on
         trainer.stepper.run([trainer.sampler.take_rows(2, 0, 1)], trainer.step, 1.0)

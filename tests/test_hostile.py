@@ -429,7 +429,7 @@ class TestWeights:
         path, trainer = tmp_path / "checkpoint.safetensors", files.trainer
         path.write_bytes(files.data[path.name])
         tensors, meta = load_tensors(path)
-        trainer.folder = tmp_path
+        trainer.state.folder = tmp_path
         trainer._load_checkpoint()
         save_tensors(path, tensors | {name: tensor}, meta)
         with pytest.raises(CheckpointError):
@@ -440,7 +440,7 @@ class TestWeights:
         path, trainer = tmp_path / "checkpoint.safetensors", files.trainer
         path.write_bytes(files.data[path.name])
         tensors, meta = load_tensors(path)
-        trainer.folder = tmp_path
+        trainer.state.folder = tmp_path
         for value in (-1, -1.0, 10**30, 1e300, math.nan, True, None, "x", [], {}, {"epoch": 10**30}):
             save_tensors(path, tensors, meta | {name: value})
             with pytest.raises(KloraError):
