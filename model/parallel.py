@@ -215,14 +215,14 @@ def met() -> tuple[dist.Store, int, int]:
     all of them, without a word.
     """
     timeout = datetime.timedelta(seconds=JOIN)
-    rank, world = _rank(), _number("WORLD_SIZE", 1)
+    rank, world, (host, port) = _rank(), _number("WORLD_SIZE", 1), _address()
     try:
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
             return next(dist.rendezvous("env://", timeout=timeout))
         until = time.monotonic() + JOIN
         while True:
             try:
-                store = dist.TCPStore(*_address(), None, rank == 0, CALL, wait_for_workers=False)
+                store = dist.TCPStore(host, port, None, rank == 0, CALL, wait_for_workers=False)
                 break
             except dist.DistError:
                 if rank == 0 or time.monotonic() >= until:
