@@ -108,7 +108,10 @@ def frozen_weights(model: "GPT | Weights") -> Weights:
     """
     if isinstance(model, Weights):
         return model
-    return dataclasses.replace(weights_of(model, dense=True), chosen="klora")
+    made = weights_of(model, dense=True)
+    blocks = tuple(BlockWeights(*(part if part is None else part.detach() for part in block)) for block in made.blocks)
+    parts = {name: getattr(made, name).detach() for name in ("embed", "bigram", "gate", "head")}
+    return dataclasses.replace(made, **parts, blocks=blocks, chosen="klora")
 
 
 class _StraightThrough(torch.autograd.Function):

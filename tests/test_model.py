@@ -16,6 +16,7 @@ from klora.model.generate import generate_tokens
 from klora.model.gpt import GPT, is_block_matrix, parameter_count, parameter_shapes
 from klora.model.network import Adapters, BlockAdapters, Lora
 from klora.model.optimizers import FlatGradients, Optimizers
+from klora.model.weights import frozen_weights
 
 
 def norm(x):
@@ -376,3 +377,11 @@ def test_seed_2k_is_seed_at_twice_the_length_with_the_same_tokens_a_step():
     assert longer.train.batch_tokens % 2048 == 0
     for name in ("document_mask", "qat_share"):
         assert not any(getattr(each.train, name) for each in PRESETS.values()), "off in the presets"
+
+
+def test_frozen_weights_of_a_model_in_training_ask_for_no_gradient():
+    model = randomized()
+    weights = frozen_weights(model)
+    tensors = [weights.embed, weights.bigram, weights.gate, weights.head, *(t for b in weights.blocks for t in b)]
+    assert not any(t.requires_grad for t in tensors if t is not None)
+    assert all(p.requires_grad for p in model.parameters())

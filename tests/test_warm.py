@@ -79,7 +79,7 @@ precompile._forget_hashes()
 backward._dkdv_kernel.cache_key  # before those of the functions that it calls
 assert warm.record(warm.training(preset, CPU), CPU).keys() == step.keys()
 config = ttt_preset().override({"batch": "32", "window": "64", "chunk": "32", "adapt_from": "16"})
-model = warm.untrained(preset, CPU).requires_grad_(False)
+model = warm.untrained(preset, CPU)
 scores = [warm.record(warm.scoring(model, config, slots, backend="triton"), CPU) for slots in warm.SLOTS]
 
 import numpy as np

@@ -32,8 +32,8 @@ class AfterConfig:
 
 
 CONFIG = AfterConfig(128, 256, 64, 8, 3)
-"""NVIDIA H200, 65,536 x 2,048 x 2,048, rank 64: y 0.730 ms, dx 0.801, cuBLAS 0.708. Beside dx a multiprocessor has room
-for a program of dA or dB (:func:`klora.kernels.lora_linear.reduce.pick_tiled_reduce_config`)."""
+"""NVIDIA H200, 65,536 x 2,048 x 2,048, rank 64: y 0.730 ms, dx 0.801, cuBLAS 0.708. Beside dx a multiprocessor
+holds a program of dA or dB as well (:func:`klora.kernels.lora_linear.reduce.pick_tiled_reduce_config`)."""
 
 
 WEIGHT_IN_L2 = 16 << 20
