@@ -67,15 +67,19 @@ def rstd_of(squares_ptr, row, mask, ROWS, D: tl.constexpr, EPS: tl.constexpr, BL
 
 
 @triton.jit
-def norm_rotate(left, right, cos, sin, gain, eps, HEAD: tl.constexpr, IS_EXACT: tl.constexpr):
+def norm_rotate(left, right, cos, sin, gain, square, HEAD: tl.constexpr, EPS: tl.constexpr, IS_EXACT: tl.constexpr):
     """Heads [M, heads, HEAD/2] twice, normed, rotated and times `gain` [heads]; and 1 / rms of each [M, heads].
 
-    `eps` is one number, or one a row [M, 1].
-
+    `square` [M] is mean(x^2) + eps of an unnormed row x that the heads are products of, or None. Their norm takes the
+    division by its root away, but for eps, which is in the row's own measure: 1 / rms is that of the divided heads.
     The approximate rsqrt would be the largest error of fp32: IS_EXACT does without it.
     """
-    square = tl.sum(left * left + right * right, 2) * (1.0 / HEAD) + eps
-    rstd = tl.div_rn(1.0, tl.sqrt_rn(square)) if IS_EXACT else tl.rsqrt(square)
-    scale = (rstd * gain[None, :])[:, :, None]
+    mean = tl.sum(left * left + right * right, 2) * (1.0 / HEAD)
+    mean += EPS if square is None else EPS * square[:, None]
+    factor = tl.div_rn(1.0, tl.sqrt_rn(mean)) if IS_EXACT else tl.rsqrt(mean)
+    rstd = factor
+    if square is not None:
+        rstd = tl.sqrt_rn(tl.div_rn(square[:, None], mean)) if IS_EXACT else tl.sqrt_rn(square)[:, None] * factor
+    scale = (factor * gain[None, :])[:, :, None]
     left, right = rotate(left, right, cos, sin)
     return left * scale, right * scale, rstd

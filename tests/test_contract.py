@@ -9,7 +9,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -544,12 +544,32 @@ def test_gradients_are_those_of_the_tables_whatever_their_length(name, kind):
         "any": (lengths * cos, lengths * sin),
         "rounded": (cos.bfloat16().float(), sin.bfloat16().float()),
     }[kind]
-    exact = Op(op.function, {n: t.double() for n, t in op.floats.items()}, op.more, op.refused)
-    wanted = gradients(exact, "reference", cos=cos.double(), sin=sin.double())
-    plain, ours = (gradients(op, backend, cos=cos, sin=sin) for backend in BACKENDS)
+    draws = [_tables_gradients(op, floats, cos, sin) for floats in _draws(op)]
+    wanted, plain, ours = (
+        [torch.cat(parts) for parts in zip(*(draw[which] for draw in draws), strict=True)] for which in range(3)
+    )
     assert all(relative_error(got, true) <= 4e-6 for got, true in zip(plain, wanted, strict=True))
     # p comes from the logsumexp, which costs up to half as much error again as a kept softmax.
     assert_as_exact(ours, wanted, plain, margin=1.6)
+
+
+def _draws(op: Op) -> Iterator[dict[str, Tensor]]:
+    """What the op takes, and numbers near it: of one draw alone, an error's size is chance."""
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    yield op.floats
+    for _ in range(3):
+        near = {name: torch.randn(t.shape, generator=generator, device=DEVICE) for name, t in op.floats.items()}
+        near = {name: t + (0.3 * t.abs().mean() * near[name]).to(t) for name, t in op.floats.items()}
+        yield near | {name: op.floats[name] for name in ("cos", "sin")}
+
+
+def _tables_gradients(op: Op, floats: dict[str, Tensor], cos: Tensor, sin: Tensor) -> list[list[Tensor]]:
+    """Flat outputs and gradients: in float64, and of the reference and the kernels."""
+    exact = Op(op.function, {n: t.double() for n, t in floats.items()}, op.more, op.refused)
+    op = Op(op.function, floats, op.more, op.refused)
+    found = gradients(exact, "reference", cos=cos.double(), sin=sin.double())
+    found = [found, *(gradients(op, backend, cos=cos, sin=sin) for backend in BACKENDS)]
+    return [[tensor.flatten() for tensor in one] for one in found]
 
 
 @pytest.mark.parametrize("name", WITH_TARGETS)

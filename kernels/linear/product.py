@@ -200,7 +200,7 @@ def _finish_heads(
         cos, sin = tl.load(cos_ptr + offsets)[:, None, :], tl.load(sin_ptr + offsets)[:, None, :]
         gain = tl.load(gain_ptr + head, mask=head < Q, other=1.0)
         is_exact: tl.constexpr = out_d.dtype == tl.float32
-        first, second, rstd = norm_rotate(left, right, cos, sin, gain, EPS, HEAD, is_exact)
+        first, second, rstd = norm_rotate(left, right, cos, sin, gain, None, HEAD, EPS, is_exact)
         places = rstd_ptr + row.to(tl.int64)[:, None] * (Q + G) + head[None, :]
         tl.store(places, rstd, mask=(row < ROWS)[:, None] & is_rotated[None, :])
         if (Q + G) * HEAD % N == 0:
