@@ -66,12 +66,12 @@ class Way(NamedTuple):
 
 
 WAYS = (
-    Way("between", ranges=1),
-    Way("between", ranges=1, muon_gathers=1),
+    Way("between"),
+    Way("between", muon_gathers=1),
     Way(),
-    Way(ranges=1),
+    Way(ranges=4),
     Way(reduce_dtype="bfloat16"),
-    Way(reduce_dtype="bfloat16", ranges=1),
+    Way(reduce_dtype="bfloat16", ranges=4),
     Way(muon_gathers=1),
     Way(muon_gathers=2),
 )

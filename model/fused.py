@@ -50,7 +50,7 @@ RATES = 6
 class Exchange(NamedTuple):
     """How ranks share out a step; what each choice costs is measured by bench/ranks.py."""
 
-    ranges: int = 4
+    ranges: int = 1
     """of blocks, whose gradients are added up together: their sums hide behind the backward of the blocks before"""
     muon_gathers: int = 0
     """in which updates go round where each rank orthogonalises its share of the matrices; 0: each does all"""

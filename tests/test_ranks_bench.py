@@ -44,12 +44,13 @@ def test_the_link_is_fitted_to_the_all_reduces():
 def test_a_projection_adds_what_nothing_hides_and_grows_it_as_a_ring_does():
     times = {"p50": 40.8}
     rows = [
-        {"tokens_a_rank": 98304, "way": way._asdict(), "collectives": way.collectives, "ms": times} for way in WAYS[:3]
+        {"tokens_a_rank": 98304, "way": way._asdict(), "collectives": way.collectives, "ms": times} for way in WAYS[:4]
     ]
     record = {"alone": [{"tokens": 98304, "ms": {"p50": 40.0}}], "links": links(0.01, 2.0e8), "together": rows}
     found = project(record, 98304, {"last": 2 * 10**7, "all": 10**8})
     ms = {(row["gpus"], Way(**row["way"])): row["ms"] for row in found}
     # Of two: 0.02 + 0.1 ms; of eight 0.14 + 0.175.
-    assert ms[8, Way()] == pytest.approx(40.0 + 0.8 * 0.315 / 0.12)
+    assert ms[8, Way(ranges=4)] == pytest.approx(40.0 + 0.8 * 0.315 / 0.12)
+    assert ms[8, Way()] == pytest.approx(40.0 + 0.8 * (0.14 + 0.875) / (0.02 + 0.5))
     assert ms[4, WAYS[0]] == pytest.approx(40.0 + 0.8 * (0.06 + 0.75) / (0.02 + 0.5))
     assert {row["tokens_a_step"] for row in found} == {4 * 98304, 786432}
