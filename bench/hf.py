@@ -2,15 +2,15 @@
 
     python -m klora.bench.hf --model FOLDER --jsonl held-out.jsonl --record hf.json
 
-First the gate: of a document of GATED chunks, in fp32, klora's NLL may be as far from the loop's in float64 as the
-loop's own in fp32 (bench/tolerance.py). Then the times, in the dtype that is asked for:
+First the gate: of the GATED_DOCUMENTS longest documents, GATED chunks of each, in fp32, klora's NLL may be as far from
+the loop's in float64 as the loop's own in fp32 (bench/tolerance.py). Then the times, in the dtype that is asked for:
 
     klora_seconds   the adapting of all documents by adapt_hf, graphs captured anew; a first run has compiled kernels.
                     `klora_rounds_seconds` of them are those of the rounds, captures left out
     peft_seconds    of --peer-documents documents, after one that warms up, times the share that their targets are of
                     all targets. It is scaled, not measured; `peft_measured` says what was.
 
-`errors` are those of both in that dtype, on the gate's document. The loop is what one would write: PEFT's adapters,
+`errors` are those of both in that dtype, on the gate's documents. The loop is what one would write: PEFT's adapters,
 torch.optim.Adam, logits of the chunk alone.
 """
 
@@ -43,8 +43,10 @@ from .gate import RedGate
 from .tolerance import allowed_error, relative_error
 
 GATED = 3
-"""Chunks of the gate's document: Adam makes a step of any rounding of a gradient that is nearly zero, so that after
+"""Chunks of a document of the gate: Adam makes a step of any rounding of a gradient that is nearly zero, so that after
 tens of them two equally good loops have parted."""
+GATED_DOCUMENTS = 4
+"""One sample: of one document alone, an error's size is chance."""
 
 
 class PeftLoop:
@@ -133,18 +135,21 @@ def klora_nll(module: nn.Module, config: TTTConfig, documents: Sequence[Document
         model.close()
 
 
-def gate(module: nn.Module, config: TTTConfig, document: Document) -> dict[str, dict[str, float]]:
+def gate(module: nn.Module, config: TTTConfig, documents: Sequence[Document]) -> dict[str, dict[str, float]]:
     """Relative errors of klora's NLL and of the loop's, in fp32 and in the model's dtype. RedGate: klora's in fp32 is
     larger than the rule allows.
     """
-    tokens = document.tokens[: GATED * config.chunk + 1]
-    cut = Document(document.name, tokens, 1)
-    exact = torch.from_numpy(PeftLoop(module, config, torch.float64).nll(tokens))
-    found = {}
+    cut = [Document(d.name, d.tokens[: GATED * config.chunk + 1], 1) for d in documents]
+
+    def looped(module: nn.Module, dtype: torch.dtype | None = None) -> Tensor:
+        loop = PeftLoop(module, config, dtype)
+        return torch.from_numpy(np.concatenate([loop.nll(document.tokens) for document in cut]))
+
+    exact, found = looped(module, torch.float64), {}
     for dtype in dict.fromkeys((torch.float32, next(module.parameters()).dtype)):
         copied = copy.deepcopy(module).to(dtype)
-        plain, ours = PeftLoop(copied, config).nll(tokens), klora_nll(copied, config, [cut])[0]
-        errors = {name: relative_error(torch.from_numpy(x), exact) for name, x in (("peft", plain), ("klora", ours))}
+        ours = torch.from_numpy(np.concatenate(klora_nll(copied, config, cut)))
+        errors = {"peft": relative_error(looped(copied), exact), "klora": relative_error(ours, exact)}
         found[str(dtype).removeprefix("torch.")] = errors
         if dtype == torch.float32:
             allowed = allowed_error(errors["peft"], torch.float32, len(exact))
@@ -181,7 +186,7 @@ def measured(
     if not long:
         raise ValueError(f"no document has more than {config.first_adapted} targets: there is nothing to adapt")
     by_length = sorted(long, key=lambda document: document.targets)
-    errors = gate(module, config, by_length[-1])
+    errors = gate(module, config, by_length[-GATED_DOCUMENTS:])
     # Documents of all lengths: one in the middle of each of `peers` equal parts.
     chosen = [by_length[(2 * n + 1) * len(by_length) // (2 * peers)] for n in range(min(peers, len(by_length)))]
     peft = peft_seconds(module, config, chosen)
