@@ -78,6 +78,9 @@ def linears_of(module: nn.Module) -> dict[str, nn.Linear]:
 class Trainer:
     """Steps of all adapters of `work`, on a model of its own. `parts` are the rows that a forward takes at a time."""
 
+    optimizer: torch.optim.Optimizer
+    """Of all adapters, where they have one."""
+
     def __init__(self, work: Work):
         self.work, self.parts = work, [slice(0, work.batch)]
 
@@ -104,11 +107,12 @@ class Trainer:
 
     def update(self) -> None:
         """Adam of all adapters; gradients are gone."""
-        raise NotImplementedError
+        self.optimizer.step()
+        self.optimizer.zero_grad()
 
     def forget(self) -> None:
         """Gradients are gone."""
-        raise NotImplementedError
+        self.optimizer.zero_grad()
 
     def step(self) -> Tensor:
         """The loss, after one step of all adapters."""
@@ -157,13 +161,6 @@ class Klora(Trainer):
             hidden = self.module.base_model(**self._inputs(rows))[0]
         head = self.module.get_output_embeddings().weight
         return linear_nll(hidden, head, targets, reduction="sum") / targets.size(1)
-
-    def update(self) -> None:
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-
-    def forget(self) -> None:
-        self.optimizer.zero_grad()
 
     def gradients(self) -> Gradients:
         pool = self.lora.pool
@@ -223,13 +220,6 @@ class Stacked(Trainer):
 
     def logits(self, rows: slice) -> Tensor:
         return self.module(**self._inputs(rows)).logits
-
-    def update(self) -> None:
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-
-    def forget(self) -> None:
-        self.optimizer.zero_grad()
 
     def gradients(self) -> Gradients:
         return {name: (linear.a.grad, linear.b.grad) for name, linear in self.linears.items()}
@@ -365,10 +355,3 @@ class PeftMixedBatch(Peft):
 
     def logits(self, rows: slice) -> Tensor:
         return self.model(**self._inputs(rows), adapter_names=self.names[rows]).logits
-
-    def update(self) -> None:
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-
-    def forget(self) -> None:
-        self.optimizer.zero_grad()

@@ -1,8 +1,8 @@
 """Scoring on several GPUs as a user starts it: `klora score` alone and by torchrun, over the same documents.
 
 `python -m klora.bench.rank_scoring ARTIFACT --jsonl val.jsonl.zst --record rank_scoring.json --ranks 1 --ranks 2`. Each
-number of ranks is run `repeats` times, in turns, and the fastest counts: the first run of all compiles kernels, and
-other work on the machine only adds. Of each there are three times:
+number of ranks is run `repeats` times, in turns, and the fastest counts: the first run of all compiles kernels, so
+that one is not enough, and other work on the machine only adds. Of each there are three times:
 
     whole       from the start of the process to its end: imports, weights, tokens, captures, scores, the report
     scoring     from the first pass to the last result, captures of graphs left out
@@ -121,7 +121,7 @@ def main(
         "rank_scoring.json"
     ),
     ranks: Annotated[list[int] | None, typer.Option(min=1, help="Numbers of ranks. Repeatable; 1 and 2.")] = None,
-    repeats: Annotated[int, typer.Option(min=1, help="Runs of each, of which the fastest counts.")] = 2,
+    repeats: Annotated[int, typer.Option(min=2, help="Runs of each, of which the fastest counts.")] = 2,
     preset: Annotated[str, typer.Option(help="Preset of `klora score`.")] = "quick",
     set_: Annotated[list[str] | None, typer.Option("--set", help="FIELD=VALUE, as in `klora score`.")] = None,
     most_tokens: Annotated[int, typer.Option(min=0, help="A sample of so many tokens; 0: all.")] = 0,

@@ -58,6 +58,15 @@ FAMILIES = {
 }
 
 
+@pytest.fixture
+def one_thread():
+    """However many the environment asks for."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def document(targets: int, seed: int = 0) -> Document:
     """Words that come again and again, so that there is something to learn."""
     random = np.random.default_rng(seed)
@@ -162,9 +171,9 @@ def test_adapting_gains_and_the_first_chunk_is_the_base_models():
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_thread")
 def test_a_document_has_the_same_bits_among_others():
-    """On one thread, to the bit: alone, in a batch of two with others waiting, and in one of all."""
-    assert torch.get_num_threads() == 1
+    """To the bit: alone, in a batch of two with others waiting, and in one of all."""
     together, pairs = scored(DOCUMENTS).nll, scored(DOCUMENTS[::-1], TTT.override({"batch": 2})).nll[::-1]
     for index, one in enumerate(DOCUMENTS):
         assert np.array_equal(together[index], pairs[index]), index
@@ -295,6 +304,7 @@ def test_a_text_that_its_tokens_do_not_give_back_is_refused_by_name():
         list(hf_documents(texts, tiny_tokenizer(lowercases=True)))
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_the_result_says_what_was_scored():
     module, said = tiny_llama(), []
     texts = ["the fox jumps over " * 9, Text("mine", "the dog"), Text("mine", "")]
@@ -358,6 +368,7 @@ def test_a_stopped_run_goes_on_where_it_stopped(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_thread")
 def test_where_memory_runs_out_half_as_many_documents_go_on(monkeypatch):
     train, said = HfStep.train, []
 

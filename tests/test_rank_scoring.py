@@ -85,7 +85,7 @@ def test_a_record_is_written_and_unequal_scores_end_red(monkeypatch, tmp_path, c
     assert written["rows"]["2"]["times_as_fast"]["adapting"] == 2.0 and "equal" in capsys.readouterr().out
     changed["adapted_nats"] = 2.5
     with pytest.raises(SystemExit, match="1"):
-        main("m.klora", **about, ranks=[1, 2], repeats=1, preset="quick", most_tokens=0, device="auto")
+        main("m.klora", **about, ranks=[1, 2], repeats=2, preset="quick", most_tokens=0, device="auto")
     assert json.loads(record.read_text())["rows"]["2"]["differing"] == ["1"]
     assert "1 differ" in capsys.readouterr().out
 
