@@ -211,7 +211,7 @@ def replayed(call, *, warm_up: int = 0):
 
 
 @pytest.fixture(scope="session", autouse=True)
-def one_thread():
+def threads():
     """Small tensors gain nothing from more threads, and lose a lot to them on a busy machine."""
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 
@@ -261,3 +261,12 @@ def data(tmp_path_factory) -> Prepared:
         paths[split] = list(writer.paths)
     (folder / "tokenizer.model").write_bytes(tokenizer.to_bytes())
     return Prepared(tokenizer, paths["train"], paths["val"], folder)
+
+
+@pytest.fixture
+def one_thread():
+    """However many the environment asks for."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -58,15 +58,6 @@ FAMILIES = {
 }
 
 
-@pytest.fixture
-def one_thread():
-    """However many the environment asks for."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def document(targets: int, seed: int = 0) -> Document:
     """Words that come again and again, so that there is something to learn."""
     random = np.random.default_rng(seed)

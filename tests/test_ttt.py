@@ -276,6 +276,7 @@ class Full:
     [pytest.param("train", (5, 14), marks=pytest.mark.slow), ("_inputs", (1,))],
     ids=["twice", "at first"],
 )
+@pytest.mark.usefixtures("one_thread")
 def test_memory_that_runs_out_halves_the_batch_aloud_and_changes_no_score(
     tmp_path, monkeypatch, queue, method, numbers
 ):
@@ -305,6 +306,7 @@ def test_memory_that_one_document_alone_exhausts_is_an_error(tmp_path, monkeypat
         score([document(100)], tmp_path)
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_memory_that_runs_out_in_the_base_pass_halves_what_goes_at_a_time(tmp_path, monkeypatch):
     documents, said = [document(33 + n, n) for n in range(8)], []
     clean = score(documents, tmp_path / "clean")
@@ -533,6 +535,7 @@ def test_deadline_leaves_the_rest_to_the_base_model_and_says_which(tmp_path, mon
 
 
 @pytest.mark.parametrize("protocol", ["score_first", pytest.param("min_nll", marks=pytest.mark.slow)])
+@pytest.mark.usefixtures("one_thread")
 def test_a_run_gives_the_results_of_the_oracle(tmp_path, protocol):
     documents = [document(n, n) for n in (20, 200, 33, 0, 120, 31)]
     config, said = TTT.override({"protocol": protocol}), []
