@@ -14,6 +14,11 @@ if TYPE_CHECKING:
 Taken = Callable[[list[int]], None]
 """Hears the places, of documents longest first, that were handed to this process."""
 
+FILLED = 2
+"""Rounds of documents that all ranks together hold at least: on two ranks, one each. In a simulation with rounds that
+cost what the schedule takes them to, two ranks adapt 6,250 documents of a lognormal law 1.996 times as fast as one so,
+and 1.984 times without."""
+
 
 class SharedWaiting(Waiting):
     """The documents of the list `name` that wait for a slot on any rank. `taken` gets the places this rank got.
@@ -34,11 +39,14 @@ class SharedWaiting(Waiting):
         self._longest = np.maximum.accumulate(self.visits[::-1], 0)[::-1]
         self.queue, self._taken, self._name = queue, taken, name
 
-    def take(self, free: int, held: int) -> np.ndarray:
+    def take(self, free: int, held: int, active: int = 0, widest: int = 0) -> np.ndarray:
         taken: list[int] = []
+        # Few documents make narrow rounds, in which each costs more; the last to be claimed are short, so that some
+        # more than a share of them do not make a rank late. On many ranks they would be all that is left.
+        few = FILLED * widest // self.queue.world - active
         while len(taken) < free and self.next < len(self.visits):
             # A share of what nobody has yet is enough to hold, or one document.
-            if held and held * self.queue.world >= self._rest[self.next].sum():
+            if held and len(taken) >= few and held * self.queue.world >= self._rest[self.next].sum():
                 break
             number = self.queue.claim(self._name).start
             self.next = min(number + 1, len(self.visits))

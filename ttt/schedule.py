@@ -80,8 +80,9 @@ class Waiting:
         self.next = 0
         self._rest = np.concatenate([np.cumsum(visits[::-1], 0)[::-1], np.zeros((1, visits.shape[1]), np.int64)])
 
-    def take(self, free: int, held: int) -> np.ndarray:
-        """The documents that go into `free` slots now; `held` is how many visits those in slots have left."""
+    def take(self, free: int, held: int, active: int = 0, widest: int = 0) -> np.ndarray:
+        """The documents that go into `free` slots now, beside `active` ones with `held` visits left. A round has
+        `widest` places at most."""
         first, self.next = self.next, min(self.next + free, len(self.visits))
         return np.arange(first, self.next)
 
@@ -145,7 +146,8 @@ class Schedule:
 
     def _admit(self) -> None:
         free = np.flatnonzero(self._document < 0)
-        taken = self._waiting.take(len(free), int(self._held.sum())) if len(free) else free
+        active = len(self._document) - len(free)
+        taken = self._waiting.take(len(free), int(self._held.sum()), active, int(self.rows[-1])) if len(free) else free
         if len(taken):
             free = free[: len(taken)]
             self._document[free] = taken
