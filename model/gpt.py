@@ -45,6 +45,14 @@ class SmearGate(nn.Module):
         self.gate = nn.Parameter(torch.zeros(config.width))
 
 
+def _first_of_two(width: int) -> Tensor:
+    """Factors [2, width] that take the first of two streams. Not by `repeat`, for which PyTorch imports sympy on the
+    meta device: half a second of every start."""
+    factors = torch.zeros(2, width)
+    factors[0].fill_(1.0)
+    return factors
+
+
 class Block(nn.Module):
     """The parameters of attention and MLP, with residual mix and depth-scaled residual branches."""
 
@@ -54,7 +62,7 @@ class Block(nn.Module):
         q_rows, k_rows, v_rows = config.qkv_sizes
         self.config = config
         self.depth_scale = 1.0 / math.sqrt(index + 1)
-        self.resid_mix = nn.Parameter(torch.tensor([[1.0], [0.0]]).repeat(1, width))
+        self.resid_mix = nn.Parameter(_first_of_two(width))
         self.q = nn.Parameter(torch.empty(q_rows, width))
         self.k = nn.Parameter(torch.empty(k_rows, width))
         self.v = nn.Parameter(torch.empty(v_rows, width))
