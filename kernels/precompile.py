@@ -29,8 +29,10 @@ from typing import Any
 import triton
 from triton import knobs
 from triton._C.libtriton import get_cache_invalidating_env_vars
+from triton.backends import backends
 from triton.compiler import ASTSource, make_backend
 from triton.experimental.gluon._runtime import GluonASTSource
+from triton.runtime import driver
 from triton.runtime.cache import get_cache_key, get_cache_manager
 from triton.runtime.jit import JITFunction
 
@@ -73,7 +75,14 @@ class Compilation:
         return hashlib.sha256(text.encode()).hexdigest()
 
     def compile(self) -> None:
-        triton.compile(self.source(), target=self.target, options=self.options)
+        """Into Triton's cache: the kernel, and where there is a GPU what launches it.
+
+        Triton 3.6 has the C compiler make a launcher for each signature at a first launch, a fifth of a second each;
+        3.7 has one for all.
+        """
+        compiled = triton.compile(self.source(), target=self.target, options=self.options)
+        if any(backend.driver.is_active() for backend in backends.values()):
+            driver.active.launcher_cls(compiled.src, compiled.metadata)
 
 
 def cache_folder() -> Path:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from conftest import SMALL
 from klora.cli import warm as warm_module
 from klora.cli.console import Output
 from klora.cli.warm import Work, warmed
+from klora.kernels import precompile
 from klora.model.config import ConfigError, Preset, TrainConfig
 from klora.model.train import rows_per_rank
 from test_cli import klora
@@ -108,6 +110,19 @@ def python(code: str, cache) -> list:
     done = subprocess.run([sys.executable, path], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("there", [True, False], ids=["a GPU", "no GPU"])
+def test_what_launches_a_kernel_is_made_with_it_where_there_is_a_gpu(monkeypatch, there):
+    made = []
+    stub = SimpleNamespace(driver=SimpleNamespace(is_active=lambda: there))
+    monkeypatch.setattr(precompile, "backends", {"stub": stub})
+    active = SimpleNamespace(active=SimpleNamespace(launcher_cls=lambda *about: made.append(about)))
+    monkeypatch.setattr(precompile, "driver", active)
+    monkeypatch.setattr(precompile.triton, "compile", lambda source, **about: SimpleNamespace(src=source, metadata=5))
+    monkeypatch.setattr(precompile.Compilation, "source", lambda one: "source")
+    precompile.Compilation(None, {}, {}, {}, {}, None, "").compile()
+    assert made == ([("source", 5)] if there else [])
 
 
 @pytest.mark.slow
@@ -315,7 +330,8 @@ def test_a_batch_that_cannot_be_shared_out_is_refused_as_training_refuses_it():
 @pytest.mark.gpu
 @pytest.mark.skipif(not CUDA, reason="no CUDA GPU")
 def test_on_a_gpu_a_run_compiles_nothing_that_was_not_compiled_ahead(tmp_path):
-    """In a fresh cache: what was compiled ahead is what the fused step, or the engine, of a later process launches."""
+    """In a fresh cache: what was compiled ahead is what the fused step, or the engine, of a later process launches. Nor
+    is anything left to a C compiler, which Triton 3.6 has make launchers."""
     code = """
 import json, sys
 import torch
@@ -355,6 +371,7 @@ if __name__ == "__main__":
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
     for part in ("ahead", "train", "score"):
         command = [sys.executable, tmp_path / "script.py", part]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        none = {} if part == "ahead" else {"CC": "false"}
+        done = subprocess.run(command, env=environment | none, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         assert json.loads(done.stdout.splitlines()[-1]) == [], part
