@@ -72,9 +72,9 @@ def sure_model(token: int, factor: float, config=TINY) -> GPT:
 
 
 def sure_document(token: int, targets: int) -> np.ndarray:
-    """Few words, `token` again and again, and a surprise in the middle of it."""
+    """Few words, `token` again and again, and a surprise in the middle of it and near its end."""
     tokens = np.array([BOS_ID, 5, 9, *[token] * (targets - 2)], np.uint16)
-    tokens[targets // 2] = 7
+    tokens[[targets // 2, -4]] = 7
     return tokens
 
 
