@@ -10,7 +10,7 @@ from ..model.artifact import load_artifact
 from ..model.config import ConfigError
 from ..model.loading import WEIGHTS_HELP, model_from_artifact, tokenizer_of
 from ..model.parallel import own_device
-from ..ttt.audit import ROUNDING, AuditReport, audit_model
+from ..ttt.audit import AuditReport, audit_model
 from ..ttt.documents import Document
 from ..ttt.pipeline import SCORERS, pick_scorer
 from ..ttt.protocols import SCORE_FIRST, label, ttt_preset
@@ -47,8 +47,8 @@ def audit(
         typer.Option(
             "--tolerance",
             min=0.0,
-            help="Nats by which a target's NLL may differ by rounding; 0: bit for bit. Left out: what the compute "
-            "dtype wants, and the report says how much it was.",
+            help="Nats by which a target's NLL may differ by rounding; 0: bit for bit. Left out: between two passes "
+            "what is measured on the model, which the report says, and 0 where nothing but the batch is another.",
         ),
     ] = None,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Draws places and tokens.")] = 0,
@@ -87,10 +87,9 @@ def audit(
     adapted = sum(not config.is_left_to_base(len(document) - 1, 0) for document in documents)
     if not adapted:
         output.say("note: none is long enough to adapt: what is audited is the base model", style="bold yellow")
-    allowed = ROUNDING[model.dtype] if tolerance is None else tolerance
-    report = audit_model(model, config, documents, scorer=scorer, tolerance=allowed, seed=seed)
+    report = audit_model(model, config, documents, scorer=scorer, tolerance=tolerance, seed=seed)
     facts = {"protocol": config.protocol, "scorer": scorer, "documents": len(documents), "tokens": tokens}
-    finish(output, report, facts | {"adapted": adapted, "tolerance": allowed, "config": config.to_dict()})
+    finish(output, report, facts | {"adapted": adapted, "config": config.to_dict()})
 
 
 def tried(documents: list[Document], most_tokens: int) -> list[np.ndarray]:
@@ -111,6 +110,8 @@ def finish(output: Output, report: AuditReport, facts: dict) -> None:
     for check in report.checks:
         mark, style = ("pass", "") if check.passed else ("FAIL", "bold red")
         output.say(f"{mark}  {check.name}: {check.evidence}", style=style)
+    if report.rounding:
+        output.say(f"rounding: {report.rounding}")
     output.say("not seen here: " + "; ".join(report.unseen))
     output.say("passed" if report.passed else f"failed: {', '.join(report.failed)}", style="bold")
     output.result(facts | report.to_json())

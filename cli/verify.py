@@ -43,8 +43,8 @@ def verify(
         typer.Option(
             "--rounding",
             min=0.0,
-            help="Share of a document's nats by which they may differ where versions, device, threads or scorer do. "
-            "Where none does, they must be the same to the bit.",
+            help="Share of a document's nats, of one at least, by which they may differ where versions, device, "
+            "threads or scorer do. Where none does, they must be the same to the bit.",
         ),
     ] = RELATIVE,
     device: options.Device = "auto",

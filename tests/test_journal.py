@@ -12,6 +12,7 @@ from klora.ttt.journal import Journal, JournalError, _chained, fingerprint, open
 from klora.ttt.pipeline import Interrupted
 from klora.ttt.results import (
     ADAPTED,
+    NLL_ROUNDING,
     NOT_ADAPTED,
 )
 from test_ttt import TTT, adapted_nats, document, score
@@ -90,6 +91,7 @@ def test_a_damaged_journal_is_refused_by_line(tmp_path, line, says):
         ({"status": "perfect"}, "a result that no document can have"),
         ({"tokens": -40}, "a result that no document can have"),
         ({"adapted_tokens": 41}, "a result that no document can have"),
+        ({"adapted_nats": -1.1 * NLL_ROUNDING * 40}, r"a result whose nats are negative or no number: .*-0.005"),
         ({"adapted_nats": -100.0}, r"a result whose nats are negative or no number: .*-100"),
     ],
     ids=str,

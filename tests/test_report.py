@@ -277,6 +277,14 @@ def test_edges(tmp_path, documents):
 
 
 @pytest.mark.slow
+def test_documents_of_certain_tokens_are_drawn_upright(tmp_path, drawn):
+    """Whose nats are below 0 by rounding."""
+    below = {"base": -1e-7, "adapted": -2e-7, "tempered": -1e-7, "before": -1e-7}
+    report(tmp_path, result([document(f"doc {i}", 2, 6, **below) for i in range(3)]))
+    bottom, top = axes_titled(drawn[0], "bits per byte").get_ylim()
+    assert bottom == 0 < top
+
+
 def test_ten_thousand_documents_are_quick_and_small(tmp_path):
     scored = result(mixed(10_000))
     start = time.process_time()

@@ -11,14 +11,20 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from conftest import SMALL, randomized, words
+from klora.kernels import BOS_ID
 from klora.model.artifact import load_artifact, save_artifact
 from klora.model.corpus import Corpus
-from klora.ttt.documents import documents_from_texts
+from klora.ttt.documents import Document, documents_from_texts
 from klora.ttt.journal import Journal, fingerprint
 from klora.ttt.pipeline import ScoreRequest, score
 from klora.ttt.protocols import TTTConfig
-from klora.ttt.verify import Stored, VerifyError, read_nll
+from klora.ttt.report import write_report
+from klora.ttt.results import NLL_ROUNDING
+from klora.ttt.verify import Stored, VerifyError, read_nll, verify, write_nll
+from test_audit import STRICT, rounds_below_zero, sure_model
 from test_cli import klora
+
+__all__ = ["rounds_below_zero"]
 
 SETS = [part for pair in ("chunk=16", "window=64", "adapt_from=32") for part in ("--set", pair)]
 
@@ -181,11 +187,67 @@ def test_a_file_that_is_no_score_is_refused_in_a_sentence(tmp_path, content):
         read_nll(path, None)
 
 
-@pytest.mark.parametrize("change", [{"nats": -1.0}, {"nats": float("nan")}, {"nats": "1"}, {"nats": True}])
+@pytest.mark.parametrize(
+    "change", [{"nats": -1.0}, {"nats": float("nan")}, {"nats": "1"}, {"nats": True}, {"nats": 10**400}]
+)
 def test_numbers_that_are_none_are_refused(scored, tmp_path, change):
     folder = forged(scored, tmp_path, lambda v: v["documents"][1].update(adapted_nats=change["nats"]))
     with pytest.raises(VerifyError, match="that could be recomputed: numbers"):
         Stored(folder / "score.json")
+
+
+def test_a_document_of_certain_tokens_is_kept_written_read_and_verified(tmp_path, rounds_below_zero):
+    """Whose nats are below 0 by rounding: in the journal, in score.json, in the report, and elsewhere by another."""
+    sure, tokens = sure_model(257, 16.0), np.array([BOS_ID, 257, 257, 257], np.uint16)
+    documents = [Document("one", tokens[:2], 3), Document("two", tokens[:3], 6), Document("more", tokens, 9)]
+    key = fingerprint("artifact", documents, STRICT, False)
+    about = {"artifact": {"header_sha256": "a", "payload_sha256": "b"}, "weights": "dense", "device": "here"}
+    about |= {"source": {"documents": 3, "most_tokens": 0}, "versions": {}}
+
+    def scored(resume):
+        book = Journal(tmp_path / "journal.jsonl", key, resume=resume)
+        done = dict(book.done)
+        result = score(ScoreRequest(sure, documents, STRICT, journal=book, facts=about, keeps_nll=True))
+        book.close()
+        return done, result
+
+    _, result = scored(False)
+    assert all(-NLL_ROUNDING < one.adapted_nats < 0 for one in result.documents)
+    again, resumed = scored(True)
+    assert again == dict(enumerate(result.documents)) and resumed.documents == result.documents
+    result.write(tmp_path)
+    write_nll(tmp_path / "nll.safetensors", result)
+    write_report(result, tmp_path)
+    stored = Stored(tmp_path / "score.json")
+    nll = read_nll(tmp_path / "nll.safetensors", stored)
+    setting = {"versions": {}, "device": "here"}
+    report = verify(stored, sure, documents, setting, share=1.0, nll=nll)
+    assert report.passed and "to the bit" in str(report), str(report)
+    for document in stored.documents:
+        document["adapted_nats"] += 1e-6  # more than they are, and no more than rounding
+    elsewhere = verify(stored, sure, documents, {"versions": {}, "device": "elsewhere"}, share=1.0)
+    assert "recomputed" not in elsewhere.failed, str(elsewhere)
+    assert "recomputed" in verify(stored, sure, documents, setting, share=1.0).failed
+    for document in stored.documents:
+        document["adapted_nats"] += 0.01
+    elsewhere = verify(stored, sure, documents, {"versions": {}, "device": "elsewhere"}, share=1.0)
+    assert "recomputed" in elsewhere.failed
+
+
+@pytest.mark.parametrize("share", [0.9, 1.1])
+def test_nats_below_zero_by_more_than_rounding_are_refused(scored, tmp_path, share):
+    """By a target's rounding for each of its targets."""
+
+    def below(values):
+        document = values["documents"][1]
+        document["adapted_nats"] = -share * NLL_ROUNDING * document["tokens"]
+
+    folder = forged(scored, tmp_path, below)
+    if share < 1:
+        assert Stored(folder / "score.json").documents[1]["adapted_nats"] < 0
+    else:
+        with pytest.raises(VerifyError, match="that could be recomputed: numbers"):
+            Stored(folder / "score.json")
 
 
 def test_a_sample_is_of_texts_and_says_so(artifact, lines, tmp_path):
@@ -264,6 +326,8 @@ def test_an_audit_of_a_file_passes_and_says_so(artifact, lines, monkeypatch):
     monkeypatch.setitem(sys.modules["klora.ttt.audit"].SWAPPED, "cpu", 2**11)
     report = json.loads(klora("audit", artifact, "--jsonl", lines, *SETS, "--most-tokens", "100", "--json").stdout)
     assert report["passed"] and report["adapted"] and [c for c in report["checks"] if c["name"] == "full softmax"]
+    assert report["tolerance"] == 1e-4 and "a pass in float32 is off from float64 by" in report["rounding"]
+    assert all("bit for bit" in check["evidence"] for check in report["checks"][1:6])
     sets = [part for pair in ("min_tokens=16", "chunk=16", "window=64", "epochs=2") for part in ("--set", pair)]
     leaky = ("audit", artifact, "--jsonl", lines, "--protocol", "min_nll", *sets, "--most-tokens", "60")
     said = klora(*leaky, check=1).stdout

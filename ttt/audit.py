@@ -10,21 +10,27 @@ what must not matter and looks for a difference, and what must matter and adds u
 
 The second is Ville's inequality: under uniform random targets the product of V q(target) is a martingale of mean 1 for
 every distribution q that is fixed before its target.
+
+Neither asks for exact hidden states. Whatever a pass rounds before its softmax makes another q, which sums to one as
+well and is as fixed before its target.
 """
 
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 
 from ..errors import KloraError
+from ..kernels.attention import HEAD_DIMS
 from ..kernels.lora_head_nll.reference import softcap_logits_ref
 from ..model import network
 from ..model.gpt import GPT
-from ..model.weights import frozen_weights
+from ..model.network import Adapters, BlockAdapters, Lora
+from ..model.weights import BlockWeights, Weights, frozen_weights
 from .base import BaseNll
 from .documents import Document
 from .engine import engine_of
@@ -32,6 +38,7 @@ from .hf_model import HfModel
 from .pipeline import ScoreRequest, score
 from .protocols import TTTConfig
 from .queue import Deadline
+from .results import NLL_ROUNDING
 
 Scorer = Callable[[list[np.ndarray]], Sequence[np.ndarray]]
 
@@ -51,8 +58,11 @@ ALONE = 4
 """Documents that are scored alone, each in a call of its own."""
 
 ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
-"""Nats by which a target's NLL may differ between our own passes, by compute dtype: the same function in other batches,
-as of the base pass for a document that is cut too short to adapt."""
+"""Nats by which a target's NLL may differ between our own passes at least, by compute dtype: the same function in other
+sums, as of the base pass for a document that is cut too short to adapt. :func:`measured_rounding` looks for more."""
+
+MEASURED = 4096
+"""Targets that the rounding of a pass is measured on; a pass over them costs a few hundredths of an audit."""
 
 UNSEEN = (
     "whether the model, or the constants that adapt it, have seen these documents before",
@@ -79,13 +89,14 @@ class Check:
 
 @dataclass(frozen=True)
 class AuditReport:
-    """The checks of one audit. `unseen` is what it cannot see.
+    """The checks of one audit. `unseen` is what it cannot see, and `rounding` what it allowed for, where it says so.
 
     Example: passed = AuditReport(()).passed
     """
 
     checks: tuple[Check, ...]
     unseen: tuple[str, ...] = UNSEEN
+    rounding: "Rounding | None" = None
 
     @property
     def passed(self) -> bool:
@@ -99,6 +110,7 @@ class AuditReport:
 
     def __str__(self) -> str:
         lines = [f"{'pass' if check.passed else 'FAIL'}  {check.name}: {check.evidence}" for check in self.checks]
+        lines += [f"rounding: {self.rounding}"] if self.rounding else []
         verdict = f"failed: {', '.join(self.failed)}" if self.failed else "every check passed"
         return "\n".join([*lines, verdict, "not seen here: " + "; ".join(self.unseen)])
 
@@ -109,7 +121,19 @@ class AuditReport:
             "failed": list(self.failed),
             "checks": [asdict(check) for check in self.checks],
             "unseen": list(self.unseen),
+            **({"tolerance": self.rounding.tolerance, "rounding": str(self.rounding)} if self.rounding else {}),
         }
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """Nats by which a target's NLL may differ between two passes of our own, and how that came about."""
+
+    tolerance: float
+    says: str
+
+    def __str__(self) -> str:
+        return f"two passes may differ by {self.tolerance:.3g} nats: {self.says}"
 
 
 def audit(
@@ -118,6 +142,7 @@ def audit(
     vocab_size: int,
     *,
     tolerance: float = 0.0,
+    batch_tolerance: float | None = None,
     positions: int = 4,
     most_swapped: int = MOST_SWAPPED,
     seed: int = 0,
@@ -129,6 +154,8 @@ def audit(
     documents: such arrays, of which one at least has four tokens. A few of some hundred targets see most; a scorer
     that adapts wants them longer than what it adapts after.
     tolerance: nats by which a target's NLL may differ by rounding; 0: bit for bit.
+    batch_tolerance: the same where a document keeps its length: scored again, alone, beside others, before other text.
+    Left out, it is `tolerance`; a scorer whose batches change no bit is held to that by 0.
     positions: how many places of each document text is changed after.
     seed: draws them, and the random tokens.
 
@@ -137,14 +164,18 @@ def audit(
 
     Example: report = audit(lambda rows: [torch.full((len(row) - 1,), 6.0) for row in rows], [document.tokens], 400)
     """
-    return _Audit(scorer, documents, vocab_size, tolerance, positions, most_swapped, seed).report()
+    within_batch = tolerance if batch_tolerance is None else batch_tolerance
+    return _Audit(scorer, documents, vocab_size, tolerance, within_batch, positions, most_swapped, seed).report()
 
 
 class _Audit:
-    """One audit. `whole` is what the scorer said of all documents together, the first time that it was asked."""
+    """One audit. `whole` is what the scorer said of all documents together, the first time that it was asked; `noise`
+    is by how many nats it has since said something else of a target, and no more than it may.
+    """
 
-    def __init__(self, scorer, documents, vocab_size, tolerance, positions, most_swapped, seed):
-        self.scorer, self.vocab, self.tolerance = scorer, vocab_size, tolerance
+    def __init__(self, scorer, documents, vocab_size, tolerance, batch_tolerance, positions, most_swapped, seed):
+        self.scorer, self.vocab, self.tolerance, self.batch_tolerance = scorer, vocab_size, tolerance, batch_tolerance
+        self.noise = 0.0
         self.most_swapped, self.random = most_swapped, np.random.default_rng(seed)
         self.documents = _checked(documents, vocab_size)
         self.cuts = [(i, cut) for i, tokens in enumerate(self.documents) for cut in self._cuts(len(tokens), positions)]
@@ -181,9 +212,19 @@ class _Audit:
             wrong or f"one finite NLL for each of {total:,} targets of {len(self.documents)} documents",
         )
 
-    def _same(self, name: str, pairs: Iterator[tuple[str, np.ndarray, np.ndarray]], holds: str, broken: str) -> Check:
-        """Whether scores (where, expected, found) are the same; `broken` says what it means where they are not."""
-        most, where, count = 0.0, "", 0
+    def _same(
+        self,
+        name: str,
+        pairs: Iterator[tuple[str, np.ndarray, np.ndarray]],
+        holds: str,
+        broken: str,
+        other_pass: bool = False,
+    ) -> Check:
+        """Whether scores (where, expected, found) are the same; `broken` says what it means where they are not.
+
+        `other_pass`: a document of another length, which another pass may score.
+        """
+        most, where, count, allowed = 0.0, "", 0, self.tolerance if other_pass else self.batch_tolerance
         for place, expected, found in pairs:
             count += len(expected)
             if len(expected) != len(found):
@@ -193,9 +234,11 @@ class _Audit:
             if len(apart) and (worst := float(apart.max())) > most:
                 at = int(apart.argmax())
                 most, where = worst, f"{place}, target {at + 1}: {found[at]:.6g} nats, {expected[at]:.6g} before"
-        if most > self.tolerance:
+        if not other_pass:
+            self.noise = min(max(self.noise, most), allowed)
+        if most > allowed:
             return Check(name, False, f"{where}; {broken}")
-        bits = "bit for bit" if most == 0 else f"within {most:.1g} nats (allowed: {self.tolerance:g})"
+        bits = "bit for bit" if most == 0 else f"within {most:.2g} nats (allowed: {allowed:.3g})"
         return Check(name, True, f"{count:,} targets {holds}: {bits}")
 
     def _against(
@@ -298,7 +341,11 @@ class _Audit:
             yield from self._against(longer, every, "made longer", [len(t) - 1 for t in self.documents])
 
         return self._same(
-            "length", pairs(), "of documents cut or made longer", "a score depends on how long its document is"
+            "length",
+            pairs(),
+            "of documents cut or made longer",
+            "a score depends on how long its document is",
+            other_pass=True,
         )
 
     def _last_target(self) -> Check:
@@ -308,7 +355,11 @@ class _Audit:
                 yield f"document {i} cut after target {c}, its last target", self.whole[i][c - 1 : c], nll[c - 1 :]
 
         return self._same(
-            "last target", pairs(), "as last ones", "the last target of a document is not scored like any other"
+            "last target",
+            pairs(),
+            "as last ones",
+            "the last target of a document is not scored like any other",
+            other_pass=True,
         )
 
     def _vocabulary(self) -> Iterator[Check]:
@@ -321,6 +372,11 @@ class _Audit:
             yield self._sum(index, target, tokens[:size])
 
     def _sum(self, index: int, target: int, tokens: np.ndarray) -> Check:
+        """All rows have one length, the same text before the target, and are scored in one call. Rounding that they
+        share is that of one distribution, which sums to 1 whatever was rounded before its softmax. So the tolerance
+        between passes has no say here. What is left is the rounding of the NLLs, SUMS, and what differs from row to
+        row: not more than the checks before have seen between calls.
+        """
         count = min(self.vocab, max(2, self.most_swapped // len(tokens)))
         swapped = [tokens.copy() for _ in range(count)]
         for one, token in zip(swapped, self._likely(), strict=False):
@@ -329,7 +385,7 @@ class _Audit:
         if [len(nll) for nll in found] != [len(one) - 1 for one in swapped]:
             return Check(name, False, "the scorer leaves targets out")
         total = float(np.exp(-np.array([nll[target - 1] for nll in found])).sum())
-        slack = SUMS + math.expm1(self.tolerance)
+        slack = SUMS + math.expm1(self.noise)
         # Of some tokens only, too much is a proof; too little is not.
         fits = total <= 1 + slack and (count < self.vocab or total >= 1 - slack)
         of = f"the probabilities of {'all' if count == self.vocab else f'{count:,} of'} {self.vocab:,} tokens sum to"
@@ -342,9 +398,13 @@ class _Audit:
         return np.lexsort((self.random.random(self.vocab), -counts))
 
     def _random_tokens(self) -> Check:
+        """Ville's inequality holds for any distribution that is fixed before its target, the rounding of all that comes
+        before the softmax included. What rounding can add is that probabilities sum up to a little more than 1: by
+        SUMS at most, as in the checks of the vocabulary.
+        """
         drawn = [self._random(len(tokens)) for tokens in self.documents]
         nll = np.concatenate(self._scores(drawn))
-        limit, gained = math.log(1 / SURE) + self.tolerance * len(nll), float((math.log(self.vocab) - nll).sum())
+        limit, gained = math.log(1 / SURE) + math.log1p(SUMS) * len(nll), float((math.log(self.vocab) - nll).sum())
         fair = gained <= limit
         says = "" if fair else f": by chance once in {1 / SURE:,.0f} at most"
         cost = f"{abs(gained):.4g} nats {'less' if gained > 0 else 'more'} than ln {self.vocab} each"
@@ -374,7 +434,7 @@ def _fault(tokens: np.ndarray, nll: np.ndarray) -> str:
         return f"{list(nll.shape)} NLLs for {wanted} targets: every token after BOS is a target, and BOS is none"
     if not np.isfinite(nll).all():
         return f"an NLL of {nll[~np.isfinite(nll)][0]}"
-    if wanted and nll.min() < 0:
+    if wanted and nll.min() < -NLL_ROUNDING:
         return f"an NLL of {nll.min():.6g} nats, below 0: a probability above 1"
     return ""
 
@@ -396,24 +456,100 @@ def audit_model(
     documents: Sequence[np.ndarray],
     *,
     scorer: str = "auto",
-    tolerance: float,
+    tolerance: float | None = None,
     seed: int = 0,
 ) -> AuditReport:
-    """:func:`audit` of our own scorer, and the full softmax of an adapted document and of a short one."""
+    """:func:`audit` of our own scorer, and the full softmax of an adapted document and of a short one.
+
+    tolerance: as of :func:`audit`, for every check. Left out, two passes may differ by :func:`measured_rounding`, and
+    nothing by the documents beside one or by the text after a target, where our ops promise that.
+    """
     vocab, swapped = model.config.vocab_size, SWAPPED[model.embed.device.type]
-    ours = scorer_of(model, config, scorer)
-    report = audit(ours, documents, vocab, tolerance=tolerance, seed=seed, most_swapped=swapped)
+    rounding = measured_rounding(model, config, documents) if tolerance is None else Rounding(tolerance, "as was given")
+    report = audit(
+        scorer_of(model, config, scorer),
+        documents,
+        vocab,
+        tolerance=rounding.tolerance,
+        batch_tolerance=0.0 if tolerance is None and promises_bits(model) else None,
+        seed=seed,
+        most_swapped=swapped,
+    )
     longest, shortest = max(documents, key=len), documents[0][: min(config.chunk, config.min_tokens) // 2 + 1]
-    checks = [full_softmax(model, config, tokens, tolerance) for tokens in (longest, shortest) if len(tokens) > 1]
-    return replace(report, checks=(*report.checks, *checks))
+    softmax = partial(full_softmax, model, config, tolerance=rounding.tolerance)
+    checks = [softmax(tokens) for tokens in (longest, shortest) if len(tokens) > 1]
+    return replace(report, checks=(*report.checks, *checks), rounding=rounding)
+
+
+def promises_bits(model: GPT) -> bool:
+    """Whether no batch changes a bit: not where a GPU runs PyTorch's attention or products in place of our kernels."""
+    if model.embed.device.type == "cpu":
+        return True
+    runs_kernels = network.pick_backend(model.config, model.embed.device, model.dtype) == "triton"
+    return runs_kernels and model.config.head_dim in HEAD_DIMS
+
+
+@torch.no_grad()
+def measured_rounding(model: GPT, config: TTTConfig, documents: Sequence[np.ndarray]) -> Rounding:
+    """What two passes of the unadapted model may differ by: each by its rounding, measured on these documents.
+
+    It is twice the most by which an NLL differs between hidden states of the compute dtype and those of float64, of the
+    same weights, but at least ROUNDING. Both are made by the reference ops: a fault of a kernel widens nothing. They
+    read one window at a time, of all documents in turn, until MEASURED targets are seen.
+    """
+    weights = frozen_weights(model)
+    wide, divisor = in_float64(weights), min(1.0, config.temperature)
+    most, seen, size = 0.0, 0, min(config.window, MEASURED)
+    for begin in range(0, max(map(len, documents)), size):
+        for tokens in documents:
+            window = torch.from_numpy(tokens[begin : begin + size + 1].astype(np.int64)).to(weights.device)[None]
+            if window.size(1) < 2 or seen >= MEASURED:
+                continue
+            passes = (_hidden(of, window[:, :-1], config.window) for of in (weights, wide))
+            nll, exact = (_full_nll(wide, h, None, window[0, 1:], divisor) for h in passes)
+            most, seen = max(most, float((nll - exact).abs().max())), seen + len(exact)
+    least, dtype = ROUNDING[model.dtype], str(model.dtype).removeprefix("torch.")
+    measured = f"a pass in {dtype} is off from float64 by {most:.2g} at most, of {seen:,} targets"
+    says = f"{measured}, twice" if 2 * most > least else f"what {dtype} is always allowed; {measured}"
+    return Rounding(max(2 * most, least), says)
+
+
+def in_float64(weights: Weights) -> Weights:
+    """Frozen weights with the values that they have, for a pass in float64."""
+
+    def wide(block: BlockWeights) -> BlockWeights:
+        return BlockWeights(*(part if part is None else part.double() for part in block))
+
+    def rotary(rows: int, length: int) -> tuple[torch.Tensor, ...]:
+        return tuple(table.double() for table in weights.rotary(rows, length))
+
+    parts = {name: getattr(weights, name).double() for name in ("embed", "bigram", "gate", "head")}
+    # PyTorch's other backends for attention take no float64 on a GPU.
+    return replace(weights, **parts, blocks=tuple(map(wide, weights.blocks)), rotary=rotary, attention="math")
+
+
+def _hidden(weights: Weights, inputs: torch.Tensor, longest: int, adapters: Adapters | None = None) -> torch.Tensor:
+    """float64 [S, D] of one window int [1, S], by the reference ops in the weights' dtype."""
+    cos, sin = (table[: inputs.size(1)].contiguous() for table in weights.rotary(inputs.size(1), longest))
+    return network.hidden(weights, inputs, (cos, sin), adapters, backend="reference")[0].double()
+
+
+def _full_nll(wide: Weights, h: torch.Tensor, head: Lora | None, targets: torch.Tensor, divisor: float) -> torch.Tensor:
+    """NLL float64 [S] of a softmax over all logits, for h float64 [S, D]."""
+    z = h @ wide.head.T
+    if head is not None:
+        z = z + (h @ head.a[0].T) @ head.b[0].T
+    logp = softcap_logits_ref(z, wide.config.logit_softcap, divisor).log_softmax(-1)
+    return -logp.gather(1, targets[:, None])[:, 0]
 
 
 @torch.no_grad()
 def full_softmax(model: GPT, config: TTTConfig, tokens: np.ndarray, tolerance: float) -> Check:
     """Whether the recorded NLLs of a document's last chunk are those of a softmax over the whole vocabulary.
 
-    The logits are computed anew, all of them, from the adapter as it was when that chunk was scored, and normalised in
-    float64. With the context `cached` they are the base model's.
+    Hidden states and all logits are computed anew in float64, from the same weights and from the adapter as it was when
+    that chunk was scored: what the recorded NLLs differ by is the rounding of one pass. With the context `cached` they
+    are the base model's.
     """
     document = Document("audited", tokens.astype(np.uint16), 1)
     config = config.override({"deadline": 0.0, "phases": 0})
@@ -428,22 +564,16 @@ def full_softmax(model: GPT, config: TTTConfig, tokens: np.ndarray, tolerance: f
             recorded = engine.token_nll([document], engine.adapt([document], Deadline(0)).kept_pass)[0]
         pool = engine.pool
         slots = torch.zeros(1, dtype=torch.int32, device=weights.embed.device)
-        adapters, head = pool.layout.adapters(slots, pool.views(pool.params, 1))
+        adapters, head = _adapters_in_float64(*pool.layout.adapters(slots, pool.views(pool.params, 1)), weights.dtype)
     else:
         first = start = 0  # one window, which every document begins with
         targets = min(targets, config.window)
         recorded = BaseNll(weights, [replace(document, tokens=document.tokens[: targets + 1])], config).nll[1:]
     on_device = torch.from_numpy(document.tokens.astype(np.int64)).to(weights.embed.device)
-    inputs, longest = on_device[None, start:targets], config.window if adapts or config.is_causal else config.min_tokens
-    cos, sin = weights.rotary(inputs.size(1), longest)
-    rotary = cos[: inputs.size(1)].contiguous(), sin[: inputs.size(1)].contiguous()
-    h = network.hidden(weights, inputs, rotary, adapters, backend="reference")[0, first - start :].double()
-    z = h @ weights.head.double().T
-    if head is not None:
-        z = z + (h @ head.a[0].to(weights.dtype).double().T) @ head.b[0].to(weights.dtype).double().T
+    longest, wide = config.window if adapts or config.is_causal else config.min_tokens, in_float64(weights)
+    h = _hidden(wide, on_device[None, start:targets], longest, adapters)[first - start :]
     divisor = config.temperature_of(chunk) if adapts else 1.0
-    logp = softcap_logits_ref(z, weights.config.logit_softcap, divisor).log_softmax(-1)
-    expected = -logp[torch.arange(len(logp)), on_device[first + 1 : targets + 1]].cpu().numpy()
+    expected = _full_nll(wide, h, head, on_device[first + 1 : targets + 1], divisor).cpu().numpy()
     apart = float(np.abs(expected - recorded[first:targets]).max())
     passed = apart <= tolerance
     of = f"{'adapted' if adapts else 'base'} model, targets {first + 1} to {targets}"
@@ -451,6 +581,19 @@ def full_softmax(model: GPT, config: TTTConfig, tokens: np.ndarray, tolerance: f
     return Check(
         "full softmax",
         passed,
-        f"{of}: NLLs of a softmax over all {weights.config.vocab_size:,} logits {says} {apart:.1g} nats "
-        f"(allowed: {tolerance:g})",
+        f"{of}: NLLs of a softmax over all {weights.config.vocab_size:,} logits, in float64, {says} {apart:.3g} nats "
+        f"(allowed: {tolerance:.3g})",
     )
+
+
+def _adapters_in_float64(adapters: Adapters, head: Lora | None, dtype: torch.dtype) -> tuple[Adapters, Lora | None]:
+    """Adapters with the values that ops in `dtype` read: matrices are rounded to it, a bias is not."""
+
+    def wide(lora: Lora | None) -> Lora | None:
+        return lora and Lora(lora.a.to(dtype).double(), lora.b.to(dtype).double())
+
+    blocks = [
+        BlockAdapters(*map(wide, (of.qkv, of.o, of.up, of.down)), bias=None if of.bias is None else of.bias.double())
+        for of in adapters.blocks
+    ]
+    return adapters._replace(blocks=blocks), wide(head)

@@ -28,13 +28,10 @@ from ..model.reading import is_count, is_finite, open_regular, parse_json, read_
 from ..model.storage import differences, replacing, write_text
 from .documents import Document
 from .protocols import SCORE_FIRST, TTTConfig
-from .results import FINISHED, STATUSES, DocumentResult
+from .results import FINISHED, NLL_ROUNDING, STATUSES, DocumentResult
 
 PHASES = ("base", "prequant")
 """The passes of unadapted models whose results are kept."""
-
-ROUNDING = 1e-3
-"""How far below zero the NLL of a target may lie by rounding."""
 
 NPY_HEADER = re.compile(rb"\{'descr': '<f4', 'fortran_order': False, 'shape': \((\d{1,18}), (\d{1,18})\), \} *\n")
 """Of an array [rows, columns] of fp32 as NumPy writes it."""
@@ -381,7 +378,7 @@ def _result(values: Any) -> DocumentResult:
         raise ValueError("a result whose values are of other types")
     if result.status not in STATUSES or not all(map(is_count, counts)) or result.adapted_tokens > result.tokens:
         raise ValueError(f"a result that no document can have: {result!r:.300}")
-    if not all(is_finite(value) and value >= -ROUNDING * result.tokens for value in nats):
+    if not all(is_finite(value) and value >= -NLL_ROUNDING * result.tokens for value in nats):
         raise ValueError(f"a result whose nats are negative or no number: {nats!r:.200}")
     result.name.encode(errors="surrogateescape")  # as a file's name can be; UnicodeEncodeError is a ValueError
     return result

@@ -376,7 +376,8 @@ def _draw_totals(axes, result: ScoreResult) -> None:
     names = ("before\nquantisation", "after\nquantisation", "\n".join(("adapted", *_marks(result))))
     axes.set_xticks(range(3), names, fontsize=11)
     axes.set_xlabel("gap: after - before; gain: after - adapted", fontsize=11)
-    axes.set_ylim(0, max(drawn) * 1.25 or 1.0)
+    most = max(drawn)
+    axes.set_ylim(0, most * 1.25 if most > 0 else 1.0)
     text = "" if result.bytes_of == "text" else f" of the {result.bytes_of}"
     axes.set_title(f"bits per byte{text} (lower is better)", fontsize=12)
     axes.spines[["top", "right"]].set_visible(False)

@@ -46,6 +46,13 @@ STATUSES = SHORT, ADAPTED, PARTIAL, NOT_ADAPTED, DIVERGED, BASE_ALONE
 FINISHED = SHORT, ADAPTED, DIVERGED
 """Of documents that a run which goes on does not score again."""
 
+NLL_ROUNDING = 2.0**-13
+"""Nats by which rounding may put an NLL below 0: of each target, and as often of a document as it has targets.
+
+The NLL is a logsumexp minus a logit in fp32, which for a target that is all but certain are the same number. Of 256 to
+512, more than any logits are that a model is trained with, numbers of fp32 are 2^-15 apart. Four such steps are for
+what the two went through before: sums in another order, exp and log to the base 2."""
+
 LISTED = 5
 """Names of diverged documents that a note lists."""
 

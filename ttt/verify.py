@@ -19,19 +19,21 @@ import safetensors.numpy
 from ..errors import KloraError
 from ..model.config import ConfigError
 from ..model.gpt import GPT
+from ..model.reading import is_finite
 from ..model.storage import write_bytes
 from .audit import AuditReport, Check
 from .documents import Document
 from .hf_model import HfModel
 from .pipeline import ScoreRequest, score
 from .protocols import TTTConfig
-from .results import FINISHED, ScoreResult, bits_per_byte
+from .results import FINISHED, NLL_ROUNDING, ScoreResult, bits_per_byte
 from .sampling import is_for_tuning, sample
 
 NLL_FORMAT = "klora-nll-1"
 
 RELATIVE = 1e-3
-"""Share of a document's nats by which they may differ where versions, device, threads or scorer do."""
+"""Share of a document's nats, of one at least, by which they may differ where versions, device, threads or scorer
+do."""
 
 SETTING = "versions", "device", "threads", "scorer"
 """The facts of a result under which the same document has the same bits."""
@@ -57,7 +59,8 @@ class Stored:
                 if not isinstance(document["name"], str) or not isinstance(document["sha256"], str):
                     raise TypeError("a document without a name and a hash")
                 numbers = [document[name] for name in ("tokens", "bytes", "base_nats", "adapted_nats")]
-                if not all(type(n) in (int, float) and math.isfinite(n) and n >= 0 for n in numbers):
+                fits = all(map(is_finite, numbers)) and min(numbers[:2]) >= 0
+                if not fits or min(numbers[2:]) < -NLL_ROUNDING * numbers[0]:
                     raise TypeError(f"numbers {numbers} of {document['name']!r:.60}")
             same = isinstance(self.totals, dict) and isinstance(self.source, dict) and isinstance(self.weights, str)
             if not same or not all(isinstance(self.source[name], int) for name in ("documents", "most_tokens")):
@@ -115,8 +118,8 @@ def verify(
     """Recompute a random share of the documents of a stored score and compare; one check a line.
 
     documents: all that the source has, whether or not they were sampled. setting: `versions` and `device` here. nll: as
-    :func:`read_nll` gives it. rounding: the share of a document's nats by which they may differ where the setting does;
-    where it does not they must be the same to the bit.
+    :func:`read_nll` gives it. rounding: the share of a document's nats, of one at least, by which they may differ where
+    the setting does; where it does not they must be the same to the bit.
     """
     checks = [_which(stored, documents), _totals(stored), _valid(stored)]
     by_hash = {document.sha256: document for document in documents}
@@ -204,7 +207,8 @@ def _recomputed(again: Sequence[Mapping[str, Any]], found: ScoreResult, allowed:
     for old, new in zip(again, found.documents, strict=True):
         for name in ("base_nats", "adapted_nats"):
             a, b = old[name], getattr(new, name)
-            apart = abs(a - b) / max(abs(b), 1e-300) if a != b else 0.0
+            # Of a document of certain targets the nats are rounding alone, of which a share says nothing.
+            apart = abs(a - b) / max(abs(b), 1.0)
             if apart > worst:
                 worst, where = apart, f"{name} of {old['name']!r} is {a}, and {b} when it is computed anew"
     how = "to the bit" if not differs else f"within a share of {allowed:g}, as {', '.join(differs)} differ"
