@@ -5,29 +5,44 @@
     synccheck  barriers that not all threads reach
     initcheck  reads of global memory that nothing has written
 
-Each tool runs each file of tests in a process of its own, without PyTorch's caching allocator: with it an access past
-a tensor's end falls into its neighbour and is not seen. Graphs cannot be captured without it, so tests of graphs are
-left out, and those that compare speed or take minutes under a tool. `--whole` leaves nothing out.
+Tests run without PyTorch's caching allocator: with it an access past a tensor's end falls into its neighbour and is not
+seen. Graphs cannot be captured without it, so tests of graphs are left out, and those that compare speed, repeat what
+others have run for its bits or its statistics, or take gigabytes; of a test with parameters run as many cases as have
+each value of each parameter once. `--whole` leaves nothing out. Each file is dealt in parts, each a process of its own.
 
-The tools do not see the copy engine (TMA): what it writes to shared memory has no writer for racecheck, and what it
-stores to global memory counts as never written for initcheck. initcheck's findings are therefore listed by kernel, to
-be explained one by one, and do not fail the run; those of the other tools do.
+A finding in a kernel of ours, or in none, fails the run, and so does a test that fails. Findings in other kernels are
+named and fail nothing: the tools do not see the copy engine (TMA) and its barriers, which cuBLAS lives by. For the same
+reason some of ours may have findings; KNOWN says which and why. A kernel that memcheck ends, whosever it is, also fails
+its test.
 """
 
 import argparse
+import ast
 import os
 import re
+import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
-from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter, defaultdict
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import cache, partial
+from itertools import chain
 from pathlib import Path
 
 import torch
 
-TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
+TESTS = Path(__file__).resolve().parent
+TOOLS = ("racecheck", "initcheck", "memcheck", "synccheck")
+"""The slowest first."""
+COSTS = {"racecheck": 8, "initcheck": 3, "memcheck": 2, "synccheck": 2}
+"""About how long one test takes, beside the others."""
+SHARE = 48
+"""The most that a part costs: six tests by racecheck. Less, and processes would only start; more, and the last of them
+would run alone."""
 FILES = (
     *("test_attention", "test_cached_attention", "test_contract", "test_elementwise"),
     *("test_embedding", "test_int6_linear", "test_linear_nll", "test_lora_adam"),
@@ -36,31 +51,300 @@ FILES = (
     *("test_newton_schulz", "test_qkv_attention", "test_residual_mlp", "test_residual_mlp_norm", "test_rotary"),
     "test_swiglu",
 )
-LEFT_OUT = "graph or captur or compile or fullgraph or opcheck or faster or speed or twenty or every_time or past_2_31"
-KERNEL = re.compile(r"in (?:kernel )?`?([A-Za-z_]\w*)(?:\(|`|\+0x| in )|at ([A-Za-z_]\w*)\+0x|at (\w+)\(")
-SUMMARY = re.compile(r"(?:ERROR SUMMARY|RACECHECK SUMMARY): (\d+)")
+GRAPHS = ("graph", "captur", "compile", "opcheck")
+REPEATED = ("twenty", "fifty", "thousand", "every_time", "every_batch", "every_run", "runs_and_batches")
+REPEATED += ("depend_on_the_batch", "everything_is_written", "bits_of_no_mask", "not_finite_stays")
+"""Their kernels run in other tests; what they add is that bits are equal, or many steps."""
+LARGE = ("beyond_32_bits", "two_to_the_thirty", "vocabulary_of_a_large_model", "its_memory_is")
+LARGE += ("logits_in_memory", "second_copy")
+"""More than 4 GB, or a count of the bytes that the caching allocator holds."""
+LEFT_OUT = " or ".join(GRAPHS + REPEATED + LARGE)
+
+FOREIGN = ("nvjet", "cutlass", "gemm", "at6native")
+"""In the mangled names of kernels of cuBLAS and PyTorch, and in none of ours."""
+KNOWN: dict[str, dict[str, str]] = {"racecheck": {}, "initcheck": {}}
+"""Of a tool: our kernels whose findings have been explained, and how."""
+
+REPORT = re.compile(r"(?<!=)={9}(?!=) ?(.*)")
+SUMMARY = re.compile(r"(?:ERROR|RACECHECK) SUMMARY: (\d+)")
+PLACE = re.compile(
+    r"(?:\bat |\bin kernel |Device Frame: ?)`?(?:0x[0-9a-f]+ in )?(?:void )?(~?[A-Za-z_][\w:.$]*)(?=[+(<`])"
+)
+ASIDE = ("COMPUTE-SANITIZER", "Target application", "This tool is deprecated", "LEAK SUMMARY")
+"""What the tools say that is no finding."""
+NO_MEMORY = re.compile(r"out of memory|MEMORY_ALLOCATION|cudaErrorMemoryAllocation", re.IGNORECASE)
+UNNAMED, NOT_PRINTED = "no kernel", "not printed"
+MOST_PRINTED = 10_000
+"""Findings of a process. With fewer, those elsewhere would hide ours; with no limit, one fault would fill the disk."""
+
 NO_GPU = (
     "there is no CUDA GPU here, and compute-sanitizer watches kernels run on one; run `make sanitize` where there is"
 )
 NO_TOOL = (
     "compute-sanitizer was not found; it comes with the CUDA toolkit (cuda-sanitizer), give its path with --sanitizer"
 )
+say = partial(print, flush=True)
 
 
-def command(sanitizer: str, tool: str, file: Path, chosen: str) -> list[str]:
-    """One tool over one file of tests."""
-    more = {"memcheck": ["--leak-check", "no"], "racecheck": ["--racecheck-report", "analysis"]}.get(tool, [])
-    tests = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "gpu", str(file)]
-    tests += ["-k", chosen] if chosen else []
-    return [sanitizer, "--tool", tool, *more, "--target-processes", "all", "--print-limit", "50", *tests]
+@cache
+def ours() -> frozenset[str]:
+    """Names of klora's kernels and device functions: what is decorated with triton.jit or gluon.jit."""
+    found = set()
+    for file in (TESTS.parent / "kernels").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.FunctionDef) and any("jit" in ast.unparse(each) for each in node.decorator_list):
+                found.add(node.name)
+    return frozenset(found)
 
 
-def findings(text: str) -> tuple[int, Counter]:
-    """(how many errors a tool counted, in which kernels it reported them)."""
-    counted = sum(int(found) for found in SUMMARY.findall(text))
-    lines = [line for line in text.splitlines() if line.startswith("=========")]
-    kernels = Counter(next(filter(None, found.groups())) for line in lines if (found := KERNEL.search(line)))
-    return counted, kernels
+@dataclass
+class Found:
+    """Findings by kernel: in ours, those of ours that are explained, elsewhere. `no_memory`: an allocation failed."""
+
+    here: Counter = field(default_factory=Counter)
+    known: Counter = field(default_factory=Counter)
+    elsewhere: Counter = field(default_factory=Counter)
+    no_memory: bool = False
+
+    def __str__(self) -> str:
+        parts = [f"{self.here.total()} findings in ours{_named(self.here)}"]
+        parts += [f"{self.known.total()} explained{_named(self.known)}"] if self.known else []
+        parts += [f"{self.elsewhere.total()} elsewhere{_named(self.elsewhere)}"] if self.elsewhere else []
+        return ", ".join(parts)
+
+    def add(self, other: "Found") -> None:
+        for name in ("here", "known", "elsewhere"):
+            getattr(self, name).update(getattr(other, name))
+
+
+def _named(kernels: Counter) -> str:
+    most = [f"{kernel} x{count}" for kernel, count in kernels.most_common(20)]
+    return f" ({'; '.join(most)}{'; ...' if len(kernels) > 20 else ''})" if most else ""
+
+
+def findings(text: str, tool: str) -> Found:
+    """What a tool reported in its output, be it whole or cut."""
+    found, reports, counted = Found(no_memory=bool(NO_MEMORY.search(text))), [], 0
+    for line in text.splitlines():
+        said = REPORT.search(line)  # after pytest's dots, in the middle of a line
+        if said is None:
+            continue
+        said = said[1]
+        if summary := SUMMARY.search(said):
+            counted += int(summary[1])
+        elif said.startswith((" ", "and ")) and reports:
+            reports[-1] += f"\n{said}"
+        elif said.strip() and not any(aside in said for aside in ASIDE):
+            reports.append(said)
+    for report in reports:
+        if report.startswith("Program hit") and NO_MEMORY.search(report):
+            continue
+        kernels = [kernel.rpartition("::")[2].rpartition(".")[2] for kernel in PLACE.findall(report)]
+        own = next((kernel for kernel in kernels if kernel in ours()), None)
+        if own is not None:
+            (found.known if own in KNOWN.get(tool, ()) else found.here)[own] += 1
+        elif kernels:
+            found.elsewhere[kernels[0]] += 1
+        else:
+            found.here[UNNAMED] += 1
+    if counted > len(reports):
+        found.here[NOT_PRINTED] += counted - len(reports)
+    return found
+
+
+def spread(tests: list[str]) -> list[str]:
+    """Of each test those cases, by their ids, that have each value of each parameter at least once."""
+    cases, chosen = defaultdict(list), set()
+    for test in tests:
+        name, _, ids = test.partition("[")
+        cases[name].append((test, list(enumerate(ids.removesuffix("]").split("-")))))
+    for those in cases.values():
+        left, taken = set(chain.from_iterable(values for _, values in those)), Counter()
+        while left:
+            # Most new values, then those that were taken least: dtypes take turns over the shapes.
+            test, values = max(those, key=lambda case: (len(left & {*case[1]}), -sum(taken[v] for v in case[1])))
+            chosen.add(test)
+            left -= {*values}
+            taken.update(values)
+    return [test for test in tests if test in chosen]
+
+
+def collected(files: list[str], whole: bool) -> dict[str, list[str]]:
+    """The tests of each file by their ids, as pytest finds and selects them. SystemExit: it cannot."""
+    asked = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-o", "addopts=", "-p", "no:cacheprovider"]
+    asked += ["-m", "gpu", *([] if whole else ["-k", f"not ({LEFT_OUT})"])]
+    done = subprocess.run([*asked, *(str(TESTS / f"{name}.py") for name in files)], capture_output=True, text=True)
+    if done.returncode not in (0, 5):
+        raise SystemExit(f"pytest could not collect the tests:\n{done.stdout}{done.stderr}")
+    found: dict[str, list[str]] = {name: [] for name in files}
+    for line in done.stdout.splitlines():
+        file, colons, test = line.partition("::")
+        if colons and Path(file).stem in found:
+            found[Path(file).stem].append(f"{TESTS / Path(file).name}::{test}")
+    return found if whole else {name: spread(tests) for name, tests in found.items()}
+
+
+@dataclass(eq=False)
+class Part:
+    """Some tests of a file under one tool. `is_alone`: again, when no other process shares the GPU's memory."""
+
+    tool: str
+    file: str
+    tests: list[str]
+    number: int
+    of: int
+    is_alone: bool = False
+    began: float = 0.0
+    process: subprocess.Popen | None = None
+
+    def __str__(self) -> str:
+        which = f" {self.number}/{self.of}" if self.of > 1 else ""
+        return f"{self.tool} {self.file}{which}{' alone' if self.is_alone else ''}"
+
+    @property
+    def cost(self) -> int:
+        return COSTS[self.tool] * len(self.tests)
+
+    def log(self, logs: Path) -> Path:
+        return logs / f"{str(self).replace(' ', '-').replace('/', '-of-')}.txt"
+
+    def command(self, sanitizer: str) -> list[str]:
+        options = ["--racecheck-report", "analysis"] if self.tool == "racecheck" else []
+        if self.tool in ("racecheck", "synccheck"):
+            # Shared memory and barriers are a kernel's own: what is wrong with another's cannot come from ours, and to
+            # watch them takes most of the time. What they read and write in global memory can.
+            options += chain.from_iterable(("--kernel-name-exclude", f"kns={name}") for name in FOREIGN)
+        asked = [sanitizer, "--tool", self.tool, *options, "--target-processes", "all"]
+        asked += ["--print-limit", str(MOST_PRINTED), "--show-backtrace", "device"]
+        asked += [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu"]
+        # The suite makes an error of what is raised where nobody can catch it, such as in a callback of a lock. In a
+        # process slowed down a hundred times that is about the clock, and it would end a test that has no finding.
+        return [*asked, "-W", "default::pytest.PytestUnraisableExceptionWarning"]
+
+    def start(self, sanitizer: str, logs: Path) -> None:
+        asked = self.command(sanitizer)
+        shown = shlex.join([*asked, f"{self.file}.py"]).removesuffix(f" {self.file}.py")
+        say(f"$ PYTORCH_NO_CUDA_MEMORY_CACHING=1 {shown} # {len(self.tests)} tests: {self.log(logs)}")
+        environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "TRITON_INTERPRET": "0"}
+        self.began = time.monotonic()
+        with open(self.log(logs), "w") as output:
+            output.write(f"$ PYTORCH_NO_CUDA_MEMORY_CACHING=1 {shlex.join([*asked, *self.tests])}\n")
+            output.flush()
+            # In a group of its own: the tool and its tests end together, and Ctrl-C is for this process alone.
+            self.process = subprocess.Popen(
+                [*asked, *self.tests],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                start_new_session=True,
+            )
+
+    def kill(self) -> None:
+        """The tool, the tests, and what they started."""
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+
+
+def parts_of(tools: list[str], tests: dict[str, list[str]]) -> list[Part]:
+    """All that is to run, the longest first."""
+    parts = []
+    for tool in tools:
+        for file, those in tests.items():
+            of = -(-len(those) * COSTS[tool] // SHARE)
+            # Dealt in turn: long tests stand side by side in a file.
+            parts += [Part(tool, file, those[i::of], i + 1, of) for i in range(of)]
+    return sorted(parts, key=lambda part: -part.cost)
+
+
+class Run:
+    """Parts that run side by side, and what they found."""
+
+    def __init__(self, parts: list[Part], given: argparse.Namespace):
+        self.waiting, self.given = parts, given
+        self.running: list[Part] = []
+        self.alone: list[Part] = []
+        self.cut: list[Part] = []
+        self.found: dict[str, Found] = defaultdict(Found)
+        self.has_failed = False
+        self.stopped_by = 0
+        self.until = given.began + given.seconds_in_all
+
+    def stop(self, number: int, frame: object) -> None:
+        self.stopped_by = number
+
+    def go(self) -> None:
+        """Until all is done, the time is over or a signal came; nothing runs afterwards."""
+        try:
+            while (self.waiting or self.running or self.alone) and not self.is_over():
+                self.begin()
+                time.sleep(0.05)
+                for part in [*self.running]:
+                    if part.process.poll() is not None:
+                        self.end(part, part.process.returncode)
+                    elif time.monotonic() - part.began > self.given.seconds:
+                        self.cut_off([part])
+        finally:
+            self.cut_off([*self.running])
+
+    def is_over(self) -> bool:
+        return bool(self.stopped_by) or time.monotonic() > self.until
+
+    def begin(self) -> None:
+        while self.waiting and len(self.running) < self.given.jobs:
+            self.running.append(self.waiting.pop(0))
+            self.running[-1].start(self.given.sanitizer, self.given.logs)
+        if self.alone and not self.running:
+            self.running.append(self.alone.pop(0))
+            self.running[-1].start(self.given.sanitizer, self.given.logs)
+
+    def cut_off(self, parts: list[Part]) -> None:
+        for part in parts:
+            part.kill()
+        until = time.monotonic() + 1.0  # a driver may take longer to clear up after them, and does so without us
+        for part in parts:
+            with suppress(subprocess.TimeoutExpired):
+                part.process.wait(max(until - time.monotonic(), 0.0))
+            self.end(part, None)
+
+    def end(self, part: Part, status: int | None) -> None:
+        """Says what `part` found; status None: it was cut off."""
+        self.running.remove(part)
+        seconds = time.monotonic() - part.began
+        found = findings(part.log(self.given.logs).read_text(errors="replace"), part.tool)
+        if found.no_memory and not part.is_alone and self.given.jobs > 1 and status is not None:
+            say(f"{part}: out of memory beside the others, {seconds:.0f} s; it runs again, alone, at the end")
+            self.alone.append(Part(part.tool, part.file, part.tests, part.number, part.of, is_alone=True))
+            return
+        said = f"cut off after {seconds:.0f} s"
+        if status is None:
+            self.cut.append(part)
+        else:
+            ended = {0: "tests pass", 5: "no test chosen"}.get(status, f"status {status}")
+            said = f"{ended}{', out of memory' * found.no_memory}, {seconds:.0f} s"
+        say(f"{part}: {found}, {said}")
+        self.found[part.tool].add(found)
+        self.has_failed |= status not in (0, 5) or bool(found.here)
+
+    def conclude(self) -> int:
+        """What was found in all and what was left undone; the exit status."""
+        for tool, found in self.found.items():
+            say(f"{tool} in all: {found}")
+        undone = [*self.waiting, *self.alone]
+        if self.cut:
+            say(f"cut: {', '.join(map(str, self.cut))}")
+        if undone:
+            say(f"not begun: {', '.join(map(str, undone))}")
+        if self.stopped_by:
+            say(f"sanitize: stopped by {signal.Signals(self.stopped_by).name}; logs so far are in {self.given.logs}")
+            return 128 + self.stopped_by
+        if (self.cut or undone) and time.monotonic() > self.until:
+            say(f"sanitize: the {self.given.seconds_in_all:.0f} s of --seconds-in-all are over")
+        if self.has_failed or self.cut or undone:
+            say("sanitize: findings, failures or parts that were not run to their end, see above")
+            return 1
+        say(f"sanitize: clean; the tools' output is in {self.given.logs}")
+        return 0
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -71,48 +355,45 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--sanitizer", default=shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     )
-    parser.add_argument("--jobs", type=int, default=1, help="processes at a time, which share the GPU and its memory")
-    parser.add_argument("--seconds", type=float, default=3600.0, help="limit of one tool over one file")
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        default=min(len(os.sched_getaffinity(0)), 16),
+        help="processes at a time, which share the GPU and its memory; one a core, up to 16",
+    )
+    parser.add_argument("--seconds", type=float, default=3600.0, help="limit of one process")
+    parser.add_argument(
+        "--seconds-in-all", type=float, default=float("inf"), help="then nothing begins, and what runs is cut"
+    )
     parser.add_argument("--logs", type=Path, default=Path("runs/sanitize"), help="where the tools' output goes")
     given = parser.parse_args(arguments)
     if not torch.cuda.is_available():
-        print(NO_GPU)
+        say(NO_GPU)
         return 2
     if not shutil.which(given.sanitizer):
-        print(NO_TOOL)
+        say(NO_TOOL)
         return 2
     given.logs.mkdir(parents=True, exist_ok=True)
-    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "TRITON_INTERPRET": "0"}
+    given.began = time.monotonic()
+    before = {number: signal.signal(number, leave) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        tests = collected(list(given.file or FILES), given.whole)
+        run = Run(parts_of(list(given.tool or TOOLS), tests), given)
+        for number in before:
+            signal.signal(number, run.stop)
+        many, of = sum(map(len, tests.values())), len(run.waiting)
+        say(f"{many} tests of {len(tests)} files under each tool, in {of} processes, {given.jobs} at a time")
+        run.go()
+        return run.conclude()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
-    def run(tool: str, name: str) -> bool:
-        """Whether this tool over this file found something that fails the run."""
-        file = Path(__file__).with_name(f"{name}.py")
-        asked = command(given.sanitizer, tool, file, "" if given.whole else f"not ({LEFT_OUT})")
-        print("$ PYTORCH_NO_CUDA_MEMORY_CACHING=1", " ".join(f"'{a}'" if " " in a else a for a in asked), flush=True)
-        log, began = given.logs / f"{tool}-{name}.txt", time.monotonic()
-        with open(log, "w") as output:
-            try:
-                status = subprocess.run(
-                    asked, stdout=output, stderr=subprocess.STDOUT, env=environment, timeout=given.seconds
-                ).returncode
-            except subprocess.TimeoutExpired:
-                status = -1
-        counted, kernels = findings(log.read_text(errors="replace"))
-        ended = {-1: f"cut off after {given.seconds:.0f} s", 0: "tests pass", 5: "no test chosen"}
-        said = ended.get(status, f"status {status}")
-        where = "; ".join(f"{kernel} x{count}" for kernel, count in kernels.most_common(20))
-        print(f"{tool} {name}: {counted} findings, {said}, {time.monotonic() - began:.0f} s {where}", flush=True)
-        return status not in (0, 5) or (counted > 0 and tool != "initcheck")
 
-    with ThreadPoolExecutor(given.jobs) as pool:
-        runs = [pool.submit(run, tool, name) for tool in given.tool or TOOLS for name in given.file or FILES]
-        failed = any([one.result() for one in runs])
-    print(
-        "sanitize: findings or failures, see above"
-        if failed
-        else f"sanitize: clean; the tools' output is in {given.logs}"
-    )
-    return int(failed)
+def leave(number: int, frame: object) -> None:
+    """While nothing runs yet."""
+    say(f"sanitize: stopped by {signal.Signals(number).name} before anything was begun")
+    raise SystemExit(128 + number)
 
 
 if __name__ == "__main__":

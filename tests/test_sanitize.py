@@ -1,5 +1,12 @@
 """The script behind `make sanitize`: what it runs and how it reads what the tools say. The tools want a GPU."""
 
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
 from pathlib import Path
 
 import klora.kernels
@@ -8,16 +15,68 @@ import sanitize
 import torch
 
 MEMCHECK = """========= COMPUTE-SANITIZER
-========= Invalid __global__ read of size 2 bytes
-=========     at _rms_norm_forward+0x1b0 in rms.py:30
+..========= Invalid __global__ read of size 2 bytes
+=========     at _dq_kernel+0x1b0 in backward.py:30
 =========     by thread (33,0,0) in block (0,0,0)
+=========     Access at 0x7f0000000200 is out of bounds
+=========     and is 1 bytes after the nearest allocation at 0x7f0000000000 of size 512 bytes
 ========= Invalid __global__ read of size 2 bytes
-=========     at _rms_norm_forward+0x1b0 in rms.py:30
+=========     at _dq_kernel+0x1b0 in backward.py:30
+========= Invalid __global__ write of size 4 bytes
+=========     at void at::native::vectorized_elementwise_kernel<(int)4, at::native::FillFunctor<float>>(int)+0x60
+.
+=============================== warnings summary ===============================
 3 passed
-========= ERROR SUMMARY: 2 errors
+========= ERROR SUMMARY: 3 errors
 """
-RACECHECK = "========= RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)\n"
+UNINITIALIZED = """========= COMPUTE-SANITIZER
+========= Uninitialized __global__ memory read of size 4 bytes
+=========     at _dq_kernel+0x1b0
+=========     by thread (0,0,0) in block (0,0,0)
+========= ERROR SUMMARY: 1 error
+"""
+ELSEWHERE = """========= COMPUTE-SANITIZER
+...========= Error: Race reported between Write access at fmha_f32_rf_sm80(PyTorch::Kernel<float, (bool)1>::Params)+0x40
+=========     and Read access at fmha_f32_rf_sm80(PyTorch::Kernel<float, (bool)1>::Params)+0x10070 [8 hazards]
+=========     and Read access at fmha_f32_rf_sm80(PyTorch::Kernel<float, (bool)1>::Params)+0x101d0 [8 hazards]
+=========
+========= Error: Race reported between Read access at nvjet_sm90_tst_64x8_64x16_4x1_v_bz_NNT+0xb00
+=========     and Write access at nvjet_sm90_tst_64x8_64x16_4x1_v_bz_NNT+0x2820 [128 hazards]
+=========
+========= RACECHECK SUMMARY: 2 hazards displayed (2 errors, 0 warnings)
+"""
+RACE = ELSEWHERE.replace("fmha_f32_rf_sm80(PyTorch::Kernel<float, (bool)1>::Params)", "_dq_kernel")
+UNKNOWN = "========= Barrier error detected. Missing init.\n========= ERROR SUMMARY: 1 error\n"
+NO_MEMORY = """========= COMPUTE-SANITIZER
+..========= Program hit cudaErrorMemoryAllocation (error 2) due to "out of memory" on CUDA API call to cudaMalloc.
+=========
+F
+E           torch.AcceleratorError: CUDA error: out of memory
+========= Target application returned an error
+========= ERROR SUMMARY: 1 error
+"""
 CLEAN = "========= COMPUTE-SANITIZER\n3 passed\n========= ERROR SUMMARY: 0 errors\n"
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys):
+    """Runs the script with a stub for the tool, a shell script, over made-up tests; (status, what it printed)."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+
+    def run(stub: str, *more: str, tests: int = 3) -> tuple[int, str]:
+        ids = [f"tests/test_mlp.py::test_{number}" for number in range(tests)]
+        monkeypatch.setattr(sanitize, "collected", lambda files, whole: dict.fromkeys(files, ids))
+        tool = tmp_path / "compute-sanitizer"
+        tool.write_text(f"#!/bin/sh\ncd {tmp_path}\n{stub}\n")
+        tool.chmod(0o755)
+        given = ["--sanitizer", str(tool), "--logs", str(tmp_path / "logs"), "--file", "test_mlp"]
+        return sanitize.main([*given, *more]), capsys.readouterr().out
+
+    return run
+
+
+def printing(text: str) -> str:
+    return f"cat <<'END'\n{text}END"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about a machine without a GPU")
@@ -26,10 +85,27 @@ def test_without_a_gpu_one_sentence_and_status_2(capsys):
     assert capsys.readouterr().out == f"{sanitize.NO_GPU}\n"
 
 
-def test_what_a_tool_found():
-    counted, kernels = sanitize.findings(MEMCHECK)
-    assert counted == 2 and kernels == {"_rms_norm_forward": 2}
-    assert sanitize.findings(RACECHECK)[0] == 1 and sanitize.findings(CLEAN) == (0, {})
+def test_what_is_ours_is_told_from_what_is_elsewhere():
+    def parts(text, tool):
+        found = sanitize.findings(text, tool)
+        assert not found.known and not found.no_memory
+        return found.here, found.elsewhere
+
+    assert parts(MEMCHECK, "memcheck") == ({"_dq_kernel": 2}, {"vectorized_elementwise_kernel": 1})
+    elsewhere = {"fmha_f32_rf_sm80": 1, "nvjet_sm90_tst_64x8_64x16_4x1_v_bz_NNT": 1}
+    assert parts(ELSEWHERE, "racecheck") == ({}, elsewhere)
+    assert parts(RACE, "racecheck")[0] == {"_dq_kernel": 1}
+    assert parts(CLEAN, "memcheck") == ({}, {})
+    assert parts(UNKNOWN, "synccheck") == ({sanitize.UNNAMED: 1}, {}), "it may be ours"
+    assert parts(ELSEWHERE.replace("2 hazards", "60 hazards"), "racecheck")[0] == {sanitize.NOT_PRINTED: 58}
+    assert sanitize.findings(MEMCHECK[:120], "memcheck").here, "of a log that was cut"
+
+
+def test_our_kernels_are_what_the_package_compiles():
+    assert {"_dq_kernel", "rotate"} < sanitize.ours() and len(sanitize.ours()) > 150
+    assert not [name for name in sanitize.ours() if any(foreign in name for foreign in sanitize.FOREIGN)]
+    for tool, kernels in sanitize.KNOWN.items():
+        assert tool in sanitize.TOOLS and kernels.keys() <= sanitize.ours() and all(kernels.values())
 
 
 def test_every_file_is_there_and_has_tests_for_a_gpu():
@@ -46,27 +122,146 @@ def test_no_file_of_an_op_is_missing():
 
 
 @pytest.mark.parametrize(
-    ("text", "status", "tool"), [(CLEAN, 0, "memcheck"), (MEMCHECK, 1, "memcheck"), (MEMCHECK, 0, "initcheck")]
+    ("text", "status", "tool", "said"),
+    [
+        (CLEAN, 0, "memcheck", "memcheck test_mlp: 0 findings in ours, tests pass"),
+        (MEMCHECK, 1, "memcheck", "2 findings in ours (_dq_kernel x2), 1 elsewhere (vectorized_elementwise_ker"),
+        (ELSEWHERE, 0, "racecheck", "racecheck test_mlp: 0 findings in ours, 2 elsewhere (fmha_f32_rf_sm80 x1; nvjet_"),
+        (RACE, 1, "racecheck", "1 findings in ours (_dq_kernel x1), 1 elsewhere (nvjet_sm90"),
+        (UNINITIALIZED, 1, "initcheck", "1 findings in ours (_dq_kernel x1), tests pass"),
+        (UNKNOWN, 1, "synccheck", "1 findings in ours (no kernel x1)"),
+    ],
 )
-def test_the_verdict(text, status, tool, tmp_path, monkeypatch, capsys):
-    """A finding fails the run; initcheck's, which has a known blind spot, are listed by kernel to be explained."""
-    stub = tmp_path / "compute-sanitizer"
-    stub.write_text(f"#!/bin/sh\ncat <<'END'\n{text}END\n")
-    stub.chmod(0o755)
+def test_the_verdict(text, status, tool, said, run):
+    """A finding in a kernel of ours, or in none, fails the run; those elsewhere are named apart."""
+    ended, printed = run(printing(text), "--tool", tool)
+    assert ended == status and said in printed
+    assert f"--tool {tool}" in printed and "PYTORCH_NO_CUDA_MEMORY_CACHING=1" in printed, "the command is printed"
+    assert (f"{tool} in all: " in printed) and ("sanitize: clean" in printed) == (status == 0)
+
+
+def test_a_finding_that_is_explained_fails_nothing_and_is_named(run, monkeypatch):
+    monkeypatch.setitem(sanitize.KNOWN, "initcheck", {"_dq_kernel": "reads what the copy engine stored"})
+    status, printed = run(printing(UNINITIALIZED), "--tool", "initcheck")
+    assert status == 0 and "0 findings in ours, 1 explained (_dq_kernel x1), tests pass" in printed
+    assert run(printing(UNINITIALIZED), "--tool", "memcheck")[0] == 1, "explained for another tool"
+
+
+def test_a_test_that_fails_fails_the_run_and_hides_no_other(run):
+    status, printed = run("exit 1", "--tool", "memcheck")
+    assert status == 1 and "0 findings in ours, status 1" in printed
+    assert "-x" not in sanitize.Part("memcheck", "test_mlp", [], 1, 1).command("compute-sanitizer")
+
+
+def test_what_ran_out_of_memory_beside_others_runs_again_alone(run, tmp_path):
+    once = f"if mkdir once 2>/dev/null; then {printing(NO_MEMORY)}\nexit 1; fi; {printing(CLEAN)}"
+    status, printed = run(once, "--tool", "memcheck", "--jobs", "2")
+    assert status == 0 and "memcheck test_mlp: out of memory beside the others" in printed
+    assert "memcheck test_mlp alone: 0 findings in ours, tests pass" in printed
+    assert "out of memory" in (tmp_path / "logs/memcheck-test_mlp.txt").read_text(), "the first log is kept"
+    status, printed = run(f"{printing(NO_MEMORY)}\nexit 1", "--tool", "memcheck", "--jobs", "2")
+    assert status == 1 and "memcheck test_mlp alone: 0 findings in ours, status 1, out of memory" in printed
+    assert run(f"{printing(NO_MEMORY)}\nexit 1", "--tool", "memcheck", "--jobs", "1")[1].count("$ PYTORCH") == 1
+
+
+@pytest.mark.parametrize("name", ["INT", "TERM"])
+def test_a_signal_ends_all_at_once_and_says_what_was_found(name, run, tmp_path):
+    """By the last of two parts that run; each has started a process of its own, and one part waits."""
+    stub = f"{printing(RACE)}\nsleep 60 & echo $! >> children\n[ $(wc -l < children) = 2 ] && kill -{name} $PPID\nwait"
+    began = time.monotonic()
+    status, printed = run(stub, "--tool", "racecheck", "--jobs", "2", tests=18)
+    assert time.monotonic() - began < 5
+    assert status == 128 + getattr(signal, f"SIG{name}") and f"stopped by SIG{name}" in printed
+    assert printed.count("1 findings in ours (_dq_kernel x1), 1 elsewhere") == 2
+    assert "racecheck in all: 2 findings in ours" in printed
+    assert "cut: racecheck test_mlp 1/3, racecheck test_mlp 2/3\n" in printed
+    assert "not begun: racecheck test_mlp 3/3\n" in printed
+    for child in (tmp_path / "children").read_text().split():
+        assert is_over(int(child))
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def is_over(process: int) -> bool:
+    """Whether it ends within a second; one that nobody has waited for is a zombie."""
+    for _ in range(100):
+        try:
+            state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+        except FileNotFoundError:
+            return True
+        if state == "Z":
+            return True
+        time.sleep(0.01)
+    return False
+
+
+def test_a_signal_before_anything_runs_ends_it_too(run, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    given = [
-        "--jobs",
-        "2",
-        "--sanitizer",
-        str(stub),
-        "--tool",
-        tool,
-        "--file",
-        "test_mlp",
-        "--logs",
-        str(tmp_path / "logs"),
-    ]
-    assert sanitize.main(given) == status
-    said = capsys.readouterr().out
-    assert f"--tool {tool}" in said and "PYTORCH_NO_CUDA_MEMORY_CACHING=1" in said, "the command is printed"
-    assert ("_rms_norm_forward x2" in said) == (text == MEMCHECK)
+    monkeypatch.setattr(
+        sanitize, "collected", lambda files, whole: os.kill(os.getpid(), signal.SIGTERM) or time.sleep(9)
+    )
+    with pytest.raises(SystemExit) as ended:
+        sanitize.main(["--sanitizer", sys.executable])
+    assert ended.value.code == 128 + signal.SIGTERM and "stopped by SIGTERM" in capsys.readouterr().out
+
+
+def test_the_time_of_the_whole_run_and_of_one_process(run):
+    limited = ("--tool", "memcheck", "--jobs", "1", "--seconds-in-all", "0.3")
+    status, printed = run(f"{printing(CLEAN)}\nsleep 60", *limited, tests=30)
+    assert status == 1 and "the 0 s of --seconds-in-all are over" in printed
+    assert "cut: memcheck test_mlp 1/2\nnot begun: memcheck test_mlp 2/2\n" in printed
+    status, printed = run("sleep 60", "--tool", "memcheck", "--seconds", "0.2")
+    assert status == 1 and "memcheck test_mlp: 0 findings in ours, cut off after 0 s" in printed
+    assert "cut: memcheck test_mlp\n" in printed and "not begun" not in printed
+
+
+def test_the_longest_begin_first_and_a_file_is_dealt_in_parts():
+    tests = {"test_mlp": [str(number) for number in range(50)], "test_rotary": ["a"], "test_swiglu": []}
+    parts = sanitize.parts_of(["synccheck", "racecheck"], tests)
+    costs = [part.cost for part in parts]
+    assert costs == sorted(costs, reverse=True) and costs[0] <= sanitize.SHARE < sum(costs)
+    for tool in ("synccheck", "racecheck"):
+        those = [part for part in parts if part.tool == tool and part.file == "test_mlp"]
+        assert Counter(test for part in those for test in part.tests) == Counter(tests["test_mlp"])
+        assert len(those) == -(-50 * sanitize.COSTS[tool] // sanitize.SHARE)
+        assert max(len(part.tests) for part in those) - min(len(part.tests) for part in those) <= 1
+    assert [str(part) for part in parts if part.file == "test_swiglu"] == []
+    assert len({part.log(Path("logs")) for part in parts}) == len(parts)
+
+
+def test_cases_with_every_value_of_every_parameter():
+    shapes, dtypes = ("7-64", "9-64", "9-32"), ("bf16", "fp16", "fp32")
+    tests = [f"t.py::test_a[{shape}-{dtype}]" for shape in shapes for dtype in dtypes]
+    chosen = sanitize.spread([*tests, "t.py::test_b", "t.py::test_c[x]", "t.py::test_c[y]"])
+    assert chosen[-3:] == ["t.py::test_b", "t.py::test_c[x]", "t.py::test_c[y]"]
+    values = [test.partition("[")[2].rstrip("]").split("-") for test in chosen[:-3]]
+    assert [{*column} for column in zip(*values, strict=True)] == [{"7", "9"}, {"64", "32"}, {*dtypes}]
+    assert len(values) == 3, "three dtypes, and no more than they take"
+
+
+@pytest.mark.slow
+def test_what_runs_under_the_tools():
+    """Something of every file, and no more than fits in minutes; what is left out is there to be left out."""
+    chosen = sanitize.collected(list(sanitize.FILES), whole=False)
+    assert all(chosen.values()) and 200 < sum(map(len, chosen.values())) < 300
+    assert all(Path(test.partition("::")[0]).stem == name for name, tests in chosen.items() for test in tests)
+    written = "".join(Path(__file__).with_name(f"{name}.py").read_text() for name in sanitize.FILES)
+    every = {name.lower() for name in re.findall(r"def (test_\w+)", written)}
+    ran = {test.partition("[")[0].rpartition("::")[2].lower() for tests in chosen.values() for test in tests}
+    for word in sanitize.GRAPHS + sanitize.REPEATED + sanitize.LARGE:
+        assert not any(word in name for name in ran) and any(word in name for name in every), word
+
+
+@pytest.mark.slow
+def test_what_a_slow_process_raises_where_nobody_catches_it_ends_no_test(tmp_path):
+    """It does in the suite, and nothing else is let pass."""
+    file = tmp_path / "test_it.py"
+    file.write_text(
+        "import gc, pytest, warnings\n\nclass Late:\n    def __del__(self):\n        raise ValueError('late')\n\n"
+        "@pytest.mark.gpu\ndef test_it():\n    Late()\n    gc.collect()\n"
+    )
+    asked = sanitize.Part("racecheck", "test_it", [], 1, 1).command("compute-sanitizer")
+    asked = asked[asked.index(sys.executable) :]
+    asked += ["-c", str(Path(__file__).parents[1] / "pyproject.toml"), "--rootdir", str(tmp_path), str(file)]
+    as_in_the_suite = [word for word in asked if "Unraisable" not in word and word != "-W"]
+    ended = [subprocess.run(words, capture_output=True, text=True, cwd=tmp_path) for words in (asked, as_in_the_suite)]
+    assert [done.returncode for done in ended] == [0, 1], ended[0].stdout
