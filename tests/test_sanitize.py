@@ -67,7 +67,7 @@ def run(tmp_path, monkeypatch, capsys):
         ids = [f"tests/test_mlp.py::test_{number}" for number in range(tests)]
         monkeypatch.setattr(sanitize, "collected", lambda files, whole: dict.fromkeys(files, ids))
         tool = tmp_path / "compute-sanitizer"
-        tool.write_text(f"#!/bin/sh\ncd {tmp_path}\n{stub}\n")
+        tool.write_text(f"#!/bin/sh\ncd {tmp_path}\n[ $1 = --version ] && echo Version 2026.4 && exit\n{stub}\n")
         tool.chmod(0o755)
         given = ["--sanitizer", str(tool), "--logs", str(tmp_path / "logs"), "--file", "test_mlp"]
         return sanitize.main([*given, *more]), capsys.readouterr().out
@@ -137,6 +137,7 @@ def test_the_verdict(text, status, tool, said, run):
     ended, printed = run(printing(text), "--tool", tool)
     assert ended == status and said in printed
     assert f"--tool {tool}" in printed and "PYTORCH_NO_CUDA_MEMORY_CACHING=1" in printed, "the command is printed"
+    assert printed.startswith("Version 2026.4\n3 tests of 1 files under each tool, in 1 processes")
     assert (f"{tool} in all: " in printed) and ("sanitize: clean" in printed) == (status == 0)
 
 
