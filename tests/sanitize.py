@@ -130,6 +130,7 @@ def _named(kernels: Counter) -> str:
 def findings(text: str, tool: str) -> Found:
     """What a tool reported in its output, be it whole or cut."""
     found, reports, counted = Found(no_memory=bool(NO_MEMORY.search(text))), [], 0
+    is_report = False
     for line in text.splitlines():
         said = REPORT.search(line)  # after pytest's dots, in the middle of a line
         if said is None:
@@ -137,10 +138,12 @@ def findings(text: str, tool: str) -> Found:
         said = said[1]
         if summary := SUMMARY.search(said):
             counted += int(summary[1])
-        elif said.startswith((" ", "and ")) and reports:
-            reports[-1] += f"\n{said}"
-        elif said.strip() and not any(aside in said for aside in ASIDE):
-            reports.append(said)
+        elif said.startswith((" ", "and ")):
+            if is_report:
+                reports[-1] += f"\n{said}"
+        elif said.strip():
+            is_report = not any(aside in said for aside in ASIDE)
+            reports += [said] * is_report
     for report in reports:
         if report.startswith("Program hit") and NO_MEMORY.search(report):
             continue
@@ -230,9 +233,8 @@ class Part:
         return [*asked, "-W", "default::pytest.PytestUnraisableExceptionWarning"]
 
     def start(self, sanitizer: str, logs: Path) -> None:
+        """The command and its tests are the first line of the log."""
         asked = self.command(sanitizer)
-        shown = shlex.join([*asked, f"{self.file}.py"]).removesuffix(f" {self.file}.py")
-        say(f"$ PYTORCH_NO_CUDA_MEMORY_CACHING=1 {shown} # {len(self.tests)} tests: {self.log(logs)}")
         environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "TRITON_INTERPRET": "0"}
         self.began = time.monotonic()
         with open(self.log(logs), "w") as output:
@@ -274,6 +276,7 @@ class Run:
         self.alone: list[Part] = []
         self.cut: list[Part] = []
         self.found: dict[str, Found] = defaultdict(Found)
+        self.shown: set[str] = set()
         self.has_failed = False
         self.stopped_by = 0
         self.until = given.began + given.seconds_in_all
@@ -300,11 +303,17 @@ class Run:
 
     def begin(self) -> None:
         while self.waiting and len(self.running) < self.given.jobs:
-            self.running.append(self.waiting.pop(0))
-            self.running[-1].start(self.given.sanitizer, self.given.logs)
+            self.start(self.waiting.pop(0))
         if self.alone and not self.running:
-            self.running.append(self.alone.pop(0))
-            self.running[-1].start(self.given.sanitizer, self.given.logs)
+            self.start(self.alone.pop(0))
+
+    def start(self, part: Part) -> None:
+        if part.tool not in self.shown:  # of each tool once: they differ in their tests alone
+            command = shlex.join(part.command(self.given.sanitizer))
+            say(f"$ PYTORCH_NO_CUDA_MEMORY_CACHING=1 {command} TESTS")
+            self.shown.add(part.tool)
+        part.start(self.given.sanitizer, self.given.logs)
+        self.running.append(part)
 
     def cut_off(self, parts: list[Part]) -> None:
         for part in parts:
