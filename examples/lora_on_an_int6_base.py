@@ -34,7 +34,7 @@ def linear_bytes():
 
 
 bytes_dense = linear_bytes()
-lora = attach(model, slots=4, targets=TARGETS, rank=8, alpha=16, base="int6")
+lora = attach(model, slots=2, targets=TARGETS, rank=8, alpha=16, base="int6")
 print(f"on {device}: {bytes_dense:,} bytes of dense weights, {linear_bytes():,} at six bits")
 print(f"logits: relative error {((model(line).logits - dense).norm() / dense.norm()).item():.1%}")
 
