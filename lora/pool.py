@@ -54,8 +54,10 @@ class Pool:
         size = sum(_aligned(rows * columns) for place in places for rows, columns in place.sizes)
         with torch.inference_mode(False):
             self.params, self.grads = (torch.zeros(slots, size, dtype=torch.float32, device=device) for _ in range(2))
+            # A column begins on 16 bytes: elsewhere a kernel is compiled once more, and no launch of it is remembered.
             self.scale, self.ranks = (
-                torch.zeros(len(places), slots, dtype=dtype, device=device).mT for dtype in (torch.float32, torch.int32)
+                torch.zeros(len(places), _aligned(slots), dtype=dtype, device=device)[:, :slots].mT
+                for dtype in (torch.float32, torch.int32)
             )
             self.uses = torch.zeros(slots, dtype=torch.int64, device=device)
             self._make_leaves()
@@ -120,5 +122,5 @@ def _move_gradient(total: Tensor, leaf: Tensor) -> None:
 
 
 def _aligned(numbers: int) -> int:
-    """Up to 16 bytes: kernels read A and B where they lie."""
+    """Up to 16 bytes: kernels read what is in a pool where it lies."""
     return -(-numbers // 4) * 4

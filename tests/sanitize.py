@@ -11,9 +11,13 @@ others have run for its bits or its statistics, or take gigabytes; of a test wit
 each value of each parameter once. `--whole` leaves nothing out. Each file is dealt in parts, each a process of its own.
 
 A finding in a kernel of ours, or in none, fails the run, and so does a test that fails. Findings in other kernels are
-named and fail nothing: the tools do not see the copy engine (TMA) and its barriers, which cuBLAS lives by. For the same
-reason some of ours may have findings; KNOWN says which and why. A kernel that memcheck ends, whosever it is, also fails
-its test.
+named and fail nothing: cuBLAS lives by the copy engine (TMA) and its barriers, which the tools know in part. For the
+same reason some of ours may have findings; KNOWN says which and why. A kernel that memcheck ends, whosever it is, also
+fails its test.
+
+By NVIDIA's release notes, initcheck counts what the copy engine stores as written from version 2025.4 on, and racecheck
+has fewer false findings about its barriers with each version up to 2026.3. `pip install nvidia-cuda-sanitizer-api`
+brings the newest; --sanitizer takes its path.
 """
 
 import argparse
@@ -70,7 +74,7 @@ SUMMARY = re.compile(r"(?:ERROR|RACECHECK) SUMMARY: (\d+)")
 PLACE = re.compile(
     r"(?:\bat |\bin kernel |Device Frame: ?)`?(?:0x[0-9a-f]+ in )?(?:void )?(~?[A-Za-z_][\w:.$]*)(?=[+(<`])"
 )
-ASIDE = ("COMPUTE-SANITIZER", "Target application", "This tool is deprecated", "LEAK SUMMARY")
+ASIDE = ("COMPUTE-SANITIZER", "Target application", "process didn't terminate")
 """What the tools say that is no finding."""
 NO_MEMORY = re.compile(r"out of memory|MEMORY_ALLOCATION|cudaErrorMemoryAllocation", re.IGNORECASE)
 UNNAMED, NOT_PRINTED = "no kernel", "not printed"
@@ -81,7 +85,8 @@ NO_GPU = (
     "there is no CUDA GPU here, and compute-sanitizer watches kernels run on one; run `make sanitize` where there is"
 )
 NO_TOOL = (
-    "compute-sanitizer was not found; it comes with the CUDA toolkit (cuda-sanitizer), give its path with --sanitizer"
+    "compute-sanitizer was not found; it comes with the CUDA toolkit, or by `pip install nvidia-cuda-sanitizer-api`: "
+    "give its path with --sanitizer"
 )
 say = partial(print, flush=True)
 
@@ -125,6 +130,7 @@ def _named(kernels: Counter) -> str:
 def findings(text: str, tool: str) -> Found:
     """What a tool reported in its output, be it whole or cut."""
     found, reports, counted = Found(no_memory=bool(NO_MEMORY.search(text))), [], 0
+    is_report = False
     for line in text.splitlines():
         said = REPORT.search(line)  # after pytest's dots, in the middle of a line
         if said is None:
@@ -132,10 +138,12 @@ def findings(text: str, tool: str) -> Found:
         said = said[1]
         if summary := SUMMARY.search(said):
             counted += int(summary[1])
-        elif said.startswith((" ", "and ")) and reports:
-            reports[-1] += f"\n{said}"
-        elif said.strip() and not any(aside in said for aside in ASIDE):
-            reports.append(said)
+        elif said.startswith((" ", "and ")):
+            if is_report:
+                reports[-1] += f"\n{said}"
+        elif said.strip():
+            is_report = not any(aside in said for aside in ASIDE)
+            reports += [said] * is_report
     for report in reports:
         if report.startswith("Program hit") and NO_MEMORY.search(report):
             continue
@@ -209,7 +217,10 @@ class Part:
         return logs / f"{str(self).replace(' ', '-').replace('/', '-of-')}.txt"
 
     def command(self, sanitizer: str) -> list[str]:
-        options = ["--racecheck-report", "analysis"] if self.tool == "racecheck" else []
+        options = {
+            "racecheck": ["--racecheck-report", "analysis"],
+            "memcheck": ["--report-api-errors", "explicit"],  # newer versions add advice about calls that succeed
+        }.get(self.tool, [])
         if self.tool in ("racecheck", "synccheck"):
             # Shared memory and barriers are a kernel's own: what is wrong with another's cannot come from ours, and to
             # watch them takes most of the time. What they read and write in global memory can.
@@ -222,9 +233,8 @@ class Part:
         return [*asked, "-W", "default::pytest.PytestUnraisableExceptionWarning"]
 
     def start(self, sanitizer: str, logs: Path) -> None:
+        """The command and its tests are the first line of the log."""
         asked = self.command(sanitizer)
-        shown = shlex.join([*asked, f"{self.file}.py"]).removesuffix(f" {self.file}.py")
-        say(f"$ PYTORCH_NO_CUDA_MEMORY_CACHING=1 {shown} # {len(self.tests)} tests: {self.log(logs)}")
         environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "TRITON_INTERPRET": "0"}
         self.began = time.monotonic()
         with open(self.log(logs), "w") as output:
@@ -266,6 +276,7 @@ class Run:
         self.alone: list[Part] = []
         self.cut: list[Part] = []
         self.found: dict[str, Found] = defaultdict(Found)
+        self.shown: set[str] = set()
         self.has_failed = False
         self.stopped_by = 0
         self.until = given.began + given.seconds_in_all
@@ -292,11 +303,17 @@ class Run:
 
     def begin(self) -> None:
         while self.waiting and len(self.running) < self.given.jobs:
-            self.running.append(self.waiting.pop(0))
-            self.running[-1].start(self.given.sanitizer, self.given.logs)
+            self.start(self.waiting.pop(0))
         if self.alone and not self.running:
-            self.running.append(self.alone.pop(0))
-            self.running[-1].start(self.given.sanitizer, self.given.logs)
+            self.start(self.alone.pop(0))
+
+    def start(self, part: Part) -> None:
+        if part.tool not in self.shown:  # of each tool once: they differ in their tests alone
+            command = shlex.join(part.command(self.given.sanitizer))
+            say(f"$ PYTORCH_NO_CUDA_MEMORY_CACHING=1 {command} TESTS")
+            self.shown.add(part.tool)
+        part.start(self.given.sanitizer, self.given.logs)
+        self.running.append(part)
 
     def cut_off(self, parts: list[Part]) -> None:
         for part in parts:
@@ -382,12 +399,19 @@ def main(arguments: list[str] | None = None) -> int:
         for number in before:
             signal.signal(number, run.stop)
         many, of = sum(map(len, tests.values())), len(run.waiting)
+        say(version_of(given.sanitizer))
         say(f"{many} tests of {len(tests)} files under each tool, in {of} processes, {given.jobs} at a time")
         run.go()
         return run.conclude()
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def version_of(sanitizer: str) -> str:
+    """What it calls itself: its findings depend on it."""
+    said = subprocess.run([sanitizer, "--version"], capture_output=True, text=True, timeout=60).stdout
+    return next((line for line in said.splitlines() if line.startswith("Version")), "Version unknown")
 
 
 def leave(number: int, frame: object) -> None:

@@ -383,3 +383,14 @@ class TestRanks:
         for ours, theirs in zip(*found, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
             assert ours.any()
+
+    @pytest.mark.parametrize("slots", [1, 3, 4, 10])
+    def test_every_linears_scales_and_ranks_lie_at_an_address_of_16_bytes(self, slots):
+        """As the leaves do: at another one a kernel is compiled once more, and its launches are not remembered."""
+        pool = attach(Tiny(), slots=slots, targets=["up", "down", "head"], rank=3).pool
+        for each in (pool, copy.deepcopy(pool)):
+            assert each.ranks.shape == each.scale.shape == (slots, len(each.places))
+            for place, leaves in enumerate(each.leaves):
+                columns = [each.ranks[:, place], each.scale[:, place]]
+                assert all(column.is_contiguous() for column in columns)
+                assert not any(tensor.data_ptr() % 16 for tensor in (*columns, *leaves))

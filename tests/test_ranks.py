@@ -702,7 +702,7 @@ from test_engine import on_gpu
 from test_ttt import document
 
 store, rank, world = met() if is_one_of_many() else (None, 0, 1)
-lengths = [1, 40, 300, *map(int, np.random.default_rng(0).lognormal(6.5, 1.0, 60))]
+lengths = [1, 40, 300, 3000, *map(int, np.random.default_rng(0).lognormal(6.2, 0.8, 40))]
 texts, found = [document(n, seed) for seed, n in enumerate(lengths)], {}
 for name in sys.argv[2:]:
     preset, _, phases = name.partition("+")
