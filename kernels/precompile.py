@@ -120,21 +120,29 @@ def _forget_hashes() -> None:
 @contextmanager
 def _launches_left_out(found: dict[tuple, Compilation]) -> Iterator[None]:
     run, compile_now = JITFunction.run, JITFunction._do_compile
+    caches: list[tuple[dict, str]] = []
+
+    noted = object()  # stands for the compiled kernel, so that its other launches are not looked at
 
     def run_nothing(self, *arguments, grid, warmup, **options):
-        return RUN(self, *arguments, grid=grid, warmup=True, **options)
+        RUN(self, *arguments, grid=grid, warmup=True, **options)
 
     def note(self, key, signature, device, constexprs, options, attrs, warmup):
-        target = self.device_caches[device][2]
+        compiled, _, target, *_ = self.device_caches[device]
         found[self, key] = Compilation(
             self, signature, constexprs, attrs, dict(options.__dict__), target, self.cache_key
         )
+        compiled[key] = noted
+        caches.append((compiled, key))
+        return noted
 
     JITFunction.run, JITFunction._do_compile = run_nothing, note
     try:
         yield
     finally:
         JITFunction.run, JITFunction._do_compile = run, compile_now
+        for compiled, key in caches:
+            del compiled[key]
 
 
 def compile_all(
