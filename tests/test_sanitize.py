@@ -347,7 +347,11 @@ def test_the_tool_that_pip_installed_is_taken_first(tmp_path, monkeypatch):
 def test_without_the_tool_one_sentence_that_says_how_to_get_it(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert sanitize.main(["--sanitizer", "/nowhere/compute-sanitizer"]) == 2
-    assert capsys.readouterr().out == f"{sanitize.NO_TOOL}\n" and "pip install nvidia-cuda-" in sanitize.NO_TOOL
+    assert capsys.readouterr().out == f"{sanitize.NO_TOOL}\n"
+    page = (Path(__file__).parents[1] / "docs/trust.md").read_text()
+    for text in (page, sanitize.NO_TOOL):
+        assert "`pip install nvidia-cuda-sanitizer-api`" in text
+    assert f"{', '.join(sanitize.TOOLS[:-1])} and {sanitize.TOOLS[-1]}, in this order" in page
 
 
 def test_cases_with_every_value_of_every_parameter():
