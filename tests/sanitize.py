@@ -16,8 +16,8 @@ A finding in a kernel of ours, or in none, fails the run, and so does a test tha
 named and fail nothing: cuBLAS lives by the copy engine (TMA) and its barriers, which the tools know in part. For the
 same reason some of ours may have findings; KNOWN says which and why. A kernel that memcheck ends, whosever it is, also
 fails its test. No kernel is left out by its name: with cuBLAS's left out, racecheck failed at a hardware exception in
-17 of 23 processes that launch one, and with none left out in none. What crashes, or runs out of memory, beside other
-processes runs once more, alone.
+17 of 23 processes that launch one, 20 at a time; with none left out, 8 at a time, in none. What crashes or runs out of
+memory beside other processes runs once more, alone.
 
 initcheck does not see what the copy engine stores through a tensor map (cp.async.bulk.tensor), up to version 2026.4:
 what Triton's descriptors and most of cuBLAS write is unwritten to it. So it runs over PLAIN alone, unless --file names
