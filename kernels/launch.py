@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.nn import Parameter
 from triton import knobs
 from triton.compiler import CompiledKernel
+from triton.experimental.gluon._runtime import GluonJITFunction
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as LaidOutDescriptor
 from triton.knobs import HookChain
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
@@ -26,14 +28,15 @@ RUN = JITFunction.run
 
 
 def launched(kernel: Any) -> Any:
-    """`kernel`, a `@triton.jit` function that is launched by keyword arguments, with cheap launches.
+    """`kernel`, a `@triton.jit` or `@gluon.jit` function launched by keyword arguments, with cheap launches.
 
     It stays the JITFunction that it is. A launch takes Triton's own way, and is not remembered, where the key does not
     say everything: an address that is not on 16 bytes, an integer past 32 bits, a hook; and while somebody has
     replaced `JITFunction.run`, to see every launch. In Triton's interpreter nothing changes.
     """
-    if IS_KNOWN and type(kernel) is JITFunction:
-        kernel.__class__ = _Launched
+    kind = {JITFunction: _Launched, GluonJITFunction: _LaunchedGluon}.get(type(kernel))
+    if IS_KNOWN and kind is not None:
+        kernel.__class__ = kind
         kernel.forms, kernel.compilations = {}, {}
     return kernel
 
@@ -65,6 +68,10 @@ class _Launched(JITFunction):
             return compiled
 
         return launch
+
+
+class _LaunchedGluon(_Launched, GluonJITFunction):
+    pass
 
 
 def _is_watched() -> bool:
@@ -116,6 +123,8 @@ def _note(values: tuple, key: list) -> int:
             key.append(1 if value == 1 else 16 if value % 16 == 0 else 2)
         elif kind is TensorDescriptor:  # made of an address on 16 bytes
             key += value.base.dtype, *value.block_shape
+        elif kind is LaidOutDescriptor:
+            key += value.base.dtype, *value.block_shape, value.layout
         elif kind is tuple:
             key.append(len(value))
             addresses |= _note(value, key)

@@ -21,6 +21,9 @@ from klora.kernels.launch import IS_KNOWN, launched
 from klora.kernels.tile import tiled
 from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as LaidOutDescriptor
 from triton.runtime.jit import JITFunction
 
 LAUNCHED: list[tuple] = []
@@ -69,6 +72,38 @@ def kernel(x_ptr, y_ptr, x_d, stride, n, factor, flag, several, BLOCK: tl.conste
         tl.store(y_ptr + i, x * factor, (i < n) & (flag != 0))
 
 
+@launched
+@gluon.jit(do_not_specialize=["n"])
+def gluon_kernel(x_d, y_ptr, n, stride, BLOCK: gl.constexpr):
+    i = gl.arange(0, BLOCK, gl.BlockedLayout([1], [32], [1], [0]))
+    if x_d is not None:
+        n += x_d.shape[0]
+    gl.store(y_ptr + i * stride, n, i < n)
+
+
+def every_gluon_launch():
+    """As :func:`every_launch`, of what only Gluon's kernels take: descriptors with a layout in shared memory."""
+    memory = {dtype: torch.zeros(1024, dtype=dtype) for dtype in (torch.bfloat16, torch.float32)}
+    y = torch.zeros(64, dtype=torch.int32)
+    plain = dict(x_d=None, y_ptr=y, n=9, stride=4, BLOCK=32, num_warps=1)
+    yield plain
+    for dtype, rows, block, width in (
+        *((torch.bfloat16, rows, (8, 64), 128) for rows in (16, 8)),
+        (torch.bfloat16, 16, (16, 64), 128),
+        (torch.bfloat16, 16, (8, 64), 64),
+        (torch.float32, 16, (8, 64), 128),
+    ):
+        tensor, bits = memory[dtype][: rows * 64].view(rows, 64), 8 * dtype.itemsize
+        layout = gl.NVMMASharedLayout(swizzle_byte_width=width, element_bitwidth=bits, rank=2)
+        for padding in ("zero", "nan"):
+            described = LaidOutDescriptor(
+                tensor, list(tensor.shape), list(tensor.stride()), list(block), layout, padding
+            )
+            yield plain | dict(x_d=described)
+    for change in (dict(stride=1), dict(stride=16), dict(n=16), dict(y_ptr=y[1:]), dict(maxnreg=64)):
+        yield plain | change
+
+
 def every_launch():
     """Arguments that differ in one thing that Triton looks at, or in none."""
     memory = {dtype: torch.zeros(64, dtype=dtype) for dtype in (torch.bfloat16, torch.float32)}
@@ -112,9 +147,10 @@ def check_every_launch(driver: Driver) -> None:
     for number in (0, 1):
         driver.device = number
         for turn in range(3):
-            for arguments in every_launch():
-                made = kernel[(3, 2)](**arguments)
-                wanted = plain(kernel, grid=(3, 2), warmup=False, **arguments)
+            both = [(kernel, arguments) for arguments in every_launch()]
+            for jitted, arguments in both + [(gluon_kernel, arguments) for arguments in every_gluon_launch()]:
+                made = jitted[(3, 2)](**arguments)
+                wanted = plain(jitted, grid=(3, 2), warmup=False, **arguments)
                 assert made is wanted and isinstance(made, CompiledKernel), (turn, arguments)
                 ours, theirs = LAUNCHED[-2:]
                 assert ours[:2] == theirs[:2] == ((3, 2, 1), 7 + number)
@@ -252,4 +288,13 @@ if __name__ == "__main__":
     triton.runtime.driver.set_active(driver := Driver())
     check_every_launch(driver)
     check_who_sees_a_launch()
-    print(json.dumps({"remembered": len(kernel.compilations), "calls": calls_of_ops(), "rows": launches_of_rows()}))
+    print(
+        json.dumps(
+            {
+                "remembered": len(kernel.compilations),
+                "gluon": len(gluon_kernel.compilations),
+                "calls": calls_of_ops(),
+                "rows": launches_of_rows(),
+            }
+        )
+    )

@@ -25,6 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ..dispatch import cdiv, multiprocessors
+from ..launch import launched
 from ..pingpong import (
     ACC,
     BLOCK,
@@ -277,6 +278,7 @@ def _load(
         _load_kept(third_desc, last_m, last_n, kepts, kept_loaded, kept_empty, (count + 1) % 2, number + 2)
 
 
+@launched
 @gluon.jit(do_not_specialize=["tiles", "S", "ROWS", "pool"])
 def _product(
     x_desc,  # [M, K], blocks [BLOCK, DEPTH]

@@ -96,6 +96,7 @@ def _load(
                     step += 1
 
 
+@launched
 @gluon.jit(do_not_specialize=["rows", "pairs"])
 def _sweep(
     h_desc,  # [rows, D], blocks [BLOCK, DEPTH]

@@ -30,6 +30,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ..dispatch import multiprocessors
+from ..launch import launched
 from .plan import CHAIN_FIELDS, Plan
 
 _barrier = getattr(gl, "barrier", None) or gl.thread_barrier  # Triton 3.7 renames it
@@ -277,6 +278,7 @@ def _store(descriptors, table, done, total, shared, GROUP: gl.constexpr, FIELDS:
         number += 2 * gl.num_programs(0)
 
 
+@launched
 @gluon.jit(do_not_specialize=["total"])
 def _chained(
     rows,  # [PANEL, BK] of the arena
