@@ -32,6 +32,7 @@ from klora.ttt.protocols import TTTConfig
 from klora.ttt.queue import Deadline
 from klora.ttt.results import Adapted
 from klora.ttt.schedule import Queue, Schedule, queues_of
+from klora.ttt.shapes import Shape
 from klora.ttt.step import EngineStep, clear_plan
 from oracles.eager import adapt as eager
 from oracles.eager import token_nll as eager_token_nll
@@ -473,7 +474,7 @@ def test_a_step_that_only_scores_runs_no_backward():
         model = GPT(preset("seed").model).requires_grad_(False)
     model.compute_dtype = torch.bfloat16
     engine = Engine(model, TTTConfig(batch=4), 5000, rows=(), capture=False, backend="triton")
-    engine.prepare([(0, 4, False)])
+    engine.prepare([Shape(0, 4, False)])
     with Ops() as ops:
         engine._steps[0, 4, False]()
     assert ops.seen == {

@@ -61,6 +61,27 @@ print(json.dumps([by_torch, loaded()]))""")
 
 
 @pytest.mark.slow
+def test_loading_and_adapting_a_model_import_no_sympy(tmp_path):
+    """PyTorch imports it for tensors on the meta device and for gradients that it is given: half a second and more."""
+    assert "sympy" not in python(f"""
+import numpy as np, torch
+from klora.model import GPT, ModelConfig, load_artifact, save_artifact
+from klora.model.loading import model_from_artifact
+from klora.ttt.documents import Document
+from klora.ttt.engine import Engine
+from klora.ttt.protocols import TTTConfig
+from klora.ttt.queue import Deadline
+config = ModelConfig(vocab_size=300, width=32, blocks=2, heads=2, kv_heads=1, mlp_hidden=64, train_length=64)
+save_artifact({str(tmp_path / "m.klora")!r}, GPT(config).state_dict(), config, b"", {{"steps": 0}})
+model = model_from_artifact(load_artifact({str(tmp_path / "m.klora")!r}), torch.device("cpu"), "dense")
+ttt = TTTConfig(chunk=16, window=32, min_tokens=2, lora_rank=2, head_rank=2, batch=2, deadline=0.0, epochs=1)
+document = Document("one", np.arange(1, 50, dtype=np.uint16), 49)
+adapted = Engine(model, ttt, 50, slots=2, backend="triton").adapt([document], Deadline(0))
+assert adapted.targets.tolist() == [48]
+print(json.dumps(sorted(sys.modules)))""")
+
+
+@pytest.mark.slow
 def test_importing_the_kernels_takes_at_most_a_seventh_longer_than_what_they_need():
     """The package needs torch, three ops Triton as well. CPU seconds, up to three times: other work only adds."""
     code = """def seconds(statement):

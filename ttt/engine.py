@@ -3,15 +3,17 @@
 The tokens of all documents lie in one buffer on the device. Adapters and their Adam state lie in the slots of the pool,
 and the NLL of every target in one record that is read once at the end. Schedule says which documents take which chunk
 in which round. A round is one small array of indices sent to the device, and one step. A step is captured as a CUDA
-graph for each window length and number of places, with or without training. `capture=False` runs the same steps without
-graphs. On a CPU that is the only way, and the reference ops take the kernels' place.
+graph for a window length and a number of places, with or without training, where :mod:`.shapes` says that it is worth
+one. `capture=False` runs the same steps without graphs. On a CPU that is the only way, and the reference ops take the
+kernels' place.
 
-Captures are made before the first document, over places that are all empty: these read token 0 alone and write nothing
-of the pool, so that a capture leaves no trace.
+Captures are made over places that are all empty: these read token 0 alone and write nothing of the pool, so that a
+capture leaves no trace.
 """
 
 import functools
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -33,6 +35,7 @@ from .queue import Deadline
 from .results import Adapted
 from .ring import Ring, ring_numbers
 from .schedule import Queue, Round, Schedule, Waiting, queues_of, visits_of
+from .shapes import CAPTURE, Shape, Shapes
 from .step import (
     CHUNKS,
     COUNT,
@@ -61,9 +64,6 @@ SLOTS_A_PLACE = 4
 
 USABLE_SHARE = 0.85
 """Share of the free memory that an engine plans for."""
-
-Shape = tuple[int, int, bool]
-"""What one step is made for: queue, places, and whether it trains."""
 
 
 def slots_a_place(config: TTTConfig) -> int:
@@ -195,6 +195,7 @@ class Engine:
         self._ring = torch.zeros(AHEAD, FIELDS, places, dtype=torch.int32, pin_memory=device.type == "cuda")
         self._sent = [torch.cuda.Event() for _ in range(AHEAD)] if device.type == "cuda" else None
         self._steps: dict[Shape, Callable[[], None]] = {}
+        self._shapes = Shapes([queue.length for queue in self.queues], CAPTURE if self.captures else 0.0)
         # With recomputed windows a shared step is one like the others.
         self._shared_steps = {} if config.context == CACHED else self._steps
         self._memory = torch.cuda.graph_pool_handle() if self.captures else None
@@ -268,16 +269,21 @@ class Engine:
         `should_stop` is asked before each.
         """
         if shapes is None:
-            shapes = [(q, rows, t) for q in range(len(self.queues)) for rows in self.rows for t in (True, False)]
+            shapes = [Shape(q, rows, t) for q in range(len(self.queues)) for rows in self.rows for t in (True, False)]
         began = time.perf_counter()
-        # The largest first, so that the others find their memory in the graphs' pool.
-        missing = set(shapes) - self._steps.keys()
-        for shape in sorted(missing, key=lambda s: (-self.queues[s[0]].length * s[1], not s[2])):
+        for shape in sorted(set(shapes) - self._steps.keys(), key=lambda shape: (-self._shapes.cost(shape), shape)):
             if should_stop():
                 break
             self._steps[shape] = self._made(shape)
         self.facts["prepare_seconds"] = self.facts.get("prepare_seconds", 0.0) + time.perf_counter() - began
         self.facts["steps"] = len(self._steps)
+
+    def _step_of(self, taken: Round) -> Callable[[], None]:
+        """The step that a round takes, which is made if it is worth that."""
+        shape = self._shapes.pick(Shape.of(taken), self._steps)
+        if shape not in self._steps:
+            self.prepare([shape])
+        return self._steps[shape]
 
     def _made(self, shape: Shape, whole: bool = False) -> Callable[[], None]:
         """A step of documents, or of whole windows whatever the context."""
@@ -330,12 +336,15 @@ class Engine:
         shape = run.chunks, self.config.passes, self.slots, self.queues, self.rows
         if waiting is None:
             rounds: Iterable[Round] = list(Schedule(*shape, self.config.trained_from))
-            shapes = [(taken.queue, taken.rows, bool(taken.trains.any())) for taken in rounds]
+            shapes = self._shapes.worth(Counter(map(Shape.of, rounds)), self._steps)
         else:
             firsts = [queue.first for queue in self.queues]
             visits = visits_of(run.chunks, self.config.passes, firsts)
             rounds = Schedule(*shape, self.config.trained_from, waiting(visits))
-            shapes = None
+            # Those that nearly every run takes: whole rounds, and the narrow ones of the longest documents' ends.
+            last = len(self.queues) - 1
+            shapes = {Shape(queue, self.rows[-1], True) for queue in range(len(self.queues))}
+            shapes |= {Shape(last, rows, True) for rows in self.rows}
         self.prepare(shapes, deadline.passed)
         self._load(run, [documents[index] for index in order])
 
@@ -346,7 +355,7 @@ class Engine:
                 finished(order[through], found.of(through - through[0]))
 
         began = handed = time.perf_counter()
-        launched, spent = 0, 0.0
+        launched, spent, prepared = 0, 0.0, self.facts["prepare_seconds"]
         for number, taken in enumerate(rounds):
             self._wait(number)
             if deadline.passed() or should_stop():
@@ -364,7 +373,7 @@ class Engine:
         self.facts |= {
             "rounds": launched,
             "useful_places": run.inputs / max(run.places, 1),
-            "seconds": time.perf_counter() - began,
+            "seconds": time.perf_counter() - began - (self.facts["prepare_seconds"] - prepared),
             "handing_over_seconds": spent,
         }
         hand_over()
@@ -410,7 +419,7 @@ class Engine:
         return True
 
     def _shared_shape(self, queue: int) -> Shape:
-        return queue, self._shared_places, True
+        return Shape(queue, self._shared_places, True)
 
     def _prepare_shared(self, queues: Iterable[int]) -> None:
         """Make the shared adapter's steps of these queues: in whole windows, which the context `cached` has not."""
@@ -433,14 +442,14 @@ class Engine:
             self._sent[number % AHEAD].synchronize()
 
     def _launch(self, number: int, taken: Round, run: "Run") -> None:
-        place = number % AHEAD
+        place, step = number % AHEAD, self._step_of(taken)
         fresh = run.fill(self._ring[place].numpy(), taken, self._records)
         self.plan.copy_(self._ring[place], non_blocking=True)
         if fresh:
             slots, chunks = self.plan[FRESH, :fresh].long(), self.plan[CHUNKS, :fresh].long()
             self.pool.start(slots)
             self.chunks.index_copy_(0, slots, chunks)
-        self._steps[taken.queue, taken.rows, bool(taken.trains.any())]()
+        step()
         if self._sent is not None:
             self._sent[place].record()
 

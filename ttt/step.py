@@ -44,6 +44,23 @@ def clear_plan(plan: Tensor | np.ndarray) -> None:
     plan[LENGTH : FIRST + 1] = 1
 
 
+class _End(torch.autograd.Function):
+    """A number of which `dhidden` is the gradient with respect to `hidden`.
+
+    PyTorch takes a gradient that it is given only after comparing shapes by sympy, whose import is three quarters of a
+    second of every start.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, dhidden: Tensor) -> Tensor:
+        ctx.save_for_backward(dhidden)
+        return hidden.new_empty(())
+
+    @staticmethod
+    def backward(ctx, _: Tensor) -> tuple[Tensor, None]:
+        return *ctx.saved_tensors, None
+
+
 class EngineStep:
     """The step for `rows` places of the windows of `queue`; with a `ring`, in the context that it keeps.
 
@@ -146,11 +163,12 @@ class EngineStep:
             nll, dhidden = head_nll_grads_(
                 hidden, self.weights.head, head, targets, share, *self.loss, slots=slots, backend=self.backend
             )
+            with torch.enable_grad():
+                end = _End.apply(hidden, dhidden)
             if self.writes_pool:
-                torch.autograd.backward(hidden, dhidden)
+                end.backward()
             else:
-                block_grads = grads[: layout.head_start]
-                torch._foreach_copy_(block_grads, torch.autograd.grad(hidden, leaves, dhidden))
+                torch._foreach_copy_(grads[: layout.head_start], torch.autograd.grad(end, leaves))
         return nll
 
     def _update(self, trained: Tensor) -> None:
