@@ -16,7 +16,7 @@ from ..ttt.pipeline import SCORERS, pick_scorer
 from ..ttt.protocols import SCORE_FIRST, label, ttt_preset
 from . import options
 from .console import Output
-from .score import documents_of
+from .subject import documents_of
 from .threads import settle_threads
 
 MOST_TOKENS = 8192

@@ -2,63 +2,44 @@
 
 import hashlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import closing
-from dataclasses import dataclass, replace
-from importlib.metadata import version
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-import torch
 import typer
 
-from .. import __version__
-from ..model.artifact import Artifact, load_artifact
 from ..model.config import ConfigError
-from ..model.corpus import Corpus
-from ..model.gpt import GPT
-from ..model.loading import WEIGHTS_HELP, model_from_artifact, model_from_run, tokenizer_of
+from ..model.loading import WEIGHTS_HELP
 from ..model.lock import locked
 from ..model.parallel import is_one_of_many, own_device, rank_of_many
-from ..model.prepare import tokenizer_beside
-from ..model.shards import TokenStream, find_shards
 from ..model.signals import StopSignals
 from ..model.storage import attempt, require_writable
-from ..model.tokenizer import Tokenizer
 from ..model.train import device_name
 from ..ttt import pipeline
-from ..ttt.documents import (
-    Document,
-    documents_from_texts,
-    documents_from_tokens,
-    facts_of_texts,
-    facts_of_tokens,
-    with_own_names,
-)
-from ..ttt.hf import DTYPES, facts_of_model, hashes_of_folder, hf_documents, load_hf, token_bytes_of
-from ..ttt.hf_model import HfModel, require_for_hf
+from ..ttt.documents import facts_of_texts, facts_of_tokens
+from ..ttt.hf import DTYPES
+from ..ttt.hf_model import require_for_hf
 from ..ttt.journal import Journal, fingerprint, has_journals, open_journal, remove_journals, settings_of
 from ..ttt.pipeline import SCORERS, Interrupted, ScoreRequest, pick_scorer
-from ..ttt.protocols import HF, LEAK_WARNING, ORIGINAL, SCORE_FIRST, TTTConfig, label, ttt_preset
+from ..ttt.protocols import HF, SCORE_FIRST, TTTConfig, label, ttt_preset
 from ..ttt.queue import PATIENCE, queue_of_processes
-from ..ttt.report import TokenBytes, write_report
-from ..ttt.results import SCORE, SHORT, ScoreResult, is_short
-from ..ttt.sampling import sample
+from ..ttt.report import write_report
+from ..ttt.results import SCORE, ScoreResult, is_short
 from ..ttt.sweep import sweep
 from ..ttt.verify import write_nll
 from . import options
 from .console import Output
-from .threads import settle_threads, share_of_cores
+from .subject import Source, Subject, facts_of_source, sampled
+from .threads import settle_threads
+from .totals import say_totals
 
 SPARE_BYTES = 2**24
 """Disk space that a run wants whatever it scores: the report, its picture, a journal of some thousand documents."""
 
 TOKEN_BYTES = 48
 """Disk space a token: 8 for each kept pass, written beside the one that it replaces, and its documents' lines."""
-
-
-Source = tuple[list[Path] | None, list[Path] | None, str, Path | None]
-"""--text, --jsonl, --field and --shards."""
 
 
 def score(
@@ -286,7 +267,7 @@ def score_artifact(
     model, before = subject.model, subject.before
     seconds["load"], started = time.perf_counter() - started, time.perf_counter()
     every = subject.documents(source, output.warn)
-    documents = _sampled(every, most_tokens)
+    documents = sampled(every, most_tokens)
     of_bytes = facts_of_tokens(documents, subject.tokenizer) if source[-1] else facts_of_texts()
     seconds["tokenize"] = time.perf_counter() - started
     require_writable(folder, SPARE_BYTES + TOKEN_BYTES * sum(document.targets for document in documents))
@@ -315,7 +296,7 @@ def score_artifact(
             | {
                 "device": device_name(chosen),
                 "weights": weights,
-                "source": _facts_of_source(source, every, most_tokens),
+                "source": facts_of_source(source, every, most_tokens),
             }
             | of_bytes,
             keeps_nll=nll is not None,
@@ -358,54 +339,6 @@ def score_artifact(
     return result
 
 
-@dataclass(frozen=True)
-class Subject:
-    """What is scored: a model, its tokenizer, and what a result says of them; `before` is it before quantisation.
-
-    `documents` makes those of a source (text, jsonl, field, shards); its other argument hears of new names.
-    """
-
-    model: GPT | HfModel
-    tokenizer: Any
-    hashes: dict[str, str]
-    facts: dict[str, Any]
-    documents: Callable[[Source, Callable[[str], None]], list[Document]]
-    token_bytes: TokenBytes
-    before: GPT | None = None
-
-    @classmethod
-    def of_artifact(cls, path: Path, device: torch.device, weights: str, prequant: Path | None) -> "Subject":
-        """An artifact's. `prequant` is the run that it was exported from."""
-        loaded = load_artifact(path)
-        model = model_from_artifact(loaded, device, weights)
-        before = model_from_run(prequant, device, of=loaded) if prequant else None
-        tokenizer = tokenizer_of(loaded)
-
-        def documents(source: Source, say: Callable[[str], None]) -> list[Document]:
-            return documents_of(source, tokenizer, loaded.provenance, say)
-
-        facts = _facts(path, loaded)
-        return cls(model, tokenizer, hashes_of(loaded), facts, documents, tokenizer.token_bytes, before)
-
-    @classmethod
-    def of_folder(cls, folder: Path, device: torch.device, dtype: str, config: TTTConfig) -> "Subject":
-        """A Hugging Face folder's."""
-        module, tokenizer = load_hf(folder, device, dtype)
-        model, hashes = HfModel(module, config), hashes_of_folder(folder)
-
-        def documents(source: Source, say: Callable[[str], None]) -> list[Document]:
-            text, jsonl, field, _ = source
-            texts = options.corpus_from(text, jsonl, field).documents()
-            return with_own_names(list(hf_documents(texts, tokenizer)), say)
-
-        facts = {
-            "artifact": {"file": folder.name, **hashes},
-            "versions": versions() | {"transformers": version("transformers")},
-            **facts_of_model(model, tokenizer),
-        }
-        return cls(model, tokenizer, hashes, facts, documents, token_bytes_of(tokenizer))
-
-
 def _require_for_hf(
     paths: Mapping[str, Path | None], others: Mapping[str, bool], texts: list[Path] | None, config: TTTConfig
 ) -> None:
@@ -434,97 +367,6 @@ def _say_what_is_kept(journal: Journal, resume: bool, output: Output) -> None:
         output.say("nothing to resume from; starting afresh")
 
 
-def say_totals(result: ScoreResult, output: Output) -> None:
-    """The bits per byte and the seconds of each phase, as a table."""
-    totals, mark = result.totals(), " LEAKY" if result.config.is_leaky else ""
-    mark += "".join(f" ({note})" for note in (result.phases_note, result.deadline_note) if note)
-    names = {
-        "prequant_bpb": "before quantisation",
-        "base_bpb": "base model" if "hf" in result.facts else "after quantisation",
-        "adapted_bpb": f"adapted, {label(result.config.protocol)}",
-    }
-    rows = [
-        (name, f"{totals[key]:.4f} bits per byte{mark if key == 'adapted_bpb' else ''}")
-        for key, name in names.items()
-        if totals[key] is not None
-    ]
-    statuses = ", ".join(f"{count:,} {status}" for status, count in totals["by_status"].items())
-    rows.append(
-        ("documents", f"{totals['documents']:,} ({statuses}), {totals['tokens']:,} tokens, {totals['bytes']:,} bytes")
-    )
-    rows.append(("seconds", ", ".join(f"{phase} {value:.1f}" for phase, value in result.seconds.items())))
-    output.table("", rows)
-    if result.documents and all(document.status == SHORT for document in result.documents):
-        output.say(f"note: no document was adapted: {_why_short(result.config)}", style="bold yellow")
-    for note in [*result.notes, *_notes_on_ranks(result)]:
-        output.say(f"note: {note}", style="bold yellow")
-    if result.deadline_hit:
-        output.say(
-            f"The deadline of {result.config.deadline:g} s left text to the base model; how much depends on the speed "
-            "of this machine. With --deadline 0 all of it is adapted.",
-            style="bold yellow",
-        )
-    if result.config.is_leaky:
-        output.say(LEAK_WARNING, style="bold red")
-
-
-def _notes_on_ranks(result: ScoreResult) -> list[str]:
-    """What became of ranks that did not come to the end, which changes no score."""
-    became = {"lost_ranks": "were lost, and others took over their documents", "absent_ranks": "never came"}
-    ranks = {says: ", ".join(map(str, result.facts.get(name, ()))) for name, says in became.items()}
-    return [f"of the ranks, these {says}: {numbers}" for says, numbers in ranks.items() if numbers]
-
-
-def _why_short(config: TTTConfig) -> str:
-    if not config.learns:
-        return f"at lr={config.lr:g} no step changes anything, and the score is the base model's"
-    if config.layout == ORIGINAL:
-        return f"with layout=original and min_tokens={config.min_tokens}, none has so many tokens, BOS counted"
-    return (
-        f"with chunk={config.chunk} and adapt_from={config.adapt_from}, only what comes after a document's first "
-        f"{config.first_adapted:,} targets can be, and none has more"
-    )
-
-
-def documents_of(
-    source, tokenizer: Tokenizer, provenance: dict, say: Callable[[str], None] = lambda text: None
-) -> list[Document]:
-    """The documents of a source (text, jsonl, field, shards), in its order; without one, the library's held-out part.
-
-    Each has a name of its own; `say` hears of those that were given one. ConfigError, CorpusError or TokenizerError: no
-    such source, or text that the tokenizer does not keep.
-    """
-    text, jsonl, field, shards = source
-    if shards:
-        if tokenizer_beside(shards).to_bytes() != tokenizer.to_bytes():
-            raise ConfigError(
-                f"the shards in {shards} were made by another tokenizer than the artifact's; make them again"
-            )
-        found = list(documents_from_tokens(TokenStream(find_shards(shards, "val")).documents(), tokenizer))
-    else:
-        corpus = options.corpus_from(text, jsonl, field) or _held_out_stdlib(provenance)
-        found = list(documents_from_texts(corpus.documents(), tokenizer, share_of_cores()))
-    return with_own_names(found, say)
-
-
-def _sampled(documents: list[Document], most_tokens: int) -> list[Document]:
-    """The documents to score: all, or with `most_tokens` a sample that no score can influence."""
-    if not most_tokens:
-        return documents
-    kept = sample(documents, most_tokens)
-    if not kept:
-        raise ConfigError(f"--most-tokens {most_tokens} is less than any document has; allowed: more, or 0 for all")
-    return kept
-
-
-def _held_out_stdlib(provenance: dict) -> Corpus:
-    """The part of the standard library that training held out; with another share, trained text would be scored."""
-    sources = provenance.get("sources")
-    sources = sources if isinstance(sources, dict) else {}
-    share = sources.get("validation_share") if sources.get("kind") == "stdlib" else None
-    return Corpus.stdlib("validation", share) if share else Corpus.stdlib("validation")
-
-
 def _shown(show):
     names = {
         "base": "base model",
@@ -535,43 +377,3 @@ def _shown(show):
         "sweep": "sweep",
     }
     return lambda phase, done, total: show(names[phase], done, total, "tokens")
-
-
-def _facts_of_source(source, documents: list[Document], most_tokens: int) -> dict[str, Any]:
-    """What was scored: the files' names, what they hold, and of how many tokens a sample was taken; 0: none was."""
-    text, jsonl, field, shards = source
-    kind = "shards" if shards else "text" if text else "jsonl" if jsonl else "stdlib"
-    digest = hashlib.sha256("".join(sorted(document.sha256 for document in documents)).encode())
-    return {
-        "kind": kind,
-        "files": [path.name for path in ([shards] if shards else text or jsonl or [])],
-        **({"field": field} if jsonl else {}),
-        "hashes_are_of": "tokens" if shards else "text",
-        "documents": len(documents),
-        "tokens": sum(document.targets for document in documents),
-        "sha256": digest.hexdigest(),
-        "most_tokens": most_tokens,
-    }
-
-
-def hashes_of(artifact: Artifact) -> dict[str, str]:
-    """What an artifact is: header and payload."""
-    return {name: artifact.header[name] for name in ("header_sha256", "payload_sha256")}
-
-
-def versions() -> dict[str, str]:
-    """The versions that bits depend on."""
-    return {"klora": __version__, "torch": torch.__version__}
-
-
-def _facts(path: Path, artifact: Artifact) -> dict[str, Any]:
-    """What a reader needs to know to trust or repeat the result."""
-    return {
-        "artifact": {
-            "file": path.name,
-            "bytes": path.stat().st_size,
-            **hashes_of(artifact),
-            "provenance": artifact.provenance,
-        },
-        "versions": versions(),
-    }

@@ -17,7 +17,7 @@ from ..ttt.verify import verify as verify_stored
 from . import options
 from .audit import finish
 from .console import Output
-from .score import Subject, documents_of, hashes_of, versions
+from .subject import Subject, documents_of, hashes_of, versions
 from .threads import settle_threads
 
 

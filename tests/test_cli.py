@@ -28,7 +28,7 @@ from klora.cli import main
 from klora.cli.bench import require_replaceable
 from klora.cli.console import Amount, Output
 from klora.cli.demo import is_demo
-from klora.cli.score import _held_out_stdlib
+from klora.cli.subject import _held_out_stdlib
 from klora.install import pip_install
 from klora.model import load_artifact
 from klora.model.config import preset

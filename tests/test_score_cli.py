@@ -152,7 +152,7 @@ def test_what_cannot_be_written_is_found_before_the_work(artifact, texts, tmp_pa
     def work(*arguments, **options):
         raise AssertionError("the work has begun")
 
-    monkeypatch.setattr("klora.cli.score.load_artifact", work)
+    monkeypatch.setattr("klora.cli.subject.load_artifact", work)
     (tmp_path / "file").touch()
     for out, says in (
         ("/proc/klora/scores", "cannot be written"),
@@ -381,7 +381,7 @@ def test_kernels_are_compiled_for_the_documents_that_are_adapted(
         raise KeyboardInterrupt
 
     monkeypatch.setattr("klora.cli.score.own_device", lambda name: SimpleNamespace(type="cuda"))
-    monkeypatch.setattr("klora.cli.score.model_from_artifact", lambda *about: None)
+    monkeypatch.setattr("klora.cli.subject.model_from_artifact", lambda *about: None)
     monkeypatch.setattr("klora.cli.warm.warmed", warmed)
     monkeypatch.setattr("klora.cli.warm.scoring", lambda model, config, documents, weights: asked.append(documents))
     klora(*command(artifact, texts, tmp_path / "out", "--set", f"adapt_from={adapt_from}"), check=130)

@@ -1,0 +1,158 @@
+"""What a command scores: a model with its tokenizer, and the documents of a source."""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import __version__
+from ..model.artifact import Artifact, load_artifact
+from ..model.config import ConfigError
+from ..model.corpus import Corpus
+from ..model.gpt import GPT
+from ..model.loading import model_from_artifact, model_from_run, tokenizer_of
+from ..model.prepare import tokenizer_beside
+from ..model.shards import TokenStream, find_shards
+from ..model.tokenizer import Tokenizer
+from ..ttt.documents import Document, documents_from_texts, documents_from_tokens, with_own_names
+from ..ttt.hf import facts_of_model, hashes_of_folder, hf_documents, load_hf, token_bytes_of
+from ..ttt.hf_model import HfModel
+from ..ttt.protocols import TTTConfig
+from ..ttt.report import TokenBytes
+from ..ttt.sampling import sample
+from . import options
+from .threads import share_of_cores
+
+Source = tuple[list[Path] | None, list[Path] | None, str, Path | None]
+"""--text, --jsonl, --field and --shards."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is scored: a model, its tokenizer, and what a result says of them; `before` is it before quantisation.
+
+    `documents` makes those of a source (text, jsonl, field, shards); its other argument hears of new names.
+    """
+
+    model: GPT | HfModel
+    tokenizer: Any
+    hashes: dict[str, str]
+    facts: dict[str, Any]
+    documents: Callable[[Source, Callable[[str], None]], list[Document]]
+    token_bytes: TokenBytes
+    before: GPT | None = None
+
+    @classmethod
+    def of_artifact(cls, path: Path, device: torch.device, weights: str, prequant: Path | None) -> "Subject":
+        """An artifact's. `prequant` is the run that it was exported from."""
+        loaded = load_artifact(path)
+        model = model_from_artifact(loaded, device, weights)
+        before = model_from_run(prequant, device, of=loaded) if prequant else None
+        tokenizer = tokenizer_of(loaded)
+
+        def documents(source: Source, say: Callable[[str], None]) -> list[Document]:
+            return documents_of(source, tokenizer, loaded.provenance, say)
+
+        facts = _facts(path, loaded)
+        return cls(model, tokenizer, hashes_of(loaded), facts, documents, tokenizer.token_bytes, before)
+
+    @classmethod
+    def of_folder(cls, folder: Path, device: torch.device, dtype: str, config: TTTConfig) -> "Subject":
+        """A Hugging Face folder's."""
+        module, tokenizer = load_hf(folder, device, dtype)
+        model, hashes = HfModel(module, config), hashes_of_folder(folder)
+
+        def documents(source: Source, say: Callable[[str], None]) -> list[Document]:
+            text, jsonl, field, _ = source
+            texts = options.corpus_from(text, jsonl, field).documents()
+            return with_own_names(list(hf_documents(texts, tokenizer)), say)
+
+        facts = {
+            "artifact": {"file": folder.name, **hashes},
+            "versions": versions() | {"transformers": version("transformers")},
+            **facts_of_model(model, tokenizer),
+        }
+        return cls(model, tokenizer, hashes, facts, documents, token_bytes_of(tokenizer))
+
+
+def documents_of(
+    source: Source, tokenizer: Tokenizer, provenance: dict, say: Callable[[str], None] = lambda text: None
+) -> list[Document]:
+    """The documents of a source (text, jsonl, field, shards), in its order; without one, the library's held-out part.
+
+    Each has a name of its own; `say` hears of those that were given one. ConfigError, CorpusError or TokenizerError: no
+    such source, or text that the tokenizer does not keep.
+    """
+    text, jsonl, field, shards = source
+    if shards:
+        if tokenizer_beside(shards).to_bytes() != tokenizer.to_bytes():
+            raise ConfigError(
+                f"the shards in {shards} were made by another tokenizer than the artifact's; make them again"
+            )
+        found = list(documents_from_tokens(TokenStream(find_shards(shards, "val")).documents(), tokenizer))
+    else:
+        corpus = options.corpus_from(text, jsonl, field) or _held_out_stdlib(provenance)
+        found = list(documents_from_texts(corpus.documents(), tokenizer, share_of_cores()))
+    return with_own_names(found, say)
+
+
+def _held_out_stdlib(provenance: dict) -> Corpus:
+    """The part of the standard library that training held out; with another share, trained text would be scored."""
+    sources = provenance.get("sources")
+    sources = sources if isinstance(sources, dict) else {}
+    share = sources.get("validation_share") if sources.get("kind") == "stdlib" else None
+    return Corpus.stdlib("validation", share) if share else Corpus.stdlib("validation")
+
+
+def sampled(documents: list[Document], most_tokens: int) -> list[Document]:
+    """The documents to score: all, or with `most_tokens` a sample that no score can influence."""
+    if not most_tokens:
+        return documents
+    kept = sample(documents, most_tokens)
+    if not kept:
+        raise ConfigError(f"--most-tokens {most_tokens} is less than any document has; allowed: more, or 0 for all")
+    return kept
+
+
+def facts_of_source(source: Source, documents: list[Document], most_tokens: int) -> dict[str, Any]:
+    """What was scored: the files' names, what they hold, and of how many tokens a sample was taken; 0: none was."""
+    text, jsonl, field, shards = source
+    kind = "shards" if shards else "text" if text else "jsonl" if jsonl else "stdlib"
+    digest = hashlib.sha256("".join(sorted(document.sha256 for document in documents)).encode())
+    return {
+        "kind": kind,
+        "files": [path.name for path in ([shards] if shards else text or jsonl or [])],
+        **({"field": field} if jsonl else {}),
+        "hashes_are_of": "tokens" if shards else "text",
+        "documents": len(documents),
+        "tokens": sum(document.targets for document in documents),
+        "sha256": digest.hexdigest(),
+        "most_tokens": most_tokens,
+    }
+
+
+def hashes_of(artifact: Artifact) -> dict[str, str]:
+    """What an artifact is: header and payload."""
+    return {name: artifact.header[name] for name in ("header_sha256", "payload_sha256")}
+
+
+def versions() -> dict[str, str]:
+    """The versions that bits depend on."""
+    return {"klora": __version__, "torch": torch.__version__}
+
+
+def _facts(path: Path, artifact: Artifact) -> dict[str, Any]:
+    """What a reader needs to know to trust or repeat the result."""
+    return {
+        "artifact": {
+            "file": path.name,
+            "bytes": path.stat().st_size,
+            **hashes_of(artifact),
+            "provenance": artifact.provenance,
+        },
+        "versions": versions(),
+    }
