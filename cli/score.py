@@ -22,7 +22,8 @@ from ..ttt.documents import facts_of_texts, facts_of_tokens
 from ..ttt.hf import DTYPES
 from ..ttt.hf_model import require_for_hf
 from ..ttt.journal import Journal, fingerprint, has_journals, open_journal, remove_journals, settings_of
-from ..ttt.pipeline import SCORERS, Interrupted, ScoreRequest, pick_scorer
+from ..ttt.pipeline import SCORERS, ScoreRequest, pick_scorer
+from ..ttt.progress import Interrupted
 from ..ttt.protocols import HF, SCORE_FIRST, TTTConfig, label, ttt_preset
 from ..ttt.queue import PATIENCE, queue_of_processes
 from ..ttt.report import write_report

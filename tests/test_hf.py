@@ -24,7 +24,8 @@ from klora.ttt.hf import adapt_hf, begins_with, hashes_of_folder, hf_documents, 
 from klora.ttt.hf_engine import HfStep
 from klora.ttt.hf_model import MICRO_TOKENS, HfModel
 from klora.ttt.journal import Journal, fingerprint
-from klora.ttt.pipeline import Interrupted, ScoreRequest, score
+from klora.ttt.pipeline import ScoreRequest, score
+from klora.ttt.progress import Interrupted
 from klora.ttt.protocols import ttt_preset
 from klora.ttt.results import ADAPTED, SHORT
 from klora.ttt.sweep import sweep

@@ -1,7 +1,6 @@
 """What a scoring run keeps: journals that are gone on with, damaged, of another run, or changed."""
 
 import json
-import time
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +8,7 @@ from conftest import randomized
 from klora.ttt import pipeline
 from klora.ttt.base import MICRO_TOKENS
 from klora.ttt.journal import Journal, JournalError, _chained, fingerprint, open_journal, settings_of
-from klora.ttt.pipeline import Interrupted
+from klora.ttt.progress import Interrupted
 from klora.ttt.results import (
     ADAPTED,
     NLL_ROUNDING,
@@ -171,8 +170,8 @@ def test_a_kill_gives_a_deadline_no_time_back(tmp_path, monkeypatch, killed_in):
     """Four kills of a run whose clock goes on by two seconds at every look: all of it is known afterwards."""
     monkeypatch.setitem(MICRO_TOKENS, "cpu", 64)
     now, spent = [0.0], 0.0
-    clock = SimpleNamespace(perf_counter=lambda: now.append(now[-1] + 2.0) or now[-1], sleep=time.sleep)
-    monkeypatch.setattr("klora.ttt.pipeline.time", clock)
+    clock = SimpleNamespace(perf_counter=lambda: now.append(now[-1] + 2.0) or now[-1])
+    monkeypatch.setattr("klora.ttt.progress.time", clock)
     documents = [document(300), document(200, 1)]
     key = fingerprint("artifact", documents, TTT, False)
 

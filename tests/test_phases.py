@@ -25,7 +25,8 @@ from klora.ttt.documents import Document
 from klora.ttt.engine import Engine, Run, engine_of
 from klora.ttt.journal import JournalError, fingerprint
 from klora.ttt.phases import groups_of, shared_steps
-from klora.ttt.pipeline import Interrupted, ScoreRequest
+from klora.ttt.pipeline import ScoreRequest
+from klora.ttt.progress import Interrupted
 from klora.ttt.protocols import TTTConfig, ttt_preset
 from klora.ttt.queue import Deadline, StoreQueue
 from klora.ttt.results import ADAPTED, NOT_ADAPTED, SHORT

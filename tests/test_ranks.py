@@ -21,7 +21,8 @@ from klora.model.config import ConfigError
 from klora.ttt.claims import SharedWaiting, dealt
 from klora.ttt.engine import ROWS, Engine, slots_a_place
 from klora.ttt.journal import Journal, JournalError, open_journal
-from klora.ttt.pipeline import Interrupted, ScoreRequest, score
+from klora.ttt.pipeline import ScoreRequest, score
+from klora.ttt.progress import Interrupted
 from klora.ttt.protocols import ttt_preset
 from klora.ttt.queue import Member, SharedDeadline, StoreQueue, queue_of_processes
 from klora.ttt.results import ADAPTED, DIVERGED, NOT_ADAPTED, SHORT, DocumentResult, NonFiniteScore

@@ -18,7 +18,8 @@ from klora.ttt import token_gains
 from klora.ttt.base import BaseNll
 from klora.ttt.documents import Document
 from klora.ttt.journal import Journal
-from klora.ttt.pipeline import Interrupted, ScoreRequest, score
+from klora.ttt.pipeline import ScoreRequest, score
+from klora.ttt.progress import Interrupted
 from klora.ttt.protocols import LEAK_WARNING, MIN_NLL, MULTI_EPOCH, SCORE_FIRST, TTTConfig
 from klora.ttt.report import write_report
 from klora.ttt.results import ADAPTED, NOT_ADAPTED, PARTIAL, SHORT, DocumentResult, ScoreResult

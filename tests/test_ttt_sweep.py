@@ -11,7 +11,8 @@ from conftest import SMALL, randomized, words
 from klora.model.artifact import save_artifact
 from klora.model.config import ConfigError
 from klora.ttt.documents import Document
-from klora.ttt.pipeline import Interrupted, ScoreRequest, score
+from klora.ttt.pipeline import ScoreRequest, score
+from klora.ttt.progress import Interrupted
 from klora.ttt.queue import StoreQueue
 from klora.ttt.results import read_documents_csv
 from klora.ttt.sampling import is_for_tuning

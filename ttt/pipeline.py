@@ -13,8 +13,8 @@ documents alone: a run that goes on learns it again.
 
 import gc
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -22,7 +22,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..errors import KloraError
 from ..model.config import ConfigError
 from ..model.gpt import GPT
 from ..model.storage import attempt
@@ -34,6 +33,7 @@ from .engine import ROWS, Engine, engine_of, memory_of
 from .hf_model import HfModel
 from .journal import Journal, JournalError, NoJournal
 from .phases import groups_of
+from .progress import Interrupted, Progress
 from .protocols import TTTConfig
 from .queue import DocumentQueue, HandsOut
 from .results import Adapted, DocumentResult, NonFiniteScore, ScoreResult, is_short, unadapted, with_adaptation
@@ -55,20 +55,8 @@ RESCORED = 1e-5
 CPU_EVERY = 1.0
 """Seconds after which documents that are through are handed over on a CPU, where there is no device to wait for."""
 
-TIME_SHARE = 0.01
-"""Share of the time spent so far after which the journal notes it again, at the earliest after a second: what a kill
-gives a deadline back."""
-
 BLOCK = 512
 """Documents that a rank takes at a time where nothing is adapted."""
-
-
-class Interrupted(KloraError, RuntimeError):
-    """Scoring was stopped before its end; the journal, or those of all ranks, hold `done` of `total` documents."""
-
-    def __init__(self, done: int, total: int):
-        super().__init__(f"{done} of {total} documents are scored")
-        self.done, self.total = done, total
 
 
 def pick_scorer(scorer: str, device: torch.device) -> str:
@@ -138,13 +126,13 @@ def score(request: ScoreRequest) -> ScoreResult:
     if request.keeps_nll and run.queue.is_shared:
         raise ConfigError("the NLL of every target is not kept by several ranks; score in one process")
     try:
-        with run.timed("score") if run.queue.is_shared else nullcontext():
+        with run.progress.timed("score") if run.queue.is_shared else nullcontext():
             facts = run.everything()
     except (Interrupted, LostStore) as ended:
-        run.journal.add_seconds(run.spent)
+        run.journal.add_seconds(run.progress.spent)
         # All ranks were asked to stop, and the one that keeps the store was the first to go.
         if isinstance(ended, LostStore) and request.should_stop():
-            raise run.interrupted() from None
+            raise run.progress.interrupted() from None
         raise
     except NonFiniteScore as error:  # every rank would come to it
         run.queue.fail(str(error))
@@ -164,7 +152,7 @@ def score(request: ScoreRequest) -> ScoreResult:
             nll[index] = found
     facts = request.facts | {"scorer": scorer, "threads": torch.get_num_threads()} | facts
     hashes = [document.sha256 for document in request.documents]
-    return ScoreResult(results, request.config, run.seconds, facts, run.gains, hashes, nll)
+    return ScoreResult(results, request.config, run.progress.seconds, facts, run.gains, hashes, nll)
 
 
 def _scored_again(
@@ -193,12 +181,13 @@ def _frozen(model: GPT | HfModel) -> Weights | HfModel:
 
 
 class _Run:
-    """What one process does of a request. `seconds` by phase are those of interrupted runs, too."""
+    """What one process does of a request."""
 
     def __init__(self, request: ScoreRequest, queue: DocumentQueue, journal: Journal, scorer: str):
         self.documents, self.config, self.scorer = request.documents, request.config, scorer
-        self.should_stop, self.say, self.show = request.should_stop, request.say, request.progress
-        self.queue, self.journal, self.seconds, self._timed = queue, journal, dict(journal.seconds), None
+        self.should_stop, self.say = request.should_stop, request.say
+        self.queue, self.journal = queue, journal
+        self.progress = Progress(self.documents, queue, journal, request.should_stop, request.progress)
         sizes = np.array([len(document.tokens) for document in self.documents], dtype=np.int64)
         self.ends = np.cumsum(sizes)
         self.begins = self.ends - sizes
@@ -213,19 +202,18 @@ class _Run:
         self.group_of = {index: number for number, group in enumerate(self.groups) for index in group}
         self.adapted_nll: dict[int, np.ndarray] | None = {} if request.keeps_nll else None
         self.engine: Engine | None = None
-        self._note_time_at = 1.0 + sum(self.seconds.values())
         self.learnt = self.targets_before = self.targets_to_adapt = 0
 
     def everything(self) -> dict[str, Any]:
         """Work until every document has a result; facts of the run."""
         began = time.perf_counter()
-        spent = sum(self.seconds.values())
-        done, self.deadline = self.queue.begin(self.journal.done, self.config.deadline, spent, self.tick)
+        spent = sum(self.progress.seconds.values())
+        done, self.deadline = self.queue.begin(self.journal.done, self.config.deadline, spent, self.progress.tick)
         left = (index for index in range(len(self.documents)) if index not in done)
         order = sorted(left, key=lambda index: -self.documents[index].targets)
-        self.tick()
+        self.progress.tick()
         if not self.queue.is_shared:
-            self.base_pass(order, self._stoppable)
+            self.base_pass(order, self.progress.show_and_tick)
             self.unadapted.pop("prequant", None)  # the engine may have its memory
         self.targets_to_adapt = sum(self.documents[index].targets for index in order if not self._is_short(index))
         for number in range(len(self.groups)):
@@ -243,17 +231,17 @@ class _Run:
         suffix = f"/{group}" if group else ""
         order_of_claims = dealt([self.documents[index].targets for index in long], self.queue.world)
         self.adapt(long, partial(self.queue.waiting, name=f"long{suffix}", order=order_of_claims))
-        self.tick()
+        self.progress.tick()
         claimable = [long[place] for place in order_of_claims]
         for name, indices in ((f"long{suffix}", claimable), (f"short{suffix}", short)):
             while numbers := [number for number in self.queue.claim(name, BLOCK) if number < len(indices)]:
                 claimed = [indices[number] for number in numbers]
                 self.queue.own(claimed)
                 self.finish(claimed)
-                self.tick()
+                self.progress.tick()
         self.queue.worked(time.perf_counter() - began)
         while missing := self._missing(order):
-            self.tick()
+            self.progress.tick()
             if taken := self.queue.take_over(missing):
                 self.adapt([] if self.deadline.passed() else [i for i in taken if not self._is_short(i)])
                 self.finish([index for index in taken if index not in self.queue.results])
@@ -272,19 +260,19 @@ class _Run:
         while self.learnt < group and not self.deadline.passed():
             documents = [self.documents[index] for index in self.groups[self.learnt]]
             total = sum(document.targets for document in documents)
-            with self.timed("learn"):
+            with self.progress.timed("learn"):
                 learned = False
 
                 def learn(engine: Engine, documents: Sequence[Document] = documents, total: int = total) -> None:
                     nonlocal learned
-                    learned = engine.learn(documents, ends, lambda done: self.progress("learn", done, total))
+                    learned = engine.learn(documents, ends, lambda done: self.progress.show("learn", done, total))
 
                 if not self._fits(documents, learn):
                     continue
                 if learned:
                     self.learnt += 1
                 elif not self.deadline.passed():
-                    raise self.interrupted()  # with half a phase in the shared adapter
+                    raise self.progress.interrupted()  # with half a phase in the shared adapter
 
     def _facts_of_phases(self) -> dict[str, Any]:
         if not self.config.phases:
@@ -301,72 +289,13 @@ class _Run:
         return is_short(self.documents[index], self.config, self.group_of[index])
 
     def _missing(self, order: Sequence[int]) -> list[int]:
-        self.collect()
+        self.progress.collect()
         return [index for index in order if index not in self.queue.results]
-
-    def interrupted(self) -> Interrupted:
-        """The error that says how far the run came."""
-        return Interrupted(len(self.queue.results), len(self.documents))
-
-    def tick(self) -> None:
-        """Between any two pieces of work: a pulse, and an end where one was asked for and something is left to do."""
-        self._beat()
-        if self.should_stop() and len(self.queue.results) < len(self.documents):
-            raise self.interrupted()
-
-    @contextmanager
-    def timed(self, phase: str) -> Iterator[None]:
-        """Add the time spent inside to `seconds[phase]`, also when it ends by an exception.
-
-        A phase inside another is part of that one.
-        """
-        if self._timed is not None:
-            yield
-            return
-        self._timed = phase, time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds, self._timed = dict(self.spent), None
-
-    @property
-    def spent(self) -> Mapping[str, float]:
-        """Seconds by phase until now."""
-        if self._timed is None:
-            return self.seconds
-        phase, since = self._timed
-        return self.seconds | {phase: self.seconds.get(phase, 0.0) + time.perf_counter() - since}
-
-    def _beat(self) -> None:
-        """Show that this process is alive, and let the journal know the time."""
-        self.queue.beat()
-        spent = self.spent
-        total = sum(spent.values())
-        if total >= self._note_time_at:
-            self.journal.add_seconds(spent)
-            self._note_time_at = total + max(1.0, TIME_SHARE * total)
-
-    def progress(self, phase: str, done: int, total: int) -> None:
-        """Show how far this process is; of several, only :meth:`collect` shows how far they all are."""
-        self._beat()
-        if not self.queue.is_shared:
-            self.show(phase, done, total)
-
-    def _stoppable(self, phase: str, done: int, total: int) -> None:
-        self.progress(phase, done, total)
-        self.tick()
-
-    def collect(self) -> None:
-        """Learn what all ranks have published."""
-        self.queue.collect()
-        if self.queue.is_shared:
-            done = sum(result.tokens for result in self.queue.results.values())
-            self.show("score", done, sum(document.targets for document in self.documents))
 
     def base_pass(self, indices: Sequence[int], tick: Callable[[str, int, int], None]) -> None:
         """Draft the results of documents from what the unadapted models say of them."""
         for phase, weights in self.unadapted.items():
-            with self.timed(phase):
+            with self.progress.timed(phase):
                 self._pass(phase, weights, indices, tick)
         for index in indices:
             before = self._nats("prequant", index)[0] if "prequant" in self.unadapted else None
@@ -426,16 +355,16 @@ class _Run:
         if not indices:
             return
         # A stop that was asked for waits for this: what is adapted is not to be lost.
-        self.base_pass([index for index in indices if index not in self.drafts], self.progress)
+        self.base_pass([index for index in indices if index not in self.drafts], self.progress.show)
         results = {index: self.drafts[index] for index in indices}
         if adapted is not None:
             for row, index in enumerate(indices):
                 results[index] = with_adaptation(
                     results[index], adapted, row, lambda start, index=index: self._nats("base", index, start)[0]
                 )
-        self.journal.add(results, self.spent)
+        self.journal.add(results, self.progress.spent)
         self.queue.publish(results)
-        self.collect()
+        self.progress.collect()
 
     def adapt(self, indices: Sequence[int], waiting: Callable[[Taken], HandsOut | None] = lambda taken: None) -> None:
         """Adapt documents, longest first, and finish them: those that `waiting` hands out, or all of them."""
@@ -456,7 +385,7 @@ class _Run:
         def taken(places: list[int]) -> None:
             claimed.extend(places)
             self.queue.own(indices[place] for place in places)
-            self._beat()
+            self.progress.beat()
 
         def finished(places: np.ndarray, adapted: Adapted) -> None:
             handed.update(places.tolist())
@@ -470,14 +399,14 @@ class _Run:
                 documents,
                 self.deadline,
                 self.should_stop,
-                lambda done: self.progress("adapt", self.targets_before + done, self.targets_to_adapt),
+                lambda done: self.progress.show("adapt", self.targets_before + done, self.targets_to_adapt),
                 waiting=hands_out,
                 finished=finished,
                 every=CPU_EVERY if self._is_on_cpu else self.queue.every,
             )
             self._after_adapting(engine, indices, adapted, [place for place in claimed if place not in handed])
 
-        with self.timed("adapt"):
+        with self.progress.timed("adapt"):
             if self._fits(documents, work):
                 return None
         self.targets_before += sum(documents[place].targets for place in handed)
@@ -487,7 +416,7 @@ class _Run:
         """Finish the places `rest`, and note what the report and the facts want to know."""
         self.targets_before += sum(self.documents[index].targets for index in indices)
         if rest:
-            self.tick()  # what was stopped is lost; what the deadline left out is finished
+            self.progress.tick()  # what was stopped is lost; what the deadline left out is finished
         self.finish([indices[place] for place in rest], adapted.of(np.array(rest, dtype=np.int64)))
         if self.adapted_nll is not None:
             read = engine.token_nll([self.documents[index] for index in indices], adapted.kept_pass)
