@@ -26,9 +26,9 @@ from ..model.config import ConfigError
 from ..model.gpt import GPT
 from ..model.storage import attempt
 from ..model.weights import Weights, frozen_weights
-from .base import BaseNll
 from .claims import Taken, dealt
 from .documents import Document
+from .drafts import Drafts
 from .engine import ROWS, Engine, engine_of, memory_of
 from .hf_model import HfModel
 from .journal import Journal, JournalError, NoJournal
@@ -36,7 +36,7 @@ from .phases import groups_of
 from .progress import Interrupted, Progress
 from .protocols import TTTConfig
 from .queue import DocumentQueue, HandsOut
-from .results import Adapted, DocumentResult, NonFiniteScore, ScoreResult, is_short, unadapted, with_adaptation
+from .results import Adapted, DocumentResult, NonFiniteScore, ScoreResult, is_short, with_adaptation
 from .store import LostStore
 from .token_gains import TokenGains
 
@@ -175,9 +175,14 @@ def _scored_again(
     return {index: found[index][1] for index in indices}
 
 
-def _frozen(model: GPT | HfModel) -> Weights | HfModel:
-    """What passes and engines read, made once."""
-    return model if isinstance(model, HfModel) else frozen_weights(model)
+def _frozen(request: ScoreRequest) -> dict[str, Weights | HfModel]:
+    """The unadapted models by phase: what passes and engines read, made once."""
+    models = {"base": request.model, "prequant": request.prequant}
+    return {
+        phase: model if isinstance(model, HfModel) else frozen_weights(model)
+        for phase, model in models.items()
+        if model is not None
+    }
 
 
 class _Run:
@@ -188,18 +193,21 @@ class _Run:
         self.should_stop, self.say = request.should_stop, request.say
         self.queue, self.journal = queue, journal
         self.progress = Progress(self.documents, queue, journal, request.should_stop, request.progress)
-        sizes = np.array([len(document.tokens) for document in self.documents], dtype=np.int64)
-        self.ends = np.cumsum(sizes)
-        self.begins = self.ends - sizes
-        self.weights = _frozen(request.model)
-        self.unadapted: dict[str, Weights | HfModel] = {"base": self.weights}
-        if request.prequant is not None:
-            self.unadapted["prequant"] = frozen_weights(request.prequant)
-        self.drafts: dict[int, DocumentResult] = {}
-        self.gains = None if queue.is_shared else TokenGains(self.documents, self.config)
-        self.engine_facts: dict[str, Any] = {}
         self.groups = groups_of(self.documents, self.config.phases)
         self.group_of = {index: number for number, group in enumerate(self.groups) for index in group}
+        frozen = _frozen(request)
+        self.drafts = Drafts(
+            frozen,
+            self.documents,
+            self.config,
+            self.group_of,
+            journal,
+            self.progress,
+            keeps=not queue.is_shared,
+            say=self.say,
+        )
+        self.gains = None if queue.is_shared else TokenGains(self.documents, self.config)
+        self.engine_facts: dict[str, Any] = {}
         self.adapted_nll: dict[int, np.ndarray] | None = {} if request.keeps_nll else None
         self.engine: Engine | None = None
         self.learnt = self.targets_before = self.targets_to_adapt = 0
@@ -213,8 +221,8 @@ class _Run:
         order = sorted(left, key=lambda index: -self.documents[index].targets)
         self.progress.tick()
         if not self.queue.is_shared:
-            self.base_pass(order, self.progress.show_and_tick)
-            self.unadapted.pop("prequant", None)  # the engine may have its memory
+            self.drafts.make(order, self.progress.show_and_tick)
+            self.drafts.models.pop("prequant", None)  # the engine may have its memory
         self.targets_to_adapt = sum(self.documents[index].targets for index in order if not self._is_short(index))
         for number in range(len(self.groups)):
             self.score_group(number, [index for index in order if self.group_of[index] == number], began)
@@ -292,58 +300,13 @@ class _Run:
         self.progress.collect()
         return [index for index in order if index not in self.queue.results]
 
-    def base_pass(self, indices: Sequence[int], tick: Callable[[str, int, int], None]) -> None:
-        """Draft the results of documents from what the unadapted models say of them."""
-        for phase, weights in self.unadapted.items():
-            with self.progress.timed(phase):
-                self._pass(phase, weights, indices, tick)
-        for index in indices:
-            before = self._nats("prequant", index)[0] if "prequant" in self.unadapted else None
-            self.drafts[index] = unadapted(
-                self.documents[index], self.config, self._nats("base", index), before, self.group_of[index]
-            )
-
-    def _pass(
-        self, phase: str, weights: Weights | HfModel, indices: Sequence[int], tick: Callable[[str, int, int], None]
-    ) -> None:
-        """One unadapted model's NLL of documents, into the journal's array; what that holds is not computed again."""
-        if not indices:
-            return
-        documents, kept = [self.documents[index] for index in indices], self._nll(phase)
-        cells = np.concatenate([np.arange(self.begins[index], self.ends[index]) for index in indices])
-        total = sum(document.targets for document in documents)
-
-        def keep(nll: np.ndarray) -> None:
-            kept[:, cells] = nll
-            if not self.queue.is_shared:
-                attempt("the copy of the base pass for --resume", lambda: self.journal.keep_base(phase), self.say)
-
-        found = BaseNll(
-            weights,
-            documents,
-            self.config,
-            lambda done: tick(phase, done, total),
-            known=kept[:, cells],
-            keep=keep,
-            say=self.say,
-        )
-        kept[:, cells] = found.nll, found.tempered
-
-    def _nll(self, phase: str) -> np.ndarray:
-        """A pass of an unadapted model: fp32 [2, tokens] at both temperatures, over the request's documents."""
-        return self.journal.base(phase, int(self.ends[-1]))
-
-    def _nats(self, phase: str, index: int, start: int = 0) -> tuple[float, float]:
-        """(nats, nats at the adapted temperature) of a document from its target `start` on."""
-        nll = self._nll(phase)[:, self.begins[index] + 1 + start : self.ends[index]]
-        return float(nll[0].sum(dtype=np.float64)), float(nll[1].sum(dtype=np.float64))
-
     def target_nll(self) -> list[np.ndarray]:
         """The NLL [targets] of every document that this process scored: the adapted model's, then the base model's."""
-        found, base = [], self._nll("base")[0]
+        found = []
         for index in range(len(self.documents)):
+            base = self.drafts.target_nll(index)
             head = self.adapted_nll.get(index, base[:0])
-            found.append(np.concatenate([head, base[self.begins[index] + 1 + len(head) : self.ends[index]]]))
+            found.append(np.concatenate([head, base[len(head) :]]))
         return found
 
     def knows_nll(self, index: int, result: DocumentResult, nll: np.ndarray) -> bool:
@@ -355,12 +318,13 @@ class _Run:
         if not indices:
             return
         # A stop that was asked for waits for this: what is adapted is not to be lost.
-        self.base_pass([index for index in indices if index not in self.drafts], self.progress.show)
-        results = {index: self.drafts[index] for index in indices}
+        drafts = self.drafts.results
+        self.drafts.make([index for index in indices if index not in drafts], self.progress.show)
+        results = {index: drafts[index] for index in indices}
         if adapted is not None:
             for row, index in enumerate(indices):
                 results[index] = with_adaptation(
-                    results[index], adapted, row, lambda start, index=index: self._nats("base", index, start)[0]
+                    results[index], adapted, row, lambda start, index=index: self.drafts.nats("base", index, start)[0]
                 )
         self.journal.add(results, self.progress.spent)
         self.queue.publish(results)
@@ -462,7 +426,7 @@ class _Run:
 
     @property
     def _is_on_cpu(self) -> bool:
-        return self.weights.device.type == "cpu"
+        return self.drafts.models["base"].device.type == "cpu"
 
     def _engine_for(self, documents: Sequence[Document]) -> Engine:
         """An engine for these documents; with phases one for all documents, which has the shared adapter."""
@@ -474,7 +438,7 @@ class _Run:
         if self._is_on_cpu and torch.get_num_threads() > 1:
             # Several threads share out a product's rows by how many there are: a batch would change the last bits.
             config = config.override({"batch": 1})
-        engine = engine_of(self.weights, config, held, rows=rows, capture=capture)
+        engine = engine_of(self.drafts.models["base"], config, held, rows=rows, capture=capture)
         self.say(memory_of(engine.facts))
         if self.config.phases:
             self.engine = engine
@@ -483,5 +447,4 @@ class _Run:
     def _keep_gains(self, engine: Engine, indices: Sequence[int], adapted: Adapted) -> None:
         read = engine.token_nll([self.documents[index] for index in indices], adapted.kept_pass)
         for index, reached, nll in zip(indices, adapted.targets, read, strict=True):
-            begin = self.begins[index] + 1
-            self.gains.add(index, self._nll("base")[0, begin : begin + reached], nll[:reached])
+            self.gains.add(index, self.drafts.target_nll(index)[:reached], nll[:reached])
