@@ -12,8 +12,8 @@ from ..model.loading import WEIGHTS_HELP, model_from_artifact, tokenizer_of
 from ..model.parallel import own_device
 from ..ttt.audit import AuditReport, audit_model
 from ..ttt.documents import Document
-from ..ttt.pipeline import SCORERS, pick_scorer
 from ..ttt.protocols import SCORE_FIRST, label, ttt_preset
+from ..ttt.scorer import SCORERS, pick_scorer
 from . import options
 from .console import Output
 from .subject import documents_of

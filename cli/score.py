@@ -22,12 +22,13 @@ from ..ttt.documents import facts_of_texts, facts_of_tokens
 from ..ttt.hf import DTYPES
 from ..ttt.hf_model import require_for_hf
 from ..ttt.journal import Journal, fingerprint, has_journals, open_journal, remove_journals, settings_of
-from ..ttt.pipeline import SCORERS, ScoreRequest, pick_scorer
+from ..ttt.pipeline import ScoreRequest
 from ..ttt.progress import Interrupted
 from ..ttt.protocols import HF, SCORE_FIRST, TTTConfig, label, ttt_preset
 from ..ttt.queue import PATIENCE, queue_of_processes
 from ..ttt.report import write_report
 from ..ttt.results import SCORE, ScoreResult, is_short
+from ..ttt.scorer import SCORERS, pick_scorer
 from ..ttt.sweep import sweep
 from ..ttt.verify import write_nll
 from . import options

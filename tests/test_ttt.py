@@ -35,6 +35,7 @@ from klora.ttt.results import (
     ScoreResult,
     read_documents_csv,
 )
+from klora.ttt.scorer import pick_scorer
 from klora.ttt.step import EngineStep
 from oracles import eager
 
@@ -570,8 +571,8 @@ def test_a_run_without_a_journal_gives_the_same_and_leaves_nothing(tmp_path, mon
     kept = score(documents, tmp_path / "kept")
     bare = pipeline.score(pipeline.ScoreRequest(randomized(), documents, TTT))
     assert bare.documents == kept.documents and [path.name for path in tmp_path.iterdir()] == ["kept"]
-    empty = pipeline.score(pipeline.ScoreRequest(randomized(), [], TTT))
-    assert not empty.documents and empty.totals()["documents"] == 0
+    empty = pipeline.score(pipeline.ScoreRequest(randomized(), [], TTT, keeps_nll=True))
+    assert not empty.documents and empty.totals()["documents"] == 0 and empty.nll == []
 
 
 @queues
@@ -585,15 +586,15 @@ def test_the_weights_of_each_model_are_frozen_once(tmp_path, monkeypatch, queue)
 
 def test_the_eager_scorer_is_gone_and_says_what_is_left():
     cpu = torch.device("cpu")
-    assert pipeline.pick_scorer("auto", cpu) == pipeline.pick_scorer("uncaptured", cpu) == "uncaptured"
-    assert pipeline.pick_scorer("auto", torch.device("cuda")) == "engine"
+    assert pick_scorer("auto", cpu) == pick_scorer("uncaptured", cpu) == "uncaptured"
+    assert pick_scorer("auto", torch.device("cuda")) == "engine"
     for scorer, says in (
         ("eager", "scorer='eager' is gone: the engine scores on a CPU, too; allowed: auto, uncaptured"),
         ("engine", "scorer='engine' is not possible on cpu: graphs want a GPU; allowed: auto, uncaptured"),
         ("fast", "scorer='fast' is not possible; allowed: auto, engine, uncaptured"),
     ):
         with pytest.raises(ConfigError, match=re.escape(says)):
-            pipeline.pick_scorer(scorer, cpu)
+            pick_scorer(scorer, cpu)
 
 
 def test_adapters_have_the_size_and_the_start_that_the_design_gives():

@@ -4,6 +4,9 @@ One process and the ranks of torchrun take the same way; what they share is a qu
 journal at once, and what the base model has said so far with it, so that an interrupted run can go on where it stopped.
 The deadline is checked before every adaptation step; what it leaves out keeps the base model's score and says so.
 
+This file has the order of a run. The base model's scores are drafts (drafts.py), joined with what an engine gives
+(scorer.py); each joined result goes to the journal and to the queue. The clock and the stop are in progress.py.
+
 Documents are named by their index in the request. Outside the engine there is no other number for them.
 
 With phases the groups of documents follow one another. Every process learns from all earlier groups before it adapts a
@@ -11,7 +14,6 @@ document of the next, which waits until all processes are through with the one b
 documents alone: a run that goes on learns it again.
 """
 
-import gc
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -29,7 +31,7 @@ from ..model.weights import Weights, frozen_weights
 from .claims import Taken, dealt
 from .documents import Document
 from .drafts import Drafts
-from .engine import ROWS, Engine, engine_of, memory_of
+from .engine import Engine
 from .hf_model import HfModel
 from .journal import Journal, JournalError, NoJournal
 from .phases import groups_of
@@ -37,17 +39,9 @@ from .progress import Interrupted, Progress
 from .protocols import TTTConfig
 from .queue import DocumentQueue, HandsOut
 from .results import Adapted, DocumentResult, NonFiniteScore, ScoreResult, is_short, with_adaptation
+from .scorer import Scorer, pick_scorer
 from .store import LostStore
 from .token_gains import TokenGains
-
-ENGINE, UNCAPTURED = "engine", "uncaptured"
-SCORERS = ("auto", ENGINE, UNCAPTURED)
-"""engine: fused kernels in CUDA graphs; uncaptured: the same steps without graphs, for debugging and for a CPU, with
-the same bits. auto: the engine on a GPU, elsewhere uncaptured."""
-
-CPU_ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48)
-"""Numbers of places that steps are made for on a CPU, where an empty place costs as much as a full one and a step that
-is not captured costs nothing to make."""
 
 RESCORED = 1e-5
 """Relative difference up to which a document that is scored again has the NLL that its journal kept."""
@@ -59,17 +53,6 @@ BLOCK = 512
 """Documents that a rank takes at a time where nothing is adapted."""
 
 
-def pick_scorer(scorer: str, device: torch.device) -> str:
-    """The scorer that `scorer` means on `device`; ConfigError where there is none."""
-    if scorer == "eager":
-        raise ConfigError("scorer='eager' is gone: the engine scores on a CPU, too; allowed: auto, uncaptured")
-    if scorer not in SCORERS:
-        raise ConfigError(f"scorer={scorer!r} is not possible; allowed: {', '.join(SCORERS)}")
-    if scorer == ENGINE and device.type != "cuda":
-        raise ConfigError(f"scorer='engine' is not possible on {device}: graphs want a GPU; allowed: auto, uncaptured")
-    return (ENGINE if device.type == "cuda" else UNCAPTURED) if scorer == "auto" else scorer
-
-
 @dataclass(frozen=True)
 class ScoreRequest:
     """What to score, and how. Both models are frozen by it.
@@ -78,7 +61,7 @@ class ScoreRequest:
     journal: keeps what is finished; documents that it holds are not scored again. None: nothing is kept.
     prequant: the model before quantisation, scored beside the base model on the same windows.
     queue: what the processes of this run share. None: there is this one alone.
-    scorer: one of SCORERS.
+    scorer: auto, engine or uncaptured, as SCORERS in scorer.py describes them.
     should_stop: asked between steps; once it says so, the run ends by Interrupted.
     progress: gets (phase, targets done, targets in all).
     say: hears what the engine chose.
@@ -186,16 +169,17 @@ def _frozen(request: ScoreRequest) -> dict[str, Weights | HfModel]:
 
 
 class _Run:
-    """What one process does of a request."""
+    """What one process does of a request, in its order."""
 
     def __init__(self, request: ScoreRequest, queue: DocumentQueue, journal: Journal, scorer: str):
-        self.documents, self.config, self.scorer = request.documents, request.config, scorer
+        self.documents, self.config = request.documents, request.config
         self.should_stop, self.say = request.should_stop, request.say
         self.queue, self.journal = queue, journal
         self.progress = Progress(self.documents, queue, journal, request.should_stop, request.progress)
         self.groups = groups_of(self.documents, self.config.phases)
         self.group_of = {index: number for number, group in enumerate(self.groups) for index in group}
         frozen = _frozen(request)
+        self.scorer = Scorer(scorer, frozen["base"], self.config, self.documents, self.say)
         self.drafts = Drafts(
             frozen,
             self.documents,
@@ -207,10 +191,8 @@ class _Run:
             say=self.say,
         )
         self.gains = None if queue.is_shared else TokenGains(self.documents, self.config)
-        self.engine_facts: dict[str, Any] = {}
         self.adapted_nll: dict[int, np.ndarray] | None = {} if request.keeps_nll else None
-        self.engine: Engine | None = None
-        self.learnt = self.targets_before = self.targets_to_adapt = 0
+        self.targets_before = self.targets_to_adapt = 0
 
     def everything(self) -> dict[str, Any]:
         """Work until every document has a result; facts of the run."""
@@ -226,7 +208,7 @@ class _Run:
         self.targets_to_adapt = sum(self.documents[index].targets for index in order if not self._is_short(index))
         for number in range(len(self.groups)):
             self.score_group(number, [index for index in order if self.group_of[index] == number], began)
-        return {"engine": self.engine_facts} | self._facts_of_phases() | self.queue.leave(self.should_stop)
+        return {"engine": self.scorer.facts} | self._facts_of_phases() | self.queue.leave(self.should_stop)
 
     def score_group(self, group: int, order: Sequence[int], began: float) -> None:
         """Work until every document of a group has a result; `order` are those without one, longest first."""
@@ -265,8 +247,8 @@ class _Run:
         def ends() -> bool:
             return self.deadline.passed() or self.should_stop()
 
-        while self.learnt < group and not self.deadline.passed():
-            documents = [self.documents[index] for index in self.groups[self.learnt]]
+        while self.scorer.learnt < group and not self.deadline.passed():
+            documents = [self.documents[index] for index in self.groups[self.scorer.learnt]]
             total = sum(document.targets for document in documents)
             with self.progress.timed("learn"):
                 learned = False
@@ -275,10 +257,10 @@ class _Run:
                     nonlocal learned
                     learned = engine.learn(documents, ends, lambda done: self.progress.show("learn", done, total))
 
-                if not self._fits(documents, learn):
-                    continue
+                if not self.scorer.fits(documents, learn):
+                    continue  # with an engine that has learned nothing yet
                 if learned:
-                    self.learnt += 1
+                    self.scorer.learnt += 1
                 elif not self.deadline.passed():
                     raise self.progress.interrupted()  # with half a phase in the shared adapter
 
@@ -366,13 +348,15 @@ class _Run:
                 lambda done: self.progress.show("adapt", self.targets_before + done, self.targets_to_adapt),
                 waiting=hands_out,
                 finished=finished,
-                every=CPU_EVERY if self._is_on_cpu else self.queue.every,
+                every=CPU_EVERY if self.scorer.is_on_cpu else self.queue.every,
             )
             self._after_adapting(engine, indices, adapted, [place for place in claimed if place not in handed])
 
+        learnt = self.scorer.learnt
         with self.progress.timed("adapt"):
-            if self._fits(documents, work):
+            if self.scorer.fits(documents, work):
                 return None
+            self.learn_until(learnt)
         self.targets_before += sum(documents[place].targets for place in handed)
         return [indices[place] for place in claimed if place not in handed]
 
@@ -388,61 +372,7 @@ class _Run:
                 self.adapted_nll[index] = nll[:reached]
         if self.gains is not None:
             attempt("the gain along the documents", lambda: self._keep_gains(engine, indices, adapted), self.say)
-        if self.config.phases:  # one engine for all groups, whose facts of a run are those of the last one
-            added = "rounds", "seconds", "handing_over_seconds"
-            sums = {name: self.engine_facts.get(name, 0) + engine.facts[name] for name in added}
-            self.engine_facts = {**engine.facts, **sums}
-            del self.engine_facts["useful_places"]
-        elif not self.engine_facts or engine.facts["batch"] < self.engine_facts["batch"]:
-            self.engine_facts = engine.facts
-
-    def _fits(self, documents: Sequence[Document], work: Callable[[Engine], None]) -> bool:
-        """Do `work` with an engine for these documents; whether the GPU had the memory for it.
-
-        If not, the next engine has half as many places, which changes no score. With phases the shared adapter, which
-        goes with its engine, learns again what it had learned.
-        """
-        batch = self.config.batch
-        try:
-            engine = self._engine_for(documents)
-            batch = engine.facts["batch"]
-            work(engine)
-            return True
-        except torch.OutOfMemoryError as error:
-            if batch == 1:
-                raise
-            why = str(error).partition("\n")[0]
-        engine = self.engine = None
-        self.config = self.config.override({"batch": batch // 2})
-        gc.collect()
-        torch.cuda.empty_cache()
-        self.say(
-            f"the GPU's memory ran out with {batch} documents side by side; going on with {batch // 2}, which changes "
-            f"no score ({why})"
-        )
-        learnt, self.learnt = self.learnt, 0
-        self.learn_until(learnt)
-        return False
-
-    @property
-    def _is_on_cpu(self) -> bool:
-        return self.drafts.models["base"].device.type == "cpu"
-
-    def _engine_for(self, documents: Sequence[Document]) -> Engine:
-        """An engine for these documents; with phases one for all documents, which has the shared adapter."""
-        if self.engine is not None:
-            return self.engine
-        rows, capture = CPU_ROWS if self._is_on_cpu else ROWS, False if self.scorer == UNCAPTURED else None
-        held = self.documents if self.config.phases else documents
-        config = self.config
-        if self._is_on_cpu and torch.get_num_threads() > 1:
-            # Several threads share out a product's rows by how many there are: a batch would change the last bits.
-            config = config.override({"batch": 1})
-        engine = engine_of(self.drafts.models["base"], config, held, rows=rows, capture=capture)
-        self.say(memory_of(engine.facts))
-        if self.config.phases:
-            self.engine = engine
-        return engine
+        self.scorer.note(engine)
 
     def _keep_gains(self, engine: Engine, indices: Sequence[int], adapted: Adapted) -> None:
         read = engine.token_nll([self.documents[index] for index in indices], adapted.kept_pass)
