@@ -30,7 +30,8 @@ from ..model.weights import Weights, frozen_weights
 from .base import BaseNll
 from .claims import Taken, dealt
 from .documents import Document
-from .engine import ROWS, Engine, engine_of, memory_of
+from .engine import ROWS, Engine, engine_of
+from .engine_memory import memory_of
 from .hf_model import HfModel
 from .journal import Journal, JournalError, NoJournal
 from .phases import groups_of
