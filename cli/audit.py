@@ -10,8 +10,9 @@ from ..model.artifact import load_artifact
 from ..model.config import ConfigError
 from ..model.loading import WEIGHTS_HELP, model_from_artifact, tokenizer_of
 from ..model.parallel import own_device
-from ..ttt.audit import AuditReport, audit_model
+from ..ttt.audit import AuditReport
 from ..ttt.documents import Document
+from ..ttt.model_audit import audit_model
 from ..ttt.protocols import SCORE_FIRST, label, ttt_preset
 from ..ttt.scorer import SCORERS, pick_scorer
 from . import options

@@ -17,12 +17,14 @@ from klora.model.artifact import save_artifact
 from klora.model.gpt import GPT
 from klora.model.loading import model_from_artifact
 from klora.model.weights import frozen_weights
-from klora.ttt.audit import ROUNDING as ALLOWED
-from klora.ttt.audit import (
+from klora.ttt import model_audit
+from klora.ttt.audit import UNSEEN, AuditError, audit
+from klora.ttt.base import BaseNll
+from klora.ttt.documents import Document
+from klora.ttt.engine import engine_of
+from klora.ttt.model_audit import ROUNDING as ALLOWED
+from klora.ttt.model_audit import (
     SWAPPED,
-    UNSEEN,
-    AuditError,
-    audit,
     audit_model,
     full_softmax,
     in_float64,
@@ -30,17 +32,14 @@ from klora.ttt.audit import (
     promises_bits,
     scorer_of,
 )
-from klora.ttt.base import BaseNll
-from klora.ttt.documents import Document
-from klora.ttt.engine import engine_of
 from klora.ttt.phases import groups_of
 from klora.ttt.pipeline import ScoreRequest, score
 from klora.ttt.protocols import TTTConfig
 from klora.ttt.queue import Deadline
 from klora.ttt.results import NLL_ROUNDING, SHORT
 
-audits, reference = (sys.modules[f"klora.{name}"] for name in ("ttt.audit", "kernels.lora_head_nll.reference"))
-"""The modules, whose names in their packages are functions."""
+reference = sys.modules["klora.kernels.lora_head_nll.reference"]
+"""The module, whose name in its package is a function."""
 VOCAB = 48
 TINY = dataclasses.replace(SMALL, vocab_size=260, width=16, blocks=2, heads=2, kv_heads=1, mlp_hidden=24)
 WIDE = dataclasses.replace(TINY, width=128, mlp_hidden=192)
@@ -502,7 +501,7 @@ def test_the_rounding_between_passes_is_measured_on_the_model(monkeypatch):
     hotter = measured_rounding(sure, STRICT.override({"temperature": 0.5}), documents)
     assert hotter.tolerance > 1.5 * roughly.tolerance
     assert "of 99 targets" in str(measured_rounding(sure, STRICT, [*documents, document(34, 3)]))
-    monkeypatch.setattr(audits, "MEASURED", 20)
+    monkeypatch.setattr(model_audit, "MEASURED", 20)
     assert "of 20 targets" in str(measured_rounding(sure, STRICT, documents))
 
 
@@ -541,7 +540,7 @@ def test_our_own_scorer_is_held_to_the_bits_that_it_promises(model, monkeypatch)
         first, *rest = honest(documents)
         return [first + np.float32(5e-5), *rest]
 
-    monkeypatch.setattr(audits, "scorer_of", lambda *arguments: dearer)
+    monkeypatch.setattr(model_audit, "scorer_of", lambda *arguments: dearer)
     assert {"alone", "order", "company"} <= set(audit_model(model, STRICT, DOCUMENTS[1:]).failed)
     report = audit_model(model, STRICT, DOCUMENTS[1:], tolerance=1e-4)
     assert report.passed and str(report.rounding) == "two passes may differ by 0.0001 nats: as was given"

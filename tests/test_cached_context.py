@@ -17,10 +17,12 @@ from klora.model.weights import frozen_weights
 from klora.ttt.adapters import AdapterLayout
 from klora.ttt.base import BaseNll
 from klora.ttt.documents import Document
-from klora.ttt.engine import Engine, Run, activation_bytes, kept_by_autograd, slot_bytes
+from klora.ttt.engine import Engine
+from klora.ttt.engine_memory import activation_bytes, kept_by_autograd, slot_bytes
 from klora.ttt.protocols import TTTConfig
 from klora.ttt.queue import Deadline
 from klora.ttt.ring import Ring, RingContext
+from klora.ttt.run import Run
 from klora.ttt.schedule import Schedule, queues_of
 from klora.ttt.step import EngineStep, clear_plan
 from test_engine import (

@@ -19,18 +19,12 @@ from klora.model.gpt import GPT
 from klora.model.loading import model_from_artifact
 from klora.ttt.base import BaseNll
 from klora.ttt.documents import Document
-from klora.ttt.engine import (
-    Engine,
-    Run,
-    activation_bytes,
-    engine_of,
-    kept_by_autograd,
-    largest_batch,
-    slot_bytes,
-)
+from klora.ttt.engine import Engine, engine_of
+from klora.ttt.engine_memory import activation_bytes, kept_by_autograd, largest_batch, slot_bytes
 from klora.ttt.protocols import TTTConfig
 from klora.ttt.queue import Deadline
 from klora.ttt.results import Adapted
+from klora.ttt.run import Run
 from klora.ttt.schedule import Queue, Schedule, queues_of
 from klora.ttt.shapes import Shape
 from klora.ttt.step import EngineStep, clear_plan

@@ -18,12 +18,13 @@ from klora.model.config import ConfigError
 from klora.model.corpus import Document as Text
 from klora.model.tokenizer import TokenizerError
 from klora.ttt import hf as hf_module
-from klora.ttt.audit import audit, scorer_of
+from klora.ttt.audit import audit
 from klora.ttt.documents import Document
 from klora.ttt.hf import adapt_hf, begins_with, hashes_of_folder, hf_documents, load_hf, token_bytes_of
 from klora.ttt.hf_engine import HfStep
 from klora.ttt.hf_model import MICRO_TOKENS, HfModel
 from klora.ttt.journal import Journal, fingerprint
+from klora.ttt.model_audit import scorer_of
 from klora.ttt.pipeline import ScoreRequest, score
 from klora.ttt.progress import Interrupted
 from klora.ttt.protocols import ttt_preset

@@ -22,7 +22,7 @@ from klora.ttt import pipeline
 from klora.ttt.adapters import AdapterPool
 from klora.ttt.claims import dealt
 from klora.ttt.documents import Document
-from klora.ttt.engine import Engine, Run, engine_of
+from klora.ttt.engine import Engine, engine_of
 from klora.ttt.journal import JournalError, fingerprint
 from klora.ttt.phases import groups_of, shared_steps
 from klora.ttt.pipeline import ScoreRequest
@@ -30,6 +30,7 @@ from klora.ttt.progress import Interrupted
 from klora.ttt.protocols import TTTConfig, ttt_preset
 from klora.ttt.queue import Deadline, StoreQueue
 from klora.ttt.results import ADAPTED, NOT_ADAPTED, SHORT
+from klora.ttt.run import Run
 from klora.ttt.step import COUNT, SLOT, TRAINED, EngineStep, clear_plan
 from oracles import phases as oracle
 from oracles.eager import token_nll as eager_nll

@@ -4,7 +4,6 @@ import dataclasses
 import json
 import os
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +15,7 @@ from klora.model.artifact import load_artifact, save_artifact
 from klora.model.corpus import Corpus
 from klora.ttt.documents import Document, documents_from_texts
 from klora.ttt.journal import Journal, fingerprint
+from klora.ttt.model_audit import SWAPPED
 from klora.ttt.pipeline import ScoreRequest, score
 from klora.ttt.protocols import TTTConfig
 from klora.ttt.report import write_report
@@ -323,7 +323,7 @@ def test_targets_that_an_interrupted_run_had_scored_are_kept_too(lines, tokenize
 
 @pytest.mark.slow
 def test_an_audit_of_a_file_passes_and_says_so(artifact, lines, monkeypatch):
-    monkeypatch.setitem(sys.modules["klora.ttt.audit"].SWAPPED, "cpu", 2**11)
+    monkeypatch.setitem(SWAPPED, "cpu", 2**11)
     report = json.loads(klora("audit", artifact, "--jsonl", lines, *SETS, "--most-tokens", "100", "--json").stdout)
     assert report["passed"] and report["adapted"] and [c for c in report["checks"] if c["name"] == "full softmax"]
     assert report["tolerance"] == 1e-4 and "a pass in float32 is off from float64 by" in report["rounding"]

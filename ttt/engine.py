@@ -5,7 +5,7 @@ and the NLL of every target in one record that is read once at the end. Schedule
 in which round. A round is one small array of indices sent to the device, and one step. A step is captured as a CUDA
 graph for a window length and a number of places, with or without training, where :mod:`.shapes` says that it is worth
 one. `capture=False` runs the same steps without graphs. On a CPU that is the only way, and the reference ops take the
-kernels' place.
+kernels' place. A round's indices are written by :mod:`.run`; what fits into the memory says :mod:`.engine_memory`.
 
 Captures are made over places that are all empty: these read token 0 alone and write nothing of the pool, so that a
 capture leaves no trace.
@@ -20,37 +20,23 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..kernels.attention import HEAD_DIMS
 from ..kernels.dispatch import device_of
-from ..model.config import ModelConfig
 from ..model.gpt import GPT
 from ..model.graphs import capture_stream, captured
 from ..model.weights import frozen_weights
-from .adapters import AdapterLayout, AdapterPool, Slots
+from .adapters import AdapterPool, Slots
 from .documents import Document
+from .engine_memory import activation_bytes, largest_batch, slot_bytes
 from .hf_model import HfModel
-from .phases import SharedStep, shared_steps
-from .protocols import CACHED, MIN_NLL, RECOMPUTED, TARGETS, TTTConfig
+from .phases import shared_steps
+from .protocols import CACHED, MIN_NLL, RECOMPUTED, TTTConfig
 from .queue import Deadline
 from .results import Adapted
-from .ring import Ring, ring_numbers
+from .ring import Ring
+from .run import Run
 from .schedule import Queue, Round, Schedule, Waiting, queues_of, visits_of
 from .shapes import CAPTURE, Shape, Shapes
-from .step import (
-    CHUNKS,
-    COUNT,
-    FIELDS,
-    FILLED,
-    FIRST,
-    FRESH,
-    LENGTH,
-    RECORD,
-    SLOT,
-    START,
-    TRAINED,
-    EngineStep,
-    clear_plan,
-)
+from .step import CHUNKS, FIELDS, FRESH, EngineStep, clear_plan
 
 ROWS = (64, 16, 4)
 """Numbers of places that steps are made for: full, and two for the tail of the longest documents."""
@@ -62,75 +48,10 @@ looked at when it should be."""
 SLOTS_A_PLACE = 4
 """Slots of the pool for each place of a batch: documents that are ready for the other window lengths wait in them."""
 
-USABLE_SHARE = 0.85
-"""Share of the free memory that an engine plans for."""
-
 
 def slots_a_place(config: TTTConfig) -> int:
     """Slots for each place of a batch: nobody waits for the rounds of another queue where there is one."""
     return min(SLOTS_A_PLACE, len(queues_of(config)))
-
-
-def padded_rank(rank: int) -> int:
-    """Numbers that a LoRA keeps of an input: a power of two, at least 16; none without one."""
-    return max(16, 1 << (rank - 1).bit_length()) if rank else 0
-
-
-def kept_by_autograd(shape: ModelConfig, config: TTTConfig) -> int:
-    """Numbers that a training step keeps for its backward, for each input of the window, in the compute dtype.
-
-    In each block: its input, normed or not, the stream before the MLP, q, k and v, attention's output, the MLP's hidden
-    values and what each LoRA kept, its input times A; q and k before their rotation and another output, whose layout is
-    not the product's, where attention is PyTorch's; the first forward's k and v for a cache. And the outputs pushed for
-    later blocks.
-    """
-    q, k, v = shape.qkv_sizes
-    ranks = 3 * padded_rank(max(map(config.rank, "qkv"))) + sum(
-        padded_rank(config.rank(n)) for n in ("o", "up", "down")
-    )
-    block = 2 * shape.width + (q + k + v) + q + shape.mlp_hidden + ranks
-    if shape.head_dim not in HEAD_DIMS:
-        block += (q + k) + q
-    if config.context == CACHED:
-        block += k + v
-    return shape.blocks * block + shape.blocks // 2 * shape.width
-
-
-def activation_bytes(model: GPT, config: TTTConfig, rows: int) -> int:
-    """Bytes that a training step of `rows` places takes at most: what autograd keeps and what is in flight.
-
-    In flight: three hidden tensors of the MLP, the gradients of q, k and v, the gradient of a LoRA's output times its
-    B, and eight tensors of the residual stream; before the first block, five of the stream in fp32. The head's logits
-    are of the chunk alone. Of each place, its adapters in the compute dtype. A quarter is added for the allocator's
-    blocks and the products' workspaces.
-    """
-    shape, item = model.config, torch.finfo(model.dtype).bits // 8
-    width, hidden = shape.width, shape.mlp_hidden
-    times_b = 3 * padded_rank(max(map(config.rank, TARGETS)))
-    in_flight = max(3 * hidden + 2 * sum(shape.qkv_sizes) + times_b + 8 * width, 5 * width * 4 // item)
-    head = config.chunk * (shape.vocab_size + 4 * width + 8 * config.rank("head"))
-    kept, packed = kept_by_autograd(shape, config), AdapterLayout(shape, config).size
-    return int(1.25 * rows * item * (config.inputs * (kept + in_flight) + head + packed))
-
-
-def slot_bytes(model: GPT, config: TTTConfig) -> int:
-    """Bytes of one slot: parameters, gradient and two moments; with the context `cached`, keys and values."""
-    item = 8 if model.dtype == torch.float64 else 4
-    kept = ring_numbers(model.config, config) if config.context == CACHED else 0
-    return 4 * item * AdapterLayout(model.config, config).size + kept * torch.finfo(model.dtype).bits // 8
-
-
-def largest_batch(batch: int, needed: Callable[[int], int], free: int) -> int:
-    """`batch` halved until its `needed` bytes are at most USABLE_SHARE of the `free` ones."""
-    while needed(batch) > USABLE_SHARE * free:
-        if batch == 1:
-            raise MemoryError(
-                f"adapting one document at a time takes about {needed(1) >> 20} MiB and {free >> 20} MiB are free, of "
-                f"which {USABLE_SHARE:.0%} may be used. Free some, or take a shorter window, fewer slots or, with "
-                "phases, a smaller phase_chunks"
-            )
-        batch //= 2
-    return batch
 
 
 def on_its_device(method: Callable) -> Callable:
@@ -427,11 +348,11 @@ class Engine:
         for shape in sorted(shapes - self._shared_steps.keys(), reverse=True):
             self._shared_steps[shape] = self._made(shape, whole=True)
 
-    def _require_fits(self, run: "Run") -> None:
+    def _require_fits(self, run: Run) -> None:
         if run.tokens > len(self.tokens):
             raise ValueError(f"the documents have {run.tokens} tokens; this engine holds {len(self.tokens)}")
 
-    def _load(self, run: "Run", documents: Sequence[Document]) -> None:
+    def _load(self, run: Run, documents: Sequence[Document]) -> None:
         tokens = np.concatenate([document.tokens for document in documents] or [np.zeros(0)]).astype(np.int32)
         self.tokens[: run.tokens].copy_(torch.from_numpy(tokens))
         self.record.zero_()
@@ -441,7 +362,7 @@ class Engine:
         if self._sent is not None and number >= AHEAD:
             self._sent[number % AHEAD].synchronize()
 
-    def _launch(self, number: int, taken: Round, run: "Run") -> None:
+    def _launch(self, number: int, taken: Round, run: Run) -> None:
         place, step = number % AHEAD, self._step_of(taken)
         fresh = run.fill(self._ring[place].numpy(), taken, self._records)
         self.plan.copy_(self._ring[place], non_blocking=True)
@@ -466,7 +387,7 @@ class Engine:
         found = [record[r, o + 1 : o + 1 + n].copy() for r, o, n in zip(rows, run.offsets, run.targets, strict=True)]
         return [found[place] for place in np.argsort(order)]
 
-    def _read(self, run: "Run", first: int, stop: int) -> Adapted:
+    def _read(self, run: Run, first: int, stop: int) -> Adapted:
         """What is recorded of the documents from `first` up to `stop`, which alone leave the device: nats of each in
         the pass that counts, how many targets, and which pass.
         """
@@ -492,94 +413,6 @@ class Engine:
         return Adapted(nats, covered, kept, diverged)
 
 
-class Run:
-    """The documents of one run, in order, as arrays: where they lie, and how far they are.
-
-    `places` counts the input positions of the rounds sent off, `inputs` those that held a document's token.
-    """
-
-    def __init__(self, documents: Sequence[Document], config: TTTConfig):
-        self.config = config
-        self.targets = np.array([document.targets for document in documents], dtype=np.int64)
-        self.offsets = np.cumsum(self.targets + 1) - (self.targets + 1)
-        self.tokens = int((self.targets + 1).sum())
-        self.chunks = -(-self.targets // config.chunk)
-        self._passes = np.zeros_like(self.targets)
-        self._reached = np.zeros_like(self.targets)
-        self._handed = np.zeros(len(documents), dtype=bool)
-        self.places = self.inputs = self._done = 0
-
-    def fill(self, plan: np.ndarray, taken: Round, records: int) -> int:
-        """Write a round's indices into a plan int32 [FIELDS, batch]; the number of documents that it starts."""
-        count = len(taken.document)
-        self._place(plan, taken)
-        plan[SLOT, :count] = taken.slot
-        plan[TRAINED, :count] = np.where(taken.trains, taken.slot, -1)
-        # A chunk that a document learns from is whole.
-        plan[COUNT, :count] = np.where(taken.trains, self.config.chunk, -1)
-        plan[RECORD, :count] = np.minimum(taken.number, records - 1)
-        fresh = int(taken.starts.sum())
-        plan[FRESH, :fresh] = taken.slot[taken.starts]
-        plan[CHUNKS, :fresh] = self.chunks[taken.document[taken.starts]]
-        return fresh
-
-    def fill_shared(self, plan: np.ndarray, step: SharedStep, slot: int) -> int:
-        """Write a step of the shared adapter in `slot` into a plan; the targets passed with it so far."""
-        count, (first, _, end) = len(step.document), self.window(step)
-        targets = int((end - first).sum())
-        self._place(plan, step)
-        plan[SLOT, :count] = slot
-        plan[TRAINED, 0] = slot
-        plan[COUNT, :count] = targets
-        self._done += targets
-        return self._done
-
-    def _place(self, plan: np.ndarray, taken: "Round | SharedStep") -> None:
-        """Clear a plan and write where the windows of a step lie."""
-        count, (first, start, end) = len(taken.document), self.window(taken)
-        clear_plan(plan)
-        plan[START, :count] = self.offsets[taken.document] + start
-        plan[LENGTH, :count] = end - start
-        plan[FIRST, :count] = first - start
-        plan[FILLED, :count] = start
-
-    def window(self, taken: "Round | SharedStep") -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Where the chunks of a round begin, and where their windows begin and end, in targets of the document.
-
-        With the context `cached` a window is the chunk: what a step computes.
-        """
-        size = self.config.chunk
-        end = np.minimum((taken.chunk + 1) * size, self.targets[taken.document])
-        first = taken.chunk * size
-        return first, first if self.config.context == CACHED else self.config.window_start(taken.chunk, end), end
-
-    def count(self, taken: Round, length: int) -> None:
-        """Note that a round with windows of `length` inputs was sent off."""
-        first, start, end = self.window(taken)
-        self.places += taken.rows * length
-        self.inputs += int((end - start).sum())
-        self._done += int((end - first).sum())
-        self._reached[taken.document] = end
-        self._passes[taken.document] += taken.ends
-
-    @property
-    def passed(self) -> int:
-        """Targets passed so far, a share of all of them in each pass."""
-        return self._done // self.config.passes
-
-    def newly_through(self) -> np.ndarray:
-        """The documents whose last pass has ended since this was asked last."""
-        through = (self._passes == self.config.passes) & ~self._handed
-        self._handed |= through
-        return np.flatnonzero(through)
-
-    def covered(self) -> np.ndarray:
-        """How many targets of each document count."""
-        if self.config.is_leaky:
-            return np.where(self._passes == self.config.passes, self.targets, 0)
-        return self._reached.copy()
-
-
 def engine_of(model: GPT | HfModel, config: TTTConfig, documents: Sequence[Document], **options: Any) -> Engine:
     """An engine of the size of `documents`, whose options these are: the one that adapts models like `model`."""
     # More slots than documents would stay empty.
@@ -587,12 +420,3 @@ def engine_of(model: GPT | HfModel, config: TTTConfig, documents: Sequence[Docum
     sizes = [2, *(document.targets + 1 for document in documents)]
     make = model.engine if isinstance(model, HfModel) else functools.partial(Engine, model)
     return make(config, max(2, sum(sizes[1:])), longest=max(sizes), **options)
-
-
-def memory_of(facts: dict[str, Any]) -> str:
-    """What an engine's facts say of its size, for people."""
-    free = f" of {facts['free_bytes'] / 2**30:.1f} GiB free" if "free_bytes" in facts else ""
-    return (
-        f"engine: {facts['batch']} documents side by side in {facts['slots']} slots, "
-        f"at most {facts['estimated_bytes'] / 2**30:.1f} GiB{free}"
-    )

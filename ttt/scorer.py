@@ -9,7 +9,8 @@ import torch
 from ..model.config import ConfigError
 from ..model.weights import Weights
 from .documents import Document
-from .engine import ROWS, Engine, engine_of, memory_of
+from .engine import ROWS, Engine, engine_of
+from .engine_memory import memory_of
 from .hf_model import HfModel
 from .protocols import TTTConfig
 
