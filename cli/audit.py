@@ -12,9 +12,9 @@ from ..model.loading import WEIGHTS_HELP, model_from_artifact, tokenizer_of
 from ..model.parallel import own_device
 from ..ttt.audit import AuditReport
 from ..ttt.documents import Document
+from ..ttt.engines import SCORERS, pick_scorer
 from ..ttt.model_audit import audit_model
 from ..ttt.protocols import SCORE_FIRST, label, ttt_preset
-from ..ttt.scorer import SCORERS, pick_scorer
 from . import options
 from .console import Output
 from .subject import documents_of

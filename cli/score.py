@@ -19,6 +19,7 @@ from ..model.storage import attempt, require_writable
 from ..model.train import device_name
 from ..ttt import pipeline
 from ..ttt.documents import facts_of_texts, facts_of_tokens
+from ..ttt.engines import SCORERS, pick_scorer
 from ..ttt.hf import DTYPES
 from ..ttt.hf_model import require_for_hf
 from ..ttt.journal import Journal, fingerprint, has_journals, open_journal, remove_journals, settings_of
@@ -28,7 +29,6 @@ from ..ttt.protocols import HF, SCORE_FIRST, TTTConfig, label, ttt_preset
 from ..ttt.queue import PATIENCE, queue_of_processes
 from ..ttt.report import write_report
 from ..ttt.results import SCORE, ScoreResult, is_short
-from ..ttt.scorer import SCORERS, pick_scorer
 from ..ttt.sweep import sweep
 from ..ttt.verify import write_nll
 from . import options

@@ -21,6 +21,7 @@ from klora.ttt.adapters import AdapterLayout
 from klora.ttt.base import BaseNll
 from klora.ttt.documents import Document, chunk_windows
 from klora.ttt.engine import Engine, engine_of
+from klora.ttt.engines import pick_scorer
 from klora.ttt.journal import Journal, fingerprint, settings_of
 from klora.ttt.protocols import LEAKY, TARGETS, TTTConfig, label, learning_rate, ttt_preset
 from klora.ttt.queue import Deadline, DocumentQueue, StoreQueue
@@ -35,7 +36,6 @@ from klora.ttt.results import (
     ScoreResult,
     read_documents_csv,
 )
-from klora.ttt.scorer import pick_scorer
 from klora.ttt.step import EngineStep
 from oracles import eager
 

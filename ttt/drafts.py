@@ -14,7 +14,7 @@ from .base import BaseNll
 from .documents import Document
 from .hf_model import HfModel
 from .journal import Journal
-from .progress import Progress
+from .progress import ScoringProgress
 from .protocols import TTTConfig
 from .results import DocumentResult, unadapted
 
@@ -34,7 +34,7 @@ class Drafts:
         config: TTTConfig,
         group_of: Mapping[int, int],
         journal: Journal,
-        progress: Progress,
+        progress: ScoringProgress,
         keeps: bool,
         say: Callable[[str], None],
     ):

@@ -5,7 +5,7 @@ journal at once, and what the base model has said so far with it, so that an int
 The deadline is checked before every adaptation step; what it leaves out keeps the base model's score and says so.
 
 This file has the order of a run. The base model's scores are drafts (drafts.py), joined with what an engine gives
-(scorer.py); each joined result goes to the journal and to the queue. The clock and the stop are in progress.py.
+(engines.py); each joined result goes to the journal and to the queue. The clock and the stop are in progress.py.
 
 Documents are named by their index in the request. Outside the engine there is no other number for them.
 
@@ -32,14 +32,14 @@ from .claims import Taken, dealt
 from .documents import Document
 from .drafts import Drafts
 from .engine import Engine
+from .engines import Engines, pick_scorer
 from .hf_model import HfModel
 from .journal import Journal, JournalError, NoJournal
 from .phases import groups_of
-from .progress import Interrupted, Progress
+from .progress import Interrupted, ScoringProgress
 from .protocols import TTTConfig
 from .queue import DocumentQueue, HandsOut
 from .results import Adapted, DocumentResult, NonFiniteScore, ScoreResult, is_short, with_adaptation
-from .scorer import Scorer, pick_scorer
 from .store import LostStore
 from .token_gains import TokenGains
 
@@ -61,7 +61,7 @@ class ScoreRequest:
     journal: keeps what is finished; documents that it holds are not scored again. None: nothing is kept.
     prequant: the model before quantisation, scored beside the base model on the same windows.
     queue: what the processes of this run share. None: there is this one alone.
-    scorer: auto, engine or uncaptured, as SCORERS in scorer.py describes them.
+    scorer: auto, engine or uncaptured, as SCORERS in engines.py describes them.
     should_stop: asked between steps; once it says so, the run ends by Interrupted.
     progress: gets (phase, targets done, targets in all).
     say: hears what the engine chose.
@@ -175,11 +175,11 @@ class _Run:
         self.documents, self.config = request.documents, request.config
         self.should_stop, self.say = request.should_stop, request.say
         self.queue, self.journal = queue, journal
-        self.progress = Progress(self.documents, queue, journal, request.should_stop, request.progress)
+        self.progress = ScoringProgress(self.documents, queue, journal, request.should_stop, request.progress)
         self.groups = groups_of(self.documents, self.config.phases)
         self.group_of = {index: number for number, group in enumerate(self.groups) for index in group}
         frozen = _frozen(request)
-        self.scorer = Scorer(scorer, frozen["base"], self.config, self.documents, self.say)
+        self.engines = Engines(scorer, frozen["base"], self.config, self.documents, self.say)
         self.drafts = Drafts(
             frozen,
             self.documents,
@@ -208,7 +208,7 @@ class _Run:
         self.targets_to_adapt = sum(self.documents[index].targets for index in order if not self._is_short(index))
         for number in range(len(self.groups)):
             self.score_group(number, [index for index in order if self.group_of[index] == number], began)
-        return {"engine": self.scorer.facts} | self._facts_of_phases() | self.queue.leave(self.should_stop)
+        return {"engine": self.engines.facts} | self._facts_of_phases() | self.queue.leave(self.should_stop)
 
     def score_group(self, group: int, order: Sequence[int], began: float) -> None:
         """Work until every document of a group has a result; `order` are those without one, longest first."""
@@ -247,8 +247,8 @@ class _Run:
         def ends() -> bool:
             return self.deadline.passed() or self.should_stop()
 
-        while self.scorer.learnt < group and not self.deadline.passed():
-            documents = [self.documents[index] for index in self.groups[self.scorer.learnt]]
+        while self.engines.learnt < group and not self.deadline.passed():
+            documents = [self.documents[index] for index in self.groups[self.engines.learnt]]
             total = sum(document.targets for document in documents)
             with self.progress.timed("learn"):
                 learned = False
@@ -257,10 +257,10 @@ class _Run:
                     nonlocal learned
                     learned = engine.learn(documents, ends, lambda done: self.progress.show("learn", done, total))
 
-                if not self.scorer.fits(documents, learn):
+                if not self.engines.fits(documents, learn):
                     continue  # with an engine that has learned nothing yet
                 if learned:
-                    self.scorer.learnt += 1
+                    self.engines.learnt += 1
                 elif not self.deadline.passed():
                     raise self.progress.interrupted()  # with half a phase in the shared adapter
 
@@ -348,13 +348,13 @@ class _Run:
                 lambda done: self.progress.show("adapt", self.targets_before + done, self.targets_to_adapt),
                 waiting=hands_out,
                 finished=finished,
-                every=CPU_EVERY if self.scorer.is_on_cpu else self.queue.every,
+                every=CPU_EVERY if self.engines.is_on_cpu else self.queue.every,
             )
             self._after_adapting(engine, indices, adapted, [place for place in claimed if place not in handed])
 
-        learnt = self.scorer.learnt
+        learnt = self.engines.learnt
         with self.progress.timed("adapt"):
-            if self.scorer.fits(documents, work):
+            if self.engines.fits(documents, work):
                 return None
             self.learn_until(learnt)
         self.targets_before += sum(documents[place].targets for place in handed)
@@ -372,7 +372,7 @@ class _Run:
                 self.adapted_nll[index] = nll[:reached]
         if self.gains is not None:
             attempt("the gain along the documents", lambda: self._keep_gains(engine, indices, adapted), self.say)
-        self.scorer.note(engine)
+        self.engines.note(engine)
 
     def _keep_gains(self, engine: Engine, indices: Sequence[int], adapted: Adapted) -> None:
         read = engine.token_nll([self.documents[index] for index in indices], adapted.kept_pass)

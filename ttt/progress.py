@@ -25,7 +25,7 @@ class Interrupted(KloraError, RuntimeError):
         self.done, self.total = done, total
 
 
-class Progress:
+class ScoringProgress:
     """What one process says of a run while it goes on. `seconds` by phase are those of interrupted runs, too.
 
     `should_stop` and `show` are `should_stop` and `progress` of the request.

@@ -35,23 +35,23 @@ def pick_scorer(scorer: str, device: torch.device) -> str:
     return (ENGINE if device.type == "cuda" else UNCAPTURED) if scorer == "auto" else scorer
 
 
-class Scorer:
-    """Makes engines for documents of a run, each time the GPU's memory runs out with half as many places.
+class Engines:
+    """Makes the engines of a run: each time the GPU's memory runs out, the next one with half as many places.
 
-    `name` is one of SCORERS that :func:`pick_scorer` gave. `all_documents` are those of the run: with phases one engine
-    takes them all, and has the shared adapter. `learnt` is the number of groups that this adapter has learned from; a
-    smaller engine begins at 0. `facts` are those of the engines that :meth:`note` got.
+    `scorer` is what :func:`pick_scorer` gave, `all_documents` are those of the run: with phases one engine takes them
+    all, and has the shared adapter. `learnt` is the number of groups that this adapter has learned from; a smaller
+    engine begins at 0. `facts` are those of the engines that :meth:`note` got.
     """
 
     def __init__(
         self,
-        name: str,
+        scorer: str,
         model: Weights | HfModel,
         config: TTTConfig,
         all_documents: Sequence[Document],
         say: Callable[[str], None],
     ):
-        self.name, self.model, self.config, self.all_documents, self.say = name, model, config, all_documents, say
+        self.scorer, self.model, self.config, self.all_documents, self.say = scorer, model, config, all_documents, say
         self.facts: dict[str, Any] = {}
         self.learnt = 0
         self._engine: Engine | None = None
@@ -102,7 +102,7 @@ class Scorer:
         """An engine for these documents; with phases one for all documents, which has the shared adapter."""
         if self._engine is not None:
             return self._engine
-        rows, capture = CPU_ROWS if self.is_on_cpu else ROWS, False if self.name == UNCAPTURED else None
+        rows, capture = CPU_ROWS if self.is_on_cpu else ROWS, False if self.scorer == UNCAPTURED else None
         held = self.all_documents if self.config.phases else documents
         config = self.config
         if self.is_on_cpu and torch.get_num_threads() > 1:
