@@ -501,7 +501,7 @@ def test_the_rounding_between_passes_is_measured_on_the_model(monkeypatch):
     hotter = measured_rounding(sure, STRICT.override({"temperature": 0.5}), documents)
     assert hotter.tolerance > 1.5 * roughly.tolerance
     assert "of 99 targets" in str(measured_rounding(sure, STRICT, [*documents, document(34, 3)]))
-    monkeypatch.setattr(model_audit, "MEASURED", 20)
+    monkeypatch.setattr(model_audit, "MOST_MEASURED", 20)
     assert "of 20 targets" in str(measured_rounding(sure, STRICT, documents))
 
 

@@ -18,7 +18,7 @@ from klora.ttt.adapters import AdapterLayout
 from klora.ttt.base import BaseNll
 from klora.ttt.documents import Document
 from klora.ttt.engine import Engine
-from klora.ttt.engine_memory import activation_bytes, kept_by_autograd, slot_bytes
+from klora.ttt.engine_memory import activation_bytes, numbers_kept, slot_bytes
 from klora.ttt.protocols import TTTConfig
 from klora.ttt.queue import Deadline
 from klora.ttt.ring import Ring, RingContext
@@ -266,7 +266,7 @@ def test_the_estimates_count_the_rings_and_the_chunk_alone():
     engine = Engine(model, CACHED, 100)
     assert engine.ring.keys.numel() + engine.ring.values.numel() == engine.facts["slots"] * cells
     assert activation_bytes(model, CACHED, 4) < activation_bytes(model, plain, 4)
-    assert kept_by_autograd(SHALLOW, CACHED) > kept_by_autograd(SHALLOW, plain)
+    assert numbers_kept(SHALLOW, CACHED) > numbers_kept(SHALLOW, plain)
 
 
 def test_steps_over_empty_places_leave_no_trace():
@@ -343,7 +343,7 @@ def test_the_backward_keeps_what_the_memory_estimate_says(monkeypatch):
     with pytest.raises(InterruptedError):
         cached_nll(randomized(shape).requires_grad_(False), docs, config, backend="triton")
     k_and_v = shape.blocks * sum(shape.qkv_sizes[1:])
-    planned = 4 * config.batch * config.chunk * (kept_by_autograd(shape, config) - k_and_v)
+    planned = 4 * config.batch * config.chunk * (numbers_kept(shape, config) - k_and_v)
     # Tables, and the statistics of heads and queries, in fp32: the quarter that is added covers them.
     statistics = 2 * shape.blocks * (shape.heads + shape.kv_heads)
     beside = 4 * config.batch * config.chunk * (shape.head_dim + statistics)

@@ -20,7 +20,7 @@ from klora.model.loading import model_from_artifact
 from klora.ttt.base import BaseNll
 from klora.ttt.documents import Document
 from klora.ttt.engine import Engine, engine_of
-from klora.ttt.engine_memory import activation_bytes, kept_by_autograd, largest_batch, slot_bytes
+from klora.ttt.engine_memory import activation_bytes, largest_batch, numbers_kept, slot_bytes
 from klora.ttt.protocols import TTTConfig
 from klora.ttt.queue import Deadline
 from klora.ttt.results import Adapted
@@ -616,7 +616,7 @@ def test_the_backward_keeps_what_the_memory_estimate_says(monkeypatch):
     docs = documents((65, 65))
     with pytest.raises(InterruptedError):
         adapt_documents(randomized(shape).requires_grad_(False), docs, config, Deadline(0), backend="triton")
-    planned = 4 * config.batch * config.window * kept_by_autograd(shape, config)
+    planned = 4 * config.batch * config.window * numbers_kept(shape, config)
     assert 0.8 * planned < max(steps) < planned
 
 

@@ -6,22 +6,23 @@ from typing import Any
 import torch
 
 from ..kernels.attention import HEAD_DIMS
+from ..kernels.dispatch import padded_rank
 from ..model.config import ModelConfig
 from ..model.gpt import GPT
 from .adapters import AdapterLayout
 from .protocols import CACHED, TARGETS, TTTConfig
 from .ring import ring_numbers
 
-USABLE_SHARE = 0.85
+ENGINE_SHARE = 0.85
 """Share of the free memory that an engine plans for."""
 
 
-def padded_rank(rank: int) -> int:
-    """Numbers that a LoRA keeps of an input: a power of two, at least 16; none without one."""
-    return max(16, 1 << (rank - 1).bit_length()) if rank else 0
+def numbers_of_rank(rank: int) -> int:
+    """Numbers that a LoRA keeps of an input; none without one."""
+    return padded_rank(rank) if rank else 0
 
 
-def kept_by_autograd(shape: ModelConfig, config: TTTConfig) -> int:
+def numbers_kept(shape: ModelConfig, config: TTTConfig) -> int:
     """Numbers that a training step keeps for its backward, for each input of the window, in the compute dtype.
 
     In each block: its input, normed or not, the stream before the MLP, q, k and v, attention's output, the MLP's hidden
@@ -30,8 +31,8 @@ def kept_by_autograd(shape: ModelConfig, config: TTTConfig) -> int:
     later blocks.
     """
     q, k, v = shape.qkv_sizes
-    ranks = 3 * padded_rank(max(map(config.rank, "qkv"))) + sum(
-        padded_rank(config.rank(n)) for n in ("o", "up", "down")
+    ranks = 3 * numbers_of_rank(max(map(config.rank, "qkv"))) + sum(
+        numbers_of_rank(config.rank(n)) for n in ("o", "up", "down")
     )
     block = 2 * shape.width + (q + k + v) + q + shape.mlp_hidden + ranks
     if shape.head_dim not in HEAD_DIMS:
@@ -51,10 +52,10 @@ def activation_bytes(model: GPT, config: TTTConfig, rows: int) -> int:
     """
     shape, item = model.config, torch.finfo(model.dtype).bits // 8
     width, hidden = shape.width, shape.mlp_hidden
-    times_b = 3 * padded_rank(max(map(config.rank, TARGETS)))
+    times_b = 3 * numbers_of_rank(max(map(config.rank, TARGETS)))
     in_flight = max(3 * hidden + 2 * sum(shape.qkv_sizes) + times_b + 8 * width, 5 * width * 4 // item)
     head = config.chunk * (shape.vocab_size + 4 * width + 8 * config.rank("head"))
-    kept, packed = kept_by_autograd(shape, config), AdapterLayout(shape, config).size
+    kept, packed = numbers_kept(shape, config), AdapterLayout(shape, config).size
     return int(1.25 * rows * item * (config.inputs * (kept + in_flight) + head + packed))
 
 
@@ -66,12 +67,12 @@ def slot_bytes(model: GPT, config: TTTConfig) -> int:
 
 
 def largest_batch(batch: int, needed: Callable[[int], int], free: int) -> int:
-    """`batch` halved until its `needed` bytes are at most USABLE_SHARE of the `free` ones."""
-    while needed(batch) > USABLE_SHARE * free:
+    """`batch` halved until its `needed` bytes are at most ENGINE_SHARE of the `free` ones."""
+    while needed(batch) > ENGINE_SHARE * free:
         if batch == 1:
             raise MemoryError(
                 f"adapting one document at a time takes about {needed(1) >> 20} MiB and {free >> 20} MiB are free, of "
-                f"which {USABLE_SHARE:.0%} may be used. Free some, or take a shorter window, fewer slots or, with "
+                f"which {ENGINE_SHARE:.0%} may be used. Free some, or take a shorter window, fewer slots or, with "
                 "phases, a smaller phase_chunks"
             )
         batch //= 2

@@ -19,7 +19,7 @@ from .ring import Ring, RingContext
 from .schedule import Queue
 from .step import EngineStep
 
-MEASURED = 256
+MEASURED_TOKENS = 256
 """Tokens of the window by which a step's memory is measured: it grows with the number of tokens."""
 
 IN_FLIGHT = 1.25
@@ -77,7 +77,7 @@ class HfEngine(Engine):
         """Parameters of one adapter, and bytes that autograd keeps of a token: measured, before there are slots."""
         if not hasattr(self, "_measured"):
             pool = model.attach(self.config, 1).pool
-            self._measured = pool.params.size(1), kept_by_autograd(model, min(MEASURED, self.config.window))
+            self._measured = pool.params.size(1), bytes_kept(model, min(MEASURED_TOKENS, self.config.window))
         return self._measured
 
     def _new_step(self, queue: Queue, rows: int, ring: Ring | None) -> HfStep:
@@ -107,7 +107,7 @@ def slots_of(lora: Lora, model: HfModel, config: TTTConfig) -> Slots:
     return Slots(config, pool.params, pool.grads, initial, rates, decay)
 
 
-def kept_by_autograd(model: HfModel, tokens: int) -> float:
+def bytes_kept(model: HfModel, tokens: int) -> float:
     """Bytes that autograd keeps of one token of a forward with adapters, the model's weights left out."""
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.module.parameters()}
     kept: dict[int, int] = {}

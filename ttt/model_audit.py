@@ -33,7 +33,7 @@ ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.1, torch
 """Nats by which a target's NLL may differ between our own passes at least, by compute dtype: the same function in other
 sums, as of the base pass for a document that is cut too short to adapt. :func:`measured_rounding` looks for more."""
 
-MEASURED = 4096
+MOST_MEASURED = 4096
 """Targets that the rounding of a pass is measured on; a pass over them costs a few hundredths of an audit."""
 
 
@@ -93,15 +93,15 @@ def measured_rounding(model: GPT, config: TTTConfig, documents: Sequence[np.ndar
 
     It is twice the most by which an NLL differs between hidden states of the compute dtype and those of float64, of the
     same weights, but at least ROUNDING. Both are made by the reference ops: a fault of a kernel widens nothing. They
-    read one window at a time, of all documents in turn, until MEASURED targets are seen.
+    read one window at a time, of all documents in turn, until MOST_MEASURED targets are seen.
     """
     weights = frozen_weights(model)
     wide, divisor = in_float64(weights), min(1.0, config.temperature)
-    most, seen, size = 0.0, 0, min(config.window, MEASURED)
+    most, seen, size = 0.0, 0, min(config.window, MOST_MEASURED)
     for begin in range(0, max(map(len, documents)), size):
         for tokens in documents:
             window = torch.from_numpy(tokens[begin : begin + size + 1].astype(np.int64)).to(weights.device)[None]
-            if window.size(1) < 2 or seen >= MEASURED:
+            if window.size(1) < 2 or seen >= MOST_MEASURED:
                 continue
             passes = (_hidden(of, window[:, :-1], config.window) for of in (weights, wide))
             nll, exact = (_full_nll(wide, h, None, window[0, 1:], divisor) for h in passes)
