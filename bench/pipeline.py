@@ -71,7 +71,7 @@ def _klora(*arguments: str) -> dict[str, Any]:
     if done.returncode:
         raise SystemExit(f"klora {' '.join(arguments)} ended with status {done.returncode}: {done.stdout}")
     return {
-        "command": " ".join(["klora", *(Path(a).name if a.startswith("/") else a for a in arguments)]),
+        "command": " ".join(["klora", *(Path(a).name if "/" in a else a for a in arguments)]),
         "wall_seconds": time.perf_counter() - started,
         "result": json.loads(done.stdout),
     }

@@ -136,7 +136,8 @@ def main(
     more = ["--preset", preset, "--most-tokens", str(most_tokens), "--device", device]
     arguments = [str(artifact), *source, *settings, *more]
     runs: dict[int, list[dict[str, Any]]] = {}
-    about = {"name": "rank_scoring", "environment": environment(commit), "arguments": arguments, "repeats": repeats}
+    named = [Path(argument).name if "/" in argument else argument for argument in arguments]
+    about = {"name": "rank_scoring", "environment": environment(commit), "arguments": named, "repeats": repeats}
     rows: dict[int, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         for _ in range(repeats):

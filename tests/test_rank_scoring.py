@@ -76,11 +76,12 @@ def test_a_record_is_written_and_unequal_scores_end_red(monkeypatch, tmp_path, c
 
     seen, changed, record = [], {}, tmp_path / "record.json"
     monkeypatch.setattr(rank_scoring, "scored", scored)
-    about = {"jsonl": ["a.jsonl"], "record": record, "commit": "abc", "set_": ["chunk=64"]}
+    about = {"jsonl": ["place/a.jsonl"], "record": record, "commit": "abc", "set_": ["chunk=64"]}
     main("m.klora", **about, ranks=[1, 2], repeats=2, preset="quick", most_tokens=0, device="auto")
     assert [ranks for ranks, _ in seen] == [1, 2, 1, 2]
-    assert seen[0][1][:5] == ["m.klora", "--jsonl", "a.jsonl", "--set", "chunk=64"]
+    assert seen[0][1][:5] == ["m.klora", "--jsonl", "place/a.jsonl", "--set", "chunk=64"]
     written = json.loads(record.read_text())
+    assert written["arguments"][:3] == ["m.klora", "--jsonl", "a.jsonl"], "a place says where a machine keeps it"
     assert written["name"] == "rank_scoring" and written["environment"]["commit"] == "abc"
     assert written["rows"]["2"]["times_as_fast"]["adapting"] == 2.0 and "equal" in capsys.readouterr().out
     changed["adapted_nats"] = 2.5
