@@ -2,12 +2,12 @@
 
 import hashlib
 import json
-import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..cores import usable_cores
 from .corpus import Corpus, Document
 from .shards import Shard, ShardError, ShardWriter, find_shards
 from .storage import sync_folder, write_bytes, write_text
@@ -107,7 +107,7 @@ def _build(train: Corpus, validation: Corpus, vocab_size: int, folder: Path, pro
         documents = text_bytes = 0
         with ShardWriter(folder, split, prefix=corpus.kind) as writer:
             for texts in _batches(_counted(corpus.documents(), phase, progress)):
-                for tokens in tokenizer.encode_many(texts, threads=os.cpu_count() or 1):
+                for tokens in tokenizer.encode_many(texts, threads=usable_cores()):
                     writer.add(tokens)
                 documents += len(texts)
                 text_bytes += sum(len(text.encode()) for text in texts)

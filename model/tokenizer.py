@@ -41,6 +41,9 @@ SENTENCE_BYTES = 4192
 # At most 100 MB of ASCII text: bounds memory for a corpus of any size.
 SAMPLED_SENTENCES = 100_000
 
+GATHERED = 2**20
+"""Tokens whose bytes are gathered at a time: some tens of MB of places."""
+
 PROBES = {
     "a space": " ",
     "several spaces": "a  b   c",
@@ -126,7 +129,10 @@ class Tokenizer:
         self._text = [_piece_text(processor.id_to_piece(i), byte[i], control[i]) for i in ids]
         self.is_control = np.array(control)
         self.leading_space = np.array([self._text[i].startswith(b" ") and not byte[i] for i in ids])
-        self.piece_bytes = np.array([len(text) for text in self._text]) - self.leading_space
+        self._bytes = np.frombuffer(b"".join(self._text), dtype=np.uint8)
+        self._sizes = np.array([len(text) for text in self._text])
+        self._ends = np.cumsum(self._sizes)
+        self.piece_bytes = self._sizes - self.leading_space
         self.adds_space = self._text[processor.encode("a")[0]].startswith(b" ")
         fault, changed = self._probed()
         refused = fault or ("" if may_normalise else next((f"changes {n}: it {c}" for n, c in changed.items()), ""))
@@ -259,15 +265,30 @@ class Tokenizer:
 
         Bytes that are not UTF-8 become U+FFFD. TokenizerError for an id outside the vocabulary.
         """
-        return b"".join(self.token_bytes(ids)).decode(errors="replace")
+        return self.text_bytes(ids).decode(errors="replace")
 
-    def token_bytes(self, ids: Sequence[int] | np.ndarray) -> list[bytes]:
-        """The bytes of text of each of `ids` [n], which :meth:`decode` joins; of a control token none."""
+    def text_bytes(self, ids: Sequence[int] | np.ndarray) -> bytes:
+        """The bytes of text of all of `ids` [n], one after the other, which :meth:`decode` decodes."""
         ids = np.asarray(ids, dtype=np.int64)
+        cut, parts = self._cut(ids), []
+        for begin in range(0, ids.size, GATHERED):
+            piece, less = ids[begin : begin + GATHERED], cut[begin : begin + GATHERED]
+            sizes = self._sizes[piece] - less
+            # From a byte's place here to its place among the bytes of all pieces: what is cut lies before both.
+            shift = self._ends[piece] - np.cumsum(sizes)
+            parts.append(self._bytes[np.arange(sizes.sum()) + np.repeat(shift, sizes)].tobytes())
+        return b"".join(parts)
+
+    def _cut(self, ids: np.ndarray) -> np.ndarray:
+        """Which of `ids` int64 [n] begin with the space that the model adds. TokenizerError for an id of no piece."""
         self._require_ids(ids)
         starts_text = np.concatenate([[True], self.is_control[ids[:-1]]])[: ids.size] & self.adds_space
-        cut = self.leading_space[ids] & starts_text
-        return [self._text[i][c:] for i, c in zip(ids.tolist(), cut.tolist(), strict=True)]
+        return self.leading_space[ids] & starts_text
+
+    def token_bytes(self, ids: Sequence[int] | np.ndarray) -> list[bytes]:
+        """The bytes of text of each of `ids` [n], which :meth:`text_bytes` joins; of a control token none."""
+        ids = np.asarray(ids, dtype=np.int64)
+        return [self._text[i][c:] for i, c in zip(ids.tolist(), self._cut(ids).tolist(), strict=True)]
 
     def target_bytes(self, tokens: np.ndarray) -> np.ndarray:
         """Bytes of text of each target `tokens[1:]` given the token before it: [n] -> int64 [n - 1].

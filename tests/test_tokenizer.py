@@ -146,6 +146,20 @@ def assert_exact(tokenizer: Tokenizer, text: str):
     assert counted.sum() == len(text.encode())
 
 
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_the_bytes_of_tokens_are_those_of_each_one_after_the_other(tokenizer, data):
+    """Gathered some at a time, whatever the ids: control tokens, after which a space is added, and broken UTF-8."""
+    ids = data.draw(st.lists(st.integers(0, tokenizer.vocab_size - 1) | st.integers(0, 3), max_size=40))
+    wanted = b"".join(tokenizer.token_bytes(ids))
+    with pytest.MonkeyPatch.context() as patch:
+        for at_a_time in (1, 3, 2**20):
+            patch.setattr(tokenizer_module, "GATHERED", at_a_time)
+            assert tokenizer.text_bytes(ids) == wanted
+    with pytest.raises(TokenizerError):
+        tokenizer.text_bytes([*ids, tokenizer.vocab_size])
+
+
 plain_text = st.text(st.characters(exclude_characters="\u2581", exclude_categories=["Cs"]))
 nasty_text = st.lists(st.sampled_from([*NASTY, "<s>", "</s>", "<unk>", "<0x0A>", "\r\n", "    ", "ab"])).map("".join)
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import torch
 
 from ..model.corpus import Document as TextDocument
 from ..model.tokenizer import Tokenizer, TokenizerError, first_difference
@@ -46,8 +47,10 @@ class Document:
         return len(self.tokens) - 1
 
 
-def documents_from_texts(texts: Iterable[TextDocument], tokenizer: Tokenizer, threads: int = 2) -> Iterator[Document]:
-    """Tokenize texts as they come, on `threads` threads; bytes are those of the text in UTF-8.
+def documents_from_texts(
+    texts: Iterable[TextDocument], tokenizer: Tokenizer, threads: int | None = None
+) -> Iterator[Document]:
+    """Tokenize texts as they come, on `threads` threads or as many as PyTorch has; bytes are those of the UTF-8 text.
 
     `texts` are `klora.model.corpus.Document`s of a name and a text, as a Corpus yields them.
 
@@ -59,7 +62,8 @@ def documents_from_texts(texts: Iterable[TextDocument], tokenizer: Tokenizer, th
     batch: list[TextDocument] = []
 
     def encoded() -> Iterator[Document]:
-        tokens = tokenizer.encode_many([document.text for document in batch], threads)
+        many = torch.get_num_threads() if threads is None else threads
+        tokens = tokenizer.encode_many([document.text for document in batch], many)
         for document, ids in zip(batch, tokens, strict=True):
             yield document_of(document.name, document.text, ids, tokenizer)
 
@@ -99,12 +103,13 @@ def with_own_names(documents: Sequence[Document], say: Callable[[str], None]) ->
 
 def document_of(name: str, text: str, ids: np.ndarray, tokenizer: Tokenizer) -> Document:
     """The document of a text and its tokens. TokenizerError where they are not the tokens of exactly this text."""
-    encoded, counted, found = text.encode(), int(tokenizer.target_bytes(ids).sum()), tokenizer.decode(ids)
-    if found != text or counted != len(encoded):
+    encoded, counted, found = text.encode(), int(tokenizer.target_bytes(ids).sum()), tokenizer.text_bytes(ids)
+    if found != encoded or counted != len(encoded):
+        difference = first_difference(text, found.decode(errors="replace"))
         raise TokenizerError(
-            f"document {name!r} has {len(encoded):,} bytes of text, and its tokens stand for {counted:,}"
-            f"{first_difference(text, found)}: its bits per byte would be of another text; give a tokenizer that keeps "
-            "this text as it is, or leave the document out"
+            f"document {name!r} has {len(encoded):,} bytes of text, and its tokens stand for {counted:,}{difference}: "
+            "its bits per byte would be of another text; give a tokenizer that keeps this text as it is, or leave the "
+            "document out"
         )
     return Document(name, ids, len(encoded), hashlib.sha256(encoded).hexdigest())
 
