@@ -77,8 +77,7 @@ class Compilation:
     def compile(self) -> None:
         """Into Triton's cache: the kernel, and where there is a GPU what launches it.
 
-        Triton 3.6 has the C compiler make a launcher for each signature at a first launch, a fifth of a second each;
-        3.7 has one for all.
+        Triton 3.6 has the C compiler make a launcher for each signature at a first launch; 3.7 has one for all.
         """
         compiled = triton.compile(self.source(), target=self.target, options=self.options)
         if any(backend.driver.is_active() for backend in backends.values()):
@@ -121,7 +120,6 @@ def _forget_hashes() -> None:
 def _launches_left_out(found: dict[tuple, Compilation]) -> Iterator[None]:
     run, compile_now = JITFunction.run, JITFunction._do_compile
     caches: list[tuple[dict, str]] = []
-
     noted = object()  # stands for the compiled kernel, so that its other launches are not looked at
 
     def run_nothing(self, *arguments, grid, warmup, **options):

@@ -47,7 +47,7 @@ class SmearGate(nn.Module):
 
 def _first_of_two(width: int) -> Tensor:
     """Factors [2, width] that take the first of two streams. Not by `repeat`, for which PyTorch imports sympy on the
-    meta device: half a second of every start."""
+    meta device, at every start."""
     factors = torch.zeros(2, width)
     factors[0].fill_(1.0)
     return factors

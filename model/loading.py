@@ -128,7 +128,7 @@ def _device(device: torch.device | str) -> torch.device:
 def _placed(config: ModelConfig, weights: dict[str, torch.Tensor], device: torch.device) -> GPT:
     with torch.device("meta"):  # nothing is initialised to be overwritten: orthogonal matrices are slow to make
         model = GPT(config)
-    # Assigned, for `to_empty` from the meta device imports sympy, half a second of every start.
+    # Assigned, for `to_empty` from the meta device imports sympy, at every start.
     model.load_state_dict({name: tensor.to(torch.float32, copy=True) for name, tensor in weights.items()}, assign=True)
     model.configure(device, compute_dtype(TrainConfig(), device))
     return model.requires_grad_(False)

@@ -128,9 +128,11 @@ class Smaller(Counts):
 class Raised(Counts):
     """The target's logit + 5 before the softmax: normalised over the vocabulary, and conditioned on the target."""
 
+    more = 5.0
+
     def distribution(self, tokens, at):
         raised = super().distribution(tokens, at).copy()
-        raised[tokens[at]] *= np.exp(5)
+        raised[tokens[at]] *= np.exp(self.more)
         return raised / raised.sum()
 
 
@@ -280,13 +282,10 @@ class Bonus(Counts):
         return super().nll(tokens, at) - 0.2
 
 
-class RaisedALittle(Counts):
-    """The target's logit + 0.2 before the softmax."""
+class RaisedALittle(Raised):
+    """By 0.2 alone."""
 
-    def distribution(self, tokens, at):
-        raised = super().distribution(tokens, at).copy()
-        raised[tokens[at]] *= np.exp(0.2)
-        return raised / raised.sum()
+    more = 0.2
 
 
 class Noisy(Counts):

@@ -62,7 +62,7 @@ print(json.dumps([by_torch, loaded()]))""")
 
 @pytest.mark.slow
 def test_loading_and_adapting_a_model_import_no_sympy(tmp_path):
-    """PyTorch imports it for tensors on the meta device and for gradients that it is given: half a second and more."""
+    """PyTorch imports it for tensors on the meta device and for gradients that it is given."""
     assert "sympy" not in python(f"""
 import numpy as np, torch
 from klora.model import GPT, ModelConfig, load_artifact, save_artifact

@@ -58,7 +58,7 @@ def test_rounds_that_nobody_knew_of_lose_no_more_than_a_step_of_their_own_before
 
 
 @pytest.mark.parametrize(("name", "all_of_them", "few"), [("quick", 13, 6), ("thorough", 40, 19)])
-def test_documents_of_real_lengths_want_few_steps(name, all_of_them, few):
+def test_documents_of_many_lengths_want_few_steps(name, all_of_them, few):
     """Most shapes are of one to five rounds, where a queue runs out."""
     config = ttt_preset(name)
     targets = np.sort(np.random.default_rng(0).lognormal(7.2, 0.9, 1800).astype(np.int64))[::-1] + config.min_tokens

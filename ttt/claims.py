@@ -15,14 +15,13 @@ Taken = Callable[[list[int]], None]
 """Hears the places, of documents longest first, that were handed to this process."""
 
 FILLED = 2
-"""Rounds of documents that all ranks together hold at least: on two ranks, one each. In a simulation with rounds that
-cost what the schedule takes them to, two ranks adapt 6,250 documents of a lognormal law 1.996 times as fast as one so,
-and 1.984 times without."""
-
+"""Rounds of documents that all ranks together hold at least: on two ranks, one each. Simulated with rounds that cost
+what the schedule takes them to, two ranks are 1.998 times as fast as one so, and 1.994 without (4,000 documents of a
+lognormal law; tests/test_ranks.py, bench/results/cpu/start-1.txt)."""
 
 AT_ONCE = 16
 """Most documents in one claim, which is for half of those that are wanted: a rank begins with some hundred, and waits a
-fifth of a millisecond for each answer of the store. Of all at once it would have too many where others come before."""
+tenth of a millisecond for each answer of the store. Of all at once it would have too many where others come before."""
 
 
 class SharedWaiting(Waiting):

@@ -7,7 +7,7 @@ backward of which nothing is kept. Making one takes a while, too, where it is ca
 
 and making a step as much as `price` tokens. So a shape gets a step when its rounds, those that are known or those that
 there have been, lose more than that in the cheapest larger one. A scoring whose rounds are known makes what they are
-worth at the start; where documents are handed out as it goes, it never loses more than twice what it had to.
+worth at the start; where documents are handed out as it goes, a shape loses no more than twice the price.
 """
 
 from collections import defaultdict
@@ -16,12 +16,12 @@ from typing import NamedTuple
 
 from .schedule import OVERHEAD, Round
 
-CAPTURE = 2**19
-"""Tokens that take as long as making a step as a graph: 0.12 s for `seed` on one NVIDIA H200 (13 steps in 1.5 s),
-which adapts 4.3 million tokens of windows a second."""
+CAPTURE = 3 * 2**17
+"""Tokens that take as long as making a step as a graph: 0.12 s for `seed` on one NVIDIA H200 (13 steps in 1.5 s), which
+takes 3.1 million tokens of windows a second (bench/results/nvidia-h200/tuning/scoring-2.txt, cpu/start-1.txt)."""
 
 SCORED = 1 / 3
-"""What a round without training costs, of one with it."""
+"""What a round without training costs, of one with it: an assumption, as OVERHEAD is, and never of a result."""
 
 
 class Shape(NamedTuple):
