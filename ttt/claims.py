@@ -17,7 +17,7 @@ Taken = Callable[[list[int]], None]
 FILLED = 2
 """Rounds of documents that all ranks together hold at least: on two ranks, one each. Simulated with rounds that cost
 what the schedule takes them to, two ranks are 1.998 times as fast as one so, and 1.994 without (4,000 documents of a
-lognormal law; tests/test_ranks.py, bench/results/cpu/start-1.txt)."""
+lognormal law; tests/test_claims.py, bench/results/cpu/start-1.txt)."""
 
 AT_ONCE = 16
 """Most documents in one claim, which is for half of those that are wanted: a rank begins with some hundred, and waits a
