@@ -68,7 +68,7 @@ test-fast: setup
 	$(WORKERS) -m "not gpu and not slow"
 
 audit: setup
-	$(WORKERS) -m "not gpu" tests/test_audit.py tests/test_verify.py
+	$(WORKERS) -m "not gpu" tests/test_audit.py tests/test_model_audit.py tests/test_verify.py
 
 # Its last lines count the kills that were survived; KILLS=10 makes it ten of each.
 faults: setup

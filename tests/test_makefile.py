@@ -47,9 +47,10 @@ def test_faults_kills_fifty_times_unless_told_otherwise(tmp_path):
 def test_the_audit_runs_the_tests_that_the_page_names(tmp_path):
     (last,) = re.findall(r"pytest .*", commands("audit", tmp_path))
     page = (ROOT / "docs/trust.md").read_text()
-    assert "`make audit`" in page and "tests/test_audit.py tests/test_verify.py" in last
+    assert "`make audit`" in page and "tests/test_audit.py tests/test_model_audit.py tests/test_verify.py" in last
     written = "".join(
-        (ROOT / "tests" / name).read_text() for name in ("test_audit.py", "test_verify.py", "test_tokenizer.py")
+        (ROOT / "tests" / name).read_text()
+        for name in ("test_audit.py", "test_model_audit.py", "test_verify.py", "test_tokenizer.py")
     )
     promised = re.findall(r"`(test_\w+)`", page)
     assert len(promised) >= 9 and all(f"def {name}(" in written for name in promised)

@@ -21,8 +21,8 @@ from klora.ttt.protocols import TTTConfig
 from klora.ttt.report import write_report
 from klora.ttt.results import NLL_ROUNDING
 from klora.ttt.verify import Stored, VerifyError, read_nll, verify, write_nll
-from test_audit import STRICT, rounds_below_zero, sure_model
 from test_cli import klora
+from test_model_audit import STRICT, rounds_below_zero, sure_model
 
 __all__ = ["rounds_below_zero"]
 
