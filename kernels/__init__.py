@@ -2,7 +2,9 @@
 
 from typing import TYPE_CHECKING
 
-from ..lazy import lazy_exports
+# By its full name: in the repository's root, transformers takes this folder for Hugging Face's package `kernels` and
+# imports it to ask its version.
+from klora.lazy import lazy_exports
 
 if TYPE_CHECKING:
     from .attention import (

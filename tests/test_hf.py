@@ -3,6 +3,7 @@
 import copy
 import json
 import socket
+import subprocess
 import sys
 from pathlib import Path
 
@@ -470,6 +471,24 @@ def test_a_clones_own_folders_are_not_taken_for_packages(monkeypatch):
     with hf_module._own_folders_hidden():
         assert not {"", root} & set(sys.path) and sys.path
     assert sys.path[:2] == ["", root]
+
+
+def test_another_clones_folders_are_not_taken_for_packages_either(tmp_path, monkeypatch):
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "dispatch.py").touch()
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    with hf_module._own_folders_hidden():
+        assert str(tmp_path) not in sys.path
+    assert sys.path[0] == str(tmp_path)
+
+
+def test_transformers_is_imported_in_a_clones_root(no_network):
+    """By whoever loads a model of their own there, before klora has a say."""
+    root = Path(klora_ttt.__file__).resolve().parents[1]
+    code = "import transformers.models.llama.modeling_llama, kernels; print(kernels.__file__)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert Path(done.stdout.strip()) == root / "kernels" / "__init__.py"
 
 
 def test_the_dtype_is_what_was_asked_for(folder):

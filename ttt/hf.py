@@ -175,11 +175,11 @@ def load_hf(folder: str | Path, device: torch.device, dtype: str = "auto") -> tu
 
 @contextmanager
 def _own_folders_hidden() -> Iterator[None]:
-    """Inside, a clone's root is not where modules are looked for: transformers would take its folder kernels/ for the
-    package of that name.
+    """Inside, no clone's root is where modules are looked for: transformers would take its folder kernels/ for the
+    package of that name. The klora that runs may be another one.
     """
-    before, root = list(sys.path), Path(__file__).parents[1]
-    sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != root]
+    before = list(sys.path)
+    sys.path[:] = [entry for entry in sys.path if not (Path(entry) / "kernels" / "dispatch.py").is_file()]
     try:
         yield
     finally:
