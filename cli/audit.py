@@ -17,7 +17,7 @@ from ..ttt.model_audit import audit_model
 from ..ttt.protocols import SCORE_FIRST, label, ttt_preset
 from . import options
 from .console import Output
-from .subject import documents_of
+from .subject import documents_of, source_of
 from .threads import settle_threads
 
 MOST_TOKENS = 8192
@@ -73,14 +73,11 @@ def audit(
         raise ConfigError(
             f"phases={config.phases} is not possible in an audit: documents learn from one another then; allowed: 0"
         )
-    if shards and (text or jsonl):
-        raise ConfigError("--shards was given together with --text or --jsonl; give one of them")
-    options.require_field_is_read(field, jsonl)
+    source = source_of(text, jsonl, field, shards)
     loaded, chosen = load_artifact(artifact), own_device(device)
     settle_threads(chosen)
     scorer = pick_scorer(scorer, chosen)
     model = model_from_artifact(loaded, chosen, weights)
-    source = text, jsonl, field, shards
     documents = tried(documents_of(source, tokenizer_of(loaded), loaded.provenance), most_tokens)
     tokens = sum(len(document) - 1 for document in documents)
     about = f"{label(config.protocol)}, {scorer}, on {chosen}"

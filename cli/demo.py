@@ -18,7 +18,8 @@ from ..ttt.protocols import ttt_preset
 from . import options
 from .console import Output
 from .export import DEFAULT_BUDGET, export_run
-from .score import score_artifact
+from .scoring import Scoring
+from .subject import Source
 from .train import describe, prepare_first, require_no_run, run_training
 
 ARTIFACT = "demo.klora"
@@ -71,9 +72,8 @@ def _make(
         fit_threads()
     output.say(f"4. scoring, adapted to each document (no further ones after {DEADLINE:g} s)", style="bold")
     scores, config = out / "score", ttt_preset().override({"deadline": DEADLINE})
-    result = score_artifact(
-        artifact, (None, None, "text", None), tokens, config, scores, out, False, device, output, overwrite=True
-    )
+    source, more = Source(), {"device": device, "most_tokens": tokens, "prequant": out, "overwrite": True}
+    result = Scoring(artifact, source, config, scores, **more).run(output)
     total = time.perf_counter() - started
     totals, note = result.totals(), f", {result.deadline_note}" if result.deadline_hit else ""
     output.say(

@@ -1,10 +1,6 @@
 """`klora score`: an artifact, documents and a protocol to bits per byte and a report."""
 
-import hashlib
-import time
 from collections.abc import Mapping
-from contextlib import closing
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -13,35 +9,18 @@ import typer
 from ..model.config import ConfigError
 from ..model.loading import WEIGHTS_HELP
 from ..model.lock import locked
-from ..model.parallel import is_one_of_many, own_device, rank_of_many
-from ..model.signals import StopSignals
-from ..model.storage import attempt, require_writable
-from ..model.train import device_name
-from ..ttt import pipeline
-from ..ttt.documents import facts_of_texts, facts_of_tokens
-from ..ttt.engines import SCORERS, pick_scorer
+from ..model.parallel import is_one_of_many, rank_of_many
+from ..ttt.engines import SCORERS
 from ..ttt.hf import DTYPES
 from ..ttt.hf_model import require_for_hf
-from ..ttt.journal import Journal, fingerprint, has_journals, open_journal, remove_journals, settings_of
-from ..ttt.pipeline import ScoreRequest
-from ..ttt.progress import Interrupted
+from ..ttt.journal import has_journals
 from ..ttt.protocols import HF, SCORE_FIRST, TTTConfig, label, ttt_preset
-from ..ttt.queue import PATIENCE, queue_of_processes
-from ..ttt.report import write_report
-from ..ttt.results import SCORE, ScoreResult, is_short
-from ..ttt.sweep import sweep
-from ..ttt.verify import write_nll
+from ..ttt.queue import PATIENCE
+from ..ttt.results import SCORE
 from . import options
 from .console import Output
-from .subject import Source, Subject, facts_of_source, sampled
-from .threads import settle_threads
-from .totals import say_totals
-
-SPARE_BYTES = 2**24
-"""Disk space that a run wants whatever it scores: the report, its picture, a journal of some thousand documents."""
-
-TOKEN_BYTES = 48
-"""Disk space a token: 8 for each kept pass, written beside the one that it replaces, and its documents' lines."""
+from .scoring import Scoring
+from .subject import source_of
 
 
 def score(
@@ -193,9 +172,7 @@ def score(
         )
     if resume and overwrite:
         raise ConfigError("--resume and --overwrite were both given; give one of them")
-    if shards and (text or jsonl):
-        raise ConfigError("--shards was given together with --text or --jsonl; give one of them")
-    options.require_field_is_read(field, jsonl)
+    source = source_of(text, jsonl, field, shards)
     if tunes and config.is_leaky:
         raise ConfigError(f"--sweep was given with the protocol {label(config.protocol)}; allowed: {SCORE_FIRST}")
     if tunes and is_one_of_many():
@@ -210,135 +187,25 @@ def score(
             _require_no_results(folder)
         if tunes and not (resume or overwrite) and has_journals(folder):  # found out before the sweep, not after it
             raise ConfigError(f"{folder} holds the journal of an interrupted run; give --resume or --overwrite")
-        result = score_artifact(
-            scored,
-            (text, jsonl, field, shards),
-            most_tokens,
-            config,
-            folder,
-            prequant,
-            resume,
-            device,
-            output,
-            weights,
-            scorer,
-            patience,
-            overwrite,
-            tunes,
-            warm,
-            nll,
-            dtype if hf else None,
-        )
-    output.result({"out": str(folder), **{k: v for k, v in result.to_json().items() if k != "documents"}})
-
-
-def score_artifact(
-    path: Path,
-    source: Source,
-    most_tokens: int,
-    config: TTTConfig,
-    folder: Path,
-    prequant: Path | None,
-    resume: bool,
-    device: str,
-    output: Output,
-    weights: str = "dense",
-    scorer: str = "auto",
-    patience: float = PATIENCE,
-    overwrite: bool = False,
-    tunes: bool = False,
-    warm: bool = False,
-    nll: Path | None = None,
-    hf_dtype: str | None = None,
-) -> ScoreResult:
-    """Score the documents of `source` (text, jsonl, field, shards), write the results to `folder`, say the totals.
-
-    `path` is an artifact; with `hf_dtype`, which goes to :func:`load_hf`, a folder of Hugging Face.
-    """
-    seconds: dict[str, float] = {}
-    started = time.perf_counter()
-    require_writable(folder, SPARE_BYTES)
-    chosen = own_device(device)
-    settle_threads(chosen)
-    scorer = pick_scorer(scorer, chosen)
-    if hf_dtype is None:
-        subject = Subject.of_artifact(path, chosen, weights, prequant)
-    else:
-        subject = Subject.of_folder(path, chosen, hf_dtype, config)
-        weights, warm = subject.facts["hf"]["dtype"], False
-    model, before = subject.model, subject.before
-    seconds["load"], started = time.perf_counter() - started, time.perf_counter()
-    every = subject.documents(source, output.warn)
-    documents = sampled(every, most_tokens)
-    of_bytes = facts_of_tokens(documents, subject.tokenizer) if source[-1] else facts_of_texts()
-    seconds["tokenize"] = time.perf_counter() - started
-    require_writable(folder, SPARE_BYTES + TOKEN_BYTES * sum(document.targets for document in documents))
-    queue = queue_of_processes(patience)
-    output.is_silent, output.as_json = output.is_silent or not queue.is_first, output.as_json and queue.is_first
-    many = f" x {queue.world}" if queue.is_shared else ""
-    output.say(f"scoring {len(documents):,} documents, {label(config.protocol)}, on {chosen}{many}")
-    if warm and chosen.type == "cuda":
-        from .warm import scoring, warmed
-
-        started = time.perf_counter()
-        adapted = sum(not is_short(document, config) for document in documents)
-        warmed(lambda: scoring(model, config, adapted, weights), chosen, output)
-        seconds["warm"] = time.perf_counter() - started
-    with StopSignals(output.say) as stop:
-        request = ScoreRequest(
-            model,
-            documents,
-            config,
-            prequant=before,
-            queue=queue,
+        result = Scoring(
+            path=scored,
+            source=source,
+            config=config,
+            folder=folder,
+            device=device,
+            most_tokens=most_tokens,
+            prequant=prequant,
+            nll=nll,
+            resume=resume,
+            overwrite=overwrite,
+            tunes=tunes,
+            weights=weights,
             scorer=scorer,
-            should_stop=lambda: bool(stop.received),
-            say=output.say,
-            facts=subject.facts
-            | {
-                "device": device_name(chosen),
-                "weights": weights,
-                "source": facts_of_source(source, every, most_tokens),
-            }
-            | of_bytes,
-            keeps_nll=nll is not None,
-        )
-        try:
-            if tunes:
-                started = time.perf_counter()
-                try:
-                    with output.progress() as show:
-                        request = sweep(replace(request, progress=_shown(show)))
-                except Interrupted:
-                    output.say("stopped in the sweep, of which nothing is kept: the same command begins it again")
-                    raise typer.Exit(128 + stop.received) from None
-                seconds["sweep"] = time.perf_counter() - started
-            of_run = " ".join(subject.hashes.values()), request.documents, request.config, prequant is not None
-            more = {"weights": weights, "scorer": scorer}
-            key, settings = fingerprint(*of_run, **more), settings_of(*of_run, **more)
-            resume |= queue.is_restarted
-            with closing(open_journal(folder, key, resume, overwrite, queue.rank, queue.world, settings)) as journal:
-                _say_what_is_kept(journal, resume, output)
-                with output.progress() as show:
-                    result = pipeline.score(replace(request, journal=journal, progress=_shown(show)))
-        except Interrupted as interrupted:
-            output.say(f"stopped: {interrupted}; the same command with --resume goes on from there")
-            raise typer.Exit(128 + stop.received) from None
-    if not queue.is_first:
-        return result
-    result.seconds.update(seconds)
-    started = time.perf_counter()
-    if nll:
-        write_nll(nll, result)
-        result.facts["nll"] = {"file": nll.name, "sha256": hashlib.sha256(nll.read_bytes()).hexdigest()}
-    result.write(folder)
-    page = attempt("the report", lambda: write_report(result, folder, output.warn, subject.token_bytes), output.warn)
-    result.seconds["report"] = time.perf_counter() - started
-    remove_journals(folder)
-    say_totals(result, output)
-    if page is not None:
-        output.say(f"report: {page}")
-    return result
+            patience=patience,
+            warm=warm,
+            hf_dtype=dtype if hf else None,
+        ).run(output)
+    output.result({"out": str(folder), **{k: v for k, v in result.to_json().items() if k != "documents"}})
 
 
 def _require_for_hf(
@@ -359,23 +226,3 @@ def _require_no_results(folder: Path) -> None:
         raise ConfigError(
             f"{folder} holds the results of a finished run; give --overwrite to replace them, or another --out"
         )
-
-
-def _say_what_is_kept(journal: Journal, resume: bool, output: Output) -> None:
-    if journal.done or journal.base_share:
-        kept = f", the base pass is done for {journal.base_share:.0%} of the text" if journal.base_share else ""
-        output.say(f"resuming: {len(journal.done):,} documents are already scored{kept}")
-    elif resume:
-        output.say("nothing to resume from; starting afresh")
-
-
-def _shown(show):
-    names = {
-        "base": "base model",
-        "prequant": "before quantisation",
-        "adapt": "adapting",
-        "learn": "shared adapter",
-        "score": "scoring, all ranks",
-        "sweep": "sweep",
-    }
-    return lambda phase, done, total: show(names[phase], done, total, "tokens")

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -27,15 +27,29 @@ from ..ttt.sampling import sample
 from . import options
 from .threads import share_of_cores
 
-Source = tuple[list[Path] | None, list[Path] | None, str, Path | None]
-"""--text, --jsonl, --field and --shards."""
+
+class Source(NamedTuple):
+    """--text, --jsonl, --field and --shards; none of them is the library's held-out part."""
+
+    text: list[Path] | None = None
+    jsonl: list[Path] | None = None
+    field: str = "text"
+    shards: Path | None = None
+
+
+def source_of(text: list[Path] | None, jsonl: list[Path] | None, field: str, shards: Path | None) -> Source:
+    """What a command was given; ConfigError for what does not go together."""
+    if shards and (text or jsonl):
+        raise ConfigError("--shards was given together with --text or --jsonl; give one of them")
+    options.require_field_is_read(field, jsonl)
+    return Source(text, jsonl, field, shards)
 
 
 @dataclass(frozen=True)
 class Subject:
     """What is scored: a model, its tokenizer, and what a result says of them; `before` is it before quantisation.
 
-    `documents` makes those of a source (text, jsonl, field, shards); its other argument hears of new names.
+    `documents` makes those of a source; its other argument hears of new names.
     """
 
     model: GPT | HfModel
@@ -82,7 +96,7 @@ class Subject:
 def documents_of(
     source: Source, tokenizer: Tokenizer, provenance: dict, say: Callable[[str], None] = lambda text: None
 ) -> list[Document]:
-    """The documents of a source (text, jsonl, field, shards), in its order; without one, the library's held-out part.
+    """The documents of a source, in its order; without one, the library's held-out part.
 
     Each has a name of its own; `say` hears of those that were given one. ConfigError, CorpusError or TokenizerError: no
     such source, or text that the tokenizer does not keep.

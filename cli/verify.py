@@ -17,7 +17,7 @@ from ..ttt.verify import verify as verify_stored
 from . import options
 from .audit import finish
 from .console import Output
-from .subject import Subject, documents_of, hashes_of, versions
+from .subject import Subject, documents_of, hashes_of, source_of, versions
 from .threads import settle_threads
 
 
@@ -58,13 +58,11 @@ def verify(
     Example: klora verify scores/score.json --artifact tiny.klora --jsonl held-out.jsonl
     """
     output = Output(as_json)
-    if shards and (text or jsonl):
-        raise ConfigError("--shards was given together with --text or --jsonl; give one of them")
     if (artifact is None) == (hf is None):
         raise ConfigError("give what was scored, by --artifact or by --hf, and one of them alone")
     if hf and not (text or jsonl):
         raise ConfigError("--hf was given without --text or --jsonl; give the documents that were scored")
-    options.require_field_is_read(field, jsonl)
+    source = source_of(text, jsonl, field, shards)
     stored = Stored(result)
     kept = read_nll(nll, stored) if nll else None
     chosen = own_device(device)
@@ -76,11 +74,11 @@ def verify(
     checks = [Check("artifact", same, says)]
     if same:
         if loaded:
-            documents = documents_of((text, jsonl, field, shards), tokenizer_of(loaded), loaded.provenance)
+            documents = documents_of(source, tokenizer_of(loaded), loaded.provenance)
             model, installed = model_from_artifact(loaded, chosen, stored.weights), versions()
         else:
             subject = Subject.of_folder(hf, chosen, stored.weights, stored.config)
-            documents = subject.documents((text, jsonl, field, None), output.warn)
+            documents = subject.documents(source, output.warn)
             model, installed = subject.model, subject.facts["versions"]
         setting = {"versions": installed, "device": device_name(chosen)}
         about = {"share": share, "seed": seed, "rounding": rounding, "nll": kept}

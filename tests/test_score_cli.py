@@ -66,14 +66,14 @@ def test_a_run_that_was_stopped_is_neither_overwritten_nor_lost(artifact, texts,
 
     monkeypatch.setitem(sys.modules["klora.ttt.base"].MICRO_TOKENS, "cpu", 128)
     with monkeypatch.context() as patch:
-        patch.setattr("klora.cli.score._shown", stopping(next(stops)))
+        patch.setattr("klora.cli.scoring._shown", stopping(next(stops)))
         stopped = klora(*command(artifact, texts, out), check=143)
     assert "0 of 4 documents are scored; the same command with --resume goes on from there" in stopped.stdout
     assert not (out / "score.json").exists()
     refused = klora(*command(artifact, texts, out), check=2)
     assert "0 finished documents and" in refused.stderr and "of the base pass" in refused.stderr
     with monkeypatch.context() as patch:
-        patch.setattr("klora.cli.score._shown", stopping(next(stops)))
+        patch.setattr("klora.cli.scoring._shown", stopping(next(stops)))
         resumed = klora(*command(artifact, texts, out, "--resume"), check=143)
     assert "resuming: 0 documents are already scored, the base pass is done for" in resumed.stdout
     kept = (out / "journal.jsonl").read_bytes()
@@ -160,12 +160,12 @@ def test_what_cannot_be_written_is_found_before_the_work(artifact, texts, tmp_pa
         (tmp_path / "file", "is a file"),
     ):
         assert says in klora(*command(artifact, texts, out), check=2).stderr
-    monkeypatch.setattr("klora.cli.score.SPARE_BYTES", 2**60)
+    monkeypatch.setattr("klora.cli.scoring.SPARE_BYTES", 2**60)
     assert (
         "free; make space or give a path on another disk" in klora(*command(artifact, texts, tmp_path), check=2).stderr
     )
     monkeypatch.undo()
-    monkeypatch.setattr("klora.cli.score.TOKEN_BYTES", 2**50)
+    monkeypatch.setattr("klora.cli.scoring.TOKEN_BYTES", 2**50)
     monkeypatch.setattr("klora.ttt.pipeline.score", work)
     assert "make space" in klora(*command(artifact, texts, tmp_path), check=2).stderr
 
@@ -296,7 +296,7 @@ def test_the_demo_says_its_deadline_and_what_it_left_out(tmp_path, monkeypatch):
     left_out = DocumentResult("a", 100, 200, NOT_ADAPTED, 14.0, 13.5, 14.0, 13.9)
     scored = ScoreResult([left_out], ttt_preset(), {})
     stubs = {"prepare_first": None, "run_training": SimpleNamespace(signal=0), "export_run": SimpleNamespace(bytes=5)}
-    stubs |= {"fit_threads": None, "score_artifact": scored}
+    stubs |= {"fit_threads": None, "Scoring": SimpleNamespace(run=lambda output: scored)}
     for name, value in stubs.items():
         monkeypatch.setattr(f"klora.cli.demo.{name}", lambda *arguments, value=value, **options: value)
     shown = klora("demo", "--out", tmp_path / "demo").stdout
@@ -361,7 +361,7 @@ def test_a_sweep_that_is_stopped_does_not_promise_to_go_on(artifact, texts, tmp_
     def stopping(show):
         return lambda phase, done, total: os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr("klora.cli.score._shown", stopping)
+    monkeypatch.setattr("klora.cli.scoring._shown", stopping)
     module = sys.modules["klora.ttt.sweep"]
     monkeypatch.setattr(module, "halves", lambda documents, config: (documents[:2], documents[2:]))
     stopped = klora(*command(artifact, texts, tmp_path / "out", "--sweep"), check=143)
@@ -380,7 +380,7 @@ def test_kernels_are_compiled_for_the_documents_that_are_adapted(
         make()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("klora.cli.score.own_device", lambda name: SimpleNamespace(type="cuda"))
+    monkeypatch.setattr("klora.cli.scoring.own_device", lambda name: SimpleNamespace(type="cuda"))
     monkeypatch.setattr("klora.cli.subject.model_from_artifact", lambda *about: None)
     monkeypatch.setattr("klora.cli.warm.warmed", warmed)
     monkeypatch.setattr("klora.cli.warm.scoring", lambda model, config, documents, weights: asked.append(documents))

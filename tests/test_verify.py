@@ -286,7 +286,7 @@ def test_a_run_goes_on_only_with_the_same_model_scorer_and_text(
         assert load_artifact(other).header["payload_sha256"] == load_artifact(artifact).header["payload_sha256"]
         command = ("score", other, *command[2:])
     elif change == "scorer":
-        monkeypatch.setattr("klora.cli.score.pick_scorer", lambda scorer, device: "engine")
+        monkeypatch.setattr("klora.cli.scoring.pick_scorer", lambda scorer, device: "engine")
     elif change == "weights":
         command = (*command, "--weights", "int6")
     else:
