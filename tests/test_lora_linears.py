@@ -1,5 +1,6 @@
 """lora_linear for anyone's model: own ranks, scale, bias, dropout, six bits, odd sizes, several projections."""
 
+import importlib
 from typing import Any
 
 import pytest
@@ -130,17 +131,30 @@ def test_a_weight_in_shares_gives_the_same_bits(monkeypatch):
         assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize("case", [{}, {"sizes": (40, 16), "R": 8, "ranks": (1, 3, 8, 4)}, {"rate": 0.3}])
+def test_six_bits_are_unpacked_for_many_rows(case, monkeypatch):
+    """Then a product has the bits that it has by the dense weight: y, and dx of one projection without dropout."""
+    monkeypatch.setattr(importlib.import_module("klora.kernels.lora_linear.plan"), "UNPACKED", 4 * 66)
+    given = inputs(**{"int6": True, "dtype": torch.float16} | case)
+    assert_as_exact_as_plain_pytorch(given)
+    dense = {**given, "weight": [matrix.dequantize(torch.float16) for matrix in given["weight"]]}
+    ours, theirs = (results(lora_linear, one, backend="triton") for one in (given, dense))
+    same = len(ours) if not case else len(given["weight"])
+    assert all(torch.equal(*pair) for pair in zip(ours[:same], theirs[:same], strict=True))
+
+
 def test_every_way_is_reached_by_shape():
-    def way(N, K, rank=8, dropout=False, dtype=torch.bfloat16, projections=1, length=1024):
-        weight = torch.empty(N, K, dtype=dtype, device="meta")
-        return plan([weight] * projections, length, rank, dropout)
+    def way(N, K, rank=8, dropout=False, dtype=torch.bfloat16, projections=1, length=1024, int6=False):
+        return plan([(N, K)] * projections, dtype, 2, length, rank, has_dropout=dropout, has_int6=int6)
 
     assert way(512, 512) == way(1024, 1024) == way(1024, 512, 32) == way(512, 512, 64) == "joint"
     assert way(1040, 1024) == way(2048, 2048) == way(512, 2048, 16) == way(1024, 512, 64) == way(4096, 4096) == "after"
     assert way(2048, 2048, length=63) == way(2048, 2048, dtype=torch.float32) == "joint"  # where `added` is left
     assert way(24, 40) == way(512, 512, projections=3) == way(512, 512, dropout=True) == way(512, 512, 200) == "after"
     assert way(4096, 4096, dtype=torch.float32) == way(20, 40) == way(4096, 4096, length=63) == "added"
-    assert plan([None], 1024, 8, False) == "added" and way(512, 512, length=1) == "joint"
+    assert way(512, 512, length=1) == "joint"
+    assert way(512, 512, int6=True) == way(512, 512, int6=True, projections=3) == "after"
+    assert way(512, 512, int6=True, length=1023) == way(512, 512, int6=True, dtype=torch.float32) == "added"
     assert dx_way("after", 1, False) == "after" and dx_way("after", 1, True) == dx_way("after", 3, False) == "added"
 
 
@@ -427,6 +441,7 @@ class TestOnTheGPU:
             {"sizes": (40,), "K": 24, "rate": 0.3},
             {"sizes": (1000, 8), "K": 1024, "R": 256, "ranks": (1, 250, 256, 64, 40, 0)},
             {"sizes": (1024, 256), "K": 512, "int6": True},
+            {"sizes": (1000,), "K": 520, "int6": True},
             {"sizes": (17,), "K": 7},
         ],
     )

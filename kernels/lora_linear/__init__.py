@@ -20,7 +20,8 @@ up to 16, 32 or a multiple of 64, and adapters of fp32 or with ranks are rounded
 it is the rank of the document's own adapter. Where the products are made is :mod:`plan`'s to say:
 
     joint    u in the same launch as x W^T: `lora_qkv`'s kernels with one projection for three
-    after    u first, in a launch of its own; then [x | u] [W | B]^T, the ranks more steps of the sum
+    after    u first, in a launch of its own; then [x | u] [W | B]^T, the ranks more steps of the sum; six bits are
+             unpacked before, one weight at a time
     added    u first, x W^T by cuBLAS or the kernels of six bits, and u B^T added in a pass over y
 
 Bytes beside the products': x once more for u, dy once more for t, x and dy once more for dA and dB; u and t

@@ -9,7 +9,7 @@ from torch import Tensor
 from ..dispatch import custom_op, empty_grad, resolve_backend
 from ..dropout import Dropout
 from ..int6.layout import Int6Matrix
-from ..int6.op import int6_product, int6_product_dx
+from ..int6.op import dequantize, int6_product, int6_product_dx
 from ..linear.op import cublas_, linear_dweight
 from ..lora_qkv.adapters import Adapters, adapters_of, empty_packed
 from ..lora_qkv.backward import beside, join
@@ -86,10 +86,13 @@ def _unpacked(given: Sequence[Tensor], count: int) -> list[Tensor | None]:
     return [one if one.numel() else None for one in given] or [None] * count
 
 
-def _way(x, weights, int6_scales, lora_b, keys) -> Way:
-    kinds = _unpacked(int6_scales, len(weights))
-    dense_weights = [weight if scale is None else None for weight, scale in zip(weights, kinds, strict=True)]
-    return plan(dense_weights, x.size(1), max(b.size(2) for b in lora_b), bool(keys))
+def _way(x, int6_scales, lora_b, keys) -> Way:
+    return _plan(x, lora_b, has_dropout=bool(keys), has_int6=bool(int6_scales))
+
+
+def _plan(x: Tensor, lora_b: Sequence[Tensor], **about: bool) -> Way:
+    shapes, rank = [(b.size(1), x.size(2)) for b in lora_b], max(b.size(2) for b in lora_b)
+    return plan(shapes, x.dtype, x.size(0), x.size(1), rank, **about)
 
 
 def _pool(lora_a, lora_b, slots, scales, ranks, keys, rate) -> Pool:
@@ -130,7 +133,7 @@ def _op(
     it. `grads_a` and `grads_b` are only passed on to the backward; they are empty where autograd gets the gradients.
     """
     pool, flat = _pool(lora_a, lora_b, slots, scales, ranks, keys, rate), dense(x)
-    way, outs = _way(x, weights, int6_scales, lora_b, keys), []
+    way, outs = _way(x, int6_scales, lora_b, keys), []
     packed = _kept_adapters(way, x, lora_a, lora_b, ranks, keys)
     adapters = []
     if way == "after":
@@ -144,6 +147,8 @@ def _op(
         rows, outputs = flat.view(-1, flat.size(2)), lora_b[p].size(1)
         if way == "after":
             y = x.new_empty(*x.shape[:2], outputs)
+            if int6_scale is not None:
+                weight = dequantize(weight, int6_scale, (outputs, flat.size(2)), x.dtype)
             launch_after(flat, weight, inner[..., pool.places[p]], adapters[p], y, bias)
             outs.append(y)
             continue
@@ -161,7 +166,7 @@ def _op(
 @_op.register_fake
 def _(x, weights, int6_scales, biases, lora_a, lora_b, slots, scales, ranks, keys, rate, grads_a, grads_b):
     outs = [x.new_empty(*x.shape[:2], b.size(1)) for b in lora_b]
-    way = _way(x, weights, int6_scales, lora_b, keys)
+    way = _way(x, int6_scales, lora_b, keys)
     inner = x.new_empty(*x.shape[:2], inner_width(lora_b))
     return [*outs, inner, *_kept_adapters(way, x, lora_a, lora_b, ranks, keys)]
 
@@ -172,6 +177,7 @@ def _backward_op(
     x: Tensor,
     inner: Tensor,
     weight: Tensor | None,
+    int6_scale: Tensor | None,
     packed: list[Tensor],
     lora_a: list[Tensor],
     lora_b: list[Tensor],
@@ -186,8 +192,8 @@ def _backward_op(
     dbs: list[Tensor],
 ) -> None:
     """Writes the rows of dA and dB that `slots` name, with `fills` zeros to the others, and dx: all of it by the
-    `weight` of one projection and its adapters, `packed` or in place; without one it adds the adapters' part to what is
-    there. dx may be None, `das` and `dbs` together empty.
+    `weight` of one projection (with a scale at six bits) and its adapters, `packed` or in place; without one it adds
+    the adapters' part to what is there. dx may be None, `das` and `dbs` together empty.
     """
     if not x.numel():
         zero_named_rows([*das, *dbs], slots)
@@ -203,6 +209,8 @@ def _backward_op(
         t = launch_tiled_inner(dys[0], pool, adapters, is_backward=True)
         if dx is not None:
             ready = torch.cuda.current_stream(x.device).record_event() if x.is_cuda else None
+            if int6_scale is not None:
+                weight = dequantize(weight, int6_scale, (dys[0].size(2), x.size(2)), x.dtype)
             launch_dx_after(dys[0], weight, t, adapters, dx)
     if das:
         with beside(x.device, ready):
@@ -216,7 +224,7 @@ def _setup(ctx, inputs, output):
     lists = weights, int6_scales, lora_a, lora_b, scales, ranks, keys
     ctx.save_for_backward(x, *output[-3:], slots, *(tensor for one in lists for tensor in one))
     ctx.counts = [len(one) for one in lists]
-    ctx.way = _way(x, weights, int6_scales, lora_b, keys)
+    ctx.way = _way(x, int6_scales, lora_b, keys)
     ctx.mark_non_differentiable(*output[-3:])
     ctx.set_materialize_grads(False)
 
@@ -234,14 +242,15 @@ def _backward(ctx, douts):
         fresh = torch.empty_like if x.numel() else torch.zeros_like
         das, dbs = ([fresh(lora, memory_format=torch.contiguous_format) for lora in one] for one in (lora_a, lora_b))
     is_after = dx_way(ctx.way, len(weights), bool(keys)) == "after"
-    dx, weight = None, weights[0] if is_after else None
+    each_scale = _unpacked(int6_scales, len(weights))
+    dx, weight, int6_scale = None, *((weights[0], each_scale[0]) if is_after else (None, None))
     if needs_x and is_after:
         dx = empty_grad(x)
     elif needs_x:
-        dx = _products_dx(dys, weights, _unpacked(int6_scales, len(weights)), x)
+        dx = _products_dx(dys, weights, each_scale, x)
     if needs_x or das:
         about = *lists[2:4], slots, *lists[4:], ctx.rate, not is_pooled
-        _backward_op(dys, x, inner, weight, packed, *about, dx, das, dbs)
+        _backward_op(dys, x, inner, weight, int6_scale, packed, *about, dx, das, dbs)
     dweights = [linear_dweight(dy, x) if needed else None for dy, needed in zip(dys, needs_weights, strict=True)]
     dbiases = [dys[p].sum((0, 1)) if needed else None for p, needed in enumerate(needs_bias)]
     da, db = (
@@ -316,7 +325,8 @@ def lora_linear(
     if backend == "reference":
         return lora_linear_ref(x, weight, lora_a, lora_b, given.slots, **options)
     a, b = given.lora_a, given.lora_b
-    way = plan(given.dense, x.size(1), max(one.size(2) for one in b), dropout is not None)
+    has_int6 = any(isinstance(one, Int6Matrix) for one in given.weights)
+    way = _plan(x, b, has_dropout=dropout is not None, has_int6=has_int6)
     if way == "joint":
         pooled = given.grads[0] or (None, None)
         more = given.biases[0], given.scales[0], given.ranks[0]

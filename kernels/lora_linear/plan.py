@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Literal
 
-from torch import Tensor, float32
+from torch import dtype, float32
 
 from ..dispatch import padded_rank
 
@@ -23,24 +23,37 @@ JOINT_RANK = 64
 """The largest of a joint launch: above it no tile of 256 outputs holds the sums."""
 SHORT = 64
 """Tokens below which half a tile of one's own product would be empty, which holds rows of one document alone."""
+UNPACKED = 2_048
+"""Rows from which on six bits are unpacked before a product, which `int6_linear` does there, too: that costs one
+512 x 512 weight a few microseconds, and `added` took 0.347 ms both ways where a dense weight took 0.189 (65,536 rows,
+rank 16, an H200). Never joint: the backward of that launch would keep the unpacked weight."""
 
 
-def plan(weights: Sequence[Tensor | None], length: int, rank: int, has_dropout: bool) -> Way:
-    """The way of all projections of documents of `length` tokens; a weight that is None is at six bits, `rank` is the
-    pool's.
+def plan(
+    shapes: Sequence[tuple[int, int]],
+    kind: dtype,
+    documents: int,
+    length: int,
+    rank: int,
+    *,
+    has_dropout: bool = False,
+    has_int6: bool = False,
+) -> Way:
+    """The way of all projections by weights of these shapes, for documents of `length` tokens; `kind` is x's dtype,
+    `rank` the pool's. `has_int6`: some weights are at six bits.
 
     joint     one dense product, without dropout, K and N multiples of 16; rank times the larger of them up to JOINT,
               and that up to JOINT_FEATURES unless only `added` is left
-    after     dense weights of 16 bits, from SHORT tokens on, K and N multiples of 8
+    after     16 bits, from SHORT tokens on, K and N multiples of 8; with six bits from UNPACKED rows on
     added     all others
     """
-    if any(weight is None for weight in weights):
-        return "added"
-    sizes = [size for weight in weights for size in weight.shape]
-    takes_after = weights[0].dtype != float32 and not any(size % 8 for size in sizes) and length >= SHORT
+    sizes = [size for shape in shapes for size in shape]
+    takes_after = kind != float32 and not any(size % 8 for size in sizes) and length >= SHORT
+    if has_int6:
+        return "after" if takes_after and documents * length >= UNPACKED else "added"
     is_small = rank <= JOINT_RANK and padded_rank(rank) * max(sizes) <= JOINT
     is_narrow = max(sizes) <= JOINT_FEATURES or not takes_after
-    if len(weights) == 1 and not has_dropout and is_small and is_narrow and not any(size % 16 for size in sizes):
+    if len(shapes) == 1 and not has_dropout and is_small and is_narrow and not any(size % 16 for size in sizes):
         return "joint"
     return "after" if takes_after else "added"
 

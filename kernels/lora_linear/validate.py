@@ -35,11 +35,6 @@ class Projections:
     grads: list[tuple[Tensor, Tensor] | None]
     slots: Tensor | None
 
-    @property
-    def dense(self) -> list[Tensor | None]:
-        """The weights; None for one at six bits."""
-        return [None if isinstance(weight, Int6Matrix) else weight for weight in self.weights]
-
 
 def expect_projections(
     x: Tensor,
