@@ -8,9 +8,10 @@
 They run in this order, of each file some tests before the rest of any: what a limit of time cuts is worth least.
 
 Tests run without PyTorch's caching allocator: with it an access past a tensor's end falls into its neighbour and is not
-seen. Graphs cannot be captured without it, so tests of graphs are left out, and those that compare speed, repeat what
-others have run for its bits or its statistics, or take gigabytes; of a test with parameters run as many cases as have
-each value of each parameter once. `--whole` leaves nothing out. Each file is dealt in parts, each a process of its own.
+seen. Graphs cannot be captured without it, so tests of graphs are left out, and those that compile, compare speed,
+repeat what others have run for its bits or its statistics, or take gigabytes; of a test with parameters run as many
+cases as have each value of each parameter once. `--whole` leaves nothing out. Each file is dealt in parts, each a
+process of its own.
 
 A tool slows down all that runs on a GPU, so a test there runs little but our kernels, and few tiles of them: most
 products that ours are compared with are computed on the CPU, and the GPU seems to have few multiprocessors
@@ -70,7 +71,8 @@ FILES = (
 )
 PLAIN = ("test_elementwise", "test_embedding", "test_lora_adam", "test_rotary")
 """Whose kernels, and what they are compared with, read and write by plain loads and stores alone."""
-GRAPHS = ("graph", "captur", "compile", "opcheck")
+GRAPHS = ("graph", "captur", "compile", "opcheck", "symbols")
+"""Captured, or made by a compiler, which traces nothing inside a mode of :mod:`sanitized`."""
 REPEATED = ("twenty", "fifty", "thousand", "every_time", "every_batch", "every_run", "runs_and_batches")
 REPEATED += ("depend_on_the_batch", "everything_is_written", "bits_of_no_mask", "not_finite_stays")
 """Their kernels run in other tests; what they add is that bits are equal, or many steps."""

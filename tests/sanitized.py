@@ -5,7 +5,8 @@ otherwise here than in the suite:
 
 - PyTorch's own products in float64 and in 16 bits, and its attention, are computed on the CPU, where no tool watches.
   What klora's ops launch stays where it is, and so do products in float32: a GPU adds up a row of them in another
-  order than a CPU, which changes their error, and that is what ours are compared with.
+  order than a CPU, which changes their error, and that is what ours are compared with. So does all of a test of graphs
+  or of a compiler, which `--whole` adds.
 - The GPU seems to have MULTIPROCESSORS: persistent kernels walk several tiles a program at small sizes, which tests
   take from `hopper.for_this_gpu`.
 - Each test ends with a line of its seconds and its name: a log that is cut says what was slow.
@@ -14,6 +15,7 @@ otherwise here than in the suite:
 import time
 
 import pytest
+import sanitize
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -154,5 +156,7 @@ def pytest_configure(config) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item):
+    if any(word in item.name.lower() for word in sanitize.GRAPHS):
+        return (yield)
     with AttentionOnTheCPU(), ProductsOnTheCPU():
         return (yield)

@@ -202,6 +202,10 @@ def test_the_modes():
     assert [_get_current_dispatch_mode().device, _get_current_function_mode().device] == ["cuda", "cuda"]
     assert "OnTheCPU" in str(_get_current_dispatch_mode()) and torch.equal(torch.eye(2) @ torch.eye(2), torch.eye(2))
 
+def test_it_is_compiled():
+    assert _get_current_dispatch_mode() is _get_current_function_mode() is None
+    assert torch.compile(lambda x: x @ x, backend="eager", fullgraph=True)(torch.eye(2)).trace() == 2
+
 @pytest.mark.parametrize("text", ["with spaces, a/b::c"])
 def test_fails(text):
     assert False
@@ -233,14 +237,10 @@ def test_a_process_with_the_plugin(tmp_path):
     text = (tmp_path / "log").read_text()
     assert done.returncode == 9, text
     over = sanitize.tests_over(text)
-    names = ["few_multiprocessors", "the_modes", "fails[with spaces, a/b::c]", "skipped"]
+    names = ["few_multiprocessors", "the_modes", "it_is_compiled", "fails[with spaces, a/b::c]", "skipped"]
     assert [test for _, test in over] == [f"test_it.py::test_{name}" for name in names], text
-    assert re.findall(r"^[.Fs] sanitized: [\d.]+ s, (\w+): ", text, re.MULTILINE) == [
-        "passed",
-        "passed",
-        "failed",
-        "skipped",
-    ]
+    ends = re.findall(r"^[.Fs] sanitized: [\d.]+ s, (\w+): ", text, re.MULTILINE)
+    assert ends == ["passed", "passed", "passed", "failed", "skipped"]
 
 
 def test_nothing_else_loads_it(pytestconfig):
