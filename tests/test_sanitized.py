@@ -38,12 +38,16 @@ class Moved(sanitized.ProductsOnTheCPU):
 
 
 class Called(TorchDispatchMode):
+    """Keeps the ops' names and the dtypes of products. Around another mode it sees what that calls."""
+
     def __init__(self):
         super().__init__()
-        self.names = []
+        self.names, self.dtypes = [], set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.names.append(func.overloadpacket.__name__)
+        if sanitized.is_product(func):
+            self.dtypes.add(args[0].dtype)
         return func(*args, **(kwargs or {}))
 
 
@@ -57,10 +61,11 @@ def test_products_run_on_the_cpu_forward_and_backward(dtype):
     """But those in fp32. Of 16 bits they are rounded once."""
     x, w, dout = draw((9, 40), (40, 7), (9, 7), dtype=dtype)
     leaves = [tensor.requires_grad_() for tensor in (x, w)]
-    with Moved() as moved:
+    with Called() as called, Moved() as moved:
         out = x @ w
         found = [out, *torch.autograd.grad(out, leaves, dout)]
-    assert moved.names == ([] if dtype == torch.float32 else ["mm"] * 3)
+    assert moved.names == ([] if dtype == torch.float32 else ["mm"] * 3) and called.names.count("mm") == 3
+    assert called.dtypes == {torch.float64 if dtype == torch.float64 else torch.float32}
     x, w, dout = (tensor.detach().float() if dtype.itemsize == 2 else tensor.detach() for tensor in (x, w, dout))
     for one, other in zip(found, (x @ w, dout @ w.mT, x.mT @ dout), strict=True):
         assert one.dtype == dtype and one.device == x.device
@@ -229,10 +234,10 @@ def test_a_process_with_the_plugin(tmp_path):
     """Its GPU, the modes around each test, and a line for each, in the log before the next begins."""
     (tmp_path / "test_it.py").write_text(UNDER_THE_PLUGIN)
     (tmp_path / "fake.py").write_text(FAKE)
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "fake", "-p", "sanitized", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", "-q", "-s", "-p", "fake", "-p", "sanitized", "-p", "no:cacheprovider"]
     path = os.pathsep.join([str(tmp_path), str(TESTS), os.environ.get("PYTHONPATH", "")])
     with open(tmp_path / "log", "w") as log:
-        environment = {**os.environ, "PYTHONPATH": path}
+        environment = {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": ""}
         done = subprocess.run([*command, "test_it.py"], cwd=tmp_path, env=environment, stdout=log, stderr=log)
     text = (tmp_path / "log").read_text()
     assert done.returncode == 9, text
