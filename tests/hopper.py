@@ -1,4 +1,5 @@
-"""Kernels recorded and compiled for Hopper on a machine without a GPU, in a process where Triton is itself.
+"""Of tests for Hopper: how many rows fill a GPU, and kernels recorded and compiled on a machine without one, in a
+process where Triton is itself.
 
 Code that a test runs as `python -c` in this folder, without TRITON_INTERPRET, calls :func:`pretend` first.
 """
@@ -8,9 +9,29 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
 from klora.kernels import dispatch
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
+
+MULTIPROCESSORS = 132
+"""Of an H200, for which the sizes of tests on a GPU are chosen."""
+TILES_EACH = 6
+"""Of a program where a GPU has fewer: of two groups of warps that take turns each has three, so that a barrier's phase
+has been both."""
+TILE = 128
+
+
+def for_this_gpu(rows: int, outputs: int, processors: int | None = None) -> int:
+    """`rows` of a product [rows, outputs], or as many fewer as leave TILES_EACH tiles a program, the last one as full.
+
+    `processors` are the GPU's. Fewer than an H200 has they are under compute-sanitizer (:mod:`sanitized`).
+    """
+    processors = processors or dispatch.multiprocessors(torch.device("cuda", torch.cuda.current_device()))
+    if processors >= MULTIPROCESSORS:
+        return rows
+    blocks = dispatch.cdiv(TILES_EACH * processors, dispatch.cdiv(outputs, TILE))
+    return min(rows, blocks * TILE - -rows % TILE)
 
 
 class NoGPU:

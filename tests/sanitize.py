@@ -8,9 +8,14 @@
 They run in this order, of each file some tests before the rest of any: what a limit of time cuts is worth least.
 
 Tests run without PyTorch's caching allocator: with it an access past a tensor's end falls into its neighbour and is not
-seen. Graphs cannot be captured without it, so tests of graphs are left out, and those that compare speed, repeat what
-others have run for its bits or its statistics, or take gigabytes; of a test with parameters run as many cases as have
-each value of each parameter once. `--whole` leaves nothing out. Each file is dealt in parts, each a process of its own.
+seen. Graphs cannot be captured without it, so tests of graphs are left out, and those that compile, compare speed,
+repeat what others have run for its bits or its statistics, or take gigabytes; of a test with parameters run as many
+cases as have each value of each parameter once. `--whole` leaves nothing out. Each file is dealt in parts, each a
+process of its own.
+
+A tool slows down all that runs on a GPU, so a test there runs little but our kernels, and few tiles of them: most
+products that ours are compared with are computed on the CPU, and the GPU seems to have few multiprocessors
+(:mod:`sanitized`). How exact ours are, and at which sizes, is the suite's matter; here it is what they read and write.
 
 A finding in a kernel of ours, or in none, fails the run, and so does a test that fails. Findings in other kernels are
 named and fail nothing: cuBLAS lives by the copy engine (TMA) and its barriers, which the tools know in part. For the
@@ -51,11 +56,11 @@ import torch
 TESTS = Path(__file__).resolve().parent
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
 """What finds most first."""
-COSTS = {"racecheck": 8, "initcheck": 3, "memcheck": 2, "synccheck": 2}
+COSTS = {"racecheck": 12, "initcheck": 3, "memcheck": 2, "synccheck": 2}
 """About how long one test takes, beside the others."""
 SHARE = 48
-"""The most that a part costs: six tests by racecheck. Less, and processes would only start; more, and the last of them
-would run alone."""
+"""The most that a part costs: four tests by racecheck. Less, and processes would only start; more, and the last of them
+would run alone, or be lost to a limit of time."""
 FILES = (
     *("test_attention", "test_cached_attention", "test_contract", "test_elementwise"),
     *("test_embedding", "test_int6_linear", "test_linear_nll", "test_lora_adam"),
@@ -66,7 +71,8 @@ FILES = (
 )
 PLAIN = ("test_elementwise", "test_embedding", "test_lora_adam", "test_rotary")
 """Whose kernels, and what they are compared with, read and write by plain loads and stores alone."""
-GRAPHS = ("graph", "captur", "compile", "opcheck")
+GRAPHS = ("graph", "captur", "compile", "opcheck", "symbols")
+"""Captured, or made by a compiler, which traces nothing inside a mode of :mod:`sanitized`."""
 REPEATED = ("twenty", "fifty", "thousand", "every_time", "every_batch", "every_run", "runs_and_batches")
 REPEATED += ("depend_on_the_batch", "everything_is_written", "bits_of_no_mask", "not_finite_stays")
 """Their kernels run in other tests; what they add is that bits are equal, or many steps."""
@@ -95,11 +101,17 @@ NO_MEMORY = re.compile(r"out of memory|MEMORY_ALLOCATION|cudaErrorMemoryAllocati
 CRASH = re.compile(r"Internal Sanitizer Error")
 ENDED = re.compile(r"Program hit .*(?:LaunchFailure|LAUNCH_FAILED)")
 """A finding where a kernel is named, too; else another process may have brought the GPU to it."""
+OVER = re.compile(r"sanitized: ([\d.]+) s, \w+: (.+?)(?=={9}|$)", re.MULTILINE)
+"""A test's end, by :mod:`sanitized`. What a tool says may follow in the same line."""
 UNNAMED, NOT_PRINTED = "no kernel", "not printed"
 MOST_PRINTED = 100_000
 """Findings of a process. With fewer, those elsewhere would hide ours; with no limit, one fault would fill the disk."""
 MOST_KEPT = 20
 """Of these, reports of a kernel that stay in the log; the rest are counted."""
+SLOWEST = 5
+"""Tests of a tool that are named at the end, and the seconds that they took."""
+ENVIRONMENT = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PYTHONPATH": str(TESTS)}
+SHOWN = " ".join(f"{name}={shlex.quote(value)}" for name, value in ENVIRONMENT.items())
 
 NO_GPU = (
     "there is no CUDA GPU here, and compute-sanitizer watches kernels run on one; run `make sanitize` where there is"
@@ -225,6 +237,11 @@ def findings(text: str, tool: str, file: str) -> tuple[Found, str]:
     return found, text
 
 
+def tests_over(text: str) -> list[tuple[float, str]]:
+    """The seconds and the ids of the tests that ended, by a log that may be cut."""
+    return [(float(seconds), test) for seconds, test in OVER.findall(text)]
+
+
 def spread(tests: list[str]) -> list[str]:
     """Of each test those cases, by their ids, that have each value of each parameter at least once."""
     cases, chosen = defaultdict(list), set()
@@ -278,6 +295,12 @@ class Part:
     def cost(self) -> int:
         return COSTS[self.tool] * len(self.tests)
 
+    def left(self, over: list[tuple[float, str]]) -> str:
+        """Where it was cut, once the tests `over` had ended."""
+        ended = {test.partition("::")[2] for _, test in over}
+        after = [test.partition("::")[2] for test in self.tests if test.partition("::")[2] not in ended]
+        return f", {len(over)} of {len(self.tests)} tests done" + (f", in {after[0]}" if after else "")
+
     def log(self, logs: Path) -> Path:
         return logs / f"{str(self).replace(' ', '-').replace('/', '-of-')}.txt"
 
@@ -289,7 +312,7 @@ class Part:
         }.get(self.tool, [])
         asked = [sanitizer, "--tool", self.tool, *options, "--target-processes", "all"]
         asked += ["--print-limit", str(MOST_PRINTED), "--show-backtrace", "device"]
-        asked += [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu"]
+        asked += [sys.executable, "-m", "pytest", "-q", "-p", "sanitized", "-p", "no:cacheprovider", "-m", "gpu"]
         # The suite makes an error of what is raised where nobody can catch it, such as in a callback of a lock. In a
         # process slowed down a hundred times that is about the clock, and it would end a test that has no finding.
         return [*asked, "-W", "default::pytest.PytestUnraisableExceptionWarning"]
@@ -297,10 +320,12 @@ class Part:
     def start(self, sanitizer: str, logs: Path) -> None:
         """The command and its tests are the first line of the log."""
         asked = self.command(sanitizer)
-        environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "TRITON_INTERPRET": "0"}
+        environment = {**os.environ, **ENVIRONMENT, "TRITON_INTERPRET": "0"}
+        if path := os.environ.get("PYTHONPATH"):
+            environment["PYTHONPATH"] += f"{os.pathsep}{path}"
         self.began = time.monotonic()
         with open(self.log(logs), "w") as output:
-            output.write(f"$ PYTORCH_NO_CUDA_MEMORY_CACHING=1 {shlex.join([*asked, *self.tests])}\n")
+            output.write(f"$ {SHOWN} {shlex.join([*asked, *self.tests])}\n")
             output.flush()
             # In a group of its own: the tool and its tests end together, and Ctrl-C is for this process alone.
             self.process = subprocess.Popen(
@@ -343,6 +368,7 @@ class Run:
         self.alone: list[Part] = []
         self.cut: list[Part] = []
         self.found: dict[str, Found] = defaultdict(Found)
+        self.over: dict[str, list[tuple[float, str]]] = defaultdict(list)
         self.shown: set[str] = set()
         self.has_failed = False
         self.stopped_by = 0
@@ -377,7 +403,7 @@ class Run:
     def start(self, part: Part) -> None:
         if part.tool not in self.shown:  # of each tool once: they differ in their tests alone
             command = shlex.join(part.command(self.given.sanitizer))
-            say(f"$ PYTORCH_NO_CUDA_MEMORY_CACHING=1 {command} TESTS")
+            say(f"$ {SHOWN} {command} TESTS")
             self.shown.add(part.tool)
         part.start(self.given.sanitizer, self.given.logs)
         self.running.append(part)
@@ -398,13 +424,14 @@ class Run:
         log = part.log(self.given.logs)
         text = log.read_text(errors="replace")
         found, kept = findings(text, part.tool, part.file)
+        over = tests_over(text)
         if kept != text:
             log.write_text(kept)
         if found.hindered and not part.is_alone and self.given.jobs > 1 and status is not None:
             say(f"{part}: {found.hindered} beside the others, {seconds:.0f} s; it runs again, alone, at the end")
             self.alone.append(Part(part.tool, part.file, part.tests, part.number, part.of, is_alone=True))
             return
-        said = f"cut off after {seconds:.0f} s"
+        said = f"cut off after {seconds:.0f} s{part.left(over)}"
         if status is None:
             self.cut.append(part)
         else:
@@ -412,12 +439,15 @@ class Run:
             said = f"{ended}{', ' * bool(found.hindered)}{found.hindered}, {seconds:.0f} s"
         say(f"{part}: {found}, {said}")
         self.found[part.tool].add(found)
+        self.over[part.tool] += over
         self.has_failed |= status not in (0, 5) or bool(found.here)
 
     def conclude(self) -> int:
         """What was found in all and what was left undone; the exit status."""
         for tool, found in self.found.items():
             say(f"{tool} in all: {found}")
+            if slowest := sorted(self.over[tool], reverse=True)[:SLOWEST]:
+                say(f"{tool}, slowest: " + "; ".join(f"{seconds:.0f} s {test}" for seconds, test in slowest))
         undone = [*self.waiting, *self.alone]
         if self.cut:
             say(f"cut: {', '.join(map(str, self.cut))}")

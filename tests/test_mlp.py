@@ -3,6 +3,7 @@
 import pytest
 import torch
 from conftest import DTYPES, replayed
+from hopper import for_this_gpu
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from klora.bench.tolerance import assert_as_exact
@@ -105,7 +106,7 @@ def test_the_tile_follows_the_number_of_rows_and_the_dtype():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("rows", "D", "hidden"), [(98304, 512, 1536), (70001, 328, 1000), (131073, 8, 136)])
 def test_warps_that_take_turns_compute_the_same_bits(rows, D, hidden, dtype, monkeypatch):
-    x, up, down = mlp_inputs(rows, D, hidden, dtype)
+    x, up, down = mlp_inputs(for_this_gpu(rows, hidden), D, hidden, dtype)
     leaf = x.requires_grad_()
     takes_turns = turns.takes(x, hidden, 0)
 
@@ -232,7 +233,7 @@ class TestOnTheGpu:
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
     @pytest.mark.parametrize(("rows", "D", "hidden"), [(4000, 512, 1536), (777, 80, 208), (130, 36, 50)])
     def test_they_are_as_exact_as_pytorchs(self, rows, D, hidden, dtype):
-        inputs = mlp_inputs(rows, D, hidden, dtype)
+        inputs = mlp_inputs(for_this_gpu(rows, hidden), D, hidden, dtype)
         assert_as_exact_as_pytorch(relu_squared_mlp, relu_squared_mlp_ref, inputs)
         assert_as_exact_as_pytorch(relu_squared_mlp, relu_squared_mlp_ref, inputs, [0])
         assert_as_exact_as_pytorch(linear, linear_ref, inputs[:2])
@@ -261,7 +262,7 @@ class TestOnTheGpu:
                 assert same(everything(taken), [t[taken] for t in whole]), f"{rows} rows from {start}"
 
     def test_every_tile_has_the_same_bits(self, monkeypatch):
-        inputs, seen = draw((5000, 1536), (512, 1536), dtype=torch.bfloat16), []
+        inputs, seen = draw((for_this_gpu(5000, 512), 1536), (512, 1536), dtype=torch.bfloat16), []
         for tile in TILES:
             monkeypatch.setattr(product, "TILES", (tile,))
             seen.append(results(linear, inputs, [0]))

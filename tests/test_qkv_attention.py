@@ -3,6 +3,7 @@
 import pytest
 import torch
 from conftest import DTYPES
+from hopper import for_this_gpu
 from klora.bench.tolerance import MARGIN, assert_as_exact, relative_error
 from klora.kernels import rotary_tables
 from klora.kernels.attention import document_starts
@@ -186,6 +187,7 @@ def test_compile_with_fullgraph_gives_the_same_bits():
 )
 def test_warps_that_take_turns_finish_heads_with_the_same_bits(rows, queries, keys, head_dim, monkeypatch):
     generator = torch.Generator("cuda").manual_seed(0)
+    rows = for_this_gpu(rows, (queries + 2 * keys) * head_dim)
     x = torch.randn(rows, 328, device="cuda", generator=generator, dtype=torch.bfloat16)
     weight = torch.randn((queries + 2 * keys) * head_dim, 328, device="cuda", generator=generator, dtype=torch.bfloat16)
     cos, sin = rotary_tables(1000, head_dim, 50000.0, x.device, torch.float32)

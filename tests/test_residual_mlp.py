@@ -3,7 +3,7 @@
 import pytest
 import torch
 from conftest import DTYPES, replayed
-from hopper import compiled_for_hopper
+from hopper import compiled_for_hopper, for_this_gpu
 from klora.bench.tolerance import assert_as_exact
 from klora.kernels.linear import product, turns
 from klora.kernels.linear.product import NORM_GRADIENT_TILE, RESIDUAL_TILES, TILES
@@ -219,14 +219,14 @@ class TestOnTheGpu:
         ("rows", "Nq", "D", "hidden"), [(4000, 512, 512, 1536), (777, 80, 144, 208), (130, 36, 52, 50)]
     )
     def test_it_is_as_exact_as_pytorch(self, rows, Nq, D, hidden, dtype):
-        inputs = inputs_of(rows, Nq, D, hidden, dtype)
+        inputs = inputs_of(for_this_gpu(rows, D), Nq, D, hidden, dtype)
         assert_as_exact_as_pytorch(inputs)
         assert_as_exact_as_pytorch(inputs, ["mixed"])
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     @pytest.mark.parametrize(("rows", "D", "hidden"), [(65536, 512, 1536), (70001, 328, 1000), (131073, 136, 72)])
     def test_warps_that_take_turns_compute_the_same_bits(self, rows, D, hidden, dtype, monkeypatch):
-        inputs = inputs_of(rows, 96, D, hidden, dtype)
+        inputs = inputs_of(for_this_gpu(rows, D), 96, D, hidden, dtype)
         takes_turns = turns.takes(inputs[1], D, 0)
         found = gradients(residual_mlp, inputs)
         assert same(found, gradients(residual_mlp, inputs))
@@ -253,7 +253,7 @@ class TestOnTheGpu:
 
     @pytest.mark.parametrize("tile", RESIDUAL_TILES)
     def test_every_tile_has_the_same_bits(self, tile, monkeypatch):
-        inputs = inputs_of(5000, 512, 512, 1536, torch.bfloat16)
+        inputs = inputs_of(for_this_gpu(5000, 512), 512, 512, 1536, torch.bfloat16)
         expected = gradients(residual_mlp, inputs, NAMES[:2])
         monkeypatch.setattr(product, "RESIDUAL_TILES", (tile,))
         assert same(gradients(residual_mlp, inputs, NAMES[:2]), expected)

@@ -6,7 +6,7 @@ import functools
 import pytest
 import torch
 from conftest import SMALL, randomized
-from hopper import compiled_for_hopper
+from hopper import compiled_for_hopper, for_this_gpu
 from klora.bench.tolerance import assert_as_exact
 from klora.kernels import (
     lora_attention,
@@ -407,6 +407,7 @@ class TestOnTheGpu:
         ],
     )
     def test_warps_that_take_turns_compute_the_same_bits(self, B, S, D, hidden, boundaries, dtype, monkeypatch):
+        B = min(B, max(-(-for_this_gpu(B * S, D) // S), POOL + 1))
         slots = torch.arange(B, device=DEVICE) % (POOL + 1)
         for boundary in boundaries:
             inputs = inputs_of(B, S, D, hidden, dtype, boundary, wide=4)

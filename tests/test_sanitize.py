@@ -244,7 +244,7 @@ def test_a_signal_ends_all_at_once_and_says_what_was_found(name, run, tmp_path):
     """By the last of two parts that run; each has started a process of its own, and one part waits."""
     stub = f"{printing(RACE)}\nsleep 60 & echo $! >> children\n[ $(wc -l < children) = 2 ] && kill -{name} $PPID\nwait"
     began = time.monotonic()
-    status, printed = run(stub, "--tool", "racecheck", "--jobs", "2", tests=18)
+    status, printed = run(stub, "--tool", "racecheck", "--jobs", "2", tests=12)
     assert time.monotonic() - began < 5
     assert status == 128 + getattr(signal, f"SIG{name}") and f"stopped by SIG{name}" in printed
     assert printed.count("1 findings in ours (_dq_kernel x1), 1 elsewhere") == 2
@@ -289,15 +289,48 @@ def test_the_time_of_the_whole_run_and_of_one_process(run):
     assert "cut: memcheck test_mlp\n" in printed and "not begun" not in printed
 
 
+LINES = """========= COMPUTE-SANITIZER
+. sanitized: 3.5 s, passed: tests/test_mlp.py::test_0
+========= Invalid __global__ read of size 2 bytes
+=========     at _dq_kernel+0x1b0 in backward.py:30
+F sanitized: 120.0 s, failed: tests/test_mlp.py::test_2[a, b/c-1]========= Invalid __global__ read of size 2 bytes
+=========     at _dq_kernel+0x1b0 in backward.py:30
+"""
+
+
+def test_the_seconds_of_each_test_stand_among_the_reports():
+    """Neither hides the other, and no test's name reads like a word of the tools."""
+    assert sanitize.tests_over(LINES) == [
+        (3.5, "tests/test_mlp.py::test_0"),
+        (120.0, "tests/test_mlp.py::test_2[a, b/c-1]"),
+    ]
+    found, kept = sanitize.findings(LINES, "memcheck", "test_mlp")
+    assert found.here == {"_dq_kernel": 2} and not found.elsewhere and not found.hindered and kept == LINES
+    for name in sanitize.FILES:
+        for test in re.findall(r"def (test_\w+)", Path(__file__).with_name(f"{name}.py").read_text()):
+            line = f"sanitized: 1.0 s, passed: tests/{name}.py::{test}\n"
+            assert sanitize.findings(line, "memcheck", name) == (sanitize.Found(), line)
+
+
+def test_what_was_slow_and_where_a_process_was_cut_are_said(run):
+    status, printed = run(f"{printing(LINES.replace('test_2[a, b/c-1]', 'test_2'))}\nsleep 60", "--seconds", "0.3")
+    assert status == 1 and "cut off after 0 s, 2 of 3 tests done, in test_1\n" in printed
+    assert "memcheck, slowest: 120 s tests/test_mlp.py::test_2; 4 s tests/test_mlp.py::test_0\n" in printed
+    assert "cut off after 0 s, 0 of 3 tests done, in test_0\n" in run("sleep 60", "--seconds", "0.3")[1]
+    assert "slowest" not in run(printing(CLEAN))[1]
+    command = next(line for line in printed.splitlines() if line.startswith("$ "))
+    assert f"PYTHONPATH={Path(__file__).parent} " in command and " -p sanitized " in command, "it runs as it is printed"
+
+
 def test_what_is_worth_most_begins_first_and_a_file_is_dealt_in_parts():
     """Tool by tool; some of each file before the rest of any; of these the longest."""
     tests = {"test_mlp": [str(number) for number in range(50)], "test_rotary": ["a"], "test_swiglu": []}
     parts = sanitize.parts_of(["memcheck", "racecheck"], tests, set())
     assert [str(part) for part in parts[:5]] == [
         *("memcheck test_mlp 1/3", "memcheck test_rotary", "memcheck test_mlp 2/3", "memcheck test_mlp 3/3"),
-        "racecheck test_mlp 1/9",
+        "racecheck test_mlp 1/13",
     ]
-    assert [str(part) for part in parts[5:7]] == ["racecheck test_rotary", "racecheck test_mlp 2/9"]
+    assert [str(part) for part in parts[5:7]] == ["racecheck test_rotary", "racecheck test_mlp 2/13"]
     assert max(part.cost for part in parts) <= sanitize.SHARE
     for tool in ("memcheck", "racecheck"):
         those = [part for part in parts if part.tool == tool and part.file == "test_mlp"]
@@ -311,7 +344,7 @@ def test_what_is_worth_most_begins_first_and_a_file_is_dealt_in_parts():
 def test_the_tools_run_in_their_order_and_initcheck_where_it_sees_what_is_written(run, monkeypatch):
     asked = ("--tool", "synccheck", "--tool", "initcheck", "--tool", "memcheck", "--jobs", "1")
     status, printed = run(printing(CLEAN), *asked)
-    begun = [line.split()[4] for line in printed.splitlines() if line.startswith("$ ")]
+    begun = [line.split()[5] for line in printed.splitlines() if line.startswith("$ ")]
     assert status == 0 and begun == ["memcheck", "synccheck", "initcheck"], "initcheck: its file is named"
     parts = sanitize.parts_of(list(sanitize.TOOLS), dict.fromkeys(sanitize.FILES, ["a"]), set(sanitize.PLAIN))
     assert {part.file for part in parts if part.tool == "initcheck"} == {*sanitize.PLAIN} < {*sanitize.FILES}
@@ -389,5 +422,7 @@ def test_what_a_slow_process_raises_where_nobody_catches_it_ends_no_test(tmp_pat
     asked = asked[asked.index(sys.executable) :]
     asked += ["-c", str(Path(__file__).parents[1] / "pyproject.toml"), "--rootdir", str(tmp_path), str(file)]
     as_in_the_suite = [word for word in asked if "Unraisable" not in word and word != "-W"]
-    ended = [subprocess.run(words, capture_output=True, text=True, cwd=tmp_path) for words in (asked, as_in_the_suite)]
+    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    options = {"capture_output": True, "text": True, "cwd": tmp_path, "env": {**os.environ, "PYTHONPATH": path}}
+    ended = [subprocess.run(words, **options) for words in (asked, as_in_the_suite)]
     assert [done.returncode for done in ended] == [0, 1], ended[0].stdout

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from conftest import DTYPES, replayed
+from hopper import for_this_gpu
 from klora.bench.tolerance import assert_as_exact
 from klora.kernels import swiglu, swiglu_mlp, swiglu_mlp_ref, swiglu_ref
 from torch import Tensor
@@ -177,6 +178,7 @@ class TestOnTheGpu:
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
     @pytest.mark.parametrize(("rows", "D", "hidden"), [(4000, 512, 1536), (777, 80, 208), (130, 36, 50)])
     def test_they_are_as_exact_as_pytorchs(self, rows, D, hidden, dtype):
+        rows = for_this_gpu(rows, hidden)
         check(swiglu, swiglu_ref, [gates(rows, hidden, dtype)])
         check(swiglu_mlp, swiglu_mlp_ref, [mlp_inputs(rows, D, hidden, dtype)])
         check(swiglu_mlp, swiglu_mlp_ref, [mlp_inputs(rows, D, hidden, dtype)], [0])
