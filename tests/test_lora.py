@@ -129,6 +129,8 @@ class TestRows:
             (torch.tensor([0.0]), "float32"),
             (torch.tensor([[0]]), r"\[1, 1\]; wanted: int32 or int64 \[B\]"),
             ("big", "rows is 'big'; wanted: a list"),
+            (0, "rows is 0; wanted: a list"),
+            (None, "rows is None; wanted: a list"),
         ],
     )
     def test_what_names_no_adapter(self, rows, message):
