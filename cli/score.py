@@ -265,7 +265,7 @@ def score_artifact(
         subject = Subject.of_artifact(path, chosen, weights, prequant)
     else:
         subject = Subject.of_folder(path, chosen, hf_dtype, config)
-        weights, warm = subject.facts["hf"]["dtype"], False
+        weights = subject.facts["hf"]["dtype"]
     model, before = subject.model, subject.before
     seconds["load"], started = time.perf_counter() - started, time.perf_counter()
     every = subject.documents(source, output.warn)

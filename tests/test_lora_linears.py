@@ -107,6 +107,7 @@ CASES = {
     "after, two steps of ranks": {"R": 80, "ranks": (1, 80, 64, 70), "slots": (1, 3, -1, 1)},
     "no document with an adapter": {"slots": (-1, 7, -1, -1)},
     "joint, above 16": {"sizes": (48,), "K": 32, "R": 20, "ranks": (1, 5, 20, 0), "slots": (1, 2, 0, 3)},
+    "of 256": {"sizes": (16,), "K": 16, "R": 256, "ranks": (256, 5, 200, 129), "slots": (1, 3, 2, 0), "length": 5},
     "above 128": {"sizes": (48,), "K": 32, "R": 200, "ranks": (1, 5, 200, 70), "slots": (1, 3, 2, 3), "length": 9},
 }
 
