@@ -19,7 +19,7 @@ All rows have the same adapters, tokens and loss, and attention by PyTorch's cau
 dropped out. First the gate: for a cut of the model, in fp32, the gradients of every adapter, B not zero, against those
 of the stacked adapters in float64 (bench/tolerance.py), of several batches of tokens. Rows are timed one after another,
 each on a model of its own that is freed after it. A step that runs out of memory is tried again in 2, 4, ... `parts`,
-one after the other.
+one after the other. Before all of it our kernels are compiled side by side: one after another they take minutes.
 """
 
 import gc
@@ -52,6 +52,7 @@ from .adapter_trainers import (
     Work,
     linears_of,
 )
+from .ahead import compiled_ahead
 from .environment import environment
 from .gate import FOREIGN, RedGate, why_broken
 from .rows import picked
@@ -116,7 +117,7 @@ def gate(work: Work, row: Row, name: str) -> dict[str, Any]:
     RedGate: one in fp32 is larger than the rule allows.
     """
     cut, found = work.cut(**GATE), {}
-    for dtype in dict.fromkeys((torch.float32, work.dtype if row.is_ours else torch.float32)):
+    for dtype in _gated(work, row):
         trainer = row.build(replace(cut, dtype=dtype))
         of_base = replace(cut, module=trainer.dense(), dtype=dtype)
         truth = Stacked(replace(of_base, dtype=torch.float64), has_masks=True)
@@ -132,6 +133,11 @@ def gate(work: Work, row: Row, name: str) -> dict[str, Any]:
                 worst = {"error": error, "eager": eager, "allowed": allowed, "of": part}
         found[str(dtype).removeprefix("torch.")] = worst
     return found
+
+
+def _gated(work: Work, row: Row) -> list[torch.dtype]:
+    """The dtypes of a row's gate."""
+    return list(dict.fromkeys((torch.float32, work.dtype if row.is_ours else torch.float32)))
 
 
 def _sample(trainer: Trainer, draws: int) -> dict[str, Tensor]:
@@ -159,7 +165,7 @@ def _gradients(trainer: Trainer) -> dict[str, Tensor]:
 
 def timed(work: Work, row: Row, rounds: int) -> dict[str, Any]:
     """Milliseconds of a step, most bytes that were allocated, and how it was run. `first_step_seconds` are from the
-    building to the end of the first step: adapters made and kernels compiled.
+    building to the end of the first step: adapters made and kernels compiled, but for ours that are compiled ahead.
     """
     device = work.tokens.device
     _free(device)
@@ -210,6 +216,21 @@ def _first_step(trainer: Trainer, device: torch.device) -> tuple[float, int]:
         _free(device)
         parts *= 2
         trainer.split(parts)
+
+
+def launches(works: Mapping[bool, Work], rows: Mapping[str, Row]) -> None:
+    """Launch what the gates and then the steps of our rows launch, for :func:`compiled_ahead`."""
+    kinds = {(row.build, row.is_mixed): row for row in rows.values() if row.is_ours}
+    for row in kinds.values():
+        work = works[row.is_mixed]
+        for dtype in _gated(work, row):
+            trainer = row.build(replace(work.cut(**GATE), dtype=dtype))
+            trainer.dense()
+            _gradients(trainer)
+    for row in kinds.values():
+        work = works[row.is_mixed]
+        _free(work.tokens.device)
+        _first_step(row.build(work), work.tokens.device)
 
 
 def _free(device: torch.device) -> None:
@@ -359,6 +380,7 @@ def main(
             "dtype": str(dtype).removeprefix("torch."),
             "gate": GATE,
             "timed": ONE_AT_A_TIME,
+            "compiled_ahead": compiled_ahead(partial(launches, works, rows), device),
             "rows": found,
             "missing": missing,
         }

@@ -11,13 +11,15 @@ the loop's in float64 as the loop's own in fp32 (bench/tolerance.py). Then the t
                     all targets. It is scaled, not measured; `peft_measured` says what was.
 
 `errors` are those of both in that dtype, on the gate's documents. The loop is what one would write: PEFT's adapters,
-torch.optim.Adam, logits of the chunk alone.
+torch.optim.Adam, logits of the chunk alone. Before the gate klora's kernels are compiled side by side
+(`compiled_ahead`): one after another they take minutes.
 """
 
 import copy
 import json
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,6 +29,7 @@ import torch.nn.functional as F
 import typer
 from torch import Tensor, nn
 
+from ..cli.warm import scoring
 from ..model.corpus import Corpus
 from ..model.corpus import Document as TextDocument
 from ..model.parallel import pick_device
@@ -38,6 +41,7 @@ from ..ttt.hf_model import HfModel
 from ..ttt.pipeline import ScoreRequest, score
 from ..ttt.protocols import HF, TTTConfig, learning_rate, ttt_preset
 from ..ttt.results import ScoreResult
+from .ahead import compiled_ahead
 from .environment import environment
 from .gate import RedGate
 from .tolerance import allowed_error, relative_error
@@ -160,6 +164,18 @@ def gate(module: nn.Module, config: TTTConfig, documents: Sequence[Document]) ->
     return found
 
 
+def launches(module: nn.Module, config: TTTConfig, documents: int) -> None:
+    """Launch what the gate and then the adapting of so many documents launch, for :func:`compiled_ahead`."""
+    dtype = next(module.parameters()).dtype
+    works = [(copy.deepcopy(module).to(each), GATED_DOCUMENTS) for each in dict.fromkeys((torch.float32, dtype))]
+    for each, count in [*works, (module, documents)]:
+        model = HfModel(each, config)
+        try:
+            scoring(model, config, count).run()
+        finally:
+            model.close()
+
+
 def peft_seconds(module: nn.Module, config: TTTConfig, documents: Sequence[Document]) -> dict[str, Any]:
     """Seconds that the loop takes for documents, after the first, cut to two chunks, has warmed it up."""
     loop = PeftLoop(module, config)
@@ -186,6 +202,7 @@ def measured(
     if not long:
         raise ValueError(f"no document has more than {config.first_adapted} targets: there is nothing to adapt")
     by_length = sorted(long, key=lambda document: document.targets)
+    ahead = compiled_ahead(partial(launches, module, config, len(long)), next(module.parameters()).device)
     errors = gate(module, config, by_length[-GATED_DOCUMENTS:])
     # Documents of all lengths: one in the middle of each of `peers` equal parts.
     chosen = [by_length[(2 * n + 1) * len(by_length) // (2 * peers)] for n in range(min(peers, len(by_length)))]
@@ -199,6 +216,7 @@ def measured(
         "documents": len(texts),
         "adapted_documents": len(long),
         "adapted_targets": targets,
+        "compiled_ahead": ahead,
         "errors": errors,
         "klora_seconds": seconds,
         "klora_rounds_seconds": rounds,

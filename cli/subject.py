@@ -19,7 +19,7 @@ from ..model.prepare import tokenizer_beside
 from ..model.shards import TokenStream, find_shards
 from ..model.tokenizer import Tokenizer
 from ..ttt.documents import Document, documents_from_texts, documents_from_tokens, with_own_names
-from ..ttt.hf import facts_of_model, hashes_of_folder, hf_documents, load_hf, token_bytes_of
+from ..ttt.hf import facts_of_model, hashes_of_folder, hf_documents, load_hf, require_known_tokens, token_bytes_of
 from ..ttt.hf_model import HfModel
 from ..ttt.protocols import TTTConfig
 from ..ttt.report import TokenBytes
@@ -83,7 +83,9 @@ class Subject:
         def documents(source: Source, say: Callable[[str], None]) -> list[Document]:
             text, jsonl, field, _ = source
             texts = options.corpus_from(text, jsonl, field).documents()
-            return with_own_names(list(hf_documents(texts, tokenizer)), say)
+            found = with_own_names(list(hf_documents(texts, tokenizer)), say)
+            require_known_tokens(found, model)
+            return found
 
         facts = {
             "artifact": {"file": folder.name, **hashes},

@@ -13,6 +13,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,7 +22,7 @@ import numpy as np
 import torch
 import typer
 
-from .. import __version__, kernels, ttt
+from .. import __version__, kernels, lora, ttt
 from .. import model as models
 from ..model.artifact import load_artifact
 from ..model.attention import why_not_here
@@ -33,7 +35,8 @@ from ..model.storage import write_text
 from ..model.train import compute_dtype, device_name, is_fused, micro_batches_of, rows_per_rank
 from ..ttt.base import MICRO_TOKENS, BaseNll
 from ..ttt.documents import Document
-from ..ttt.engine import SLOTS_A_PLACE, Engine
+from ..ttt.engine import Engine, slots_a_place
+from ..ttt.hf_model import HfModel
 from ..ttt.protocols import TTTConfig, ttt_preset
 from . import options
 from .console import Output
@@ -153,23 +156,38 @@ def training(chosen: Preset, device: torch.device, world: int = 1) -> Work:
     return Work(facts | {"device": device_name(device)}, run)
 
 
-def scoring(model: GPT, config: TTTConfig, documents: int, weights: str = "dense", backend: str | None = None) -> Work:
-    """The base pass and the engine's steps for so many documents. `backend` is handed to the ops."""
-    slots = max(1, min(SLOTS_A_PLACE * config.batch, documents))
+def scoring(
+    model: GPT | HfModel, config: TTTConfig, documents: int, weights: str = "dense", backend: str | None = None
+) -> Work:
+    """The base pass and the engine's steps for so many documents. `backend` is handed to the ops.
+
+    A model of Hugging Face computes each step once, as only our launches are left out.
+    """
+    slots, is_hf = max(1, min(slots_a_place(config) * config.batch, documents)), isinstance(model, HfModel)
 
     def run() -> None:
         longest = config.window + config.chunk
-        engine = Engine(model, config, 2 * longest, slots=slots, capture=False, backend=backend)
+        make = model.engine if is_hf else partial(Engine, model)
+        engine = make(config, 2 * longest, slots=slots, capture=False, backend=backend)
         engine.rehearse()
         sizes = {longest + 1, next(size for size in range(longest, 1, -1) if size == 2 or not config.adapts(size - 1))}
         texts = [Document(str(size), np.zeros(size, dtype=np.uint16), size) for size in sizes]
         # A product's tile depends on how many rows it has: batches of every size up to the largest.
-        most = max(1, MICRO_TOKENS[model.embed.device.type] // config.window)
+        most = max(1, (model.micro_tokens if is_hf else MICRO_TOKENS[model.device.type]) // config.window)
         for size in [1 << power for power in range(most.bit_length())]:
             BaseNll(engine.weights, texts * size, config, backend=backend)
+        if is_hf:
+            model.detach()
 
-    facts = {"scoring": model.config.to_dict(), "ttt": config.to_dict(), "weights": weights, "dtype": str(model.dtype)}
-    return Work(facts | {"slots": [slots == 1, slots % 16 == 0], "device": device_name(model.embed.device)}, run)
+    about = _facts_of_hf(model) if is_hf else model.config.to_dict()
+    facts = {"scoring": about, "ttt": config.to_dict(), "weights": weights, "dtype": str(model.dtype)}
+    return Work(facts | {"slots": [slots == 1, slots % 16 == 0], "device": device_name(model.device)}, run)
+
+
+def _facts_of_hf(model: HfModel) -> dict[str, Any]:
+    """What its kernels depend on beside the settings: sizes, how it is read, and who computes what is not ours."""
+    ways = {"skips_masks": model.skips_masks, "has_parts": model.has_parts}
+    return ways | {"hf": json.loads(model.module.config.to_json_string()), "transformers": version("transformers")}
 
 
 def untrained(chosen: Preset, device: torch.device) -> GPT:
@@ -285,7 +303,7 @@ def _list_of(work: Work) -> Path:
 
     versions = __version__, torch.__version__, triton.__version__
     digest = hashlib.sha256(json.dumps([dict(work.facts), versions], sort_keys=True).encode())
-    for package in (kernels, models, ttt):
+    for package in (kernels, lora, models, ttt):
         for path in sorted(Path(package.__file__).parent.rglob("*.py")):
             digest.update(path.read_bytes())
     return cache_folder() / "klora" / f"{digest.hexdigest()}.json"

@@ -64,9 +64,9 @@ class Adapters:
         Example: slot = lora.adapters.create("carol", rank=4, alpha=8, targets=("q_proj",))
         """
         most, default_alpha = self._defaults
-        chosen = [targets] if isinstance(targets, str) else list(most if targets is None else targets)
-        if isinstance(rank, Mapping) and targets is None:
-            chosen = list(rank)
+        if targets is None:
+            targets = rank if isinstance(rank, Mapping) else most
+        chosen = names_of("targets", targets)
         _check_names("targets", chosen, most)
         ranks = ranks_of(most if rank is None else rank, chosen, lenient=rank is None)
         if over := [target for target in chosen if ranks[target] > most[target]]:
@@ -75,6 +75,8 @@ class Adapters:
                 f"attach with rank={ranks[over[0]]} or more"
             )
         alpha = check_alpha(default_alpha if alpha is None else alpha)
+        if seed is not None:
+            check_seed(seed)
         slot = self._free_slot(name)
         places = [place for place in self.pool.places if place.target in chosen]
         self._named[name] = Adapter(
@@ -177,6 +179,21 @@ def check_alpha(alpha: float | None) -> float | None:
     if alpha is not None and not (isinstance(alpha, Real) and 0 < alpha < float("inf")):
         raise LoraError(f"alpha is {alpha!r}; wanted: a number above 0, or None for a scale of 1")
     return alpha
+
+
+def check_seed(seed: int) -> int:
+    """LoraError unless it is a whole number of 64 bits."""
+    if isinstance(seed, bool) or not isinstance(seed, Integral) or not -(2**63) <= seed < 2**63:
+        raise LoraError(f"seed is {seed!r}; wanted: a whole number from -2**63 to below 2**63")
+    return int(seed)
+
+
+def names_of(what: str, names: str | Iterable[str]) -> list[str]:
+    """One name or several as a list, each once; LoraError where one is no text or empty."""
+    found = list(names) if isinstance(names, Iterable) and not isinstance(names, str) else [names]
+    if wrong := [name for name in found if not (isinstance(name, str) and name)]:
+        raise LoraError(f"{what} names {wrong[0]!r}; wanted: text that is not empty, or a list of such names")
+    return list(dict.fromkeys(found))
 
 
 def _check_names(what: str, names: Iterable[str], allowed: Iterable[str]) -> None:

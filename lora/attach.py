@@ -7,13 +7,15 @@ parameters, hooks and state dicts are the model's own, and what reads `linear.we
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..kernels import Dropout, Int6Linear, row_keys
-from .adapters import Adapters, check_alpha, ranks_of
+from ..kernels.dispatch import resolve_backend
+from .adapters import Adapters, check_alpha, check_seed, names_of, ranks_of
 from .find import check_weights, find_linears
 from .linear import adapted_linears
 from .optimizer import LoraAdam
@@ -141,10 +143,9 @@ class Lora:
 
         Example: with lora.rows(["alice", None]): logits = model(tokens).logits
         """
-        if not self.sites:
-            raise LoraError("the adapters are detached; attach again")
+        self._check_attached()
         pool = self.pool
-        if isinstance(slots, str):
+        if isinstance(slots, str) or not isinstance(slots, Iterable):
             raise LoraError(f"rows is {slots!r}; wanted: a list with one adapter for each row of the batch")
         if isinstance(slots, Tensor):
             if slots.dim() != 1 or slots.dtype not in (torch.int32, torch.int64):
@@ -161,6 +162,10 @@ class Lora:
             self.current = outer
             for shared in {site.shared for site in self.sites if site.shared is not None}:
                 shared.forget()
+
+    def _check_attached(self) -> None:
+        if not self.sites:
+            raise LoraError("the adapters are detached; attach again")
 
     def _rows(self, slots: Tensor, step: int | None) -> Rows:
         if not self.dropout:
@@ -195,6 +200,7 @@ class Lora:
 
         Example: model = lora.merge("alice")
         """
+        self._check_attached()
         adapter = self.adapters[name]
         sites = [site for site in self.sites if site.place.name in adapter.ranks]
         for site in sites:
@@ -255,27 +261,35 @@ def attach(
 
     LoraError, and the model as it was: a target that is no such linear, a linear that is in two places, shares its
     weight with another, has a `forward` of its own, is read past its `forward` or is on "meta"; another rank, alpha,
-    dropout or base.
+    dropout, base, seed or backend.
 
     Example: lora = attach(model, slots=4, targets=("q_proj", "down_proj"), rank=8, alpha=16)
     """
+    if not isinstance(model, nn.Module):
+        raise LoraError(f"model is a {type(model).__name__}; wanted: a torch.nn.Module")
     if targets is None:
-        targets = tuple(rank) if isinstance(rank, Mapping) else ("q_proj", "v_proj")
-    targets = [targets] if isinstance(targets, str) else list(dict.fromkeys(targets))
+        targets = rank if isinstance(rank, Mapping) else ("q_proj", "v_proj")
+    targets = names_of("targets", targets)
     if isinstance(slots, bool) or not isinstance(slots, int) or slots < 1:
         raise LoraError(f"slots is {slots!r}; wanted: a whole number of at least 1")
     if base not in BASES:
         raise LoraError(f"base is {base!r}; allowed: {', '.join(BASES)}")
-    if not 0 <= dropout < 1:
+    if not (isinstance(dropout, Real) and 0 <= dropout < 1):
         raise LoraError(f"dropout is {dropout!r}; allowed: from 0 to below 1")
     check_alpha(alpha)
+    check_seed(seed)
     if not targets:
         raise LoraError("targets is empty; name the linears that get adapters, such as 'q_proj'")
     ranks = ranks_of(rank, targets)
     found = find_linears(model, targets, ranks)
     modules = {place.name: model.get_submodule(place.name) for place in found}
     check_weights(model, modules, BASES[base])
-    pool = Pool(slots, found, next(iter(modules.values())).weight.device)
+    weight = next(iter(modules.values())).weight
+    try:
+        resolve_backend(backend, weight)
+    except ValueError as error:
+        raise LoraError(str(error)) from None
+    pool = Pool(slots, found, weight.device)
     base_name = getattr(getattr(model, "config", None), "name_or_path", None) or None
     lora = Lora(model, pool, Adapters(pool, ranks, alpha, seed, base_name), dropout, seed, backend)
     try:

@@ -1,16 +1,15 @@
 """Adam on the pool: all adapters in one launch, each with its own learning rate and its own count of steps."""
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from math import isfinite
+from numbers import Real
 
 import torch
 from torch import Tensor
 
 from ..kernels import lora_adam_
+from .adapters import Adapters, names_of
 from .pool import LoraError
-
-if TYPE_CHECKING:
-    from .adapters import Adapters
 
 
 class LoraAdam:
@@ -22,8 +21,11 @@ class LoraAdam:
     Example: optimizer: LoraAdam = lora.optimizer(lr=1e-3, weight_decay=0.01)
     """
 
-    def __init__(self, adapters: "Adapters", lr: float, betas: tuple[float, float], eps: float, weight_decay: float):
-        if not (lr >= 0 and eps > 0 and weight_decay >= 0 and all(0 <= beta < 1 for beta in betas)):
+    def __init__(self, adapters: Adapters, lr: float, betas: tuple[float, float], eps: float, weight_decay: float):
+        is_pair = isinstance(betas, tuple | list) and len(betas) == 2
+        numbers = (lr, eps, weight_decay, *betas) if is_pair else ()
+        is_right = numbers and all(isinstance(number, Real) and isfinite(number) for number in numbers)
+        if not (is_right and lr >= 0 and eps > 0 and weight_decay >= 0 and all(0 <= beta < 1 for beta in betas)):
             raise LoraError(
                 f"lr={lr}, betas={betas}, eps={eps}, weight_decay={weight_decay}; allowed: lr and weight_decay at "
                 "least 0, betas from 0 to below 1, eps above 0"
@@ -41,7 +43,10 @@ class LoraAdam:
 
         Example: optimizer.set_lr("alice", 3e-4)
         """
-        self.lr[self.adapters[name].slot] = lr
+        slot = self.adapters[name].slot
+        if not (isinstance(lr, Real) and 0 <= lr < float("inf")):
+            raise LoraError(f"lr is {lr!r}; wanted: a number of at least 0")
+        self.lr[slot] = lr
 
     def step(self, names: Iterable[str] | None = None) -> None:
         """One step of the adapters that are named; None: of every one that has a gradient that is not zero.
@@ -56,8 +61,7 @@ class LoraAdam:
             has_gradient = torch.linalg.vector_norm(pool.grads, float("inf"), dim=1) != 0
             slots = torch.where(has_gradient, numbers, -1)
         else:
-            names = [names] if isinstance(names, str) else list(names)
-            chosen = sorted({self.adapters[name].slot for name in names})
+            chosen = sorted({self.adapters[name].slot for name in names_of("names", names)})
             slots = torch.tensor(chosen, dtype=torch.int64, device=pool.device)
         lora_adam_(
             *(pool.params, pool.grads, self.exp_avg, self.exp_avg_sq, self.steps, self.lr, slots),

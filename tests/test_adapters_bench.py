@@ -13,6 +13,7 @@ from klora.bench.adapter_trainers import Klora, Work, linears_of
 from klora.bench.adapters import FASTER, GATE, ROWS, Row, gate, mixed_ranks, timed, verdicts
 from klora.bench.gate import RedGate, why_broken
 from klora.errors import KloraError
+from test_warm import python
 from tiny_hf import saved, tiny_llama
 
 pytest.importorskip("transformers", reason="pip install -e '.[test]' brings transformers")
@@ -54,7 +55,7 @@ def test_the_record_has_every_row(folder, tmp_path, without_a_gpu, capsys):
     adapters.main(folder, tmp_path / "adapters.json", names="", toy=True, **TOY)
     record = json.loads((tmp_path / "adapters.json").read_text())
     assert list(record["rows"]) == list(ROWS) and not record["missing"] and record["toy"]
-    assert record["verdicts"] == []  # a toy's times say nothing
+    assert record["verdicts"] == [] and record["compiled_ahead"] == {}  # a toy's times say nothing
     assert record["model"]["num_hidden_layers"] == 3 and record["environment"]["versions"]["peft"]
     printed = capsys.readouterr().out
     for name, row in record["rows"].items():
@@ -67,6 +68,35 @@ def test_the_record_has_every_row(folder, tmp_path, without_a_gpu, capsys):
     assert all(loss == pytest.approx(like["klora"], rel=1e-5) for loss in like.values())
     assert record["rows"]["peft-one-by-one"]["ms_set_adapter_left_out"]["p50"] > 0
     assert "training mode" in record["rows"]["peft-mixed-batch"]["mode"]
+
+
+AHEAD = """
+import json
+from functools import partial
+
+import torch
+from klora.kernels import dispatch
+
+dispatch.resolve_backend = lambda backend, tensor: backend or "triton"
+from klora.bench import adapters
+from klora.kernels.precompile import recorded
+from tiny_hf import tiny_llama
+
+torch.set_num_threads(1)
+adapters.relative_error, adapters.DRAWS = lambda ours, exact: 0.0, dict.fromkeys(adapters.DRAWS, 2)
+module = tiny_llama(hidden_size=64, intermediate_size=96, tie_word_embeddings=True).to(torch.bfloat16)
+works = adapters.works_of(module, CPU, batch=5, tokens=80, rank=8)
+rows = {name: row for name, row in adapters.ROWS.items() if row.is_ours}
+ahead = recorded(partial(adapters.launches, works, rows))
+measured = recorded(lambda: list(adapters.measured(works, rows, 1)))
+print(json.dumps([list(ahead), list(measured)]))
+"""
+
+
+@pytest.mark.slow
+def test_what_the_gates_and_steps_launch_is_compiled_ahead_and_nothing_else(tmp_path):
+    ahead, measured = python(AHEAD, tmp_path / "cache")
+    assert set(ahead) == set(measured) and len(ahead) > 50
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 import socket
 import subprocess
 import sys
@@ -296,6 +297,36 @@ def test_a_text_that_its_tokens_do_not_give_back_is_refused_by_name():
     texts = [Text("fine", "the fox"), Text("shouting", "the FOX")]
     with pytest.raises(TokenizerError, match=r"document 'shouting': .* \('the FOX' is read back as 'the fox'\)"):
         list(hf_documents(texts, tiny_tokenizer(lowercases=True)))
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "says"),
+    [
+        ({"documents": "the fox"}, ConfigError, "documents is one text; wanted: several, in a list"),
+        ({"documents": Text("a", "the fox")}, ConfigError, "documents is one text"),
+        ({"documents": ["the fox", 3]}, ConfigError, "document '1' is a int; wanted: text"),
+        ({"documents": ["the fox", "a\ud800b"]}, TokenizerError, "document '1' has half of a surrogate pair at .* 1,"),
+        ({"tokenizer": None}, ConfigError, "the tokenizer is a NoneType; wanted: one of transformers"),
+        ({"model": None}, ConfigError, "a NoneType has no head that gives logits"),
+    ],
+)
+def test_what_is_no_model_tokenizer_or_text_is_refused_by_name(given, error, says):
+    about = {"model": tiny_llama(), "tokenizer": tiny_tokenizer(eos_token="<|endoftext|>"), "documents": ["the fox"]}
+    with pytest.raises(error, match=says):
+        adapt_hf(**about | given)
+
+
+def test_another_models_tokenizer_is_named_before_a_gpu_would_fail(folder, jsonl, tmp_path, no_network):
+    module = tiny_llama(vocab_size=100)
+    before = state_of(module)
+    says = r"has token \d+, and the model knows 100: the tokenizer is another model's"
+    with pytest.raises(ConfigError, match=f"document '1' {says}"):
+        adapt_hf(module, tiny_tokenizer(eos_token="<|endoftext|>"), ["", "the fox " * 20], TTT)
+    assert state_of(module) == before
+    other = saved(tmp_path / "other")
+    module.save_pretrained(other)
+    done = klora("score", "--hf", other, "--jsonl", jsonl, "--out", tmp_path / "scores", "--device", "cpu", check=2)
+    assert re.search(says, done.stderr) and "Traceback" not in done.stderr
 
 
 @pytest.mark.usefixtures("one_thread")

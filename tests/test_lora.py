@@ -47,6 +47,15 @@ class TestOutputsAndGradients:
         with lora.rows(["new"] * 4):
             torch.testing.assert_close(model(TOKENS), base, rtol=1e-6, atol=1e-6)
 
+    def test_bf16_is_dense_over_a_model_that_is_in_bf16(self):
+        outputs = []
+        for base in ("dense", "bf16"):
+            model = one_linear().to(torch.bfloat16)
+            lora = adapters_on_one(model, base=base)
+            with lora.rows(ROWS):
+                outputs.append(model(TOKENS))
+        assert torch.equal(*outputs) and outputs[0].dtype == torch.bfloat16
+
     def test_gradients_add_up_over_batches(self):
         model = Tiny()
         lora = two_adapters(model)
@@ -129,6 +138,8 @@ class TestRows:
             (torch.tensor([0.0]), "float32"),
             (torch.tensor([[0]]), r"\[1, 1\]; wanted: int32 or int64 \[B\]"),
             ("big", "rows is 'big'; wanted: a list"),
+            (0, "rows is 0; wanted: a list"),
+            (None, "rows is None; wanted: a list"),
         ],
     )
     def test_what_names_no_adapter(self, rows, message):

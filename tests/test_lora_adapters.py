@@ -54,6 +54,11 @@ class TestAdapters:
             ({"alpha": 0}, "alpha is 0; wanted: a number above 0"),
             ({"alpha": float("nan")}, "alpha is nan"),
             ({"alpha": "8"}, "alpha is '8'"),
+            ({"targets": 3}, "targets names 3; wanted: text that is not empty, or a list of such names"),
+            ({"targets": ["up", 3]}, "targets names 3"),
+            ({"seed": "7"}, "seed is '7'; wanted: a whole number"),
+            ({"seed": True}, "seed is True"),
+            ({"seed": 2**63}, f"seed is {2**63}"),
         ],
     )
     def test_an_adapter_that_cannot_be_leaves_the_pool_as_it_was(self, arguments, message):
@@ -182,10 +187,27 @@ class TestOptimizer:
         assert all(tensor[1].any() for tensor in fresh)
 
     @pytest.mark.parametrize("wrong", [{"lr": -1.0}, {"eps": 0.0}, {"betas": (0.9, 1.0)}, {"weight_decay": -1.0},
-                                       {"lr": float("nan")}])  # fmt: skip
+                                       {"lr": float("nan")}, {"lr": "fast"}, {"eps": float("inf")}, {"betas": 0.9},
+                                       {"betas": (0.9,)}])  # fmt: skip
     def test_settings_that_are_refused(self, wrong):
         with pytest.raises(LoraError, match=f"{next(iter(wrong))}=.*allowed"):
             two_adapters(Tiny()).optimizer(**wrong)
+
+    @pytest.mark.parametrize("lr", [-1, float("nan"), float("inf"), "fast", None])
+    def test_a_learning_rate_that_is_none_leaves_the_one_before(self, lr):
+        optimizer = two_adapters(Tiny()).optimizer(lr=0.5)
+        with pytest.raises(LoraError, match=f"lr is {lr!r}; wanted: a number of at least 0"):
+            optimizer.set_lr("big", lr)
+        assert optimizer.lr.tolist() == [0.5] * 3
+
+    @pytest.mark.parametrize(("names", "says"), [(5, "names names 5"), ([0], "names names 0"), (["bob"], "'bob'")])
+    def test_a_step_of_what_is_no_adapter_moves_nothing(self, names, says):
+        lora = two_adapters(Tiny())
+        optimizer, before = lora.optimizer(), lora.pool.params.clone()
+        lora.pool.grads.fill_(1)
+        with pytest.raises(LoraError, match=says):
+            optimizer.step(names)
+        assert torch.equal(lora.pool.params, before) and not optimizer.steps.any()
 
 
 class TestFiles:

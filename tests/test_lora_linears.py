@@ -11,7 +11,12 @@ from conftest import DTYPES, replayed
 from klora.bench.tolerance import assert_as_exact
 from klora.kernels import Dropout, Int6Matrix, drop_ref, lora_linear, lora_linear_ref, quantize_int6, row_keys
 from klora.kernels.lora_linear import after, reduce
-from klora.kernels.lora_linear.inner import launch_inner, launch_tiled_inner, pick_inner_config
+from klora.kernels.lora_linear.inner import (
+    launch_inner,
+    launch_tiled_inner,
+    pick_inner_config,
+    pick_tiled_inner_config,
+)
 from klora.kernels.lora_linear.plan import dx_way, plan
 from klora.kernels.lora_linear.pool import Pool, variant_of, variants
 from klora.kernels.lora_qkv.adapters import adapters_of
@@ -108,6 +113,7 @@ CASES = {
     "after, two steps of ranks": {"R": 80, "ranks": (1, 80, 64, 70), "slots": (1, 3, -1, 1)},
     "no document with an adapter": {"slots": (-1, 7, -1, -1)},
     "joint, above 16": {"sizes": (48,), "K": 32, "R": 20, "ranks": (1, 5, 20, 0), "slots": (1, 2, 0, 3)},
+    "of 256": {"sizes": (16,), "K": 16, "R": 256, "ranks": (256, 5, 200, 129), "slots": (1, 3, 2, 0), "length": 5},
     "above 128": {"sizes": (48,), "K": 32, "R": 200, "ranks": (1, 5, 200, 70), "slots": (1, 3, 2, 3), "length": 9},
 }
 
@@ -173,6 +179,12 @@ def test_what_lies_above_an_adapters_rank_is_not_read_and_gets_no_gradient(K, dt
     for slot, rank in enumerate((3, 0, 16)):
         assert not da[slot, rank:].any() and not db[slot, :, rank:].any()
         assert not rank or (da[slot, :rank].any(1).all() and db[slot, :, :rank].any(0).all())
+
+
+@pytest.mark.parametrize("processors", [114, 132])
+def test_few_rows_are_counted_by_the_gpus_own_multiprocessors(processors):
+    few, many = (pick_tiled_inner_config(16, rows, processors) for rows in (128 * processors, 128 * processors + 1))
+    assert (few.block_m, many.block_m) == (64, 128)
 
 
 @triton.jit

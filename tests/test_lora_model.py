@@ -211,6 +211,14 @@ class TestDetachAndMerge:
         torch.testing.assert_close(model(TOKENS), wanted, rtol=1e-5, atol=1e-5)
         assert snapshot(model) == before
 
+    def test_a_detached_adapter_is_not_merged_and_that_is_said(self):
+        model = Tiny()
+        before, lora = copy.deepcopy(model.state_dict()), two_adapters(model)
+        lora.detach()
+        with pytest.raises(LoraError, match="the adapters are detached; attach again"):
+            lora.merge("big")
+        assert_same_numbers(model, before)
+
     def test_an_adapter_that_is_not_finite_is_not_merged(self):
         model = Tiny()
         lora = two_adapters(model)
@@ -330,6 +338,9 @@ BAD = [
     (untouched, {"targets": ["q_proj"]}, "no module of this model is called 'q_proj'; its linears are: down, head, up"),
     (untouched, {"targets": ["up", "own"]}, "called 'own'"),
     (untouched, {"targets": []}, "targets is empty"),
+    (untouched, {"targets": 3}, "targets names 3; wanted: text that is not empty, or a list of such names"),
+    (untouched, {"targets": ["up", ""]}, "targets names ''"),
+    (untouched, {"rank": {3: 2}}, "targets names 3"),
     (untouched, {"targets": "embed"}, "embed is a Embedding; adapters go on nn.Linear and Conv1D"),
     (untouched, {"targets": ["blocks.0"]}, "blocks.0 is a Block"),
     (untouched, {"targets": ["up"], "rank": 0}, "rank 0 of 'up'; wanted: a whole number of at least 1"),
@@ -339,6 +350,9 @@ BAD = [
     (untouched, {"targets": ["up"], "slots": True}, "slots is True"),
     (untouched, {"targets": ["up"], "alpha": -1}, "alpha is -1"),
     (untouched, {"targets": ["up"], "dropout": 1.0}, "dropout is 1.0; allowed: from 0 to below 1"),
+    (untouched, {"targets": ["up"], "dropout": "0.1"}, "dropout is '0.1'"),
+    (untouched, {"targets": ["up"], "seed": "7"}, "seed is '7'; wanted: a whole number"),
+    (untouched, {"targets": ["up"], "backend": "cudnn"}, "backend is 'cudnn'; allowed: None, 'reference', 'triton'"),
     (untouched, {"targets": ["up"], "base": "int4"}, "base is 'int4'; allowed: dense, bf16, int6"),
     (untouched, {"targets": ["up"], "base": "bf16"}, "blocks.0.up is torch.float32 and base='bf16'"),
     (tied, {"targets": ["head"]}, "the weight of head is tied to embed.weight; leave 'head' out of targets"),
@@ -366,3 +380,8 @@ def test_a_model_that_cannot_be_is_named_and_left_as_it_was(change, arguments, m
         attach(model, **arguments)
     assert isinstance(error.value, KloraError | ValueError)
     assert snapshot(model) == before
+
+
+def test_what_is_no_model_is_named():
+    with pytest.raises(LoraError, match="model is a dict; wanted: a torch.nn.Module"):
+        attach({})

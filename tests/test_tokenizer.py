@@ -422,3 +422,8 @@ def test_texts_train_as_the_documents_that_hold_them_do():
 
 def test_documents_start_with_the_same_token_for_the_kernels_and_the_tokenizer():
     assert tokenizer_module.BOS_ID == BOS_ID
+
+
+def test_the_tokenizers_bos_is_the_one_that_kernels_know():
+    """Two constants, as neither package imports the other where it needs only this."""
+    assert tokenizer_module.BOS_ID == BOS_ID

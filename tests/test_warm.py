@@ -24,6 +24,7 @@ from test_cli import klora
 
 CUDA = torch.cuda.is_available()
 GPU = torch.device("cuda")
+ZERO = "integer division or modulo by zero"
 
 NO_GPU = """
 import torch
@@ -101,6 +102,45 @@ modules = [sorted({one.function.fn.__module__.split(".")[2] for one in found.val
 print(json.dumps([modules, [list(found) for found in (step, *scores)]]))
 """
 
+HF = """
+import json
+from functools import partial
+
+import numpy as np
+import torch
+from klora.kernels import dispatch
+
+dispatch.resolve_backend, dispatch.multiprocessors = (lambda backend, tensor: backend or "triton"), lambda device: 12
+from klora.bench import hf
+from klora.cli.warm import record, scoring
+from klora.kernels.precompile import recorded
+from klora.ttt.base import BaseNll
+from klora.ttt.documents import Document
+from klora.ttt.engine import engine_of
+from klora.ttt.hf_model import HfModel
+from klora.ttt.protocols import ttt_preset
+from klora.ttt.queue import Deadline
+from tiny_hf import tiny_llama
+
+torch.set_num_threads(1)
+module = tiny_llama(tie_word_embeddings=True).to(torch.bfloat16)
+config = ttt_preset("hf").override({"batch": "20", "window": "64", "chunk": "32"})
+model = HfModel(module, config)
+work = scoring(model, config, 6)
+ahead = record(work, CPU)
+assert model.lora is None and json.dumps(work.facts)
+texts = [Document(str(n), np.zeros(n, np.int32), n) for n in (40, 90, 130, 200, 65, 300)]
+
+def run():
+    BaseNll(model, texts, config)
+    engine_of(model, config, texts, capture=False).adapt(texts, Deadline(0))
+
+late = recorded(run)
+model.close()
+benched = recorded(partial(hf.launches, module, config, 6))
+print(json.dumps([list(one) for one in (ahead, late, benched)] + [sorted({one.name for one in late.values()})]))
+"""
+
 
 def python(code: str, cache) -> list:
     environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(cache), "CUDA_VISIBLE_DEVICES": ""}
@@ -143,6 +183,28 @@ def test_a_training_step_and_scoring_are_recorded_without_a_gpu(tmp_path):
     assert len(step_keys) > 20 and len(score_keys[0]) > 20
     assert 0 < len(set(score_keys[1]) - set(score_keys[0])) < len(score_keys[1])
     assert not (tmp_path / "cache").exists(), "recording compiles nothing"
+
+
+@pytest.mark.slow
+def test_scoring_a_model_of_transformers_launches_what_is_recorded_ahead(tmp_path):
+    """Of documents of any length, by `klora score --hf` and by its benchmark, which has a gate in fp32, too."""
+    pytest.importorskip("transformers", reason="pip install -e '.[test]' brings transformers")
+    ahead, late, benched, names = python(HF, tmp_path / "cache")
+    assert set(late) <= set(ahead) and set(late) <= set(benched) and len(benched) > len(ahead)
+    assert {"_reduce_kernel", "_adam", "sweep", "_after_kernel", "_add_kernel"} <= set(names)
+
+
+def test_a_benchmark_compiles_ahead_and_goes_on_where_that_fails(monkeypatch, tmp_path, capsys):
+    pytest.importorskip("klora.bench.ahead")
+    from klora.bench.ahead import compiled_ahead
+
+    kernels = Kernels(monkeypatch, tmp_path, 5, failing=1)
+    found = compiled_ahead(lambda: None, GPU)
+    assert found.pop("seconds") >= 0
+    assert found == {"kernels": 5, "compiled": 4, "failed": ["kernel 0: no reason"]}
+    assert compiled_ahead(lambda: None, torch.device("cpu")) == {} and kernels.recordings == 1
+    assert compiled_ahead(lambda: 1 // 0, GPU) == {"failed": ["it raises ZeroDivisionError: " + ZERO]}
+    assert f"klora: kernels were not compiled ahead: it raises ZeroDivisionError: {ZERO}" in capsys.readouterr().err
 
 
 class Kernels:
@@ -373,5 +435,50 @@ if __name__ == "__main__":
         command = [sys.executable, tmp_path / "script.py", part]
         none = {} if part == "ahead" else {"CC": "false"}
         done = subprocess.run(command, env=environment | none, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout.splitlines()[-1]) == [], part
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA, reason="no CUDA GPU")
+def test_on_a_gpu_scoring_a_model_of_transformers_compiles_nothing_that_was_not_compiled_ahead(tmp_path):
+    pytest.importorskip("transformers", reason="pip install -e '.[test]' brings transformers")
+    code = """
+import json, sys
+import numpy as np
+import torch
+from klora.cli.warm import record, scoring
+from klora.kernels.precompile import compile_all
+from klora.ttt.documents import Document
+from klora.ttt.hf_model import HfModel
+from klora.ttt.pipeline import ScoreRequest, score
+from klora.ttt.protocols import ttt_preset
+from tiny_hf import tiny_llama
+
+def main(part):
+    from triton import knobs
+    config = ttt_preset("hf").override({"batch": "16", "window": "64", "chunk": "32"})
+    model = HfModel(tiny_llama(tie_word_embeddings=True).to("cuda", torch.bfloat16), config)
+    missed = []
+    knobs.compilation.listener = lambda src, cache_hit, **about: cache_hit or missed.append(src.name)
+    if part == "ahead":
+        found = record(scoring(model, config, 6), model.device)
+        missed = compile_all(list(found.values()))
+        assert len(found) > 20
+    else:
+        texts = [Document(str(n), np.full(n, 7, np.int32), n) for n in (40, 90, 130, 200, 65, 300)]
+        assert score(ScoreRequest(model, texts, config)).facts["engine"]["captured"]
+    torch.cuda.synchronize()
+    print(json.dumps(missed))
+
+if __name__ == "__main__":
+    main(sys.argv[1])
+"""
+    (tmp_path / "script.py").write_text(code)
+    environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path / "cache")}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
+    for part in ("ahead", "score"):
+        command = [sys.executable, tmp_path / "script.py", part]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         assert json.loads(done.stdout.splitlines()[-1]) == [], part

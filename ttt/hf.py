@@ -47,17 +47,22 @@ def adapt_hf(
     (`klora.model.corpus.Document`). `config` is the preset `hf` if left out. `request` are fields of
     :class:`ScoreRequest`: journal, say, progress, should_stop, keeps_nll. The model comes back as it was given.
 
-    ConfigError: a setting that such a model cannot have, by its name. TokenizerError: a text that the tokenizer does
-    not give back. Else as :func:`score`.
+    ConfigError: a setting that such a model cannot have, by its name; a document that is no text; another model's
+    tokenizer. TokenizerError: a text that the tokenizer does not give back. Else as :func:`score`.
 
     Example: result = adapt_hf(causal_lm, hf_tokenizer, [text])
     """
     config = ttt_preset(HF) if config is None else config
+    if isinstance(documents, str | TextDocument):
+        raise ConfigError("documents is one text; wanted: several, in a list")
     texts = [d if isinstance(d, TextDocument) else TextDocument(str(n), d) for n, d in enumerate(documents)]
+    if wrong := [text for text in texts if not isinstance(text.text, str)]:
+        raise ConfigError(f"document {wrong[0].name!r} is a {type(wrong[0].text).__name__}; wanted: text")
     with_names = with_own_names(list(hf_documents(texts, tokenizer)), request.get("say", lambda text: None))
     subject = HfModel(model, config)
-    facts = facts_of_texts() | facts_of_model(subject, tokenizer) | request.pop("facts", {})
     try:
+        require_known_tokens(with_names, subject)
+        facts = facts_of_texts() | facts_of_model(subject, tokenizer) | request.pop("facts", {})
         return score(ScoreRequest(subject, with_names, config, facts=facts, **request))
     finally:
         subject.close()
@@ -65,6 +70,10 @@ def adapt_hf(
 
 def begins_with(tokenizer: Any) -> int:
     """The token that a document begins with: BOS, else EOS, else <|endoftext|>. ConfigError where there is none."""
+    if not hasattr(tokenizer, "bos_token_id"):
+        raise ConfigError(
+            f"the tokenizer is a {type(tokenizer).__name__}; wanted: one of transformers, the model's own"
+        )
     for found in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.get_vocab().get(END_OF_TEXT)):
         if found is not None:
             return int(found)
@@ -82,6 +91,8 @@ def hf_documents(texts: Iterable[TextDocument], tokenizer: Any) -> Iterator[Docu
     first, waiting = begins_with(tokenizer), []
 
     def encoded() -> Iterator[Document]:
+        for text in waiting:
+            _require_utf8(text)
         plain = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
         rows = tokenizer([text.text for text in waiting], **plain)["input_ids"] if waiting else []
         for text, ids in zip(waiting, rows, strict=True):
@@ -93,6 +104,27 @@ def hf_documents(texts: Iterable[TextDocument], tokenizer: Any) -> Iterator[Docu
             yield from encoded()
             waiting.clear()
     yield from encoded()
+
+
+def require_known_tokens(documents: Sequence[Document], model: HfModel) -> None:
+    """ConfigError for a token that the model has no embedding or logit for: on a GPU it would end the process."""
+    known = min(len(model.module.get_input_embeddings().weight), model.vocab_size)
+    for document in documents:
+        if (most := int(document.tokens.max(initial=0))) >= known:
+            raise ConfigError(
+                f"document {document.name!r} has token {most}, and the model knows {known}: the tokenizer is another "
+                "model's; give the model's own"
+            )
+
+
+def _require_utf8(text: TextDocument) -> None:
+    try:
+        text.text.encode()
+    except UnicodeEncodeError as error:
+        raise TokenizerError(
+            f"document {text.name!r} has half of a surrogate pair at character {error.start}, which no UTF-8 has; "
+            "repair the text, or leave the document out"
+        ) from None
 
 
 def _document_of(text: TextDocument, ids: list[int], tokenizer: Any) -> Document:

@@ -27,12 +27,12 @@ sub.f32 rest, $2, rest;
 cvt.rn.bf16x2.f32 $1, rest, rest;
 }""")
 TERMS_FP16 = tl.constexpr("cvt.rn.f16x2.f32 $0, $2, $2;\nmov.b32 $1, 0;")
-SCALED_BF16 = tl.constexpr("""{
+OF_TERMS_BF16 = tl.constexpr("""{
 .reg .b32 rest;
 mul.rn.bf16x2 rest, $1, $3;
 fma.rn.bf16x2 $0, $1, $2, rest;
 }""")
-SCALED_FP16 = tl.constexpr("mul.rn.f16x2 $0, $1, $2;")
+OF_TERMS_FP16 = tl.constexpr("mul.rn.f16x2 $0, $1, $2;")
 """tile.py's `scaled_pair` in two parts, so that the terms of a scale are made once for all pairs of its row."""
 
 
@@ -128,7 +128,7 @@ def code_pairs(w0, w1, w2, dtype: gl.constexpr):
 def scaled(pairs, upper, lower, dtype: gl.constexpr):
     """Eight int32 of two codes each -> of code * scale, rounded once: pairs 0..3 by `upper`, 4..7 by `lower`."""
     TERMS: gl.constexpr = TERMS_BF16 if dtype == gl.bfloat16 else TERMS_FP16
-    SCALED: gl.constexpr = SCALED_BF16 if dtype == gl.bfloat16 else SCALED_FP16
+    SCALED: gl.constexpr = OF_TERMS_BF16 if dtype == gl.bfloat16 else OF_TERMS_FP16
     products = ()
     for side in gl.static_range(2):
         high, low = gl.inline_asm_elementwise(

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..dispatch import cdiv, padded_rank
+from ..dispatch import cdiv, multiprocessors, padded_rank
 from ..dot import multiply_add
 from ..launch import launched
 from ..lora_qkv.adapters import Adapters
@@ -38,15 +38,11 @@ def pick_inner_config(dtype: torch.dtype, rank: int) -> InnerConfig:
     return InnerConfig(32, 16, ranks, 4, 2) if dtype == torch.float32 else InnerConfig(128, 64, ranks, 4, 3)
 
 
-def pick_tiled_inner_config(rank: int, rows: int) -> InnerConfig:
-    """Two programs of 96 KiB on a multiprocessor, three quarters of it on the way; for few rows, tiles of half as many.
-    By bytes in flight; no GPU has chosen.
+def pick_tiled_inner_config(rank: int, rows: int, processors: int) -> InnerConfig:
+    """Two programs of 96 KiB on a multiprocessor, three quarters of it on the way. Where tiles of 128 rows are no more
+    than `processors`, they have half as many. By bytes in flight; no GPU has chosen.
     """
-    return InnerConfig(128 if rows > FEW else 64, 64, min(64, padded_rank(rank)), 4, 4)
-
-
-FEW = 128 * 132
-"""Rows that are a tile of 128 for each multiprocessor of an H200."""
+    return InnerConfig(128 if rows > 128 * processors else 64, 64, min(64, padded_rank(rank)), 4, 4)
 
 
 @triton.jit
@@ -143,7 +139,8 @@ def launch_tiled_inner(x: Tensor, pool: Pool, adapters: Adapters, is_backward: b
     bits and of a multiple of 8 columns.
     """
     out, factor = inner_like(x, pool.lora_b), adapters.b if is_backward else adapters.a
-    config = pick_tiled_inner_config(adapters.rank, x.size(0) * x.size(1))
+    rows, processors = x.size(0) * x.size(1), multiprocessors(x.device)
+    config = pick_tiled_inner_config(adapters.rank, rows, processors)
     m, c, ranks = config.block_m, config.block_c, config.ranks
     programs, block = documents(x, m) * cdiv(out.size(2), ranks), (c, ranks) if is_backward else (ranks, c)
     if programs:
