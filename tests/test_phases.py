@@ -92,7 +92,7 @@ CHANGES = {
     "plain": {},
     "several": {"steps_per_chunk": 2, "phase_passes": 2, "weight_decay": 0.5, "beta1": 0.0, "lr_half": 30},
     "late": {"chunk": 20, "window": 50, "adapt_from": 30, "temperature": 0.9, "targets": "q,o,up,down"},
-    "cached": {"context": "cached", "temperature": 0.9, "phase_chunks": 5},
+    "cached": {"context": "cached", "temperature": 0.9, "phase_chunks": 5, "targets": "v,o,up,down,head"},
 }
 
 
