@@ -100,6 +100,16 @@ def score(
             "design: what a deadline leaves out depends on the machine's speed.",
         ),
     ] = None,
+    stride: Annotated[
+        int | None,
+        typer.Option(
+            "--stride",
+            min=1,
+            help="Tokens that windows advance by, of the base model and the adapted one: every target past the first "
+            "window has at least window - stride tokens before it. A step follows each: a smaller stride takes more. "
+            "--set chunk=N is the same.",
+        ),
+    ] = None,
     phases: Annotated[
         int | None,
         typer.Option(
@@ -170,9 +180,15 @@ def score(
     """
     output = Output(as_json)
     overrides = options.parse_overrides(set_)
-    overrides |= {"protocol": protocol} if protocol is not None else {}
-    overrides |= {"deadline": str(deadline)} if deadline is not None else {}
-    overrides |= {"phases": str(phases)} if phases is not None else {}
+    for option, name, value in (
+        ("--protocol", "protocol", protocol),
+        ("--deadline", "deadline", deadline),
+        ("--stride", "chunk", stride),
+        ("--phases", "phases", phases),
+    ):
+        if value is not None and name in overrides:
+            raise ConfigError(f"{option} was given together with --set {name}={overrides[name]}; give one of them")
+        overrides |= {name: str(value)} if value is not None else {}
     preset = HF if hf and preset is None else preset
     config = ttt_preset(preset, overrides.get("protocol", SCORE_FIRST)).override(overrides)
     if fields:
