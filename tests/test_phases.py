@@ -167,6 +167,13 @@ def test_a_step_adds_up_its_places_and_steps_the_shared_slot_once():
     assert (plan[TRAINED] == shared).sum() == 1
 
 
+def test_passes_over_a_group_are_no_list_in_memory():
+    """A stop that comes after the first step of very many."""
+    docs, config = documents((40, 10)), PHASED.override({"phase_passes": 10**9})
+    stops = iter([False, True])
+    assert engine_of(SHALLOW64, config, docs).learn(docs, lambda: next(stops)) is False
+
+
 # ---- what a score may depend on
 
 

@@ -15,6 +15,7 @@ import functools
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from itertools import chain, repeat
 from typing import Any
 
 import numpy as np
@@ -321,7 +322,7 @@ class Engine:
         self._load(run, documents)
         began = time.perf_counter()
         passes = self.config.phase_passes
-        for number, step in enumerate(steps * passes):
+        for number, step in enumerate(chain.from_iterable(repeat(steps, passes))):
             self._wait(number)
             if should_stop():
                 return False

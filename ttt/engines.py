@@ -105,9 +105,10 @@ class Engines:
         rows, capture = CPU_ROWS if self.is_on_cpu else ROWS, False if self.scorer == UNCAPTURED else None
         held = self.all_documents if self.config.phases else documents
         config = self.config
-        if self.is_on_cpu and torch.get_num_threads() > 1:
+        if self.is_on_cpu:
             # Several threads share out a product's rows by how many there are: a batch would change the last bits.
-            config = config.override({"batch": 1})
+            most = 1 if torch.get_num_threads() > 1 else max(len(held), 1)
+            config = config.override({"batch": min(config.batch, most)})
         engine = engine_of(self.model, config, held, rows=rows, capture=capture)
         self.say(memory_of(engine.facts))
         if self.config.phases:
