@@ -168,9 +168,9 @@ def score(
     """Score documents in bits per byte, adapting the model to each while it reads it.
 
     Every document gets its own adapter, which starts from nothing, or with --phases from what earlier documents taught.
-    Under score_first, the default, a chunk is scored
-    before the adapter has seen it: that number is a valid score. The other protocols train on what they score; they are
-    here to show what that is worth, and everything they print says LEAKY.
+    Under score_first, the default, a chunk is scored before the adapter has seen it: that number is a valid score. The
+    other protocols train on what they score; they are here to show what that is worth, and everything they print says
+    LEAKY.
 
     Without --text, --jsonl or --shards it scores the held-out part of Python's standard library. With --hf any causal
     model of Hugging Face is scored in an artifact's place. --out gets documents.csv, score.json, report.html and
