@@ -107,15 +107,20 @@ def main() -> None:
     except (KloraError, MemoryError, OSError) as error:
         if "--json" in sys.argv:
             print(json.dumps({"error": str(error), "kind": type(error).__name__}))
-        print(f"klora: {printable(str(error))}", file=sys.stderr)
+        # Python's own MemoryError says nothing.
+        print(f"klora: {printable(str(error)) or 'out of memory'}", file=sys.stderr)
         sys.exit(2)
     except RuntimeError as error:
-        if not _is_out_of_gpu_memory(error):
+        memory = _exhausted(error)
+        if memory is None:
             raise
-        print(f"klora: out of GPU memory ({error}); give a smaller micro_batch_tokens or batch", file=sys.stderr)
+        print(f"klora: out of {memory} ({error}); give a smaller micro_batch_tokens or batch", file=sys.stderr)
         sys.exit(2)
 
 
-def _is_out_of_gpu_memory(error: RuntimeError) -> bool:
+def _exhausted(error: RuntimeError) -> str | None:
+    """Which memory PyTorch says has run out; None where it says something else."""
     torch = sys.modules.get("torch")  # who raised it has imported it
-    return torch is not None and isinstance(error, torch.OutOfMemoryError)
+    if torch is not None and isinstance(error, torch.OutOfMemoryError):
+        return "GPU memory"
+    return "memory" if "DefaultCPUAllocator: can't allocate memory" in str(error) else None

@@ -79,6 +79,16 @@ def score(
             "design: what a deadline leaves out depends on the machine's speed.",
         ),
     ] = None,
+    stride: Annotated[
+        int | None,
+        typer.Option(
+            "--stride",
+            min=1,
+            help="Tokens that windows advance by, of the base model and the adapted one: every target past the first "
+            "window has at least window - stride tokens before it. A step follows each: a smaller stride takes more. "
+            "--set chunk=N is the same.",
+        ),
+    ] = None,
     phases: Annotated[
         int | None,
         typer.Option(
@@ -137,9 +147,9 @@ def score(
     """Score documents in bits per byte, adapting the model to each while it reads it.
 
     Every document gets its own adapter, which starts from nothing, or with --phases from what earlier documents taught.
-    Under score_first, the default, a chunk is scored
-    before the adapter has seen it: that number is a valid score. The other protocols train on what they score; they are
-    here to show what that is worth, and everything they print says LEAKY.
+    Under score_first, the default, a chunk is scored before the adapter has seen it: that number is a valid score. The
+    other protocols train on what they score; they are here to show what that is worth, and everything they print says
+    LEAKY.
 
     Without --text, --jsonl or --shards it scores the held-out part of Python's standard library. With --hf any causal
     model of Hugging Face is scored in an artifact's place. --out gets documents.csv, score.json, report.html and
@@ -149,9 +159,15 @@ def score(
     """
     output = Output(as_json)
     overrides = options.parse_overrides(set_)
-    overrides |= {"protocol": protocol} if protocol is not None else {}
-    overrides |= {"deadline": str(deadline)} if deadline is not None else {}
-    overrides |= {"phases": str(phases)} if phases is not None else {}
+    for option, name, value in (
+        ("--protocol", "protocol", protocol),
+        ("--deadline", "deadline", deadline),
+        ("--stride", "chunk", stride),
+        ("--phases", "phases", phases),
+    ):
+        if value is not None and name in overrides:
+            raise ConfigError(f"{option} was given together with --set {name}={overrides[name]}; give one of them")
+        overrides |= {name: str(value)} if value is not None else {}
     preset = HF if hf and preset is None else preset
     config = ttt_preset(preset, overrides.get("protocol", SCORE_FIRST)).override(overrides)
     if fields:

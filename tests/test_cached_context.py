@@ -53,11 +53,17 @@ def oracle(
     dtype = weights.dtype
     params = layout.initial(config.adapter_seed).to(weights.embed) if initial is None else initial
     factor, moments, taken = layout.group_lr().to(params), [torch.zeros_like(params)] * 2, 0
+    decay = torch.zeros_like(params) if layout.decay() is None else layout.decay().to(params)
     tokens = torch.from_numpy(doc.tokens.astype(np.int64)).to(params.device)
     x0 = bigram_embedding_ref(tokens[None, :-1], weights.embed, weights.bigram, weights.gate, dtype)[0]
     cos, sin = weights.rotary(doc.targets, config.window)
     keys, values = ([[] for _ in weights.blocks] for _ in range(2))
     head_dim, sizes, found = model.config.head_dim, model.config.qkv_sizes, []
+
+    def linear(x, weight, lora):
+        """x W^T, and (x A^T) B^T where there is a LoRA."""
+        out = F.linear(x, weight)
+        return out if lora is None else out + F.linear(F.linear(x, lora.a[0].to(dtype)), lora.b[0].to(dtype))
 
     def rotated(x, at, gain=None):
         first, second = rms_norm_ref(x).to(cos.dtype).chunk(2, -1)
@@ -67,12 +73,12 @@ def oracle(
 
     def forward(row, begin, end):
         """NLL [end - begin] and each block's own keys and values."""
-        parts = [row[p.start : p.stop].view(p.shape) for p in layout.parts]
+        adapters, head = layout.adapters(None, [row[p.start : p.stop].view(1, *p.shape) for p in layout.parts])
         at, first = torch.arange(begin, end, device=tokens.device), max(0, begin + config.chunk - config.window)
         x = start = x0[begin:end]
         pushed, own = [], []
-        for index, weight in enumerate(weights.blocks):
-            lora_a, lora_b, bias = (part.to(dtype) for part in parts[3 * index : 3 * index + 3])
+        for index, (weight, block) in enumerate(zip(weights.blocks, adapters.blocks, strict=True)):
+            lora_a, lora_b = (part[0].to(dtype) for part in (block.qkv.a, block.qkv.b))
             if weight.skip is not None:
                 x = x + weight.skip.to(dtype) * pushed.pop()
             x = (weight.mix[0] * x + weight.mix[1] * start).to(dtype)
@@ -91,12 +97,12 @@ def oracle(
             hidden = torch.arange(first, end, device=at.device)[None] > at[:, None]
             p = scores.masked_fill(hidden, -torch.inf).softmax(-1)
             mixed = torch.einsum("hqk,khd->qhd", p, seen_v.repeat_interleave(group, 1))
-            x = x + F.linear(mixed.flatten(1), weight.out)
-            x = x + F.linear(F.linear(rms_norm_ref(x), weight.up).relu().square(), weight.down) + bias
+            x = x + linear(mixed.flatten(1), weight.out, block.o)
+            x = x + linear(linear(rms_norm_ref(x), weight.up, block.up).relu().square(), weight.down, block.down)
+            x = x + block.bias[0].to(dtype)
             if index + 1 < len(weights.blocks) // 2:
                 pushed.append(x)
-        n, (head_a, head_b) = rms_norm_ref(x), (part.to(dtype) for part in parts[-2:])
-        z = (F.linear(n, weights.head) + F.linear(F.linear(n, head_a), head_b)).to(cos.dtype)
+        z = linear(rms_norm_ref(x), weights.head, head).to(cos.dtype)
         cap = model.config.softcap
         logits = cap * torch.tanh(z / cap) / config.temperature_of(begin // config.chunk)
         return F.cross_entropy(logits, tokens[begin + 1 : end + 1], reduction="none"), own
@@ -124,7 +130,7 @@ def oracle(
                 )
                 rate = config.lr * min(1.0, (begin + config.chunk) / (config.lr_warmup or 1))
                 rate /= 1 + (begin + config.chunk) / config.lr_half if config.lr_half else 1.0
-                params = params - rate * factor * mean / (square.sqrt() + config.eps)
+                params = params - rate * decay * params - rate * factor * mean / (square.sqrt() + config.eps)
         for index, (k, v) in enumerate(made):
             keys[index] += list(k.split(1))
             values[index] += list(v.split(1))
@@ -156,6 +162,30 @@ def test_the_engine_gives_what_a_plain_loop_gives_in_float64(changes):
     found = cached_nll(model, docs, config, rows=(2,), slots=3)
     for doc, nll in zip(docs, found, strict=True):
         np.testing.assert_allclose(nll, oracle(model, doc, config), rtol=1e-9)
+
+
+TARGETS = {
+    "q,down": {"down_lr": 2.0},
+    "k,up": {"k_rank": 1, "up_alpha": 6.0},
+    "v,o,head": {"o_rank": 4, "weight_decay": 1.0},
+    "q,k,v,o,up,down,head": {"v_rank": 1, "head_alpha": 4.0, "beta1": 0.0, "beta2": 0.99, "a_scale": 2.0},
+}
+"""Sets of targets that the context `cached` may have, each target in one, and what it may be asked for with."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("targets", TARGETS)
+def test_any_set_of_targets_agrees_with_the_plain_loop_after_1_8_and_48_steps(targets):
+    """Chunk after chunk: the NLL of chunk n is that after n steps."""
+    changes = {"targets": targets, "chunk": 8, "window": 20, "lr": 0.01, **TARGETS[targets]}
+    config, doc, steps = CACHED.override(changes), document(49 * 8 + 5), []
+    model = model64(dataclasses.replace(SMALL, blocks=2))
+    (found,), expected = cached_nll(model, [doc], config), oracle(model, doc, config, steps)
+    still = oracle(model, doc, config.override({"lr": 0.0}))
+    for count in (1, 8, 48):
+        chunk = slice(8 * steps.index(count), 8 * steps.index(count) + 8)
+        np.testing.assert_allclose(found[chunk], expected[chunk], rtol=1e-8)
+        assert not np.allclose(still[chunk], expected[chunk], rtol=1e-5)
 
 
 @pytest.mark.parametrize("blocks", [1, 2, 5])
@@ -388,9 +418,10 @@ class TestOnGPU:
         engine.adapt(docs, Deadline(0))
         assert torch.cuda.max_memory_allocated() - before <= engine.facts["estimated_bytes"]
 
-    def test_bf16_is_as_close_to_fp32_as_the_plain_loop_in_bf16(self):
+    @pytest.mark.parametrize("targets", ["q,k,v,head", "v,o", "q,up,down", "q,k,v,o,up,down,head"])
+    def test_bf16_is_as_close_to_fp32_as_the_plain_loop_in_bf16(self, targets):
         """Relative error of the NLL of the chunks after 1, 8 and 48 Adam steps, against the plain loop in fp32."""
-        config = CACHED.override({"chunk": 256, "window": 1024, "lr": 0.002})
+        config = CACHED.override({"chunk": 256, "window": 1024, "lr": 0.002, "targets": targets})
         doc, steps = document(49 * 256 + 100), []
         exact = oracle(on_gpu(torch.float32), doc, config, steps).cpu()
         plain = oracle(on_gpu(), doc, config).float().cpu()

@@ -207,7 +207,7 @@ def test_an_error_for_users_ends_the_command_with_its_sentence(error, monkeypatc
     assert capsys.readouterr().err == f"klora: {error}\n"
 
 
-def test_gpu_memory_that_is_short_is_said_and_any_other_error_is_shown_whole(monkeypatch, capsys):
+def test_memory_that_is_short_is_said_and_any_other_error_is_shown_whole(monkeypatch, capsys):
     from klora.cli import app
 
     def fail(error):
@@ -217,6 +217,14 @@ def test_gpu_memory_that_is_short_is_said_and_any_other_error_is_shown_whole(mon
     with pytest.raises(SystemExit, match="2"):
         app.main()
     assert re.match(r"klora: out of GPU memory \(2 GiB\); give a smaller", capsys.readouterr().err)
+    monkeypatch.setattr(app, "app", lambda: torch.empty(2**55))
+    with pytest.raises(SystemExit, match="2"):
+        app.main()
+    assert re.match(r"klora: out of memory \(.*can't allocate memory.*\); give a smaller", capsys.readouterr().err)
+    monkeypatch.setattr(app, "app", lambda: fail(MemoryError()))
+    with pytest.raises(SystemExit, match="2"):
+        app.main()
+    assert capsys.readouterr().err == "klora: out of memory\n"
     monkeypatch.setattr(app, "app", lambda: fail(RuntimeError("a defect")))
     with pytest.raises(RuntimeError, match="a defect"):
         app.main()

@@ -34,7 +34,7 @@ from klora.ttt.model_audit import (
 )
 from klora.ttt.phases import groups_of
 from klora.ttt.pipeline import ScoreRequest, score
-from klora.ttt.protocols import TTTConfig
+from klora.ttt.protocols import TARGETS, TTTConfig
 from klora.ttt.queue import Deadline
 from klora.ttt.results import NLL_ROUNDING, SHORT
 from test_audit import DOCUMENTS, VOCAB, document
@@ -229,28 +229,54 @@ def smaller(name: str):
     return lambda *arguments, **options: 0.9 * honest(*arguments, **options)
 
 
+OPTIONS = {
+    "chunk": st.integers(3, 10),
+    "window": st.integers(0, 14),  # more than the chunk
+    "adapt_from": st.integers(0, 14),
+    "steps_per_chunk": st.integers(1, 2),
+    "context": st.sampled_from(["recomputed", "cached"]),
+    "targets": st.lists(st.sampled_from(TARGETS), min_size=1, unique=True).map(",".join),
+    "lora_rank": st.integers(1, 3),
+    "head_rank": st.integers(1, 3),
+    **{f"{name}_rank": st.sampled_from([0, 1, 4]) for name in TARGETS if name != "head"},
+    **{f"{name}_alpha": st.sampled_from([0.0, 3.0]) for name in TARGETS},
+    **{f"{name}_lr": st.sampled_from([1.0, 0.0, 2.0]) for name in (*TARGETS, "bias")},
+    "a_scale": st.sampled_from([1.0, 0.5]),
+    "lr": st.sampled_from([0.03, 0.03, 0.0]),
+    "lr_warmup": st.sampled_from([0, 14]),
+    "lr_half": st.sampled_from([0, 14]),
+    "beta1": st.sampled_from([0.0, 0.9]),
+    "beta2": st.sampled_from([0.95, 0.99]),
+    "eps": st.sampled_from([1e-10, 1e-6]),
+    "weight_decay": st.sampled_from([0.0, 0.5]),
+    "temperature": st.sampled_from([1.0, 0.9]),
+    "batch": st.integers(1, 3),
+    "phases": st.sampled_from([0, 0, 2]),
+    "phase_lr": st.sampled_from([0.001, 0.03]),
+    "phase_passes": st.integers(1, 2),
+    "phase_chunks": st.integers(1, 4),
+    "adapter_seed": st.integers(0, 3),
+}
+"""Values, in small numbers, of every option that a config which is called valid may have more than one of."""
+
+
+def test_every_option_is_drawn_or_has_no_say_in_a_valid_score():
+    """One value of the protocol and of the layout is valid, and no deadline is; the others are of the leaky ones."""
+    fixed = {"protocol", "layout", "deadline", "epochs", "lr_floor", "min_tokens"}
+    assert OPTIONS.keys() | fixed == {field.name for field in dataclasses.fields(TTTConfig)}
+    assert not OPTIONS.keys() & fixed
+
+
 @st.composite
 def valid_configs(draw) -> TTTConfig:
-    """Any config that is called valid, in small numbers: every option that could have a say in what a score reads."""
-    chunk = draw(st.integers(3, 10))
-    context = draw(st.sampled_from(["recomputed", "cached"]))
-    targets = draw(st.sampled_from(["q,k,v,head", "q", "v,up,down", "q,k,v,o,up,down,head"]))
-    changes = {
-        "chunk": chunk,
-        "window": chunk + draw(st.integers(0, 14)),
-        "adapt_from": draw(st.integers(0, 14)),
-        "steps_per_chunk": draw(st.integers(1, 2)),
-        "context": context,
-        "targets": targets,
-        "temperature": draw(st.sampled_from([1.0, 0.9])),
-        "lr_warmup": draw(st.sampled_from([0, 14])),
-        "lr_half": draw(st.sampled_from([0, 14])),
-        "weight_decay": draw(st.sampled_from([0.0, 0.5])),
-        "phases": draw(st.sampled_from([0, 0, 2])),
-        "phase_chunks": draw(st.integers(1, 4)),
-        "batch": draw(st.integers(1, 3)),
-        "lr": draw(st.sampled_from([0.0, 0.03])),
-    }
+    """Any config that is called valid."""
+    changes = {name: draw(values) for name, values in OPTIONS.items()}
+    changes["window"] += changes["chunk"]
+    names = changes["targets"].split(",")
+    for name in set(TARGETS) - set(names):
+        changes |= {f"{name}_alpha": 0.0} | ({} if name == "head" else {f"{name}_rank": 0})
+    if not set("qkv") & set(names):
+        changes["context"] = "recomputed"
     return STRICT.override(changes)
 
 
@@ -343,6 +369,23 @@ def test_a_step_at_a_rate_of_zero_changes_no_bit_of_an_adapter(model):
     adapted = engine.adapt([doc], Deadline(0))
     assert torch.equal(engine.pool.params, before) and engine.pool.step.max() == 4
     np.testing.assert_allclose(adapted.nats, [BaseNll(model, [doc], config).of(0)[0]], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"chunk": 9, "window": 40}, {"chunk": 1}, {"chunk": 3, "context": "cached"}, {"chunk": 16, "window": 21}, {},
+     {"lora_rank": 1}, {"head_rank": 1}, {"chunk": 4, "window": 20, "context": "cached", "head_rank": 5}],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.usefixtures("one_thread")
+def test_no_batch_mate_changes_a_bit_on_one_thread_whatever_the_sizes(model, change):
+    """Of products with a row more than are taken at a time, and of a single column."""
+    config = STRICT.override({"targets": ",".join(TARGETS)} | change)
+    documents = [document(40, number) for number in range(3)]
+    together = nll_of(model, config, documents)
+    for some in ([1], [2, 0]):
+        for index, found in zip(some, nll_of(model, config, [documents[i] for i in some]), strict=True):
+            np.testing.assert_array_equal(found, together[index])
 
 
 THREADS = f"""

@@ -92,7 +92,7 @@ CHANGES = {
     "plain": {},
     "several": {"steps_per_chunk": 2, "phase_passes": 2, "weight_decay": 0.5, "beta1": 0.0, "lr_half": 30},
     "late": {"chunk": 20, "window": 50, "adapt_from": 30, "temperature": 0.9, "targets": "q,o,up,down"},
-    "cached": {"context": "cached", "temperature": 0.9, "phase_chunks": 5},
+    "cached": {"context": "cached", "temperature": 0.9, "phase_chunks": 5, "targets": "v,o,up,down,head"},
 }
 
 
@@ -165,6 +165,13 @@ def test_a_step_adds_up_its_places_and_steps_the_shared_slot_once():
     plan = engine._ring[0].numpy()  # the queue of the first chunks: 16 targets and 10
     assert plan[SLOT, :3].tolist() == [shared, shared, -1] and plan[COUNT, :3].tolist() == [26, 26, -1]
     assert (plan[TRAINED] == shared).sum() == 1
+
+
+def test_passes_over_a_group_are_no_list_in_memory():
+    """A stop that comes after the first step of very many."""
+    docs, config = documents((40, 10)), PHASED.override({"phase_passes": 10**9})
+    stops = iter([False, True])
+    assert engine_of(SHALLOW64, config, docs).learn(docs, lambda: next(stops)) is False
 
 
 # ---- what a score may depend on

@@ -5,6 +5,7 @@ import dataclasses
 import html
 import json
 import os
+import re
 import signal
 import sys
 from pathlib import Path
@@ -388,3 +389,43 @@ def test_kernels_are_compiled_for_the_documents_that_are_adapted(
     targets = [len(tokenizer.encode(path.read_text())) - 1 for path in texts.iterdir()]
     first = max(adapt_from, 16)
     assert asked == [sum(count > first for count in targets)]
+
+
+@pytest.mark.parametrize("context", ["recomputed", "cached"])
+def test_a_stride_is_the_chunk_and_gives_base_and_adapted_model_their_context(artifact, texts, tmp_path, context):
+    given = ["score", artifact, "--text", texts, "--set", "window=32", "--set", f"context={context}"]
+    found = [
+        json.loads(klora(*given, *more, "--out", tmp_path / more[-1], "--json").stdout)
+        for more in (("--stride", "8"), ("--set", "chunk=8"), ("--stride", "32"))
+    ]
+    assert found[0]["config"] == found[1]["config"] and found[0]["config"]["chunk"] == 8
+    assert found[0]["totals"] == found[1]["totals"] and found[0]["totals"]["base_bpb"] != found[2]["totals"]["base_bpb"]
+
+
+@pytest.mark.parametrize(
+    "more, says",
+    [
+        (("--stride", "0"), "Invalid value for '--stride'"),
+        (("--stride", "2000"), "chunk=2000 is not possible; allowed: at most window=1024"),
+        (("--stride", "8", "--set", "chunk=8"), "--stride was given together with --set chunk=8; give one of them"),
+        (("--phases", "1", "--set", "phases=0"), "--phases was given together with --set phases=0; give one of them"),
+        (("--deadline", "1", "--set", "deadline=2"), "--deadline was given together with --set deadline=2"),
+        (("--protocol", "min_nll", "--set", "protocol=score_first"), "--protocol was given together with --set"),
+        (("--phases", "-1"), "phases=-1 is not possible; allowed: int, at least 0"),
+        (("--preset", "nope"), "there is no preset 'nope'; allowed: design, quick, thorough, best, contest, hf"),
+        (("--set", "targets=x"), "targets='x' is not possible; allowed: some of q, k, v, o, up, down, head"),
+        (("--set", "o_rank=4"), "o_rank=4 is not possible; allowed: 0, with targets=q,k,v,head"),
+        (("--set", "context=kept"), "context='kept' is not possible; allowed: one of recomputed, cached"),
+    ],
+    ids=" ".join,
+)
+def test_a_wrong_option_of_adapting_is_refused_by_its_name_before_the_work(artifact, tmp_path, more, says):
+    refused = klora("score", artifact, "--out", tmp_path / "out", *more, check=2)
+    assert says in refused.stderr and "Traceback" not in refused.stderr and not (tmp_path / "out").exists()
+
+
+def test_a_sweep_over_too_few_documents_says_what_it_wants(artifact, texts, tmp_path):
+    one = ["score", artifact, "--text", texts / "b.txt", "--out", tmp_path / "out", *SETS, "--sweep"]
+    refused = klora(*one, check=2)
+    assert re.search(r"of 1 documents \d are in the \w+ half, none of them long enough to adapt; give", refused.stderr)
+    assert "Traceback" not in refused.stderr and not (tmp_path / "out").exists()

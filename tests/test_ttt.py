@@ -558,6 +558,14 @@ def test_one_document_alone_takes_one_place_on_a_cpu(tmp_path):
     assert score([document(112, n) for n in range(3)], tmp_path).facts["engine"]["useful_places"] == 1.0
 
 
+@pytest.mark.usefixtures("one_thread")
+def test_a_batch_beyond_all_documents_takes_no_places_for_them_on_a_cpu(tmp_path):
+    documents = [document(n, n) for n in (40, 64, 90)]
+    found = score(documents, tmp_path / "many", TTT.override({"batch": 10**12}))
+    assert found.facts["engine"]["batch"] == found.facts["engine"]["slots"] == 3
+    assert adapted_nats(found) == adapted_nats(score(documents, tmp_path / "few", TTT.override({"batch": 3})))
+
+
 def test_what_the_deadline_leaves_out_is_the_base_models(tmp_path):
     documents = [document(n, n) for n in (200, 20, 120)]
     result = score(documents, tmp_path, TTT.override({"deadline": "1e-9"}))

@@ -15,6 +15,7 @@ import functools
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from itertools import chain, repeat
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ import torch
 from ..kernels.dispatch import device_of
 from ..model.gpt import GPT
 from ..model.graphs import capture_stream, captured
-from ..model.weights import frozen_weights
+from ..model.weights import Weights, frozen_weights
 from .adapters import AdapterPool, Slots
 from .documents import Document
 from .engine_memory import activation_bytes, largest_batch, slot_bytes
@@ -78,7 +79,7 @@ class Engine:
 
     def __init__(
         self,
-        model: GPT,
+        model: GPT | Weights,
         config: TTTConfig,
         tokens: int,
         *,
@@ -124,20 +125,20 @@ class Engine:
         # memory freed on one stream is not handed out on another.
         self._stream = capture_stream(self, self.device) if self.captures else None
 
-    def _make_pool(self, model: GPT, slots: int, dtype: torch.dtype, can_capture: bool) -> None:
+    def _make_pool(self, model: GPT | Weights, slots: int, dtype: torch.dtype, can_capture: bool) -> None:
         """The weights as a step reads them, the adapters, and what is kept of their documents' context."""
         config = self.config
         self.pool: Slots = AdapterPool(model.config, config, slots, self.device, dtype)
         self.weights = frozen_weights(model)
         self.ring = Ring(self.weights, config, slots, self.longest, can_capture) if config.context == CACHED else None
 
-    def _slot_bytes(self, model: GPT) -> int:
+    def _slot_bytes(self, model: GPT | Weights) -> int:
         return slot_bytes(model, self.config)
 
-    def _activation_bytes(self, model: GPT, config: TTTConfig, rows: int) -> int:
+    def _activation_bytes(self, model: GPT | Weights, config: TTTConfig, rows: int) -> int:
         return activation_bytes(model, config, rows)
 
-    def _tables_bytes(self, model: GPT) -> int:
+    def _tables_bytes(self, model: GPT | Weights) -> int:
         """cos and sin in fp32, of up to twice the positions."""
         return 8 * self.longest * model.config.head_dim if self.config.context == CACHED else 0
 
@@ -155,7 +156,7 @@ class Engine:
         """Places of a step of the shared adapter; 0 where there is none."""
         return self.config.phase_chunks if self.config.phases else 0
 
-    def _fit(self, model: GPT, tokens: int, slots: int | None) -> tuple[int, int, dict[str, Any]]:
+    def _fit(self, model: GPT | Weights, tokens: int, slots: int | None) -> tuple[int, int, dict[str, Any]]:
         """Places and slots that fit into the memory that is free now, and the estimate that says so.
 
         A step's activations count twice with graphs: their pool holds those of the largest step while another one,
@@ -321,7 +322,7 @@ class Engine:
         self._load(run, documents)
         began = time.perf_counter()
         passes = self.config.phase_passes
-        for number, step in enumerate(steps * passes):
+        for number, step in enumerate(chain.from_iterable(repeat(steps, passes))):
             self._wait(number)
             if should_stop():
                 return False
@@ -413,7 +414,9 @@ class Engine:
         return Adapted(nats, covered, kept, diverged)
 
 
-def engine_of(model: GPT | HfModel, config: TTTConfig, documents: Sequence[Document], **options: Any) -> Engine:
+def engine_of(
+    model: GPT | Weights | HfModel, config: TTTConfig, documents: Sequence[Document], **options: Any
+) -> Engine:
     """An engine of the size of `documents`, whose options these are: the one that adapts models like `model`."""
     # More slots than documents would stay empty.
     options.setdefault("slots", max(1, min(slots_a_place(config) * config.batch, len(documents))))

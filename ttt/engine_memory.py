@@ -9,6 +9,7 @@ from ..kernels.attention import HEAD_DIMS
 from ..kernels.dispatch import padded_rank
 from ..model.config import ModelConfig
 from ..model.gpt import GPT
+from ..model.weights import Weights
 from .adapters import AdapterLayout
 from .protocols import CACHED, TARGETS, TTTConfig
 from .ring import ring_numbers
@@ -42,7 +43,7 @@ def numbers_kept(shape: ModelConfig, config: TTTConfig) -> int:
     return shape.blocks * block + shape.blocks // 2 * shape.width
 
 
-def activation_bytes(model: GPT, config: TTTConfig, rows: int) -> int:
+def activation_bytes(model: GPT | Weights, config: TTTConfig, rows: int) -> int:
     """Bytes that a training step of `rows` places takes at most: what autograd keeps and what is in flight.
 
     In flight: three hidden tensors of the MLP, the gradients of q, k and v, the gradient of a LoRA's output times its
@@ -59,7 +60,7 @@ def activation_bytes(model: GPT, config: TTTConfig, rows: int) -> int:
     return int(1.25 * rows * item * (config.inputs * (kept + in_flight) + head + packed))
 
 
-def slot_bytes(model: GPT, config: TTTConfig) -> int:
+def slot_bytes(model: GPT | Weights, config: TTTConfig) -> int:
     """Bytes of one slot: parameters, gradient and two moments; with the context `cached`, keys and values."""
     item = 8 if model.dtype == torch.float64 else 4
     kept = ring_numbers(model.config, config) if config.context == CACHED else 0

@@ -12,7 +12,8 @@ from .documents import Document
 from .engine import ROWS, Engine, engine_of
 from .engine_memory import memory_of
 from .hf_model import HfModel
-from .protocols import TTTConfig
+from .protocols import TARGETS, TTTConfig
+from .schedule import queues_of
 
 ENGINE, UNCAPTURED = "engine", "uncaptured"
 SCORERS = ("auto", ENGINE, UNCAPTURED)
@@ -22,6 +23,10 @@ the same bits. auto: the engine on a GPU, elsewhere uncaptured."""
 CPU_ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48)
 """Numbers of places that steps are made for on a CPU, where an empty place costs as much as a full one and a step that
 is not captured costs nothing to make."""
+
+WHOLE_ROWS = 4
+"""Rows that the products of a CPU's library take at a time. Windows of 1, 2, 3, 5, 7, 9, 17 or 33 tokens had other bits
+in a batch than alone, and LoRAs of rank 1; windows of 8, 12, 16, 20, 24 or 48 had the same ones (AMD EPYC, MKL)."""
 
 
 def pick_scorer(scorer: str, device: torch.device) -> str:
@@ -98,6 +103,16 @@ class Engines:
         elif not self.facts or engine.facts["batch"] < self.facts["batch"]:
             self.facts = engine.facts
 
+    def _batch_changes_bits(self) -> bool:
+        """Whether a batch could change the last bits of a score on this CPU.
+
+        Several threads share out a product's rows by how many there are. On one, too, the last rows and a single column
+        go another way.
+        """
+        sizes = {self.config.chunk, *(queue.length for queue in queues_of(self.config))}
+        ranks = {self.config.rank(target) for target in TARGETS}
+        return torch.get_num_threads() > 1 or any(size % WHOLE_ROWS for size in sizes) or 1 in ranks
+
     def _engine_for(self, documents: Sequence[Document]) -> Engine:
         """An engine for these documents; with phases one for all documents, which has the shared adapter."""
         if self._engine is not None:
@@ -105,9 +120,9 @@ class Engines:
         rows, capture = CPU_ROWS if self.is_on_cpu else ROWS, False if self.scorer == UNCAPTURED else None
         held = self.all_documents if self.config.phases else documents
         config = self.config
-        if self.is_on_cpu and torch.get_num_threads() > 1:
-            # Several threads share out a product's rows by how many there are: a batch would change the last bits.
-            config = config.override({"batch": 1})
+        if self.is_on_cpu:
+            most = 1 if self._batch_changes_bits() else max(len(held), 1)
+            config = config.override({"batch": min(config.batch, most)})
         engine = engine_of(self.model, config, held, rows=rows, capture=capture)
         self.say(memory_of(engine.facts))
         if self.config.phases:
