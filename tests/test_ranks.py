@@ -622,7 +622,8 @@ def test_where_the_first_rank_dies_with_its_store_the_other_says_one_sentence(tm
     scoring = [str(part) for part in (*scoring[2:], "--out", tmp_path / "out", "--patience", "600")]
     first = Forked(["-c", STANDS_ONCE_IT_HAS_BEGUN, *scoring], environment=env | {"RANK": "0"})
     command = [sys.executable, "-m", "klora.cli", *scoring]
-    other = subprocess.Popen(command, env=env | {"RANK": "1"}, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    other = subprocess.Popen(command, env=env | {"RANK": "1"}, text=True, **pipes)
     wait_for((tmp_path / "out" / "journal-1.jsonl").exists, other)
     first.send_signal(signal.SIGKILL)
     _, said = other.communicate(timeout=300)
