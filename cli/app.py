@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import sys
 from contextlib import contextmanager
 from importlib import import_module
@@ -100,6 +101,8 @@ def klora(
 def main() -> None:
     """Run the command line. A user's mistake or a broken file ends with one sentence on stderr and exit status 2."""
     spin_less()
+    # torch reads it when it is imported. Where another process is gone, its C++ would show a stack before our sentence.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
         if not any(isinstance(handler, Said) for handler in logging.getLogger("klora").handlers):
             logging.getLogger("klora").addHandler(Said())

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import SMALL, randomized, words
+from conftest import SMALL, randomized, wait_for, words
 from forks import Forked
 from klora.model.artifact import save_artifact
 from klora.model.config import ConfigError
@@ -588,6 +588,8 @@ main()
 """
 """A signal from outside may come when a rank of so few documents is through."""
 
+STANDS_ONCE_IT_HAS_BEGUN = KILLED_ONCE_IT_HAS_BEGUN.replace("os.kill(os.getpid(), signal.SIGKILL)", "signal.pause()")
+
 
 @pytest.mark.slow
 def test_a_killed_rank_is_started_again_while_the_other_lives(tmp_path, scoring):
@@ -610,6 +612,24 @@ def test_a_killed_rank_is_started_again_while_the_other_lives(tmp_path, scoring)
     assert found["restarted_ranks"] == [1] and found["ranks"] == 2
     assert [d["adapted_nats"] for d in found["documents"]] == [d["adapted_nats"] for d in expected["documents"]]
     assert not list(two.glob("journal*"))
+
+
+@pytest.mark.slow
+def test_where_the_first_rank_dies_with_its_store_the_other_says_one_sentence(tmp_path, scoring):
+    """No stack of torch's C++ before it: a process that has not imported torch yet, as a user's."""
+    env = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    env.pop("TORCH_CPP_LOG_LEVEL", None)
+    scoring = [str(part) for part in (*scoring[2:], "--out", tmp_path / "out", "--patience", "600")]
+    first = Forked(["-c", STANDS_ONCE_IT_HAS_BEGUN, *scoring], environment=env | {"RANK": "0"})
+    command = [sys.executable, "-m", "klora.cli", *scoring]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    other = subprocess.Popen(command, env=env | {"RANK": "1"}, text=True, **pipes)
+    wait_for((tmp_path / "out" / "journal-1.jsonl").exists, other)
+    first.send_signal(signal.SIGKILL)
+    _, said = other.communicate(timeout=300)
+    assert other.returncode == 2, said
+    assert said.count("\n") == 1 and said.startswith("klora: the process that keeps the ranks' store")
+    assert "the same command with --resume goes on from there" in said
 
 
 @pytest.mark.slow

@@ -92,17 +92,56 @@ def test_rounds_in_larger_steps_have_the_bits_of_their_own(waits, context, one_t
         np.testing.assert_array_equal(one, other)
 
 
+class EverySecond(Waiting):
+    """What one of two processes gets of documents that are handed out in turns."""
+
+    sharers = 2
+
+    def __init__(self, visits: np.ndarray):
+        super().__init__(visits[::2])
+
+    def take(self, *given: int) -> np.ndarray:
+        return 2 * super().take(*given)
+
+
+class Unforeseen(Waiting):
+    """Documents of which nothing but the longest is expected."""
+
+    sharers = 10**6
+
+
+@pytest.mark.parametrize(("waiting", "late"), [(EverySecond, False), (Unforeseen, True)])
+def test_steps_of_documents_that_are_handed_out_are_made_before_the_first_round(waiting, late):
+    """As far as the documents are those that were to be expected; others are made when they lose their price."""
+    docs = documents([*range(20, 140, 2)])
+    engine = engine_for(model64(), docs, TTT, slots=8, rows=(1, 2, 4))
+    engine._shapes.price = 200.0 if late else 2000.0
+    made, at_first = [], []
+
+    def step(shape: Shape, whole: bool = False):
+        made.append(shape)
+        return lambda: at_first.append(len(made))  # rounds of nothing: the host's part is looked at
+
+    engine._made = step
+    engine.adapt(docs, Deadline(0), waiting=waiting)
+    assert len(set(made)) == len(made) == engine.facts["steps"] > 1
+    assert (at_first[0] < len(made)) == late
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
 @pytest.mark.parametrize("price", [0.0, CAPTURE])
 def test_steps_that_are_captured_between_rounds_change_no_bit(price):
-    """At no price those of few rounds are made too, while documents are under way: without graphs, all are."""
+    """Of all but the longest document's they are, while documents are under way; at no price those of few rounds, too.
+
+    Without graphs, all are made.
+    """
     config, docs, found = ttt_preset("quick").override({"batch": 8, "deadline": 0.0}), documents((*LONG, 600, 300)), []
     for capture in (True, False):
         engine = engine_for(on_gpu(), docs, config, rows=(2,), capture=capture)
         engine._shapes.price = price if capture else 0.0
-        engine.adapt(docs, Deadline(0), waiting=Waiting)
+        engine.adapt(docs, Deadline(0), waiting=Unforeseen)
         found.append((engine.record[: -config.chunk * 8].clone(), engine.facts["steps"]))
     (record, made), (own, every) = found
     assert torch.equal(record, own)
-    assert made == every if price == 0.0 else made == len(queues_of(config)) + 1 < every
+    assert made == every if price == 0.0 else made < every

@@ -191,6 +191,24 @@ def test_a_rank_that_waits_for_another_to_come_can_be_interrupted():
     assert waiting.wait(60) == 130
 
 
+JOINED = """
+import json, os
+from klora.model.parallel import join_ranks
+with join_ranks("cpu"):
+    print(json.dumps({name: text for name, text in os.environ.items() if name.startswith("NCCL_")}))
+"""
+
+
+@pytest.mark.slow
+def test_the_variables_of_nccl_stay_as_they_are_set():
+    """NVLink multicast is off where a machine says so; nothing is set beside it."""
+    given = {"NCCL_NVLS_ENABLE": "0", "NCCL_ALGO": "Ring"}
+    wanted = {name: text for name, text in ENVIRONMENT.items() if name.startswith("NCCL_")} | given
+    for process in together(2, "-c", JOINED, **given):
+        said, error = process.communicate()
+        assert process.returncode == 0 and json.loads(said) == wanted, error
+
+
 def is_heard(port: int) -> bool:
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", port)) == 0

@@ -42,6 +42,7 @@ class SharedWaiting(Waiting):
         super().__init__(visits[self._order])
         self._longest = np.maximum.accumulate(self.visits[::-1], 0)[::-1]
         self.queue, self._taken, self._name = queue, taken, name
+        self.sharers = queue.world
 
     def take(self, free: int, held: int, active: int = 0, widest: int = 0) -> np.ndarray:
         taken: list[int] = []

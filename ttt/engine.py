@@ -14,7 +14,7 @@ capture leaves no trace.
 import functools
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain, repeat
 from typing import Any
 
@@ -36,7 +36,7 @@ from .results import Adapted
 from .ring import Ring
 from .run import Run
 from .schedule import Queue, Round, Schedule, Waiting, queues_of, visits_of
-from .shapes import CAPTURE, Shape, Shapes
+from .shapes import CAPTURE, Shape, Shapes, expected_rounds
 from .step import CHUNKS, FIELDS, FRESH, EngineStep, clear_plan
 
 ROWS = (64, 16, 4)
@@ -255,18 +255,20 @@ class Engine:
         self._require_fits(run)
         if len(run.targets) and run.targets[0] >= self.longest:
             raise ValueError(f"a document has {run.targets[0] + 1} tokens; this engine takes up to {self.longest}")
-        shape = run.chunks, self.config.passes, self.slots, self.queues, self.rows
+
+        def schedule(chunks: np.ndarray, waiting: Waiting | None = None) -> Schedule:
+            shape = chunks, self.config.passes, self.slots, self.queues, self.rows
+            return Schedule(*shape, self.config.trained_from, waiting)
+
+        rounds: Iterable[Round]
         if waiting is None:
-            rounds: Iterable[Round] = list(Schedule(*shape, self.config.trained_from))
-            shapes = self._shapes.worth(Counter(map(Shape.of, rounds)), self._steps)
+            rounds = list(schedule(run.chunks))
+            counts: Mapping[Shape, int] = Counter(map(Shape.of, rounds))
         else:
-            firsts = [queue.first for queue in self.queues]
-            visits = visits_of(run.chunks, self.config.passes, firsts)
-            rounds = Schedule(*shape, self.config.trained_from, waiting(visits))
-            # Those that nearly every run takes: whole rounds, and the narrow ones of the longest documents' ends.
-            last = len(self.queues) - 1
-            shapes = {Shape(queue, self.rows[-1], True) for queue in range(len(self.queues))}
-            shapes |= {Shape(last, rows, True) for rows in self.rows}
+            handed_out = waiting(visits_of(run.chunks, self.config.passes, [queue.first for queue in self.queues]))
+            rounds = schedule(run.chunks, handed_out)
+            counts = expected_rounds(run.chunks, handed_out.sharers, schedule)
+        shapes = self._shapes.worth(counts, self._steps)
         self.prepare(shapes, deadline.passed)
         self._load(run, [documents[index] for index in order])
 

@@ -75,6 +75,9 @@ def queues_of(config: TTTConfig) -> list[Queue]:
 class Waiting:
     """The documents that have no slot yet, longest first, each with its visits int64 [queues] still to be made."""
 
+    sharers = 1
+    """Processes that they are handed out to."""
+
     def __init__(self, visits: np.ndarray):
         self.visits = visits
         self.next = 0
