@@ -30,8 +30,7 @@ import typer
 from torch import Tensor, nn
 
 from ..cli.warm import scoring
-from ..model.corpus import Corpus
-from ..model.corpus import Document as TextDocument
+from ..model.corpus import Corpus, TextDocument
 from ..model.parallel import pick_device
 from ..model.storage import write_text
 from ..ttt.documents import Document

@@ -34,7 +34,7 @@ class CorpusError(KloraError, ValueError):
 
 
 @dataclass(frozen=True)
-class Document:
+class TextDocument:
     """One text and the name that decides its split. `text` is never empty and encodes to UTF-8."""
 
     name: str
@@ -118,7 +118,7 @@ class Corpus:
         where = ", ".join(map(str, self.paths)) or sysconfig.get_path("stdlib")
         return f"{self.kind} corpus {where} (split {self.split})"
 
-    def documents(self) -> Iterator[Document]:
+    def documents(self) -> Iterator[TextDocument]:
         """Yield the split's documents in a fixed order. CorpusError at the end if there was none."""
         found = False
         for document in self._readable():
@@ -157,12 +157,12 @@ class Corpus:
     def _holds(self, name: str) -> bool:
         return self.split == "all" or in_validation(name, self.validation_share) == (self.split == "validation")
 
-    def _readable(self) -> Iterator[Document]:
+    def _readable(self) -> Iterator[TextDocument]:
         for name, path, named in self._files():
             if self.kind == "jsonl":
                 yield from (found for found in _json_documents(path, self.field) if self._holds(found.name))
             elif self._holds(name) and (text := _read_text(path, named)):
-                yield Document(name, text)
+                yield TextDocument(name, text)
 
 
 def _walk(folder: Path, skipped: frozenset[str] = frozenset()) -> Iterator[Path]:
@@ -193,7 +193,7 @@ def _read_text(path: Path, named: bool) -> str:
         return ""
 
 
-def _json_documents(path: Path, field: str) -> Iterator[Document]:
+def _json_documents(path: Path, field: str) -> Iterator[TextDocument]:
     number = 0
     try:
         for number, line in enumerate(_lines(path), start=1):
@@ -221,7 +221,7 @@ class _LongLine(Exception):
     """A line that is longer than a document may be."""
 
 
-def _json_document(line: bytes, field: str, default_name: str) -> Document:
+def _json_document(line: bytes, field: str, default_name: str) -> TextDocument:
     try:
         record = parse_json(line.decode(), numbers=False)
     except ValueError as error:
@@ -230,7 +230,7 @@ def _json_document(line: bytes, field: str, default_name: str) -> Document:
         raise _BadLine(f"its value is of type {type(record).__name__}, not an object")
     if field not in record:
         raise _BadLine(f"no field {field!r} (it has {', '.join(map(repr, record)) or 'none':.200})")
-    document = Document(record.get("name", default_name), record[field])
+    document = TextDocument(record.get("name", default_name), record[field])
     for key, value in (("name", document.name), (field, document.text)):
         if not isinstance(value, str):
             raise _BadLine(f"field {key!r} is of type {type(value).__name__}, not a string")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..cores import usable_cores
-from .corpus import Corpus, Document
+from .corpus import Corpus, TextDocument
 from .shards import Shard, ShardError, ShardWriter, find_shards
 from .storage import sync_folder, write_bytes, write_text
 from .tokenizer import BOS_ID, Tokenizer
@@ -116,13 +116,13 @@ def _build(train: Corpus, validation: Corpus, vocab_size: int, folder: Path, pro
     write_text(folder / "prepared.json", json.dumps(record, indent=2) + "\n")
 
 
-def _counted(documents: Iterable[Document], phase: str, progress: Progress) -> Iterator[Document]:
+def _counted(documents: Iterable[TextDocument], phase: str, progress: Progress) -> Iterator[TextDocument]:
     for done, document in enumerate(documents, start=1):
         yield document
         progress(phase, done)
 
 
-def _batches(documents: Iterable[Document]) -> Iterator[list[str]]:
+def _batches(documents: Iterable[TextDocument]) -> Iterator[list[str]]:
     """Lists of texts of about BATCH_CHARACTERS together; a longer text is a list of its own or ends one."""
     texts, characters = [], 0
     for document in documents:

@@ -27,7 +27,7 @@ import numpy as np
 import sentencepiece
 
 from ..errors import KloraError
-from .corpus import Document
+from .corpus import TextDocument
 from .reading import read_bytes
 
 BOS_ID = 1
@@ -168,7 +168,7 @@ class Tokenizer:
         return "", changed
 
     @classmethod
-    def train(cls, documents: Iterable[Document | str], vocab_size: int = 1024) -> Self:
+    def train(cls, documents: Iterable[TextDocument | str], vocab_size: int = 1024) -> Self:
         """Learn `vocab_size` pieces from one pass over documents or texts: the same pieces from the same ones.
 
         At most SAMPLED_SENTENCES sentences, a uniform sample of all, are held. TokenizerError if the text is too small
@@ -351,7 +351,7 @@ class _Remembering:
             raise
 
 
-def _sentences(documents: Iterable[Document | str]) -> Iterator[str]:
+def _sentences(documents: Iterable[TextDocument | str]) -> Iterator[str]:
     """Cut documents into training sentences: after the last line end that fits, else at a space, else anywhere.
 
     Line ends stay inside a sentence, so that pieces like ':\\n' are learned.

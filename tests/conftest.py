@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 from hypothesis import settings
 from klora.model.config import ModelConfig
-from klora.model.corpus import Document
+from klora.model.corpus import TextDocument
 from klora.model.gpt import GPT
 from klora.model.prepare import Prepared
 from klora.model.shards import ShardWriter
@@ -165,8 +165,8 @@ def words(seed: int, count: int) -> str:
     )
 
 
-def documents(count: int, length: int = 100) -> list[Document]:
-    return [Document(f"{i}.txt", words(i, length)) for i in range(count)]
+def documents(count: int, length: int = 100) -> list[TextDocument]:
+    return [TextDocument(f"{i}.txt", words(i, length)) for i in range(count)]
 
 
 def wait_for(reached, process, seconds: float = 600.0) -> None:
@@ -252,7 +252,7 @@ def data(tmp_path_factory) -> Prepared:
     folder = tmp_path_factory.mktemp("data")
     rng = np.random.default_rng(0)
     texts = [" ".join(rng.choice(SENTENCES, 20)) for _ in range(40)]
-    tokenizer = Tokenizer.train([Document(str(i), text) for i, text in enumerate(texts)], 320)
+    tokenizer = Tokenizer.train([TextDocument(str(i), text) for i, text in enumerate(texts)], 320)
     paths = {}
     for split, part in (("train", texts[:30]), ("val", texts[30:])):
         with ShardWriter(folder, split) as writer:

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from klora.bench.tolerance import assert_as_exact
 from klora.model.config import ConfigError
-from klora.model.corpus import Document as Text
+from klora.model.corpus import TextDocument as Text
 from klora.model.tokenizer import TokenizerError
 from klora.ttt import hf as hf_module
 from klora.ttt.audit import audit

@@ -216,7 +216,7 @@ class TestLimits:
 
 
 def fuzz_text(number: int, length: int):
-    from klora.model.corpus import Document as Text
+    from klora.model.corpus import TextDocument as Text
 
     return Text(str(number), "ab " * (length // 3))
 

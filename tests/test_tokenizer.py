@@ -14,7 +14,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from klora.kernels import BOS_ID
 from klora.model import tokenizer as tokenizer_module
-from klora.model.corpus import Corpus, CorpusError, Document
+from klora.model.corpus import Corpus, CorpusError, TextDocument
 from klora.model.tokenizer import Tokenizer, TokenizerError
 from klora.ttt.documents import documents_from_texts, documents_from_tokens
 
@@ -26,7 +26,7 @@ def nasty_tokenizer() -> Tokenizer:
     """Pieces learned from text full of characters that SentencePiece or Python treat specially."""
     draw = random.Random(0)
     texts = ["".join(draw.choices(NASTY + "   ab", k=200)) for _ in range(40)]
-    return Tokenizer.train([Document(str(i), text) for i, text in enumerate(texts)], vocab_size=400)
+    return Tokenizer.train([TextDocument(str(i), text) for i, text in enumerate(texts)], vocab_size=400)
 
 
 def test_training_is_deterministic_and_has_the_size_asked_for(tokenizer):
@@ -48,8 +48,12 @@ def test_training_on_a_sample_is_deterministic(monkeypatch):
 
 
 def test_training_learns_from_line_ends_indentation_and_long_lines():
-    lines = [Document("a", "if x:\n    pass\n" * 200), Document("b", "longword " * 2000), Document("c", "qz" * 9000)]
-    lines.append(Document("d", "\u2585vwvwvwvw " * 50))
+    lines = [
+        TextDocument("a", "if x:\n    pass\n" * 200),
+        TextDocument("b", "longword " * 2000),
+        TextDocument("c", "qz" * 9000),
+    ]
+    lines.append(TextDocument("d", "\u2585vwvwvwvw " * 50))
     learned = Tokenizer.train(lines, vocab_size=300)
     pieces = {learned.decode([1, i]) for i in range(learned.vocab_size)}
     assert any(piece.endswith(":\n") for piece in pieces)
@@ -59,18 +63,18 @@ def test_training_learns_from_line_ends_indentation_and_long_lines():
 
 def test_training_sentences_are_all_of_the_text_and_short_enough():
     text = words(1, 2000) + "x" * 5000 + " " + "😀" * 3000 + "\n" * 3000 + " y" * 3000
-    sentences = list(tokenizer_module._sentences([Document("a", text), Document("b", "end")]))
+    sentences = list(tokenizer_module._sentences([TextDocument("a", text), TextDocument("b", "end")]))
     assert all(0 < len(sentence.encode()) <= tokenizer_module.SENTENCE_BYTES for sentence in sentences)
     assert "".join(sentences).replace(" ", "") == text.replace(" ", "") + "end"
-    lines = list(tokenizer_module._sentences([Document("c", "some words\n" * 1000)]))
+    lines = list(tokenizer_module._sentences([TextDocument("c", "some words\n" * 1000)]))
     assert len(lines) > 10 and all(sentence.endswith("words\n") for sentence in lines)
 
 
 def test_training_needs_text(tokenizer):
     with pytest.raises(TokenizerError, match="vocab_size=1024 is too large for this text.*vocab_size of at most 2"):
-        Tokenizer.train([Document("a", "hello hello")])
+        Tokenizer.train([TextDocument("a", "hello hello")])
     with pytest.raises(TokenizerError, match="vocab_size=260 is too small.*need a vocab_size of at least 266"):
-        Tokenizer.train([Document("a", "abc def")], vocab_size=260)
+        Tokenizer.train([TextDocument("a", "abc def")], vocab_size=260)
     with pytest.raises(TokenizerError, match="no text to train"):
         Tokenizer.train([])
     with pytest.raises(TokenizerError, match="vocab_size=65537 is not possible; allowed: at most 65536"):
@@ -291,21 +295,21 @@ def test_the_probes_hold_every_byte_that_a_text_can_have():
 
 def test_documents_are_checked_against_their_text(tokenizer):
     """A tokenizer that passed every probe and still loses some text."""
-    (found,) = documents_from_texts([Document("good.txt", "alpha beta\n")], tokenizer)
+    (found,) = documents_from_texts([TextDocument("good.txt", "alpha beta\n")], tokenizer)
     assert (found.bytes, found.sha256) == (11, hashlib.sha256(b"alpha beta\n").hexdigest())
     marked = r"document 'marked.txt' has 8 bytes of text, and its tokens stand for 4 \('a▁b▁' is read back as 'a b '\)"
     with pytest.raises(TokenizerError, match=marked):
-        list(documents_from_texts([Document("marked.txt", "a\u2581b\u2581")], tokenizer))
+        list(documents_from_texts([TextDocument("marked.txt", "a\u2581b\u2581")], tokenizer))
     forgetful = Tokenizer(tokenizer.to_bytes())
     forgetful.encode_many = lambda texts, threads: [ids[:1] for ids in tokenizer.encode_many(texts, threads)]
     with pytest.raises(TokenizerError, match=r"document 'lost.txt' has 14 bytes of text, and its tokens stand for 0"):
-        list(documents_from_texts([Document("lost.txt", "the last omega")], forgetful))
+        list(documents_from_texts([TextDocument("lost.txt", "the last omega")], forgetful))
     folding = Tokenizer(tokenizer.to_bytes())
     folding.encode_many = lambda texts, threads: tokenizer.encode_many([text.lower() for text in texts], threads)
     with pytest.raises(
         TokenizerError, match=r"document 'upper.txt' .* stand for 5 \('ALPHA' is read back as 'alpha'\)"
     ):
-        list(documents_from_texts([Document("upper.txt", "ALPHA")], folding))
+        list(documents_from_texts([TextDocument("upper.txt", "ALPHA")], folding))
 
 
 @settings(max_examples=50)
@@ -313,7 +317,7 @@ def test_documents_are_checked_against_their_text(tokenizer):
 def test_a_document_is_exactly_its_text_or_an_error_that_names_it(tokenizer, text, normalises):
     used = normalising() if normalises else tokenizer
     try:
-        (found,) = documents_from_texts([Document("some.txt", text)], used)
+        (found,) = documents_from_texts([TextDocument("some.txt", text)], used)
     except TokenizerError as error:
         assert str(error).startswith("document 'some.txt' has ") and (normalises or "\u2581" in text)
     else:
@@ -392,12 +396,12 @@ def normalising() -> Tokenizer:
 @pytest.mark.parametrize("text", ["  alpha \n\n ﬁne\u2581 ", "alpha  beta", " ", "ﬁne"])
 def test_texts_that_a_tokenizer_normalises_are_refused(text):
     """One of spaces alone has no token at all: its score was 0 bits per byte."""
-    (kept,) = documents_from_texts([Document("a.txt", "alpha beta")], normalising())
+    (kept,) = documents_from_texts([TextDocument("a.txt", "alpha beta")], normalising())
     assert kept.bytes == len("alpha beta")
     with pytest.raises(
         TokenizerError, match=r"document 'a.txt' has .* is read back as .*; give a tokenizer that keeps"
     ):
-        list(documents_from_texts([Document("a.txt", text)], normalising()))
+        list(documents_from_texts([TextDocument("a.txt", text)], normalising()))
 
 
 def test_control_tokens_in_shards_are_counted_and_lost_text_is_found():
@@ -414,7 +418,7 @@ def test_control_tokens_in_shards_are_counted_and_lost_text_is_found():
 
 def test_texts_train_as_the_documents_that_hold_them_do():
     texts = [words(seed, 100) for seed in range(40)]
-    as_documents = Tokenizer.train([Document(str(i), text) for i, text in enumerate(texts)], vocab_size=400)
+    as_documents = Tokenizer.train([TextDocument(str(i), text) for i, text in enumerate(texts)], vocab_size=400)
     assert Tokenizer.train(texts, vocab_size=400).to_bytes() == as_documents.to_bytes()
     joined = "\n".join(texts)
     assert Tokenizer.train(joined, 400).to_bytes() == Tokenizer.train([joined], 400).to_bytes()

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..model.corpus import Document as TextDocument
+from ..model.corpus import TextDocument
 from ..model.tokenizer import Tokenizer, TokenizerError, first_difference
 from .protocols import START, TTTConfig
 
@@ -52,7 +52,7 @@ def documents_from_texts(
 ) -> Iterator[Document]:
     """Tokenize texts as they come, on `threads` threads or as many as PyTorch has; bytes are those of the UTF-8 text.
 
-    `texts` are `klora.model.corpus.Document`s of a name and a text, as a Corpus yields them.
+    `texts` are `klora.model.corpus.TextDocument`s of a name and a text, as a Corpus yields them.
 
     Raises TokenizerError where a text's tokens do not give it back, as of one with U+2581, SentencePiece's own mark of
     a space, and of one that the tokenizer normalises: bits per byte would be of another text.

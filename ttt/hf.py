@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from ..model.config import ConfigError
-from ..model.corpus import Document as TextDocument
+from ..model.corpus import TextDocument
 from ..model.tokenizer import TokenizerError, first_difference
 from .documents import Document, facts_of_texts, with_own_names
 from .hf_model import HfModel
@@ -44,7 +44,7 @@ def adapt_hf(
     """Score texts by a causal model of transformers that is adapted to each while it reads it, side by side.
 
     `model` is an AutoModelForCausalLM on one device, `tokenizer` its own. `documents` are texts, or texts with names
-    (`klora.model.corpus.Document`). `config` is the preset `hf` if left out. `request` are fields of
+    (`klora.model.corpus.TextDocument`). `config` is the preset `hf` if left out. `request` are fields of
     :class:`ScoreRequest`: journal, say, progress, should_stop, keeps_nll. The model comes back as it was given.
 
     ConfigError: a setting that such a model cannot have, by its name; a document that is no text; another model's
