@@ -82,6 +82,7 @@ def test_the_rows_begin_with_what_is_to_be_beaten_and_try_every_lead():
         "weight_decay": {0.0, 0.5},
         "a_scale": {0.5, 1.0},
         "phases": {0, 3},
+        "phase_start": {"all", "a"},
     }.items():
         assert {getattr(config, name) for config in ROWS.values()} == values
     assert len({config.lr for config in ROWS.values()}) >= 6
