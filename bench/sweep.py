@@ -309,8 +309,13 @@ class Sweep:
         return not any("error" in row for found in (self.rows, self.scores) for row in found.values())
 
     def _has(self, found: Mapping[str, Mapping[str, Any]], name: str, config: TTTConfig) -> bool:
-        """Whether a row was measured, without an error and under the config that has its name now."""
-        return name in found and "error" not in found[name] and found[name]["config"] == config.to_dict()
+        """Whether a row was measured, without an error and under the config that has its name now.
+
+        A field that is younger than the row had the value that is the default.
+        """
+        if name not in found or "error" in found[name]:
+            return False
+        return TTTConfig().to_dict() | found[name]["config"] == config.to_dict()
 
     def _to_score(self) -> list[str]:
         """The rows that were chosen, and the presets that were measured."""

@@ -530,6 +530,7 @@ def test_the_option_is_the_setting(files):
         for option in (("--phases", "3"), ("--set", "phases=3"), ())
     ]
     assert said[0] == said[1] and said[0]["phases"]["value"] == 3 and said[2]["phases"]["value"] == 0
+    assert said[0]["phase_start"]["value"] == "all" and said[0]["phase_start"]["allowed"] == "one of all, a"
 
 
 @pytest.mark.slow
@@ -627,7 +628,7 @@ class TestOnGPU:
     @pytest.mark.parametrize("context", ["recomputed", "cached"])
     def test_what_starts_from_a_is_the_base_model_to_the_bit_until_its_own_first_step(self, context, capture):
         """In bf16, of LoRAs on every matrix; a step that is captured reads what the slot starts with."""
-        config = ttt_preset("thorough").override({"context": context, "phase_lr": 0.03, "adapt_from": 128})
+        config = ttt_preset("thorough").override({"context": context, "phase_lr": 0.01, "adapt_from": 128})
         learned, alone = from_a_and_alone(on_gpu(), config, documents((1500, 700, 1200)), capture=capture)
         np.testing.assert_array_equal(learned[:128], alone[:128])
         assert (learned[128:] != alone[128:]).any() and np.isfinite(learned).all()

@@ -166,6 +166,16 @@ def test_a_sweep_goes_on_where_it_stopped(text, monkeypatch, capsys):
     assert read()["rows"][QUICK]["config"]["lr"] == 0.003
 
 
+def test_a_row_that_is_older_than_a_field_was_measured_at_its_default(tmp_path):
+    tried = module.Sweep({}, tmp_path / "record.json", {})
+    older, other = TINY.to_dict(), TINY.override({"phases": 1, "phase_start": "a"})
+    del older["phase_start"]
+    assert tried._has({QUICK: {"config": older}}, QUICK, TINY)
+    assert not tried._has({QUICK: {"config": older | {"phases": 1}}}, QUICK, other)
+    assert not tried._has({QUICK: {"config": older | {"gone": 1}}}, QUICK, TINY)
+    assert not tried._has({QUICK: {"config": older, "error": "no memory"}}, QUICK, TINY)
+
+
 @pytest.mark.slow
 def test_a_row_that_fails_costs_no_other_and_is_tried_again(text, monkeypatch):
     arguments, read = text
