@@ -46,7 +46,7 @@ from ..ttt.base import BaseNll
 from ..ttt.documents import Document, documents_from_texts
 from ..ttt.engine import engine_of
 from ..ttt.phases import groups_of
-from ..ttt.protocols import BEST, CACHED, CONTEST, QUICK, TARGETS, THOROUGH, TTTConfig, ttt_preset
+from ..ttt.protocols import BEST, CACHED, CONTEST, FROM_A, QUICK, TARGETS, THOROUGH, TTTConfig, ttt_preset
 from ..ttt.queue import Deadline
 from ..ttt.sampling import is_for_tuning, sample
 from .environment import environment
@@ -107,6 +107,7 @@ def _rows() -> dict[str, TTTConfig]:
         "recomputed-64-decay-0.5": RECOMPUTED_64 | {"weight_decay": 0.5},
         "recomputed-64-a-scale-0.5": RECOMPUTED_64 | {"a_scale": 0.5},
         "recomputed-64-phases-3": RECOMPUTED_64 | {"phases": 3},
+        "recomputed-64-phases-3-a": RECOMPUTED_64 | {"phases": 3, "phase_start": FROM_A},
         "cached-64": CACHED_64,
         "cached-64-all-lr-0.0005": CACHED_64 | ALL | {"lr": 0.0005},
         "cached-64-all-rank-64-lr-0.00025": CACHED_64 | ALL | _ranks(64) | {"lr": 0.00025},
@@ -308,8 +309,13 @@ class Sweep:
         return not any("error" in row for found in (self.rows, self.scores) for row in found.values())
 
     def _has(self, found: Mapping[str, Mapping[str, Any]], name: str, config: TTTConfig) -> bool:
-        """Whether a row was measured, without an error and under the config that has its name now."""
-        return name in found and "error" not in found[name] and found[name]["config"] == config.to_dict()
+        """Whether a row was measured, without an error and under the config that has its name now.
+
+        A field that is younger than the row had the value that is the default.
+        """
+        if name not in found or "error" in found[name]:
+            return False
+        return TTTConfig().to_dict() | found[name]["config"] == config.to_dict()
 
     def _to_score(self) -> list[str]:
         """The rows that were chosen, and the presets that were measured."""

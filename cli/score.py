@@ -95,7 +95,8 @@ def score(
             "--phases",
             help="After each of so many groups of scored documents a shared adapter learns from them, and all later "
             "documents start from there: scores then depend on earlier documents, and every output says so. 0, the "
-            "default: every document is on its own. --set phases=N is the same.",
+            "default: every document is on its own. --set phases=N is the same; --set phase_start=a lets documents "
+            "start from its A alone.",
         ),
     ] = None,
     prequant: Annotated[

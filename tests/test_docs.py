@@ -17,7 +17,7 @@ from conftest import SMALL, randomized, words
 from klora.bench.report import BEGIN, END, load_records, markdown_tables
 from klora.bench.report import _three as three
 from klora.model import preset, save_artifact
-from klora.ttt import ttt_preset
+from klora.ttt import TTTConfig, ttt_preset
 
 ROOT = Path(__file__).parent.parent
 PAGES = [*(ROOT / name for name in ("README.md", "CONTRIBUTING.md")), *sorted(ROOT.glob("docs/**/*.md"))]
@@ -247,7 +247,7 @@ def test_what_presets_bring_is_their_record():
     assert {"quick", "thorough", "best", "contest"} == {name for name, *_ in said}
     for name, trained, *numbers in said:
         record = json.loads((RESULTS / f"nvidia-h200/tuning/sweep-{trained}s.json").read_text())
-        (row,) = (row for row in record["rows"].values() if row["config"] == ttt_preset(name).to_dict())
+        (row,) = (row for row in record["rows"].values() if TTTConfig(**row["config"]) == ttt_preset(name))
         gain, long = 1 - row["adapted_bpb"] / record["rows"]["quick"]["base_bpb"], f"{100 * row['long']:.0f}"
         wanted = [f"{row['base_bpb']:.5f}", f"{row['adapted_bpb']:.5f}", f"{100 * gain:.2f}", long]
         assert numbers == [*wanted, f"{row['seconds']:.1f}"], (name, trained)

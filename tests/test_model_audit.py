@@ -252,6 +252,7 @@ OPTIONS = {
     "temperature": st.sampled_from([1.0, 0.9]),
     "batch": st.integers(1, 3),
     "phases": st.sampled_from([0, 0, 2]),
+    "phase_start": st.sampled_from(["all", "a"]),
     "phase_lr": st.sampled_from([0.001, 0.03]),
     "phase_passes": st.integers(1, 2),
     "phase_chunks": st.integers(1, 4),
@@ -342,6 +343,7 @@ def test_what_is_not_strictly_causal_is_not_called_valid(model, change):
 @pytest.mark.parametrize(
     "change",
     [{}, {"temperature": 0.9}, {"context": "cached"}, {"phases": 1, "phase_lr": 0.0}, {"weight_decay": 0.5},
+     {"phases": 1, "phase_lr": 0.1, "phase_start": "a"},
      {"layout": "original", "temperature": 0.98, "min_tokens": 8}, {"protocol": "min_nll", "layout": "original"}],
     ids=str,
 )  # fmt: skip

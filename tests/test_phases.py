@@ -20,6 +20,7 @@ from klora.model.config import ConfigError, preset
 from klora.model.gpt import GPT
 from klora.ttt import pipeline
 from klora.ttt.adapters import AdapterPool
+from klora.ttt.base import BaseNll
 from klora.ttt.claims import dealt
 from klora.ttt.documents import Document
 from klora.ttt.engine import Engine, engine_of
@@ -93,6 +94,8 @@ CHANGES = {
     "several": {"steps_per_chunk": 2, "phase_passes": 2, "weight_decay": 0.5, "beta1": 0.0, "lr_half": 30},
     "late": {"chunk": 20, "window": 50, "adapt_from": 30, "temperature": 0.9, "targets": "q,o,up,down"},
     "cached": {"context": "cached", "temperature": 0.9, "phase_chunks": 5, "targets": "v,o,up,down,head"},
+    "a": {"phase_start": "a", "targets": "q,v,o,up,down,head", "v_rank": 1, "a_scale": 0.5, "weight_decay": 0.5},
+    "a cached": {"phase_start": "a", "context": "cached", "temperature": 0.9, "v_alpha": 3.0},
 }
 
 
@@ -120,13 +123,15 @@ def test_the_shared_adapter_and_what_starts_from_it_are_the_oracles(name):
 
 
 @pytest.mark.parametrize("context", ["recomputed", pytest.param("cached", marks=pytest.mark.slow)])
-def test_a_run_gives_the_oracles_numbers_and_leaves_less_to_the_base_model(context):
-    config, docs = PHASED.override({"context": context}), documents()
+@pytest.mark.parametrize("start", ["all", "a"])
+def test_a_run_gives_the_oracles_numbers_and_leaves_less_to_the_base_model(context, start):
+    """From A alone it leaves as much as without phases."""
+    config, docs = PHASED.override({"context": context, "phase_start": start}), documents()
     result, rows = run(docs, config), oracle.shared_rows(SHALLOW64, docs, config)
     where = {d.name: number for number, group in enumerate(oracle.groups(docs, 2)) for d in group}
     for doc, d in zip(docs, result.documents, strict=True):
         assert d.group == where[doc.name]
-        assert d.status == (ADAPTED if doc.targets > 16 or (d.group and doc.targets) else SHORT)
+        assert d.status == (ADAPTED if doc.targets > (0 if d.group and start == "all" else 16) else SHORT)
         if d.status == SHORT:
             assert d.adapted_nats == d.base_nats
         elif context == "cached":
@@ -135,10 +140,57 @@ def test_a_run_gives_the_oracles_numbers_and_leaves_less_to_the_base_model(conte
         else:
             expected = eager_nll(SHALLOW64, doc, config, rows[d.group])[0].sum()
             np.testing.assert_allclose(d.adapted_nats, expected, rtol=1e-9)
-    assert any(d.status == ADAPTED and d.tokens <= 16 for d in result.documents)
+    assert any(d.status == ADAPTED and d.tokens <= 16 for d in result.documents) == (start == "all")
     assert result.facts["phases"]["documents_in_groups"] == [4, 3, 3]
     taken = [len(oracle.steps(group, config)) for group in oracle.groups(docs, 2)[:2]]
     assert result.facts["engine"]["shared_steps"] == sum(taken) and "learn" in result.seconds
+
+
+def from_a_and_alone(model, config, docs, **options) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """The NLLs of the last of `docs` after the others were learned from, with its A alone and without phases."""
+    found = []
+    for phases in (1, 0):
+        engine = engine_of(model, config.override({"phases": phases, "phase_start": "a"}), docs, **options)
+        if phases:
+            engine.learn(docs[:-1])
+        engine.adapt(docs[-1:], Deadline(0))
+        found.append(engine.token_nll(docs[-1:])[0])
+    return found
+
+
+@pytest.mark.parametrize("backend", ["reference", pytest.param("triton", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("context", ["recomputed", "cached"])
+@pytest.mark.usefixtures("one_thread")
+def test_what_starts_from_a_is_the_base_model_to_the_bit_until_its_own_first_step(context, backend):
+    changes = {"context": context, "phase_lr": 0.3, "adapt_from": 32, "window": 32, "targets": "q,k,v,o,up,down,head"}
+    model = randomized(dataclasses.replace(SMALL, blocks=2, heads=2, kv_heads=1)).requires_grad_(False)
+    docs, config = documents((40, 33, 60)), PHASED.override(changes)
+    learned, alone = from_a_and_alone(model, config, docs, backend=backend)
+    np.testing.assert_array_equal(learned[:32], alone[:32])
+    assert (learned[32:] != alone[32:]).any()
+    if context == "recomputed":
+        np.testing.assert_allclose(learned[:32], BaseNll(model, docs[-1:], config).nll[1:33], rtol=1e-5)
+
+
+def test_what_is_carried_is_every_a_and_no_b_or_bias():
+    """The pool's own values: a rank of zero stays one, and neither B nor a bias is there before the first step."""
+    config = PHASED.override({"phase_start": "a", "targets": "q,v,up,head", "q_rank": 1})
+    pool = AdapterPool(SMALL, config, 2, torch.device("cpu"))
+    pool.params[pool.shared].uniform_(1.0, 2.0)
+    pool.start_from_shared()
+    pool.start(torch.tensor([1]))
+    adapters, head = pool.layout.adapters(None, pool.views(pool.params[1:2], 1))
+    _, shared_head = pool.layout.adapters(None, pool.views(pool.params[2:], 1))
+    assert torch.equal(head.a, shared_head.a) and not head.b.any()
+    for block in adapters.blocks:
+        assert (block.qkv.a >= 1).all() and (block.up.a >= 1).all() and block.o is block.down is None
+        assert not any(tensor.any() for tensor in (block.qkv.b, block.up.b, block.bias))
+
+
+@pytest.mark.parametrize("change, learns", [({}, True), ({"phase_lr": 0.0}, False), ({"phase_start": "a"}, False)])
+def test_at_a_rate_of_zero_a_alone_changes_nothing(change, learns):
+    config = PHASED.override({"lr": 0.0} | change)
+    assert config.learns is learns and all(config.is_left_to_base(99, group) is not learns for group in (1, 2))
 
 
 @pytest.mark.slow
@@ -179,10 +231,10 @@ def test_passes_over_a_group_are_no_list_in_memory():
 
 @pytest.mark.slow
 @settings(max_examples=8)
-@given(st.integers(1, 2), st.sampled_from(["recomputed", "cached"]), st.randoms())
-def test_no_bit_of_an_earlier_group_depends_on_the_text_of_a_later_one(changed, context, random):
+@given(st.integers(1, 2), st.sampled_from(["recomputed", "cached"]), st.sampled_from(["all", "a"]), st.randoms())
+def test_no_bit_of_an_earlier_group_depends_on_the_text_of_a_later_one(changed, context, start, random):
     """Other tokens, fewer or more, in every document from a group on; the groups before it have the same bits."""
-    docs, config = documents(), PHASED.override({"context": context})
+    docs, config = documents(), PHASED.override({"context": context, "phase_start": start})
     group_of = {docs[i].name: number for number, group in enumerate(groups_of(docs, 2)) for i in group}
     other = [
         Document(d.name, document(random.randrange(1, 90), random.randrange(1000)).tokens, 100)
@@ -198,11 +250,12 @@ def test_no_bit_of_an_earlier_group_depends_on_the_text_of_a_later_one(changed, 
     assert all(a.adapted_nats != b.adapted_nats for a, b in last if a.tokens)
 
 
-def test_the_first_group_has_the_bits_of_a_run_without_phases():
+@pytest.mark.parametrize("start", ["all", "a"])
+def test_the_first_group_has_the_bits_of_a_run_without_phases(start):
     docs = documents()
     first = [docs[i] for i in sorted(groups_of(docs, 2)[0])]
     alone = run(first, PHASED.override({"phases": 0}))
-    phased = nats(run(docs))
+    phased = nats(run(docs, PHASED.override({"phase_start": start})))
     assert nats(alone) == {d.name: phased[d.name] for d in first}
 
 
@@ -225,7 +278,7 @@ def test_a_documents_own_step_is_the_mean_over_its_chunk_to_the_bit(dtype, chunk
 
 def test_without_phases_their_settings_change_nothing():
     docs, config = documents(), PHASED.override({"phases": 0})
-    other = config.override({"phase_lr": 1.0, "phase_passes": 3, "phase_chunks": 1})
+    other = config.override({"phase_lr": 1.0, "phase_passes": 3, "phase_chunks": 1, "phase_start": "a"})
     one = run(docs, config)
     assert nats(one) == nats(run(docs, other)) and {d.group for d in one.documents} == {0}
     assert "phases" not in one.facts and not one.notes and not one.phases_note
@@ -233,11 +286,13 @@ def test_without_phases_their_settings_change_nothing():
 
 
 @pytest.mark.slow
-def test_neither_the_order_of_documents_nor_the_batch_nor_another_run_changes_a_score():
-    docs = documents()
-    whole = nats(run(docs))
-    assert nats(run(docs)) == whole
-    for again in (run(docs[::-1]), run(docs, PHASED.override({"batch": 1})), run(docs, PHASED.override({"batch": 9}))):
+@pytest.mark.parametrize("start", ["all", "a"])
+def test_neither_the_order_of_documents_nor_the_batch_nor_another_run_changes_a_score(start):
+    docs, config = documents(), PHASED.override({"phase_start": start})
+    whole = nats(run(docs, config))
+    assert nats(run(docs, config)) == whole
+    batches = [run(docs, config.override({"batch": batch})) for batch in (1, 9)]
+    for again in (run(docs[::-1], config), *batches):
         found = nats(again)
         np.testing.assert_allclose([found[name] for name in whole], list(whole.values()), rtol=1e-12)
 
@@ -245,12 +300,12 @@ def test_neither_the_order_of_documents_nor_the_batch_nor_another_run_changes_a_
 # ---- processes, interruptions, deadlines
 
 
-def together(world: int, lost: tuple[int, ...] = (), **options):
+def together(world: int, lost: tuple[int, ...] = (), config=PHASED, **options):
     """Runs on threads that share a store; `lost` ranks never come."""
     store, found = dist.HashStore(), {}
 
     def one(rank: int) -> None:
-        found[rank] = run(documents(), queue=StoreQueue(store, rank, world, **options))
+        found[rank] = run(documents(), config, queue=StoreQueue(store, rank, world, **options))
 
     threads = [threading.Thread(target=one, args=(rank,)) for rank in range(world) if rank not in lost]
     for thread in threads:
@@ -260,9 +315,12 @@ def together(world: int, lost: tuple[int, ...] = (), **options):
     return found, store
 
 
-@pytest.mark.parametrize("world", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(3, marks=pytest.mark.slow)])
-def test_ranks_give_the_scores_of_one_process(world):
-    alone, (found, _) = run(documents()), together(world)
+@pytest.mark.parametrize(
+    "world, start", [pytest.param(1, "all", marks=pytest.mark.slow), (2, "all"), (2, "a"),
+                     pytest.param(3, "all", marks=pytest.mark.slow)])  # fmt: skip
+def test_ranks_give_the_scores_of_one_process(world, start):
+    config = PHASED.override({"phase_start": start})
+    alone, (found, _) = run(documents(), config), together(world, config=config)
     assert len(found) == world
     for result in found.values():
         assert [d.status for d in result.documents] == [d.status for d in alone.documents]
@@ -369,11 +427,13 @@ def test_other_phases_are_another_run(tmp_path):
     docs = documents((40, 20))
     score(docs, tmp_path, PHASED)
     keys = {fingerprint("artifact", docs, PHASED, False)}
-    for change in ({"phases": 1}, {"phase_lr": 0.5}, {"phase_passes": 2}, {"phase_chunks": 2}):
+    for change in (
+        {"phases": 1}, {"phase_lr": 0.5}, {"phase_passes": 2}, {"phase_chunks": 2}, {"phase_start": "a"}
+    ):  # fmt: skip
         keys.add(fingerprint("artifact", docs, PHASED.override(change), False))
         with pytest.raises(JournalError, match="other settings"):
             score(docs, tmp_path, PHASED.override(change), resume=True)
-    assert len(keys) == 5
+    assert len(keys) == 6
 
 
 def test_nothing_is_learned_once_the_deadline_has_passed(monkeypatch):
@@ -409,7 +469,13 @@ def test_phases_are_for_score_first_from_the_start():
         ttt_preset("design").override({"phases": 1})
     with pytest.raises(ConfigError, match="phases=-1"):
         ttt_preset().override({"phases": "-1"})
-    assert ttt_preset().phases == 0
+    assert ttt_preset().phases == 0 and ttt_preset().phase_start == "all"
+    with pytest.raises(ConfigError, match="phase_start='b' is not possible; allowed: one of all, a"):
+        ttt_preset().override({"phases": 1, "phase_start": "b"})
+    whole = ttt_preset().to_dict()
+    del whole["phase_start"]
+    with pytest.raises(ConfigError, match="TTTConfig has no value for phase_start"):
+        TTTConfig.from_dict(whole)
     with pytest.raises(ValueError, match="phases is 0: there is no shared adapter"):
         Engine(SHALLOW64, STRICT, 100).learn(documents((40,)))
 
@@ -440,6 +506,17 @@ def test_every_output_says_that_scores_depend_on_earlier_documents(files, tmp_pa
     assert "Scores depend on earlier documents (phases=2)" in page
     assert page.count(f"(phases=2: {SAYS})") >= 2 and "of a document of the first group are scored" in page
 
+    from_a = ["--phases", "1", "--set", "phase_start=a", "--out", str(tmp_path / "a")]
+    shown = re.sub(r"\s+", " ", CliRunner().invoke(app, [*map(str, files), *from_a]).output)
+    marked = "phases=1, phase_start=a"
+    assert f"({marked}: {SAYS})" in shown and "start from its A alone, with B and biases of zero" in shown
+    result = json.loads((tmp_path / "a" / "score.json").read_text())
+    assert result["valid_score"] is True and result["config"]["phase_start"] == "a"
+    assert result["notes"][-1].startswith(f"scores depend on earlier documents ({marked}): once")
+    page = (tmp_path / "a" / "report.html").read_text()
+    assert page.count(f"({marked}: {SAYS})") >= 2
+    assert "tokens are scored before the document&#x27;s own first step" in page
+
     said = CliRunner().invoke(app, [*map(str, files), "--out", str(tmp_path / "none")]).output
     page = (tmp_path / "none" / "report.html").read_text()
     plain = json.loads((tmp_path / "none" / "score.json").read_text())
@@ -453,6 +530,7 @@ def test_the_option_is_the_setting(files):
         for option in (("--phases", "3"), ("--set", "phases=3"), ())
     ]
     assert said[0] == said[1] and said[0]["phases"]["value"] == 3 and said[2]["phases"]["value"] == 0
+    assert said[0]["phase_start"]["value"] == "all" and said[0]["phase_start"]["allowed"] == "one of all, a"
 
 
 @pytest.mark.slow
@@ -493,17 +571,20 @@ def test_a_rehearsal_makes_the_shared_steps_and_leaves_no_trace(context, made):
     assert len({id(step) for steps in (engine._steps, engine._shared_steps) for step in steps.values()}) == made
 
 
+@pytest.mark.parametrize("start", ["all", "a"])
 @pytest.mark.parametrize("context", ["recomputed", "cached"])
-def test_a_shared_step_asks_the_device_for_nothing_and_steps_adam_once(context):
+def test_a_shared_step_asks_the_device_for_nothing_and_steps_adam_once(context, start):
     """The `seed` preset in bf16 without memory: a value asked for would be an error, and could not be captured."""
     with torch.device("meta"):
         model = GPT(preset("seed").model).requires_grad_(False)
     model.compute_dtype = torch.bfloat16
-    config = ttt_preset().override({"context": context, "phases": 1, "batch": 4})
+    config = ttt_preset().override({"context": context, "phases": 1, "phase_start": start, "batch": 4})
     engine = Engine(model, config, 5000, rows=(), capture=False, backend="triton")
     engine._prepare_shared([3])
     with Ops() as ops:
         engine._shared_steps[3, 16, True]()
+        engine.pool.start_from_shared()
+        engine.pool.start(torch.zeros(2, dtype=torch.int64, device="meta"))
     assert ops.seen["lora_adam_"] == ops.seen["lora_head_nll_grads_"] == 1 and "cache_write_" not in ops.seen
 
 
@@ -526,10 +607,12 @@ def test_the_kernels_in_the_interpreter_learn_what_the_reference_learns(context)
 class TestOnGPU:
     pytestmark = gpu
 
+    @pytest.mark.parametrize("start", ["all", "a"])
     @pytest.mark.parametrize("context", ["recomputed", "cached"])
-    def test_graphs_give_the_bits_of_no_graphs_and_of_another_run_and_batch(self, context):
-        """The shared adapter after two phases, and every NLL of the last group."""
+    def test_graphs_give_the_bits_of_no_graphs_and_of_another_run_and_batch(self, context, start):
+        """What starts from the shared adapter after two phases, and every NLL of the last group."""
         config = ttt_preset().override({"context": context, "phases": 2, "batch": 16, "phase_chunks": 8})
+        config = config.override({"phase_start": start})
         docs, model, found = documents((3000, 700, 1500, 200, 900, 2000)), on_gpu(), []
         for capture, batch in ((True, 16), (True, 16), (False, 16), (True, 4)):
             engine = engine_of(model, config.override({"batch": batch}), docs, capture=capture)
@@ -540,6 +623,15 @@ class TestOnGPU:
             found.append((engine.pool.initial.cpu(), *map(torch.from_numpy, engine.token_nll(last))))
         for other in found[1:]:
             assert all(torch.equal(a, b) for a, b in zip(other, found[0], strict=True))
+
+    @pytest.mark.parametrize("capture", [True, False])
+    @pytest.mark.parametrize("context", ["recomputed", "cached"])
+    def test_what_starts_from_a_is_the_base_model_to_the_bit_until_its_own_first_step(self, context, capture):
+        """In bf16, of LoRAs on every matrix; a step that is captured reads what the slot starts with."""
+        config = ttt_preset("thorough").override({"context": context, "phase_lr": 0.01, "adapt_from": 128})
+        learned, alone = from_a_and_alone(on_gpu(), config, documents((1500, 700, 1200)), capture=capture)
+        np.testing.assert_array_equal(learned[:128], alone[:128])
+        assert (learned[128:] != alone[128:]).any() and np.isfinite(learned).all()
 
     @pytest.mark.parametrize("context", ["recomputed", "cached"])
     def test_memory_stays_within_the_estimate(self, context):

@@ -82,6 +82,7 @@ def test_the_rows_begin_with_what_is_to_be_beaten_and_try_every_lead():
         "weight_decay": {0.0, 0.5},
         "a_scale": {0.5, 1.0},
         "phases": {0, 3},
+        "phase_start": {"all", "a"},
     }.items():
         assert {getattr(config, name) for config in ROWS.values()} == values
     assert len({config.lr for config in ROWS.values()}) >= 6
@@ -163,6 +164,16 @@ def test_a_sweep_goes_on_where_it_stopped(text, monkeypatch, capsys):
     monkeypatch.setattr(module, "ROWS", CONFIGS | {QUICK: TINY.override({"lr": 0.003})})  # the name is another config's
     sweep(**arguments | {"rows": QUICK})
     assert read()["rows"][QUICK]["config"]["lr"] == 0.003
+
+
+def test_a_row_that_is_older_than_a_field_was_measured_at_its_default(tmp_path):
+    tried = module.Sweep({}, tmp_path / "record.json", {})
+    older, other = TINY.to_dict(), TINY.override({"phases": 1, "phase_start": "a"})
+    del older["phase_start"]
+    assert tried._has({QUICK: {"config": older}}, QUICK, TINY)
+    assert not tried._has({QUICK: {"config": older | {"phases": 1}}}, QUICK, other)
+    assert not tried._has({QUICK: {"config": older | {"gone": 1}}}, QUICK, TINY)
+    assert not tried._has({QUICK: {"config": older, "error": "no memory"}}, QUICK, TINY)
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ scaled.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from ..model.config import ModelConfig
 from ..model.network import Adapters, BlockAdapters, Lora
-from .protocols import TTTConfig
+from .protocols import FROM_ALL, TTTConfig
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,12 @@ class AdapterLayout:
                 row[part.start : part.stop] = values
         return row
 
+    def carried(self) -> list[slice]:
+        """What of a row later documents take from the phases' adapter: all of it, or every A alone."""
+        if self.ttt.phase_start == FROM_ALL:
+            return [slice(self.size)]
+        return [slice(part.start, part.stop) for part in self.parts if part.is_lora_a]
+
     def adapters(
         self, slots: Tensor | None, parts: list[Tensor], grads: list[Tensor] | None = None
     ) -> tuple[Adapters, Lora | None]:
@@ -140,7 +147,8 @@ class Slots:
     """Adapters side by side in the rows of `params` [slots, size], with gradients, Adam moments and step counters.
 
     `initial` [size] is the row that a document starts with, `group_lr` [size] what multiplies each parameter's learning
-    rate, `decay` [size] its weight decay, if there is any. `shared` is the slot of the phases' adapter; None without.
+    rate, `decay` [size] its weight decay, if there is any. `shared` is the slot of the phases' adapter, None without,
+    and `carried` the columns of it that documents start from.
     """
 
     def __init__(
@@ -152,8 +160,9 @@ class Slots:
         group_lr: Tensor,
         decay: Tensor | None,
         shared: int | None = None,
+        carried: Sequence[slice] = (),
     ):
-        self.ttt, self.shared = ttt, shared
+        self.ttt, self.shared, self.carried = ttt, shared, carried
         self.params, self.grads = params, grads
         self.initial, self.group_lr, self.decay = initial, group_lr, decay
         self.exp_avg = torch.zeros_like(params)
@@ -168,8 +177,9 @@ class Slots:
             tensor.index_fill_(0, slots, 0)
 
     def start_from_shared(self) -> None:
-        """Let documents start from the shared adapter as it is now."""
-        self.initial.copy_(self.params[self.shared])
+        """Let documents start from the shared adapter as it is now, or from what of it is carried."""
+        for columns in self.carried:
+            self.initial[columns].copy_(self.params[self.shared, columns])
 
 
 class AdapterPool(Slots):
@@ -190,6 +200,7 @@ class AdapterPool(Slots):
             layout.group_lr().to(device, dtype),
             None if decay is None else decay.to(device, dtype),
             slots if ttt.phases else None,
+            layout.carried(),
         )
 
     def views(self, rows: Tensor, count: int) -> list[Tensor]:

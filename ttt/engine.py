@@ -310,7 +310,7 @@ class Engine:
         should_stop: Callable[[], bool] = lambda: False,
         progress: Callable[[int], None] = lambda targets: None,
     ) -> bool:
-        """Let the shared adapter learn from scored documents, in their order, and later documents start from it.
+        """Let the shared adapter learn from scored documents, in their order, and later ones start from it or its A.
 
         Whether it came to the end: `should_stop`, asked before every step, says that it shall not. What an engine has
         recorded is gone afterwards. `progress` gets the targets passed so far, a share of all of them in each pass.

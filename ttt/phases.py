@@ -10,6 +10,15 @@ A shared step learns from `phase_chunks` chunks at once, each in the window that
 over all their targets. Chunks come document after document; a step is full once that many of one window length have
 come together, and what is left at the end of a pass makes smaller ones. Neither the batch nor the number of processes
 has a part in it: every process takes the same steps and comes to the same bits.
+
+What a later document starts from is `phase_start`. The shared adapter learns A, B and biases in either case, as A's
+gradient has the factor B: its A moves from its second step on.
+
+    all   A, B and biases: what was learned helps from the first target on. The default: a document that is too short
+          for a step of its own gets something only so, and what was measured was measured so
+    a     A alone, B and biases zero: the LoRA adds exactly nothing before the document's own first step, whose
+          directions are then those that were useful before. Documents that take no step are left to the base model,
+          as without phases. At lr=0 none takes one: then every score is the base model's, whatever was learned
 """
 
 from bisect import bisect_right

@@ -23,6 +23,7 @@ from ..model.config import ConfigError, Settings, setting
 SCORE_FIRST, MULTI_EPOCH, MIN_NLL = "score_first", "multi_epoch", "min_nll"
 START, ORIGINAL = "start", "original"
 RECOMPUTED, CACHED = "recomputed", "cached"
+FROM_ALL, FROM_A = "all", "a"
 TARGETS = "q", "k", "v", "o", "up", "down", "head"
 """The matrices that a LoRA may be added to: the projections, Wo, W1 and W2 of the MLP, and the head."""
 FORM_OF_TARGETS = f"some of {', '.join(TARGETS)}, each once, with commas between them"
@@ -147,6 +148,12 @@ class TTTConfig(Settings):
         at_most=1024,
         zero="every document is on its own",
     )
+    phase_start: str = setting(
+        FROM_ALL,
+        "all: later documents start from the shared adapter; a: from its A alone, with B and biases of zero, so that "
+        "each is scored as by the base model until its own first step",
+        choices=(FROM_ALL, FROM_A),
+    )
     phase_lr: float = setting(0.001, "Adam learning rate of the shared adapter", at_least=0.0)
     phase_passes: int = setting(1, "times that the shared adapter reads each document of a group", at_least=1)
     phase_chunks: int = setting(
@@ -217,7 +224,12 @@ class TTTConfig(Settings):
     @property
     def learns(self) -> bool:
         """Whether any step can change an adapter; where none can, the base model's score is the score."""
-        return self.lr > 0 or bool(self.phases and self.phase_lr)
+        return self.lr > 0 or (self.starts_learned and self.phase_lr > 0)
+
+    @property
+    def starts_learned(self) -> bool:
+        """Whether what earlier documents taught is in a later document's first scores: not by A alone, as B is zero."""
+        return self.phases > 0 and self.phase_start == FROM_ALL
 
     @property
     def passes(self) -> int:
@@ -248,9 +260,10 @@ class TTTConfig(Settings):
     def is_left_to_base(self, targets: int, group: int) -> bool:
         """Whether a document of `targets` targets in that group of the phases is left to the base model.
 
-        In later groups even the first target is scored by an adapter that has learned. At a rate of zero none has.
+        With `phase_start` all, in later groups even the first target is scored by an adapter that has learned. At a
+        rate of zero none has.
         """
-        return not self.learns or (not targets if group else not self.adapts(targets))
+        return not self.learns or (not targets if group and self.starts_learned else not self.adapts(targets))
 
     def temperature_of(self, chunk: int) -> float:
         """What divides the logits of a chunk's targets in a document that is adapted."""

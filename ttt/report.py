@@ -222,10 +222,10 @@ def _along(result: ScoreResult) -> str:
         if result.config.temperature != 1:
             text += " What the temperature alone gains is in it."
         if not result.config.is_leaky:
-            of_group = " of a document of the first group" if result.config.phases else ""
-            text += (
-                f" The first {result.config.first_adapted:,} tokens{of_group} are scored before anything was learned."
-            )
+            of_group = " of a document of the first group" if result.config.starts_learned else ""
+            from_a = result.config.phases and not result.config.starts_learned
+            what = "the document's own first step" if from_a else "anything was learned"
+            text += f" The first {result.config.first_adapted:,} tokens{of_group} are scored before {what}."
         if counted < adapted:
             text += f" {adapted - counted:,} more are left out: {why}."
     return f'<p class="note">{escape(text)}</p>'

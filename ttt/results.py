@@ -223,10 +223,11 @@ class ScoreResult:
         if not phases:
             return notes
         times = "once" if phases == 1 else f"{phases:,} times"
+        start = "there" if self.config.starts_learned else "its A alone, with B and biases of zero"
         return [
             *notes,
-            f"scores depend on earlier documents (phases={phases}): {times}, after a group of documents is scored, a "
-            "shared adapter learns from it, and all later documents start from there; this is one score of all "
+            f"scores depend on earlier documents ({self._phases}): {times}, after a group of documents is scored, a "
+            f"shared adapter learns from it, and all later documents start from {start}; this is one score of all "
             "documents in the order of their names' hashes, and no document's on its own",
         ]
 
@@ -268,7 +269,12 @@ class ScoreResult:
     @property
     def phases_note(self) -> str:
         """What stands beside every adapted number: nothing, or that it depends on earlier documents."""
-        return f"phases={self.config.phases}: depends on earlier documents" if self.config.phases else ""
+        return f"{self._phases}: depends on earlier documents" if self.config.phases else ""
+
+    @property
+    def _phases(self) -> str:
+        start = "" if self.config.starts_learned else f", phase_start={self.config.phase_start}"
+        return f"phases={self.config.phases}{start}"
 
     def totals(self) -> dict[str, Any]:
         """Sums over all documents; the *_bpb are None where they were not measured."""

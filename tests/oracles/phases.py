@@ -4,6 +4,7 @@ It takes the model's forward, the adapter's layout and a chunk's loss from the o
 engine: a step's gradient is that of one sum over chunks, each computed alone.
 """
 
+import functools
 import hashlib
 
 import torch
@@ -45,6 +46,7 @@ def shared_rows(model, documents, config) -> list[torch.Tensor]:
     rate, square, mean = config.phase_lr * layout.group_lr().to(row), torch.zeros_like(row), torch.zeros_like(row)
     decay = 0.0 if layout.decay() is None else config.phase_lr * layout.decay().to(row)
     rows, taken = [row], 0
+    start_of = {"all": lambda row: row, "a": functools.partial(without_b, layout)}[config.phase_start]
     for group in groups(documents, config.phases)[:-1]:
         for step in steps(group, config) * config.phase_passes:
             for _ in range(config.steps_per_chunk):
@@ -61,5 +63,15 @@ def shared_rows(model, documents, config) -> list[torch.Tensor]:
                 denominator = (square / (1 - config.beta2**taken)).sqrt() + config.eps
                 row = row - decay * row
                 row = row - rate * (mean / (1 - config.beta1**taken)) / denominator
-        rows.append(row)
+        rows.append(start_of(row))
     return rows
+
+
+def without_b(layout, row) -> torch.Tensor:
+    """An adapter [size] with zeros in every B and bias."""
+    row = row.clone()
+    adapters, head = layout.adapters(None, [row[p.start : p.stop].view(1, *p.shape) for p in layout.parts])
+    loras = [head, *(lora for block in adapters.blocks for lora in (block.qkv, block.o, block.up, block.down))]
+    for tensor in [*(lora.b for lora in loras if lora), *(block.bias for block in adapters.blocks)]:
+        tensor.zero_()
+    return row
