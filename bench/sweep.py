@@ -72,6 +72,7 @@ PRESETS = QUICK, THOROUGH, BEST, CONTEST
 ALL = {"targets": ",".join(TARGETS)}
 RECOMPUTED_64 = {"chunk": 64, "lr": 0.001}
 RECOMPUTED_128 = RECOMPUTED_64 | {"chunk": 128}
+RECOMPUTED_32 = RECOMPUTED_64 | {"chunk": 32, "lr": 0.0007}
 ALL_RECOMPUTED_64 = RECOMPUTED_64 | ALL | {"lr": 0.0005}
 CACHED_64 = {"context": CACHED} | RECOMPUTED_64
 CACHED_32 = CACHED_64 | {"chunk": 32, "lr": 0.0005}
@@ -101,7 +102,7 @@ def _rows() -> dict[str, TTTConfig]:
         "quick-lr-0.003": {"lr": 0.003},
         "quick-lr-0.0015": {"lr": 0.0015},
         "recomputed-256-all-rank-64": {"lr": 0.001} | ALL | _ranks(64),
-        "recomputed-32": RECOMPUTED_64 | {"chunk": 32, "lr": 0.0007},
+        "recomputed-32": RECOMPUTED_32,
         "recomputed-32-all": ALL_RECOMPUTED_64 | {"chunk": 32, "lr": 0.0003},
         "recomputed-32-all-rank-64": ALL_RECOMPUTED_64 | _ranks(64) | {"chunk": 32, "lr": 0.0002},
         "recomputed-64-decay-0.5": RECOMPUTED_64 | {"weight_decay": 0.5},
@@ -109,6 +110,9 @@ def _rows() -> dict[str, TTTConfig]:
         "recomputed-64-phases-3": RECOMPUTED_64 | {"phases": 3},
         "recomputed-64-phases-3-a": RECOMPUTED_64 | {"phases": 3, "phase_start": FROM_A},
         "cached-64": CACHED_64,
+        "cached-256": {"context": CACHED},
+        "cached-128": {"context": CACHED} | RECOMPUTED_128,
+        "cached-32": {"context": CACHED} | RECOMPUTED_32,
         "cached-64-all-lr-0.0005": CACHED_64 | ALL | {"lr": 0.0005},
         "cached-64-all-rank-64-lr-0.00025": CACHED_64 | ALL | _ranks(64) | {"lr": 0.00025},
         "cached-32-all": CACHED_32 | ALL,

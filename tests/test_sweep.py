@@ -68,6 +68,12 @@ def test_a_preset_takes_the_best_row_that_it_can_pay():
     assert choices({QUICK: row(1.0, 1.0, long=0.5)}) == {}
 
 
+def test_a_chunk_has_both_contexts_and_nothing_else_differs():
+    for chunk, recomputed in ((256, QUICK), (128, "recomputed-128"), (64, "recomputed-64"), (32, "recomputed-32")):
+        assert ROWS[f"cached-{chunk}"] == ROWS[recomputed].override({"context": "cached"})
+        assert ROWS[recomputed].chunk == chunk
+
+
 def test_the_rows_begin_with_what_is_to_be_beaten_and_try_every_lead():
     assert list(ROWS)[:4] == [QUICK, THOROUGH, BEST, CONTEST]
     assert all(ROWS[name] == ttt_preset(name) for name in (QUICK, THOROUGH, BEST, CONTEST))
