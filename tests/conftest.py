@@ -223,7 +223,7 @@ def rendered(request):
         yield
         return
     with pytest.MonkeyPatch.context() as patch:
-        for module in ("klora.ttt.report", "klora.model.curve"):
+        for module in ("klora.ttt.picture", "klora.model.curve"):
             patch.setattr(f"{module}.figure_png", lambda figure, dpi: b"\x89PNG, not rendered")
         yield
 

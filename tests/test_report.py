@@ -326,7 +326,7 @@ def test_a_picture_that_cannot_be_drawn_is_left_out_and_said(tmp_path, monkeypat
     def draw(scored):
         raise RuntimeError("no <fonts>\n")
 
-    monkeypatch.setattr("klora.ttt.report._draw", draw)
+    monkeypatch.setattr("klora.ttt.report.draw", draw)
     said = []
     page = write_report(result([document()]), tmp_path, said.append)
     assert said == ["the picture could not be made (RuntimeError: no <fonts>\n); the results do not need it"]

@@ -314,7 +314,7 @@ def test_pictures_of_normalised_text_say_so(contest_run, tmp_path, monkeypatch):
         drawn.append({text for axes in figure.axes for text in (axes.get_title(), axes.get_ylabel())})
         return b"png"
 
-    for module in ("klora.ttt.report", "klora.model.curve"):
+    for module in ("klora.ttt.picture", "klora.model.curve"):
         monkeypatch.setattr(f"{module}.figure_png", keep)
     facts = {"bytes_of": "normalised text"}
     write_report(

@@ -2,17 +2,16 @@
 
 The page says what was measured (bits per byte before quantisation, after it, and adapted), where the gain comes from,
 along the documents and token by token in one of them, what the deadline left out, and on which run. A gain is what the
-base model has more than the adapted one: it is positive and drawn upward or to the right, in blue; a loss is negative
-and orange. A leaky protocol's page says LEAKY in its banner, its title, its picture
-and at every adapted number. The share that was adapted before a deadline stands there, too.
+base model has more than the adapted one: it is positive, and blue; a loss is negative, and orange. A leaky protocol's
+page says LEAKY in its banner, its title, its picture and at every adapted number. The share that was adapted before a
+deadline stands there, too.
 
-A picture that cannot be drawn, for whatever reason, is left out, and the page says why.
+A picture (picture.py) that cannot be drawn, for whatever reason, is left out, and the page says why.
 """
 
 import base64
 import codecs
 import json
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from html import escape
 from pathlib import Path
@@ -21,8 +20,10 @@ from typing import Any
 
 import numpy as np
 
-from ..model.storage import attempt, figure_png, new_figure, write_bytes, write_text
-from .protocols import LEAK_WARNING, LEAKY, label
+from ..model.storage import attempt, write_bytes, write_text
+from .labels import clean, leak_of, mark_of, minus, most_first, short_name, signed
+from .picture import draw
+from .protocols import LEAK_WARNING, label
 from .results import (
     ADAPTED,
     DIVERGED,
@@ -35,16 +36,13 @@ from .results import (
     ScoreResult,
 )
 
-TABLE_ROWS, BAR_ROWS, LISTED = 10, 6, 20
-"""Most rows of each table of documents, most bars of each sign in the picture, most names the deadline's list gives."""
+TABLE_ROWS, LISTED = 10, 20
+"""Most rows of each table of documents, and most names that the deadline's list gives."""
 
 WHY_VALID = (
     "Valid score: every chunk's loss is recorded before any update that has seen the chunk, and the learning rate "
     "depends on nothing later, so that no target is scored by weights that were trained on it."
 )
-GREY, DARK, GREEN, RED = "#9a9fa6", "#565c64", "#55a868", "#c44e52"
-GAIN, LOSS = "#2f6fc4", "#d9731a"
-"""The colours of gains and losses in the picture; the page's --gain and --loss are the same hues."""
 
 LEVELS = (0.05, 0.25, 1.0, 3.0)
 """Bits from which on a token's gain or loss has the next stronger colour."""
@@ -121,7 +119,7 @@ def write_report(
     """
     page, picture = Path(folder) / REPORT, Path(folder) / PICTURE
     missing: list[str] = []
-    png = attempt("the picture", lambda: _draw(result), missing.append) or b""
+    png = attempt("the picture", lambda: draw(result), missing.append) or b""
     if png:
         write_bytes(picture, png)
     else:
@@ -132,7 +130,7 @@ def write_report(
 
 
 def _page(result: ScoreResult, png: bytes, missing: str, token_bytes: TokenBytes | None) -> str:
-    config, totals, mark = result.config, result.totals(), _mark(result)
+    config, totals, mark = result.config, result.totals(), mark_of(result)
     before, base, adapted = (totals[name] for name in ("prequant_bpb", "base_bpb", "adapted_bpb"))
     cards = [
         ("before quantisation", before, "give the run's folder to measure it: <code>--prequant RUN</code>"),
@@ -147,15 +145,15 @@ def _page(result: ScoreResult, png: bytes, missing: str, token_bytes: TokenBytes
         banner=f'<p class="leak" role="alert">{escape(LEAK_WARNING)}</p>\n' if config.is_leaky else "",
         heading=escape(heading),
         about=escape("Lower is better." if result.why_not_valid else f"Lower is better. {WHY_VALID}"),
-        notes="".join(f"\n<p><b>{escape(_clean(_sentence(note)))}</b></p>" for note in result.notes),
+        notes="".join(f"\n<p><b>{escape(clean(_sentence(note)))}</b></p>" for note in result.notes),
         cards="\n".join(_card(*card) for card in cards),
         differences=_differences(result, totals),
-        picture=_picture(heading, png, result) if png else f'<p class="note">{escape(_clean(missing))}</p>',
+        picture=_picture(heading, png, result) if png else f'<p class="note">{escape(clean(missing))}</p>',
         along=_along(result),
         example=_example(result, token_bytes),
-        leak=_leak(result),
-        gained=_documents_table(result, _most(result.documents, gained=True)[:TABLE_ROWS]),
-        lost=_documents_table(result, _most(result.documents, gained=False)[:TABLE_ROWS]),
+        leak=leak_of(result),
+        gained=_documents_table(result, most_first(result.documents, gained=True)[:TABLE_ROWS]),
+        lost=_documents_table(result, most_first(result.documents, gained=False)[:TABLE_ROWS]),
         counts=_counts(result),
         left_out=_left_out(result),
         seconds=_time(result),
@@ -165,7 +163,7 @@ def _page(result: ScoreResult, png: bytes, missing: str, token_bytes: TokenBytes
 
 
 def _picture(heading: str, png: bytes, result: ScoreResult) -> str:
-    along = " and along the documents" if _has_gains(result) else ""
+    along = " and along the documents" if result.has_gains else ""
     alt = escape(f"{heading}: the three numbers, the gain by document length{along}, the largest gains and losses")
     source = f"data:image/png;base64,{base64.b64encode(png).decode()}"
     return f'<div class="wide" tabindex="0"><img alt="{alt}" src="{source}"></div>'
@@ -178,19 +176,19 @@ def _card(name: str, value: float | None, missing: str) -> str:
 
 def _differences(result: ScoreResult, totals: dict[str, Any]) -> str:
     """List items: what quantisation costs, what adaptation gains, and the part of it that the temperature explains."""
-    base, mark = totals["base_bpb"], _mark(result)
-    gap = _minus(base, totals["prequant_bpb"])
-    gain, by_temperature = _minus(base, totals["adapted_bpb"]), _minus(base, totals["base_bpb_at_temperature"])
+    base, mark = totals["base_bpb"], mark_of(result)
+    gap = minus(base, totals["prequant_bpb"])
+    gain, by_temperature = minus(base, totals["adapted_bpb"]), minus(base, totals["base_bpb_at_temperature"])
     share = ", part of it in documents that the deadline left out" if result.deadline_hit else ""
     if not result.deadline_hit and gain is not None and gain > 0 and by_temperature > 0:
         share = f", {by_temperature / gain:.0%} of the gain{mark}"
     is_hf = _is_hf(result)
     items = [
-        *([] if is_hf else [f"Quantisation gap (after - before): {_signed(gap)}"]),
+        *([] if is_hf else [f"Quantisation gap (after - before): {signed(gap)}"]),
         f"Gain by adaptation{mark} ({'base model' if is_hf else 'after quantisation'} - adapted; positive is better): "
-        f"{_signed(gain)}",
+        f"{signed(gain)}",
         f"Temperature alone (logits / {result.config.temperature:g} on documents long enough to adapt, nothing "
-        f"adapted): {_signed(by_temperature)}{share}",
+        f"adapted): {signed(by_temperature)}{share}",
     ]
     return "\n".join(f"<li>{escape(item)}</li>" for item in items)
 
@@ -200,14 +198,10 @@ def _is_hf(result: ScoreResult) -> bool:
     return "hf" in result.facts
 
 
-def _has_gains(result: ScoreResult) -> bool:
-    return result.token_gains is not None and result.token_gains.documents > 0
-
-
 def _along(result: ScoreResult) -> str:
     """What the picture of the gain along the documents is over, and which documents are not in it."""
     adapted = sum(d.adapted_share not in (None, 0.0) for d in result.documents)
-    counted = result.token_gains.documents if _has_gains(result) else 0
+    counted = result.token_gains.documents if result.has_gains else 0
     why = "what a target gained is kept within one run of one process, not over a resume and not by several ranks"
     if not adapted:
         text = "No document was adapted: there is no gain along the documents to draw."
@@ -215,7 +209,7 @@ def _along(result: ScoreResult) -> str:
         text = f"The gain along the documents is left out: {why}."
     else:
         text = (
-            f"The picture of the gain along the documents{_leak(result)} is over {counted:,} adapted documents: at "
+            f"The picture of the gain along the documents{leak_of(result)} is over {counted:,} adapted documents: at "
             "each position, the mean over those that reach it of base NLL - adapted NLL, in bits per token; positive "
             "is better."
         )
@@ -236,13 +230,13 @@ def _example(result: ScoreResult, token_bytes: TokenBytes | None) -> str:
     example = result.token_gains.example if result.token_gains is not None else None
     if example is None or token_bytes is None:
         return ""
-    document, leak = result.documents[example.index], _leak(result)
+    document, leak = result.documents[example.index], leak_of(result)
     first, last = example.begin + 1, example.begin + len(example.gain)
     sample = ", a sample by the hash of their names," if example.sampled else ""
     about = (
-        f"{_name(document.name, 120)}: tokens {first:,} to {last:,} of {document.tokens:,}. "
+        f"{short_name(document.name, 120)}: tokens {first:,} to {last:,} of {document.tokens:,}. "
         f"Of {example.candidates:,} adapted documents"
-        f"{sample} it has the median gain{leak}: {_signed(document.gain_bpb)} bits per byte. "
+        f"{sample} it has the median gain{leak}: {signed(document.gain_bpb)} bits per byte. "
         "A token's gain is base NLL - adapted NLL in bits; point at a token to read it."
     )
     tokens = "".join(
@@ -267,7 +261,7 @@ def _texts(pieces: Sequence[bytes], gains: np.ndarray) -> Iterator[tuple[str, fl
     for number, (piece, more) in enumerate(zip(pieces, gains.tolist(), strict=True), start=1):
         gain += more
         text = "".join(
-            c if c == "\n" or c == "\t" else _clean(c) for c in decoder.decode(piece, final=number == len(pieces))
+            c if c == "\n" or c == "\t" else clean(c) for c in decoder.decode(piece, final=number == len(pieces))
         )
         if text:
             level = int(np.searchsorted(LEVELS, abs(gain), side="right"))
@@ -276,9 +270,9 @@ def _texts(pieces: Sequence[bytes], gains: np.ndarray) -> Iterator[tuple[str, fl
 
 
 def _documents_table(result: ScoreResult, documents: Sequence[DocumentResult]) -> str:
-    leak = _leak(result)
+    leak = leak_of(result)
     rows = [
-        (_name(d.name, 120), f"{d.tokens:,}", f"{d.base_bpb:.4f}", f"{d.adapted_bpb:.4f}", _signed(d.gain_bpb))
+        (short_name(d.name, 120), f"{d.tokens:,}", f"{d.base_bpb:.4f}", f"{d.adapted_bpb:.4f}", signed(d.gain_bpb))
         for d in documents
     ]
     return _table(("document", "tokens", "base BPB", f"adapted BPB{leak}", f"gain{leak}"), rows)
@@ -302,7 +296,7 @@ def _left_out(result: ScoreResult) -> str:
     for status, note in ((NOT_ADAPTED, "the base model's score counts"), (PARTIAL, "the base model scored the rest")):
         names = [d.name for d in result.documents if d.status == status]
         if names:
-            listed = ", ".join(f"<bdi>{escape(_name(name, 120))}</bdi>" for name in names[:LISTED])
+            listed = ", ".join(f"<bdi>{escape(short_name(name, 120))}</bdi>" for name in names[:LISTED])
             more = f" and {len(names) - LISTED:,} more" if len(names) > LISTED else ""
             parts.append(f"<p><b>{escape(status)}</b>, {note}: {listed}{more}</p>")
     return "\n".join(parts)
@@ -339,196 +333,9 @@ def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
             rows += _flat(value, f"{prefix}{key}.")
         else:
             text = value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
-            rows.append((_clean(f"{prefix}{key}"), _clean(text)))
+            rows.append((clean(f"{prefix}{key}"), clean(text)))
     return rows
-
-
-def _draw(result: ScoreResult) -> bytes:
-    """The picture as PNG, 1800 pixels wide."""
-    along = [1.0] if _has_gains(result) else []
-    figure = new_figure(12, 9 + 4 * len(along))
-    figure.get_layout_engine().set(w_pad=0.15, h_pad=0.15)
-    colour = RED if result.config.is_leaky else "black"
-    figure.suptitle(f"klora: {label(result.config.protocol)}", fontsize=16, weight="bold", color=colour)
-    top, *middle, bottom = figure.subfigures(2 + len(along), 1, height_ratios=(1.1, *along, 1))
-    left, right = top.subplots(1, 2, width_ratios=(1, 1.5))
-    _draw_totals(left, result)
-    _draw_gains(right, result)
-    if middle:
-        _draw_along(*middle[0].subplots(2, 1, sharex=True, height_ratios=(3, 1.2)), result)
-    _draw_extremes(bottom.subplots(), result)
-    return figure_png(figure, dpi=150)
-
-
-def _draw_totals(axes, result: ScoreResult) -> None:
-    """Bars from zero; written above them the values, the quantisation gap and the gain."""
-    totals = result.totals()
-    values = [totals[name] for name in ("prequant_bpb", "base_bpb", "adapted_bpb")]
-    drawn = [value if value is not None and math.isfinite(value) else 0.0 for value in values]
-    axes.bar(range(3), drawn, color=(GREY, DARK, RED if result.config.is_leaky else GREEN), width=0.6)
-    for i, value in enumerate(values):
-        text = "not\nmeasured" if value is None else f"{value:.4f}"
-        # As on the page: what quantisation costs and what adaptation gains are positive.
-        step = (None, _minus(values[1], values[0]), _minus(values[1], values[2]))[i]
-        if step is not None:
-            text += f"\n{('', 'gap', 'gain')[i]} {_signed(step)}"
-        axes.annotate(text, (i, drawn[i]), (0, 3), textcoords="offset points", ha="center", va="bottom", fontsize=11)
-    names = ("before\nquantisation", "after\nquantisation", "\n".join(("adapted", *_marks(result))))
-    axes.set_xticks(range(3), names, fontsize=11)
-    axes.set_xlabel("gap: after - before; gain: after - adapted", fontsize=11)
-    most = max(drawn)
-    axes.set_ylim(0, most * 1.25 if most > 0 else 1.0)
-    text = "" if result.bytes_of == "text" else f" of the {result.bytes_of}"
-    axes.set_title(f"bits per byte{text} (lower is better)", fontsize=12)
-    axes.spines[["top", "right"]].set_visible(False)
-
-
-def _draw_gains(axes, result: ScoreResult) -> None:
-    """Gain against length, a dot a document, and the token-weighted mean of length bins."""
-    plotted = [d for d in result.documents if d.tokens and d.gain_bpb is not None]
-    short = sum(d.status == SHORT for d in result.documents)
-    other = len(result.documents) - short - len(plotted)
-    note = f"not plotted: {short:,} short" + (f", {other:,} not adapted or without text" if other else "")
-    axes.set_xlabel(f"document length (tokens, log scale)\n{note}", fontsize=11)
-    axes.set_title(f"gain by adaptation{_leak(result)}: base BPB - adapted BPB", fontsize=12)
-    axes.set_ylabel("bits per byte gained", fontsize=11)
-    axes.axhline(0, color="black", linewidth=0.8)
-    if not plotted:
-        _say_empty(axes, "no adapted documents")
-        return
-    tokens = np.array([d.tokens for d in plotted], np.float64)
-    gains = np.array([d.gain_bpb for d in plotted])
-    colours = np.where(gains < 0, LOSS, GAIN)
-    axes.scatter(tokens, gains, s=30, alpha=0.6 if len(plotted) < 1000 else 0.2, color=colours, linewidths=0)
-    count = int(np.clip(math.isqrt(len(plotted)), 1, 12))
-    edges = np.geomspace(tokens.min(), tokens.max() * 1.001, count + 1)[1:-1]
-    bins = np.digitize(tokens, edges)
-    weight = np.bincount(bins, tokens, count)
-    filled = weight > 0
-    mean = np.bincount(bins, tokens * gains, count)[filled] / weight[filled]
-    # A bin's mark stands at the weighted mean of its documents' log lengths, not at its middle: bins can be wide.
-    length = np.exp(np.bincount(bins, tokens * np.log(tokens), count)[filled] / weight[filled])
-    line = axes.plot(
-        length, mean, "o-", color="#1c1e21", markersize=4, linewidth=1.2, label="token-weighted mean of length bins"
-    )
-    # 1.6 to either side: wide enough for at least one tick at 1, 2 or 5 times a power of ten, whatever the lengths.
-    axes.set_xlim(tokens.min() / 1.6, tokens.max() * 1.6)
-    axes.set_xscale("log")
-    axes.xaxis.get_major_locator().set_params(subs=(1, 2, 5) if tokens.max() < 200 * tokens.min() else (1,))
-    axes.xaxis.set_major_formatter("{x:,.0f}")
-    axes.minorticks_off()
-    low, high = axes.get_ylim()
-    axes.set_ylim(low, high + 0.15 * (high - low))  # the legend stands above every dot
-    axes.grid(alpha=0.3)
-    axes.legend(handles=line, loc="upper right", framealpha=0.8)
-
-
-def _draw_along(axes, below, result: ScoreResult) -> None:
-    """A bar for each bin of positions: the mean gain above, and below how many documents reach it."""
-    gains = result.token_gains
-    bins = np.flatnonzero(gains.targets)
-    mean, edges = gains.mean[bins], gains.edges[: len(bins) + 1]
-    bars = axes.bar(bins, mean, width=0.9, color=np.where(mean < 0, LOSS, GAIN))
-    below_bars = below.bar(bins, gains.reached[bins], width=0.9, color=GREY)
-    if len(bins) <= 24:
-        axes.bar_label(bars, [f"{value:+.3f}" for value in mean], padding=3, fontsize=10)
-        below.bar_label(below_bars, [f"{count:,}" for count in gains.reached[bins]], padding=2, fontsize=10)
-    axes.axhline(0, color="black", linewidth=0.8)
-    axes.margins(y=0.16)
-    below.margins(y=0.35)
-    axes.set_title(
-        f"gain along the documents{_leak(result)}: mean of base NLL - adapted NLL at each position", fontsize=12
-    )
-    axes.set_ylabel("bits per token gained", fontsize=11)
-    below.set_ylabel("documents", fontsize=11)
-    below.set_xlabel("position in the document (tokens; a bar covers those between its two marks)", fontsize=11)
-    every = -(-len(edges) // 25)
-    below.set_xticks(np.arange(len(edges))[::every] - 0.5, [f"{edge:,}" for edge in edges[::every]])
-    below.set_yticks([])
-    axes.tick_params(axis="x", length=0)
-    for part in (axes, below):
-        part.set_xlim(-0.6, max(len(bins), 4) - 0.4)
-        part.spines[["top", "right"]].set_visible(False)
-
-
-def _draw_extremes(axes, result: ScoreResult) -> None:
-    """Horizontal bars of the documents that gained most, and below them of those that lost most."""
-    gained, lost = (_most(result.documents, gained)[:BAR_ROWS] for gained in (True, False))
-    shown = [*gained, *reversed(lost)]
-    axes.set_title(f"documents that gained and lost most{_leak(result)}: base BPB - adapted BPB", fontsize=12)
-    if not shown:
-        _say_empty(axes, "no document gained or lost")
-        return
-    gains = [d.gain_bpb for d in shown]
-    bars = axes.barh(range(len(shown)), gains, color=[GAIN if gain > 0 else LOSS for gain in gains], height=0.7)
-    axes.set_xlabel("bits per byte gained", fontsize=11)
-    axes.bar_label(bars, [_signed(gain) for gain in gains], padding=4)
-    # Names are not ours: no dollar of theirs starts a formula.
-    axes.set_yticks(range(len(shown)), _drawable([_name(d.name, 44) for d in shown]), parse_math=False)
-    axes.set_ylim(max(len(shown), 4) - 0.5, -0.5)
-    axes.axvline(0, color="black", linewidth=0.8)
-    axes.margins(x=0.12)
-    axes.grid(axis="x", alpha=0.3)
-    axes.set_axisbelow(True)
-    axes.tick_params(axis="y", length=0)
-    axes.spines[["top", "right", "left"]].set_visible(False)
-
-
-def _say_empty(axes, text: str) -> None:
-    axes.text(0.5, 0.55, text, transform=axes.transAxes, ha="center", va="center", color=GREY, fontsize=13)
-    axes.set_xticks([])
-    axes.set_yticks([])
-
-
-def _drawable(texts: Sequence[str]) -> list[str]:
-    """`texts` with a question mark for every character that the picture's font lacks, such as emoji."""
-    from matplotlib.font_manager import FontProperties, findfont, get_font
-
-    glyphs = get_font(findfont(FontProperties())).get_charmap()
-    return ["".join(c if ord(c) in glyphs else "?" for c in text) for text in texts]
-
-
-def _most(documents: Iterable[DocumentResult], gained: bool) -> list[DocumentResult]:
-    """Adapted documents that gained (or lost) anything, the most first."""
-    sign = -1 if gained else 1
-    kept = [d for d in documents if (d.gain_bpb or 0.0) * sign < 0]
-    return sorted(kept, key=lambda d: sign * d.gain_bpb)
-
-
-def _minus(a: float | None, b: float | None) -> float | None:
-    return None if a is None or b is None else a - b
-
-
-def _signed(value: float | None) -> str:
-    return "not measured" if value is None else f"{value:+.4f}"
 
 
 def _sentence(note: str) -> str:
     return f"{note[:1].upper()}{note[1:]}."
-
-
-def _leak(result: ScoreResult) -> str:
-    """What stands behind the label of every adapted number: nothing, or `` (LEAKY)``."""
-    return f" ({LEAKY})" if result.config.is_leaky else ""
-
-
-def _marks(result: ScoreResult) -> list[str]:
-    """What every number over all documents that adaptation has touched is marked with: LEAKY, phases, the deadline."""
-    marks = LEAKY if result.config.is_leaky else "", result.phases_note, result.deadline_note
-    return [f"({mark})" for mark in marks if mark]
-
-
-def _mark(result: ScoreResult) -> str:
-    return "".join(f" {mark}" for mark in _marks(result))
-
-
-def _clean(text: str) -> str:
-    """`text` without what UTF-8 or HTML cannot hold: control characters, line breaks, lone surrogates."""
-    kept = "".join(c if c >= " " and not "\x7f" <= c <= "\x9f" else " " for c in text)
-    return kept.encode("utf-8", "replace").decode()
-
-
-def _name(name: str, most: int) -> str:
-    """A document's name on one line, its middle left out past `most` characters: the end often tells files apart."""
-    name = _clean(name)
-    return name if len(name) <= most else f"{name[: most // 2 - 1]}\u2026{name[-(most // 2) :]}"

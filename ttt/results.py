@@ -202,6 +202,11 @@ class ScoreResult:
     nll: Sequence[np.ndarray] | None = field(default=None, compare=False, repr=False)
 
     @property
+    def has_gains(self) -> bool:
+        """Whether any document's gain was kept, target by target."""
+        return self.token_gains is not None and self.token_gains.documents > 0
+
+    @property
     def deadline_hit(self) -> bool:
         """Whether the deadline left any target to the base model."""
         return any(d.status in (PARTIAL, NOT_ADAPTED) for d in self.documents)
