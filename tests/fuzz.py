@@ -556,8 +556,9 @@ def trained_model(files: Files, folder: Path, draw: random.Random) -> Iterator[N
 
 
 def benchmark(files: Files, folder: Path, draw: random.Random) -> Iterator[None]:
+    from klora.bench.readings import load_records
     from klora.bench.record import RecordError, slower_than
-    from klora.bench.report import load_records, markdown_tables
+    from klora.bench.report import markdown_tables
     from klora.cli.bench import read_record, require_replaceable
 
     path = folder / "gpu" / "kernels.json"

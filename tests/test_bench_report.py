@@ -6,17 +6,10 @@ from pathlib import Path
 
 import pytest
 from klora.bench.groups import GROUPS
+from klora.bench.pictures import draw
+from klora.bench.readings import load_records
 from klora.bench.record import RecordError, _whole_peak, validate
-from klora.bench.report import (
-    BEGIN,
-    END,
-    ReadmeError,
-    draw,
-    load_records,
-    markdown_tables,
-    report,
-    rewrite_readme,
-)
+from klora.bench.report import BEGIN, END, ReadmeError, markdown_tables, report, rewrite_readme
 from klora.bench.timing import Taken
 from klora.bench.training import ENTRIES as TRAINING
 from klora.bench.waterfall import times_in_step, waterfalls

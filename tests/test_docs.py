@@ -14,8 +14,9 @@ from pathlib import Path
 
 import pytest
 from conftest import SMALL, randomized, words
-from klora.bench.report import BEGIN, END, load_records, markdown_tables
-from klora.bench.report import _three as three
+from klora.bench.readings import load_records
+from klora.bench.readings import three_digits as three
+from klora.bench.report import BEGIN, END, markdown_tables
 from klora.model import preset, save_artifact
 from klora.ttt import TTTConfig, ttt_preset
 

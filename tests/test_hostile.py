@@ -23,8 +23,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from klora import KloraError
 from klora.bench.curves import CurveError, read_losses
+from klora.bench.readings import load_records
 from klora.bench.record import RecordError, validate
-from klora.bench.report import load_records
 from klora.bench.sweep import Sweep
 from klora.cli.bench import read_record, require_replaceable
 from klora.cli.console import Output, printable

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
-from klora.bench.report import _three as three
+from klora.bench.readings import three_digits as three
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench/results"
