@@ -13,7 +13,7 @@ from klora.bench.groups import entries_of
 from klora.bench.timing import synchronized_clock
 from klora.model.config import TrainConfig
 from klora.model.parallel import pick_device
-from klora.model.train import compute_dtype
+from klora.model.placement import compute_dtype
 
 DEVICE = pick_device()
 DTYPE = compute_dtype(TrainConfig(), DEVICE)

@@ -14,9 +14,9 @@ from ..bench.record import RecordError, measure_ceilings, result_key, run_group,
 from ..bench.report import Report, report
 from ..model.config import ConfigError, TrainConfig
 from ..model.parallel import pick_device
+from ..model.placement import compute_dtype, device_name
 from ..model.reading import read_json
 from ..model.storage import write_text
-from ..model.train import compute_dtype, device_name
 from . import options
 from .console import Output
 

@@ -15,7 +15,7 @@ from ..model.attention import choose_attention, why_not_here
 from ..model.config import ModelConfig, TrainConfig
 from ..model.gpt import GPT
 from ..model.parallel import Ranks, pick_device
-from ..model.train import compute_dtype, is_fused
+from ..model.placement import compute_dtype, is_fused
 from . import options
 from .console import Output
 

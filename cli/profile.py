@@ -13,8 +13,8 @@ from ..bench.profile import Profile, profile_entry, step_work
 from ..bench.record import measure_ceilings
 from ..model.config import ConfigError, TrainConfig
 from ..model.parallel import pick_device
+from ..model.placement import compute_dtype
 from ..model.storage import write_text
-from ..model.train import compute_dtype
 from . import options
 from .console import Output
 

@@ -11,9 +11,9 @@ import torch
 import typer
 
 from ..model.parallel import own_device
+from ..model.placement import device_name
 from ..model.signals import StopSignals
 from ..model.storage import attempt, require_writable
-from ..model.train import device_name
 from ..ttt import pipeline
 from ..ttt.documents import Document, facts_of_texts, facts_of_tokens
 from ..ttt.engines import pick_scorer

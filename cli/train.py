@@ -15,11 +15,12 @@ from ..model.config import PRESETS, ConfigError, ModelConfig, Preset, TrainConfi
 from ..model.corpus import Corpus
 from ..model.lock import locked
 from ..model.parallel import Ranks, join_ranks, rank_of_many
+from ..model.placement import compute_dtype
 from ..model.prepare import Prepared, prepare, prepared_from_shards
 from ..model.reading import read_json
 from ..model.run_folder import CHECKPOINT, MODEL, RUN
 from ..model.storage import attempt, differences
-from ..model.train import Trainer, TrainResult, compute_dtype
+from ..model.train import Trainer, TrainResult
 from ..model.watch import PATIENCE
 from . import options
 from .console import Output

@@ -9,7 +9,7 @@ from ..model.artifact import load_artifact
 from ..model.config import ConfigError
 from ..model.loading import model_from_artifact, tokenizer_of
 from ..model.parallel import own_device
-from ..model.train import device_name
+from ..model.placement import device_name
 from ..ttt.audit import AuditReport, Check
 from ..ttt.hf import hashes_of_folder
 from ..ttt.verify import RELATIVE, Stored, read_nll

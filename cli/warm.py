@@ -31,8 +31,8 @@ from ..model.fused import FusedStep
 from ..model.gpt import GPT
 from ..model.loading import WEIGHTS_HELP, model_from_artifact
 from ..model.parallel import Ranks, pick_device
+from ..model.placement import compute_dtype, device_name, is_fused, micro_batches_of, rows_per_rank
 from ..model.storage import write_text
-from ..model.train import compute_dtype, device_name, is_fused, micro_batches_of, rows_per_rank
 from ..ttt.base import MICRO_TOKENS, BaseNll
 from ..ttt.documents import Document
 from ..ttt.engine import Engine, slots_a_place

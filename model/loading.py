@@ -12,10 +12,10 @@ from .config import ConfigError, ModelConfig, TrainConfig
 from .estimate import loading_bytes
 from .gpt import GPT, parameter_shapes
 from .parallel import pick_device
+from .placement import compute_dtype
 from .reading import limit, raising
 from .run_folder import CHECKPOINT, MODEL, TOKENIZER
 from .tokenizer import Tokenizer
-from .train import compute_dtype
 
 WEIGHTS = ("dense", "int6")
 WEIGHTS_HELP = "dense: the artifact's matrices dequantised once; int6: kept at six bits a weight."

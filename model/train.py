@@ -35,7 +35,7 @@ from .checkpoint import (
     load_tensors,
     save_tensors,
 )
-from .config import ConfigError, Preset, TrainConfig
+from .config import ConfigError, Preset
 from .curve import LossCurve
 from .eager import EagerStep
 from .estimate import Estimate, available_memory, estimate, fused_memory, least_memory, require_memory, state_bytes
@@ -43,6 +43,7 @@ from .evaluate import validation_bpb
 from .fused import FusedStep
 from .gpt import GPT, parameter_count
 from .parallel import Ranks, processes_here
+from .placement import compute_dtype, device_name, is_fused, micro_batches_of, rows_per_rank
 from .prepare import Prepared
 from .ranges import phase
 from .run_folder import MODEL, RUN, TOKENIZER, began_with, drop_replaced, set_aside
@@ -88,31 +89,6 @@ class TrainResult:
     """What ran attention, and why."""
     signal: int = 0
     """Number of the signal that interrupted the run."""
-
-
-def is_fused(config: TrainConfig, model: GPT) -> bool:
-    """Whether training takes the fused step; ConfigError where it was asked for and cannot be had."""
-    on_gpu = model.embed.device.type == "cuda"
-    if config.fused == "true" and on_gpu and model.backend != "triton":
-        raise ConfigError("fused=true is not possible for this model; allowed: a width that is a multiple of 16")
-    return config.fused == "true" or (config.fused == "auto" and on_gpu and model.backend == "triton")
-
-
-def rows_per_rank(preset: Preset, world: int) -> int:
-    """Rows of a step that each of `world` ranks takes; ConfigError where the batch cannot be shared out."""
-    rows, left = divmod(preset.train.batch_tokens, preset.model.train_length * world)
-    if left or not rows:
-        raise ConfigError(
-            f"batch_tokens={preset.train.batch_tokens} is not possible; allowed: multiples of train_length x ranks, "
-            f"{preset.model.train_length} x {world}"
-        )
-    return rows
-
-
-def micro_batches_of(rows: int, most: int) -> int:
-    """The least number of equal micro-batches of at most `most` rows that make up `rows`."""
-    count = -(-rows // max(1, most))
-    return next(n for n in range(count, rows + 1) if rows % n == 0)
 
 
 class _StepCut(Exception):
@@ -481,14 +457,3 @@ class Trainer:
         self.tokens = meta.get("tokens", self.step * self.config.batch_tokens)
         self.clock = TrainingClock(self.ranks.device, self.elapsed)
         self.state.books.append(self.state.book(self.step, self.tokens, meta["ema_updates"], meta["swa_snapshots"]))
-
-
-def compute_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
-    """The dtype of the network's arithmetic: `config.dtype`, where auto is bf16 on a GPU and fp32 on a CPU."""
-    if config.dtype == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return getattr(torch, config.dtype)
-
-
-def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"

@@ -496,8 +496,8 @@ def run_json(files: Files, folder: Path, draw: random.Random) -> Iterator[None]:
     from klora.bench.curves import _is_eager
     from klora.cli.demo import is_demo
     from klora.model.estimate import least_memory
+    from klora.model.placement import rows_per_rank
     from klora.model.run_folder import began_with
-    from klora.model.train import rows_per_rank
 
     run = json.loads(files.data["run.json"])
     path = folder / "run.json"

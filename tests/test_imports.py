@@ -45,6 +45,15 @@ def loaded_by(code: str) -> set[str]:
     return set(python(f"{code}\nprint(json.dumps([name for name in {HEAVY} if name in sys.modules]))"))
 
 
+def test_scoring_loads_no_training():
+    code = """
+import klora.cli.scoring
+print(json.dumps([name for name in sys.modules if name.startswith("klora.model.")]))"""
+    loaded = set(python_with_torch(code))
+    assert "klora.model.artifact" in loaded
+    assert not {f"klora.model.{name}" for name in ("train", "fused", "eager", "muon", "optimizers")} & loaded
+
+
 @pytest.mark.slow
 def test_what_an_import_loads():
     assert loaded_by("import klora; klora.__version__; klora.KloraError") == set()

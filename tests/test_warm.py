@@ -19,7 +19,7 @@ from klora.cli.console import Output
 from klora.cli.warm import Work, warmed
 from klora.kernels import precompile
 from klora.model.config import ConfigError, Preset, TrainConfig
-from klora.model.train import rows_per_rank
+from klora.model.placement import rows_per_rank
 from test_cli import klora
 
 CUDA = torch.cuda.is_available()
