@@ -57,7 +57,8 @@ TESTS = Path(__file__).resolve().parent
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
 """What finds most first."""
 COSTS = {"racecheck": 12, "initcheck": 3, "memcheck": 2, "synccheck": 2}
-"""About how long one test takes, beside the others."""
+"""About how long one test takes, beside the others. racecheck took 27 s for a test of tiny shapes where memcheck took 9
+(bench/results/nvidia-h200/tuning/sanitizer-1.txt); of larger ones it had ended none, so that twice that is a guess."""
 SHARE = 48
 """The most that a part costs: four tests by racecheck. Less, and processes would only start; more, and the last of them
 would run alone, or be lost to a limit of time."""

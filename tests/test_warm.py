@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -389,6 +390,19 @@ def test_a_batch_that_cannot_be_shared_out_is_refused_as_training_refuses_it():
         rows_per_rank(Preset("small", SMALL, train, about=""), world=2)
 
 
+def compile_nothing(code: str, parts: tuple[str, ...], folder: Path, after_the_first: dict[str, str] | None = None):
+    """Run each part of a script in a process of its own, all with one cache; each prints what it compiled."""
+    (folder / "script.py").write_text(code)
+    environment = os.environ | {"TRITON_CACHE_DIR": str(folder / "cache")}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
+    for number, part in enumerate(parts):
+        more = (after_the_first or {}) if number else {}
+        command = [sys.executable, folder / "script.py", part]
+        done = subprocess.run(command, env=environment | more, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout.splitlines()[-1]) == [], part
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not CUDA, reason="no CUDA GPU")
 def test_on_a_gpu_a_run_compiles_nothing_that_was_not_compiled_ahead(tmp_path):
@@ -428,15 +442,7 @@ def main(part):
 if __name__ == "__main__":
     main(sys.argv[1])
 """
-    (tmp_path / "script.py").write_text(code)
-    environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path / "cache")}
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
-    for part in ("ahead", "train", "score"):
-        command = [sys.executable, tmp_path / "script.py", part]
-        none = {} if part == "ahead" else {"CC": "false"}
-        done = subprocess.run(command, env=environment | none, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        assert json.loads(done.stdout.splitlines()[-1]) == [], part
+    compile_nothing(code, ("ahead", "train", "score"), tmp_path, {"CC": "false"})
 
 
 @pytest.mark.gpu
@@ -474,11 +480,4 @@ def main(part):
 if __name__ == "__main__":
     main(sys.argv[1])
 """
-    (tmp_path / "script.py").write_text(code)
-    environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path / "cache")}
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
-    for part in ("ahead", "score"):
-        command = [sys.executable, tmp_path / "script.py", part]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        assert json.loads(done.stdout.splitlines()[-1]) == [], part
+    compile_nothing(code, ("ahead", "score"), tmp_path)

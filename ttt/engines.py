@@ -25,8 +25,10 @@ CPU_ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48)
 is not captured costs nothing to make."""
 
 WHOLE_ROWS = 4
-"""Rows that the products of a CPU's library take at a time. Windows of 1, 2, 3, 5, 7, 9, 17 or 33 tokens had other bits
-in a batch than alone, and LoRAs of rank 1; windows of 8, 12, 16, 20, 24 or 48 had the same ones (AMD EPYC, MKL)."""
+"""Rows that the products of a CPU's library take at a time. Windows of 1, 2 and 3 tokens and LoRAs of rank 1 had other
+bits in a batch than alone; from 4 tokens on no size that was tried had (AMD EPYC, MKL, with and without vector
+extensions: bench/results/cpu/batch-bits-1.txt). What is no multiple of 4 is not trusted all the same: another library may take the
+last rows otherwise."""
 
 
 def pick_scorer(scorer: str, device: torch.device) -> str:

@@ -28,8 +28,8 @@ SCORED = 1 / 3
 
 
 LOOKED_AT = 2**16
-"""Chunks of which rounds are made to learn which steps to expect, and up to twice as many: 0.1 to 0.3 s on a busy CPU,
-before the first round."""
+"""Chunks of which rounds are made to learn which steps to expect, and up to twice as many: 0.015 to 0.12 s of a CPU
+before the first round (bench/results/cpu/ranks-steps-1.txt)."""
 
 
 class Shape(NamedTuple):

@@ -300,7 +300,8 @@ def lora_linear(
     looked at on the host, and one past the pool counts as -1. `scale` float32 [slots] multiplies B; `ranks` int32 or
     int64 [slots] says how many rows of A and columns of B each adapter has, up to R: the others are not read, and their
     gradients are zero. A document costs the pool's R where the product is one's own, else the rank of its own adapter
-    (:mod:`klora.kernels.lora_linear`). `bias` is [N] in x's dtype. `dropout` is of the adapters' input: a
+    (:mod:`klora.kernels.lora_linear`). Six bits are unpacked for 2,048 rows and more: N K numbers of x's dtype exist
+    during that product, forward and backward. `bias` is [N] in x's dtype. `dropout` is of the adapters' input: a
     :class:`Dropout`.
 
     With a sequence of weights, such as those of q, k and v, everything else but x and slots is a sequence or None too,
