@@ -27,8 +27,8 @@ is not captured costs nothing to make."""
 WHOLE_ROWS = 4
 """Rows that the products of a CPU's library take at a time. Windows of 1, 2 and 3 tokens and LoRAs of rank 1 had other
 bits in a batch than alone; from 4 tokens on no size that was tried had (AMD EPYC, MKL, with and without vector
-extensions: bench/results/cpu/batch-bits-1.txt). What is no multiple of 4 is not trusted all the same: another library may take the
-last rows otherwise."""
+extensions: bench/results/cpu/batch-bits-1.txt). What is no multiple of 4 is not trusted all the same: another library
+may take the last rows otherwise."""
 
 
 def pick_scorer(scorer: str, device: torch.device) -> str:
