@@ -9,6 +9,9 @@ again, until the next one does not fit. That is the Lagrangian optimum: all matr
 for bits. The choices at two budgets are nested, so more bytes never give more error. `quantize_to_fit` turns bytes of a
 real file into bits of entropy.
 
+A row's scale is the clip times its rms. Only a row whose largest weights that would cut off has a scale of its own,
+the one of least error, where that is larger (`quantize_rows`): few weights, but they are the ones that count.
+
 `quantize_int6` has a search of its own. Its codes take six bits each, so every row has the scale of least error. Here
 an entropy coder makes coarser codes smaller.
 """
@@ -20,7 +23,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 import zstandard
 from torch import Tensor
 
@@ -47,8 +49,9 @@ ERRORS = (0.1, 0.03, 0.01, 0.003)
 """Relative squared errors whose budgets `error_budgets` gives."""
 
 LARGE_ERROR = 0.01
-"""Relative squared error worth a warning. 0.0019 cost the seed preset 0.0019 bits per byte of 0.516 after 844 steps and
-0.0101 of 0.400 after 6,787; the loss grows about in proportion to the error."""
+"""Relative squared error worth a warning. 0.0019 cost the seed preset 0.0019 bits per byte of 0.516 after 844 steps. The
+loss grows about in proportion to the error, where that is of rounding: a few large weights that are cut off cost more
+than all of it (docs/notes/training.md)."""
 
 ALLOWANCE = 1.02
 """Factor on the entropy of those budgets, for what an entropy coder leaves."""
@@ -78,11 +81,30 @@ def _gain(coarse: tuple[float, float, float], fine: tuple[float, float, float]) 
     return (coarse[1] - fine[1]) / (fine[0] - coarse[0])
 
 
+def quantize_rows(weight: Tensor, clip: float) -> tuple[Tensor, Tensor]:
+    """weight [N, K] -> codes int8 [N, K] and scale fp16 or fp32 [N]: clip * rms, and what cuts a row off is widened."""
+    codes, scale = quantize_int6_ref(weight, clip)
+    cut = _is_cut(weight.float().abs().amax(dim=1), scale.float()).nonzero().flatten()
+    if not cut.numel():
+        return codes, scale
+    own_codes, own_scale = quantize_int6_ref(weight[cut])
+    wider = own_scale > scale[cut]
+    rows = cut[wider]
+    scale = scale.to(torch.promote_types(scale.dtype, own_scale.dtype))
+    codes[rows], scale[rows] = own_codes[wider], own_scale[wider].to(scale.dtype)
+    return codes, scale
+
+
+def _is_cut(largest: Tensor, scale: Tensor) -> Tensor:
+    """Where a weight is further from the largest code than rounding takes one."""
+    return largest > (CODE_MAX + 0.5) * scale
+
+
 def clip_curve(weight: Tensor) -> ClipCurve:
     """Measure the curve of weight [N, K] on a sample of its rows. Zero rows cost nothing and are left out.
 
-    One sort gives all clips. With u = w / rms in order, the weights of a code are a range of u. Counts and errors come
-    from prefix sums of rms^2, rms^2 u and rms^2 u^2. The scale's rounding to fp16 is left out.
+    All clips at once, each with the rows that it cuts off as :func:`quantize_rows` has them. The scales' rounding to
+    fp16 is left out.
     """
     rms = weight.float().square().mean(dim=1).sqrt()
     rows = rms.nonzero().flatten()
@@ -90,18 +112,18 @@ def clip_curve(weight: Tensor) -> ClipCurve:
         return ClipCurve((0.0,) * len(CLIPS), (0.0,) * len(CLIPS))
     draw = torch.randperm(rows.numel(), generator=torch.Generator().manual_seed(0))
     sample = rows[draw[: -(-SAMPLE // weight.size(1))].to(rows.device)]
-    u, order = (weight[sample] / rms[sample, None]).flatten().double().sort()
-    energy = rms[sample].double().square().repeat_interleave(weight.size(1))[order]
-    sums = F.pad(torch.stack([torch.ones_like(u), energy, energy * u, energy * u * u]).cumsum(1), (1, 0))
-    clips = torch.tensor(CLIPS, dtype=torch.float64, device=u.device)[:, None]
-    codes = torch.arange(-CODE_MAX, CODE_MAX + 1, device=u.device)
-    ends = F.pad(torch.searchsorted(u, clips * (codes[:-1] + 0.5)), (1, 0))
-    ends = F.pad(ends, (0, 1), value=u.numel())
-    count, s0, s1, s2 = sums[:, ends].diff(dim=-1)
-    bits = torch.special.entr(count / u.numel()).sum(1) / math.log(2.0)
-    error = (s2 - 2 * clips * codes * s1 + (clips * codes).square() * s0).sum(1) / energy.sum()
-    weights = rows.numel() * weight.size(1)
-    return ClipCurve(tuple((weights * bits).tolist()), tuple((weights * error).tolist()))
+    u, energy = weight[sample].float() / rms[sample, None], rms[sample].square()
+    own = quantize_int6_ref(u)[1].float()
+    clips = torch.tensor(CLIPS, device=u.device)[:, None]
+    clips = torch.where(_is_cut(u.abs().amax(dim=1), clips), torch.maximum(clips, own), clips)
+    weights, bits, error = rows.numel() * weight.size(1), [], []
+    for clip in clips[..., None]:
+        codes = (u / clip).round_().clamp_(-CODE_MAX, CODE_MAX)
+        count = torch.bincount((codes + CODE_MAX).long().flatten(), minlength=2 * CODE_MAX + 1).double()
+        bits.append(torch.special.entr(count / u.numel()).sum() / math.log(2.0))
+        error.append((codes.mul_(clip).sub_(u).square_().sum(dim=1) * energy).double().sum())
+    share = torch.stack(error) / (energy.double().sum() * u.size(1))
+    return ClipCurve(tuple((weights * torch.stack(bits)).tolist()), tuple((weights * share).tolist()))
 
 
 def choose_clips(curves: Mapping[str, ClipCurve], code_bytes: float) -> tuple[dict[str, float], float]:
@@ -173,10 +195,10 @@ class QuantizedMatrices(NamedTuple):
 
 
 def quantize_matrices(matrices: Mapping[str, Tensor], clips: Mapping[str, float]) -> QuantizedMatrices:
-    """Quantise each matrix [N, K] at its clip."""
+    """Quantise each matrix [N, K] at its clip, as :func:`quantize_rows`."""
     codes, scales, errors = {}, {}, {}
     for name, matrix in matrices.items():
-        codes[name], scales[name] = quantize_int6_ref(matrix, clips[name])
+        codes[name], scales[name] = quantize_rows(matrix, clips[name])
         errors[name] = relative_error(matrix, codes[name], scales[name])
     weights = sum(matrix.numel() for matrix in matrices.values())
     total = sum(errors[name] * matrix.numel() for name, matrix in matrices.items()) / weights

@@ -22,13 +22,13 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from klora.cli import export
-from klora.kernels.int6 import Int6Weight, dequantize_int6_ref, quantize_int6_ref
+from klora.kernels.int6 import Int6Weight, dequantize_int6_ref, quantize_int6_ref, relative_error
 from klora.model import artifact
 from klora.model.artifact import ArtifactError, load_artifact, save_artifact
 from klora.model.config import ModelConfig
 from klora.model.gpt import GPT, is_block_matrix, parameter_shapes
 from klora.model.loading import model_from_artifact
-from klora.model.quantize import CLIPS, ClipCurve, choose_clips, clip_curve, compress, quantize_to_fit
+from klora.model.quantize import CLIPS, ClipCurve, choose_clips, clip_curve, compress, quantize_rows, quantize_to_fit
 
 CONFIG = ModelConfig(
     vocab_size=260,
@@ -82,7 +82,7 @@ def payload_of(data):
 
 
 class TestClipCurve:
-    @pytest.mark.parametrize("kind", ["gaussian", "heavy tails", "uneven rows", "sparse"])
+    @pytest.mark.parametrize("kind", ["gaussian", "heavy tails", "uneven rows", "sparse", "outliers"])
     def test_agrees_with_the_quantizer(self, kind):
         generator = torch.Generator().manual_seed(1)
         weight = torch.randn(96, 128, generator=generator) * 0.02
@@ -93,10 +93,12 @@ class TestClipCurve:
         elif kind == "sparse":
             weight[::2] = 0
             weight[:, 5:] *= 0.01
+        elif kind == "outliers":
+            weight[::9, 7] = 0.4
         curve = clip_curve(weight)
         live = int(weight.any(dim=1).sum()) * 128
         for index in (0, 10, 20, 30, 45, 63):
-            codes, scale = quantize_int6_ref(weight, CLIPS[index])
+            codes, scale = quantize_rows(weight, CLIPS[index])
             error = (weight.double() - dequantize_int6_ref(codes, scale, torch.float64)).square().sum()
             counts = np.bincount(codes[weight.any(dim=1)].numpy().flatten().astype(int) + 31, minlength=63)
             share = counts[counts > 0] / live
@@ -115,6 +117,45 @@ class TestClipCurve:
     def test_a_zero_matrix_costs_nothing(self):
         curve = clip_curve(torch.zeros(4, 8))
         assert set(curve.bits) == set(curve.error) == {0.0}
+
+
+class TestQuantizeRows:
+    """What one clip for a matrix cuts off: weights that a trained model has few of, and needs."""
+
+    def matrix(self, outliers=3, size=12.0):
+        weight = torch.randn(96, 512, generator=torch.Generator().manual_seed(4))
+        weight[:outliers, 100] = size
+        return weight
+
+    @pytest.mark.parametrize("size", [7.0, 12.0, -40.0])
+    def test_the_largest_weight_of_a_row_stays(self, size):
+        weight = self.matrix(size=size)
+        kept, cut = (dequantize_int6_ref(*q(weight, 0.149))[:3, 100] for q in (quantize_rows, quantize_int6_ref))
+        assert (kept / size).min() > 0.85
+        assert (cut / size).max() < (0.85 if size == 7.0 else 0.5)
+
+    def test_other_rows_have_the_scale_of_the_clip(self):
+        weight = self.matrix()
+        codes, scale = quantize_rows(weight, 0.149)
+        wanted_codes, wanted_scale = quantize_int6_ref(weight, 0.149)
+        assert torch.equal(codes[3:], wanted_codes[3:]) and torch.equal(scale[3:], wanted_scale[3:])
+        assert (scale[:3] > wanted_scale[:3]).all()
+
+    @pytest.mark.parametrize("clip", CLIPS[::6])
+    def test_no_row_has_more_error_than_by_its_clip_alone(self, clip):
+        """But for what the search of a row's scale leaves, a tenth."""
+        weight = self.matrix() * torch.randn(96, 1, generator=torch.Generator().manual_seed(6)).exp()
+        ours, alone = (
+            (dequantize_int6_ref(*q(weight, clip)) - weight).square().sum(dim=1)
+            for q in (quantize_rows, quantize_int6_ref)
+        )
+        assert (ours <= alone * 1.1).all() and (ours[0] < alone[0]) == (clip < 0.3)
+
+    def test_a_scale_too_small_for_fp16_keeps_its_bits(self):
+        weight = self.matrix() * 1e-7
+        codes, scale = quantize_rows(weight, 0.149)
+        assert scale.dtype == torch.float32
+        assert relative_error(weight, codes, scale) < 0.01
 
 
 class TestChooseClips:
@@ -313,7 +354,7 @@ class TestRoundTrip:
         for name, tensor in state.items():
             if is_block_matrix(name):
                 assert isinstance(artifact.tensors[name], Int6Weight)
-                expected = dequantize_int6_ref(*quantize_int6_ref(tensor, summary.clips[name]))
+                expected = dequantize_int6_ref(*quantize_rows(tensor, summary.clips[name]))
             elif name in ("embed", "bigram.table", "bigram.project"):
                 expected = tensor.half().float()
             else:

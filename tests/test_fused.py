@@ -183,13 +183,19 @@ def test_the_kernels_fold_int6_values_as_the_reference_does(is_on, device):
     generator = torch.Generator().manual_seed(0)
     weight, grad = (torch.randn(2, 3, 700, generator=generator) for _ in range(2))
     weight[0, 1] = 0.0
+    weight.clamp_(-3.0, 3.0)[1, 2, 600] = -14.0
     given = (t.to(device) for t in (weight, torch.rand(2, 3, generator=generator), torch.tensor([1.0, 0.5]), grad))
     weight, scale, depth, grad = given
     ours, plain = (folded(backend, is_on, weight, scale, depth, grad) for backend in ("triton", "reference"))
     for a, b in zip(ours, plain, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
-    values = dequantize_int6_ref(*quantize_int6_ref(weight.view(6, 700), 0.11)).view_as(weight)
-    torch.testing.assert_close(ours[1], values if is_on else weight, rtol=1e-6, atol=0.0)
+    codes, scale = quantize_int6_ref(weight.view(6, 700), 0.11)
+    is_whole = weight.abs().amax(-1) <= 31.5 * scale.view(2, 3)
+    values = dequantize_int6_ref(codes, scale).view_as(weight)
+    wanted = values if is_on else weight
+    torch.testing.assert_close(ours[1][is_whole], wanted[is_whole], rtol=1e-6, atol=0.0)
+    assert is_whole.sum() == 5
+    assert float(ours[1][1, 2, 600]) == pytest.approx(-14.0, rel=0.12)
 
 
 @pytest.mark.parametrize("backend", ["reference", pytest.param("triton", marks=pytest.mark.slow)])
