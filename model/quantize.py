@@ -49,9 +49,9 @@ ERRORS = (0.1, 0.03, 0.01, 0.003)
 """Relative squared errors whose budgets `error_budgets` gives."""
 
 LARGE_ERROR = 0.01
-"""Relative squared error worth a warning. 0.0019 cost the seed preset 0.0019 bits per byte of 0.516 after 844 steps. The
-loss grows about in proportion to the error, where that is of rounding: a few large weights that are cut off cost more
-than all of it (docs/notes/training.md)."""
+"""Relative squared error worth a warning. 0.0019 cost the seed preset 0.0019 bits per byte of 0.516 after 844 steps.
+The loss grows about in proportion to the error, where that is of rounding: a few large weights that are cut off cost
+more than all of it (docs/notes/training.md)."""
 
 ALLOWANCE = 1.02
 """Factor on the entropy of those budgets, for what an entropy coder leaves."""
