@@ -24,9 +24,9 @@ JOINT_RANK = 64
 SHORT = 64
 """Tokens below which half a tile of one's own product would be empty, which holds rows of one document alone."""
 UNPACKED = 2_048
-"""Rows from which on six bits are unpacked before a product, which `int6_linear` does there, too. `added` took 0.347 ms
-both ways where a dense weight took 0.189 (65,536 rows, 512 x 512, rank 16, an H200: nvidia-h200/tuning/
-lora_linears-3.txt); `after` has not been timed so. Never joint: the backward of that launch would keep the unpacked
+"""Rows from which on six bits are unpacked before a product, which `int6_linear` does there, too. Both ways `added`
+took 0.347 ms where a dense weight took 0.189, and `after` 0.220 (65,536 rows, 512 x 512, rank 16, an H200: nvidia-h200/
+tuning/lora_linears-3.txt, lora_linears-4-int6.json). Never joint: the backward of that launch would keep the unpacked
 weight."""
 
 
