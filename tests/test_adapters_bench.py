@@ -3,6 +3,7 @@
 import copy
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import klora.bench.adapter_trainers as trainers
@@ -15,16 +16,18 @@ from klora.bench.gate import RedGate, why_broken
 from klora.errors import KloraError
 from test_warm import python
 from tiny_hf import saved, tiny_llama
+from torch._dynamo.backends.debugging import aot_eager
 
 pytest.importorskip("transformers", reason="pip install -e '.[test]' brings transformers")
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "tie_word_embeddings": True}
+COMPILE = torch.compile
 TOY = {"batch": 3, "tokens": 8, "rank": 4, "rounds": 1, "commit": "x"}
 
 
 @pytest.fixture(autouse=True)
 def nothing_is_compiled(monkeypatch):
     """It takes a minute, and no test is about it."""
-    monkeypatch.setattr(torch, "compile", lambda function: function)
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
 
 
 @pytest.fixture(scope="module")
@@ -234,6 +237,24 @@ def test_a_step_is_that_of_the_stacked_adapters(name, module):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("name", "graphs"), [("klora-compiled", 4), ("klora-compiled-fused", 3)])
+def test_a_compiled_row_compiles_one_graph_for_all_layers(name, graphs, module, monkeypatch):
+    """The first layer has another, for its input wants no gradient; then there are the last norm and PyTorch's loss."""
+    compiled = []
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return aot_eager(graph, inputs)
+
+    monkeypatch.setattr(torch, "compile", partial(COMPILE, backend=backend, fullgraph=True))
+    torch.compiler.reset()
+    trainer = ROWS[name].build(work(module))
+    plain = ROWS["klora"].build(work(module))
+    ours, theirs = ([float(one.step()) for _ in range(3)] for one in (trainer, plain))
+    assert ours == pytest.approx(theirs, rel=1e-4) and len(compiled) == graphs
+
+
+@pytest.mark.slow
 def test_one_by_one_takes_the_steps_of_every_adapter_and_times_some(module, monkeypatch):
     pytest.importorskip("peft", reason="pip install -e '.[test]' brings peft")
     monkeypatch.setattr(trainers, "ONE_BY_ONE", 2)
@@ -287,6 +308,7 @@ def test_losses_are_shown_and_not_hidden():
 
     rows = {
         "klora": row(10.0),
+        "klora-mixed-ranks": row(1.0),
         "klora-int6": row(12.0, base_bytes={"ratio": 0.39}),
         "peft-one-by-one": row(50.0, ms_set_adapter_left_out={"p50": 39.0}),
         "compiled-bmm": row(12.0),
@@ -299,6 +321,12 @@ def test_losses_are_shown_and_not_hidden():
         "bytes of the base at six bits, of those in the model's dtype": (0.39, True),
         "time with a base at six bits, of that in the model's dtype": (1.2, False),
     }
+    assert {verdict.get("by") for verdict in verdicts(rows)} == {"klora", None}
+    faster = rows | {"klora-compiled": row(4.0), "klora-compiled-fused": row(5.0)}
+    found = {verdict["what"]: (verdict.get("by"), verdict["found"]) for verdict in verdicts(faster)}
+    assert found["times faster than compiled-bmm"] == ("klora-compiled", 3.0)
+    assert found["times faster than peft-one-by-one"] == ("klora-compiled", 12.5)
+    assert found["time with a base at six bits, of that in the model's dtype"] == (None, 1.2)
     assert {name.partition(",")[0] for name in FASTER} <= set(ROWS)
     assert verdicts({"compiled-bmm": row(12.0)}) == []
 
