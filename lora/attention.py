@@ -25,7 +25,10 @@ INSTEAD = "detach() it for this"
 
 
 class Attention:
-    """klora's attention on a model; made by :func:`set_attention`. `before` is the name of the one that it had."""
+    """klora's attention on a model; made by :func:`set_attention`. `before` is the name of the one that it had.
+
+    Example: attention: Attention = set_attention(model)
+    """
 
     def __init__(self, model: nn.Module, before: str):
         self.model, self.before = model, before
@@ -48,7 +51,7 @@ def set_attention(model: nn.Module) -> Attention:
 
     It is for training: whole rows, each from its first token on, padded on the right or not at all. What is padded on
     the right is read by no token before it, so leave `attention_mask` out. A mask that is given is looked at on a CPU;
-    on a GPU that would wait for it, and torch.compile cannot, so there every mask is refused.
+    on a GPU that would wait for it, and in a compiled graph nobody can, so there every mask is refused.
 
     LoraError: a model of another kind or of several parts; one whose attention is not causal, or has sliding windows,
     chunks, a softcap, or heads that are no multiple of 8 up to 256. LoraError in a forward: padding on the left or a
