@@ -39,6 +39,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 
 from ..errors import KloraError
 from ..model.config import ConfigError
@@ -133,6 +134,7 @@ def gate(work: Work, row: Row, name: str) -> dict[str, Any]:
 
     RedGate: one in fp32 is larger than the rule allows.
     """
+    torch.compiler.reset()  # a function is compiled eight times at most, and then runs as it is
     cut, found = work.cut(**GATE), {}
     for dtype in _gated(work, row):
         trainer = row.build(replace(cut, dtype=dtype))
@@ -183,9 +185,11 @@ def _gradients(trainer: Trainer) -> dict[str, Tensor]:
 def timed(work: Work, row: Row, rounds: int) -> dict[str, Any]:
     """Milliseconds of a step, most bytes that were allocated, and how it was run. `first_step_seconds` are from the
     building to the end of the first step: adapters made and kernels compiled, but for ours that are compiled ahead.
+    `graphs` are torch.compile's, `graph_breaks` where it left one for Python.
     """
     device = work.tokens.device
     _free(device)
+    counters.clear()
     began = time.perf_counter()
     trainer = row.build(work)
     loss, parts = _first_step(trainer, device)
@@ -194,6 +198,8 @@ def timed(work: Work, row: Row, rounds: int) -> dict[str, Any]:
         "parts": parts,
         "captured": False,
         "first_step_seconds": time.perf_counter() - began,
+        "graphs": counters["stats"]["unique_graphs"],
+        "graph_breaks": sum(counters["graph_break"].values()),
     }
     step: Callable[[], object] = trainer.step
     if row.captures and device.type == "cuda":

@@ -253,6 +253,9 @@ def test_a_compiled_row_compiles_one_graph_for_all_layers(name, graphs, module, 
     plain = ROWS["klora"].build(work(module))
     ours, theirs = ([float(one.step()) for _ in range(3)] for one in (trainer, plain))
     assert ours == pytest.approx(theirs, rel=1e-4) and len(compiled) == graphs
+    row = timed(work(module), ROWS[name], 1)
+    assert row["graphs"] == graphs and row["graph_breaks"] == 0
+    assert timed(work(module), ROWS["klora"], 1)["graphs"] == 0
 
 
 @pytest.mark.slow
@@ -349,9 +352,10 @@ def test_a_model_of_another_kind_is_refused(tmp_path, without_a_gpu):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
 @pytest.mark.parametrize("name", [name for name, row in ROWS.items() if row.is_ours])
-def test_a_step_is_one_graph_and_right_in_bf16(name):
+def test_a_step_is_one_graph_and_right_in_bf16(name, monkeypatch):
     """Most of its time goes into compiling kernels. Here one set of them serves the gate and the step of every row:
     linears of one shape, and ranks up to one that all rows share. None is below 4, where the draws would be too few."""
+    monkeypatch.setattr(torch, "compile", COMPILE)
     module = tiny_llama(**SIZES | {"intermediate_size": 64}, num_key_value_heads=4, num_hidden_layers=GATE["layers"])
     given = work(module.to(torch.bfloat16), (4, 8, 12, 16) if ROWS[name].is_mixed else (16,) * 4, dtype=torch.bfloat16)
     given = replace(given, tokens=given.tokens.cuda())
@@ -359,4 +363,5 @@ def test_a_step_is_one_graph_and_right_in_bf16(name):
     assert errors["bfloat16"]["error"] <= errors["bfloat16"]["allowed"]
     row = timed(given, ROWS[name], 1)
     assert row["captured"] == ROWS[name].captures, row.get("why_not_captured")
+    assert (row["graphs"] > 0) == name.startswith("klora-compiled") and row["graph_breaks"] == 0
     assert row["peak_bytes"] > 0
