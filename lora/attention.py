@@ -10,7 +10,6 @@ import sys
 from inspect import signature
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..kernels import causal_attention
@@ -51,7 +50,7 @@ def set_attention(model: nn.Module) -> Attention:
 
     It is for training: whole rows, each from its first token on, padded on the right or not at all. What is padded on
     the right is read by no token before it, so leave `attention_mask` out. A mask that is given is looked at on a CPU;
-    on a GPU that would wait for it, and in a compiled graph nobody can, so there every mask is refused.
+    on a GPU that would wait for it, so there every mask is refused.
 
     LoraError: a model of another kind or of several parts; one whose attention is not causal, or has sliding windows,
     chunks, a softcap, or heads that are no multiple of 8 up to 256. LoraError in a forward: padding on the left or a
@@ -122,11 +121,10 @@ def _check_mask(mask: Any) -> None:
     if not isinstance(mask, Tensor) or mask.dim() != 2:
         found = f"of {list(mask.shape)}" if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
         raise LoraError(f"attention_mask is {found}; allowed: [batch, tokens], padded on the right, or {INSTEAD}")
-    if torch.compiler.is_compiling() or mask.device.type != "cpu":
-        where = "under torch.compile" if torch.compiler.is_compiling() else f"on {mask.device} without waiting for it"
+    if mask.device.type != "cpu":
         raise LoraError(
-            f"attention_mask cannot be looked at {where}. Pad on the right and leave it out: no token reads what comes "
-            f"after it. Or {INSTEAD}"
+            f"attention_mask cannot be looked at on {mask.device} without waiting for it. Pad on the right and leave "
+            f"it out: no token reads what comes after it. Or {INSTEAD}"
         )
     kept = mask != 0
     if (kept[:, 1:] & ~kept[:, :-1]).any():

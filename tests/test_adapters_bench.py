@@ -14,6 +14,7 @@ from klora.bench.adapter_trainers import Klora, Work, linears_of
 from klora.bench.adapters import FASTER, GATE, ROWS, Row, gate, mixed_ranks, timed, verdicts
 from klora.bench.gate import RedGate, why_broken
 from klora.errors import KloraError
+from klora.lora.attention import NAME
 from test_warm import python
 from tiny_hf import saved, tiny_llama
 from torch._dynamo.backends.debugging import aot_eager
@@ -250,6 +251,7 @@ def test_a_compiled_row_compiles_one_graph_for_all_layers(name, graphs, module, 
     monkeypatch.setattr(torch, "compile", partial(COMPILE, backend=backend, fullgraph=True))
     torch.compiler.reset()
     trainer = ROWS[name].build(work(module))
+    assert (trainer.module.config._attn_implementation == NAME) == (name == "klora-compiled-fused")
     plain = ROWS["klora"].build(work(module))
     ours, theirs = ([float(one.step()) for _ in range(3)] for one in (trainer, plain))
     assert ours == pytest.approx(theirs, rel=1e-4) and len(compiled) == graphs
@@ -327,10 +329,11 @@ def test_losses_are_shown_and_not_hidden():
     }
     assert {verdict.get("by") for verdict in verdicts(rows)} == {"klora", None}
     faster = rows | {"klora-compiled": row(4.0), "klora-compiled-fused": row(5.0)}
+    faster["klora-int6"] = row(3.0, base_bytes={"ratio": 0.39})
     found = {verdict["what"]: (verdict.get("by"), verdict["found"]) for verdict in verdicts(faster)}
     assert found["times faster than compiled-bmm"] == ("klora-compiled", 3.0)
     assert found["times faster than peft-one-by-one"] == ("klora-compiled", 12.5)
-    assert found["time with a base at six bits, of that in the model's dtype"] == (None, 1.2)
+    assert found["time with a base at six bits, of that in the model's dtype"] == (None, 0.3)
     assert {name.partition(",")[0] for name in FASTER} <= set(ROWS)
     assert verdicts({"compiled-bmm": row(12.0)}) == []
 
