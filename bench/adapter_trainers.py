@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels import linear_nll
-from ..lora import attach
+from ..lora import attach, set_attention
 from ..ttt.hf_model import skip_masks
 from .gate import why_broken
 
@@ -95,7 +95,11 @@ class Trainer:
 
     def loss(self, rows: slice) -> Tensor:
         """Sum of the rows' mean NLL: a row's adapter has the gradient that it would have alone."""
-        logits, targets = self.logits(rows), self.work.tokens[rows, 1:]
+        return self.nll(self.logits(rows), self.work.tokens[rows, 1:])
+
+    @staticmethod
+    def nll(logits: Tensor, targets: Tensor) -> Tensor:
+        """Of `logits` [b, S, V]: the NLL of `targets` [b, S], summed over rows and averaged over tokens."""
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, 1)
         return F.cross_entropy(wide, targets.flatten(), reduction="sum") / targets.size(1)
 
@@ -184,6 +188,27 @@ class Klora(Trainer):
         dense = sum(place.inputs * place.outputs for place in self.lora.pool.places) * self.work.dtype.itemsize
         int6 = sum(matrix.packed.nbytes + matrix.scale.nbytes for matrix in matrices)
         return {"dense": dense, "int6": int6, "ratio": int6 / dense}
+
+
+class KloraCompiled(Klora):
+    """By klora.lora in a model whose layers torch.compile has compiled. `is_fused`: with klora's attention and loss.
+
+    One graph serves all layers, so that compiling does not take longer with more of them. `compiles` False launches
+    those of our kernels that the compiled one launches: there every linear is a call of its own.
+    """
+
+    def __init__(self, work: Work, is_fused: bool = False, compiles: bool = True):
+        super().__init__(work, is_fused=is_fused)
+        if is_fused:
+            set_attention(self.module)
+        if compiles:
+            base = self.module.base_model
+            for part in (*base.layers, base.norm):
+                part.compile(dynamic=False)
+            self.nll = torch.compile(self.nll, dynamic=False)
+        else:
+            for site in self.lora.sites:
+                site.shared = None
 
 
 class StackedLinear(nn.Module):

@@ -47,6 +47,17 @@ class Site:
         self.lora, self.index, self.module = lora, index, module
         self.place = lora.pool.places[index]
         self.shared: Shared | None = None
+        self.bind(lora.pool, index)
+
+    def bind(self, pool: Pool, index: int) -> None:
+        """Keep what is its own of the pool: A and B, scale and ranks. Found by `index` in each forward, they would make
+        torch.compile trace every layer anew; so one graph serves all layers alike.
+        """
+        self.leaves, self.scale, self.ranks = pool.leaves[index], pool.scale[:, index], pool.ranks[:, index]
+
+    def __getstate__(self) -> dict:
+        """Without what is the pool's: :meth:`Lora.__setstate__` binds it again."""
+        return {name: value for name, value in vars(self).items() if name not in ("leaves", "scale", "ranks")}
 
     def forward(self, input: Tensor) -> Tensor:
         lora, module, x = self.lora, self.module, input
@@ -90,7 +101,7 @@ class Site:
 def adapted(sites: Sequence[Site], x: Tensor) -> list[Tensor]:
     """The outputs of `sites`, all of which have the input `x`."""
     lora, shape = sites[0].lora, x.shape
-    pool, rows = lora.pool, lora.current
+    rows = lora.current
     x = x.reshape(shape[0], -1, shape[-1]) if x.dim() > 3 else x
     is_cast = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
     x = x.to(torch.get_autocast_dtype(x.device.type)) if is_cast else x
@@ -100,10 +111,11 @@ def adapted(sites: Sequence[Site], x: Tensor) -> list[Tensor]:
         weight = weight.mT if site.place.is_conv1d else weight
         weights.append(weight.to(x.dtype) if is_cast and isinstance(weight, Tensor) else weight)
         biases.append(None if site.module.bias is None else site.module.bias.to(x.dtype))
-    dropout, indices = None, [site.index for site in sites]
+    dropout = None
     if lora.dropout and sites[0].module.training:
-        dropout = Dropout(lora.dropout, [row_keys(lora.seed, i, rows.slots, rows.step, rows.nth) for i in indices])
-    adapters, scales, ranks = zip(*((pool.leaves[i], pool.scale[:, i], pool.ranks[:, i]) for i in indices), strict=True)
+        keys = [row_keys(lora.seed, site.index, rows.slots, rows.step, rows.nth) for site in sites]
+        dropout = Dropout(lora.dropout, keys)
+    adapters, scales, ranks = zip(*((site.leaves, site.scale, site.ranks) for site in sites), strict=True)
     outs = adapted_linears(x, weights, biases, adapters, scales, ranks, rows.slots, dropout, lora.backend)
     return [y.unflatten(1, shape[1:-1]) if len(shape) > 3 else y for y in outs]
 
@@ -132,6 +144,11 @@ class Lora:
         if self._report is not None:
             raise LoraError("adapters over a base at six bits cannot be copied; detach() first, or give base='dense'")
         return vars(self)
+
+    def __setstate__(self, state: dict) -> None:
+        vars(self).update(state)
+        for index, site in enumerate(self.sites):
+            site.bind(self.pool, index)
 
     @contextmanager
     def rows(self, slots: Sequence[str | int | None] | Tensor, step: int | None = None) -> Iterator[None]:

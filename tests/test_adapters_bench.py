@@ -3,6 +3,7 @@
 import copy
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import klora.bench.adapter_trainers as trainers
@@ -13,18 +14,21 @@ from klora.bench.adapter_trainers import Klora, Work, linears_of
 from klora.bench.adapters import FASTER, GATE, ROWS, Row, gate, mixed_ranks, timed, verdicts
 from klora.bench.gate import RedGate, why_broken
 from klora.errors import KloraError
+from klora.lora.attention import NAME
 from test_warm import python
 from tiny_hf import saved, tiny_llama
+from torch._dynamo.backends.debugging import aot_eager
 
 pytest.importorskip("transformers", reason="pip install -e '.[test]' brings transformers")
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "tie_word_embeddings": True}
+COMPILE = torch.compile
 TOY = {"batch": 3, "tokens": 8, "rank": 4, "rounds": 1, "commit": "x"}
 
 
 @pytest.fixture(autouse=True)
 def nothing_is_compiled(monkeypatch):
     """It takes a minute, and no test is about it."""
-    monkeypatch.setattr(torch, "compile", lambda function: function)
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +87,7 @@ from klora.kernels.precompile import recorded
 from tiny_hf import tiny_llama
 
 torch.set_num_threads(1)
+torch.compile = partial(torch.compile, backend="aot_eager")
 adapters.relative_error, adapters.DRAWS = lambda ours, exact: 0.0, dict.fromkeys(adapters.DRAWS, 2)
 module = tiny_llama(hidden_size=64, intermediate_size=96, tie_word_embeddings=True).to(torch.bfloat16)
 works = adapters.works_of(module, CPU, batch=5, tokens=80, rank=8)
@@ -234,6 +239,28 @@ def test_a_step_is_that_of_the_stacked_adapters(name, module):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("name", "graphs"), [("klora-compiled", 4), ("klora-compiled-fused", 3)])
+def test_a_compiled_row_compiles_one_graph_for_all_layers(name, graphs, module, monkeypatch):
+    """The first layer has another, for its input wants no gradient; then there are the last norm and PyTorch's loss."""
+    compiled = []
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return aot_eager(graph, inputs)
+
+    monkeypatch.setattr(torch, "compile", partial(COMPILE, backend=backend, fullgraph=True))
+    torch.compiler.reset()
+    trainer = ROWS[name].build(work(module))
+    assert (trainer.module.config._attn_implementation == NAME) == (name == "klora-compiled-fused")
+    plain = ROWS["klora"].build(work(module))
+    ours, theirs = ([float(one.step()) for _ in range(3)] for one in (trainer, plain))
+    assert ours == pytest.approx(theirs, rel=1e-4) and len(compiled) == graphs
+    row = timed(work(module), ROWS[name], 1)
+    assert row["graphs"] == graphs and row["graph_breaks"] == 0
+    assert timed(work(module), ROWS["klora"], 1)["graphs"] == 0
+
+
+@pytest.mark.slow
 def test_one_by_one_takes_the_steps_of_every_adapter_and_times_some(module, monkeypatch):
     pytest.importorskip("peft", reason="pip install -e '.[test]' brings peft")
     monkeypatch.setattr(trainers, "ONE_BY_ONE", 2)
@@ -287,6 +314,7 @@ def test_losses_are_shown_and_not_hidden():
 
     rows = {
         "klora": row(10.0),
+        "klora-mixed-ranks": row(1.0),
         "klora-int6": row(12.0, base_bytes={"ratio": 0.39}),
         "peft-one-by-one": row(50.0, ms_set_adapter_left_out={"p50": 39.0}),
         "compiled-bmm": row(12.0),
@@ -299,6 +327,13 @@ def test_losses_are_shown_and_not_hidden():
         "bytes of the base at six bits, of those in the model's dtype": (0.39, True),
         "time with a base at six bits, of that in the model's dtype": (1.2, False),
     }
+    assert {verdict.get("by") for verdict in verdicts(rows)} == {"klora", None}
+    faster = rows | {"klora-compiled": row(4.0), "klora-compiled-fused": row(5.0)}
+    faster["klora-int6"] = row(3.0, base_bytes={"ratio": 0.39})
+    found = {verdict["what"]: (verdict.get("by"), verdict["found"]) for verdict in verdicts(faster)}
+    assert found["times faster than compiled-bmm"] == ("klora-compiled", 3.0)
+    assert found["times faster than peft-one-by-one"] == ("klora-compiled", 12.5)
+    assert found["time with a base at six bits, of that in the model's dtype"] == (None, 0.3)
     assert {name.partition(",")[0] for name in FASTER} <= set(ROWS)
     assert verdicts({"compiled-bmm": row(12.0)}) == []
 
@@ -320,9 +355,10 @@ def test_a_model_of_another_kind_is_refused(tmp_path, without_a_gpu):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
 @pytest.mark.parametrize("name", [name for name, row in ROWS.items() if row.is_ours])
-def test_a_step_is_one_graph_and_right_in_bf16(name):
+def test_a_step_is_one_graph_and_right_in_bf16(name, monkeypatch):
     """Most of its time goes into compiling kernels. Here one set of them serves the gate and the step of every row:
     linears of one shape, and ranks up to one that all rows share. None is below 4, where the draws would be too few."""
+    monkeypatch.setattr(torch, "compile", COMPILE)
     module = tiny_llama(**SIZES | {"intermediate_size": 64}, num_key_value_heads=4, num_hidden_layers=GATE["layers"])
     given = work(module.to(torch.bfloat16), (4, 8, 12, 16) if ROWS[name].is_mixed else (16,) * 4, dtype=torch.bfloat16)
     given = replace(given, tokens=given.tokens.cuda())
@@ -330,4 +366,5 @@ def test_a_step_is_one_graph_and_right_in_bf16(name):
     assert errors["bfloat16"]["error"] <= errors["bfloat16"]["allowed"]
     row = timed(given, ROWS[name], 1)
     assert row["captured"] == ROWS[name].captures, row.get("why_not_captured")
+    assert (row["graphs"] > 0) == name.startswith("klora-compiled") and row["graph_breaks"] == 0
     assert row["peak_bytes"] > 0

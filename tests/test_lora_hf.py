@@ -92,6 +92,8 @@ def test_every_name_has_a_usage_line_that_runs_as_it_is_printed(name, thing, tmp
         names |= {"lora": lora, "optimizer": lora.optimizer()}
         lora.adapters.save("alice", "alice-lora")
         torch.save(names["optimizer"].state_dict(), "adam.pt")
+    if name == "Attention.detach":
+        names["attention"] = klora.lora.set_attention(model)
     exec(line, names | {"model": model, "tokens": TOKENS[:2], "torch": torch, "contextlib": contextlib})
 
 
