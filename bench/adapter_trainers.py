@@ -191,15 +191,15 @@ class Klora(Trainer):
 
 
 class KloraCompiled(Klora):
-    """By klora.lora in a model whose layers torch.compile has compiled. `is_fused`: with klora's attention and loss.
+    """By klora.lora in a model whose layers torch.compile has compiled. `attends`: with klora's attention.
 
     One graph serves all layers, so that compiling does not take longer with more of them. `compiles` False launches
     those of our kernels that the compiled one launches: there every linear is a call of its own.
     """
 
-    def __init__(self, work: Work, is_fused: bool = False, compiles: bool = True):
+    def __init__(self, work: Work, attends: bool = False, is_fused: bool = False, compiles: bool = True):
         super().__init__(work, is_fused=is_fused)
-        if is_fused:
+        if attends:
             set_attention(self.module)
         if compiles:
             base = self.module.base_model

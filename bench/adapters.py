@@ -6,18 +6,19 @@
 A step is forward, cross entropy, backward and Adam: of 64 rows of 1,024 random tokens, each a document with an adapter
 of its own, on all seven linears of a block. The base is bf16 and frozen, the adapters are fp32.
 
-    klora                   klora.lora, the whole step one CUDA graph
-    klora-uncaptured        the same without a graph
-    klora-linear-nll        as klora, the loss by klora.kernels.linear_nll, which keeps no logits
-    klora-mixed-ranks       as klora, with ranks from 4 to 64
-    klora-int6              as klora, the base at six bits
-    klora-compiled          as klora, the layers, the last norm and the loss by torch.compile
-    klora-compiled-fused    so are the layers, with klora.lora.set_attention; the loss by klora.kernels.linear_nll
-    peft-one-by-one         PEFT with all adapters loaded: set_adapter and a step for each, one after the other
-    peft-mixed-batch        PEFT with `adapter_names` in the forward
-    compiled-bmm            torch.compile of adapters stacked as [64, R, K] and applied by torch.bmm, also as one graph
+    klora                      klora.lora, the whole step one CUDA graph
+    klora-uncaptured           the same without a graph
+    klora-linear-nll           as klora, the loss by klora.kernels.linear_nll, which keeps no logits
+    klora-mixed-ranks          as klora, with ranks from 4 to 64
+    klora-int6                 as klora, the base at six bits
+    klora-compiled             as klora, the layers, the last norm and the loss by torch.compile
+    klora-compiled-attention   the same with klora.lora.set_attention
+    klora-compiled-fused       the same, the loss by klora.kernels.linear_nll
+    peft-one-by-one            PEFT with all adapters loaded: set_adapter and a step for each, one after the other
+    peft-mixed-batch           PEFT with `adapter_names` in the forward
+    compiled-bmm               torch.compile of adapters stacked as [64, R, K], applied by torch.bmm, also as one graph
 
-All rows have the same adapters, tokens and loss and, but for klora-compiled-fused, attention by PyTorch's causal
+All rows have the same adapters, tokens and loss and, but for the two with set_attention, attention by PyTorch's causal
 kernels, without masks. Nothing is dropped out. First the gate: for a cut of the model, in fp32, the gradients of every
 adapter, B not zero, against those of the stacked adapters in float64 (bench/tolerance.py), of several batches of
 tokens. Rows are timed one after another, each on a model of its own that is freed after it. A step that runs out of
@@ -111,7 +112,8 @@ class Row:
 
 
 INT6, FUSED = partial(Klora, base="int6"), partial(Klora, is_fused=True)
-COMPILED, COMPILED_FUSED = partial(KloraCompiled), partial(KloraCompiled, is_fused=True)
+COMPILED, COMPILED_ATTENTION = partial(KloraCompiled), partial(KloraCompiled, attends=True)
+COMPILED_FUSED = partial(COMPILED_ATTENTION, is_fused=True)
 ROWS = {
     "klora": Row(Klora, captures=True, is_ours=True),
     "klora-uncaptured": Row(Klora, is_ours=True),
@@ -119,6 +121,9 @@ ROWS = {
     "klora-mixed-ranks": Row(Klora, captures=True, is_ours=True, is_mixed=True),
     "klora-int6": Row(INT6, captures=True, is_ours=True),
     "klora-compiled": Row(COMPILED, captures=True, is_ours=True, ahead=partial(COMPILED, compiles=False)),
+    "klora-compiled-attention": Row(
+        COMPILED_ATTENTION, captures=True, is_ours=True, ahead=partial(COMPILED_ATTENTION, compiles=False)
+    ),
     "klora-compiled-fused": Row(
         COMPILED_FUSED, captures=True, is_ours=True, ahead=partial(COMPILED_FUSED, compiles=False)
     ),
