@@ -153,8 +153,8 @@ def test_every_way_is_reached_by_shape():
     def way(N, K, rank=8, dropout=False, dtype=torch.bfloat16, projections=1, length=1024, int6=False):
         return plan([(N, K)] * projections, dtype, 2, length, rank, has_dropout=dropout, has_int6=int6)
 
-    assert way(512, 512) == way(1024, 1024) == way(1024, 512, 32) == way(512, 512, 64) == "joint"
-    assert way(1040, 1024) == way(2048, 2048) == way(512, 2048, 16) == way(1024, 512, 64) == way(4096, 4096) == "after"
+    assert way(512, 512) == way(1024, 1024) == way(1024, 512, 32) == way(512, 512, 64) == way(576, 1536) == "joint"
+    assert way(1552, 1024) == way(2048, 2048) == way(512, 2048, 16) == way(1024, 512, 64) == way(4096, 4096) == "after"
     assert way(2048, 2048, length=63) == way(2048, 2048, dtype=torch.float32) == "joint"  # where `added` is left
     assert way(24, 40) == way(512, 512, projections=3) == way(512, 512, dropout=True) == way(512, 512, 200) == "after"
     assert way(4096, 4096, dtype=torch.float32) == way(20, 40) == way(4096, 4096, length=63) == "added"

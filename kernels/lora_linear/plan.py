@@ -14,11 +14,12 @@ JOINT = 32_768
 tile of 256 outputs, and B at its end another microsecond a tile, 50 / K. In a launch of its own u costs a pass over x,
 187 / N on an H200, 64 / K for a step of ranks, and a launch: about as much at R N = 32,768, by arithmetic for 512 to
 4,096 features. Measured there: at 512 features joint is the faster one at every rank to 64, forward and backward."""
-JOINT_FEATURES = 1_024
+JOINT_FEATURES = 1_536
 """The most features of a joint launch where `after` is possible. Measured on an H200, 65,536 rows, forward and backward
 in ms, joint / after: at 2,048 features 1.830 / 1.717 at rank 8 and 1.905 / 1.776 at rank 16 (forward alone 0.818 /
-0.815). At 1,024 joint is the faster one at rank 32, after at 64. `added` is no match: at 2,048 1.50 products to the
-1.18 of joint."""
+0.815); at rank 8 0.557 / 0.598 from 576 to 1,536 features and 0.570 / 0.597 back (nvidia-h200/tuning/
+lora_linears-5.txt). At 1,024 joint is the faster one at rank 32, after at 64. `added` is no match: at 2,048 1.50
+products to the 1.18 of joint."""
 JOINT_RANK = 64
 """The largest of a joint launch: above it no tile of 256 outputs holds the sums."""
 SHORT = 64
