@@ -194,7 +194,7 @@ class KloraCompiled(Klora):
     """By klora.lora in a model whose layers torch.compile has compiled. `attends`: with klora's attention.
 
     One graph serves all layers, so that compiling does not take longer with more of them. `compiles` False launches
-    those of our kernels that the compiled one launches: there every linear is a call of its own.
+    those of our kernels that the compiled one launches, which has its own way to find linears with one input.
     """
 
     def __init__(self, work: Work, attends: bool = False, is_fused: bool = False, compiles: bool = True):
@@ -207,8 +207,8 @@ class KloraCompiled(Klora):
                 part.compile(dynamic=False)
             self.nll = torch.compile(self.nll, dynamic=False)
         else:
-            for site in self.lora.sites:
-                site.shared = None
+            for shared in {site.shared for site in self.lora.sites} - {None}:
+                shared.forward = lambda site, x, rows, shared=shared: shared.traced(site, x)
 
 
 class StackedLinear(nn.Module):

@@ -8,16 +8,16 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from numbers import Real
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ..kernels import Dropout, Int6Linear, row_keys
+from ..kernels import Dropout, Int6Linear, Int6Matrix, row_keys
 from ..kernels.dispatch import resolve_backend
 from .adapters import Adapters, check_alpha, check_seed, names_of, ranks_of
 from .find import check_weights, find_linears
-from .linear import adapted_linears
+from .linear import adapted_linears, are_one_product
 from .optimizer import LoraAdam
 from .pool import LoraError, Pool
 from .shared import Shared, find_shared
@@ -47,6 +47,8 @@ class Site:
         self.lora, self.index, self.module = lora, index, module
         self.place = lora.pool.places[index]
         self.shared: Shared | None = None
+        self.turn = 0
+        """when its module calls it, among those of `shared`"""
         self.bind(lora.pool, index)
 
     def bind(self, pool: Pool, index: int) -> None:
@@ -66,8 +68,10 @@ class Site:
         if lora.current is None:
             return type(module).forward(module, x)
         self._check(x, lora.current.slots)
-        if self.shared is None or torch.compiler.is_compiling():
+        if self.shared is None:
             return adapted([self], x)[0]
+        if torch.compiler.is_compiling():
+            return self.shared.traced(self, x)
         return self.shared.forward(self, x, lora.current)
 
     def _check(self, x: Tensor, slots: Tensor) -> None:
@@ -98,26 +102,47 @@ class Site:
             rows.was_run = True
 
 
+class Inputs(NamedTuple):
+    """What the product takes for several sites that have the input x [B, S, K]."""
+
+    x: Tensor
+    weights: list[Tensor | Int6Matrix]
+    biases: list[Tensor | None]
+    adapters: list[tuple[Tensor, Tensor]]
+
+    @classmethod
+    def of(cls, sites: Sequence[Site], x: Tensor) -> "Inputs":
+        x = x.reshape(x.size(0), -1, x.size(-1)) if x.dim() > 3 else x
+        is_cast = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
+        x = x.to(torch.get_autocast_dtype(x.device.type)) if is_cast else x
+        weights, biases = [], []
+        for site in sites:
+            weight = site.module.matrix if isinstance(site.module, Int6Linear) else site.module.weight
+            weight = weight.mT if site.place.is_conv1d else weight
+            weights.append(weight.to(x.dtype) if is_cast and isinstance(weight, Tensor) else weight)
+            biases.append(None if site.module.bias is None else site.module.bias.to(x.dtype))
+        return cls(x, weights, biases, [site.leaves for site in sites])
+
+
+def has_dropout(site: Site) -> bool:
+    return site.lora.dropout > 0 and site.module.training
+
+
 def adapted(sites: Sequence[Site], x: Tensor) -> list[Tensor]:
     """The outputs of `sites`, all of which have the input `x`."""
     lora, shape = sites[0].lora, x.shape
-    rows = lora.current
-    x = x.reshape(shape[0], -1, shape[-1]) if x.dim() > 3 else x
-    is_cast = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
-    x = x.to(torch.get_autocast_dtype(x.device.type)) if is_cast else x
-    weights, biases = [], []
-    for site in sites:
-        weight = site.module.matrix if isinstance(site.module, Int6Linear) else site.module.weight
-        weight = weight.mT if site.place.is_conv1d else weight
-        weights.append(weight.to(x.dtype) if is_cast and isinstance(weight, Tensor) else weight)
-        biases.append(None if site.module.bias is None else site.module.bias.to(x.dtype))
-    dropout = None
-    if lora.dropout and sites[0].module.training:
+    rows, dropout = lora.current, None
+    if has_dropout(sites[0]):
         keys = [row_keys(lora.seed, site.index, rows.slots, rows.step, rows.nth) for site in sites]
         dropout = Dropout(lora.dropout, keys)
-    adapters, scales, ranks = zip(*((site.leaves, site.scale, site.ranks) for site in sites), strict=True)
-    outs = adapted_linears(x, weights, biases, adapters, scales, ranks, rows.slots, dropout, lora.backend)
+    scales, ranks = [site.scale for site in sites], [site.ranks for site in sites]
+    outs = adapted_linears(*Inputs.of(sites, x), scales, ranks, rows.slots, dropout, lora.backend)
     return [y.unflatten(1, shape[1:-1]) if len(shape) > 3 else y for y in outs]
+
+
+def is_one_launch(sites: Sequence[Site], x: Tensor) -> bool:
+    """Whether :func:`adapted` makes all of them at once; else each is as well made by itself."""
+    return not has_dropout(sites[0]) and are_one_product(*Inputs.of(sites, x), sites[0].lora.backend)
 
 
 class Lora:
@@ -319,9 +344,7 @@ def attach(
             lora.sites.append(Site(lora, index, model.get_submodule(place.name)))
             lora.sites[-1].module.forward = lora.sites[-1].forward
         for sites in find_shared(lora.sites):
-            shared = Shared(sites, adapted)
-            for site in sites:
-                site.shared = shared
+            Shared(sites, adapted, is_one_launch)
     except BaseException:
         lora.detach()
         raise

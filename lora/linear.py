@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..kernels import Dropout, Int6Matrix, lora_linear
+from ..kernels.lora_linear import is_one_product
 
 
 def adapted_linears(
@@ -24,8 +25,24 @@ def adapted_linears(
     weights [N, K] of x's dtype, or at six bits; adapters A [slots, R, K] and B [slots, N, R] fp32; scales fp32 and
     ranks int32 [slots].
     """
-    if backend is None and x.dtype == torch.float64:
-        backend = "reference"  # no GPU multiplies it fast
+    backend = _backend(x, backend)
     lora_a, lora_b = (list(factor) for factor in zip(*adapters, strict=True))
     more = {"bias": list(biases), "scale": list(scales), "ranks": list(ranks), "dropout": dropout}
     return lora_linear(x, list(weights), lora_a, lora_b, slots, **more, backend=backend)
+
+
+def are_one_product(
+    x: Tensor,
+    weights: Sequence[Tensor | Int6Matrix],
+    biases: Sequence[Tensor | None],
+    adapters: Sequence[tuple[Tensor, Tensor]],
+    backend: str | None = None,
+) -> bool:
+    """Whether :func:`adapted_linears` makes all of them in one launch, where there is no dropout."""
+    lora_a, lora_b = zip(*adapters, strict=True)
+    return is_one_product(x, weights, lora_a, lora_b, biases, _backend(x, backend))
+
+
+def _backend(x: Tensor, backend: str | None) -> str | None:
+    """No GPU multiplies float64 fast."""
+    return "reference" if backend is None and x.dtype == torch.float64 else backend

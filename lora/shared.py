@@ -54,13 +54,42 @@ class Input(NamedTuple):
 class Shared:
     """Sites with one input. Once one of them is called with another input than the first was, all compute their own
     from the next `rows` on: within one, a block that is recomputed must do what it did.
+
+    `compute` makes the outputs of several sites for an input, `is_one_launch` says whether it does so at once.
     """
 
-    def __init__(self, sites: list["Site"], compute: Callable[[Sequence["Site"], Tensor], list[Tensor]]):
-        self.sites, self.compute = sites, compute
+    def __init__(
+        self,
+        sites: list["Site"],
+        compute: Callable[[Sequence["Site"], Tensor], list[Tensor]],
+        is_one_launch: Callable[[Sequence["Site"], Tensor], bool],
+    ):
+        self.sites, self.compute, self.is_one_launch = sites, compute, is_one_launch
         self.input: Input | None = None
         self.outputs: dict[Site, Tensor] = {}
+        self.traced_input: Tensor | None = None
+        self.traced_outputs: list[Tensor] = []
         self.is_one = self.was_one = True
+        for turn, site in enumerate(sites):
+            site.shared, site.turn = self, turn
+
+    def traced(self, site: "Site", x: Tensor) -> Tensor:
+        """The output of `site` for `x` in a graph of torch.compile, which holds the calls of all sites: those for one
+        input are one launch where there is one for them. Nothing is kept from one graph to the next.
+        """
+        if not self.is_one or len({one.module.training for one in self.sites}) > 1:
+            return self.compute([site], x)[0]
+        if self.traced_input is None:
+            if not self.is_one_launch(self.sites, x):
+                return self.compute([site], x)[0]
+            self.traced_input, self.traced_outputs = x, list(self.compute(self.sites, x))
+        elif self.traced_input is not x:
+            self.was_one = False
+            return self.compute([site], x)[0]
+        output = self.traced_outputs[site.turn]
+        if site is self.sites[-1]:
+            self.traced_input, self.traced_outputs = None, []
+        return output
 
     def forward(self, site: "Site", x: Tensor, rows: "Rows") -> Tensor:
         """The output of `site` for `x`."""
@@ -82,6 +111,7 @@ class Shared:
     def forget(self) -> None:
         """At the end of `rows`: outputs that nobody asked for, and what was learnt in it."""
         self.input, self.outputs, self.is_one = None, {}, self.was_one
+        self.traced_input, self.traced_outputs = None, []
 
     def __getstate__(self) -> dict:
-        return vars(self) | {"input": None, "outputs": {}}
+        return vars(self) | {"input": None, "outputs": {}, "traced_input": None, "traced_outputs": []}

@@ -272,3 +272,76 @@ def test_the_config_names_the_base_model(tmp_path):
     two_adapters(model, LINEARS).adapters.save("narrow", tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "somebody/some-model" and config["target_modules"] == ["q_proj"]
+
+
+class TestOneLaunchForOneInput:
+    """q, k and v, and gate and up, stacked where the kernel can."""
+
+    OPS = ("lora_qkv", "lora_linear", "lora_linears")
+
+    def gradients(self, model, lora, rows):
+        with lora.rows(rows):
+            loss = model(TOKENS, labels=TOKENS, use_cache=False).loss
+        loss.backward()
+        found = lora.pool.grads.clone()
+        lora.pool.grads.zero_()
+        return loss.detach(), found
+
+    def compiled(self, model, monkeypatch):
+        """The layers of `model` compiled, and a list that gets the ops of ours in each graph."""
+        found = []
+
+        def backend(graph, inputs):
+            nodes = [str(node.target) for node in graph.graph.nodes]
+            found.append([sum(f"klora.{name}.default" in node for node in nodes) for name in self.OPS])
+            return graph.forward
+
+        torch.compiler.reset()
+        for layer in model.model.layers:
+            layer.forward = torch.compile(layer.forward, backend=backend, fullgraph=True)
+        return found
+
+    @pytest.mark.slow
+    def test_in_a_compiled_layer(self, monkeypatch):
+        model = build(num_hidden_layers=3)
+        lora = two_adapters(model, LINEARS, backend="triton")
+        rows = ["wide", None, "narrow", "wide"]
+        plain = self.gradients(model, lora, rows)
+        ops = self.compiled(model, monkeypatch)
+        ours = self.gradients(model, lora, rows)
+        assert ops == [[2, 2, 0], [2, 2, 0]], "one graph for the first layer and one for all others"
+        assert all(torch.equal(*pair) for pair in zip(ours, plain, strict=True))
+        assert not any(site.shared.traced_outputs for site in lora.sites if site.shared)
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("options", [{"slots": 9}, {"rank": 17}, {"dropout": 0.1}])
+    def test_else_each_is_a_call_of_its_own(self, options, monkeypatch):
+        model = build()
+        lora = attach(model, **{"slots": 4, "targets": LINEARS, "rank": 8, "backend": "triton"} | options)
+        lora.adapters.create("one")
+        randomize(lora)
+        model.train("dropout" in options)
+        ops = self.compiled(model, monkeypatch)
+        self.gradients(model, lora, ["one", None, "one", None])
+        assert {tuple(graph) for graph in ops} in ({(0, 7, 0)}, {(0, 0, 7)})
+
+    @pytest.mark.slow
+    def test_another_input_has_its_own_outputs(self, monkeypatch):
+        class Crossed(torch.nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.q_proj, self.k_proj = (torch.nn.Linear(32, 16, bias=False) for _ in range(2))
+
+            def forward(self, x):
+                return self.q_proj(x), self.k_proj(x * 2)
+
+        model, x = torch.nn.Sequential(Crossed()), torch.randn(2, 5, 32)
+        lora = attach(model, slots=2, targets=("q_proj", "k_proj"), rank=4, backend="triton")
+        lora.adapters.create("one")
+        randomize(lora)
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        for _ in range(3):
+            with lora.rows(["one", None]):
+                for ours, plain in zip(compiled(x), model(x), strict=True):
+                    torch.testing.assert_close(ours, plain)
+            assert not lora.sites[0].shared.is_one and not lora.sites[0].shared.traced_outputs

@@ -44,6 +44,7 @@ def inputs(
     int6=False,
     rate=0.0,
     plain=False,
+    has_bias=True,
 ) -> dict[str, Any]:
     """What lora_linear takes for projections of these sizes, and the outputs' gradients; `plain`: no bias, no scale."""
     draw = torch.Generator().manual_seed(0)
@@ -59,7 +60,7 @@ def inputs(
         "lora_a": [randn(count, R, K, scale=K**-0.5, like=kind) for _ in sizes],
         "lora_b": [randn(count, N, R, scale=0.3, like=kind) for N in sizes],
         "slots": None if slots is None else torch.tensor(slots, dtype=torch.int32, device=DEVICE),
-        "bias": None if plain else [randn(N) for N in sizes],
+        "bias": None if plain or not has_bias else [randn(N) for N in sizes],
         "scale": None if plain else [randn(count, like=torch.float32).abs() + 0.5 for _ in sizes],
         "ranks": None if ranks is None else [torch.tensor(ranks, dtype=torch.int32, device=DEVICE) for _ in sizes],
         "dropout": Dropout(rate, [row_keys(p, torch.arange(batch, device=DEVICE)) for p in range(len(sizes))])
@@ -70,6 +71,8 @@ def inputs(
 
 
 LEAVES = ("x", "lora_a", "lora_b", "bias")
+AB = ("lora_a", 1), ("lora_b", 2)
+"""And where their ranks are."""
 
 
 def results(function, given: dict[str, Any], **more) -> list[Tensor]:
@@ -112,6 +115,16 @@ CASES = {
     "after, its dtype, in place": {"plain": True, "low": True, "ranks": None, "R": 24},
     "after, two steps of ranks": {"R": 80, "ranks": (1, 80, 64, 70), "slots": (1, 3, -1, 1)},
     "no document with an adapter": {"slots": (-1, 7, -1, -1)},
+    "stacked, two": {
+        "sizes": (48, 32),
+        "K": 32,
+        "R": 8,
+        "ranks": (1, 5, 8, 0),
+        "slots": (1, 1, 0, 3),
+        "has_bias": False,
+    },
+    "stacked, three": {"sizes": (48, 16, 32), "K": 48, "R": 16, "ranks": (1, 9, 16, 4), "has_bias": False},
+    "stacked, its dtype": {"sizes": (16, 80), "K": 16, "R": 4, "ranks": None, "low": True, "plain": True},
     "joint, above 16": {"sizes": (48,), "K": 32, "R": 20, "ranks": (1, 5, 20, 0), "slots": (1, 2, 0, 3)},
     "of 256": {"sizes": (16,), "K": 16, "R": 256, "ranks": (256, 5, 200, 129), "slots": (1, 3, 2, 0), "length": 5},
     "above 128": {"sizes": (48,), "K": 32, "R": 200, "ranks": (1, 5, 200, 70), "slots": (1, 3, 2, 3), "length": 9},
@@ -124,6 +137,25 @@ CASES = {
 )
 def test_outputs_and_gradients_are_as_exact_as_plain_pytorchs(case, dtype):
     assert_as_exact_as_plain_pytorch(inputs(**CASES[case], dtype=dtype))
+
+
+@pytest.mark.parametrize("case", [name for name in CASES if name.startswith("stacked")])
+def test_projections_are_stacked(case, monkeypatch):
+    module, calls = importlib.import_module("klora.kernels.lora_linear.op"), []
+    stacked = module.stacked_linears
+    monkeypatch.setattr(module, "stacked_linears", lambda x, given: calls.append(given) or stacked(x, given))
+    given = inputs(**CASES[case], dtype=torch.float16)
+    results(lora_linear, given, backend="triton")
+    assert len(calls) == 1
+    no_stack = [
+        {"weight": [weight.clone().requires_grad_() for weight in given["weight"]]},
+        {"bias": [torch.zeros_like(weight[:, 0]) for weight in given["weight"]]},
+        {"slots": given["slots"][:1], "x": given["x"][:1], "douts": [dout[:1] for dout in given["douts"]]},
+        {name: [given[name][0], torch.cat([given[name][1]] * 2, dim)] + given[name][2:] for name, dim in AB},
+    ]
+    for changed in no_stack:
+        results(lora_linear, given | changed, backend="triton")
+    assert len(calls) == 1
 
 
 def test_a_weight_in_shares_gives_the_same_bits(monkeypatch):
@@ -150,15 +182,21 @@ def test_six_bits_are_unpacked_for_many_rows(case, monkeypatch):
 
 
 def test_every_way_is_reached_by_shape():
-    def way(N, K, rank=8, dropout=False, dtype=torch.bfloat16, projections=1, length=1024, int6=False):
-        return plan([(N, K)] * projections, dtype, 2, length, rank, has_dropout=dropout, has_int6=int6)
+    def way(N, K, rank=8, dropout=False, dtype=torch.bfloat16, projections=1, length=1024, int6=False, stack=False):
+        about = {"has_dropout": dropout, "has_int6": int6, "can_stack": stack}
+        return plan([(N, K)] * projections, dtype, 2, length, rank, **about)
 
     assert way(512, 512) == way(1024, 1024) == way(1024, 512, 32) == way(512, 512, 64) == way(576, 1536) == "joint"
     assert way(1552, 1024) == way(2048, 2048) == way(512, 2048, 16) == way(1024, 512, 64) == way(4096, 4096) == "after"
     assert way(2048, 2048, length=63) == way(2048, 2048, dtype=torch.float32) == "joint"  # where `added` is left
     assert way(24, 40) == way(512, 512, projections=3) == way(512, 512, dropout=True) == way(512, 512, 200) == "after"
     assert way(4096, 4096, dtype=torch.float32) == way(20, 40) == way(4096, 4096, length=63) == "added"
-    assert way(512, 512, length=1) == "joint"
+    assert way(512, 512, length=1) == way(512, 512, stack=True) == "joint"
+    assert way(512, 512, projections=2, stack=True) == way(1536, 576, 16, projections=3, stack=True) == "stacked"
+    assert way(512, 512, 17, projections=2, stack=True) == way(512, 512, projections=4, stack=True) == "after"
+    assert way(512, 520, projections=2, stack=True) == way(2048, 512, projections=2, stack=True) == "after"
+    assert way(512, 512, projections=2, stack=True, dropout=True) == "after"
+    assert way(512, 512, projections=2, stack=True, int6=True) == "after"
     assert way(512, 512, int6=True) == way(512, 512, int6=True, projections=3) == "after"
     assert way(512, 512, int6=True, length=1023) == way(512, 512, int6=True, dtype=torch.float32) == "added"
     assert dx_way("after", 1, False) == "after" and dx_way("after", 1, True) == dx_way("after", 3, False) == "added"
@@ -422,7 +460,12 @@ def test_opcheck(case):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "case", [{"sizes": (40, 16), "rate": 0.3}, {"sizes": (48,), "K": 32, "R": 8, "ranks": (8,) * 4}]
+    "case",
+    [
+        {"sizes": (40, 16), "rate": 0.3},
+        {"sizes": (48,), "K": 32, "R": 8, "ranks": (8,) * 4},
+        {"sizes": (48, 32), "K": 32, "R": 8, "ranks": (8, 0, 3, 4), "has_bias": False},
+    ],
 )
 def test_compile_with_fullgraph_gives_the_same_bits(case):
     given = inputs(**case)
@@ -443,6 +486,8 @@ class TestOnTheGPU:
             {"sizes": (512,), "K": 512},
             {"sizes": (512,), "K": 512, "R": 16, "ranks": (1, 5, 16, 9, 7, 0)},
             {"sizes": (512,), "K": 512, "R": 32, "ranks": (1, 5, 32, 9, 20, 0)},
+            {"sizes": (1536, 1536), "K": 576, "R": 8, "ranks": (1, 5, 8, 3, 7, 0), "has_bias": False},
+            {"sizes": (576, 192, 192), "K": 576, "R": 16, "ranks": (1, 5, 16, 9, 7, 0), "has_bias": False},
             {"sizes": (2048,), "K": 1024},
             {"sizes": (2048,), "K": 1024, "low": True, "plain": True, "ranks": None},
             {"sizes": (1000,), "K": 520, "R": 200, "ranks": (1, 5, 200, 64, 70, 0)},

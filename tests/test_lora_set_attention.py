@@ -94,6 +94,7 @@ def test_adapters_and_attention_go_together_and_compile_whole():
 @pytest.mark.slow
 def test_one_graph_serves_all_layers():
     """Whose adapters are found by no number that a guard would hold; the input of the first wants no gradient."""
+    torch.compiler.reset()  # of another test's model, a layer's size would be taken for one that changes
     model, graphs = tiny_llama(num_hidden_layers=4), []
     lora = attach(model, slots=2, targets=("q_proj", "v_proj", "down_proj"), rank=4)
     for name in ("a", "b"):

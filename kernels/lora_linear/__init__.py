@@ -20,6 +20,7 @@ up to 16, 32 or a multiple of 64, and adapters of fp32 or with ranks are rounded
 it is the rank of the document's own adapter. Where the products are made is :mod:`plan`'s to say:
 
     joint    u in the same launch as x W^T: `lora_qkv`'s kernels with one projection for three
+    stacked  two or three projections so, after copies of their weights and adapters one after the other
     after    u first, in a launch of its own; then [x | u] [W | B]^T, the ranks more steps of the sum; six bits are
              unpacked before, one weight at a time
     added    u first, x W^T by cuBLAS or the kernels of six bits, and u B^T added in a pass over y
@@ -35,8 +36,8 @@ from ...lazy import lazy_exports
 from .reference import lora_linear_ref
 
 if TYPE_CHECKING:
-    from .op import lora_linear
+    from .op import is_one_product, lora_linear
 
-__all__ = ["lora_linear", "lora_linear_ref"]
+__all__ = ["is_one_product", "lora_linear", "lora_linear_ref"]
 
 __getattr__, __dir__ = lazy_exports(__name__)

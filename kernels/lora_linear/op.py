@@ -22,6 +22,7 @@ from .plan import Way, dx_way, plan
 from .pool import Pool, dense, inner_width
 from .reduce import launch_reduce
 from .reference import lora_linear_ref
+from .stacked import can_be_stacked, stacked_linears
 from .validate import expect_projections
 
 # One product with u in its launch
@@ -279,6 +280,19 @@ def _products_dx(
 _op.register_autograd(_backward, setup_context=_setup)
 
 
+def is_one_product(
+    x: Tensor,
+    weights: Sequence[Tensor | Int6Matrix],
+    lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    backend: str | None = None,
+) -> bool:
+    """Whether :func:`lora_linear` makes these projections of x in one launch, without dropout and `grads`."""
+    can_stack = can_be_stacked(x, weights, lora_a, lora_b, biases)
+    return resolve_backend(backend, x) == "triton" and can_stack and _plan(x, lora_b, can_stack=True) == "stacked"
+
+
 def lora_linear(
     x: Tensor,
     weight: Tensor | Int6Matrix | Sequence[Tensor | Int6Matrix],
@@ -327,7 +341,10 @@ def lora_linear(
         return lora_linear_ref(x, weight, lora_a, lora_b, given.slots, **options)
     a, b = given.lora_a, given.lora_b
     has_int6 = any(isinstance(one, Int6Matrix) for one in given.weights)
-    way = _plan(x, b, has_dropout=dropout is not None, has_int6=has_int6)
+    can_stack = given.grads[0] is None and can_be_stacked(x, given.weights, a, b, given.biases)
+    way = _plan(x, b, has_dropout=dropout is not None, has_int6=has_int6, can_stack=can_stack)
+    if way == "stacked":
+        return tuple(stacked_linears(x, given))
     if way == "joint":
         pooled = given.grads[0] or (None, None)
         more = given.biases[0], given.scales[0], given.ranks[0]

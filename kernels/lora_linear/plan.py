@@ -7,7 +7,7 @@ from torch import dtype, float32
 
 from ..dispatch import padded_rank
 
-Way = Literal["joint", "after", "added"]
+Way = Literal["joint", "stacked", "after", "added"]
 
 JOINT = 32_768
 """Ranks times features up to which u is made in the launch of the product. There A costs R / 256 of a product, in every
@@ -22,6 +22,8 @@ lora_linears-5.txt). At 1,024 joint is the faster one at rank 32, after at 64. `
 products to the 1.18 of joint."""
 JOINT_RANK = 64
 """The largest of a joint launch: above it no tile of 256 outputs holds the sums."""
+STACKED_RANK = 16
+"""The largest of several products in one launch: it reads the rows of A of all of them at once."""
 SHORT = 64
 """Tokens below which half a tile of one's own product would be empty, which holds rows of one document alone."""
 UNPACKED = 2_048
@@ -40,12 +42,15 @@ def plan(
     *,
     has_dropout: bool = False,
     has_int6: bool = False,
+    can_stack: bool = False,
 ) -> Way:
     """The way of all projections by weights of these shapes, for documents of `length` tokens; `kind` is x's dtype,
-    `rank` the pool's. `has_int6`: some weights are at six bits.
+    `rank` the pool's. `has_int6`: some weights are at six bits. `can_stack`: nothing but sizes, dropout and six bits
+    forbids to stack them.
 
     joint     one dense product, without dropout, K and N multiples of 16; rank times the larger of them up to JOINT,
               and that up to JOINT_FEATURES unless only `added` is left
+    stacked   two or three such products of one input, ranks up to STACKED_RANK
     after     16 bits, from SHORT tokens on, K and N multiples of 8; with six bits from UNPACKED rows on
     added     all others
     """
@@ -55,8 +60,11 @@ def plan(
         return "after" if takes_after and documents * length >= UNPACKED else "added"
     is_small = rank <= JOINT_RANK and padded_rank(rank) * max(sizes) <= JOINT
     is_narrow = max(sizes) <= JOINT_FEATURES or not takes_after
-    if len(shapes) == 1 and not has_dropout and is_small and is_narrow and not any(size % 16 for size in sizes):
-        return "joint"
+    if not has_dropout and is_small and is_narrow and not any(size % 16 for size in sizes):
+        if len(shapes) == 1:
+            return "joint"
+        if can_stack and len(shapes) <= 3 and rank <= STACKED_RANK:
+            return "stacked"
     return "after" if takes_after else "added"
 
 

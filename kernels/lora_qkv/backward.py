@@ -18,6 +18,7 @@ from .adapters import Adapters
 from .tiles import (
     PIECES,
     cleared,
+    described,
     is_stacked,
     of_three,
     programs,
@@ -279,7 +280,7 @@ def launch_backward(
     ready = torch.cuda.current_stream(x.device).record_event() if x.is_cuda else None
     m, d, n = config.block_m, config.block_d, config.block_n
     tiles = batch * cdiv(length, m) * (1 if dx is None else cdiv(width, d))
-    q_d, k_d, v_d = of_three([tiled(grad, 1, m, n) for grad in grads])
+    q_d, k_d, v_d = of_three([tiled(grad, 1, m, n) for grad in described(grads)])
     _dx_kernel[(programs(x.device, tiles),)](
         q_d=q_d, k_d=k_d, v_d=v_d, w_d=tiled(weight, n, d),
         a_ptr=adapters.a, b_d=tiled(adapters.b, 1, n, stacked), slots_ptr=adapters.slots,
@@ -295,7 +296,7 @@ def launch_backward(
     with beside(x.device, ready):
         n, s = config.db_n, config.db_s
         tiles = batch * sum(cdiv(size, n) for size in sizes)
-        q_d, k_d, v_d = of_three([tiled(grad, 1, s, n) for grad in grads])
+        q_d, k_d, v_d = of_three([tiled(grad, 1, s, n) for grad in described(grads)])
         _db_kernel[(programs(x.device, tiles, config.db_programs),)](
             q_d=q_d, k_d=k_d, v_d=v_d, xa_d=tiled(xa, 1, s, padded),
             db_ptr=db, scale_ptr=scale, slots_ptr=slots, db_stride=db.stride(0), count=db.size(0),

@@ -22,6 +22,7 @@ from .tiles import (
     PIECES,
     begun,
     cleared,
+    described,
     eighths,
     is_stacked,
     of_three,
@@ -281,7 +282,7 @@ def launch_forward(
         padded, config = padded_rank(rank), pick_forward_config(x.dtype, rank, groups, bias is not None)
         m, n, k = config.block_m, config.block_n, config.block_k
         tiles = batch * cdiv(length, m) * sum(cdiv(size, n) for size in sizes)
-        q_d, k_d, v_d = of_three([tiled(out, 1, m, n // PIECES) for out in made.outs])
+        q_d, k_d, v_d = of_three([tiled(out, 1, m, n // PIECES) for out in described(made.outs)])
         nq, nk, nv = of_three(sizes, 0)
         _forward_kernel[(programs(x.device, tiles),)](
             x_d=tiled(aligned(x), 1, m, k), w_d=tiled(aligned(weight), n, k), a_d=tiled(adapters.a, 1, padded, k),

@@ -164,6 +164,18 @@ def with_zeros(x: Tensor, douts: Sequence[Tensor | None], sizes: Sequence[int]) 
 _op.register_autograd(_backward, setup_context=_setup)
 
 
+def projected(
+    x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, slots: Tensor | None, sizes: Sequence[int]
+) -> list[Tensor]:
+    """Two or three projections of x [B, S, D]: `weight` [sum of `sizes`, D], `lora_a` [slots, 2 or 3, R, D] and
+    `lora_b` [slots, sum of `sizes`, R]. The kernels take three; the third of two has no outputs.
+    """
+    if len(sizes) == 2:
+        lora_a = torch.cat([lora_a, torch.zeros_like(lora_a[:, :1])], dim=1)
+    outs = _op(x, weight, lora_a, lora_b, slots, [*sizes, 0][:3], None, None)
+    return list(outs[: len(sizes)])
+
+
 def lora_qkv(
     x: Tensor,
     weight: Tensor,

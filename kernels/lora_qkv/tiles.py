@@ -21,6 +21,11 @@ def of_three(projections: Sequence, nothing: Any = None) -> Sequence:
     return (*projections, nothing, nothing) if len(projections) == 1 else projections
 
 
+def described(projections: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+    """The projections, of which one without numbers has no descriptor: the first in its place. Nobody reads it."""
+    return [each if each.numel() else projections[0] for each in projections]
+
+
 def programs(device: torch.device, tiles: int, each: int = 1) -> int:
     """`each` of a multiprocessor, or one a tile where there are fewer tiles."""
     return min(each * multiprocessors(device), tiles)
