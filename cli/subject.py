@@ -1,6 +1,5 @@
 """What a command scores: a model with its tokenizer, and the documents of a source."""
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -18,7 +17,7 @@ from ..model.loading import model_from_artifact, model_from_run, tokenizer_of
 from ..model.prepare import tokenizer_beside
 from ..model.shards import TokenStream, find_shards
 from ..model.tokenizer import Tokenizer
-from ..ttt.documents import Document, documents_from_texts, documents_from_tokens, with_own_names
+from ..ttt.documents import Document, digest_of, documents_from_texts, documents_from_tokens, with_own_names
 from ..ttt.hf import facts_of_model, hashes_of_folder, hf_documents, load_hf, require_known_tokens, token_bytes_of
 from ..ttt.hf_model import HfModel
 from ..ttt.protocols import TTTConfig
@@ -138,7 +137,6 @@ def facts_of_source(source: Source, documents: list[Document], most_tokens: int)
     """What was scored: the files' names, what they hold, and of how many tokens a sample was taken; 0: none was."""
     text, jsonl, field, shards = source
     kind = "shards" if shards else "text" if text else "jsonl" if jsonl else "stdlib"
-    digest = hashlib.sha256("".join(sorted(document.sha256 for document in documents)).encode())
     return {
         "kind": kind,
         "files": [path.name for path in ([shards] if shards else text or jsonl or [])],
@@ -146,7 +144,7 @@ def facts_of_source(source: Source, documents: list[Document], most_tokens: int)
         "hashes_are_of": "tokens" if shards else "text",
         "documents": len(documents),
         "tokens": sum(document.targets for document in documents),
-        "sha256": digest.hexdigest(),
+        "sha256": digest_of(documents),
         "most_tokens": most_tokens,
     }
 

@@ -12,7 +12,7 @@ from ..model.parallel import own_device
 from ..model.placement import device_name
 from ..ttt.audit import AuditReport, Check
 from ..ttt.hf import hashes_of_folder
-from ..ttt.verify import RELATIVE, Stored, read_nll
+from ..ttt.verify import RELATIVE, Stored, read_nll, which_nll
 from ..ttt.verify import verify as verify_stored
 from . import options
 from .audit import finish
@@ -37,7 +37,10 @@ def verify(
     share: Annotated[
         float, typer.Option("--share", min=0.0, max=1.0, help="Share of the documents to recompute; at least one is.")
     ] = 0.05,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Draws the documents.")] = 0,
+    seed: Annotated[
+        int | None,
+        typer.Option("--seed", min=0, help="Draws the documents. Left out: chance, and the report says which it was."),
+    ] = None,
     rounding: Annotated[
         float,
         typer.Option(
@@ -65,6 +68,7 @@ def verify(
     source = source_of(text, jsonl, field, shards)
     stored = Stored(result)
     kept = read_nll(nll, stored) if nll else None
+    of_nll = [which_nll(nll, stored)] if nll else []
     chosen = own_device(device)
     settle_threads(chosen)
     loaded = load_artifact(artifact) if artifact else None
@@ -83,5 +87,5 @@ def verify(
         setting = {"versions": installed, "device": device_name(chosen)}
         about = {"share": share, "seed": seed, "rounding": rounding, "nll": kept}
         report = verify_stored(stored, model, documents, setting, **about)
-        checks += report.checks
+        checks += [*of_nll, *report.checks]
     finish(output, AuditReport(tuple(checks), report.unseen if same else ("everything else",)), {"result": str(result)})

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -13,14 +14,14 @@ from conftest import SMALL, randomized, words
 from klora.kernels import BOS_ID
 from klora.model.artifact import load_artifact, save_artifact
 from klora.model.corpus import Corpus
-from klora.ttt.documents import Document, documents_from_texts
+from klora.ttt.documents import Document, digest_of, documents_from_texts
 from klora.ttt.journal import Journal, fingerprint
 from klora.ttt.model_audit import SWAPPED
 from klora.ttt.pipeline import ScoreRequest, score
 from klora.ttt.protocols import TTTConfig
 from klora.ttt.report import write_report
-from klora.ttt.results import NLL_ROUNDING
-from klora.ttt.verify import Stored, VerifyError, read_nll, verify, write_nll
+from klora.ttt.results import DIVERGED, NLL_ROUNDING
+from klora.ttt.verify import NLL_FORMAT, Stored, VerifyError, read_nll, verify, which_nll, write_nll
 from test_cli import klora
 from test_model_audit import STRICT, rounds_below_zero, sure_model
 
@@ -133,6 +134,38 @@ FORGED = {
         lambda v: v["source"].update(most_tokens=100),
         "FAIL  documents: the result is not of a sample of 100",
     ),
+    "bits per byte of a document": (
+        lambda v: v["documents"][1].update(adapted_bpb=0.5),
+        "FAIL  totals: adapted_bpb of 'some.jsonl:2' is 0.5, not",
+    ),
+    "another total": (
+        lambda v: v["totals"].update(base_bpb_at_temperature=9.0, prequant_bpb=8.0),
+        "FAIL  totals: prequant_bpb is 8.0, not None; base_bpb_at_temperature is 9.0, not",
+    ),
+    "the share that was adapted": (
+        lambda v: v["totals"].update(adapted_share=0.5),
+        "FAIL  totals: adapted_share is 0.5, not 1.0",
+    ),
+    "the protocol": (
+        lambda v: v["config"].update(protocol="min_nll", min_tokens=16, window=16, adapt_from=0, layout="original"),
+        "FAIL  labels: protocol is 'score_first', not 'min_nll'; protocol_label is 'score_first', not 'min_nll (LEAKY",
+    ),
+    "why it is not valid": (
+        lambda v: v.update(why_not_valid=["the machine was slow"]),
+        "FAIL  valid_score: valid_score is True under score_first, layout=start; why_not_valid is another",
+    ),
+    "the pass that was kept": (
+        lambda v: v["documents"][4].update(kept_pass=3),
+        "FAIL  recomputed: kept_pass of 'some.jsonl:5' is 3, not 0; wanted: to the bit",
+    ),
+    "the nats at the temperature": (
+        lambda v: [d.update(tempered_nats=d["tempered_nats"] + 1) for d in v["documents"]],
+        "FAIL  recomputed: tempered_nats of 'some.jsonl:",
+    ),
+    "what the source holds": (
+        lambda v: v["source"].update(tokens=10**6, sha256="0" * 64),
+        "FAIL  source: tokens is 1000000, not",
+    ),
     "versions": (
         lambda v: (cheaper(v), v["versions"].update(torch="1.0")),
         "wanted: within a share of 0.001, as versions differ",
@@ -145,6 +178,29 @@ FORGED = {
 def test_a_forged_score_fails_for_its_reason(scored, artifact, lines, tmp_path, what):
     change, says = FORGED[what]
     assert says in verified(forged(scored, tmp_path, change), artifact, lines, "--share", "1", check=1)
+
+
+def test_a_note_that_a_result_has_to_have_is_missed(scored, tmp_path, artifact, lines):
+    """Of a document that diverged."""
+
+    def diverged(values):
+        values["documents"][4].update(status=DIVERGED, adapted_tokens=16)
+        values["totals"].update(
+            Stored(forged(scored, tmp_path, lambda v: v.update(values)) / "score.json").again["totals"]
+        )
+
+    said = verified(forged(scored, tmp_path, diverged), artifact, lines, check=1)
+    assert "FAIL  labels: the note \"1 document diverged ('some.jsonl:5')" in said and "pass  totals: " in said
+
+
+def test_whoever_made_a_result_cannot_know_which_documents_are_recomputed(scored, artifact, lines):
+    """Chance draws them, and the report says how to draw them again."""
+    seeds = set()
+    for seed in (None, None, 7):
+        more = () if seed is None else ("--seed", seed)
+        said = verified(scored, artifact, lines, *more)
+        seeds.add(int(re.search(r"4 documents that were not recomputed \(--seed (\d+) draws the same\)", said)[1]))
+    assert 7 in seeds and len(seeds) == 3
 
 
 def test_another_version_is_verified_within_the_stated_rounding(scored, artifact, lines, tmp_path):
@@ -172,10 +228,24 @@ def test_another_artifact_or_other_targets_are_refused(scored, artifact, lines, 
     safetensors.numpy.save_file(nll, tmp_path / "nll.safetensors", metadata)
     said = verified(scored, artifact, lines, "--share", "1", "--nll", tmp_path / "nll.safetensors", check=1)
     assert "FAIL  sums: " in said and "FAIL  targets: target " in said
+    assert "FAIL  nll file: has the hash " in said
+    nameless = forged(scored, tmp_path, lambda v: v.pop("nll"))
+    assert which_nll(scored / "nll.safetensors", Stored(nameless / "score.json")).passed, "of a run that kept none"
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"{}", b"[1]", b"\xff", b'{"config": {}}', b"[" * 100_000, b'{"config": {"chunk": 3}}', None]
+    "content",
+    [
+        b"",
+        b"{}",
+        b'{"a": 1, "a": 2}',
+        b"[1]",
+        b"\xff",
+        b'{"config": {}}',
+        b"[" * 100_000,
+        b'{"config": {"chunk": 3}}',
+        None,
+    ],
 )
 def test_a_file_that_is_no_score_is_refused_in_a_sentence(tmp_path, content):
     path = tmp_path / "score.json"
@@ -187,12 +257,26 @@ def test_a_file_that_is_no_score_is_refused_in_a_sentence(tmp_path, content):
         read_nll(path, None)
 
 
+def test_numbers_whose_sum_no_float_holds_are_refused(scored, tmp_path):
+    folder = forged(scored, tmp_path, lambda v: [d.update(adapted_nats=1e308) for d in v["documents"]])
+    with pytest.raises(VerifyError, match="that could be recomputed: intermediate overflow"):
+        Stored(folder / "score.json")
+
+
+def test_nlls_whose_metadata_is_too_deep_are_refused(scored, tmp_path):
+    nll = safetensors.numpy.load_file(scored / "nll.safetensors")
+    metadata = {"format": NLL_FORMAT, "sha256": "[" * 100_000}
+    safetensors.numpy.save_file(nll, tmp_path / "nll.safetensors", metadata)
+    with pytest.raises(VerifyError, match="is no file of NLLs .*: its objects and lists are too deep"):
+        read_nll(tmp_path / "nll.safetensors", Stored(scored / "score.json"))
+
+
 @pytest.mark.parametrize(
     "change", [{"nats": -1.0}, {"nats": float("nan")}, {"nats": "1"}, {"nats": True}, {"nats": 10**400}]
 )
 def test_numbers_that_are_none_are_refused(scored, tmp_path, change):
     folder = forged(scored, tmp_path, lambda v: v["documents"][1].update(adapted_nats=change["nats"]))
-    with pytest.raises(VerifyError, match="that could be recomputed: numbers"):
+    with pytest.raises(VerifyError, match="that could be recomputed: .*(nats are negative or no number|beyond 64|NaN)"):
         Stored(folder / "score.json")
 
 
@@ -202,7 +286,8 @@ def test_a_document_of_certain_tokens_is_kept_written_read_and_verified(tmp_path
     documents = [Document("one", tokens[:2], 3), Document("two", tokens[:3], 6), Document("more", tokens, 9)]
     key = fingerprint("artifact", documents, STRICT, False)
     about = {"artifact": {"header_sha256": "a", "payload_sha256": "b"}, "weights": "dense", "device": "here"}
-    about |= {"source": {"documents": 3, "most_tokens": 0}, "versions": {}}
+    source = {"documents": 3, "tokens": 6, "sha256": digest_of(documents), "most_tokens": 0}
+    about |= {"source": source, "versions": {}}
 
     def scored(resume):
         book = Journal(tmp_path / "journal.jsonl", key, resume=resume)
@@ -246,7 +331,7 @@ def test_nats_below_zero_by_more_than_rounding_are_refused(scored, tmp_path, sha
     if share < 1:
         assert Stored(folder / "score.json").documents[1]["adapted_nats"] < 0
     else:
-        with pytest.raises(VerifyError, match="that could be recomputed: numbers"):
+        with pytest.raises(VerifyError, match="that could be recomputed: a result whose nats are negative"):
             Stored(folder / "score.json")
 
 
