@@ -163,9 +163,10 @@ FORGED = {
         "FAIL  recomputed: tempered_nats of 'some.jsonl:",
     ),
     "what the source holds": (
-        lambda v: v["source"].update(tokens=10**6, sha256="0" * 64),
+        lambda v: v["source"].update(tokens=10**6),
         "FAIL  source: tokens is 1000000, not",
     ),
+    "the hash of the source": (lambda v: v["source"].update(sha256="0" * 64), "FAIL  source: sha256 is '000"),
     "versions": (
         lambda v: (cheaper(v), v["versions"].update(torch="1.0")),
         "wanted: within a share of 0.001, as versions differ",
