@@ -101,6 +101,26 @@ def test_what_was_scored_is_verified_to_the_bit(scored, artifact, lines, tmp_pat
     assert report["passed"] and "3 documents that were not recomputed" in report["unseen"][0]
 
 
+def test_a_file_for_nlls_is_tried_before_the_work_and_takes_no_other_files_place(scored, artifact, lines, tmp_path):
+    mine, folder, older = tmp_path / "mine.klora", tmp_path / "folder", tmp_path / "older.safetensors"
+    shutil.copy(artifact, mine)
+    shutil.copy(scored / "nll.safetensors", older)
+    folder.mkdir()
+    out = tmp_path / "out"
+    for path, says in (
+        (mine, "is there and is no file of NLLs; move it or give another --nll"),
+        (folder, "is no file; allowed: a file, or a path where there is nothing yet"),
+        (Path("/proc/nll"), "cannot be written"),
+        (out / "score.json", "has the name of another file of the results"),
+        (out / "journal.jsonl", "has the name of another file of the results"),
+    ):
+        refused = klora("score", artifact, "--jsonl", lines, "--out", out, *SETS, "--nll", path, check=2)
+        assert says in refused.stderr.replace("\n", " ") and not out.exists()
+    assert mine.read_bytes() == artifact.read_bytes()
+    klora("score", artifact, "--jsonl", lines, "--out", out, *SETS, "--nll", older)
+    assert older.read_bytes() == (scored / "nll.safetensors").read_bytes()
+
+
 def forged(scored: Path, folder: Path, change) -> Path:
     values = json.loads((scored / "score.json").read_text())
     change(values)

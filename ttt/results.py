@@ -35,6 +35,8 @@ SCORE = "score.json"
 DOCUMENTS, REPORT, PICTURE = "documents.csv", "report.html", "report.png"
 """Names of the files beside it."""
 
+RESULTS = SCORE, DOCUMENTS, REPORT, PICTURE
+
 SHORT, ADAPTED, PARTIAL, NOT_ADAPTED = "short", "adapted", "partly adapted (deadline)", "not adapted (deadline)"
 DIVERGED = "diverged: base model from there"
 """Of a document whose adapter gave an NLL that is no number: what it scored before counts, and the base model's score

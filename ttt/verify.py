@@ -99,6 +99,16 @@ def write_nll(path: str | Path, result: ScoreResult) -> None:
     write_bytes(Path(path), safetensors.numpy.save({"nll": nll, "offsets": offsets}, metadata))
 
 
+def is_nll(path: str | Path) -> bool:
+    """Whether a file says that :func:`write_nll` wrote it."""
+    try:
+        open_regular(Path(path)).close()
+        with safetensors.safe_open(path, "numpy") as file:
+            return (file.metadata() or {}).get("format") == NLL_FORMAT
+    except (OSError, safetensors.SafetensorError):
+        return False
+
+
 def read_nll(path: str | Path, stored: Stored) -> list[np.ndarray]:
     """The NLL of each target of the documents of a stored score. VerifyError: no such file, or another result's."""
     try:
