@@ -1,8 +1,9 @@
 """What a command scores: a model with its tokenizer, and the documents of a source."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -70,7 +71,7 @@ class Subject:
         def documents(source: Source, say: Callable[[str], None]) -> list[Document]:
             return documents_of(source, tokenizer, loaded.provenance, say)
 
-        facts = _facts(path, loaded)
+        facts = _facts(path, loaded, device)
         return cls(model, tokenizer, hashes_of(loaded), facts, documents, tokenizer.token_bytes, before)
 
     @classmethod
@@ -88,7 +89,7 @@ class Subject:
 
         facts = {
             "artifact": {"file": folder.name, **hashes},
-            "versions": versions() | {"transformers": version("transformers")},
+            "versions": versions(device) | {"transformers": version("transformers")},
             **facts_of_model(model, tokenizer),
         }
         return cls(model, tokenizer, hashes, facts, documents, token_bytes_of(tokenizer))
@@ -154,12 +155,16 @@ def hashes_of(artifact: Artifact) -> dict[str, str]:
     return {name: artifact.header[name] for name in ("header_sha256", "payload_sha256")}
 
 
-def versions() -> dict[str, str]:
-    """The versions that bits depend on."""
-    return {"klora": __version__, "torch": torch.__version__}
+def versions(device: torch.device) -> dict[str, str]:
+    """The versions that bits depend on. Triton makes the kernels of a GPU."""
+    found = {"klora": __version__, "torch": torch.__version__}
+    if device.type == "cuda":
+        with suppress(PackageNotFoundError):
+            found["triton"] = version("triton")
+    return found
 
 
-def _facts(path: Path, artifact: Artifact) -> dict[str, Any]:
+def _facts(path: Path, artifact: Artifact, device: torch.device) -> dict[str, Any]:
     """What a reader needs to know to trust or repeat the result."""
     return {
         "artifact": {
@@ -168,5 +173,5 @@ def _facts(path: Path, artifact: Artifact) -> dict[str, Any]:
             **hashes_of(artifact),
             "provenance": artifact.provenance,
         },
-        "versions": versions(),
+        "versions": versions(device),
     }

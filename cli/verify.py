@@ -9,7 +9,7 @@ from ..model.artifact import load_artifact
 from ..model.config import ConfigError
 from ..model.loading import model_from_artifact, tokenizer_of
 from ..model.parallel import own_device
-from ..model.placement import device_name
+from ..model.placement import device_name, processor_name
 from ..ttt.audit import AuditReport, Check
 from ..ttt.hf import hashes_of_folder
 from ..ttt.verify import RELATIVE, Stored, read_nll, which_nll
@@ -47,7 +47,7 @@ def verify(
             "--rounding",
             min=0.0,
             help="Share of a document's nats, of one at least, by which they may differ where versions, device, "
-            "threads or scorer do. Where none does, they must be the same to the bit.",
+            "processor, threads or scorer do. Where none does, they must be the same to the bit.",
         ),
     ] = RELATIVE,
     device: options.Device = "auto",
@@ -79,12 +79,12 @@ def verify(
     if same:
         if loaded:
             documents = documents_of(source, tokenizer_of(loaded), loaded.provenance)
-            model, installed = model_from_artifact(loaded, chosen, stored.weights), versions()
+            model, installed = model_from_artifact(loaded, chosen, stored.weights), versions(chosen)
         else:
             subject = Subject.of_folder(hf, chosen, stored.weights, stored.config)
             documents = subject.documents(source, output.warn)
             model, installed = subject.model, subject.facts["versions"]
-        setting = {"versions": installed, "device": device_name(chosen)}
+        setting = {"versions": installed, "device": device_name(chosen), "processor": processor_name(chosen)}
         about = {"share": share, "seed": seed, "rounding": rounding, "nll": kept}
         report = verify_stored(stored, model, documents, setting, **about)
         checks += [*of_nll, *report.checks]

@@ -4,6 +4,7 @@ import re
 
 import numpy as np
 import pytest
+import torch
 from klora.kernels import BOS_ID
 from klora.ttt.audit import UNSEEN, AuditError, audit
 from klora.ttt.results import NLL_ROUNDING
@@ -459,6 +460,22 @@ def test_documents_that_show_nothing_are_refused():
     ):
         with pytest.raises(AuditError, match=says):
             audit(Counts(), documents, VOCAB)
+
+
+@pytest.mark.parametrize("of", [{"tolerance": -1.0}, {"tolerance": np.nan}, {"batch_tolerance": np.nan}])
+def test_a_tolerance_that_would_pass_anything_is_refused(of):
+    with pytest.raises(AuditError, match="allowed: nats from 0"):
+        audit(Counts(), DOCUMENTS, VOCAB, **of)
+
+
+def test_a_scorer_may_give_tensors():
+    """As a model gives them."""
+
+    def rough(documents):
+        return [torch.tensor(nll).bfloat16().requires_grad_() for nll in Counts()(documents)]
+
+    report = audit(rough, DOCUMENTS, VOCAB)
+    assert report.checks[0].passed and report.checks[1].passed, str(report)
 
 
 def test_what_a_scorer_does_to_its_arrays_changes_nothing():

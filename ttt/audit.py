@@ -131,9 +131,9 @@ def audit(
 ) -> AuditReport:
     """Look for what would make a scorer's numbers no score; one line of the report a check, with its evidence.
 
-    scorer: takes a list of int arrays [n], BOS first, and gives a list of arrays [n - 1]: the NLL in nats of tokens 1
-    to n - 1. It is called some thirty times, and `positions` times more for each document, with up to `most_swapped`
-    tokens at a time.
+    scorer: takes a list of int arrays [n], BOS first, and gives a list of arrays or tensors [n - 1]: the NLL in nats of
+    tokens 1 to n - 1. It is called some thirty times, and `positions` times more for each document, with up to
+    `most_swapped` tokens at a time.
     documents: such arrays, of which one at least has four tokens. A few of some hundred targets see most; a scorer
     that adapts wants them longer than what it adapts after.
     tolerance: nats by which a target's NLL may differ by rounding; 0: bit for bit.
@@ -143,12 +143,14 @@ def audit(
     and how many times as many random tokens are drawn as the documents have.
     seed: draws them all.
 
-    AuditError: documents that are no such arrays, or that nothing can be found out with. What the scorer raises passes
-    through.
+    AuditError: documents that are no such arrays, or that nothing can be found out with; a tolerance below 0 or NaN.
+    What the scorer raises passes through.
 
     Example: report = audit(lambda rows: [torch.full((len(row) - 1,), 6.0) for row in rows], [document.tokens], 400)
     """
     within_batch = tolerance if batch_tolerance is None else batch_tolerance
+    if not (tolerance >= 0 and within_batch >= 0):
+        raise AuditError(f"tolerance={tolerance}, batch_tolerance={batch_tolerance}; allowed: nats from 0")
     return _Audit(scorer, documents, vocab_size, tolerance, within_batch, positions, most_swapped, seed).report()
 
 
@@ -175,7 +177,7 @@ class _Audit:
 
     def _scores(self, documents: Sequence[np.ndarray]) -> list[np.ndarray]:
         """The scorer's answer to copies of documents, in float64: it may keep or change what it is given."""
-        return [np.asarray(nll, dtype=np.float64) for nll in self.scorer([tokens.copy() for tokens in documents])]
+        return [_array(nll) for nll in self.scorer([tokens.copy() for tokens in documents])]
 
     def _cuts(self, tokens: int, positions: int) -> list[int]:
         """How many targets come before a change: few, half, all but one, and some at random."""
@@ -417,6 +419,11 @@ class _Audit:
     def _random_scores(self) -> list[np.ndarray]:
         """What as many random tokens as the documents have are scored with."""
         return self._scores([self._random(len(tokens)) for tokens in self.documents])
+
+
+def _array(nll: Any) -> np.ndarray:
+    """In float64. Of a tensor of PyTorch, be it on a GPU, in bf16 or with a gradient, the values."""
+    return np.asarray(nll.detach().double().cpu() if hasattr(nll, "detach") else nll, dtype=np.float64)
 
 
 def _checked(documents: Sequence[np.ndarray], vocab_size: int) -> list[np.ndarray]:

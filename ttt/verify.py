@@ -33,10 +33,10 @@ from .sampling import is_for_tuning, sample
 NLL_FORMAT = "klora-nll-1"
 
 RELATIVE = 1e-3
-"""Share of a document's nats, of one at least, by which they may differ where versions, device, threads or scorer
-do."""
+"""Share of a document's nats, of one at least, by which they may differ where versions, device, processor,
+threads or scorer do."""
 
-SETTING = "versions", "device", "threads", "scorer"
+SETTING = "versions", "device", "processor", "threads", "scorer"
 """The facts of a result under which the same document has the same bits."""
 
 NATS = "base_nats", "tempered_nats", "adapted_nats"
@@ -155,10 +155,10 @@ def verify(
 ) -> AuditReport:
     """Recompute a random share of the documents of a stored score and compare; one check a line.
 
-    documents: all that the source has, whether or not they were sampled. setting: `versions` and `device` here. nll: as
-    :func:`read_nll` gives it. rounding: the share of a document's nats, of one at least, by which they may differ where
-    the setting does; where it does not they must be the same to the bit. seed: draws the documents; None: by chance,
-    which whoever made a result cannot have known.
+    documents: all that the source has, whether or not they were sampled. setting: `versions`, `device` and `processor`
+    here. nll: as :func:`read_nll` gives it. rounding: the share of a document's nats, of one at least, by which they
+    may differ where the setting does; where it does not they must be the same to the bit. seed: draws the documents;
+    None: by chance, which whoever made a result cannot have known.
     """
     checks, seed = stated(stored, documents, nll), secrets.randbits(32) if seed is None else seed
     by_hash = {document.sha256: document for document in documents}
