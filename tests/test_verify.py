@@ -189,6 +189,10 @@ FORGED = {
         lambda v: v["source"].update(tokens=10**6),
         "FAIL  source: tokens is 1000000, not",
     ),
+    "the provenance": (
+        lambda v: v["artifact"]["provenance"].update(steps=10**6),
+        "FAIL  provenance: it is another than the artifact has",
+    ),
     "the hash of the source": (lambda v: v["source"].update(sha256="0" * 64), "FAIL  source: sha256 is '000"),
     "versions": (
         lambda v: (cheaper(v), v["versions"].update(torch="1.0")),
