@@ -78,8 +78,8 @@ def verify(
     checks = [Check("artifact", same, says)]
     if same:
         if loaded:
-            says = stored.values["artifact"].get("provenance") == loaded.provenance
-            checks.append(Check("provenance", says, f"it is {'what' if says else 'another than'} the artifact has"))
+            fits = stored.values["artifact"].get("provenance") == loaded.provenance
+            checks.append(Check("provenance", fits, f"it is {'what' if fits else 'another than'} the artifact has"))
             documents = documents_of(source, tokenizer_of(loaded), loaded.provenance)
             model, installed = model_from_artifact(loaded, chosen, stored.weights), versions(chosen)
         else:

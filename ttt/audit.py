@@ -41,6 +41,9 @@ SUMS = 1e-3
 MOST_SWAPPED = 2**18
 """Tokens that the scorer reads for one sum over the vocabulary; where all would be more, some targets are left out."""
 
+MOST_PLACES = 16
+"""Targets drawn from all documents for such sums: of a cheat at every third one, one in 650 audits tries none."""
+
 NO_DISTRIBUTION = ": they are no distribution that is fixed before the target is looked at"
 
 ALONE = 4
@@ -132,15 +135,14 @@ def audit(
     """Look for what would make a scorer's numbers no score; one line of the report a check, with its evidence.
 
     scorer: takes a list of int arrays [n], BOS first, and gives a list of arrays or tensors [n - 1]: the NLL in nats of
-    tokens 1 to n - 1. It is called some thirty times, and `positions` times more for each document, with up to
-    `most_swapped` tokens at a time.
+    tokens 1 to n - 1. It is called some forty times, with up to `most_swapped` tokens at a time.
     documents: such arrays, of which one at least has four tokens. A few of some hundred targets see most; a scorer
     that adapts wants them longer than what it adapts after.
     tolerance: nats by which a target's NLL may differ by rounding; 0: bit for bit.
     batch_tolerance: the same where a document keeps its length: scored again, alone, beside others, before other text.
     Left out, it is `tolerance`; a scorer whose batches change no bit is held to that by 0.
     positions: how many places of each document text is changed after, at how many others the vocabulary is summed up,
-    and how many times as many random tokens are drawn as the documents have.
+    up to MOST_PLACES in all, and how many times as many random tokens are drawn as the documents have.
     seed: draws them all.
 
     AuditError: documents that are no such arrays, or that nothing can be found out with; a tolerance below 0 or NaN.
@@ -363,7 +365,7 @@ class _Audit:
     def _anywhere(self) -> Check:
         """The same at targets drawn from all documents, as last ones, of as many tokens as can be afforded."""
         every = [(i, target) for i, tokens in enumerate(self.documents) for target in range(1, len(tokens))]
-        drawn = self.random.permutation(len(every))[: max(self.positions * len(self.documents), 1)]
+        drawn = self.random.permutation(len(every))[: max(min(self.positions * len(self.documents), MOST_PLACES), 1)]
         share, sums, whole = self.most_swapped // len(drawn), [], 0
         for i, target in (every[place] for place in drawn):
             total, of, fits = self._sum(target, self.documents[i][: target + 1], share)
