@@ -244,6 +244,18 @@ def test_another_version_is_verified_within_the_stated_rounding(scored, artifact
     assert "FAIL  totals: base_bpb" in said  # which no rounding is allowed to
 
 
+def test_what_all_documents_have_lost_is_said_where_rounding_is_allowed(scored, artifact, lines, tmp_path):
+    """Each by less than rounding may be."""
+
+    def a_little_cheaper(values):
+        values["versions"]["torch"] = "1.0"
+        for document in values["documents"]:
+            document["adapted_nats"] *= 1 - 8e-4
+
+    said = verified(forged(scored, tmp_path, a_little_cheaper), artifact, lines, "--share", "1", check=1)
+    assert "pass  recomputed: 5 documents" in said and "at most 0.0008 apart, -0.0008 in all" in said
+
+
 def test_a_cpu_of_another_kind_is_held_to_the_rounding(scored, artifact, lines, monkeypatch):
     """Its sums have another order: without AVX512, nats of the demo's model differed in the eighth digit."""
     monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "another")

@@ -292,9 +292,11 @@ def _recomputed(again: Sequence[Mapping[str, Any]], found: ScoreResult, allowed:
         worst = math.inf if where else worst
     how = "to the bit" if not differs else f"within a share of {allowed:g}, as {', '.join(differs)} differ"
     if worst <= allowed:
-        return Check(
-            "recomputed", True, f"{len(again):,} documents are what they were, {how}: at most {worst:.2g} apart"
-        )
+        # Rounding has no direction: what all documents have lost is not it, though it is less than each may be off.
+        said, here = math.fsum(old["adapted_nats"] for old in again), math.fsum(d.adapted_nats for d in found.documents)
+        total = f", {(said - here) / max(abs(here), 1.0):+.2g} in all" * bool(differs)
+        says = f"{len(again):,} documents are what they were, {how}: at most {worst:.2g} apart{total}"
+        return Check("recomputed", True, says)
     return Check("recomputed", False, f"{where}; wanted: {how}")
 
 
