@@ -75,10 +75,10 @@ def require_folder(path: Path) -> None:
     require_writable(path)
 
 
-def require_file(path: Path) -> None:
-    """As :func:`require_folder`, for an --out that is to be a file; one that is there is replaced."""
+def require_file(path: Path, option: str = "--out") -> None:
+    """As :func:`require_folder`, for an option that is to be a file; one that is there is replaced."""
     if path.exists() and not path.is_file():
-        raise ConfigError(f"--out {path} is no file; allowed: a file, or a path where there is nothing yet")
+        raise ConfigError(f"{option} {path} is no file; allowed: a file, or a path where there is nothing yet")
     require_writable(path)
 
 

@@ -16,7 +16,8 @@ from ..ttt.hf_model import require_for_hf
 from ..ttt.journal import has_journals
 from ..ttt.protocols import HF, SCORE_FIRST, TTTConfig, label, ttt_preset
 from ..ttt.queue import PATIENCE
-from ..ttt.results import SCORE
+from ..ttt.results import RESULTS, SCORE
+from ..ttt.verify import is_nll
 from . import options
 from .console import Output
 from .scoring import Scoring
@@ -199,6 +200,8 @@ def score(
     scored = hf or artifact
     folder = out or scored.with_name(f"{scored.name if hf else scored.stem}-score")
     options.require_folder(folder)
+    if nll:
+        _require_for_nll(nll, folder)
     with locked(folder, rank_of_many(), say=output.warn):
         if not overwrite:
             _require_no_results(folder)
@@ -235,6 +238,15 @@ def _require_for_hf(
     if not texts:
         raise ConfigError("--hf was given without --text or --jsonl; say what is to be scored")
     require_for_hf(config)
+
+
+def _require_for_nll(path: Path, folder: Path) -> None:
+    """ConfigError or OSError where --nll cannot be written, or would take the place of what is something else."""
+    options.require_file(path, "--nll")
+    if path.resolve().parent == folder.resolve() and (path.name in RESULTS or path.name.startswith("journal")):
+        raise ConfigError(f"--nll {path} has the name of another file of the results; give another name")
+    if path.exists() and path.stat().st_size and not is_nll(path):
+        raise ConfigError(f"{path} is there and is no file of NLLs; move it or give another --nll")
 
 
 def _require_no_results(folder: Path) -> None:

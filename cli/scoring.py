@@ -11,7 +11,7 @@ import torch
 import typer
 
 from ..model.parallel import own_device
-from ..model.placement import device_name
+from ..model.placement import device_name, processor_name
 from ..model.signals import StopSignals
 from ..model.storage import attempt, require_writable
 from ..ttt import pipeline
@@ -106,6 +106,7 @@ class Scoring:
                 facts=subject.facts
                 | {
                     "device": device_name(device),
+                    "processor": processor_name(device),
                     "weights": self._weights(subject),
                     "source": facts_of_source(self.source, every, self.most_tokens),
                 }

@@ -1,9 +1,9 @@
 """What a command scores: a model with its tokenizer, and the documents of a source."""
 
-import hashlib
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +18,7 @@ from ..model.loading import model_from_artifact, model_from_run, tokenizer_of
 from ..model.prepare import tokenizer_beside
 from ..model.shards import TokenStream, find_shards
 from ..model.tokenizer import Tokenizer
-from ..ttt.documents import Document, documents_from_texts, documents_from_tokens, with_own_names
+from ..ttt.documents import Document, digest_of, documents_from_texts, documents_from_tokens, with_own_names
 from ..ttt.hf import facts_of_model, hashes_of_folder, hf_documents, load_hf, require_known_tokens, token_bytes_of
 from ..ttt.hf_model import HfModel
 from ..ttt.protocols import TTTConfig
@@ -71,7 +71,7 @@ class Subject:
         def documents(source: Source, say: Callable[[str], None]) -> list[Document]:
             return documents_of(source, tokenizer, loaded.provenance, say)
 
-        facts = _facts(path, loaded)
+        facts = _facts(path, loaded, device)
         return cls(model, tokenizer, hashes_of(loaded), facts, documents, tokenizer.token_bytes, before)
 
     @classmethod
@@ -89,7 +89,7 @@ class Subject:
 
         facts = {
             "artifact": {"file": folder.name, **hashes},
-            "versions": versions() | {"transformers": version("transformers")},
+            "versions": versions(device) | {"transformers": version("transformers")},
             **facts_of_model(model, tokenizer),
         }
         return cls(model, tokenizer, hashes, facts, documents, token_bytes_of(tokenizer))
@@ -138,7 +138,6 @@ def facts_of_source(source: Source, documents: list[Document], most_tokens: int)
     """What was scored: the files' names, what they hold, and of how many tokens a sample was taken; 0: none was."""
     text, jsonl, field, shards = source
     kind = "shards" if shards else "text" if text else "jsonl" if jsonl else "stdlib"
-    digest = hashlib.sha256("".join(sorted(document.sha256 for document in documents)).encode())
     return {
         "kind": kind,
         "files": [path.name for path in ([shards] if shards else text or jsonl or [])],
@@ -146,7 +145,7 @@ def facts_of_source(source: Source, documents: list[Document], most_tokens: int)
         "hashes_are_of": "tokens" if shards else "text",
         "documents": len(documents),
         "tokens": sum(document.targets for document in documents),
-        "sha256": digest.hexdigest(),
+        "sha256": digest_of(documents),
         "most_tokens": most_tokens,
     }
 
@@ -156,12 +155,16 @@ def hashes_of(artifact: Artifact) -> dict[str, str]:
     return {name: artifact.header[name] for name in ("header_sha256", "payload_sha256")}
 
 
-def versions() -> dict[str, str]:
-    """The versions that bits depend on."""
-    return {"klora": __version__, "torch": torch.__version__}
+def versions(device: torch.device) -> dict[str, str]:
+    """The versions that bits depend on. Triton makes the kernels of a GPU."""
+    found = {"klora": __version__, "torch": torch.__version__}
+    if device.type == "cuda":
+        with suppress(PackageNotFoundError):
+            found["triton"] = version("triton")
+    return found
 
 
-def _facts(path: Path, artifact: Artifact) -> dict[str, Any]:
+def _facts(path: Path, artifact: Artifact, device: torch.device) -> dict[str, Any]:
     """What a reader needs to know to trust or repeat the result."""
     return {
         "artifact": {
@@ -170,5 +173,5 @@ def _facts(path: Path, artifact: Artifact) -> dict[str, Any]:
             **hashes_of(artifact),
             "provenance": artifact.provenance,
         },
-        "versions": versions(),
+        "versions": versions(device),
     }

@@ -9,10 +9,10 @@ from ..model.artifact import load_artifact
 from ..model.config import ConfigError
 from ..model.loading import model_from_artifact, tokenizer_of
 from ..model.parallel import own_device
-from ..model.placement import device_name
+from ..model.placement import device_name, processor_name
 from ..ttt.audit import AuditReport, Check
 from ..ttt.hf import hashes_of_folder
-from ..ttt.verify import RELATIVE, Stored, read_nll
+from ..ttt.verify import RELATIVE, Stored, read_nll, which_nll
 from ..ttt.verify import verify as verify_stored
 from . import options
 from .audit import finish
@@ -37,14 +37,17 @@ def verify(
     share: Annotated[
         float, typer.Option("--share", min=0.0, max=1.0, help="Share of the documents to recompute; at least one is.")
     ] = 0.05,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Draws the documents.")] = 0,
+    seed: Annotated[
+        int | None,
+        typer.Option("--seed", min=0, help="Draws the documents. Left out: chance, and the report says which it was."),
+    ] = None,
     rounding: Annotated[
         float,
         typer.Option(
             "--rounding",
             min=0.0,
             help="Share of a document's nats, of one at least, by which they may differ where versions, device, "
-            "threads or scorer do. Where none does, they must be the same to the bit.",
+            "processor, threads or scorer do. Where none does, they must be the same to the bit.",
         ),
     ] = RELATIVE,
     device: options.Device = "auto",
@@ -65,6 +68,7 @@ def verify(
     source = source_of(text, jsonl, field, shards)
     stored = Stored(result)
     kept = read_nll(nll, stored) if nll else None
+    of_nll = [which_nll(nll, stored)] if nll else []
     chosen = own_device(device)
     settle_threads(chosen)
     loaded = load_artifact(artifact) if artifact else None
@@ -74,14 +78,16 @@ def verify(
     checks = [Check("artifact", same, says)]
     if same:
         if loaded:
+            fits = stored.values["artifact"].get("provenance") == loaded.provenance
+            checks.append(Check("provenance", fits, f"it is {'what' if fits else 'another than'} the artifact has"))
             documents = documents_of(source, tokenizer_of(loaded), loaded.provenance)
-            model, installed = model_from_artifact(loaded, chosen, stored.weights), versions()
+            model, installed = model_from_artifact(loaded, chosen, stored.weights), versions(chosen)
         else:
             subject = Subject.of_folder(hf, chosen, stored.weights, stored.config)
             documents = subject.documents(source, output.warn)
             model, installed = subject.model, subject.facts["versions"]
-        setting = {"versions": installed, "device": device_name(chosen)}
+        setting = {"versions": installed, "device": device_name(chosen), "processor": processor_name(chosen)}
         about = {"share": share, "seed": seed, "rounding": rounding, "nll": kept}
         report = verify_stored(stored, model, documents, setting, **about)
-        checks += report.checks
+        checks += [*of_nll, *report.checks]
     finish(output, AuditReport(tuple(checks), report.unseen if same else ("everything else",)), {"result": str(result)})

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from . import peft
-from .pool import LoraError, Place, Pool
+from .pool import MOST_ALPHA, LoraError, Place, Pool
 
 
 @dataclass(frozen=True)
@@ -175,9 +175,11 @@ def ranks_of(rank: int | Mapping[str, int], targets: list[str], lenient: bool = 
 
 
 def check_alpha(alpha: float | None) -> float | None:
-    """LoraError unless it is None or a number above 0."""
-    if alpha is not None and not (isinstance(alpha, Real) and 0 < alpha < float("inf")):
-        raise LoraError(f"alpha is {alpha!r}; wanted: a number above 0, or None for a scale of 1")
+    """LoraError unless it is None or a number above 0 and below MOST_ALPHA."""
+    if alpha is not None and not (isinstance(alpha, Real) and 0 < alpha < MOST_ALPHA):
+        raise LoraError(
+            f"alpha is {alpha!r}; wanted: a number above 0 and below {MOST_ALPHA:g}, or None for a scale of 1"
+        )
     return alpha
 
 

@@ -12,7 +12,8 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
-from .pool import LoraError, Place
+from ..model.reading import is_finite, open_regular, parse_json, read_bytes
+from .pool import MOST_ALPHA, LoraError, Place
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 KEY = re.compile(r"base_model\.model\.(?P<name>.+)\.lora_(?P<part>[AB])\.weight")
@@ -114,7 +115,7 @@ def read(folder: Path, places: Sequence[Place]) -> tuple[Tensors, dict[str, floa
 
 def _config(path: Path) -> dict[str, Any]:
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = parse_json(read_bytes(path))
     except FileNotFoundError:
         raise LoraError(f"{path}: no such file; wanted: a folder as PEFT's save_pretrained writes it") from None
     except (OSError, ValueError) as error:
@@ -126,7 +127,17 @@ def _config(path: Path) -> dict[str, Any]:
     wrong += ["bias"] * (config.get("bias", "none") != "none")
     wrong += ["init_lora_weights"] * (config.get("init_lora_weights", True) not in PLAIN_INITS)
     if wrong:
-        raise LoraError(f"{path} has {wrong[0]}={config[wrong[0]]!r}; klora reads plain LoRA: A, B, rank and alpha")
+        raise LoraError(f"{path} has {wrong[0]}={config[wrong[0]]!r:.80}; klora reads plain LoRA: A, B, rank and alpha")
+    targets, patterns = config.get("target_modules") or [], config.get("alpha_pattern") or {}
+    if not isinstance(targets, str | list) or not all(isinstance(target, str) for target in targets):
+        raise LoraError(f"{path} has target_modules={targets!r:.80}; wanted: names, or one regular expression")
+    if not isinstance(patterns, dict):
+        raise LoraError(f"{path} has alpha_pattern={patterns!r:.80}; wanted: an alpha for each name")
+    for pattern in (*patterns, *([targets] if isinstance(targets, str) else [])):
+        try:
+            re.compile(pattern)
+        except (re.error, OverflowError, RecursionError) as error:
+            raise LoraError(f"{path} has {pattern!r:.80}, which is no regular expression: {error}") from None
     return config
 
 
@@ -135,6 +146,7 @@ def _stored(path: Path) -> dict[str, Tensor]:
         also = "; adapter_model.bin is a pickle, save it as safetensors" * path.with_suffix(".bin").exists()
         raise LoraError(f"{path}: no such file{also}")
     try:
+        open_regular(path).close()
         return safetensors.torch.load_file(path)
     except (OSError, safetensors.SafetensorError) as error:
         raise LoraError(f"{path} cannot be read: {error}") from error
@@ -168,6 +180,6 @@ def _alpha(path: Path, config: Mapping[str, Any], name: str, rank: int) -> float
     patterns = config.get("alpha_pattern") or {}
     matching = [key for key in patterns if re.match(rf"(.*\.)?({key})$", name)]
     alpha = patterns[matching[0]] if matching else config.get("lora_alpha")
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < abs(alpha) < float("inf"):
-        raise LoraError(f"{path} has alpha {alpha!r} for {name}; wanted: a number")
+    if not is_finite(alpha) or not 0 < abs(alpha) < MOST_ALPHA:
+        raise LoraError(f"{path} has alpha {alpha!r:.80} for {name}; wanted: a number below {MOST_ALPHA:g}, but 0")
     return alpha * rank**0.5 if config.get("use_rslora") else float(alpha)

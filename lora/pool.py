@@ -15,6 +15,9 @@ from torch import Tensor
 
 from ..errors import KloraError
 
+MOST_ALPHA = 1e30
+"""Far beyond any in use, and fp32 holds it times the root of a rank."""
+
 
 class LoraError(KloraError, ValueError):
     """A model that adapters do not fit, an adapter that does not exist, or a file of another model.

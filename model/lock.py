@@ -18,6 +18,7 @@ from datetime import datetime
 from pathlib import Path
 
 from ..errors import KloraError
+from .reading import parse_json
 from .storage import require_writable
 
 UNABLE = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
@@ -82,7 +83,7 @@ def _opened(path: Path, guarded: Path, say: Callable[[str], None]) -> int:
 def _holder(handle: int) -> str:
     """Who the file says holds the lock, for people."""
     try:
-        about = json.loads(os.pread(handle, 4096, 0))
+        about = parse_json(os.pread(handle, 4096, 0))
         pid, host, command, since = (about[key] for key in ("pid", "host", "command", "since"))
         return f"klora {command!s:.20} (process {pid:d} on {host!s:.60}, since {since!s:.20})"
     except (OSError, ValueError, KeyError, TypeError):

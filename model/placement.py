@@ -1,5 +1,9 @@
 """Where a network is computed, in which dtype, by which step, and how a batch is shared out."""
 
+import platform
+from contextlib import suppress
+from pathlib import Path
+
 import torch
 
 from .config import ConfigError, Preset, TrainConfig
@@ -8,6 +12,17 @@ from .gpt import GPT
 
 def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+
+
+def processor_name(device: torch.device) -> str:
+    """A GPU's name; a CPU's model and the instructions that PyTorch takes there, which the order of sums depends on."""
+    if device.type == "cuda":
+        return device_name(device)
+    model = platform.processor() or platform.machine()
+    with suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return f"{model}, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def compute_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:

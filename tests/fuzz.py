@@ -33,6 +33,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors.torch
 import torch
 import zstandard
@@ -180,10 +181,11 @@ def made_files(folder: Path) -> Files:
     from klora.model.shards import ShardWriter
     from klora.model.tokenizer import Tokenizer
     from klora.model.train import Trainer
-    from klora.ttt.documents import Document
+    from klora.ttt.documents import Document, digest_of
     from klora.ttt.journal import Journal
     from klora.ttt.protocols import ttt_preset
     from klora.ttt.results import ADAPTED, SHORT, DocumentResult, ScoreResult
+    from klora.ttt.verify import write_nll
 
     made, draw = Files(), random.Random(0)
     stems = ["alpha", "beta", "gamma", "delta", "epsilon", "=", ":", "\n", "def", "return", "import", "self", "é", "😀"]
@@ -232,9 +234,19 @@ def made_files(folder: Path) -> Files:
     journal.close()
     made.data["journal"] = (folder / "journal.jsonl").read_bytes()
     made.data["base"] = (folder / "journal.base.npy").read_bytes()
-    ScoreResult(list(results.values()), ttt_preset(), {"base": 1.0}).write(folder)
-    made.data["documents.csv"] = (folder / "documents.csv").read_bytes()
-    made.data["score.json"] = (folder / "score.json").read_bytes()
+    scored = made.documents[:6]
+    source = {"documents": 6, "tokens": sum(d.targets for d in scored), "most_tokens": 0, "sha256": digest_of(scored)}
+    facts = {"source": source, "artifact": {"header_sha256": "a", "payload_sha256": "b"}, "weights": "dense"}
+    nll = [np.full(document.targets, 8.0 / document.targets, np.float32) for document in scored]
+    hashes = [document.sha256 for document in scored]
+    of_run = ScoreResult(list(results.values()), ttt_preset(), {"base": 1.0}, facts, None, hashes, nll)
+    write_nll(folder / "nll.safetensors", of_run)
+    of_run.write(folder)
+    adapted = adapted_linears()
+    adapted.adapters.create("one")
+    adapted.adapters.save("one", folder)
+    for name in ("documents.csv", "score.json", "nll.safetensors", "adapter_config.json", "adapter_model.safetensors"):
+        made.data[name] = (folder / name).read_bytes()
     made.data["jsonl"] = b"".join(
         json.dumps({"name": str(i), "text": text}).encode() + b"\n" for i, text in enumerate(texts[:8])
     )
@@ -249,6 +261,14 @@ FINGERPRINT, CELLS = "a run", 50
 def linears() -> torch.nn.Module:
     torch.manual_seed(0)
     return torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 64))
+
+
+def adapted_linears():
+    """A model with adapters whose files are PEFT's."""
+    from klora.lora import attach
+
+    names = {name: torch.nn.Linear(16, 16) for name in ("q_proj", "v_proj")}
+    return attach(torch.nn.ModuleDict(names), slots=1, targets=list(names), rank=4)
 
 
 def benchmark_record() -> dict[str, Any]:
@@ -358,14 +378,14 @@ def zero_artifact(header: dict, tokenizer: bytes, most: int = 4 << 20) -> bytes:
     return signed_artifact(header, frame)
 
 
-def forged_safetensors(data: bytes, draw: random.Random) -> bytes:
-    """A file of tensors and klora's metadata with one of both, or the table of tensors, changed."""
+def forged_safetensors(data: bytes, draw: random.Random, metadata: str = "klora") -> bytes:
+    """A file of tensors and JSON in its `metadata` with one of both, or the table of tensors, changed."""
     size = struct.unpack("<Q", data[:8])[0]
     table, rest = json.loads(data[8 : 8 + size]), data[8 + size :]
     kind = draw.randrange(8)
     if kind < 4:
-        meta = json.loads(table["__metadata__"]["klora"])
-        table["__metadata__"]["klora"] = json_text(mutated_value(meta, draw), draw).decode(errors="replace")
+        meta = json.loads(table["__metadata__"][metadata])
+        table["__metadata__"][metadata] = json_text(mutated_value(meta, draw), draw).decode(errors="replace")
     elif kind == 4:
         table = mutated_value(table, draw)
     elif kind == 5:
@@ -379,6 +399,42 @@ def forged_safetensors(data: bytes, draw: random.Random) -> bytes:
         return mutated_bytes(data, draw)
     raw = json_text(table, draw) if kind == 4 else json.dumps(table).encode()
     return struct.pack("<Q", len(raw)) + raw + bytes(rest)
+
+
+def signed_tensors(data: bytes) -> bytes:
+    """A file of tensors with klora's checksum of what it holds; as it is where it can be given none."""
+    from klora.model.checkpoint import _checksum
+
+    try:
+        size = struct.unpack("<Q", data[:8])[0]
+        table, tensors = json.loads(data[8 : 8 + size]), safetensors.torch.load(data)
+        table["__metadata__"]["sha256"] = _checksum(tensors, table["__metadata__"])
+        raw = json.dumps(table).encode()
+    except Exception:  # whatever a damaged file makes the library raise
+        return data
+    return struct.pack("<Q", len(raw)) + raw + data[8 + size :]
+
+
+def chained_lines(lines: Sequence[bytes]) -> bytes:
+    """A journal's lines, each with the checksum that belongs behind those before it, if it is an object of JSON."""
+    from klora.ttt.journal import _chained
+
+    chain, found = "", []
+    for line in lines:
+        with suppress(ValueError, RecursionError):
+            record = json.loads(line)
+            if isinstance(record, dict):
+                record.pop("chain", None)
+                chain = _chained(chain, json.dumps(record))
+                line = json.dumps(record | {"chain": chain}).encode()
+        found.append(line + b"\n")
+    return b"".join(found)
+
+
+def signed_array(data: bytes) -> bytes:
+    """A base pass's file with the checksum of what stands behind its header."""
+    array = data[10 + int.from_bytes(data[8:10], "little") : -32]
+    return data[:-32] + hashlib.sha256(FINGERPRINT.encode() + array).digest()
 
 
 # Each writes a changed file into `folder`, yields, and opens it: the time and memory of the second half count.
@@ -473,12 +529,13 @@ def journal(files: Files, folder: Path, draw: random.Random) -> Iterator[None]:
         lines = data.splitlines()
         at = draw.randrange(len(lines))
         lines[at] = json_text(mutated_value(json.loads(lines[at]), draw), draw).replace(b"\n", b" ")
-        data = b"\n".join(lines) + b"\n"
+        data = chained_lines(lines) if draw.random() < 0.8 else b"\n".join(lines) + b"\n"
     else:
         data = mutated_bytes(data, draw)
     (folder / draw.choice(("journal.jsonl", "journal.jsonl", "journal-1.jsonl"))).write_bytes(data)
     if draw.random() < 0.5:
-        (folder / "journal.base.npy").write_bytes(mutated_bytes(files.data["base"], draw))
+        base = mutated_bytes(files.data["base"], draw)
+        (folder / "journal.base.npy").write_bytes(signed_array(base) if draw.random() < 0.7 else base)
     yield
     has_journals(folder)
     kept = open_journal(folder, FINGERPRINT, resume=draw.random() < 0.8)
@@ -535,7 +592,8 @@ def loss_csv(files: Files, folder: Path, draw: random.Random) -> Iterator[None]:
 
 def checkpoint(files: Files, folder: Path, draw: random.Random) -> Iterator[None]:
     trainer = files.trainer
-    (folder / "checkpoint.safetensors").write_bytes(forged_safetensors(files.data["checkpoint.safetensors"], draw))
+    data = forged_safetensors(files.data["checkpoint.safetensors"], draw)
+    (folder / "checkpoint.safetensors").write_bytes(signed_tensors(data) if draw.random() < 0.8 else data)
     yield
     trainer.state.folder = folder
     trainer._load_checkpoint()
@@ -549,7 +607,8 @@ def trained_model(files: Files, folder: Path, draw: random.Random) -> Iterator[N
     from klora.model.loading import model_from_run
 
     path = folder / "model.safetensors"
-    path.write_bytes(forged_safetensors(files.data["model.safetensors"], draw))
+    data = forged_safetensors(files.data["model.safetensors"], draw)
+    path.write_bytes(signed_tensors(data) if draw.random() < 0.8 else data)
     yield
     _facts(path)
     model_from_run(folder, "cpu")(torch.ones(1, 4, dtype=torch.int64))
@@ -586,6 +645,43 @@ def documents_csv(files: Files, folder: Path, draw: random.Random) -> Iterator[N
         read_documents_csv(path)
 
 
+def stored_score(files: Files, folder: Path, draw: random.Random) -> Iterator[None]:
+    """What `klora verify` reads, and all that it says before it computes."""
+    from klora.ttt.audit import AuditReport
+    from klora.ttt.verify import Stored, read_nll, stated, which_nll
+
+    score, nll = files.data["score.json"], files.data["nll.safetensors"]
+    if draw.random() < 0.3:
+        nll = forged_safetensors(nll, draw, "sha256")
+    elif draw.random() < 0.8:
+        score = json_text(mutated_value(json.loads(score), draw), draw)
+    else:
+        score = mutated_bytes(score, draw)
+    (folder / "score.json").write_bytes(score)
+    (folder / "nll.safetensors").write_bytes(nll)
+    yield
+    stored = Stored(folder / "score.json")
+    kept, file = read_nll(folder / "nll.safetensors", stored), which_nll(folder / "nll.safetensors", stored)
+    report = AuditReport((file, *stated(stored, files.documents[:6], kept)))
+    str(report), json.dumps(report.to_json(), allow_nan=False)
+
+
+def peft_folder(files: Files, folder: Path, draw: random.Random) -> Iterator[None]:
+    config, weights = files.data["adapter_config.json"], files.data["adapter_model.safetensors"]
+    if draw.random() < 0.6:
+        config = json_text(mutated_value(json.loads(config), draw), draw)
+    elif draw.random() < 0.5:
+        size = struct.unpack("<Q", weights[:8])[0]
+        table = json_text(mutated_value(json.loads(weights[8 : 8 + size]), draw), draw)
+        weights = struct.pack("<Q", len(table)) + table + weights[8 + size :]
+    else:
+        weights = mutated_bytes(weights, draw)
+    (folder / "adapter_config.json").write_bytes(config)
+    (folder / "adapter_model.safetensors").write_bytes(weights)
+    yield
+    adapted_linears().adapters.load("one", folder)
+
+
 def linears_file(files: Files, folder: Path, draw: random.Random) -> Iterator[None]:
     from klora.model.int6_file import load_quantized
 
@@ -618,6 +714,8 @@ TARGETS = {
     "benchmark": Target(benchmark, 4, RECORD),
     "documents.csv": Target(documents_csv, 3, RECORD),
     "linears": Target(linears_file, 2, 64 << 20),
+    "score": Target(stored_score, 6, RECORD),
+    "peft": Target(peft_folder, 3, 64 << 20),
 }
 
 

@@ -1,7 +1,10 @@
 """The audit of anyone's scorer: every planted cheat is refused for its reason, and honest ones pass."""
 
+import re
+
 import numpy as np
 import pytest
+import torch
 from klora.kernels import BOS_ID
 from klora.ttt.audit import UNSEEN, AuditError, audit
 from klora.ttt.results import NLL_ROUNDING
@@ -235,6 +238,53 @@ class NoisyBonus(Noisy, Bonus):
     """Every probability times e^0.2, behind the noise."""
 
 
+class Fluent(Counts):
+    """An honest scorer that knows its language: random tokens cost it far more than ln V, whatever some of them save.
+
+    A cheat of it does what it does at every third target alone.
+    """
+
+    FOLLOWS = np.exp(3.5 * np.random.default_rng(5).standard_normal((VOCAB, VOCAB)))
+    FOLLOWS /= FOLLOWS.sum(1, keepdims=True)
+
+    def distribution(self, tokens, at):
+        return 0.98 * self.FOLLOWS[tokens[at - 1]] + 0.02 * super().distribution(tokens, at)
+
+
+class RaisedAtSome(Fluent):
+    """The target's logit + 5."""
+
+    def distribution(self, tokens, at):
+        raised = super().distribution(tokens, at).copy()
+        raised[tokens[at]] *= np.exp(5.0 * (at % 3 == 0))
+        return raised / raised.sum()
+
+
+class SmallerAtSome(Fluent):
+    """loss x 0.9."""
+
+    def nll(self, tokens, at):
+        return super().nll(tokens, at) * (0.9 if at % 3 == 0 else 1.0)
+
+
+class HotterAtSome(Fluent):
+    """A temperature that is chosen by what suits the target."""
+
+    def nll(self, tokens, at):
+        return Hotter.nll(self, tokens, at) if at % 3 == 0 else super().nll(tokens, at)
+
+
+def fluent_document(targets: int, seed: int) -> np.ndarray:
+    """Text of that language."""
+    random, tokens = np.random.default_rng(seed), [BOS_ID]
+    while len(tokens) <= targets:
+        tokens.append(random.choice(VOCAB, p=Fluent.FOLLOWS[tokens[-1]]))
+    return np.array(tokens, dtype=np.uint16)
+
+
+FLUENT = [fluent_document(100, 0), fluent_document(61, 1), fluent_document(40, 2)]
+
+
 class NotANumber(Counts):
     """A NaN, which a sum over finite values would leave out."""
 
@@ -281,7 +331,8 @@ def test_an_honest_scorer_passes_bit_for_bit():
     assert report.passed, str(report)
     names = [check.name for check in report.checks]
     assert names[:8] == ["targets", "repeated", "alone", "order", "company", "later text", "length", "last target"]
-    assert names[8:] == [f"vocabulary at target {n}" for n in (1, 15, 30)] + ["random tokens"]
+    assert names[8:] == [f"vocabulary at target {n}" for n in (1, 15, 30)] + ["vocabulary anywhere", "random tokens"]
+    assert "at 12 targets drawn by chance, 12 of them over all 48 tokens, prob" in report.checks[-2].evidence
     assert "bit for bit" in report.checks[1].evidence
     assert str(report).endswith("not seen here: " + "; ".join(UNSEEN))
     assert report.to_json()["passed"] is True and len(report.to_json()["checks"]) == len(names)
@@ -295,6 +346,30 @@ def test_a_planted_cheat_is_refused_for_its_reason(cheat):
     assert reason in evidence and f"FAIL  {name}: " in str(report)
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_an_honest_scorer_that_knows_its_language_passes(seed):
+    report = audit(Fluent(), FLUENT, VOCAB, seed=seed)
+    assert report.passed, str(report)
+    assert report.checks[-1].evidence.startswith("804 uniform random tokens cost, in all, ")
+    assert "nats more than ln 48 each; a bet on them loses" in report.checks[-1].evidence
+
+
+@pytest.mark.parametrize("cheat", [RaisedAtSome, SmallerAtSome, HotterAtSome])
+def test_a_cheat_at_some_targets_is_refused_where_random_tokens_cost_dear(cheat):
+    """Those that are always tried, target 1 and two more, are none of them."""
+    report = audit(cheat(), FLUENT, VOCAB)
+    assert "vocabulary anywhere" in report.failed and NOT_NORMALISED in str(report), str(report)
+    (evidence,) = (check.evidence for check in report.checks if check.name == "vocabulary anywhere")
+    assert int(re.search(r"at target (\d+) of document", evidence)[1]) % 3 == 0
+
+
+def test_a_bet_of_a_share_wins_where_all_would_be_lost():
+    """Of random tokens that cost more than ln V each, though some of them cost too little."""
+    report = audit(RaisedAtSome(), FLUENT, VOCAB, most_swapped=VOCAB)
+    evidence = report.checks[-1].evidence
+    assert "random tokens" in report.failed and "nats more than ln 48 each; a bet on them wins" in evidence
+
+
 def test_random_tokens_alone_show_a_scorer_that_is_not_normalised():
     """With a vocabulary of which most is left out of the sum, and of which nothing likely was tried."""
 
@@ -303,7 +378,8 @@ def test_random_tokens_alone_show_a_scorer_that_is_not_normalised():
 
     report = audit(cheap, [document(200, 0)], 50_000, most_swapped=1000)
     assert report.failed == ("random tokens",) and "by chance once in 1,000,000 at most" in str(report)
-    assert "of 50,000 tokens sum to" in report.checks[-2].evidence
+    assert "of 50,000 tokens sum to" in report.checks[-3].evidence
+    assert "at 4 targets drawn by chance, 0 of them over all 50,000 tokens, prob" in report.checks[-2].evidence
 
 
 def test_a_tolerance_is_stated_and_covers_no_more_than_itself():
@@ -384,6 +460,22 @@ def test_documents_that_show_nothing_are_refused():
     ):
         with pytest.raises(AuditError, match=says):
             audit(Counts(), documents, VOCAB)
+
+
+@pytest.mark.parametrize("of", [{"tolerance": -1.0}, {"tolerance": np.nan}, {"batch_tolerance": np.nan}])
+def test_a_tolerance_that_would_pass_anything_is_refused(of):
+    with pytest.raises(AuditError, match="allowed: nats from 0"):
+        audit(Counts(), DOCUMENTS, VOCAB, **of)
+
+
+def test_a_scorer_may_give_tensors():
+    """As a model gives them."""
+
+    def rough(documents):
+        return [torch.tensor(nll).bfloat16().requires_grad_() for nll in Counts()(documents)]
+
+    report = audit(rough, DOCUMENTS, VOCAB)
+    assert report.checks[0].passed and report.checks[1].passed, str(report)
 
 
 def test_what_a_scorer_does_to_its_arrays_changes_nothing():

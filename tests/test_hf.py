@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import re
 import socket
 import subprocess
@@ -163,6 +164,21 @@ def test_adapting_gains_and_the_first_chunk_is_the_base_models():
 
 
 # What makes it a score
+
+
+def test_without_a_learning_rate_the_score_is_the_base_models_to_the_bit():
+    result = scored(DOCUMENTS, TTT.override({"lr": 0.0}))
+    assert all(one.adapted_nats == one.base_nats and one.status == SHORT for one in result.documents)
+    for nll, one in zip(result.nll, result.documents, strict=True):
+        assert nll.sum(dtype=np.float64) == pytest.approx(one.base_nats, rel=1e-12)
+
+
+def test_a_folder_has_hashes_whatever_its_files_are_called(tmp_path):
+    hashes = []
+    for name in (b"a.json", b"\xff.json"):
+        (tmp_path / os.fsdecode(name)).write_text("{}")
+        hashes.append(hashes_of_folder(tmp_path)["header_sha256"])
+    assert len(set(hashes)) == 2
 
 
 @pytest.mark.slow

@@ -29,6 +29,7 @@ from klora.bench.sweep import Sweep
 from klora.cli.bench import read_record, require_replaceable
 from klora.cli.console import Output, printable
 from klora.cli.train import _stored_run
+from klora.lora import peft
 from klora.model.artifact import ArtifactError, load_artifact, save_artifact
 from klora.model.checkpoint import CheckpointError, load_tensors, save_tensors
 from klora.model.config import ConfigError, ModelConfig, TrainConfig
@@ -46,6 +47,7 @@ from klora.ttt.documents import ENCODE_BATCH, ENCODE_CHARACTERS, Document, docum
 from klora.ttt.journal import Journal, JournalError
 from klora.ttt.protocols import ttt_preset
 from klora.ttt.results import ADAPTED, DocumentResult, ScoreResult, read_documents_csv
+from klora.ttt.verify import Stored, read_nll
 from test_cli import klora
 
 TINY = ModelConfig(vocab_size=300, width=16, blocks=2, heads=2, kv_heads=1, mlp_hidden=16, train_length=16)
@@ -87,6 +89,33 @@ def test_the_fuzzer_opens_what_it_writes(target, files, tmp_path, monkeypatch):
     next(case)
     with pytest.raises(StopIteration):
         next(case)
+
+
+def test_what_the_fuzzer_changes_goes_behind_checksums(files, tmp_path):
+    """A checksum that stayed as it was would stop every change before what it is to be tried on."""
+    path, data = tmp_path / "checkpoint.safetensors", files.data["checkpoint.safetensors"]
+    size = int.from_bytes(data[:8], "little")
+    table = json.loads(data[8 : 8 + size])
+    table["__metadata__"]["klora"] = json.dumps({"other": 1})
+    changed = json.dumps(table).encode()
+    changed = len(changed).to_bytes(8, "little") + changed + data[8 + size :]
+    path.write_bytes(changed)
+    with pytest.raises(CheckpointError, match="SHA-256"):
+        load_tensors(path)
+    path.write_bytes(fuzz.signed_tensors(changed))
+    assert load_tensors(path)[1] == {"other": 1}
+    assert fuzz.signed_tensors(data[:50]) == data[:50]
+    lines = [line.replace(b"9.0", b"7.0") for line in files.data["journal"].splitlines()]
+    (tmp_path / "journal.jsonl").write_bytes(fuzz.chained_lines([*lines, b"no JSON"]))
+    with pytest.raises(JournalError, match=f"line {len(lines) + 1}: no JSON"):
+        Journal(tmp_path / "journal.jsonl", fuzz.FINGERPRINT, resume=True)
+    (tmp_path / "journal.jsonl").write_bytes(fuzz.chained_lines(lines))
+    base = bytearray(files.data["base"])
+    base[-36:-32] = np.float32(5).tobytes()
+    (tmp_path / "journal.base.npy").write_bytes(fuzz.signed_array(bytes(base)))
+    journal = Journal(tmp_path / "journal.jsonl", fuzz.FINGERPRINT, resume=True)
+    assert journal.done[0].base_nats == 7.0 and journal.base("base", fuzz.CELLS)[1, -1] == 5.0
+    journal.close()
 
 
 @pytest.mark.parametrize(
@@ -241,9 +270,12 @@ def fuzz_text(number: int, length: int):
         read_documents_csv,
         lambda path: load_quantized(torch.nn.Linear(64, 64), path),
         read_bytes,
+        Stored,
+        lambda path: read_nll(path, None),
+        lambda path: peft.read(path.parent, []),
     ],
 )
-@pytest.mark.parametrize("name", ["run.json", "a_val_0.bin", "model.safetensors", "loss.csv"])
+@pytest.mark.parametrize("name", ["run.json", "a_val_0.bin", "model.safetensors", "loss.csv", "adapter_config.json"])
 def test_a_pipe_is_not_waited_for(opens, name, tmp_path):
     """Nobody writes into it: whoever opened it for reading would wait for ever."""
     path = tmp_path / name

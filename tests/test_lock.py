@@ -55,7 +55,9 @@ def test_the_lock_of_a_killed_process_bars_nobody(tmp_path):
     assert not path.exists()
 
 
-@pytest.mark.parametrize("text", [b"", b"{}", b"[1]", b"\xff", b'{"pid": "x", "host": 1, "command": [], "since": {}}'])
+@pytest.mark.parametrize(
+    "text", [b"", b"{}", b"[1]", b"[" * 4096, b"\xff", b'{"pid": "x", "host": 1, "command": [], "since": {}}']
+)
 def test_a_lock_file_that_says_nothing_is_that_of_another_process(tmp_path, text):
     with locked(tmp_path):
         (tmp_path / ".klora.lock").write_bytes(text)

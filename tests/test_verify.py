@@ -3,24 +3,26 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import safetensors.numpy
+import torch
 from conftest import SMALL, randomized, words
 from klora.kernels import BOS_ID
 from klora.model.artifact import load_artifact, save_artifact
 from klora.model.corpus import Corpus
-from klora.ttt.documents import Document, documents_from_texts
+from klora.ttt.documents import Document, digest_of, documents_from_texts
 from klora.ttt.journal import Journal, fingerprint
 from klora.ttt.model_audit import SWAPPED
 from klora.ttt.pipeline import ScoreRequest, score
 from klora.ttt.protocols import TTTConfig
 from klora.ttt.report import write_report
-from klora.ttt.results import NLL_ROUNDING
-from klora.ttt.verify import Stored, VerifyError, read_nll, verify, write_nll
+from klora.ttt.results import DIVERGED, NLL_ROUNDING
+from klora.ttt.verify import NLL_FORMAT, Stored, VerifyError, read_nll, verify, which_nll, write_nll
 from test_cli import klora
 from test_model_audit import STRICT, rounds_below_zero, sure_model
 
@@ -77,6 +79,7 @@ def test_a_score_names_all_that_it_takes_to_compute_it_again(scored, artifact, l
     assert stored["threads"] == int(threads) if threads else stored["threads"] >= 1
     assert stored["scorer"] == "uncaptured" and stored["weights"] == "dense"
     assert {"klora", "torch"} <= stored["versions"].keys() and stored["config"]["chunk"] == 16
+    assert stored["device"] == "CPU" and stored["processor"].endswith(f", {torch.backends.cpu.get_cpu_capability()}")
     assert stored["nll"]["file"] == "nll.safetensors" and len(stored["nll"]["sha256"]) == 64
     nll = read_nll(scored / "nll.safetensors", Stored(scored / "score.json"))
     for document, found in zip(stored["documents"], nll, strict=True):
@@ -98,6 +101,27 @@ def test_what_was_scored_is_verified_to_the_bit(scored, artifact, lines, tmp_pat
     )
     report = json.loads(machine.stdout)
     assert report["passed"] and "3 documents that were not recomputed" in report["unseen"][0]
+
+
+def test_a_file_for_nlls_is_tried_before_the_work_and_takes_no_other_files_place(scored, artifact, lines, tmp_path):
+    mine, folder, older = tmp_path / "mine.klora", tmp_path / "folder", tmp_path / "older.safetensors"
+    shutil.copy(artifact, mine)
+    shutil.copy(scored / "nll.safetensors", older)
+    folder.mkdir()
+    out = tmp_path / "out"
+    for path, says in (
+        (mine, "is there and is no file of NLLs; move it or give another --nll"),
+        (folder, "is no file; allowed: a file, or a path where there is nothing yet"),
+        (Path("/proc/nll"), "cannot be written"),
+        (out / "score.json", "has the name of another file of the results"),
+        (out / "journal.jsonl", "has the name of another file of the results"),
+    ):
+        refused = klora("score", artifact, "--jsonl", lines, "--out", out, *SETS, "--nll", path, check=2)
+        assert says in refused.stderr.replace("\n", " ") and not out.exists()
+    assert mine.read_bytes() == artifact.read_bytes()
+    klora("score", artifact, "--jsonl", lines, "--out", out, *SETS, "--nll", older)
+    here, there = (read_nll(path, Stored(out / "score.json")) for path in (older, scored / "nll.safetensors"))
+    assert all(map(np.array_equal, here, there))
 
 
 def forged(scored: Path, folder: Path, change) -> Path:
@@ -133,6 +157,43 @@ FORGED = {
         lambda v: v["source"].update(most_tokens=100),
         "FAIL  documents: the result is not of a sample of 100",
     ),
+    "bits per byte of a document": (
+        lambda v: v["documents"][1].update(adapted_bpb=0.5),
+        "FAIL  totals: adapted_bpb of 'some.jsonl:2' is 0.5, not",
+    ),
+    "another total": (
+        lambda v: v["totals"].update(base_bpb_at_temperature=9.0, prequant_bpb=8.0),
+        "FAIL  totals: prequant_bpb is 8.0, not None; base_bpb_at_temperature is 9.0, not",
+    ),
+    "the share that was adapted": (
+        lambda v: v["totals"].update(adapted_share=0.5),
+        "FAIL  totals: adapted_share is 0.5, not 1.0",
+    ),
+    "the protocol": (
+        lambda v: v["config"].update(protocol="min_nll", min_tokens=16, window=16, adapt_from=0, layout="original"),
+        "FAIL  labels: protocol is 'score_first', not 'min_nll'; protocol_label is 'score_first', not 'min_nll (LEAKY",
+    ),
+    "why it is not valid": (
+        lambda v: v.update(why_not_valid=["the machine was slow"]),
+        "FAIL  valid_score: valid_score is True under score_first, layout=start; why_not_valid is another",
+    ),
+    "the pass that was kept": (
+        lambda v: v["documents"][4].update(kept_pass=3),
+        "FAIL  recomputed: kept_pass of 'some.jsonl:5' is 3, not 0; wanted: to the bit",
+    ),
+    "the nats at the temperature": (
+        lambda v: [d.update(tempered_nats=d["tempered_nats"] + 1) for d in v["documents"]],
+        "FAIL  recomputed: tempered_nats of 'some.jsonl:",
+    ),
+    "what the source holds": (
+        lambda v: v["source"].update(tokens=10**6),
+        "FAIL  source: tokens is 1000000, not",
+    ),
+    "the provenance": (
+        lambda v: v["artifact"]["provenance"].update(steps=10**6),
+        "FAIL  provenance: it is another than the artifact has",
+    ),
+    "the hash of the source": (lambda v: v["source"].update(sha256="0" * 64), "FAIL  source: sha256 is '000"),
     "versions": (
         lambda v: (cheaper(v), v["versions"].update(torch="1.0")),
         "wanted: within a share of 0.001, as versions differ",
@@ -145,6 +206,29 @@ FORGED = {
 def test_a_forged_score_fails_for_its_reason(scored, artifact, lines, tmp_path, what):
     change, says = FORGED[what]
     assert says in verified(forged(scored, tmp_path, change), artifact, lines, "--share", "1", check=1)
+
+
+def test_a_note_that_a_result_has_to_have_is_missed(scored, tmp_path, artifact, lines):
+    """Of a document that diverged."""
+
+    def diverged(values):
+        values["documents"][4].update(status=DIVERGED, adapted_tokens=16)
+        values["totals"].update(
+            Stored(forged(scored, tmp_path, lambda v: v.update(values)) / "score.json").again["totals"]
+        )
+
+    said = verified(forged(scored, tmp_path, diverged), artifact, lines, check=1)
+    assert "FAIL  labels: the note \"1 document diverged ('some.jsonl:5')" in said and "pass  totals: " in said
+
+
+def test_whoever_made_a_result_cannot_know_which_documents_are_recomputed(scored, artifact, lines):
+    """Chance draws them, and the report says how to draw them again."""
+    seeds = set()
+    for seed in (None, None, 7):
+        more = () if seed is None else ("--seed", seed)
+        said = verified(scored, artifact, lines, *more)
+        seeds.add(int(re.search(r"4 documents that were not recomputed \(--seed (\d+) draws the same\)", said)[1]))
+    assert 7 in seeds and len(seeds) == 3
 
 
 def test_another_version_is_verified_within_the_stated_rounding(scored, artifact, lines, tmp_path):
@@ -160,6 +244,25 @@ def test_another_version_is_verified_within_the_stated_rounding(scored, artifact
     assert "FAIL  totals: base_bpb" in said  # which no rounding is allowed to
 
 
+def test_what_all_documents_have_lost_is_said_where_rounding_is_allowed(scored, artifact, lines, tmp_path):
+    """Each by less than rounding may be."""
+
+    def a_little_cheaper(values):
+        values["versions"]["torch"] = "1.0"
+        for document in values["documents"]:
+            document["adapted_nats"] *= 1 - 8e-4
+
+    said = verified(forged(scored, tmp_path, a_little_cheaper), artifact, lines, "--share", "1", check=1)
+    assert "pass  recomputed: 5 documents" in said and "at most 0.0008 apart, -0.0008 in all" in said
+
+
+def test_a_cpu_of_another_kind_is_held_to_the_rounding(scored, artifact, lines, monkeypatch):
+    """Its sums have another order: without AVX512, nats of the demo's model differed in the eighth digit."""
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "another")
+    said = verified(scored, artifact, lines)
+    assert "pass  recomputed: 1 documents are what they were, within a share of 0.001, as processor differ" in said
+
+
 def test_another_artifact_or_other_targets_are_refused(scored, artifact, lines, tmp_path, tokenizer):
     config = dataclasses.replace(load_artifact(artifact).config, softcap=29.0)
     other = tmp_path / "other.klora"
@@ -172,10 +275,24 @@ def test_another_artifact_or_other_targets_are_refused(scored, artifact, lines, 
     safetensors.numpy.save_file(nll, tmp_path / "nll.safetensors", metadata)
     said = verified(scored, artifact, lines, "--share", "1", "--nll", tmp_path / "nll.safetensors", check=1)
     assert "FAIL  sums: " in said and "FAIL  targets: target " in said
+    assert "FAIL  nll file: has the hash " in said
+    nameless = forged(scored, tmp_path, lambda v: v.pop("nll"))
+    assert which_nll(scored / "nll.safetensors", Stored(nameless / "score.json")).passed, "of a run that kept none"
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"{}", b"[1]", b"\xff", b'{"config": {}}', b"[" * 100_000, b'{"config": {"chunk": 3}}', None]
+    "content",
+    [
+        b"",
+        b"{}",
+        b'{"a": 1, "a": 2}',
+        b"[1]",
+        b"\xff",
+        b'{"config": {}}',
+        b"[" * 100_000,
+        b'{"config": {"chunk": 3}}',
+        None,
+    ],
 )
 def test_a_file_that_is_no_score_is_refused_in_a_sentence(tmp_path, content):
     path = tmp_path / "score.json"
@@ -187,12 +304,26 @@ def test_a_file_that_is_no_score_is_refused_in_a_sentence(tmp_path, content):
         read_nll(path, None)
 
 
+def test_numbers_whose_sum_no_float_holds_are_refused(scored, tmp_path):
+    folder = forged(scored, tmp_path, lambda v: [d.update(adapted_nats=1e308) for d in v["documents"]])
+    with pytest.raises(VerifyError, match="that could be recomputed: intermediate overflow"):
+        Stored(folder / "score.json")
+
+
+def test_nlls_whose_metadata_is_too_deep_are_refused(scored, tmp_path):
+    nll = safetensors.numpy.load_file(scored / "nll.safetensors")
+    metadata = {"format": NLL_FORMAT, "sha256": "[" * 100_000}
+    safetensors.numpy.save_file(nll, tmp_path / "nll.safetensors", metadata)
+    with pytest.raises(VerifyError, match="is no file of NLLs .*: its objects and lists are too deep"):
+        read_nll(tmp_path / "nll.safetensors", Stored(scored / "score.json"))
+
+
 @pytest.mark.parametrize(
     "change", [{"nats": -1.0}, {"nats": float("nan")}, {"nats": "1"}, {"nats": True}, {"nats": 10**400}]
 )
 def test_numbers_that_are_none_are_refused(scored, tmp_path, change):
     folder = forged(scored, tmp_path, lambda v: v["documents"][1].update(adapted_nats=change["nats"]))
-    with pytest.raises(VerifyError, match="that could be recomputed: numbers"):
+    with pytest.raises(VerifyError, match="that could be recomputed: .*(nats are negative or no number|beyond 64|NaN)"):
         Stored(folder / "score.json")
 
 
@@ -202,7 +333,8 @@ def test_a_document_of_certain_tokens_is_kept_written_read_and_verified(tmp_path
     documents = [Document("one", tokens[:2], 3), Document("two", tokens[:3], 6), Document("more", tokens, 9)]
     key = fingerprint("artifact", documents, STRICT, False)
     about = {"artifact": {"header_sha256": "a", "payload_sha256": "b"}, "weights": "dense", "device": "here"}
-    about |= {"source": {"documents": 3, "most_tokens": 0}, "versions": {}}
+    source = {"documents": 3, "tokens": 6, "sha256": digest_of(documents), "most_tokens": 0}
+    about |= {"source": source, "versions": {}}
 
     def scored(resume):
         book = Journal(tmp_path / "journal.jsonl", key, resume=resume)
@@ -246,7 +378,7 @@ def test_nats_below_zero_by_more_than_rounding_are_refused(scored, tmp_path, sha
     if share < 1:
         assert Stored(folder / "score.json").documents[1]["adapted_nats"] < 0
     else:
-        with pytest.raises(VerifyError, match="that could be recomputed: numbers"):
+        with pytest.raises(VerifyError, match="that could be recomputed: a result whose nats are negative"):
             Stored(folder / "score.json")
 
 

@@ -6,10 +6,12 @@ over the vocabulary, fixed before the target is looked at; a document is scored 
 what must not matter and looks for a difference, and what must matter and adds up.
 
     sum over v of exp(-nll of v after the same text) = 1             of a distribution that does not see its target
-    P(sum over targets of (ln V - nll) > ln 1e6) < 1e-6              of uniform random tokens, whatever the scorer does
+    P(product over targets of 1 + s (V exp(-nll) - 1) > 1e6) < 1e-6  of uniform random tokens, whatever the scorer does
 
-The second is Ville's inequality: under uniform random targets the product of V q(target) is a martingale of mean 1 for
-every distribution q that is fixed before its target.
+The second is Ville's inequality: under uniform random targets V q(target) has the mean 1 for every distribution q that
+is fixed before its target, so that a bet of a share s on each is a martingale of mean 1, and so is the mean of the bets
+of several shares. A model that knows its language loses all of s = 1: random tokens cost it dear. Smaller shares
+outlive that, and win where some targets alone cost too little.
 
 Neither asks for exact hidden states. Whatever a pass rounds before its softmax makes another q, which sums to one as
 well and is as fixed before its target. What more can be asked of our own models is in :mod:`.model_audit`.
@@ -27,6 +29,9 @@ from .results import NLL_ROUNDING
 
 Scorer = Callable[[list[np.ndarray]], Sequence[np.ndarray]]
 
+STAKES = 2.0 ** -np.arange(11)
+"""Shares that are bet on random tokens."""
+
 SURE = 1e-6
 """Chance that a fair scorer fails the check of random tokens."""
 
@@ -35,6 +40,11 @@ SUMS = 1e-3
 
 MOST_SWAPPED = 2**18
 """Tokens that the scorer reads for one sum over the vocabulary; where all would be more, some targets are left out."""
+
+MOST_PLACES = 16
+"""Targets drawn from all documents for such sums: of a cheat at every third one, one in 650 audits tries none."""
+
+NO_DISTRIBUTION = ": they are no distribution that is fixed before the target is looked at"
 
 ALONE = 4
 """Documents that are scored alone, each in a call of its own."""
@@ -124,22 +134,25 @@ def audit(
 ) -> AuditReport:
     """Look for what would make a scorer's numbers no score; one line of the report a check, with its evidence.
 
-    scorer: takes a list of int arrays [n], BOS first, and gives a list of arrays [n - 1]: the NLL in nats of tokens 1
-    to n - 1. It is called some twenty times, with up to `most_swapped` tokens at a time.
+    scorer: takes a list of int arrays [n], BOS first, and gives a list of arrays or tensors [n - 1]: the NLL in nats of
+    tokens 1 to n - 1. It is called some forty times, with up to `most_swapped` tokens at a time.
     documents: such arrays, of which one at least has four tokens. A few of some hundred targets see most; a scorer
     that adapts wants them longer than what it adapts after.
     tolerance: nats by which a target's NLL may differ by rounding; 0: bit for bit.
     batch_tolerance: the same where a document keeps its length: scored again, alone, beside others, before other text.
     Left out, it is `tolerance`; a scorer whose batches change no bit is held to that by 0.
-    positions: how many places of each document text is changed after.
-    seed: draws them, and the random tokens.
+    positions: how many places of each document text is changed after, at how many others the vocabulary is summed up,
+    up to MOST_PLACES in all, and how many times as many random tokens are drawn as the documents have.
+    seed: draws them all.
 
-    AuditError: documents that are no such arrays, or that nothing can be found out with. What the scorer raises passes
-    through.
+    AuditError: documents that are no such arrays, or that nothing can be found out with; a tolerance below 0 or NaN.
+    What the scorer raises passes through.
 
     Example: report = audit(lambda rows: [torch.full((len(row) - 1,), 6.0) for row in rows], [document.tokens], 400)
     """
     within_batch = tolerance if batch_tolerance is None else batch_tolerance
+    if not (tolerance >= 0 and within_batch >= 0):
+        raise AuditError(f"tolerance={tolerance}, batch_tolerance={batch_tolerance}; allowed: nats from 0")
     return _Audit(scorer, documents, vocab_size, tolerance, within_batch, positions, most_swapped, seed).report()
 
 
@@ -151,7 +164,7 @@ class _Audit:
     def __init__(self, scorer, documents, vocab_size, tolerance, batch_tolerance, positions, most_swapped, seed):
         self.scorer, self.vocab, self.tolerance, self.batch_tolerance = scorer, vocab_size, tolerance, batch_tolerance
         self.noise = 0.0
-        self.most_swapped, self.random = most_swapped, np.random.default_rng(seed)
+        self.most_swapped, self.positions, self.random = most_swapped, positions, np.random.default_rng(seed)
         self.documents = _checked(documents, vocab_size)
         self.cuts = [(i, cut) for i, tokens in enumerate(self.documents) for cut in self._cuts(len(tokens), positions)]
         self.whole: list[np.ndarray] = []
@@ -166,7 +179,7 @@ class _Audit:
 
     def _scores(self, documents: Sequence[np.ndarray]) -> list[np.ndarray]:
         """The scorer's answer to copies of documents, in float64: it may keep or change what it is given."""
-        return [np.asarray(nll, dtype=np.float64) for nll in self.scorer([tokens.copy() for tokens in documents])]
+        return [_array(nll) for nll in self.scorer([tokens.copy() for tokens in documents])]
 
     def _cuts(self, tokens: int, positions: int) -> list[int]:
         """How many targets come before a change: few, half, all but one, and some at random."""
@@ -344,28 +357,45 @@ class _Audit:
         tokens = self.documents[index]
         end, middle = min(len(tokens), max(2, self.most_swapped // self.vocab)), max((len(tokens) - 1) // 2, 1)
         for target, size in sorted({(1, 2), (end - 1, end), (middle, len(tokens))}):
-            yield self._sum(index, target, tokens[:size])
+            total, of, fits = self._sum(target, tokens[:size], self.most_swapped)
+            says = f"the probabilities of {of} sum to {total:.6g} in document {index}"
+            yield Check(f"vocabulary at target {target}", fits, says + ("" if fits else NO_DISTRIBUTION))
+        yield self._anywhere()
 
-    def _sum(self, index: int, target: int, tokens: np.ndarray) -> Check:
-        """All rows have one length, the same text before the target, and are scored in one call. Rounding that they
+    def _anywhere(self) -> Check:
+        """The same at targets drawn from all documents, as last ones, of as many tokens as can be afforded."""
+        every = [(i, target) for i, tokens in enumerate(self.documents) for target in range(1, len(tokens))]
+        drawn = self.random.permutation(len(every))[: max(min(self.positions * len(self.documents), MOST_PLACES), 1)]
+        share, sums, whole = self.most_swapped // len(drawn), [], 0
+        for i, target in (every[place] for place in drawn):
+            total, of, fits = self._sum(target, self.documents[i][: target + 1], share)
+            if not fits:
+                says = f"the probabilities of {of} sum to {total:.6g} at target {target} of document {i}"
+                return Check("vocabulary anywhere", False, says + NO_DISTRIBUTION)
+            sums.append(total)
+            whole += of.startswith("all")
+        where = f"at {len(sums):,} targets drawn by chance, {whole:,} of them over all {self.vocab:,} tokens"
+        return Check("vocabulary anywhere", True, f"{where}, probabilities sum to {min(sums):.6g} to {max(sums):.6g}")
+
+    def _sum(self, target: int, tokens: np.ndarray, most: int) -> tuple[float, str, bool]:
+        """The sum of probabilities, of which tokens, and whether it can be; for up to `most` tokens that are read.
+
+        All rows have one length, the same text before the target, and are scored in one call. Rounding that they
         share is that of one distribution, which sums to 1 whatever was rounded before its softmax. So the tolerance
         between passes has no say here. What is left is the rounding of the NLLs, SUMS, and what differs from row to
         row: not more than the checks before have seen between calls.
         """
-        count = min(self.vocab, max(2, self.most_swapped // len(tokens)))
+        count = min(self.vocab, max(2, most // len(tokens)))
         swapped = [tokens.copy() for _ in range(count)]
         for one, token in zip(swapped, self._likely(), strict=False):
             one[target] = token
-        found, name = self._scores(swapped), f"vocabulary at target {target}"
+        found, of = self._scores(swapped), f"{'all' if count == self.vocab else f'{count:,} of'} {self.vocab:,} tokens"
         if [len(nll) for nll in found] != [len(one) - 1 for one in swapped]:
-            return Check(name, False, "the scorer leaves targets out")
+            return math.nan, of, False
         total = float(np.exp(-np.array([nll[target - 1] for nll in found])).sum())
         slack = SUMS + math.expm1(self.noise)
         # Of some tokens only, too much is a proof; too little is not.
-        fits = total <= 1 + slack and (count < self.vocab or total >= 1 - slack)
-        of = f"the probabilities of {'all' if count == self.vocab else f'{count:,} of'} {self.vocab:,} tokens sum to"
-        says = "" if fits else ": they are no distribution that is fixed before the target is looked at"
-        return Check(name, fits, f"{of} {total:.6g} in document {index}{says}")
+        return total, of, total <= 1 + slack and (count < self.vocab or total >= 1 - slack)
 
     def _likely(self) -> np.ndarray:
         """All tokens, those that the documents have most of first: a part of them holds most of the probability."""
@@ -377,13 +407,25 @@ class _Audit:
         before the softmax included. What rounding can add is that probabilities sum up to a little more than 1: by
         SUMS at most, as in the checks of the vocabulary.
         """
-        drawn = [self._random(len(tokens)) for tokens in self.documents]
-        nll = np.concatenate(self._scores(drawn))
-        limit, gained = math.log(1 / SURE) + math.log1p(SUMS) * len(nll), float((math.log(self.vocab) - nll).sum())
-        fair = gained <= limit
+        nll = np.concatenate([nll for _ in range(max(self.positions, 1)) for nll in self._random_scores()])
+        limit, cheaper = math.log(1 / SURE) + math.log1p(SUMS) * len(nll), float((math.log(self.vocab) - nll).sum())
+        with np.errstate(divide="ignore", over="ignore"):  # a probability of 0, on which all was bet, and a huge one
+            bets = np.log1p(STAKES[:, None] * (self.vocab * np.exp(-nll) - 1)).sum(1)
+        won = float(np.logaddexp.reduce(bets)) - math.log(len(STAKES))
+        fair = won <= limit
         says = "" if fair else f": by chance once in {1 / SURE:,.0f} at most"
-        cost = f"{abs(gained):.4g} nats {'less' if gained > 0 else 'more'} than ln {self.vocab} each"
-        return Check("random tokens", fair, f"{len(nll):,} uniform random tokens cost, in all, {cost}{says}")
+        cost = f"{abs(cheaper):.4g} nats {'less' if cheaper > 0 else 'more'} than ln {self.vocab} each"
+        bet = f"a bet on them {'wins' if won > 0 else 'loses'} {abs(won):.4g} nats"
+        return Check("random tokens", fair, f"{len(nll):,} uniform random tokens cost, in all, {cost}; {bet}{says}")
+
+    def _random_scores(self) -> list[np.ndarray]:
+        """What as many random tokens as the documents have are scored with."""
+        return self._scores([self._random(len(tokens)) for tokens in self.documents])
+
+
+def _array(nll: Any) -> np.ndarray:
+    """In float64. Of a tensor of PyTorch, be it on a GPU, in bf16 or with a gradient, the values."""
+    return np.asarray(nll.detach().double().cpu() if hasattr(nll, "detach") else nll, dtype=np.float64)
 
 
 def _checked(documents: Sequence[np.ndarray], vocab_size: int) -> list[np.ndarray]:

@@ -47,6 +47,11 @@ class Document:
         return len(self.tokens) - 1
 
 
+def digest_of(documents: Iterable[Document]) -> str:
+    """Hex SHA-256 of the documents' hashes, whatever their order."""
+    return hashlib.sha256("".join(sorted(document.sha256 for document in documents)).encode()).hexdigest()
+
+
 def documents_from_texts(
     texts: Iterable[TextDocument], tokenizer: Tokenizer, threads: int | None = None
 ) -> Iterator[Document]:

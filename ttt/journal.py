@@ -28,7 +28,7 @@ from ..model.reading import is_count, is_finite, open_regular, parse_json, read_
 from ..model.storage import differences, replacing, write_text
 from .documents import Document
 from .protocols import SCORE_FIRST, TTTConfig
-from .results import FINISHED, NLL_ROUNDING, STATUSES, DocumentResult
+from .results import FINISHED, DocumentResult
 
 PHASES = ("base", "prequant")
 """The passes of unadapted models whose results are kept."""
@@ -148,7 +148,7 @@ class Journal:
         self.seconds = max(self.seconds, seconds, key=lambda spent: sum(spent.values()))
         if "result" not in record:
             return
-        index, result = record.get("index"), _result(record["result"])
+        index, result = record.get("index"), DocumentResult.from_json(record["result"])
         if not is_count(index):
             raise ValueError(f"index {index!r:.60} is no document's")
         if result.status in FINISHED:
@@ -323,7 +323,7 @@ def _finished_in(path: Path) -> int:
     for line in read_bytes(path).splitlines() if path.exists() else ():
         with suppress(ValueError):
             record = _parsed(line)
-            if "result" in record and _result(record["result"]).status in FINISHED:
+            if "result" in record and DocumentResult.from_json(record["result"]).status in FINISHED:
                 found.add(str(record.get("index")))
     return len(found)
 
@@ -361,27 +361,6 @@ def _next_chain(chain: str, record: dict[str, Any]) -> str:
     if found != expected:
         raise ValueError("its checksum is wrong: it was changed, or it does not belong behind the line before it")
     return expected
-
-
-def _result(values: Any) -> DocumentResult:
-    """A document's result from its JSON form. ValueError where it is none."""
-    try:
-        result = DocumentResult(**values)
-    except TypeError:
-        raise ValueError("no result of a document") from None
-    counts = result.tokens, result.bytes, result.kept_pass, result.adapted_tokens, result.group
-    nats = [result.base_nats, result.tempered_nats, result.adapted_nats]
-    nats += [] if result.prequant_nats is None else [result.prequant_nats]
-    if not all(isinstance(text, str) for text in (result.name, result.status)) or not all(
-        type(count) is int for count in counts
-    ):
-        raise ValueError("a result whose values are of other types")
-    if result.status not in STATUSES or not all(map(is_count, counts)) or result.adapted_tokens > result.tokens:
-        raise ValueError(f"a result that no document can have: {result!r:.300}")
-    if not all(is_finite(value) and value >= -NLL_ROUNDING * result.tokens for value in nats):
-        raise ValueError(f"a result whose nats are negative or no number: {nats!r:.200}")
-    result.name.encode(errors="surrogateescape")  # as a file's name can be; UnicodeEncodeError is a ValueError
-    return result
 
 
 def _read_array(path: Path) -> tuple[np.ndarray, bytes]:

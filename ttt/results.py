@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import KloraError
-from ..model.reading import read_bytes
+from ..model.reading import is_count, is_finite, read_bytes
 from ..model.storage import replacing, write_text
 from .documents import Document
 from .protocols import LEAK_WARNING, LEAKY, NOT_CAUSAL, TTTConfig, label
@@ -34,6 +34,8 @@ SCORE = "score.json"
 
 DOCUMENTS, REPORT, PICTURE = "documents.csv", "report.html", "report.png"
 """Names of the files beside it."""
+
+RESULTS = SCORE, DOCUMENTS, REPORT, PICTURE
 
 SHORT, ADAPTED, PARTIAL, NOT_ADAPTED = "short", "adapted", "partly adapted (deadline)", "not adapted (deadline)"
 DIVERGED = "diverged: base model from there"
@@ -102,6 +104,27 @@ class DocumentResult:
     kept_pass: int = 0
     adapted_tokens: int = 0
     group: int = 0
+
+    @classmethod
+    def from_json(cls, values: Any) -> "DocumentResult":
+        """What `asdict` made JSON of. ValueError for values that no document can have."""
+        try:
+            result = cls(**values)
+        except TypeError:
+            raise ValueError("no result of a document") from None
+        counts = result.tokens, result.bytes, result.kept_pass, result.adapted_tokens, result.group
+        nats = [result.base_nats, result.tempered_nats, result.adapted_nats]
+        nats += [] if result.prequant_nats is None else [result.prequant_nats]
+        if not all(isinstance(text, str) for text in (result.name, result.status)) or not all(
+            type(count) is int for count in counts
+        ):
+            raise ValueError("a result whose values are of other types")
+        if result.status not in STATUSES or not all(map(is_count, counts)) or result.adapted_tokens > result.tokens:
+            raise ValueError(f"a result that no document can have: {result!r:.300}")
+        if not all(is_finite(value) and value >= -NLL_ROUNDING * result.tokens for value in nats):
+            raise ValueError(f"a result whose nats are negative or no number: {nats!r:.200}")
+        result.name.encode(errors="surrogateescape")  # as a file's name can be; UnicodeEncodeError is a ValueError
+        return result
 
     @property
     def base_bpb(self) -> float | None:

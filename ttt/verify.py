@@ -4,10 +4,12 @@
 options, versions, device, threads and scorer. A file of NLLs beside it has what each target cost.
 """
 
+import hashlib
 import json
 import math
 import random
-from collections.abc import Mapping, Sequence
+import secrets
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,26 +19,35 @@ import safetensors
 import safetensors.numpy
 
 from ..errors import KloraError
-from ..model.config import ConfigError
 from ..model.gpt import GPT
-from ..model.reading import is_finite
+from ..model.reading import is_count, open_regular, parse_json, read_bytes
 from ..model.storage import write_bytes
 from .audit import AuditReport, Check
-from .documents import Document
+from .documents import Document, digest_of
 from .hf_model import HfModel
 from .pipeline import ScoreRequest, score
 from .protocols import TTTConfig
-from .results import FINISHED, NLL_ROUNDING, ScoreResult, bits_per_byte
+from .results import FINISHED, DocumentResult, ScoreResult
 from .sampling import is_for_tuning, sample
 
 NLL_FORMAT = "klora-nll-1"
 
 RELATIVE = 1e-3
-"""Share of a document's nats, of one at least, by which they may differ where versions, device, threads or scorer
-do."""
+"""Share of a document's nats, of one at least, by which they may differ where versions, device, processor,
+threads or scorer do."""
 
-SETTING = "versions", "device", "threads", "scorer"
+SETTING = "versions", "device", "processor", "threads", "scorer"
 """The facts of a result under which the same document has the same bits."""
+
+NATS = "base_nats", "tempered_nats", "adapted_nats"
+STATE = "status", "kept_pass", "adapted_tokens", "group"
+"""What is compared of a document that is scored again: within the rounding, and where none is allowed."""
+
+LABELS = "protocol", "protocol_label", "label", "warning", "depends_on_earlier_documents"
+"""What a result says of itself beside its numbers."""
+
+SHOWN = 3
+"""Wrong values that a check names."""
 
 
 class VerifyError(KloraError, ValueError):
@@ -44,28 +55,32 @@ class VerifyError(KloraError, ValueError):
 
 
 class Stored:
-    """A score.json that was read. VerifyError: a file that is none, or one of an earlier version without hashes."""
+    """A score.json that was read. VerifyError: a file that is none, or one of an earlier version without hashes.
+
+    `again` is what a result of these documents and this config says, but for what only the run can know.
+    """
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
         try:
-            self.values: dict[str, Any] = json.loads(self.path.read_bytes())
+            self.values: dict[str, Any] = parse_json(read_bytes(self.path))
             self.config = TTTConfig.from_dict(self.values["config"])
             self.documents: list[dict[str, Any]] = self.values["documents"]
             artifact = self.values["artifact"]
             self.hashes = {name: artifact[name] for name in ("header_sha256", "payload_sha256")}
             self.weights, self.totals, self.source = (self.values[name] for name in ("weights", "totals", "source"))
-            for document in self.documents:
-                if not isinstance(document["name"], str) or not isinstance(document["sha256"], str):
-                    raise TypeError("a document without a name and a hash")
-                numbers = [document[name] for name in ("tokens", "bytes", "base_nats", "adapted_nats")]
-                fits = all(map(is_finite, numbers)) and min(numbers[:2]) >= 0
-                if not fits or min(numbers[2:]) < -NLL_ROUNDING * numbers[0]:
-                    raise TypeError(f"numbers {numbers} of {document['name']!r:.60}")
+            if not all(isinstance(document["sha256"], str) for document in self.documents):
+                raise TypeError("a document without a hash")
+            derived = {"sha256", "base_bpb", "adapted_bpb"}
+            results = [
+                DocumentResult.from_json({name: value for name, value in document.items() if name not in derived})
+                for document in self.documents
+            ]
+            self.again = ScoreResult(results, self.config, {}).to_json()
             same = isinstance(self.totals, dict) and isinstance(self.source, dict) and isinstance(self.weights, str)
-            if not same or not all(isinstance(self.source[name], int) for name in ("documents", "most_tokens")):
+            if not same or not all(is_count(self.source[name]) for name in ("documents", "tokens", "most_tokens")):
                 raise TypeError("fields of other types")
-        except (OSError, KeyError, TypeError, ValueError, AttributeError, RecursionError, ConfigError) as error:
+        except (OSError, KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             says = f"no field {error}" if isinstance(error, KeyError) else error
             raise VerifyError(f"{path} is no score.json of this klora that could be recomputed: {says}") from None
 
@@ -84,14 +99,25 @@ def write_nll(path: str | Path, result: ScoreResult) -> None:
     write_bytes(Path(path), safetensors.numpy.save({"nll": nll, "offsets": offsets}, metadata))
 
 
+def is_nll(path: str | Path) -> bool:
+    """Whether a file says that :func:`write_nll` wrote it."""
+    try:
+        open_regular(Path(path)).close()
+        with safetensors.safe_open(path, "numpy") as file:
+            return (file.metadata() or {}).get("format") == NLL_FORMAT
+    except (OSError, safetensors.SafetensorError):
+        return False
+
+
 def read_nll(path: str | Path, stored: Stored) -> list[np.ndarray]:
     """The NLL of each target of the documents of a stored score. VerifyError: no such file, or another result's."""
     try:
+        open_regular(Path(path)).close()
         with safetensors.safe_open(path, "numpy") as file:
             metadata = file.metadata() or {}
             if metadata.get("format") != NLL_FORMAT:
                 raise ValueError(f"its format is {metadata.get('format')!r:.60}")
-            hashes, nll, offsets = json.loads(metadata["sha256"]), file.get_tensor("nll"), file.get_tensor("offsets")
+            hashes, nll, offsets = parse_json(metadata["sha256"]), file.get_tensor("nll"), file.get_tensor("offsets")
         fits = offsets.shape == (len(hashes) + 1,) and nll.ndim == 1 and nll.dtype in (np.float32, np.float64)
         fits = fits and offsets.dtype == np.int64 and offsets[0] == 0 and offsets[-1] == len(nll)
         if not fits or (np.diff(offsets) < 0).any():
@@ -104,6 +130,18 @@ def read_nll(path: str | Path, stored: Stored) -> list[np.ndarray]:
     return np.split(nll, offsets[1:-1])
 
 
+def which_nll(path: str | Path, stored: Stored) -> Check:
+    """Whether a file of NLLs is the one that the result names, byte for byte."""
+    named = stored.values.get("nll")
+    wanted = named.get("sha256") if isinstance(named, dict) else None
+    with open_regular(Path(path)) as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if wanted is None:
+        return Check("nll file", True, "the result names none, and this one fits it")
+    says = "has the hash" if found == wanted else f"has the hash {found}, and not that"
+    return Check("nll file", found == wanted, f"{says} that the result names")
+
+
 def verify(
     stored: Stored,
     model: GPT | HfModel,
@@ -111,24 +149,23 @@ def verify(
     setting: Mapping[str, Any],
     *,
     share: float = 0.05,
-    seed: int = 0,
+    seed: int | None = None,
     rounding: float = RELATIVE,
     nll: Sequence[np.ndarray] | None = None,
 ) -> AuditReport:
     """Recompute a random share of the documents of a stored score and compare; one check a line.
 
-    documents: all that the source has, whether or not they were sampled. setting: `versions` and `device` here. nll: as
-    :func:`read_nll` gives it. rounding: the share of a document's nats, of one at least, by which they may differ where
-    the setting does; where it does not they must be the same to the bit.
+    documents: all that the source has, whether or not they were sampled. setting: `versions`, `device` and `processor`
+    here. nll: as :func:`read_nll` gives it. rounding: the share of a document's nats, of one at least, by which they
+    may differ where the setting does; where it does not they must be the same to the bit. seed: draws the documents;
+    None: by chance, which whoever made a result cannot have known.
     """
-    checks = [_which(stored, documents), _totals(stored), _valid(stored)]
+    checks, seed = stated(stored, documents, nll), secrets.randbits(32) if seed is None else seed
     by_hash = {document.sha256: document for document in documents}
     same = [one["sha256"] in by_hash and one.get("status") in FINISHED for one in stored.documents]
     indices = np.flatnonzero(same).tolist()
     if not stored.config.phases and indices:
         indices = random.Random(seed).sample(indices, min(len(indices), max(1, math.ceil(share * len(indices)))))
-    if nll is not None:
-        checks.append(_sums(stored, nll))
     if not indices:
         return AuditReport((*checks, Check("recomputed", False, "no document of the result can be recomputed")))
     config, again = stored.config.override({"deadline": 0.0}), [stored.documents[index] for index in indices]
@@ -142,9 +179,26 @@ def verify(
     if nll is not None:
         checks.append(_targets(again, found, [nll[index] for index in indices], allowed))
     rest = len(stored.documents) - len(again)
-    unseen = [f"{rest:,} documents that were not recomputed; --share 1 recomputes all"] if rest else []
+    others = f"{rest:,} documents that were not recomputed (--seed {seed} draws the same); --share 1 recomputes all"
+    unseen = [others] if rest else []
     unseen += ["what the model was trained on", "bits per byte before quantisation, which want the run"]
     return AuditReport(tuple(checks), tuple(unseen))
+
+
+def stated(stored: Stored, documents: Sequence[Document], nll: Sequence[np.ndarray] | None = None) -> list[Check]:
+    """Whether what a result says fits together and is of the documents of its source: nothing is recomputed."""
+    checks = [_source(stored, documents), _which(stored, documents), _totals(stored), _valid(stored), _labels(stored)]
+    return checks if nll is None else [*checks, _sums(stored, nll)]
+
+
+def _source(stored: Stored, documents: Sequence[Document]) -> Check:
+    """Whether the source holds what the result says that it does."""
+    here = {"documents": len(documents), "tokens": sum(document.targets for document in documents)}
+    here |= {"sha256": digest_of(documents)}
+    wrong = _differing([("", stored.source, here)])
+    return Check(
+        "source", not wrong, wrong or f"{here['documents']:,} documents, {here['tokens']:,} tokens, their hash"
+    )
 
 
 def _which(stored: Stored, documents: Sequence[Document]) -> Check:
@@ -167,26 +221,45 @@ def _which(stored: Stored, documents: Sequence[Document]) -> Check:
 
 
 def _totals(stored: Stored) -> Check:
-    """Whether the totals are the sums over the documents."""
-    documents, totals = stored.documents, stored.totals
-    text_bytes = sum(d["bytes"] for d in documents)
-    wanted = {"documents": len(documents), "tokens": sum(d["tokens"] for d in documents), "bytes": text_bytes} | {
-        f"{name}_bpb": bits_per_byte(math.fsum(d[f"{name}_nats"] for d in documents), text_bytes)
-        for name in ("base", "adapted")
-    }
-    said = {name: totals.get(name) for name in wanted}
-    wrong = [f"{name} is {said[name]!r:.40}, not {value}" for name, value in wanted.items() if said[name] != value]
-    return Check(
-        "totals", not wrong, "; ".join(wrong) or f"adapted_bpb {wanted['adapted_bpb']} is that of the documents"
-    )
+    """Whether the totals and each document's bits per byte are what the documents' nats make."""
+    pairs = [("", stored.totals, stored.again["totals"])]
+    each = zip(stored.documents, stored.again["documents"], strict=True)
+    pairs += [(f" of {old['name']!r:.60}", old, new) for old, new in each]
+    wrong = _differing(pairs)
+    adapted = stored.again["totals"]["adapted_bpb"]
+    return Check("totals", not wrong, wrong or f"adapted_bpb {adapted} is that of the documents")
+
+
+def _differing(pairs: Iterable[tuple[str, Mapping[str, Any], Mapping[str, Any]]]) -> str:
+    """What `said` says otherwise than `value`s are, of (of what, said, values)."""
+    wrong = [
+        f"{name}{of} is {said.get(name)!r:.40}, not {value!r:.100}"
+        for of, said, values in pairs
+        for name, value in values.items()
+        if said.get(name) != value
+    ]
+    more = f"; and {len(wrong) - SHOWN:,} more" if wrong[SHOWN:] else ""
+    return "; ".join(wrong[:SHOWN]) + more
 
 
 def _valid(stored: Stored) -> Check:
-    """Whether the result calls itself valid where, and only where, it is."""
-    reached = all(d.get("status") in FINISHED for d in stored.documents)
-    valid, says = stored.config.is_causal and reached, stored.values.get("valid_score")
+    """Whether the result calls itself valid where, and only where, it is, and says why not."""
+    (valid, why), (says, reasons) = (
+        (of.get("valid_score"), of.get("why_not_valid", [])) for of in (stored.again, stored.values)
+    )
     evidence = f"valid_score is {says} under {stored.config.protocol}, layout={stored.config.layout}"
-    return Check("valid_score", says is valid, evidence + ("" if says is valid else f", and should be {valid}"))
+    if says is valid:
+        return Check("valid_score", reasons == why, evidence + ("" if reasons == why else "; why_not_valid is another"))
+    return Check("valid_score", False, f"{evidence}, and should be {valid}")
+
+
+def _labels(stored: Stored) -> Check:
+    """Whether the result is labelled as its config and its documents want it, with the notes that belong beside it."""
+    wrong = _differing([("", stored.values, {name: stored.again.get(name) for name in LABELS})])
+    notes = stored.values.get("notes", [])
+    missing = [note for note in stored.again.get("notes", []) if not isinstance(notes, list) or note not in notes]
+    wrong = "; ".join(filter(None, [wrong, *(f"the note {note!r:.80} is missing" for note in missing)]))
+    return Check("labels", not wrong, wrong or f"{stored.again['protocol_label']}, as its config says")
 
 
 def _sums(stored: Stored, nll: Sequence[np.ndarray]) -> Check:
@@ -205,17 +278,25 @@ def _sums(stored: Stored, nll: Sequence[np.ndarray]) -> Check:
 def _recomputed(again: Sequence[Mapping[str, Any]], found: ScoreResult, allowed: float, differs: list[str]) -> Check:
     worst, where = 0.0, ""
     for old, new in zip(again, found.documents, strict=True):
-        for name in ("base_nats", "adapted_nats"):
+        for name in NATS:
             a, b = old[name], getattr(new, name)
             # Of a document of certain targets the nats are rounding alone, of which a share says nothing.
             apart = abs(a - b) / max(abs(b), 1.0)
             if apart > worst:
                 worst, where = apart, f"{name} of {old['name']!r} is {a}, and {b} when it is computed anew"
+    if not differs and worst <= allowed:
+        each = zip(again, found.documents, strict=True)
+        where = _differing(
+            (f" of {old['name']!r:.60}", old, {name: getattr(new, name) for name in STATE}) for old, new in each
+        )
+        worst = math.inf if where else worst
     how = "to the bit" if not differs else f"within a share of {allowed:g}, as {', '.join(differs)} differ"
     if worst <= allowed:
-        return Check(
-            "recomputed", True, f"{len(again):,} documents are what they were, {how}: at most {worst:.2g} apart"
-        )
+        # Rounding has no direction: what all documents have lost is not it, though it is less than each may be off.
+        said, here = math.fsum(old["adapted_nats"] for old in again), math.fsum(d.adapted_nats for d in found.documents)
+        total = f", {(said - here) / max(abs(here), 1.0):+.2g} in all" * bool(differs)
+        says = f"{len(again):,} documents are what they were, {how}: at most {worst:.2g} apart{total}"
+        return Check("recomputed", True, says)
     return Check("recomputed", False, f"{where}; wanted: {how}")
 
 
