@@ -6,7 +6,7 @@ from conftest import DTYPES, replayed
 from hopper import compiled_for_hopper, for_this_gpu
 from klora.bench.tolerance import assert_as_exact
 from klora.kernels import linear, lora_linear, lora_linear_ref, lora_mlp, lora_mlp_ref, lora_qkv, relu_squared_mlp
-from klora.kernels.lora_qkv.forward import pick_forward_config
+from klora.kernels.lora_qkv.forward import launch_forward, pick_forward_config
 from torch import Tensor
 
 pytestmark = pytest.mark.usefixtures("empty_is_nan")
@@ -113,6 +113,9 @@ def test_hidden_units_that_are_squared_have_no_tail():
     """Their tiles leave another way, in the forward; 288 of them are two tiles of 256, and of 192."""
     given = inputs(2, 40, K=48, N=288, dtype=torch.float16)
     assert_as_exact_as_plain_pytorch(lora_mlp, lora_mlp_ref, given)
+    call = (*(given[name] for name in ("x", "up", *UP)), None, [288])
+    alone, with_u = (launch_forward(*call, squared=True, u=u).outs[0] for u in (None, given["x"].new_empty(2, 40, 288)))
+    assert torch.equal(alone, with_u)
 
 
 COMPILED_FOR_HOPPER = """
@@ -138,6 +141,7 @@ for run in (work(576, low=True), work(576, low=False, bias=True), work(576, 192,
     kernel, = (one for one in recorded(run).values() if one.name == "_forward_kernel")
     compiled = triton.compile(kernel.source(), target=kernel.target, options=kernel.options)
     assert compiled.metadata.shared <= 232_448, compiled.metadata.shared
+    assert compiled.asm["ttgir"].count("ttng.wait_barrier") == 1, "a step's four loads share one"
     ptx = compiled.asm["ptx"]
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(ptx)

@@ -214,11 +214,13 @@ def _forward_kernel(
             first = tl.where(p == 0, 0, tl.where(p == 1, NQ, NQ + NK))
         x = x_d.load([b, s, step * BK]).reshape(BM, BK)
         w = w_d.load([first + n, step * BK])
+        if TAIL:  # before the first product: so one barrier is waited for, which all four loads share
+            w_tail = tail_d.load([first + n + BN, step * BK])
         a = a_d.load([slot, p * R, step * BK]).reshape(RP, BK)
         xa = multiply_add(x, a.T, xa)
         acc = multiply_add(x, w.T, acc)
         if TAIL:
-            tail = multiply_add(x, tail_d.load([first + n + BN, step * BK]).T, tail)
+            tail = multiply_add(x, w_tail.T, tail)
         if left > 0:
             _store_piece(q_d, k_d, v_d, done_p, done_b, done_s, done_n, y0, BM, W)
             y0, y1, y2, y3, y4, y5, y6 = y1, y2, y3, y4, y5, y6, y7
