@@ -159,6 +159,16 @@ def test_a_tile_with_a_tail_compiles_for_hopper_to_wide_products_that_overlap_an
     assert compiled_for_hopper(COMPILED_FOR_HOPPER).splitlines() == ["16 64 128"] * 3
 
 
+THREE_TILES = {"K": 80, "N": 576, "slots": [1, -1, 1], "count": 2}
+"""A product of 576 features: dx takes tiles of 192 columns, which documents of 200 tokens do not fill."""
+
+
+@pytest.mark.parametrize(("rank", "low"), [(1, True), (8, False), (16, True)])
+def test_tiles_of_192_columns(rank, low):
+    given = product(inputs(3, 200, **THREE_TILES, ranks=(1, rank), dtype=torch.float16, low=low))
+    assert_as_exact_as_plain_pytorch(lora_linear, lora_linear_ref, given)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("absent", [UP, DOWN], ids=["down alone", "up alone"])
 def test_an_mlp_with_one_adapter(absent, dtype):
@@ -364,6 +374,12 @@ class TestOnTheGPU:
     def test_other_widths_ranks_and_dtypes(self, name, dtype, case):
         function, reference, take = BOTH[name]
         assert_as_exact_as_plain_pytorch(function, reference, take(inputs(**SHAPES[case], dtype=dtype)))
+
+    @pytest.mark.parametrize(("length", "K", "rank"), [(5000, 576, 8), (200, 1008, 1), (33, 192, 16)])
+    def test_tiles_of_192_columns(self, length, K, rank):
+        case = {**THREE_TILES, "K": K, "ranks": (1, rank), "dtype": torch.bfloat16}
+        given = product(inputs(3, for_this_gpu(length, 576), **case))
+        assert_as_exact_as_plain_pytorch(lora_linear, lora_linear_ref, given)
 
     @pytest.mark.parametrize("absent", [UP, DOWN])
     def test_an_mlp_with_one_adapter(self, absent):

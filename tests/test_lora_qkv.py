@@ -1,15 +1,17 @@
 """lora_qkv: as exact as plain PyTorch in the same dtype, for every shape, slot and gradient, and the same every run."""
 
+import itertools
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from conftest import replayed
-from hopper import for_this_gpu
+from hopper import compiled_for_hopper, for_this_gpu
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from klora.bench.tolerance import allowed_error, assert_as_exact, relative_error
 from klora.kernels.lora_qkv import check_slots, lora_qkv, lora_qkv_ref
+from klora.kernels.lora_qkv.backward import pick_backward_config
 from klora.kernels.lora_qkv.forward import pick_forward_config
 
 pytestmark = pytest.mark.usefixtures("empty_is_nan")
@@ -84,8 +86,71 @@ def test_every_output_and_gradient_is_as_exact_as_plain_pytorch(length, width, s
     assert_as_exact_as_plain_pytorch(*inputs(batch, length, width, sizes, rank, slots, count, dtype, length, low))
 
 
-def test_tiles_that_span_more_than_one_block_of_every_dimension():
-    assert_as_exact_as_plain_pytorch(*inputs(2, 130, 272, (272, 144, 16), 8, [1, 0], 2, torch.float16))
+@pytest.mark.parametrize(
+    ("width", "rank", "slots", "low"),
+    [
+        (400, 8, [1, 0], False),  # two tiles of 256
+        (272, 16, [1, 1], False),  # two of 192: the last ends in its first 128
+        (336, 8, [-1, 2], True),  # in its last 64
+        (576, 1, None, False),  # where the third does
+    ],
+)
+def test_tiles_that_span_more_than_one_block_of_every_dimension(width, rank, slots, low):
+    given = inputs(2, 130, width, (272, 144, 16), rank, slots, 3 if slots else 2, torch.float16, low=low)
+    assert_as_exact_as_plain_pytorch(*given)
+
+
+@pytest.mark.parametrize(
+    ("width", "columns"),
+    [(192, 192), (272, 192), (384, 192), (576, 192), (1152, 192), (1344, 192)]
+    + [(256, 256), (400, 256), (512, 256), (960, 256), (1024, 256), (1536, 256)],
+)
+def test_dx_takes_tiles_of_192_columns_where_those_of_256_are_a_tenth_more(width, columns):
+    for dtype, groups in itertools.product((torch.bfloat16, torch.float16), (1, 3)):
+        config = pick_backward_config(dtype, 16, groups, width)
+        assert (config.block_d + config.tail, config.tail > 0) == (columns, columns == 192)
+        others = [(torch.float32, 16, groups, width), (dtype, 17, groups, width), (dtype, 16, groups, width, True)]
+        assert not any(pick_backward_config(*other).tail for other in others)
+
+
+BESIDE = """
+import torch, triton
+from hopper import pretend
+from klora.kernels import lora_linear, lora_qkv
+from klora.kernels.precompile import recorded
+
+pretend()
+
+def leaf(*size, dtype=torch.float32):
+    return torch.zeros(size, dtype=dtype, requires_grad=True)
+
+def one(rank):
+    x, weight = leaf(2, 256, 576, dtype=torch.bfloat16), leaf(192, 576, dtype=torch.bfloat16).detach()
+    lora_linear(x, weight, leaf(2, rank, 576), leaf(2, 192, rank), backend="triton").sum().backward()
+
+def three(rank):
+    x, weight = leaf(2, 256, 576, dtype=torch.bfloat16), leaf(960, 576, dtype=torch.bfloat16).detach()
+    factors = leaf(2, 3, rank, 576), leaf(2, 960, rank)
+    sum(out.sum() for out in lora_qkv(x, weight, *factors, sizes=(576, 192, 192), backend="triton")).backward()
+
+for work in (one, three):
+    for rank in (8, 16):
+        shared = {}
+        for kernel in recorded(lambda: work(rank)).values():
+            if kernel.name in ("_dx_kernel", "_db_kernel"):
+                compiled = triton.compile(kernel.source(), target=kernel.target, options=kernel.options)
+                shared[kernel.name] = compiled.metadata.shared
+                if kernel.name == "_dx_kernel":
+                    assert all(f"m64n{n}k16" in compiled.asm["ptx"] for n in (128, 64))
+        # Both on a multiprocessor's 228 KiB, each with 1 KiB.
+        assert len(shared) == 2 and sum(shared.values()) <= 233_472 - 2048, (work.__name__, rank, shared)
+"""
+
+
+@pytest.mark.slow
+def test_db_fits_beside_dx_in_tiles_of_192_columns():
+    """On Hopper; compiled in a process where Triton is itself."""
+    compiled_for_hopper(BESIDE)
 
 
 @pytest.mark.parametrize("low", [False, True])
@@ -344,12 +409,14 @@ class TestOnTheGPU:
             inputs(2, 130, 512, (512, 256, 256), 80, [1, 0], 2, torch.bfloat16),
             inputs(2, 130, 512, (512, 256, 256), 128, [1, 0], 2, torch.bfloat16, low=True),
             inputs(2, 70, 64, (64, 32, 32), 128, [1, 0], 2, torch.float32),
+            inputs(3, 1000, 576, (576, 192, 192), 8, [1, -1, 1], 2, torch.bfloat16),
+            inputs(2, 130, 336, (144, 48, 48), 16, [1, 0], 2, torch.float16, low=True),
         ]
         with ThreadPoolExecutor() as pool:
             list(pool.map(lambda case: outputs_and_gradients(ours, *case), [inputs(5, 9, **self.SEED), *drawn]))
         return drawn
 
-    @pytest.mark.parametrize("case", range(8))
+    @pytest.mark.parametrize("case", range(10))
     def test_other_widths_ranks_and_dtypes(self, cases, case):
         assert_as_exact_as_plain_pytorch(*cases[case])
 

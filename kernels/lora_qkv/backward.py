@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 from ..dispatch import cdiv, next_power_of_2, padded_rank
 from ..dot import multiply_add
 from ..launch import launched
-from ..tile import tiled
+from ..tile import halves, tiled
 from .adapters import Adapters
 from .tiles import (
     PIECES,
@@ -31,8 +31,8 @@ from .tiles import (
 
 @dataclass(frozen=True)
 class BackwardConfig:
-    """Tile of a dx step: block_m tokens x block_d of D, block_n outputs; of dB: db_n outputs, db_s tokens a step; of
-    dA: da_d of D, da_s tokens a step. dB's programs walk their tiles, db_programs on a multiprocessor.
+    """Tile of a dx step: block_m tokens x block_d and tail of D, block_n outputs; of dB: db_n outputs, db_s tokens a
+    step; of dA: da_d of D, da_s tokens a step. dB's programs walk their tiles, db_programs on a multiprocessor.
     """
 
     block_m: int
@@ -49,9 +49,12 @@ class BackwardConfig:
     da_warps: int
     da_stages: int
     db_programs: int = 1
+    tail: int = 0
 
 
-def pick_backward_config(dtype: torch.dtype, rank: int, groups: int = 3) -> BackwardConfig:
+def pick_backward_config(
+    dtype: torch.dtype, rank: int, groups: int, width: int, has_kept: bool = False
+) -> BackwardConfig:
     if dtype == torch.float32:
         block_m = 32 if stacked_rank(rank, groups) <= 64 else 16  # t is [block_m, stacked_rank] in registers
         return BackwardConfig(block_m, 64, 16, 4, 2, 64, 16, 8, 2, 32, 16, 8, 2)
@@ -64,7 +67,20 @@ def pick_backward_config(dtype: torch.dtype, rank: int, groups: int = 3) -> Back
     # NVIDIA H100, 65536 tokens of the seed's sizes, each alone: dx 0.121 ms (a form with 202 KB), dB 0.055, dA 0.029.
     # dB's blocks (20 KB) fit beside dx's (194 KB, 190 registers) on a multiprocessor, and run on beside dA. All three
     # on an H200: 0.161 ms; with dB in steps of 32 tokens 0.202 in three stages, 0.163 in four; of 128 outputs 0.164.
-    return BackwardConfig(128, 256, 64, 8, 3, 64, 64, 4, 2, 128, 64, 4, 4)
+    config = BackwardConfig(128, 256, 64, 8, 3, 64, 64, 4, 2, 128, 64, 4, 4)
+    if has_kept or 10 * 192 * cdiv(width, 192) > 9 * 256 * cdiv(width, 256):
+        return config
+    # Of three tiles of 256 a quarter lies past the last of 576 columns, of 192 nothing. Beside them there is room for
+    # more stages of dB, whose one step ahead, 10 KB, is about 1 TB/s: 41 KB beside 160 KB of one product or 173 KB of
+    # three, 31 KB beside 199 KB of three in 64 rows. By the compiler and by arithmetic; not timed.
+    return replace(config, block_d=128, tail=64, db_stages=3 if stacked_rank(rank, groups) > 32 else 4)
+
+
+@triton.jit
+def _rows_of_a(a_ptr, row, column, named, D: tl.constexpr):
+    """These columns of these rows of A; zeros for rows that are not named, and past D."""
+    a_rows = a_ptr + row[:, None] * D + column
+    return tl.load(a_rows, named[:, None] & (column < D)[None, :], other=0.0)
 
 
 @triton.jit
@@ -75,20 +91,32 @@ def _store_dx(dx_d, kept_d, dx, b, s, d, BM: tl.constexpr, BD: tl.constexpr):
         store_slopes(dx_d, kept_d, dx, b, s, d, BM, BD)
 
 
+@triton.jit
+def _store_with_tail(dx_d, dx, tail, b, s, d, BM: tl.constexpr, BD: tl.constexpr):
+    """The halves of dx [BM, BD], then the tail [BM, BD / 2]: one block for the copy engine."""
+    left, right = halves(dx.to(dx_d.dtype), BM, BD)
+    dx_d.store([b, s, d], left.reshape(1, BM, BD // 2))
+    dx_d.store([b, s, d + BD // 2], right.reshape(1, BM, BD // 2))
+    dx_d.store([b, s, d + BD], tail.to(dx_d.dtype).reshape(1, BM, BD // 2))
+
+
 @launched
 @triton.jit(do_not_specialize=["S", "TILES", "COUNT"])
 def _dx_kernel(
-    q_d, k_d, v_d, w_d, a_ptr, b_d, slots_ptr, dx_d, kept_d, t_ptr, a_stride, S, TILES, COUNT,
+    q_d, k_d, v_d, w_d, tail_d, a_ptr, b_d, slots_ptr, dx_d, kept_d, t_ptr, a_stride, S, TILES, COUNT,
     NQ: tl.constexpr, NK: tl.constexpr, NV: tl.constexpr, D: tl.constexpr, R: tl.constexpr, RT: tl.constexpr,
     BM: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, STACKED: tl.constexpr, PACKED: tl.constexpr,
-    WITH_DX: tl.constexpr,
+    WITH_DX: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
-    """A program walks tiles [BM tokens, BD of D] like the forward's; a step takes BN outputs of q, k or v where they
-    lie, without joining them. One product is q alone, without k_d and v_d.
+    """A program walks tiles [BM tokens, BD + TAIL of D] like the forward's; a step takes BN outputs of q, k or v where
+    they lie, without joining them. One product is q alone, without k_d and v_d.
 
-    The tile of the first BD stores t, projections side by side, rounded to x's dtype. Each is multiplied by its A and
-    stored [.., RT] when it is complete; STACKED, all at once. For that a row of B, if not packed so, is read from as
-    far left of it as its projection's place is. What lies left of it reads as zeros.
+    TAIL is half of BD, or 0. Blocks are powers of two: a tile of 192 columns is one of 128 and one of 64, which has its
+    own block of the weight, tail_d, and its own sums.
+
+    The tile of the first columns stores t, projections side by side, rounded to x's dtype. Each is multiplied by its A
+    and stored [.., RT] when it is complete; STACKED, all at once. For that a row of B, if not packed so, is read from
+    as far left of it as its projection's place is. What lies left of it reads as zeros.
 
     With kept_d x is a relu(u)^2, and the gradient of u leaves for that of x.
     """
@@ -99,20 +127,23 @@ def _dx_kernel(
     CK: tl.constexpr = (NK + BN - 1) // BN
     CV: tl.constexpr = (NV + BN - 1) // BN
     STEPS: tl.constexpr = CQ + CK + CV
-    TD: tl.constexpr = (D + BD - 1) // BD if WITH_DX else 1
+    BT: tl.constexpr = BD + TAIL
+    TD: tl.constexpr = (D + BT - 1) // BT if WITH_DX else 1
     DTYPE: tl.constexpr = q_d.dtype
     across = tl.cdiv(S, BM)
     tile = tl.program_id(0) - tl.num_programs(0)
     b, s, d, slot = 0, 0, 0, 0
     step = STEPS - 1
     dx = tl.zeros((BM, BD), tl.float32)
+    if TAIL:
+        tail = tl.zeros((BM, TAIL), tl.float32)
     t = tl.zeros((BM, RT), tl.float32)
     for _ in range(0, tl.cdiv(TILES - tl.program_id(0), tl.num_programs(0)) * STEPS):
         step = tl.where(step == STEPS - 1, 0, step + 1)
         if step == 0:
             tile += tl.num_programs(0)
             row = tile // TD
-            b, s, d = row // across, row % across * BM, tile % TD * BD
+            b, s, d = row // across, row % across * BM, tile % TD * BT
             slot = b
             if slots_ptr is not None:
                 slot = slot_in_pool(tl.load(slots_ptr + b), COUNT)
@@ -127,6 +158,8 @@ def _dx_kernel(
         t = multiply_add(g, lora_b, t)
         if WITH_DX:
             dx = multiply_add(g, w_d.load([first + n, d]), dx)
+            if TAIL:
+                tail = multiply_add(g, tail_d.load([first + n, d + BD]), tail)
         part, is_whole = 0, step == STEPS - 1
         if PARTS == 3:
             part = (step >= CQ).to(tl.int32) + (step >= CQ + CK).to(tl.int32)
@@ -137,14 +170,22 @@ def _dx_kernel(
             if WITH_DX:
                 column = d + tl.arange(0, BD)
                 named = (slot >= 0) & (slot < COUNT) & (j < ROWS)
-                a_rows = a_ptr + slot.to(tl.int64) * a_stride + (part * R + j)[:, None] * D + column
-                a = tl.load(a_rows, named[:, None] & (column < D)[None, :], other=0.0)
+                own_a_ptr = a_ptr + slot.to(tl.int64) * a_stride
+                a = _rows_of_a(own_a_ptr, part * R + j, column, named, D)
+                if TAIL:  # asked for before the product: it arrives meanwhile
+                    tail_a = _rows_of_a(own_a_ptr, part * R + j, d + BD + tl.arange(0, TAIL), named, D)
                 dx = multiply_add(rounded, a, dx)
+                if TAIL:
+                    tail = multiply_add(rounded, tail_a, tail)
             if d == 0:
                 t_rows = t_ptr + (b.to(tl.int64) * S + row_s)[:, None] * (PARTS * RT) + part * RT + j
                 tl.store(t_rows, rounded, (row_s < S)[:, None])
             if WITH_DX and (PARTS == 1 or step == STEPS - 1):
-                _store_dx(dx_d, kept_d, dx, b, s, d, BM, BD)
+                if TAIL:
+                    _store_with_tail(dx_d, dx, tail, b, s, d, BM, BD)
+                    tail = cleared(BM, TAIL, DTYPE, 32)  # t can be as wide
+                else:
+                    _store_dx(dx_d, kept_d, dx, b, s, d, BM, BD)
                 dx = cleared(BM, BD, DTYPE)
             t = cleared(BM, RT, DTYPE)
 
@@ -274,20 +315,21 @@ def launch_backward(
     stacked, padded = stacked_rank(rank, groups), padded_rank(rank)
     sizes = [grad.size(2) for grad in grads]
     nq, nk, nv = of_three(sizes, 0)
-    config = pick_backward_config(x.dtype, rank, groups)
+    config = pick_backward_config(x.dtype, rank, groups, width, kept is not None)
     parts = 1 if is_stacked(rank, groups) else groups
     t = x.new_empty(batch, length, parts * stacked)
     ready = torch.cuda.current_stream(x.device).record_event() if x.is_cuda else None
-    m, d, n = config.block_m, config.block_d, config.block_n
-    tiles = batch * cdiv(length, m) * (1 if dx is None else cdiv(width, d))
+    m, d, n, tail = config.block_m, config.block_d, config.block_n, config.tail
+    tiles = batch * cdiv(length, m) * (1 if dx is None else cdiv(width, d + tail))
+    piece = tail or d // PIECES
     q_d, k_d, v_d = of_three([tiled(grad, 1, m, n) for grad in described(grads)])
     _dx_kernel[(programs(x.device, tiles),)](
-        q_d=q_d, k_d=k_d, v_d=v_d, w_d=tiled(weight, n, d),
+        q_d=q_d, k_d=k_d, v_d=v_d, w_d=tiled(weight, n, d), tail_d=tiled(weight, n, tail) if tail else None,
         a_ptr=adapters.a, b_d=tiled(adapters.b, 1, n, stacked), slots_ptr=adapters.slots,
-        dx_d=tiled(x if dx is None else dx, 1, m, d // PIECES),
-        kept_d=None if kept is None else tiled(kept, 1, m, d // PIECES), t_ptr=t, a_stride=adapters.a.stride(0),
+        dx_d=tiled(x if dx is None else dx, 1, m, piece),
+        kept_d=None if kept is None else tiled(kept, 1, m, piece), t_ptr=t, a_stride=adapters.a.stride(0),
         S=length, TILES=tiles, COUNT=adapters.a.size(0), NQ=nq, NK=nk, NV=nv, D=width, R=rank, RT=stacked, BM=m, BD=d,
-        BN=n, STACKED=is_stacked(rank, groups), PACKED=adapters.is_packed, WITH_DX=dx is not None,
+        BN=n, STACKED=is_stacked(rank, groups), PACKED=adapters.is_packed, WITH_DX=dx is not None, TAIL=tail,
         num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
     if da is None:

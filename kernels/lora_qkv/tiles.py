@@ -48,16 +48,17 @@ def slot_in_pool(slot, count):
 
 
 @triton.jit
-def cleared(M: tl.constexpr, N: tl.constexpr, dtype: tl.constexpr):
+def cleared(M: tl.constexpr, N: tl.constexpr, dtype: tl.constexpr, K: tl.constexpr = 16):
     """Zeros [M, N] in fp32 for the sums of the next tile.
 
     In 16 bits a matrix instruction writes them. Where other instructions write a register that matrix instructions add
-    to over the edge of the loop, ptxas makes all of them wait for one another.
+    to over the edge of the loop, ptxas makes all of them wait for one another. So does a copy: two sums of one size
+    want another K each, or the compiler makes one product for both.
     """
     if dtype == tl.float32:
         return tl.zeros((M, N), tl.float32)
     else:
-        return tl.dot(tl.zeros((M, 16), dtype), tl.zeros((16, N), dtype))
+        return tl.dot(tl.zeros((M, K), dtype), tl.zeros((K, N), dtype))
 
 
 @triton.jit
