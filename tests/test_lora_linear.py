@@ -3,10 +3,9 @@
 import pytest
 import torch
 from conftest import DTYPES, replayed
-from hopper import compiled_for_hopper, for_this_gpu
+from hopper import for_this_gpu
 from klora.bench.tolerance import assert_as_exact
 from klora.kernels import linear, lora_linear, lora_linear_ref, lora_mlp, lora_mlp_ref, lora_qkv, relu_squared_mlp
-from klora.kernels.lora_qkv.forward import launch_forward, pick_forward_config
 from torch import Tensor
 
 pytestmark = pytest.mark.usefixtures("empty_is_nan")
@@ -75,88 +74,6 @@ SHAPES = [
 def test_outputs_and_gradients_are_as_exact_as_plain_pytorchs(name, case, dtype, low):
     function, reference, take = BOTH[name]
     assert_as_exact_as_plain_pytorch(function, reference, take(inputs(**SHAPES[case], dtype=dtype, low=low)))
-
-
-def test_a_tile_has_192_outputs_where_tiles_of_256_would_have_a_ninth_more_columns():
-    def outputs(*sizes, dtype=torch.bfloat16, rank=8):
-        return pick_forward_config(dtype, rank, len(sizes), plain_sizes=sizes).outputs
-
-    assert [outputs(size) for size in (16, 192, 288, 384, 576, 1152)] == [192] * 6
-    assert [outputs(size) for size in (208, 256, 512, 640, 960, 1024, 1536, 2048)] == [256] * 8
-    assert outputs(576, 192, 192) == outputs(576, rank=16) == outputs(576, dtype=torch.float16) == 192
-    assert outputs(512, 256, 256) == outputs(512, 192, 256) == outputs(576, rank=17) == 256
-    assert outputs(576, dtype=torch.float32) == 64
-    assert pick_forward_config(torch.bfloat16, 8).outputs == 256, "of heads, squares and unnormed rows"
-
-
-TAILED = {
-    "a tail that ends early": {"batch": 2, "length": 130, "N": 80, "K": 336, "ranks": (1, 8)},
-    "a tail past the end": {"length": 40, "N": 448, "K": 288, "ranks": (1, 1), "slots": [3, -1, 3], "count": 5},
-    "full tiles": {"batch": 2, "length": 7, "N": 384, "K": 576, "ranks": (1, 16), "slots": [1, 0]},
-    "short": {"batch": 5, "length": 129, "N": 64, "K": 48, "ranks": (1, 3), "slots": [2, 2, 0, 7, 1], "count": 3},
-}
-"""Of :func:`product`: K outputs of N features. Steps are 64 features, and a tile's six pieces leave one a step of the
-next: fewer steps than pieces, as many, and more; programs have several tiles."""
-
-
-@pytest.mark.parametrize("low", [False, True])
-@pytest.mark.parametrize("case", TAILED)
-def test_tiles_with_a_tail_are_as_exact_as_plain_pytorch(case, low):
-    given = product(inputs(**TAILED[case], dtype=torch.float16, low=low))
-    assert pick_forward_config(torch.float16, given["lora_b"].size(2), 1, False, given["weight"].shape[:1]).tail
-    assert_as_exact_as_plain_pytorch(lora_linear, lora_linear_ref, given)
-    bias = torch.randn(given["weight"].size(0), generator=torch.Generator().manual_seed(2)).to(given["x"])
-    assert_as_exact_as_plain_pytorch(lora_linear, lora_linear_ref, given | {"bias": bias})
-
-
-def test_hidden_units_that_are_squared_have_no_tail():
-    """Their tiles leave another way, in the forward; 288 of them are two tiles of 256, and of 192."""
-    given = inputs(2, 40, K=48, N=288, dtype=torch.float16)
-    assert_as_exact_as_plain_pytorch(lora_mlp, lora_mlp_ref, given)
-    call = (*(given[name] for name in ("x", "up", *UP)), None, [288])
-    alone, with_u = (launch_forward(*call, squared=True, u=u).outs[0] for u in (None, given["x"].new_empty(2, 40, 288)))
-    assert torch.equal(alone, with_u)
-
-
-COMPILED_FOR_HOPPER = """
-import re, subprocess, tempfile
-import torch, triton
-from hopper import pretend
-from klora.kernels import lora_linear, lora_qkv
-from klora.kernels.precompile import recorded
-
-pretend()
-
-def work(*sizes, low, bias=False):
-    def run():
-        N, three, kind = sum(sizes), () if len(sizes) == 1 else (3,), torch.bfloat16 if low else torch.float32
-        x, weight = torch.zeros(4, 200, 576, dtype=torch.bfloat16), torch.zeros(N, 576, dtype=torch.bfloat16)
-        lora = torch.zeros(9, *three, 8, 576, dtype=kind), torch.zeros(9, N, 8, dtype=kind)
-        slots, more = torch.zeros(4, dtype=torch.int32), {"bias": weight[:, 0].contiguous()} if bias else {}
-        more |= {"sizes": sizes} if three else {}
-        (lora_qkv if three else lora_linear)(x, weight, *lora, slots, **more, backend="triton")
-    return run
-
-for run in (work(576, low=True), work(576, low=False, bias=True), work(576, 192, 192, low=False)):
-    kernel, = (one for one in recorded(run).values() if one.name == "_forward_kernel")
-    compiled = triton.compile(kernel.source(), target=kernel.target, options=kernel.options)
-    assert compiled.metadata.shared <= 232_448, compiled.metadata.shared
-    assert compiled.asm["ttgir"].count("ttng.wait_barrier") == 1, "a step's four loads share one"
-    ptx = compiled.asm["ptx"]
-    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
-        file.write(ptx)
-        file.flush()
-        command = [triton.knobs.nvidia.ptxas.path, "-v", "-arch=sm_90a", "-o", "/dev/null", file.name]
-        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    assert " 0 bytes spill stores, 0 bytes spill loads" in said and "serialized" not in said, said
-    print(*sorted(set(re.findall("wgmma.mma_async.sync.aligned.m64n([0-9]+)k16", ptx)), key=int))
-"""
-
-
-@pytest.mark.slow
-def test_a_tile_with_a_tail_compiles_for_hopper_to_wide_products_that_overlap_and_spill_nothing():
-    """In a process where Triton is itself."""
-    assert compiled_for_hopper(COMPILED_FOR_HOPPER).splitlines() == ["16 64 128"] * 3
 
 
 THREE_TILES = {"K": 80, "N": 576, "slots": [1, -1, 1], "count": 2}
@@ -403,26 +320,6 @@ class TestOnTheGPU:
         again = results(function, given | some, backend="triton")
         for number, (one, other) in enumerate(zip(first, again, strict=True)):
             assert torch.equal(one[3:5], other if number < 2 else other[3:5])  # out and dx; gradients of the pool
-
-    @pytest.mark.parametrize(("outputs", "K"), [(576, 576), (192, 576), (576, 1536)])
-    @pytest.mark.parametrize(("length", "low"), [(7, True), (1000, False)])
-    def test_tiles_with_a_tail_are_as_exact_as_plain_pytorch_and_the_same_every_run(self, outputs, K, length, low):
-        """16 documents of 1,000 tokens are three tiles a program with 576 outputs, one with 192."""
-        batch = -(-for_this_gpu(16 * length, outputs) // length)
-        slots, generator = [(4 * b) % 7 - 1 for b in range(batch)], torch.Generator().manual_seed(3)
-        for dtype, rank in ((torch.bfloat16, 8), (torch.float16, 16)):
-            given = product(inputs(batch, length, outputs, K, (1, rank), slots, 7, dtype, low=low))
-            assert_as_exact_as_plain_pytorch(lora_linear, lora_linear_ref, given)
-            given["bias"] = torch.randn(outputs, generator=generator).to(given["x"])
-            assert_as_exact_as_plain_pytorch(lora_linear, lora_linear_ref, given)
-            first = results(lora_linear, given, backend="triton")
-            for _ in range(5):
-                for one, other in zip(first, results(lora_linear, given, backend="triton"), strict=True):
-                    assert torch.equal(one, other)
-            some = {name: given[name][3:5].contiguous() for name in ("x", "dout", "slots")} if batch > 4 else {}
-            again = results(lora_linear, given | some, backend="triton")
-            for one, other in zip(first[:2], again[:2], strict=True):  # y and dx
-                assert torch.equal(one[3:5] if some else one, other)
 
     def test_a_cuda_graph_replays_it(self):
         torch.use_deterministic_algorithms(False)

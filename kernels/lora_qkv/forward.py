@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..dispatch import aligned, cdiv, padded_rank, round_up
+from ..dispatch import aligned, cdiv, padded_rank
 from ..dot import multiply_add
 from ..launch import launched
 from ..rms_norm import EPS
@@ -20,7 +20,6 @@ from .adapters import adapters_of, empty_packed
 from .heads import HeadTables, gains, heads_at_once, norm_rotate_by_quarters, norm_rotate_whole
 from .tiles import (
     PIECES,
-    PIECES_WITH_TAIL,
     begun,
     cleared,
     described,
@@ -28,7 +27,6 @@ from .tiles import (
     is_stacked,
     of_three,
     programs,
-    sixths,
     slot_in_pool,
     store_squares,
 )
@@ -36,9 +34,7 @@ from .tiles import (
 
 @dataclass(frozen=True)
 class ForwardConfig:
-    """Tile of a step: block_m tokens x block_n + tail outputs, block_k of D; the widest head that it can norm and
-    rotate.
-    """
+    """Tile of a step: block_m tokens x block_n outputs, block_k of D; the widest head that it can norm and rotate."""
 
     block_m: int
     block_n: int
@@ -46,32 +42,9 @@ class ForwardConfig:
     warps: int
     stages: int
     widest_head: int
-    tail: int = 0
-
-    @property
-    def outputs(self) -> int:
-        return self.block_n + self.tail
-
-    @property
-    def piece(self) -> int:
-        """Columns in which a finished tile leaves at a time."""
-        return self.outputs // (PIECES_WITH_TAIL if self.tail else PIECES)
-
-    def columns(self, sizes: Sequence[int]) -> int:
-        """Of all tiles of one block of tokens: each projection's columns begin a tile."""
-        return sum(round_up(size, self.outputs) for size in sizes)
 
 
-TAIL_PAYS = 0.9
-"""Tiles of 128 + 64 outputs are taken where their columns come to at most this share of what tiles of 256 come to: a
-column of theirs costs more, since each reading of x and each x A^T serves fewer. Not timed yet.
-"""
-
-
-def pick_forward_config(
-    dtype: torch.dtype, rank: int, groups: int = 3, has_bias: bool = False, plain_sizes: Sequence[int] = ()
-) -> ForwardConfig:
-    """`plain_sizes` are the outputs of each projection where these are stored as they are: tiles may have a tail."""
+def pick_forward_config(dtype: torch.dtype, rank: int, groups: int = 3, has_bias: bool = False) -> ForwardConfig:
     if dtype == torch.float32:
         return ForwardConfig(64, 64, 16, 8, 2, 64)  # no tensor cores: what does not spill
     if padded_rank(rank) > 16 and (groups == 3 or rank > (32 if has_bias else 64)):
@@ -79,11 +52,7 @@ def pick_forward_config(
     # It holds up to 64 ranks of one product, 223 KB, and 32 with a bias (of 64 that spills 40 bytes).
     # NVIDIA H100, 65536 x 512 x 1024: 0.128 ms; 4 stages 0.132; cuBLAS without adapters 0.110. A form of it with norm
     # and rotation 0.170; those in a launch after it 0.210. Heads of 64 spill nothing, of 32 1.1 KB, of 128 1.0 KB.
-    config, tailed = ForwardConfig(128, 256, 64, 8, 3, 128), ForwardConfig(128, 128, 64, 8, 3, 64, tail=64)
-    takes_tail = padded_rank(rank) == 16 and plain_sizes
-    if takes_tail and tailed.columns(plain_sizes) <= TAIL_PAYS * config.columns(plain_sizes):
-        return tailed
-    return config
+    return ForwardConfig(128, 256, 64, 8, 3, 128)
 
 
 class Projected(NamedTuple):
@@ -139,47 +108,29 @@ def _store_piece(q_d, k_d, v_d, p, b, s, n, piece, M: tl.constexpr, N: tl.conste
     out_d.store([b, s, n], piece.reshape(1, M, N))
 
 
-@triton.jit
-def _b_rows(
-    b_ptr, b_stride, slot, count, p, n, r, N: tl.constexpr, R: tl.constexpr, RT: tl.constexpr, STACKED: tl.constexpr
-):
-    """Rows n of a slot's B, of projection p; zeros past N and R, and for a slot outside the pool."""
-    named = (slot >= 0) & (slot < count)
-    rows = b_ptr + slot.to(tl.int64) * b_stride + n[:, None] * RT + r
-    if STACKED:
-        rows += p * R
-    return tl.load(rows, (n < N)[:, None] & (r < R)[None, :] & named, other=0.0)
-
-
 @launched
 @triton.jit(do_not_specialize=["S", "TILES", "COUNT", "ROWS"])
 def _forward_kernel(
-    x_d, w_d, tail_d, a_d, b_ptr, bias_ptr, slots_ptr, q_d, k_d, v_d, xa_ptr, u_ptr, cos_ptr, sin_ptr, gain_ptr,
-    rstd_q_ptr, rstd_k_ptr, norm_ptr, squares_ptr, table_stride, b_stride, S, TILES, COUNT, ROWS,
+    x_d, w_d, a_d, b_ptr, bias_ptr, slots_ptr, q_d, k_d, v_d, xa_ptr, u_ptr, cos_ptr, sin_ptr, gain_ptr, rstd_q_ptr,
+    rstd_k_ptr, norm_ptr, squares_ptr, table_stride, b_stride, S, TILES, COUNT, ROWS,
     NQ: tl.constexpr, NK: tl.constexpr, NV: tl.constexpr, D: tl.constexpr, R: tl.constexpr, RT: tl.constexpr,
-    STACKED: tl.constexpr, RP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, TAIL: tl.constexpr, BK: tl.constexpr,
-    W: tl.constexpr, HEAD: tl.constexpr, HEADS: tl.constexpr, EPS: tl.constexpr, SQUARED: tl.constexpr,
-    BLOCKS: tl.constexpr,
+    STACKED: tl.constexpr, RP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, HEAD: tl.constexpr,
+    HEADS: tl.constexpr, EPS: tl.constexpr, SQUARED: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """A program walks tiles [BM tokens, BN + TAIL outputs of one projection] in one loop over all steps of all its
-    tiles, so that the loads of a tile start while the one before it is finished, whose rounded pieces are stored one a
-    step. Neighbours work on the same tokens: x comes from the L2 cache. One product is q alone, without k_d and v_d;
-    SQUARED, relu(u)^2 of it leaves, at once, for want of registers; and u, where u_ptr is given.
+    """A program walks tiles [BM tokens, BN outputs of one projection] in one loop over all steps of all its tiles, so
+    that the loads of a tile start while the one before it is finished, whose rounded pieces are stored one a step.
+    Neighbours work on the same tokens: x comes from the L2 cache. One product is q alone, without k_d and v_d; SQUARED,
+    relu(u)^2 of it leaves, at once, for want of registers; and u, where u_ptr is given.
 
     With squares_ptr the rows x are unnormed: the product is divided by their rms, x A^T is stored as it is.
-
-    A TAIL is a second sum, of the outputs past BN, since a block's sides are powers of two; only of projections that
-    leave as they are. A finished tile leaves in pieces of W columns. Those past its projection are those of the next
-    one, or zeros: the copy engine stores none of them.
     """
     GROUPS: tl.constexpr = 1 if v_d is None else 3
-    WIDE: tl.constexpr = BN + TAIL
-    TQ: tl.constexpr = (NQ + WIDE - 1) // WIDE
-    TK: tl.constexpr = (NK + WIDE - 1) // WIDE
-    TV: tl.constexpr = (NV + WIDE - 1) // WIDE
+    TQ: tl.constexpr = (NQ + BN - 1) // BN
+    TK: tl.constexpr = (NK + BN - 1) // BN
+    TV: tl.constexpr = (NV + BN - 1) // BN
     STEPS: tl.constexpr = (D + BK - 1) // BK
     N: tl.constexpr = NQ + NK + NV
-    LATE: tl.constexpr = WIDE // W
+    W: tl.constexpr = BN // 8
     DTYPE: tl.constexpr = x_d.dtype
     across = tl.cdiv(S, BM)
     tile = tl.program_id(0) - tl.num_programs(0)
@@ -187,11 +138,7 @@ def _forward_kernel(
     step = STEPS - 1
     acc = tl.zeros((BM, BN), tl.float32)
     if bias_ptr is not None:
-        acc = begun(bias_ptr, tl.program_id(0) % TQ * WIDE, NQ, BM, BN, DTYPE)
-    if TAIL:
-        tail = tl.zeros((BM, TAIL), tl.float32)
-        if bias_ptr is not None:
-            tail = begun(bias_ptr, tl.program_id(0) % TQ * WIDE + BN, NQ, BM, TAIL, DTYPE)
+        acc = begun(bias_ptr, tl.program_id(0) % TQ * BN, NQ, BM, BN, DTYPE)
     xa = tl.zeros((BM, RP), tl.float32)
     y0 = tl.zeros((BM, W), DTYPE)
     y1, y2, y3, y4, y5, y6, y7 = y0, y0, y0, y0, y0, y0, y0
@@ -203,10 +150,10 @@ def _forward_kernel(
             tile += tl.num_programs(0)
             column, row = tile % (TQ + TK + TV), tile // (TQ + TK + TV)
             b, s = row // across, row % across * BM
-            n = column * WIDE
+            n = column * BN
             if GROUPS == 3:
                 p = (column >= TQ).to(tl.int32) + (column >= TQ + TK).to(tl.int32)
-                n = (column - tl.where(p == 0, 0, tl.where(p == 1, TQ, TQ + TK))) * WIDE
+                n = (column - tl.where(p == 0, 0, tl.where(p == 1, TQ, TQ + TK))) * BN
             slot = b
             if slots_ptr is not None:
                 slot = slot_in_pool(tl.load(slots_ptr + b), COUNT)
@@ -215,13 +162,9 @@ def _forward_kernel(
             first = tl.where(p == 0, 0, tl.where(p == 1, NQ, NQ + NK))
         x = x_d.load([b, s, step * BK]).reshape(BM, BK)
         w = w_d.load([first + n, step * BK])
-        if TAIL:  # before the first product: so one barrier is waited for, which all four loads share
-            w_tail = tail_d.load([first + n + BN, step * BK])
         a = a_d.load([slot, p * R, step * BK]).reshape(RP, BK)
         xa = multiply_add(x, a.T, xa)
         acc = multiply_add(x, w.T, acc)
-        if TAIL:
-            tail = multiply_add(x, w_tail.T, tail)
         if left > 0:
             _store_piece(q_d, k_d, v_d, done_p, done_b, done_s, done_n, y0, BM, W)
             y0, y1, y2, y3, y4, y5, y6 = y1, y2, y3, y4, y5, y6, y7
@@ -230,10 +173,11 @@ def _forward_kernel(
         if step == STEPS - 1:
             row_n, row_s = first + n + tl.arange(0, BN), s + tl.arange(0, BM)
             mask, token = row_s < S, b.to(tl.int64) * S + row_s
-            lora_b = _b_rows(b_ptr, b_stride, slot, COUNT, p, row_n, r, N, R, RT, STACKED)
-            if TAIL:
-                tail_n = first + n + BN + tl.arange(0, TAIL)
-                tail_b = _b_rows(b_ptr, b_stride, slot, COUNT, p, tail_n, r, N, R, RT, STACKED)
+            named = (slot >= 0) & (slot < COUNT)
+            b_rows = b_ptr + slot.to(tl.int64) * b_stride + row_n[:, None] * RT + r
+            if STACKED:
+                b_rows += p * R
+            lora_b = tl.load(b_rows, (row_n < N)[:, None] & (r < R)[None, :] & named, other=0.0)
             if cos_ptr is not None:
                 # What comes from memory is asked for before the product below: it arrives meanwhile.
                 offsets = row_s[:, None] * (HEAD // 2) + tl.arange(0, HEAD // 2)
@@ -252,8 +196,6 @@ def _forward_kernel(
             # R rows of A were wanted and RP loaded: those past R belong to the next projection
             inner = tl.where((r < R)[None, :], xa, 0.0).to(DTYPE)
             acc = multiply_add(inner, lora_b.T, acc)
-            if TAIL:
-                tail = multiply_add(inner, tail_b.T, tail)
             square = None
             if squares_ptr is not None:
                 square = added(squares_ptr, token, mask, ROWS, BLOCKS) * (1.0 / D) + EPS
@@ -263,7 +205,7 @@ def _forward_kernel(
                     acc *= norm[:, None]
             if u_ptr is not None:
                 tl.store(u_ptr + token[:, None] * N + row_n, acc.to(DTYPE), mask[:, None] & (row_n < N)[None, :])
-            if STEPS < LATE:
+            if STEPS < 8:
                 for _ in range(left):
                     _store_piece(q_d, k_d, v_d, done_p, done_b, done_s, done_n, y0, BM, W)
                     y0, y1, y2, y3, y4, y5, y6 = y1, y2, y3, y4, y5, y6, y7
@@ -287,22 +229,18 @@ def _forward_kernel(
                     if squares_ptr is not None:
                         acc *= norm[:, None]
                     y0, y1, y2, y3, y4, y5, y6, y7 = eighths(acc.to(DTYPE), BM, BN)
-            elif TAIL:
-                y0, y1, y2, y3, y4, y5 = sixths(acc.to(DTYPE), tail.to(DTYPE), BM, BN, TAIL)
             elif not SQUARED:
                 y0, y1, y2, y3, y4, y5, y6, y7 = eighths(acc.to(DTYPE), BM, BN)
             if SQUARED:
                 store_squares(q_d, acc, b, s, n, BM, BN)
             else:
-                left, done_b, done_s, done_p, done_n = LATE, b, s, p, n
+                left, done_b, done_s, done_p, done_n = 8, b, s, p, n
             if n == 0:
                 tl.store(xa_ptr + (token[:, None] * GROUPS + p) * RP + r, inner, mask[:, None])
             if bias_ptr is None:
                 acc = cleared(BM, BN, DTYPE)
             else:
-                acc = begun(bias_ptr, (tile + tl.num_programs(0)) % TQ * WIDE, NQ, BM, BN, DTYPE)
-            if TAIL:
-                tail = begun(bias_ptr, (tile + tl.num_programs(0)) % TQ * WIDE + BN, NQ, BM, TAIL, DTYPE)
+                acc = begun(bias_ptr, (tile + tl.num_programs(0)) % TQ * BN, NQ, BM, BN, DTYPE)
             xa = cleared(BM, RP, DTYPE)
     for _ in range(left):
         _store_piece(q_d, k_d, v_d, done_p, done_b, done_s, done_n, y0, BM, W)
@@ -341,25 +279,21 @@ def launch_forward(
     cos, sin, gain = heads[:3] if heads else (None, None, None)
     rstd_q, rstd_k = made.rstds or (None, None)
     if made.xa.numel():
-        is_plain = heads is None and not squared and u is None and squares is None
-        plain_sizes = sizes if is_plain else ()
-        padded, config = padded_rank(rank), pick_forward_config(x.dtype, rank, groups, bias is not None, plain_sizes)
-        m, n, k, tail = config.block_m, config.block_n, config.block_k, config.tail
-        tiles = batch * cdiv(length, m) * (config.columns(sizes) // config.outputs)
-        q_d, k_d, v_d = of_three([tiled(out, 1, m, config.piece) for out in described(made.outs)])
-        weight = aligned(weight)
+        padded, config = padded_rank(rank), pick_forward_config(x.dtype, rank, groups, bias is not None)
+        m, n, k = config.block_m, config.block_n, config.block_k
+        tiles = batch * cdiv(length, m) * sum(cdiv(size, n) for size in sizes)
+        q_d, k_d, v_d = of_three([tiled(out, 1, m, n // PIECES) for out in described(made.outs)])
         nq, nk, nv = of_three(sizes, 0)
         _forward_kernel[(programs(x.device, tiles),)](
-            x_d=tiled(aligned(x), 1, m, k), w_d=tiled(weight, n, k),
-            tail_d=tiled(weight, tail, k) if tail else None, a_d=tiled(adapters.a, 1, padded, k),
+            x_d=tiled(aligned(x), 1, m, k), w_d=tiled(aligned(weight), n, k), a_d=tiled(adapters.a, 1, padded, k),
             b_ptr=adapters.b, bias_ptr=bias, slots_ptr=adapters.slots,
             q_d=q_d, k_d=k_d, v_d=v_d, xa_ptr=made.xa, u_ptr=u, cos_ptr=cos, sin_ptr=sin, gain_ptr=gain,
             rstd_q_ptr=rstd_q, rstd_k_ptr=rstd_k, norm_ptr=made.norm, squares_ptr=squares,
             table_stride=heads.table_stride if heads else None,
             b_stride=adapters.b.stride(0), S=length, TILES=tiles, COUNT=adapters.b.size(0), ROWS=batch * length,
             NQ=nq, NK=nk, NV=nv, D=width, R=rank, RT=adapters.b.size(2),
-            STACKED=adapters.is_packed and is_stacked(rank, groups), RP=padded, BM=m, BN=n, TAIL=tail, BK=k,
-            W=config.piece, HEAD=head_dim, HEADS=heads_at_once(n, head_dim), EPS=EPS, SQUARED=squared,
+            STACKED=adapters.is_packed and is_stacked(rank, groups), RP=padded, BM=m, BN=n, BK=k, HEAD=head_dim,
+            HEADS=heads_at_once(n, head_dim), EPS=EPS, SQUARED=squared,
             BLOCKS=0 if squares is None else len(squares),
             num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip

@@ -147,17 +147,3 @@ def store_tile(out_d, tile, b, s, n, M: tl.constexpr, N: tl.constexpr):
     out_d.store([b, s, n + 5 * W], p5.reshape(1, M, W))
     out_d.store([b, s, n + 6 * W], p6.reshape(1, M, W))
     out_d.store([b, s, n + 7 * W], p7.reshape(1, M, W))
-
-
-PIECES_WITH_TAIL = 6
-"""The same of a tile with a tail of half its width, of which a third is the tail's."""
-
-
-@triton.jit
-def sixths(tile, tail, M: tl.constexpr, N: tl.constexpr, TAIL: tl.constexpr):
-    """The PIECES_WITH_TAIL of `tile` [M, N] and `tail` [M, TAIL], its columns from N on; TAIL is N / 2."""
-    left, right = halves(tile, M, N)
-    a, b = halves(left, M, N // 2)
-    c, d = halves(right, M, N // 2)
-    e, f = halves(tail, M, TAIL)
-    return a, b, c, d, e, f
