@@ -70,9 +70,9 @@ def pick_backward_config(
     config = BackwardConfig(128, 256, 64, 8, 3, 64, 64, 4, 2, 128, 64, 4, 4)
     if has_kept or 10 * 192 * cdiv(width, 192) > 9 * 256 * cdiv(width, 256):
         return config
-    # Of three tiles of 256 a quarter lies past the last of 576 columns, of 192 nothing. Beside them there is room for
-    # more stages of dB, whose one step ahead, 10 KB, is about 1 TB/s: 41 KB beside 160 KB of one product or 173 KB of
-    # three, 31 KB beside 199 KB of three in 64 rows. By the compiler and by arithmetic; not timed.
+    # Of three tiles of 256 a quarter lies past the last of 576 columns, of 192 nothing. Beside them fit more stages of
+    # dB, whose one step ahead, 10 KB, is about 1 TB/s: 41 KB beside 160 KB of one product or 173 KB of three, 31 KB
+    # beside 199 KB of three in 64 rows. By the compiler and by arithmetic; not timed.
     return replace(config, block_d=128, tail=64, db_stages=3 if stacked_rank(rank, groups) > 32 else 4)
 
 
