@@ -30,6 +30,7 @@ from ..ttt.protocols import MIN_NLL, SCORE_FIRST, TTTConfig
 from ..ttt.queue import Deadline
 from .eager import Adam, adapt_batch
 from .entry import Call, Entry, Shape, Tensors, Variant
+from .law import LONGEST, law_lengths
 from .original import build_original_ttt, original_ttt
 from .step import model_config, seeded_model
 
@@ -113,8 +114,7 @@ def _truth(shape: Shape, tokens: Tensor) -> Tensor:
 
 def corpus_lengths(shape: Shape) -> np.ndarray:
     """Tokens of each document, BOS among them; at most `longest`, where the shape has one."""
-    drawn = np.random.default_rng(0).lognormal(6.555, 1.066, 6250).astype(np.int64)
-    return drawn.clip(8, shape.get("longest", 60000))[:: shape["every"]]
+    return law_lengths(6250, shape.get("longest", LONGEST))[:: shape["every"]]
 
 
 def _draw_corpus(shape: Shape, device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Tensors:
