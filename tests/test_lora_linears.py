@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 from conftest import DTYPES, replayed
+from hopper import compiled_for_hopper
 from klora.bench.tolerance import assert_as_exact
 from klora.kernels import Dropout, Int6Matrix, drop_ref, lora_linear, lora_linear_ref, quantize_int6, row_keys
 from klora.kernels.lora_linear import after, reduce
@@ -473,6 +474,46 @@ def test_compile_with_fullgraph_gives_the_same_bits(case):
     compiled = torch.compile(lora_linear, fullgraph=True, backend="aot_eager")
     for one, other in zip(ours, results(compiled, given, backend="triton"), strict=True):
         assert torch.equal(one, other)
+
+
+SERIALISED = """
+import subprocess, tempfile
+import torch, triton
+from hopper import pretend
+from klora.kernels import lora_linear
+from klora.kernels.precompile import recorded
+
+pretend()
+
+def work(*sizes, rank):
+    def run():
+        x = torch.zeros(5, 200, 512, dtype=torch.bfloat16).requires_grad_()
+        weights = [torch.zeros(N, 512, dtype=torch.bfloat16) for N in sizes]
+        lora_a, lora_b = [torch.zeros(9, rank, 512) for _ in sizes], [torch.zeros(9, N, rank) for N in sizes]
+        outs = lora_linear(x, weights, lora_a, lora_b, torch.zeros(5, dtype=torch.int32), backend="triton")
+        torch.autograd.grad(outs, x, [torch.zeros_like(y) for y in outs])
+    return run
+
+for rank in (1, 4, 12, 16):
+    for sizes in ((512,), (256, 256)):
+        for kernel in recorded(work(*sizes, rank=rank)).values():
+            if kernel.name in ("_forward_kernel", "_dx_kernel"):
+                compiled = triton.compile(kernel.source(), target=kernel.target, options=kernel.options)
+                with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+                    file.write(compiled.asm["ptx"])
+                    file.flush()
+                    command = [triton.knobs.nvidia.ptxas.path, "-v", "-arch=sm_90a", "-o", "/dev/null", file.name]
+                    said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+                print(kernel.name, "serialised" if "serialized" in said else "overlapped")
+"""
+
+
+@pytest.mark.slow
+def test_matrix_instructions_overlap_at_every_rank():
+    """As ptxas says; a step's wait for one another's end otherwise."""
+    assert sorted(compiled_for_hopper(SERIALISED).splitlines()) == (
+        ["_dx_kernel overlapped"] * 8 + ["_forward_kernel overlapped"] * 8
+    )
 
 
 class TestOnTheGPU:

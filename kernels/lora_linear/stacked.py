@@ -5,11 +5,16 @@ of `lora_qkv`. x and the gradients are read once for all of them, and dx is writ
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from ..dispatch import round_up
 from ..int6.layout import Int6Matrix
 from ..lora_qkv.op import projected
 from .validate import Projections
+
+RANKS = 8
+"""Of other numbers of ranks than multiples of it the three projections' forward is serialised by the compiler."""
 
 
 def can_be_stacked(
@@ -35,9 +40,11 @@ def stacked_linears(x: Tensor, given: Projections) -> list[Tensor]:
     """y of each projection. The adapters are copied by PyTorch, which adds their gradients up; torch.compile joins the
     copies.
     """
-    sizes = [weight.size(0) for weight in given.weights]
+    sizes, rank = [weight.size(0) for weight in given.weights], given.lora_b[0].size(2)
     lora_a = torch.stack(_up_to_rank(given.lora_a, given.ranks, 1), dim=1)
     lora_b = torch.cat(_scaled(_up_to_rank(given.lora_b, given.ranks, 2), given.scales), dim=1)
+    if more := round_up(rank, RANKS) - rank:
+        lora_a, lora_b = F.pad(lora_a, (0, 0, 0, more)), F.pad(lora_b, (0, more))
     return projected(x, torch.cat(given.weights), lora_a, lora_b, given.slots, sizes)
 
 

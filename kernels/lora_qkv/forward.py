@@ -193,8 +193,11 @@ def _forward_kernel(
                     gain_1 = gains(gain_ptr, head + HEADS, queries, HEADS)
                     gain_2 = gains(gain_ptr, head + 2 * HEADS, queries, HEADS)
                     gain_3 = gains(gain_ptr, head + 3 * HEADS, queries, HEADS)
-            # R rows of A were wanted and RP loaded: those past R belong to the next projection
-            inner = tl.where((r < R)[None, :], xa, 0.0).to(DTYPE)
+            # R rows of A were wanted and RP loaded: those past R are zeros, or belong to the next projection. Where R
+            # is no multiple of 8, a choice among the sums makes ptxas serialise the matrix instructions.
+            inner = xa.to(DTYPE)
+            if GROUPS == 3:
+                inner = tl.where((r < R)[None, :], xa, 0.0).to(DTYPE)
             acc = multiply_add(inner, lora_b.T, acc)
             square = None
             if squares_ptr is not None:
