@@ -136,13 +136,17 @@ def adapted(sites: Sequence[Site], x: Tensor) -> list[Tensor]:
         keys = [row_keys(lora.seed, site.index, rows.slots, rows.step, rows.nth) for site in sites]
         dropout = Dropout(lora.dropout, keys)
     scales, ranks = [site.scale for site in sites], [site.ranks for site in sites]
-    outs = adapted_linears(*Inputs.of(sites, x), scales, ranks, rows.slots, dropout, lora.backend)
+    outs = adapted_linears(*Inputs.of(sites, x), scales, ranks, rows.slots, dropout, lora.stacks, lora.backend)
     return [y.unflatten(1, shape[1:-1]) if len(shape) > 3 else y for y in outs]
 
 
 def is_one_launch(sites: Sequence[Site], x: Tensor) -> bool:
     """Whether :func:`adapted` makes all of them at once; else each is as well made by itself."""
-    return not has_dropout(sites[0]) and are_one_product(*Inputs.of(sites, x), sites[0].lora.backend)
+    return (
+        sites[0].lora.stacks
+        and not has_dropout(sites[0])
+        and are_one_product(*Inputs.of(sites, x), sites[0].lora.backend)
+    )
 
 
 class Lora:
@@ -161,6 +165,8 @@ class Lora:
         self.dropout, self.seed, self.backend = dropout, seed, backend
         self.sites: list[Site] = []
         self.current: Rows | None = None
+        self.stacks = True
+        """whether linears of one input may be one launch, which a pool of many slots is not"""
         self.was_used = False
         self._flags: list[tuple[Tensor, bool]] = []
         self._report: Any = None

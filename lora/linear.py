@@ -18,16 +18,17 @@ def adapted_linears(
     ranks: Sequence[Tensor],
     slots: Tensor,
     dropout: Dropout | None = None,
+    stacks: bool = True,
     backend: str | None = None,
 ) -> tuple[Tensor, ...]:
     """y_p [B, S, N] of x [B, S, K] for each linear: x W^T + bias + s B (A drop(x)), of the slot that `slots` [B] names.
 
     weights [N, K] of x's dtype, or at six bits; adapters A [slots, R, K] and B [slots, N, R] fp32; scales fp32 and
-    ranks int32 [slots].
+    ranks int32 [slots]. `stacks` False: none of them together in one launch.
     """
     backend = _backend(x, backend)
     lora_a, lora_b = (list(factor) for factor in zip(*adapters, strict=True))
-    more = {"bias": list(biases), "scale": list(scales), "ranks": list(ranks), "dropout": dropout}
+    more = {"bias": list(biases), "scale": list(scales), "ranks": list(ranks), "dropout": dropout, "stacks": stacks}
     return lora_linear(x, list(weights), lora_a, lora_b, slots, **more, backend=backend)
 
 

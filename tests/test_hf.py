@@ -184,7 +184,10 @@ def test_a_folder_has_hashes_whatever_its_files_are_called(tmp_path):
 @pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
 def test_a_document_has_the_same_bits_among_others():
-    """To the bit: alone, in a batch of two with others waiting, and in one of all."""
+    """To the bit: alone, in a batch of two with others waiting, and in one of all. The pool grows with the documents,
+    and what is one launch by its size must not be.
+    """
+    assert not HfModel(tiny_llama(), TTT).attach(TTT, 2).stacks
     together, pairs = scored(DOCUMENTS).nll, scored(DOCUMENTS[::-1], TTT.override({"batch": 2})).nll[::-1]
     for index, one in enumerate(DOCUMENTS):
         assert np.array_equal(together[index], pairs[index]), index

@@ -314,7 +314,7 @@ class TestOneLaunchForOneInput:
         assert not any(site.shared.traced_outputs for site in lora.sites if site.shared)
 
     @pytest.mark.slow
-    @pytest.mark.parametrize("options", [{"slots": 9}, {"rank": 17}, {"dropout": 0.1}])
+    @pytest.mark.parametrize("options", [{"slots": 65}, {"rank": 17}, {"dropout": 0.1}])
     def test_else_each_is_a_call_of_its_own(self, options, monkeypatch):
         model = build()
         lora = attach(model, **{"slots": 4, "targets": LINEARS, "rank": 8, "backend": "triton"} | options)

@@ -148,13 +148,14 @@ def test_projections_are_stacked(case, monkeypatch):
     given = inputs(**CASES[case], dtype=torch.float16)
     results(lora_linear, given, backend="triton")
     assert len(calls) == 1
+    no_scale = {"scale": None, "ranks": None}
     no_stack = [
         {"weight": [weight.clone().requires_grad_() for weight in given["weight"]]},
         {"bias": [torch.zeros_like(weight[:, 0]) for weight in given["weight"]]},
-        {"slots": given["slots"][:1], "x": given["x"][:1], "douts": [dout[:1] for dout in given["douts"]]},
+        {name: [torch.cat([one] * 17) for one in given[name]] for name in ("lora_a", "lora_b")} | no_scale,
         {name: [given[name][0], torch.cat([given[name][1]] * 2, dim)] + given[name][2:] for name, dim in AB},
     ]
-    for changed in no_stack:
+    for changed in (*no_stack, {"stacks": False}):
         results(lora_linear, given | changed, backend="triton")
     assert len(calls) == 1
 

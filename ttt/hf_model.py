@@ -120,6 +120,7 @@ class HfModel:
         self.detach()
         ranks = {end: config.rank(target) for end, target in self.ends.items()}
         self.lora = attach(self.module, slots=slots, targets=list(ranks), rank=ranks, backend=self.backend)
+        self.lora.stacks = False  # there are as many slots as documents: a document's bits would depend on the others
         return self.lora
 
     def detach(self) -> None:

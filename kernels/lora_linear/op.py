@@ -289,7 +289,7 @@ def is_one_product(
     backend: str | None = None,
 ) -> bool:
     """Whether :func:`lora_linear` makes these projections of x in one launch, without dropout and `grads`."""
-    can_stack = can_be_stacked(x, weights, lora_a, lora_b, biases)
+    can_stack = can_be_stacked(weights, lora_a, lora_b, biases)
     return resolve_backend(backend, x) == "triton" and can_stack and _plan(x, lora_b, can_stack=True) == "stacked"
 
 
@@ -305,6 +305,7 @@ def lora_linear(
     ranks: Tensor | None | Sequence[Tensor | None] = None,
     dropout: Dropout | None = None,
     grads: tuple[Tensor, Tensor] | Sequence[tuple[Tensor, Tensor]] | None = None,
+    stacks: bool = True,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, ...]:
     """y [B, S, N] of `x` [B, S, K], by `weight` [N, K] of x's dtype or at six bits, and each document's adapter.
@@ -319,7 +320,8 @@ def lora_linear(
     :class:`Dropout`.
 
     With a sequence of weights, such as those of q, k and v, everything else but x and slots is a sequence or None too,
-    and the outputs are a tuple: x is read for all of them at once.
+    and the outputs are a tuple: x is read for all of them at once. Two or three of up to 1,536 features and rank 16, in
+    a pool of up to 64 slots, are one launch, with other bits than in a larger pool; `stacks` False has them never so.
 
     x, lora_a, lora_b, bias and a dense weight get gradients; that of weight is made by cuBLAS. A slot named twice gets
     the sum of the gradients, in the order of the batch. `grads` is two tensors shaped like lora_a and lora_b, of their
@@ -341,7 +343,7 @@ def lora_linear(
         return lora_linear_ref(x, weight, lora_a, lora_b, given.slots, **options)
     a, b = given.lora_a, given.lora_b
     has_int6 = any(isinstance(one, Int6Matrix) for one in given.weights)
-    can_stack = given.grads[0] is None and can_be_stacked(x, given.weights, a, b, given.biases)
+    can_stack = stacks and given.grads[0] is None and can_be_stacked(given.weights, a, b, given.biases)
     way = _plan(x, b, has_dropout=dropout is not None, has_int6=has_int6, can_stack=can_stack)
     if way == "stacked":
         return tuple(stacked_linears(x, given))

@@ -17,20 +17,23 @@ RANKS = 8
 """Of other numbers of ranks than multiples of it the three projections' forward is serialised by the compiler."""
 
 
+SLOTS = 64
+"""The most slots of a pool that is copied. It is not the batch that decides: a document's bits would depend on it."""
+
+
 def can_be_stacked(
-    x: Tensor,
     weights: Sequence[Tensor | Int6Matrix],
     lora_a: Sequence[Tensor],
     lora_b: Sequence[Tensor],
     biases: Sequence[Tensor | None],
 ) -> bool:
     """Whether those kernels can make them, for all but the sizes: frozen dense weights and no bias, adapters of one
-    rank in a pool that is not much larger than the batch, for it is copied.
+    rank in a pool of up to SLOTS, for it is copied.
     """
     return (
         len(weights) > 1
         and len({b.size(2) for b in lora_b}) == len({a.dtype for a in lora_a}) == 1
-        and lora_a[0].size(0) <= 2 * x.size(0)
+        and lora_a[0].size(0) <= SLOTS
         and all(bias is None for bias in biases)
         and not any(isinstance(weight, Int6Matrix) or weight.requires_grad for weight in weights)
     )
