@@ -321,7 +321,8 @@ def lora_linear(
 
     With a sequence of weights, such as those of q, k and v, everything else but x and slots is a sequence or None too,
     and the outputs are a tuple: x is read for all of them at once. Two or three of up to 1,536 features and rank 16, in
-    a pool of up to 64 slots, are one launch, with other bits than in a larger pool; `stacks` False has them never so.
+    a pool of up to 64 slots, are one launch, after copies of their weights and of the whole pool one behind the other,
+    with other bits than in a larger pool; `stacks` False has them never so.
 
     x, lora_a, lora_b, bias and a dense weight get gradients; that of weight is made by cuBLAS. A slot named twice gets
     the sum of the gradients, in the order of the batch. `grads` is two tensors shaped like lora_a and lora_b, of their

@@ -15,8 +15,6 @@ from .validate import Projections
 
 RANKS = 8
 """Of other numbers of ranks than multiples of it the three projections' forward is serialised by the compiler."""
-
-
 SLOTS = 64
 """The most slots of a pool that is copied. It is not the batch that decides: a document's bits would depend on it."""
 
