@@ -61,6 +61,7 @@ if TYPE_CHECKING:
     from .lora_linear import lora_linear, lora_linear_ref
     from .lora_mlp import lora_mlp, lora_mlp_ref
     from .lora_qkv import lora_qkv, lora_qkv_ref, lora_qkv_rope, lora_qkv_rope_ref
+    from .lora_swiglu_mlp import lora_swiglu_mlp, lora_swiglu_mlp_ref
     from .mlp import relu_squared_mlp, relu_squared_mlp_ref, relu_squared_ref, swiglu_mlp, swiglu_mlp_ref
     from .newton_schulz import muon_apply_, muon_updates, newton_schulz, newton_schulz_ref
     from .qkv_attention import qkv_attention, qkv_attention_ref
@@ -121,6 +122,8 @@ __all__ = [
     "lora_qkv_ref",
     "lora_qkv_rope",
     "lora_qkv_rope_ref",
+    "lora_swiglu_mlp",
+    "lora_swiglu_mlp_ref",
     "muon_apply_",
     "muon_updates",
     "newton_schulz",

@@ -150,15 +150,16 @@ def _(x, gate, up, down, keep):
 
 
 @custom_op("klora::swiglu_mlp_dgate_dup_", mutates_args=("dg", "du"))
-def _swiglu_slopes_op(dout: Tensor, g: Tensor, u: Tensor, down: Tensor, dg: Tensor, du: Tensor) -> None:
-    """`du` [rows, hidden], its rows at multiples of 16 bytes."""
+def swiglu_slopes_(dout: Tensor, g: Tensor, u: Tensor, down: Tensor, dg: Tensor, du: Tensor) -> None:
+    """dg [..., hidden] and `du` [rows, hidden], its rows at multiples of 16 bytes."""
     if not dout.numel():
         du.zero_()
     launch_product(dout, down, transposed=True, epilogue=GATE_SLOPE, kept=u, gate=g, result=dg, dup=du)
 
 
 @custom_op("klora::swiglu_mlp_dx_", mutates_args=("dx",))
-def _swiglu_dx_op(dg: Tensor, du: Tensor, gate: Tensor, up: Tensor, dx: Tensor) -> None:
+def swiglu_dx_(dg: Tensor, du: Tensor, gate: Tensor, up: Tensor, dx: Tensor) -> None:
+    """dx [..., D] of dg and du, by both weights."""
     launch_product(dg, gate, transposed=True, result=dx)
     launch_product(du, up, transposed=True, epilogue=ADD, kept=dx, result=dx)
 
@@ -178,10 +179,10 @@ def _swiglu_backward(ctx, dout, *_):
     dx = dgate = dup = None
     if needs_x or needs_gate or needs_up:
         dg, du = empty_as(g), empty_aligned(g, g.shape[:-1].numel(), g.size(-1))
-        _swiglu_slopes_op(dout, g, u, down, dg, du)
+        swiglu_slopes_(dout, g, u, down, dg, du)
         if needs_x:
             dx = empty_as(x)
-            _swiglu_dx_op(dg, du, gate, up, dx)
+            swiglu_dx_(dg, du, gate, up, dx)
         dgate = linear_dweight(dg, x) if needs_gate else None
         dup = linear_dweight(du, x) if needs_up else None
     ddown = linear_dweight(dout, swiglu(g, u, backend="triton")) if needs_down else None

@@ -95,10 +95,20 @@ def _launch(kernel, gate: Tensor, up: Tensor, dout: Tensor | None = None, **outp
     )  # fmt: skip
 
 
+def launch_swiglu(gate: Tensor, up: Tensor, out: Tensor) -> None:
+    """out = silu(gate) * up; `out` is contiguous."""
+    _launch(_forward, gate, up, out=out)
+
+
+def launch_swiglu_backward(dout: Tensor, gate: Tensor, up: Tensor, dgate: Tensor | None, dup: Tensor | None) -> None:
+    """Writes dgate and dup, which are contiguous, or None where one is not wanted."""
+    _launch(_backward, gate, up, dout, dgate=dgate, dup=dup)
+
+
 @custom_op("klora::swiglu", mutates_args=())
 def _op(gate: Tensor, up: Tensor) -> Tensor:
     out = empty_as(gate)
-    _launch(_forward, gate, up, out=out)
+    launch_swiglu(gate, up, out)
     return out
 
 
@@ -109,7 +119,7 @@ def _(gate, up):
 
 @custom_op("klora::swiglu_backward_", mutates_args=("dgate", "dup"))
 def _backward_op(dout: Tensor, gate: Tensor, up: Tensor, dgate: Tensor | None, dup: Tensor | None) -> None:
-    _launch(_backward, gate, up, dout, dgate=dgate, dup=dup)
+    launch_swiglu_backward(dout, gate, up, dgate, dup)
 
 
 def _setup(ctx, inputs, output):

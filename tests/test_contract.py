@@ -42,6 +42,7 @@ from klora.kernels import (
     lora_mlp,
     lora_qkv,
     lora_qkv_rope,
+    lora_swiglu_mlp,
     muon_apply_,
     muon_updates,
     newton_schulz,
@@ -182,6 +183,12 @@ def ops(B: int = 2, S: int = 5, dtype: torch.dtype = torch.float32) -> dict[str,
             {"slots": slots},
         ),
         "lora_mlp": Op(lora_mlp, {"x": x, "up": randn(48, D), "down": randn(D, 48), **mlp}, {"slots": slots}),
+        "lora_swiglu_mlp": Op(
+            lora_swiglu_mlp,
+            {"x": x, "gate": randn(48, D), "up": randn(48, D), "down": randn(D, 48), **mlp}
+            | {"gate_a": randn(POOL, 2, D, **fp32), "gate_b": randn(POOL, 48, 2, **fp32)},
+            {"slots": slots},
+        ),
         "lora_qkv_rope": Op(lora_qkv_rope, {**qkv, **tables}, {**about, "head_dim": HEAD}, tuple(tables)),
         "lora_attention": Op(lora_attention, {**qkv, **tables}, {**about, "head_dim": HEAD}, tuple(tables)),
         "lora_cached_attention": Op(
@@ -207,7 +214,7 @@ def ops(B: int = 2, S: int = 5, dtype: torch.dtype = torch.float32) -> dict[str,
 
 OPS = ops()
 WITH_SLOTS = [name for name, op in OPS.items() if "slots" in op.more]
-POOLS = ("lora_a", "lora_b", "bias", "up_a", "up_b", "down_a", "down_b", "cache_k", "cache_v")
+POOLS = ("lora_a", "lora_b", "bias", "gate_a", "gate_b", "up_a", "up_b", "down_a", "down_b", "cache_k", "cache_v")
 """Tensors whose first dimension is that of the slots."""
 WITH_ROTARY = [name for name, op in OPS.items() if "cos" in op.floats]
 WITH_TARGETS = [name for name, op in OPS.items() if "targets" in op.more]

@@ -37,7 +37,7 @@ def _(x, weight, lora_a, lora_b, slots, sizes, grad_a, grad_b):
     return empty_projected(x, lora_a, lora_b, sizes).flat()
 
 
-@custom_op("klora::lora_backward_", mutates_args=("dx", "da", "db"))
+@custom_op("klora::lora_backward_", mutates_args=("dx", "dup", "da", "db"))
 def backward_op(
     douts: list[Tensor],
     x: Tensor,
@@ -47,21 +47,24 @@ def backward_op(
     xa: Tensor,
     slots: Tensor | None,
     kept: Tensor | None,
+    gate: Tensor | None,
     scale: Tensor | None,
     rank: int,
     is_packed: bool,
     dx: Tensor | None,
+    dup: Tensor | None,
     da: Tensor | None,
     db: Tensor | None,
 ) -> None:
     """Writes dx, and the rows of dA and dB that `slots` name: of one product or of three. dx, or da and db together,
-    may be None. `a` and `b` are lora_a and lora_b, or what was packed of them; `kept` is as of :func:`launch_backward`.
+    may be None. `a` and `b` are lora_a and lora_b, or what was packed of them; `kept`, `gate` and `dup` are as of
+    :func:`launch_backward`.
     """
     if x.numel():
         sizes = [dout.size(2) for dout in douts]
         adapters = Adapters(a, b, rank, None) if is_packed else adapters_of(x, a, b, slots, sizes)
         douts = [aligned(dout) for dout in douts]
-        launch_backward(douts, aligned(x), aligned(weight), adapters, xa, slots, dx, da, db, kept, scale)
+        launch_backward(douts, aligned(x), aligned(weight), adapters, xa, slots, dx, da, db, kept, scale, gate, dup)
     elif da is not None:  # sums over no tokens
         zero_named_rows([da, db], slots)
 
@@ -119,10 +122,13 @@ def gradients(
     kept: Tensor | None = None,
     scale: Tensor | None = None,
     is_packed: bool | None = None,
+    gate: Tensor | None = None,
+    dup: Tensor | None = None,
 ) -> tuple[Tensor | None, ...]:
     """Of x, weight, lora_a and lora_b, for which autograd `needs` them, by the gradients of the projections.
 
-    `kept` and `scale` are as of :func:`launch_backward`. `is_packed` None: where the adapters' dtype is not x's.
+    `kept`, `scale`, `gate` and `dup` are as of :func:`launch_backward`. `is_packed` None: where the adapters' dtype is
+    not x's.
     """
     x, slots = saved.x, saved.slots
     needs_x, needs_weight, needs_a, needs_b = needs
@@ -133,9 +139,9 @@ def gradients(
         da, db = (fresh(shape, dtype=lora.dtype) for shape in (lora.a_shape, lora.b_shape))
     dx = empty_grad(x, needs_x)
     if needs_x or da is not None:
-        kept = kept if needs_x else None
+        kept, gate, dup = (kept, gate, dup) if needs_x else (None, None, None)
         is_packed = lora.dtype != x.dtype if is_packed is None else is_packed
-        backward_op(list(douts), *saved, kept, scale, lora.b_shape[2], is_packed, dx, da, db)
+        backward_op(list(douts), *saved, kept, gate, scale, lora.b_shape[2], is_packed, dx, dup, da, db)
     dweights = [linear_dweight(dout, x) for dout in douts] if needs_weight else [None]
     dweight = torch.cat(dweights) if len(dweights) > 1 else dweights[0]
     return dx, dweight, *(None if is_pooled or not needed else grad for grad, needed in ((da, needs_a), (db, needs_b)))
@@ -170,10 +176,13 @@ def projected(
     """Two or three projections of x [B, S, D]: `weight` [sum of `sizes`, D], `lora_a` [slots, 2 or 3, R, D] and
     `lora_b` [slots, sum of `sizes`, R]. The kernels take three; the third of two has no outputs.
     """
-    if len(sizes) == 2:
-        lora_a = torch.cat([lora_a, torch.zeros_like(lora_a[:, :1])], dim=1)
-    outs = _op(x, weight, lora_a, lora_b, slots, [*sizes, 0][:3], None, None)
+    outs = _op(x, weight, of_three_projections(lora_a), lora_b, slots, [*sizes, 0][:3], None, None)
     return list(outs[: len(sizes)])
+
+
+def of_three_projections(lora_a: Tensor) -> Tensor:
+    """`lora_a` [slots, 2 or 3, R, D] with zeros for the third of two."""
+    return lora_a if lora_a.size(1) == 3 else torch.cat([lora_a, torch.zeros_like(lora_a[:, :1])], dim=1)
 
 
 def lora_qkv(

@@ -1,0 +1,293 @@
+"""SwiGLU MLP with a LoRA adapter a document on any of its matrices: out = Wd (silu(Wg x) * (Wu x)), adapted.
+
+    g = x Wg^T + (x Ag^T) Bg^T;   u = x Wu^T + (x Au^T) Bu^T;   h = silu(g) u;   out = h Wd^T + (h Ad^T) Bd^T
+    td = dout Bd;   dh = dout Wd + td Ad;   dg, du of :mod:`klora.kernels.swiglu`
+    tg = dg Bg;   tu = du Bu;   dx = dg Wg + tg Ag + du Wu + tu Au
+    dAd = td^T h;   dBd = dout^T (h Ad^T);   dAg = tg^T x;   dBg = dg^T (x Ag^T);   as many of u
+    dWd = dout^T h;   dWg = dg^T x;   dWu = du^T x      where a weight requires a gradient, by cuBLAS
+
+x [B, S, D]; gate (Wg) and up (Wu) [hidden, D], down (Wd) [D, hidden]; gate_a and up_a [slots, R, D], gate_b and up_b
+[slots, hidden, R]; down_a [slots, R, hidden], down_b [slots, D, R]; each with ranks and a scale of B as `lora_linear`
+has them. SwiGLU: Shazeer 2020.
+
+gate and up are one product as :mod:`klora.kernels.lora_linear.stacked` makes it, after copies of their weights and of
+all their adapters; down is a joint `lora_linear`. A matrix without an adapter is a product of `linear`; of gate and up,
+where one has an adapter, the other gets zeros. g, u and dh are rounded before they are read again, as PyTorch rounds
+them. Kept for the backward: g, u and h, and what the adapters' launches keep.
+
+FLOPs a row: 6 D hidden forward, as many for dx, and those of the adapters. Bytes of tensors [.., hidden]: g, u and h
+written, g and u read once and h once a launch that reads it; backward dh written and read, dg and du written, g and u
+read, and dg, du and h read as `lora_linear` reads its own.
+
+Every sum is made by one program in a fixed order: the same bits in every run and in every batch. D and hidden are
+multiples of 16, ranks up to 128.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, float32
+
+from .dispatch import INTEGERS, custom_op, dtypes_of, empty_as, expect, expect_slots, refuse_gradients, resolve_backend
+from .linear.op import linear_dweight
+from .linear.product import GATE, launch_product
+from .lora_linear import lora_linear_ref
+from .lora_linear.stacked import stacked_adapters
+from .lora_qkv.forward import empty_projected, launch_forward
+from .lora_qkv.op import Lora, Saved, gradients, of_three_projections
+from .lora_qkv.validate import expect_product
+from .mlp import swiglu_dx_, swiglu_slopes_
+from .swiglu import launch_swiglu, swiglu_ref
+
+NAMES = "gate", "up", "down"
+
+
+def lora_swiglu_mlp_ref(
+    x: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    down: Tensor,
+    gate_a: Tensor | None = None,
+    gate_b: Tensor | None = None,
+    up_a: Tensor | None = None,
+    up_b: Tensor | None = None,
+    down_a: Tensor | None = None,
+    down_b: Tensor | None = None,
+    slots: Tensor | None = None,
+    *,
+    scale: Sequence[Tensor | None] | None = None,
+    ranks: Sequence[Tensor | None] | None = None,
+) -> Tensor:
+    """out [B, S, D] of `x` [B, S, D] by `gate` and `up` [hidden, D] and `down` [D, hidden], all of one float dtype.
+
+    The adapters and `slots` are as of :func:`lora_linear_ref`; None is no adapter on that matrix. `scale` and `ranks`
+    have an entry for gate, up and down each. Autograd gives all gradients.
+
+    Example: out = lora_swiglu_mlp_ref(x, up, up, down, up_a, up_b, up_a, up_b, down_a, down_b, slots)
+    """
+
+    def product(number: int, rows: Tensor, weight: Tensor, a: Tensor | None, b: Tensor | None) -> Tensor:
+        if a is None:
+            return F.linear(rows, weight)
+        more = {"scale": None if scale is None else scale[number], "ranks": None if ranks is None else ranks[number]}
+        return lora_linear_ref(rows, weight, a, b, slots, **more)
+
+    h = swiglu_ref(product(0, x, gate, gate_a, gate_b), product(1, x, up, up_a, up_b))
+    return product(2, h, down, down_a, down_b)
+
+
+@custom_op("klora::lora_swiglu_mlp", mutates_args=())
+def _op(
+    x: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
+    down_a: Tensor | None,
+    down_b: Tensor | None,
+    slots: Tensor | None,
+    scale: Tensor | None,
+    ranks: Tensor | None,
+) -> list[Tensor]:
+    """out; g, u and h [B, S, hidden]; of gate and up, and of down, x A^T and the adapters that had to be rounded or
+    scaled. What is not there is empty.
+
+    `gate_up` [2 hidden, D], `lora_a` [slots, 3, R, D] and `lora_b` [slots, 2 hidden, R] are stacked; `scale` and
+    `ranks` are down's.
+    """
+    g, u, h, *kept = _gated(x, gate_up, lora_a, lora_b, slots)
+    out, *kept_down = _product(h, down, down_a, down_b, slots, scale, ranks)
+    return [out, g, u, h, *kept, *kept_down]
+
+
+@_op.register_fake
+def _(x, gate_up, down, lora_a, lora_b, down_a, down_b, slots, scale, ranks):
+    g, u, h = (x.new_empty(*x.shape[:2], down.size(1)) for _ in range(3))
+    kept = kept_down = _nothing(x)
+    if lora_a is not None:
+        kept = empty_projected(x, lora_a, lora_b, _sizes(down)).flat()[3:]
+    if down_a is not None:
+        is_packed = _is_packed(down_a, x, scale, ranks)
+        kept_down = empty_projected(h, down_a, down_b, [down.size(0)], is_packed=is_packed).flat()[1:]
+    return [x.new_empty(x.shape), g, u, h, *kept, *kept_down]
+
+
+def _sizes(down: Tensor) -> list[int]:
+    """Of the stacked projections."""
+    return [down.size(1), down.size(1), 0]
+
+
+def _is_packed(lora_a: Tensor | None, x: Tensor, scale: Tensor | None, ranks: Tensor | None) -> bool:
+    return lora_a is not None and (lora_a.dtype != x.dtype or scale is not None or ranks is not None)
+
+
+def _nothing(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """In place of x A^T and the packed adapters."""
+    return x.new_empty(0), x.new_empty(0), x.new_empty(0)
+
+
+def _gated(x, gate_up, lora_a, lora_b, slots) -> tuple[Tensor, ...]:
+    """g, u and h, x A^T and the packed adapters."""
+    hidden = gate_up.size(0) // 2
+    h = x.new_empty(*x.shape[:2], hidden)
+    if lora_a is None:
+        g, u = launch_product(x, gate_up[:hidden]), empty_as(h)
+        launch_product(x, gate_up[hidden:], epilogue=GATE, kept=u.view(-1, hidden), gate=g, result=h)
+        return g, u, h, *_nothing(x)
+    g, u, _, *kept = launch_forward(x, gate_up, lora_a, lora_b, slots, [hidden, hidden, 0]).flat()
+    launch_swiglu(g, u, h)
+    return g, u, h, *kept
+
+
+def _product(x, weight, lora_a, lora_b, slots, scale, ranks) -> tuple[Tensor, ...]:
+    """The product, x A^T and the packed adapters."""
+    if lora_a is None:
+        return launch_product(x, weight), *_nothing(x)
+    return launch_forward(x, weight, lora_a, lora_b, slots, [weight.size(0)], scale=scale, ranks=ranks).flat()
+
+
+def _setup(ctx, inputs, output):
+    x, gate_up, down, lora_a, lora_b, down_a, down_b, slots, scale, ranks = inputs
+    _, g, u, h, *made = output
+    of_gate_up = Saved.of(x, gate_up, lora_a, lora_b, slots, *made[:3])
+    of_down = Saved.of(h, down, down_a, down_b, slots, *made[3:])
+    ctx.save_for_backward(*of_gate_up, *of_down, g, u, scale)
+    ctx.gate_up = None if lora_a is None else Lora.of(lora_a, lora_b, None, None)
+    ctx.down = None if down_a is None else Lora.of(down_a, down_b, None, None)
+    ctx.is_packed = _is_packed(down_a, x, scale, ranks)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, douts):
+    dout, needs = douts[0], ctx.needs_input_grad
+    if dout is None:
+        return (None,) * 10
+    of_gate_up, others = Saved.split(ctx.saved_tensors)
+    of_down, (g, u, scale) = Saved.split(others)
+    needs_slopes = any(needs[i] for i in (0, 1, 3, 4))
+    du = empty_as(u) if needs_slopes else None
+    if ctx.down is not None:
+        about = {"kept": u, "scale": scale, "is_packed": ctx.is_packed, "gate": g, "dup": du}
+        dg, ddown, *down_lora = gradients(of_down, ctx.down, (needs_slopes, needs[2], *needs[5:7]), [dout], **about)
+    else:
+        dg, ddown, *down_lora = _slopes_of_product(dout, of_down, g, u, du, needs[2])
+    dx, dgate_up, *lora = None, None, None, None
+    if needs_slopes and ctx.gate_up is not None:
+        third = dout.new_empty(*dout.shape[:2], 0)
+        dx, dgate_up, *lora = gradients(of_gate_up, ctx.gate_up, (*needs[:2], *needs[3:5]), [dg, du, third])
+    elif needs_slopes:
+        dx, dgate_up = _gradients_of_products(dg, du, of_gate_up, *needs[:2])
+    return dx, dgate_up, ddown, *lora, *down_lora, None, None, None
+
+
+def _slopes_of_product(dout, saved, g, u, du, needs_weight) -> tuple[Tensor | None, ...]:
+    """dg, and du where it is given, by a weight without an adapter; its gradient, and none of A and B."""
+    dg = None if du is None else empty_as(g)
+    if dg is not None:
+        swiglu_slopes_(dout, g, u, saved.weight, dg, du.view(-1, du.size(2)))
+    return dg, linear_dweight(dout, saved.x) if needs_weight else None, None, None
+
+
+def _gradients_of_products(dg, du, saved, needs_x, needs_weight) -> tuple[Tensor | None, Tensor | None]:
+    """Of x and of both weights, without adapters."""
+    dx = empty_as(saved.x) if needs_x else None
+    if needs_x:
+        swiglu_dx_(dg, du, *saved.weight.chunk(2), dx)
+    return dx, torch.cat([linear_dweight(d, saved.x) for d in (dg, du)]) if needs_weight else None
+
+
+_op.register_autograd(_backward, setup_context=_setup)
+
+
+def lora_swiglu_mlp(
+    x: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    down: Tensor,
+    gate_a: Tensor | None = None,
+    gate_b: Tensor | None = None,
+    up_a: Tensor | None = None,
+    up_b: Tensor | None = None,
+    down_a: Tensor | None = None,
+    down_b: Tensor | None = None,
+    slots: Tensor | None = None,
+    *,
+    scale: Sequence[Tensor | None] | None = None,
+    ranks: Sequence[Tensor | None] | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """out [B, S, D] of `x` [B, S, D]: Wd (silu(Wg x) * (Wu x)) with `gate` (Wg) and `up` (Wu) [hidden, D] and `down`
+    (Wd) [D, hidden], adapted: the MLP of Llama, Mistral and Qwen.
+
+    `gate_a` and `up_a` are [slots, R, D], `gate_b` and `up_b` [slots, hidden, R], `down_a` [slots, R, hidden] and
+    `down_b` [slots, D, R], of x's dtype or float32, each with an R of its own; None is no adapter on that matrix.
+    `slots`, and of `scale` float32 [slots] and `ranks` int32 or int64 [slots] the three entries for gate, up and down,
+    are as of :func:`lora_linear`. x, the weights and the adapters get gradients. Each call copies the weights gate and
+    up, and all slots of their adapters: a pool is best as small as the batch.
+
+    `backend` is "reference" or "triton"; None takes the reference on a CPU and the kernel on a GPU. The kernel takes
+    bfloat16, float16 or float32, ranks up to 128, and D and hidden that are multiples of 16.
+    ValueError: other shapes, dtypes, ranks or backends, tensors on several devices, half an adapter, a scale that
+    requires a gradient.
+
+    Example: out = lora_swiglu_mlp(x, up, up, down, up_a, up_b, up_a, up_b, down_a, down_b, slots)
+    """
+    backend = resolve_backend(backend, x)
+    weights, lora_a, lora_b = (gate, up, down), (gate_a, up_a, down_a), (gate_b, up_b, down_b)
+    slots = _expect(x, weights, lora_a, lora_b, slots, scale, ranks, backend)
+    if backend == "reference":
+        lora = (tensor for pair in zip(lora_a, lora_b, strict=True) for tensor in pair)
+        return lora_swiglu_mlp_ref(x, *weights, *lora, slots, scale=scale, ranks=ranks)
+    scale, ranks = ([None if t is None else t.contiguous() for t in given or (None,) * 3] for given in (scale, ranks))
+    stacked = _stacked(lora_a[:2], lora_b[:2], weights, scale[:2], ranks[:2])
+    return _op(x, torch.cat(weights[:2]), down, *stacked, down_a, down_b, slots, scale[2], ranks[2])[0]
+
+
+def _stacked(
+    lora_a: Sequence[Tensor | None],
+    lora_b: Sequence[Tensor | None],
+    weights: Sequence[Tensor],
+    scale: Sequence[Tensor | None],
+    ranks: Sequence[Tensor | None],
+) -> tuple[Tensor | None, Tensor | None]:
+    """The adapters of gate and up as one: zeros for one of them that has none, None where neither has."""
+    a = next((a for a in lora_a if a is not None), None)
+    if a is None:
+        return None, None
+    hidden, width = weights[0].shape
+    lora_b = [a.new_zeros(len(a), hidden, 1) if one is None else one for one in lora_b]
+    lora_a = [a.new_zeros(len(a), 1, width) if one is None else one for one in lora_a]
+    stacked_a, stacked_b = stacked_adapters(lora_a, lora_b, scale, ranks)
+    return of_three_projections(stacked_a), stacked_b
+
+
+def _expect(x, weights, lora_a, lora_b, slots, scale, ranks, backend) -> Tensor | None:
+    """The contiguous slots; raises on what the backend does not take."""
+    expect("x", x, ("B", "S", "D"), dtypes_of(backend))
+    width = x.size(2)
+    expect("gate", weights[0], ("hidden", width), (x.dtype,), x.device)
+    expect("up", weights[1], weights[0].shape, (x.dtype,), x.device)
+    expect("down", weights[2], (width, weights[0].size(0)), (x.dtype,), x.device)
+    slots = expect_slots(slots, x.size(0), x.device)
+    for given, values in (("scale", scale), ("ranks", ranks)):
+        if values is not None and (not isinstance(values, list | tuple) or len(values) != 3):
+            raise ValueError(f"{given} is {values!r}; wanted one for gate, up and down each, or None")
+    first = None
+    for number, (name, weight, a, b) in enumerate(zip(NAMES, weights, lora_a, lora_b, strict=True)):
+        if (a is None) != (b is None):
+            raise ValueError(f"{name}_a and {name}_b: wanted A with B")
+        if a is None:
+            continue
+        expect_product(name, weight, {f"{name}_a": a, f"{name}_b": b}, weight.size(1), x, slots, None, backend)
+        first = first or (f"{name}_a", a)
+        if len(a) != len(first[1]) or a.dtype != first[1].dtype:
+            raise ValueError(f"{name}_a is {a.dtype} of {len(a)} slots; wanted those of {first[0]}")
+        for what, values, dtypes in (("scale", scale, (float32,)), ("ranks", ranks, INTEGERS)):
+            if values is not None and values[number] is not None:
+                expect(f"{what} of {name}", values[number], (len(a),), dtypes, x.device)
+                refuse_gradients("scale B instead", **{f"{what} of {name}": values[number]})
+    if first is None:
+        raise ValueError("no adapter is given; swiglu_mlp is the MLP without one")
+    return slots
