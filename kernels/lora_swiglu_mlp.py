@@ -30,9 +30,11 @@ import torch.nn.functional as F
 from torch import Tensor, float32
 
 from .dispatch import INTEGERS, custom_op, dtypes_of, empty_as, expect, expect_slots, refuse_gradients, resolve_backend
+from .int6.layout import Int6Matrix
 from .linear.op import linear_dweight
 from .linear.product import GATE, launch_product
-from .lora_linear import lora_linear_ref
+from .lora_linear import is_one_product, lora_linear_ref
+from .lora_linear.plan import plan
 from .lora_linear.stacked import stacked_adapters
 from .lora_qkv.forward import empty_projected, launch_forward
 from .lora_qkv.op import Lora, Saved, gradients, of_three_projections
@@ -199,6 +201,26 @@ def _gradients_of_products(dg, du, saved, needs_x, needs_weight) -> tuple[Tensor
 
 
 _op.register_autograd(_backward, setup_context=_setup)
+
+
+def is_one_op(
+    x: Tensor,
+    weights: Sequence[Tensor | Int6Matrix],
+    lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    backend: str | None = None,
+) -> bool:
+    """Whether :func:`lora_linear` would make gate and up of x in one launch and down in another, for which this op
+    stands: frozen dense weights without bias, and sizes and ranks that those launches are for. In that order.
+    """
+    down, b = weights[2], lora_b[2]
+    return (
+        is_one_product(x, weights[:2], lora_a[:2], lora_b[:2], biases[:2], backend)
+        and biases[2] is None
+        and not (isinstance(down, Int6Matrix) or down.requires_grad)
+        and plan([tuple(down.shape)], x.dtype, x.size(0), x.size(1), b.size(2)) == "joint"
+    )
 
 
 def lora_swiglu_mlp(

@@ -18,6 +18,7 @@ from ..kernels.dispatch import resolve_backend
 from .adapters import Adapters, check_alpha, check_seed, names_of, ranks_of
 from .find import check_weights, find_linears
 from .linear import adapted_linears, are_one_product
+from .mlp import SwigluMlp, find_mlps
 from .optimizer import LoraAdam
 from .pool import LoraError, Pool
 from .shared import Shared, find_shared
@@ -63,16 +64,22 @@ class Site:
 
     def forward(self, input: Tensor) -> Tensor:
         lora, module, x = self.lora, self.module, input
-        if not torch.compiler.is_compiling():
-            self._check_recomputing()
-        if lora.current is None:
+        if not self.is_active(x):
             return type(module).forward(module, x)
-        self._check(x, lora.current.slots)
         if self.shared is None:
             return adapted([self], x)[0]
         if torch.compiler.is_compiling():
             return self.shared.traced(self, x)
         return self.shared.forward(self, x, lora.current)
+
+    def is_active(self, x: Tensor) -> bool:
+        """Whether the rows of `x`, the module's input, have adapters; LoraError where that cannot be."""
+        if not torch.compiler.is_compiling():
+            self._check_recomputing()
+        if self.lora.current is None:
+            return False
+        self._check(x, self.lora.current.slots)
+        return True
 
     def _check(self, x: Tensor, slots: Tensor) -> None:
         if x.dim() < 3:
@@ -164,6 +171,7 @@ class Lora:
         self.model, self.pool, self.adapters = model, pool, adapters
         self.dropout, self.seed, self.backend = dropout, seed, backend
         self.sites: list[Site] = []
+        self.mlps: list[SwigluMlp] = []
         self.current: Rows | None = None
         self.stacks = True
         """whether linears of one input may be one launch, which a pool of many slots is not"""
@@ -276,13 +284,13 @@ class Lora:
 
         Example: model = lora.detach()
         """
-        for site in self.sites:
-            vars(site.module).pop("forward", None)
+        for one in (*self.mlps, *self.sites):
+            vars(one.module).pop("forward", None)
         if self._report is not None:
             self._report.undo()
         for parameter, flag in self._flags:
             parameter.requires_grad_(flag)
-        self.sites, self.current, self._report, self._flags = [], None, None, []
+        self.sites, self.mlps, self.current, self._report, self._flags = [], [], None, None, []
         return self.model
 
 
@@ -351,6 +359,10 @@ def attach(
             lora.sites[-1].module.forward = lora.sites[-1].forward
         for sites in find_shared(lora.sites):
             Shared(sites, adapted, is_one_launch)
+        for sites in find_mlps(model, lora.sites):
+            module = model.get_submodule(sites[0].place.name.rpartition(".")[0])
+            lora.mlps.append(SwigluMlp(module, sites, Inputs.of))
+            module.forward = lora.mlps[-1].forward
     except BaseException:
         lora.detach()
         raise

@@ -1,12 +1,13 @@
-"""The product with adapters, in one place."""
+"""The products with adapters, in one place."""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from ..kernels import Dropout, Int6Matrix, lora_linear
+from ..kernels import Dropout, Int6Matrix, lora_linear, lora_swiglu_mlp
 from ..kernels.lora_linear import is_one_product
+from ..kernels.lora_swiglu_mlp import is_one_op
 
 
 def adapted_linears(
@@ -42,6 +43,32 @@ def are_one_product(
     """Whether :func:`adapted_linears` makes all of them in one launch, where there is no dropout."""
     lora_a, lora_b = zip(*adapters, strict=True)
     return is_one_product(x, weights, lora_a, lora_b, biases, _backend(x, backend))
+
+
+def adapted_mlp(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    adapters: Sequence[tuple[Tensor, Tensor]],
+    scales: Sequence[Tensor],
+    ranks: Sequence[Tensor],
+    slots: Tensor,
+    backend: str | None = None,
+) -> Tensor:
+    """out [B, S, D] of x [B, S, D]: down(silu(gate x) * up x), each of the three as :func:`adapted_linears` has it."""
+    lora = (factor for pair in adapters for factor in pair)
+    return lora_swiglu_mlp(x, *weights, *lora, slots, scale=scales, ranks=ranks, backend=backend)
+
+
+def is_one_mlp(
+    x: Tensor,
+    weights: Sequence[Tensor | Int6Matrix],
+    biases: Sequence[Tensor | None],
+    adapters: Sequence[tuple[Tensor, Tensor]],
+    backend: str | None = None,
+) -> bool:
+    """Whether :func:`adapted_mlp` is meant for these linears gate, up and down."""
+    lora_a, lora_b = zip(*adapters, strict=True)
+    return is_one_op(x, weights, lora_a, lora_b, biases, _backend(x, backend))
 
 
 def _backend(x: Tensor, backend: str | None) -> str | None:

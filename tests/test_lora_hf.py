@@ -1,11 +1,13 @@
 """klora.lora on Hugging Face's models: against the oracle, and against PEFT in both directions."""
 
 import contextlib
+import copy
 import inspect
 import json
 import re
 
 import klora.lora
+import klora.lora.mlp as mlps
 import pytest
 import torch
 from klora.bench.tolerance import relative_error
@@ -277,7 +279,7 @@ def test_the_config_names_the_base_model(tmp_path):
 class TestOneLaunchForOneInput:
     """q, k and v, and gate and up, stacked where the kernel can."""
 
-    OPS = ("lora_qkv", "lora_linear", "lora_linears")
+    OPS = ("lora_qkv", "lora_linear", "lora_linears", "lora_swiglu_mlp")
 
     def gradients(self, model, lora, rows):
         with lora.rows(rows):
@@ -309,7 +311,7 @@ class TestOneLaunchForOneInput:
         plain = self.gradients(model, lora, rows)
         ops = self.compiled(model, monkeypatch)
         ours = self.gradients(model, lora, rows)
-        assert ops == [[2, 2, 0], [2, 2, 0]], "one graph for the first layer and one for all others"
+        assert ops == [[1, 1, 0, 1], [1, 1, 0, 1]], "one graph for the first layer and one for all others"
         assert all(torch.equal(*pair) for pair in zip(ours, plain, strict=True))
         assert not any(site.shared.traced_outputs for site in lora.sites if site.shared)
 
@@ -323,7 +325,7 @@ class TestOneLaunchForOneInput:
         model.train("dropout" in options)
         ops = self.compiled(model, monkeypatch)
         self.gradients(model, lora, ["one", None, "one", None])
-        assert {tuple(graph) for graph in ops} in ({(0, 7, 0)}, {(0, 0, 7)})
+        assert {tuple(graph) for graph in ops} in ({(0, 7, 0, 0)}, {(0, 0, 7, 0)})
 
     @pytest.mark.slow
     def test_another_input_has_its_own_outputs(self, monkeypatch):
@@ -345,3 +347,127 @@ class TestOneLaunchForOneInput:
                 for ours, plain in zip(compiled(x), model(x), strict=True):
                     torch.testing.assert_close(ours, plain)
             assert not lora.sites[0].shared.is_one and not lora.sites[0].shared.traced_outputs
+
+
+class TestMlp:
+    """The MLP is one op where all of it fits; else it is what it was."""
+
+    ROWS = ("wide", None, "narrow", "wide")
+
+    @pytest.fixture
+    def calls(self, monkeypatch):
+        """Gets the input of each MLP that is one op."""
+        found, compute = [], mlps.adapted_mlp
+        monkeypatch.setattr(mlps, "adapted_mlp", lambda x, *given: found.append(x) or compute(x, *given))
+        return found
+
+    @staticmethod
+    def attached(model, **options):
+        lora = attach(model, **{"slots": 3, "targets": LINEARS, "rank": 6, "backend": "triton"} | options)
+        lora.adapters.create("wide", alpha=5)
+        lora.adapters.create("narrow", rank=3, alpha=0.75, targets=("up_proj", "down_proj"))
+        randomize(lora)
+        return lora
+
+    def results(self, family="Llama", **options):
+        """Logits and the gradients of all adapters."""
+        model = build(family)
+        lora = self.attached(model, **options)
+        with lora.rows(self.ROWS):
+            logits = model(TOKENS, use_cache=False).logits
+            logits.square().mean().backward()
+        return logits.detach(), lora.pool.grads
+
+    @pytest.mark.parametrize("family", ["Llama", "Mistral", "Qwen2", "Qwen3"])
+    def test_it_is_the_same_function(self, family, calls, monkeypatch):
+        monkeypatch.setitem(FAMILIES, "Qwen3", (SIZES | HEADS | IDS, LINEARS))
+        ours = self.results(family)
+        assert len(calls) == SIZES["num_hidden_layers"]
+        for one, other in zip(ours, self.results(family, backend="reference"), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+        assert len(calls) == SIZES["num_hidden_layers"] and ours[1][:2].any(1).all() and not ours[1][2].any()
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"slots": 65},
+            {"rank": 17},
+            {"dropout": 0.1},
+            {"freeze": False},
+            {"base": "int6"},
+            {"targets": ("up_proj", "down_proj")},
+            {"rank": {"gate_proj": 6, "up_proj": 5, "down_proj": 6}},
+            {"family": "Gemma"},
+        ],
+    )
+    def test_else_each_linear_is_a_call_of_its_own(self, options, calls):
+        more = {"targets": tuple(options["rank"])} if isinstance(options.get("rank"), dict) else {}
+        ours = self.results(**options, **more)
+        assert not calls and ours[0].isfinite().all()
+
+    def test_nor_where_linears_are_not_stacked_or_something_else_is_in_their_place(self, calls):
+        models = [build() for _ in range(4)]
+        own, tanh, other = (model.model.layers[0].mlp for model in models[:3])
+        own.forward = type(own).forward.__get__(own)
+        tanh.act_fn = torch.nn.Tanh()
+        other.__class__ = type("OwnMLP", (type(other),), {})
+        for model in models:
+            lora = self.attached(model)
+            lora.stacks = model is not models[3]
+            with lora.rows(self.ROWS):
+                model(TOKENS)
+        assert len(calls) == 3, "the second layer of the first three"
+
+    @pytest.mark.parametrize("part", ["gate_proj", "down_proj", "act_fn"])
+    @pytest.mark.parametrize("kind", ["forward", "forward_pre", "full_backward", "full_backward_pre"])
+    def test_a_hook_sees_what_it_listens_to(self, part, kind, calls):
+        model, seen = build(num_hidden_layers=1), []
+        lora = self.attached(model)
+        module = getattr(model.model.layers[0].mlp, part)
+        handle = getattr(module, f"register_{kind}_hook")(lambda module, *given: seen.append(module))
+        for heard in (1, 0):
+            with lora.rows(self.ROWS):
+                model(TOKENS).logits.sum().backward()
+            assert len(seen) == heard and len(calls) == 1 - heard
+            handle.remove()
+            seen.clear()
+
+    def test_a_hook_on_every_module_sees_it_too(self, calls):
+        model, seen = build(num_hidden_layers=1), []
+        lora = self.attached(model)
+        handle = torch.nn.modules.module.register_module_forward_hook(lambda module, *given: seen.append(module))
+        try:
+            with lora.rows(self.ROWS):
+                model(TOKENS)
+        finally:
+            handle.remove()
+        assert model.model.layers[0].mlp.up_proj in seen and not calls
+
+    def test_it_is_taken_off_and_copied(self, calls):
+        model = build()
+        before = snapshot(model)
+        lora = self.attached(model)
+        with torch.no_grad():
+            base = model(TOKENS).logits
+            assert not calls, "without rows it is the base model"
+            with lora.rows(self.ROWS):
+                adapted = model(TOKENS).logits
+        copied = copy.deepcopy(lora)
+        lora.detach()
+        assert snapshot(model) == before and not any("forward" in vars(layer.mlp) for layer in model.model.layers)
+        calls.clear()
+        with torch.no_grad():
+            assert torch.equal(model(TOKENS).logits, base)
+            with copied.rows(self.ROWS):
+                assert torch.equal(copied.model(TOKENS).logits, adapted)
+        assert len(calls) == SIZES["num_hidden_layers"]
+
+    def test_its_input_has_any_dimensions_that_a_linears_may_have(self):
+        mlp = build().model.layers[0].mlp
+        lora, x = self.attached(torch.nn.ModuleDict({"mlp": mlp}), targets=LINEARS[-3:]), torch.randn(4, 6, 32)
+        with lora.rows(self.ROWS), torch.no_grad():
+            assert torch.equal(mlp(x.view(4, 2, 3, 32)).view(4, 6, 32), mlp(x))
+            with pytest.raises(LoraError, match="gate_proj got .*with its tokens flattened"):
+                mlp(x[0])
+            with pytest.raises(LoraError, match=r"gate_proj got a batch of 2 and rows\(\) named 4"):
+                mlp(x[:2])
