@@ -182,7 +182,7 @@ class TestOnTheGPU:
         return [*made.outs, made.xa]
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-    @pytest.mark.parametrize(("documents", "length"), [(1, 1), (5, 777), (70, 130), (3, 20_001)])
+    @pytest.mark.parametrize(("documents", "length"), [(1, 1), (5, 777), (70, 130), (3, 7001)])
     @pytest.mark.parametrize("case", CASES)
     def test_the_bits_are_the_other_kernels(self, case, documents, length, dtype, monkeypatch):
         given = inputs(documents, length, dtype=dtype, **CASES[case])

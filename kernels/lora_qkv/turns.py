@@ -75,11 +75,10 @@ U = 0.25
 def pick_columns(blocks: int, across: int, processors: int) -> int:
     """Tiles of a chunk, for `blocks` rows of tiles: the equal share of `across` with which all of them end first."""
 
-    def tiles_each(columns: int) -> float:
+    def tiles_long(columns: int) -> float:
         return cdiv(blocks * across // columns, processors) * (columns + U)
 
-    shares = [columns for columns in range(1, across + 1) if across % columns == 0]
-    return min(shares, key=lambda columns: (tiles_each(columns), -columns))
+    return min((columns for columns in range(1, across + 1) if across % columns == 0), key=tiles_long)
 
 
 @gluon.jit
