@@ -40,7 +40,7 @@ from .lora_qkv.forward import empty_projected, launch_forward
 from .lora_qkv.op import Lora, Saved, gradients, of_three_projections
 from .lora_qkv.validate import expect_product
 from .mlp import swiglu_dx_, swiglu_slopes_
-from .swiglu import launch_swiglu, swiglu_ref
+from .swiglu import swiglu_ref
 
 NAMES = "gate", "up", "down"
 
@@ -63,8 +63,8 @@ def lora_swiglu_mlp_ref(
 ) -> Tensor:
     """out [B, S, D] of `x` [B, S, D] by `gate` and `up` [hidden, D] and `down` [D, hidden], all of one float dtype.
 
-    The adapters and `slots` are as of :func:`lora_linear_ref`; None is no adapter on that matrix. `scale` and `ranks`
-    have an entry for gate, up and down each. Autograd gives all gradients.
+    `gate_a`, `gate_b`, `up_a`, `up_b`, `down_a`, `down_b` and `slots` are as of :func:`lora_linear_ref`; None is no
+    adapter on that matrix. `scale` and `ranks` have an entry for gate, up and down each. Autograd gives all gradients.
 
     Example: out = lora_swiglu_mlp_ref(x, up, up, down, up_a, up_b, up_a, up_b, down_a, down_b, slots)
     """
@@ -137,8 +137,7 @@ def _gated(x, gate_up, lora_a, lora_b, slots) -> tuple[Tensor, ...]:
         g, u = launch_product(x, gate_up[:hidden]), empty_as(h)
         launch_product(x, gate_up[hidden:], epilogue=GATE, kept=u.view(-1, hidden), gate=g, result=h)
         return g, u, h, *_nothing(x)
-    g, u, _, *kept = launch_forward(x, gate_up, lora_a, lora_b, slots, [hidden, hidden, 0]).flat()
-    launch_swiglu(g, u, h)
+    g, u, _, *kept = launch_forward(x, gate_up, lora_a, lora_b, slots, [hidden, hidden, 0], h=h).flat()
     return g, u, h, *kept
 
 

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import DTYPES, replayed
+from hopper import compiled_for_hopper
 from klora.bench.tolerance import assert_as_exact
 from klora.kernels import lora_swiglu_mlp, lora_swiglu_mlp_ref
 from torch import Tensor
@@ -227,6 +228,47 @@ def test_compile_with_fullgraph_gives_the_same_bits():
         found.append([leaf.grad for leaf in leaves])
     for one, other in zip(*found, strict=True):
         assert torch.equal(one, other) and one.any()
+
+
+COMPILED = """
+import subprocess, tempfile
+import torch, triton
+from hopper import pretend
+from klora.kernels.lora_qkv import backward, forward
+from klora.kernels.lora_swiglu_mlp import lora_swiglu_mlp
+from klora.kernels.precompile import recorded
+
+pretend()
+forward.takes = forward.takes_gated = backward.takes_gradients = lambda *about: True
+
+def work(D, hidden, rank, kind):
+    def run():
+        x = torch.zeros(5, 200, D, dtype=torch.bfloat16, requires_grad=True)
+        weights = [torch.zeros(size, dtype=torch.bfloat16) for size in ((hidden, D), (hidden, D), (D, hidden))]
+        sizes = [size for N, K in (weight.shape for weight in weights) for size in ((rank, K), (N, rank))]
+        lora = [torch.zeros(5, *size, dtype=kind) for size in sizes]
+        lora_swiglu_mlp(x, *weights, *lora, backend="triton").sum().backward()
+    return run
+
+for rank, kind in ((1, torch.float32), (8, torch.bfloat16), (12, torch.float32), (16, torch.bfloat16)):
+    for kernel in recorded(work(576, 1536, rank, kind)).values():
+        if kernel.name not in ("_gated_in_turns", "_gradients_in_turns"):
+            continue
+        compiled = triton.compile(kernel.source(), target=kernel.target, options=kernel.options)
+        assert compiled.metadata.shared <= 232_448, compiled.metadata.shared
+        with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+            file.write(compiled.asm["ptx"])
+            file.flush()
+            command = [triton.knobs.nvidia.ptxas.path, "-v", "-arch=sm_90a", "-o", "/dev/null", file.name]
+            said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+        assert "serialized" not in said and "0 bytes spill stores" in said, (rank, said)
+        print(kernel.name)
+"""
+
+
+@pytest.mark.slow
+def test_what_takes_turns_compiles_for_hopper_spills_nothing_and_its_matrix_instructions_overlap():
+    assert sorted(compiled_for_hopper(COMPILED).split()) == ["_gated_in_turns"] * 4 + ["_gradients_in_turns"] * 4
 
 
 class TestOnTheGPU:

@@ -16,6 +16,7 @@ from ..launch import launched
 from ..swiglu import launch_swiglu_backward
 from ..tile import halves, tiled
 from .adapters import Adapters
+from .gated import launch_gated_backward, takes_gradients
 from .tiles import (
     PIECES,
     cleared,
@@ -322,7 +323,9 @@ def launch_backward(
     parts = 1 if is_stacked(rank, groups) else groups
     t = x.new_empty(*x.shape[:2], parts * stacked_rank(rank, groups))
     ready = torch.cuda.current_stream(x.device).record_event() if x.is_cuda else None
-    if is_gated:
+    if is_gated and takes_gradients(grads[0], rank, x.size(2)):
+        launch_gated_backward(grads[0], weight, adapters, gate, kept, dx, dup, t)
+    elif is_gated:
         dh = empty_as(dx)
         _launch_dx(config, grads, x, weight, adapters, t, dh, None)
         launch_swiglu_backward(dh, gate, kept, dx, dup)

@@ -15,8 +15,10 @@ from ..dispatch import aligned, cdiv, padded_rank
 from ..dot import multiply_add
 from ..launch import launched
 from ..rms_norm import EPS
+from ..swiglu import launch_swiglu
 from ..tile import added, tiled
 from .adapters import adapters_of, empty_packed
+from .gated import launch_gated, takes_gated
 from .heads import HeadTables, gains, heads_at_once, norm_rotate_by_quarters, norm_rotate_whole
 from .tiles import (
     PIECES,
@@ -266,8 +268,10 @@ def launch_forward(
     scale: Tensor | None = None,
     ranks: Tensor | None = None,
     squares: Tensor | None = None,
+    h: Tensor | None = None,
 ) -> Projected:
-    """Everything that the forward makes; with `heads`, q and k are normed, rotated and q is times the gain.
+    """Everything that the forward makes; with `heads`, q and k are normed, rotated and q is times the gain. `h`
+    [B, S, N], of two equal projections, gets silu(q) * k.
 
     With `squares`, as of :class:`Unnormed`, the products are of x / rms(x), and xa is of x.
 
@@ -283,8 +287,11 @@ def launch_forward(
     cos, sin, gain = heads[:3] if heads else (None, None, None)
     rstd_q, rstd_k = made.rstds or (None, None)
     is_plain = heads is None and not squared and u is None and squares is None
+    stacked = adapters.is_packed and is_stacked(rank, groups)
+    if made.xa.numel() and h is not None and takes_gated(x, rank, h.size(2)):
+        launch_gated(x, weight, adapters, stacked, *made.outs[:2], h, made.xa)
+        return made
     if made.xa.numel() and is_plain and takes(x, rank, sizes):
-        stacked = adapters.is_packed and is_stacked(rank, groups)
         launch_in_turns(x, weight, adapters, sizes, stacked, bias, made.outs, made.xa)
     elif made.xa.numel():
         padded, config = padded_rank(rank), pick_forward_config(x.dtype, rank, groups, bias is not None)
@@ -300,9 +307,11 @@ def launch_forward(
             table_stride=heads.table_stride if heads else None,
             b_stride=adapters.b.stride(0), S=length, TILES=tiles, COUNT=adapters.b.size(0), ROWS=batch * length,
             NQ=nq, NK=nk, NV=nv, D=width, R=rank, RT=adapters.b.size(2),
-            STACKED=adapters.is_packed and is_stacked(rank, groups), RP=padded, BM=m, BN=n, BK=k, HEAD=head_dim,
+            STACKED=stacked, RP=padded, BM=m, BN=n, BK=k, HEAD=head_dim,
             HEADS=heads_at_once(n, head_dim), EPS=EPS, SQUARED=squared,
             BLOCKS=0 if squares is None else len(squares),
             num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
+    if h is not None:
+        launch_swiglu(*made.outs[:2], h)
     return made
