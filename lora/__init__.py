@@ -3,8 +3,8 @@
     y_b = x_b W^T + bias + s_b B_b (A_b drop(x_b))        s = alpha / rank, b a row of the batch
 
 find.py finds the linears, attach.py takes them and gives them back; pool.py holds the adapters, adapters.py names them;
-linear.py is the product; peft.py reads and writes PEFT's files; optimizer.py is Adam on the pool; attention.py puts
-klora's attention into a model of transformers. Only base="int6" needs klora.model.
+linear.py is the product, mlp.py an MLP as one op; peft.py reads and writes PEFT's files; optimizer.py is Adam on the
+pool; attention.py puts klora's attention into a model of transformers. Only base="int6" needs klora.model.
 """
 
 from typing import TYPE_CHECKING

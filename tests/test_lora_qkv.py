@@ -353,7 +353,7 @@ def test_opcheck(slots, needs, dtype):
     given = [q, k, v], *leaves[:2], *read, xa, slots, None, None, None, b.size(2), is_packed
     grads = [torch.zeros_like(t) for t in (leaves[0], *leaves[2:])]
     torch.library.opcheck(torch.ops.klora.lora_backward_.default, (*given, grads[0], None, *grads[1:]))
-    torch.library.opcheck(torch.ops.klora.lora_backward_.default, (*given, grads[0], None, None))
+    torch.library.opcheck(torch.ops.klora.lora_backward_.default, (*given, grads[0], None, None, None))
 
 
 @pytest.mark.parametrize("into_pool", [False, True])
