@@ -406,17 +406,20 @@ class TestMlp:
         assert not calls and ours[0].isfinite().all()
 
     def test_nor_where_linears_are_not_stacked_or_something_else_is_in_their_place(self, calls):
-        models = [build() for _ in range(4)]
-        own, tanh, other = (model.model.layers[0].mlp for model in models[:3])
+        models = [build() for _ in range(6)]
+        own, tanh, other, biased, trained = (model.model.layers[0].mlp for model in models[:5])
         own.forward = type(own).forward.__get__(own)
         tanh.act_fn = torch.nn.Tanh()
         other.__class__ = type("OwnMLP", (type(other),), {})
+        biased.down_proj.bias = torch.nn.Parameter(torch.zeros(32))
         for model in models:
             lora = self.attached(model)
-            lora.stacks = model is not models[3]
+            lora.stacks = model is not models[5]
+            trained.down_proj.weight.requires_grad_(model is models[4])
+            calls.clear()
             with lora.rows(self.ROWS):
                 model(TOKENS)
-        assert len(calls) == 3, "the second layer of the first three"
+            assert len(calls) == (0 if model is models[5] else 1), "the second layer alone"
 
     @pytest.mark.parametrize("part", ["gate_proj", "down_proj", "act_fn"])
     @pytest.mark.parametrize("kind", ["forward", "forward_pre", "full_backward", "full_backward_pre"])
