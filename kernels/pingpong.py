@@ -28,16 +28,16 @@ GROUP_REGISTERS = gl.constexpr(240)
 """A thread's, of the second group; the first gets as many as are left of 168 for each of 384 threads."""
 LOAD_REGISTERS = gl.constexpr(24)
 
-SWIZZLED = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+SWIZZLED, SWIZZLED_3D, SWIZZLED_4D = (gl.NVMMASharedLayout(128, element_bitwidth=16, rank=rank) for rank in (2, 3, 4))
+NARROW, NARROW_3D = (gl.NVMMASharedLayout(32, element_bitwidth=16, rank=rank) for rank in (2, 3))
+"""Of rows of 16 numbers."""
 ACC = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK.value, 16]))
 ROW = gl.constexpr(gl.SliceLayout(1, ACC.value))
 
 
 @gluon.jit
-def make_ring(dtype: gl.constexpr, weight_shape: gl.constexpr):
-    """The operands of STAGES steps, barriers that say a stage is loaded or empty, and the groups' turns."""
-    inputs = gl.allocate_shared_memory(dtype, [STAGES, BLOCK, DEPTH], SWIZZLED)
-    weights = gl.allocate_shared_memory(dtype, [STAGES] + weight_shape, SWIZZLED)
+def make_barriers(STAGES: gl.constexpr):
+    """Barriers that say a stage is loaded or empty, and the groups' turns."""
     loaded = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     turn = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
@@ -46,17 +46,39 @@ def make_ring(dtype: gl.constexpr, weight_shape: gl.constexpr):
         mbarrier.init(empty.index(stage), count=1)
     for group in gl.static_range(2):
         mbarrier.init(turn.index(group), count=1)
+    return loaded, empty, turn
+
+
+@gluon.jit
+def make_ring(dtype: gl.constexpr, weight_shape: gl.constexpr):
+    """The operands of STAGES steps, and :func:`make_barriers`."""
+    inputs = gl.allocate_shared_memory(dtype, [STAGES, BLOCK, DEPTH], SWIZZLED)
+    weights = gl.allocate_shared_memory(dtype, [STAGES] + weight_shape, SWIZZLED)
+    loaded, empty, turn = make_barriers(STAGES)
     return inputs, weights, loaded, empty, turn
+
+
+@gluon.jit
+def empty_stage(empty, step, STAGES: gl.constexpr):
+    """The stage that step `step` of the program is loaded into, once it is empty."""
+    stage = step % STAGES
+    mbarrier.wait(empty.index(stage), (step // STAGES + 1) % 2)
+    return stage
 
 
 @gluon.jit
 def load_step(x_desc, w_desc, x_place, w_place, inputs, weights, loaded, empty, step):
     """Step `step` of the program into the ring, once its stage is empty."""
-    stage = step % STAGES
-    mbarrier.wait(empty.index(stage), (step // STAGES + 1) % 2)
+    stage = empty_stage(empty, step, STAGES)
     mbarrier.expect(loaded.index(stage), x_desc.block_type.nbytes + w_desc.block_type.nbytes)
     tma.async_copy_global_to_shared(x_desc, x_place, loaded.index(stage), inputs.index(stage))
     tma.async_copy_global_to_shared(w_desc, w_place, loaded.index(stage), weights.index(stage))
+
+
+@gluon.jit
+def await_turn(turn, count, GROUP: gl.constexpr):
+    """Returns when all steps of the tile before `count` were multiplied, or are about to be."""
+    mbarrier.wait(turn.index(GROUP), (count // 2 + 1 - GROUP) % 2)
 
 
 @gluon.jit
@@ -65,23 +87,45 @@ def multiply_tile(
     GROUP: gl.constexpr, STEPS: gl.constexpr, TRANSPOSED: gl.constexpr,
 ):  # fmt: skip
     """The program's tile `count`, of group `GROUP`: x W^T of W [N, K], or x W of W [K, N] where it is TRANSPOSED."""
-    mbarrier.wait(turn.index(GROUP), (count // 2 + 1 - GROUP) % 2)
+    await_turn(turn, count, GROUP)
     acc = gl.zeros([BLOCK, BLOCK], gl.float32, ACC)
+    (acc,) = multiply_steps(inputs, (weights,), (acc,), loaded, empty, turn, count, GROUP, STEPS, STAGES, TRANSPOSED)
+    return acc
+
+
+@gluon.jit
+def multiply_steps(
+    inputs, weights, accs, loaded, empty, turn, count,
+    GROUP: gl.constexpr, STEPS: gl.constexpr, STAGES: gl.constexpr, TRANSPOSED: gl.constexpr = False,
+):  # fmt: skip
+    """`accs` of tile `count`, each plus x W^T, or x W, of the one of `weights` at its place; in the group's turn."""
+    COUNT: gl.constexpr = len(accs)
     step = count * STEPS
     for k in range(STEPS):
         stage = step % STAGES
         mbarrier.wait(loaded.index(stage), step // STAGES % 2)
-        weight = weights.index(stage)
-        if not TRANSPOSED:
-            weight = weight.permute((1, 0))
-        acc = warpgroup_mma(inputs.index(stage), weight, acc, is_async=True)
-        acc = warpgroup_mma_wait(1, deps=(acc,))
+        sums = ()
+        for i in gl.static_range(COUNT):
+            weight = weights[i].index(stage)
+            if not TRANSPOSED:
+                weight = weight.permute((1, 0))
+            sums = sums + (warpgroup_mma(inputs.index(stage), weight, accs[i], is_async=True),)
+        accs = multiplied(COUNT, sums)
         mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), pred=k > 0)
         step += 1
     mbarrier.arrive(turn.index(1 - GROUP))
-    acc = warpgroup_mma_wait(0, deps=(acc,))
+    accs = multiplied(0, accs)
     mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES))
-    return acc
+    return accs
+
+
+@gluon.jit
+def multiplied(outstanding: gl.constexpr, sums):
+    """`sums` as a tuple, once no more than `outstanding` products are."""
+    done = warpgroup_mma_wait(outstanding, deps=sums)
+    if len(sums) == 1:
+        done = (done,)
+    return done
 
 
 def runs_on(x: Tensor) -> bool:
@@ -90,5 +134,8 @@ def runs_on(x: Tensor) -> bool:
 
 
 def swizzled(tensor: Tensor, *block: int) -> TensorDescriptor:
-    """How the copy engine moves blocks of `tensor` to and from shared memory that is swizzled."""
-    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), list(block), SWIZZLED)
+    """How the copy engine moves blocks of `tensor`, to and from shared memory that is swizzled.
+    Their rows have 16 numbers, or a multiple of 64.
+    """
+    layouts = (NARROW, NARROW_3D) if block[-1] == 16 else (SWIZZLED, SWIZZLED_3D, SWIZZLED_4D)
+    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), list(block), layouts[len(block) - 2])

@@ -19,7 +19,8 @@ FLOPs a row: 2 K N and 2 r (K + N) forward, 2 K N and 4 r (K + N) backward. join
 up to 16, 32 or a multiple of 64, and adapters of fp32 or with ranks are rounded first, one for each document; added,
 it is the rank of the document's own adapter. Where the products are made is :mod:`plan`'s to say:
 
-    joint    u in the same launch as x W^T: `lora_qkv`'s kernels with one projection for three
+    joint    u in the same launch as x W^T: `lora_qkv`'s kernels with one projection for three,
+             and up to rank 16 on Hopper their form by warps that take turns
     stacked  two or three projections so, after copies of their weights and adapters one after the other
     after    u first, in a launch of its own; then [x | u] [W | B]^T, the ranks more steps of the sum; six bits are
              unpacked before, one weight at a time

@@ -30,6 +30,7 @@ from .tiles import (
     slot_in_pool,
     store_squares,
 )
+from .turns import launch_in_turns, takes
 
 
 @dataclass(frozen=True)
@@ -281,7 +282,11 @@ def launch_forward(
     adapters = adapters_of(x, lora_a, lora_b, slots, sizes, packed, scale, ranks)
     cos, sin, gain = heads[:3] if heads else (None, None, None)
     rstd_q, rstd_k = made.rstds or (None, None)
-    if made.xa.numel():
+    is_plain = heads is None and not squared and u is None and squares is None
+    if made.xa.numel() and is_plain and takes(x, rank, sizes):
+        stacked = adapters.is_packed and is_stacked(rank, groups)
+        launch_in_turns(x, weight, adapters, sizes, stacked, bias, made.outs, made.xa)
+    elif made.xa.numel():
         padded, config = padded_rank(rank), pick_forward_config(x.dtype, rank, groups, bias is not None)
         m, n, k = config.block_m, config.block_n, config.block_k
         tiles = batch * cdiv(length, m) * sum(cdiv(size, n) for size in sizes)
