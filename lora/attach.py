@@ -170,7 +170,7 @@ class Lora:
         """whether linears of one input may be one launch, which a pool of many slots is not"""
         self.was_used = False
         self._frozen: list[nn.Parameter] = []
-        """those of the model whose gradients :func:`attach` turned off"""
+        """those of the model that :func:`attach` has frozen"""
         self._report: Any = None
 
     def __getstate__(self) -> dict:
