@@ -33,7 +33,7 @@ def grid(config: TTTConfig) -> list[dict[str, Any]]:
     return [{name: x for name, x in zip(values, chosen, strict=True) if x != own[name]} for chosen in found]
 
 
-def halves(documents: Sequence[Document], config: TTTConfig) -> tuple[list[Document], list[Document]]:
+def in_halves(documents: Sequence[Document], config: TTTConfig) -> tuple[list[Document], list[Document]]:
     """The documents to choose constants on, and those to score. ConfigError where one half has nothing to adapt."""
     tuning, scored = ([d for d in documents if is_for_tuning(d) is side] for side in (True, False))
     for name, half in (("tuning", tuning), ("scored", scored)):
@@ -61,7 +61,7 @@ def sweep(request: ScoreRequest) -> ScoreRequest:
         raise ConfigError(
             "a sweep on several ranks is not possible; run it in one process, and give them its constants"
         )
-    tuning, scored = halves(request.documents, request.config)
+    tuning, scored = in_halves(request.documents, request.config)
     targets, tried = sum(document.targets for document in tuning), grid(request.config)
     base: dict[int, dict[str, np.ndarray]] = {}
     rows: list[dict[str, Any]] = []
