@@ -382,11 +382,11 @@ class TestAgreement:
     def test_empty_batches(self, shape, backend):
         weight, bias = matrix(32, 64), torch.randn(32, requires_grad=True)
         x = torch.randn(shape, requires_grad=True)
-        out = int6_linear(x, weight, bias, backend)
+        out = int6_linear(x, weight, bias, backend=backend)
         assert out.shape == (*shape[:-1], 32) and out.requires_grad
         out.sum().backward()
         assert x.grad.shape == shape and not bias.grad.any()
-        assert int6_linear_dx(torch.randn(*shape[:-1], 32), weight, backend).shape == shape
+        assert int6_linear_dx(torch.randn(*shape[:-1], 32), weight, backend=backend).shape == shape
 
     @pytest.mark.parametrize("rows", [3, 40, 500])
     def test_one_gradient_for_x_and_bias(self, rows):
@@ -398,7 +398,7 @@ class TestAgreement:
                 x, bias = (
                     torch.randn(size).requires_grad_(on) for size, on in zip(((rows, 64), 32), wanted, strict=True)
                 )
-                int6_linear(x, weight, bias, backend).backward(dout)
+                int6_linear(x, weight, bias, backend=backend).backward(dout)
                 found.append((x.grad, bias.grad))
             for ours, plain, on in zip(*found, wanted, strict=True):
                 assert (ours is not None) == (plain is not None) == on

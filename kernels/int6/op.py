@@ -300,7 +300,7 @@ def _resolve(backend: Backend | None, x: Tensor, weight: Int6Matrix) -> Backend:
     return resolve_backend(backend, x)
 
 
-def int6_linear(x: Tensor, weight: Int6Matrix, bias: Tensor | None = None, backend: Backend | None = None) -> Tensor:
+def int6_linear(x: Tensor, weight: Int6Matrix, bias: Tensor | None = None, *, backend: Backend | None = None) -> Tensor:
     """`x` [..., K] by `weight` [N, K] -> x W_hat^T + bias [..., N], in x's dtype: bfloat16, float16 or float32.
 
     `bias` is [N] in x's dtype, or None. x and bias get gradients; the weight has none.
@@ -320,7 +320,7 @@ def int6_linear(x: Tensor, weight: Int6Matrix, bias: Tensor | None = None, backe
     return out.view(*x.shape[:-1], rows)
 
 
-def int6_linear_dx(dout: Tensor, weight: Int6Matrix, backend: Backend | None = None) -> Tensor:
+def int6_linear_dx(dout: Tensor, weight: Int6Matrix, *, backend: Backend | None = None) -> Tensor:
     """`dout` [..., N] by `weight` [N, K] -> dx [..., K] in dout's dtype: the backward of :func:`int6_linear`.
 
     dout is bfloat16, float16 or float32. The kernel has no gradient of its own.
