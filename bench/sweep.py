@@ -121,6 +121,7 @@ def _rows() -> dict[str, TTTConfig]:
         "cached-256-all-lr-0.0005": CACHED_64 | ALL | {"chunk": 256, "lr": 0.0005},
         "contest-lr-0.00005": ttt_preset(CONTEST).override({"lr": 0.00005}).to_dict(),
         "contest-lr-0.00003": ttt_preset(CONTEST).override({"lr": 0.00003}).to_dict(),
+        "contest-lr-0.0002": ttt_preset(CONTEST).override({"lr": 0.0002}).to_dict(),
         "contest-lr-0.0003": ttt_preset(CONTEST).override({"lr": 0.0003}).to_dict(),
         "cached-64-beta1-0.9": CACHED_64 | {"beta1": 0.9},
     }
