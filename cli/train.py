@@ -31,8 +31,8 @@ CHANGEABLE = (
     *("muon_lr", "embed_lr", "scalar_lr", "grad_clip", "dtype", "attention"),
     *("micro_batch_tokens", "reduce_dtype", "graph_collectives"),
 )
-"""Fields that may change when a run is resumed: when it ends, what helps one that diverged, what runs attention, and how
-a step is shared out: another number or kind of GPUs may want that otherwise."""
+"""Fields that may change when a run is resumed: when it ends, what helps one that diverged, what runs attention, and
+how a step is shared out, which another number or kind of GPUs may want otherwise."""
 
 
 def train(
