@@ -226,9 +226,7 @@ def met() -> tuple[dist.Store, int, int]:
             _wait_for(host, port)
         store = dist.TCPStore(host, port, None, rank == 0, CALL, wait_for_workers=False)
     except (OSError, ValueError, dist.DistError) as error:
-        raise ConfigError(
-            f"RANK and WORLD_SIZE are set, but the ranks cannot meet at {host}:{port}: {error}"
-        ) from None
+        raise ConfigError(f"RANK and WORLD_SIZE are set, but the ranks cannot meet at {host}:{port}: {error}") from None
     store.set_timeout(timeout)
     return store, rank, world
 
