@@ -73,6 +73,10 @@ def test_what_a_sweep_cannot_do_is_refused_and_it_can_be_stopped():
         ({"config": TTT.override({"protocol": "min_nll"})}, "protocol='min_nll' is not possible; allowed: score_first"),
         ({"queue": StoreQueue(dist.HashStore(), 0, 2)}, "several ranks is not possible"),
         ({"documents": TUNING}, "are in the scored half, none of them long enough to adapt; give more documents"),
+        (
+            {"config": TTT.override({"lr": 0.0})},
+            "a sweep at lr=0 is not possible: no step changes anything; give a rate",
+        ),
         ({"config": TTT.override({"lr": 1e38})}, "gave the tuning half a finite score; give a smaller lr"),
     ):
         with pytest.raises(ConfigError, match=says):

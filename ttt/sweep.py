@@ -50,8 +50,8 @@ def sweep(request: ScoreRequest) -> ScoreRequest:
 
     Its facts say what was tried, and a note what was left out. The deadline is for scoring; the sweep has none.
 
-    ConfigError: a protocol other than score_first, several ranks, or too few documents. Interrupted: `should_stop` said
-    so.
+    ConfigError: a protocol other than score_first, several ranks, a rate of zero, or too few documents. Interrupted:
+    `should_stop` said so.
 
     Example: result = score(sweep(ScoreRequest(model, essays, ttt_preset())))
     """
@@ -61,6 +61,8 @@ def sweep(request: ScoreRequest) -> ScoreRequest:
         raise ConfigError(
             "a sweep on several ranks is not possible; run it in one process, and give them its constants"
         )
+    if not request.config.learns:
+        raise ConfigError("a sweep at lr=0 is not possible: no step changes anything; give a rate above 0")
     tuning, scored = halves(request.documents, request.config)
     targets, tried = sum(document.targets for document in tuning), grid(request.config)
     base: dict[int, dict[str, np.ndarray]] = {}
