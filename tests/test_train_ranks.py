@@ -148,6 +148,27 @@ def test_ranks_that_torchrun_starts_again_go_on_with_their_run(tmp_path, data, a
     assert curve(out) == pytest.approx(alone, rel=1e-5, abs=1e-5)
 
 
+@pytest.mark.slow
+def test_launchers_of_two_nodes_have_one_run_and_a_rank_lost_on_one_ends_both(tmp_path, data, alone):
+    out = tmp_path / "run"
+
+    def nodes(*arguments) -> list[Torchrun]:
+        meeting = "--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-id", "run"
+        meeting += "--rdzv-endpoint", f"localhost:{free_port()}"
+        return [Torchrun(1, out, *arguments, launcher=meeting) for _ in range(2)]
+
+    both = nodes(*options(data))
+    wait_for(lambda: steps(out) >= 5, both[0].process)
+    (other,) = (node for node in both if environment_of(*node.children())["RANK"] == "1")
+    other.strike(1, signal.SIGKILL, 5)
+    ends = [node.end() for node in both]
+    said = "".join(said for _, said in ends)
+    assert [status for status, _ in ends] == [1, 1] and said.count("klora: rank 1 is lost") == 1, said[-3000:]
+    ends = [node.end() for node in nodes("--resume")]
+    assert [status for status, _ in ends] == [0, 0], ends
+    assert curve(out) == pytest.approx(alone, rel=1e-5, abs=1e-5)
+
+
 def together(count: int, *command, **more) -> list[Forked]:
     """A command on ranks that were started by hand."""
     shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
