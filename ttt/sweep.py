@@ -22,7 +22,7 @@ from .sampling import is_for_tuning
 
 
 def grid(config: TTTConfig) -> list[dict[str, Any]]:
-    """Changes to `config`, none first: lr halved and doubled, chunks halved, and beta1 with half the memory."""
+    """Changes to `config`, none first: lr halved and doubled, chunks halved, a beta1 above 0 with half the memory."""
     values = {
         "lr": (config.lr, config.lr / 2, config.lr * 2),
         "chunk": (config.chunk, max(config.chunk // 2, 1)),
