@@ -17,7 +17,7 @@ from klora.ttt.protocols import PRESETS, ttt_preset
 from klora.ttt.queue import StoreQueue
 from klora.ttt.results import read_documents_csv
 from klora.ttt.sampling import is_for_tuning
-from klora.ttt.sweep import grid, halves, sweep
+from klora.ttt.sweep import grid, in_halves, sweep
 from test_cli import klora
 from test_ttt import TTT, document
 
@@ -27,7 +27,7 @@ TUNING = [d for d in DOCUMENTS if is_for_tuning(d)]
 
 
 def test_the_halves_go_by_text_alone():
-    tuning, scored = halves(DOCUMENTS, TTT)
+    tuning, scored = in_halves(DOCUMENTS, TTT)
     assert tuning == TUNING and [d for d in DOCUMENTS if d in tuning or d in scored] == DOCUMENTS
     assert len(tuning) + len(scored) == 12 and min(len(tuning), len(scored)) > 2
     moved = [Document(f"other {n}", d.tokens.copy(), d.bytes) for n, d in enumerate(DOCUMENTS[::-1])]
