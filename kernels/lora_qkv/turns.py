@@ -119,8 +119,8 @@ def _adapter(slots_ptr, b, pool):
     """The adapter of document b; -1, of which the copy engine reads zeros, for a slot outside the pool."""
     slot = b
     if slots_ptr is not None:
-        slot = gl.load(slots_ptr + b).to(gl.int32)
-    return gl.where((slot >= 0) & (slot < pool), slot, -1)
+        slot = gl.load(slots_ptr + b)
+    return gl.where((slot >= 0) & (slot < pool), slot, -1).to(gl.int32)
 
 
 @gluon.jit
