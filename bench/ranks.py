@@ -29,6 +29,7 @@ import torch.distributed as dist
 import typer
 from torch import Tensor
 
+from ..errors import KloraError
 from ..model.attention import choose_attention
 from ..model.config import TrainConfig
 from ..model.fused import EXCHANGE, Exchange, FusedStep
@@ -433,6 +434,15 @@ def main(
     sizes = Sizes(11, (ROWS, ROWS // 2), LENGTH, 8, 50, 500, (1, 4, 16, 64, 104))  # 104: the matrices in fp32
     if toy:
         sizes = Sizes(0, (4, 2), 32, 2, 4, 5, (1, 2))
+    if not (toy or torch.cuda.is_available()):
+        raise SystemExit("ranks are measured on CUDA GPUs, and PyTorch sees none here; --toy only tries it")
+    try:
+        _measured(record, commit, seconds, checks, sizes)
+    except KloraError as error:
+        raise SystemExit(str(error)) from None
+
+
+def _measured(record: Path, commit: str, seconds: float, checks: bool, sizes: Sizes) -> None:
     with join_ranks() as ranks:
         dtype = torch.bfloat16 if ranks.device.type == "cuda" else torch.float32
         run = Run(ranks, sizes, record, commit, dtype, seconds)

@@ -34,6 +34,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from ..errors import KloraError
 from ..model.artifact import load_artifact
 from ..model.corpus import Corpus
 from ..model.gpt import GPT
@@ -48,6 +49,7 @@ from ..ttt.engine import engine_of
 from ..ttt.phases import groups_of
 from ..ttt.protocols import BEST, CACHED, CONTEST, FROM_A, QUICK, TARGETS, THOROUGH, TTTConfig, ttt_preset
 from ..ttt.queue import Deadline
+from ..ttt.results import is_short
 from ..ttt.sampling import is_for_tuning, sample
 from .environment import environment
 from .rows import picked
@@ -121,8 +123,13 @@ def _rows() -> dict[str, TTTConfig]:
         "cached-256-all-lr-0.0005": CACHED_64 | ALL | {"chunk": 256, "lr": 0.0005},
         "contest-lr-0.00005": ttt_preset(CONTEST).override({"lr": 0.00005}).to_dict(),
         "contest-lr-0.00003": ttt_preset(CONTEST).override({"lr": 0.00003}).to_dict(),
+        "contest-lr-0.0002": ttt_preset(CONTEST).override({"lr": 0.0002}).to_dict(),
         "contest-lr-0.0003": ttt_preset(CONTEST).override({"lr": 0.0003}).to_dict(),
         "cached-64-beta1-0.9": CACHED_64 | {"beta1": 0.9},
+        "recomputed-64-warmup-512": RECOMPUTED_64 | {"lr_warmup": 512},
+        "recomputed-64-from-256": RECOMPUTED_64 | {"adapt_from": 256},
+        "recomputed-64-all-mlp-rank-4": ALL_RECOMPUTED_64 | {"up_rank": 4, "down_rank": 4},
+        "recomputed-64-phases-3-lr-0.0003": RECOMPUTED_64 | {"phases": 3, "phase_lr": 0.0003},
     }
     presets = {name: ttt_preset(name) for name in PRESETS}
     return presets | {name: quick.override(changed) for name, changed in changes.items()}
@@ -164,17 +171,16 @@ class Sample:
         began = time.perf_counter()
         base = self.base(config)
         before = [base.of(index)[0] for index in range(len(self.documents))]
-        adapts = [index for index in range(len(before)) if not base.is_short[index]]
-        documents = [self.documents[index] for index in adapts]
-        engine, after, seconds = engine_of(self.weights, config, documents), list(before), 0.0
-        groups = groups_of(documents, config.phases)
-        for number, group in enumerate(groups):
+        documents, after, seconds = self.documents, list(before), 0.0
+        engine = engine_of(self.weights, config, documents)
+        for number, group in enumerate(groups := groups_of(documents, config.phases)):
             if number:
-                engine.learn([documents[place] for place in groups[number - 1]])
-            adapted = engine.adapt([documents[place] for place in group], Deadline(0))
+                engine.learn([documents[index] for index in groups[number - 1]])
+            adapts = [index for index in group if not is_short(documents[index], config, number)]
+            adapted = engine.adapt([documents[index] for index in adapts], Deadline(0))
             seconds += engine.facts["seconds"]
-            for place, nats, diverged in zip(group, adapted.nats, adapted.diverged, strict=True):
-                after[adapts[place]] = math.nan if diverged else float(nats)
+            for index, nats, diverged in zip(adapts, adapted.nats, adapted.diverged, strict=True):
+                after[index] = math.nan if diverged else float(nats)
         seconds += engine.facts.get("learn_seconds", 0.0)
         scale = 1 / math.log(2) / self.bytes
         base_bpb, adapted_bpb = math.fsum(before) * scale, math.fsum(after) * scale
@@ -229,10 +235,13 @@ def sweep(
 ) -> None:
     """Measure the rows that the record has not, choose, score the held-out half, and write the record."""
     began, wanted = time.perf_counter(), picked(ROWS, rows)
-    loaded = load_artifact(artifact)
-    model = model_from_artifact(loaded, pick_device(device))
-    texts = Corpus.jsonl([jsonl]).documents()
-    every = list(documents_from_texts(texts, tokenizer_of(loaded), os.cpu_count() or 1))
+    try:
+        loaded = load_artifact(artifact)
+        model = model_from_artifact(loaded, pick_device(device))
+        texts = Corpus.jsonl([jsonl]).documents()
+        every = list(documents_from_texts(texts, tokenizer_of(loaded), os.cpu_count() or 1))
+    except KloraError as error:
+        raise SystemExit(str(error)) from None
     tuning, held_out = (
         Sample(model, sample([d for d in every if is_for_tuning(d) is side], tokens)) for side in (True, False)
     )

@@ -120,8 +120,9 @@ def score(
         bool,
         typer.Option(
             "--sweep",
-            help="Choose lr, chunk and beta1 on half of the documents, by the hash of their text, and score the other "
-            "half alone. It takes twelve passes over the first half, again with --resume.",
+            help="Choose lr and chunk on half of the documents, by the hash of their text, and score the other half "
+            "alone. It takes six passes over the first half, again with --resume; twelve where beta1 is above 0, which "
+            "is then chosen, too.",
         ),
     ] = False,
     weights: Annotated[str, typer.Option("--weights", help=WEIGHTS_HELP)] = "dense",

@@ -37,6 +37,7 @@ from ..ttt.base import MICRO_TOKENS, BaseNll
 from ..ttt.documents import Document
 from ..ttt.engine import Engine, slots_a_place
 from ..ttt.hf_model import HfModel
+from ..ttt.protocols import PRESETS as TTT_PRESETS
 from ..ttt.protocols import TTTConfig, ttt_preset
 from . import options
 from .console import Output
@@ -79,6 +80,10 @@ def warm(
             help="Override a field of the preset. Repeatable; klora train --fields lists them.",
         ),
     ] = None,
+    scoring_preset: Annotated[
+        str | None,
+        typer.Option("--scoring", help=f"Preset of the scoring: {', '.join(TTT_PRESETS)}; quick if left out."),
+    ] = None,
     weights: Annotated[str, typer.Option("--weights", help=WEIGHTS_HELP)] = "dense",
     jobs: Annotated[
         int | None, typer.Option("--jobs", min=1, help="Processes that compile; left out, one a core, at most 8.")
@@ -89,8 +94,8 @@ def warm(
     """Compile the kernels of training and scoring side by side, before the first run needs them.
 
     They go into Triton's cache, where every later run finds them. Nothing is trained and nothing is scored. Scoring is
-    that of the default protocol and settings. `klora train` and `klora score` do the same for their own settings, where
-    kernels are missing: this is for machines and images that are made ready ahead.
+    score_first with the preset that --scoring names. `klora train` and `klora score` do the same for their own
+    settings, where kernels are missing: this is for machines and images that are made ready ahead.
 
     Example: klora warm --preset seed
     """
@@ -99,6 +104,9 @@ def warm(
         raise ConfigError("an artifact is scored, not trained; leave out --preset, --train and --set, or the artifact")
     if weights != "dense" and not artifact:
         raise ConfigError(f"--weights {weights} was given without an artifact, whose weights they are; name one")
+    if scoring_preset and train and not score:
+        raise ConfigError(f"--scoring {scoring_preset} was given with --train, which leaves scoring out; leave out one")
+    config = ttt_preset(scoring_preset)
     chosen_device = require_gpu(device)
     chosen = preset(preset_name or "tiny").override(options.parse_overrides(set_))
     works = [training(chosen, chosen_device)] if train or not (score or artifact) else []
@@ -108,7 +116,7 @@ def warm(
             if artifact
             else untrained(chosen, chosen_device)
         )
-        works += [scoring(scored, ttt_preset(), slots, weights) for slots in SLOTS]
+        works += [scoring(scored, config, slots, weights) for slots in SLOTS]
     began, found = time.perf_counter(), {}
     for work in works:
         found |= record(work, chosen_device)

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from .attention import HEAD_DIMS, cached_attention_ref, causal_attention_ref
-from .attention.backward import Rotary
+from .attention.backward import NormRotary
 from .attention.backward import launch_backward as attention_backward
 from .attention.cached import validate_cache
 from .attention.cached_keys import Cache
@@ -166,7 +166,7 @@ def _backward_op(
     """Writes the gradients of the three projections."""
     head_dim = 2 * cos.size(-1)
     dout, out, q, k, v, *grads = _heads((aligned(dout), out, q, k, v, dq, dk, dv), head_dim)
-    rotary = Rotary(cos, sin, gain, rstd_q, rstd_k, is_unit, norm)
+    rotary = NormRotary(cos, sin, gain, rstd_q, rstd_k, is_unit, norm)
     cache = Cache.of(cache_k, cache_v, cache_slots, filled, window)
     attention_backward(dout, q, k, v, out, lse, grads, rotary, cache=cache)
 
@@ -202,6 +202,19 @@ _op.register_autograd(_backward, setup_context=_setup)
 
 def _heads(tensors: Sequence[Tensor], head_dim: int) -> list[Tensor]:
     return [tensor.unflatten(-1, (-1, head_dim)) for tensor in tensors]
+
+
+def _expect(
+    x, weight, lora_a, lora_b, cos, sin, gain, slots, sizes, head_dim, grads, backend, own_tables=False
+) -> tuple[str, list[int], Tensor | None]:
+    """The backend that runs, the sizes and contiguous slots; raises on what it does not take but tail and cache."""
+    backend, sizes, slots = expect_projections(x, weight, lora_a, lora_b, slots, sizes, grads, backend)
+    expect_heads(x, lora_b, cos, sin, gain, sizes, head_dim, backend, own_tables)
+    if sizes[1] != sizes[2] or sizes[0] % sizes[1]:
+        raise ValueError(f"sizes is {tuple(sizes)}; wanted as many heads of v as of k, and a multiple of them of q")
+    if backend == "triton":
+        expect_one_of("head_dim", head_dim, HEAD_DIMS)
+    return backend, sizes, slots
 
 
 def lora_attention(
@@ -298,16 +311,3 @@ def lora_cached_attention(
     about = slots, sizes, head_dim, x.size(1), *(grads or (None, None)), unit_tables
     out, _, _, k, v, *_ = _op(x, weight, lora_a, lora_b, *tables, *about, *cache, *unnormed)
     return out, *_heads((k, v), head_dim)
-
-
-def _expect(
-    x, weight, lora_a, lora_b, cos, sin, gain, slots, sizes, head_dim, grads, backend, own_tables=False
-) -> tuple[str, list[int], Tensor | None]:
-    """The backend that runs, the sizes and contiguous slots; raises on what it does not take but tail and cache."""
-    backend, sizes, slots = expect_projections(x, weight, lora_a, lora_b, slots, sizes, grads, backend)
-    expect_heads(x, lora_b, cos, sin, gain, sizes, head_dim, backend, own_tables)
-    if sizes[1] != sizes[2] or sizes[0] % sizes[1]:
-        raise ValueError(f"sizes is {tuple(sizes)}; wanted as many heads of v as of k, and a multiple of them of q")
-    if backend == "triton":
-        expect_one_of("head_dim", head_dim, HEAD_DIMS)
-    return backend, sizes, slots

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .attention import HEAD_DIMS, causal_attention_ref
-from .attention.backward import Rotary, launch_backward
+from .attention.backward import NormRotary, launch_backward
 from .attention.forward import launch_forward
 from .attention.op import causal_op, checked_start, checked_tail
 from .dispatch import aligned, custom_op, dtypes_of, empty_grad, expect, keep_output, resolve_backend
@@ -124,7 +124,7 @@ def _backward_op(
 ) -> None:
     """Writes the gradients of the stacked projections [B, S, N] and of the gain."""
     heads = sizes[0] // head_dim
-    rotary = Rotary(cos, sin, gain, rstd[..., :heads], rstd[..., heads:], is_unit, norm)
+    rotary = NormRotary(cos, sin, gain, rstd[..., :heads], rstd[..., heads:], is_unit, norm)
     split, grads = (_split(t, sizes, head_dim) for t in (qkv, dqkv))
     dout, out = (t.unflatten(-1, (-1, head_dim)) for t in (aligned(dout), out))
     launch_backward(dout, *split, out, lse, grads, rotary, dgain, start=start)

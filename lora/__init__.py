@@ -4,7 +4,8 @@
 
 find.py finds the linears, attach.py takes them and gives them back; pool.py holds the adapters, adapters.py names them;
 linear.py is the product, mlp.py an MLP as one op; peft.py reads and writes PEFT's files; optimizer.py is Adam on the
-pool; attention.py puts klora's attention into a model of transformers. Only base="int6" needs klora.model.
+pool; attention.py puts klora's attention into a model of transformers. Of klora.model, reading.py alone is needed, but
+for base="int6".
 """
 
 from typing import TYPE_CHECKING

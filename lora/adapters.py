@@ -25,7 +25,8 @@ class Adapters:
     """The adapters of a model, by name: `adapters["alice"].slot`, `"alice" in adapters`, `list(adapters)`.
 
     `lora.adapters` is one. Each takes a slot of the pool. LoraError, and nothing changed: an unknown name or one
-    that is taken, no free slot, a rank above the pool's, a target that is not attached, a file that does not fit.
+    that is taken, no free slot, a rank above the pool's, a target that is not attached, a file that does not fit, a
+    folder that cannot be written.
 
     Example: adapters: Adapters = lora.adapters
     """
@@ -76,7 +77,7 @@ class Adapters:
             )
         alpha = check_alpha(default_alpha if alpha is None else alpha)
         if seed is not None:
-            check_seed(seed)
+            check_whole("seed", seed)
         slot = self._free_slot(name)
         places = [place for place in self.pool.places if place.target in chosen]
         self._named[name] = Adapter(
@@ -183,11 +184,10 @@ def check_alpha(alpha: float | None) -> float | None:
     return alpha
 
 
-def check_seed(seed: int) -> int:
+def check_whole(name: str, number: int) -> None:
     """LoraError unless it is a whole number of 64 bits."""
-    if isinstance(seed, bool) or not isinstance(seed, Integral) or not -(2**63) <= seed < 2**63:
-        raise LoraError(f"seed is {seed!r}; wanted: a whole number from -2**63 to below 2**63")
-    return int(seed)
+    if isinstance(number, bool) or not isinstance(number, Integral) or not -(2**63) <= number < 2**63:
+        raise LoraError(f"{name} is {number!r}; wanted: a whole number from -2**63 to below 2**63")
 
 
 def names_of(what: str, names: str | Iterable[str]) -> list[str]:

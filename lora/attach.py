@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..errors import KloraError
 from ..kernels import Dropout, Int6Linear, Int6Matrix, row_keys
 from ..kernels.dispatch import resolve_backend
-from .adapters import Adapters, check_alpha, check_seed, names_of, ranks_of
+from .adapters import Adapters, check_alpha, check_whole, names_of, ranks_of
 from .find import check_weights, find_linears
 from .linear import adapted_linears, are_one_product
 from .mlp import SwigluMlp, find_mlps
@@ -176,7 +177,8 @@ class Lora:
         self.stacks = True
         """whether linears of one input may be one launch, which a pool of many slots is not"""
         self.was_used = False
-        self._flags: list[tuple[Tensor, bool]] = []
+        self._frozen: list[nn.Parameter] = []
+        """those of the model that :func:`attach` has frozen"""
         self._report: Any = None
 
     def __getstate__(self) -> dict:
@@ -207,6 +209,8 @@ class Lora:
             if slots.dim() != 1 or slots.dtype not in (torch.int32, torch.int64):
                 raise LoraError(f"rows is {slots.dtype} {list(slots.shape)}; wanted: int32 or int64 [B]")
             slots = slots if slots.is_cuda else slots.tolist()
+        if step is not None:
+            check_whole("step", step)
         if not isinstance(slots, Tensor):
             numbers = [self.adapters.slot_of(slot) for slot in slots]
             slots = torch.tensor(numbers, dtype=torch.int64, device=pool.device)
@@ -288,9 +292,9 @@ class Lora:
             vars(one.module).pop("forward", None)
         if self._report is not None:
             self._report.undo()
-        for parameter, flag in self._flags:
-            parameter.requires_grad_(flag)
-        self.sites, self.mlps, self.current, self._report, self._flags = [], [], None, None, []
+        for parameter in self._frozen:
+            parameter.requires_grad_()
+        self.sites, self.mlps, self.current, self._report, self._frozen = [], [], None, None, []
         return self.model
 
 
@@ -333,7 +337,7 @@ def attach(
     if not (isinstance(dropout, Real) and 0 <= dropout < 1):
         raise LoraError(f"dropout is {dropout!r}; allowed: from 0 to below 1")
     check_alpha(alpha)
-    check_seed(seed)
+    check_whole("seed", seed)
     if not targets:
         raise LoraError("targets is empty; name the linears that get adapters, such as 'q_proj'")
     ranks = ranks_of(rank, targets)
@@ -350,7 +354,7 @@ def attach(
     lora = Lora(model, pool, Adapters(pool, ranks, alpha, seed, base_name), dropout, seed, backend)
     try:
         if freeze:
-            lora._flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+            lora._frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
             model.requires_grad_(False)
         if base == "int6":
             lora._report = _quantize(model, modules)
@@ -373,7 +377,10 @@ def _quantize(model: nn.Module, modules: Mapping[str, nn.Module]) -> Any:
     """The linears at six bits, their dense weights on the host; returns what quantize_linears does."""
     from ..model.int6_model import quantize_linears
 
-    report = quantize_linears(model, keep=lambda name, linear: name not in modules)
+    try:
+        report = quantize_linears(model, keep=lambda name, linear: name not in modules)
+    except KloraError as error:
+        raise LoraError(f"{error}; leave it out, or give base='dense'") from None
     if skipped := [name for name in modules if name in report.skipped]:
         report.undo()
         raise LoraError(f"{skipped[0]} stays dense: {report.skipped[skipped[0]]}; leave it out, or give base='dense'")

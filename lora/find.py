@@ -41,7 +41,8 @@ def _is_linear(module: nn.Module) -> bool:
 def _check_module(model: nn.Module, name: str, module: nn.Module) -> None:
     kind, parent = type(module).__name__, model.get_submodule(name.rpartition(".")[0])
     if not _is_linear(module):
-        raise LoraError(f"{name} is a {kind}; adapters go on nn.Linear and Conv1D")
+        whose = f"{type(module).__module__}." if kind == "Linear" else ""
+        raise LoraError(f"{name} is a {whose}{kind}; adapters go on nn.Linear and Conv1D")
     if "forward" in vars(module):
         raise LoraError(
             f"{name} has a forward of its own: adapters that are attached already (detach() them), or hooks"

@@ -37,7 +37,10 @@ def write(
     attached: Sequence[Place],
     base_name: str | None,
 ) -> None:
-    """Write an adapter that has `places` among those that are `attached`; an old file stays until the new is whole."""
+    """Write an adapter that has `places` among those that are `attached`; an old file stays until the new is whole.
+
+    LoraError where the folder cannot be written.
+    """
     named = {place.name: _short(place, places, attached) for place in places}
     ranks = {place.name: len(tensors[place.name][0]) for place in places}
     rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
@@ -61,7 +64,14 @@ def write(
         for name, pair in tensors.items()
         for part, tensor in zip("AB", pair, strict=True)
     }
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _replace(folder, parts, config)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise LoraError(f"{folder} cannot be written: {error}") from error
+
+
+def _replace(folder: Path, parts: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
     fresh = {name: folder / f"{name}.{os.getpid()}.part" for name in (WEIGHTS, CONFIG)}
     try:
         safetensors.torch.save_file(parts, fresh[WEIGHTS], {"format": "pt"})

@@ -242,7 +242,7 @@ class TrainConfig(Settings):
     )
     graph_collectives: str = setting(
         "captured",
-        "what ranks exchange in a fused step: within its CUDA graph, overlapped with the backward; or between graphs",
+        "what ranks exchange in a fused step: within its CUDA graph, or between two graphs",
         choices=("captured", "between"),
     )
     muon_lr: float = setting(0.02, "learning rate of Muon (block matrices)", at_least=0.0)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..kernels.int6 import LAYOUT, Int6Linear
 from ..kernels.int6.layout import SCALE_DTYPES
+from ..kernels.int6.linear import take_layout_1
 from .checkpoint import CheckpointError
 from .config import ConfigError
 from .int6_model import replace_linears
@@ -55,8 +56,8 @@ def load_quantized(module: nn.Module, path: Path | str, device: torch.device | s
     """Fill `module`, built as the saved one was before it was quantised, from a file of :func:`save_quantized`.
 
     Its linears become the file's Int6Linears; hooks and modes stay, tied weights stay tied. Parameters and buffers are
-    replaced by the file's, in the file's dtype, so build optimizers afterwards. What is on "meta" goes to `device` (the
-    CPU if left out), the rest stays where it is. Returns `module`.
+    replaced by the file's, in the file's dtype, so build optimizers afterwards. Tiles of layout 1 are repacked. What is
+    on "meta" goes to `device` (the CPU if left out), the rest stays where it is. Returns `module`.
 
     CheckpointError (no such file, one of another model) or ConfigError (a buffer on "meta" that no state holds), and
     nothing changed.
@@ -81,6 +82,7 @@ def load_quantized(module: nn.Module, path: Path | str, device: torch.device | s
             int6 = _empty(linear, spec)
         except ValueError as error:
             raise CheckpointError(f"{path}: {name}: {error}; this module is another one, or the file damaged") from None
+        take_layout_1(state, f"{name}.", (linear.out_features, linear.in_features))
         made[linear] = made.get(linear, int6)
         expected.pop(f"{name}.weight", None)
         expected |= {f"{name}.{part}": tuple(getattr(int6, part).shape) for part in ("packed", "scale", "layout")}
@@ -130,10 +132,10 @@ def _read(path: Path) -> tuple[dict, dict[str, Tensor]]:
         packed, scale, layout = (state.get(f"{name}.{part}") for part in ("packed", "scale", "layout"))
         if packed is None or scale is None or layout is None:
             continue  # named with all that are missing
-        if packed.dtype != torch.int32 or scale.dtype not in SCALE_DTYPES or layout.tolist() != LAYOUT:
+        if packed.dtype != torch.int32 or scale.dtype not in SCALE_DTYPES or layout.tolist() not in (1, LAYOUT):
             raise CheckpointError(
                 f"{path}: {name} is {packed.dtype} with scales {scale.dtype} in layout {layout.tolist()!r:.60}; this "
-                f"klora reads int32, floats and layout {LAYOUT}: save it again"
+                f"klora reads int32, floats and layouts 1 and {LAYOUT}: save it again"
             )
         if not torch.isfinite(scale).all():
             raise CheckpointError(f"{path}: its tensor '{name}.scale' holds a NaN or an infinity; save it again")

@@ -261,7 +261,7 @@ def block(
 
 def _linear(x: Tensor, weight: Matrix, backend: str | None) -> Tensor:
     if isinstance(weight, Int6Matrix):
-        return int6_linear(x, weight, None, backend)
+        return int6_linear(x, weight, backend=backend)
     return linear(x, weight, backend=backend)
 
 

@@ -7,6 +7,7 @@ MASTER_PORT), watch over each other: see watch.py.
 import datetime
 import math
 import os
+import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -25,7 +26,7 @@ PREPARATION = datetime.timedelta(hours=6)
 """How long a rank waits for another: the first one may tokenize a large corpus while the others stand by."""
 
 CALL = datetime.timedelta(minutes=1)
-"""How long a rank calls for the first one's store in a library that hears no signal, before it calls again."""
+"""How long a rank calls for the first one's store, which is there, in a library that hears no signal."""
 
 BEGUN = "klora/train/begun"
 """Key in the launcher's store, which outlives the processes that it starts again: they have begun a run."""
@@ -219,18 +220,31 @@ def met() -> tuple[dist.Store, int, int]:
     try:
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
             return next(dist.rendezvous("env://", timeout=timeout))
-        until = time.monotonic() + JOIN
-        while True:
-            try:
-                store = dist.TCPStore(host, port, None, rank == 0, CALL, wait_for_workers=False)
-                break
-            except dist.DistError:
-                if rank == 0 or time.monotonic() >= until:
-                    raise
-    except (ValueError, dist.DistError) as error:
-        raise ConfigError(f"RANK and WORLD_SIZE are set, but the ranks cannot meet: {error}") from None
+        if rank == 0:
+            socket.getaddrinfo(host, port)
+        else:
+            _wait_for(host, port)
+        store = dist.TCPStore(host, port, None, rank == 0, CALL, wait_for_workers=False)
+    except (OSError, ValueError, dist.DistError) as error:
+        raise ConfigError(f"RANK and WORLD_SIZE are set, but the ranks cannot meet at {host}:{port}: {error}") from None
     store.set_timeout(timeout)
     return store, rank, world
+
+
+def _wait_for(host: str, port: int) -> None:
+    """Until somebody listens there, for as long as ranks are waited for. OSError: nobody does.
+
+    Where PyTorch waits, no signal is heard, and its C++ shows a stack every minute.
+    """
+    until = time.monotonic() + JOIN
+    while True:
+        try:
+            socket.create_connection((host, port), timeout=1.0).close()
+            return
+        except OSError:
+            if time.monotonic() >= until:
+                raise
+            time.sleep(0.1)
 
 
 def _address() -> tuple[str, int]:

@@ -21,7 +21,7 @@ from klora.kernels.attention import (
     packed_starts,
     why_not,
 )
-from klora.kernels.attention.backward import Rotary, launch_backward
+from klora.kernels.attention.backward import NormRotary, launch_backward
 from klora.kernels.attention.forward import launch_forward
 from klora.kernels.attention.op import WITHOUT_CACHE
 from klora.kernels.rms_norm import EPS
@@ -270,12 +270,12 @@ def test_nothing_to_do_is_done():
 
 
 def rotated(B, S, H, G, d, tail, dtype, device="cpu"):
-    """Projections q and k, v and dout; the tables, the gain (one of them zero) and what `Rotary` holds."""
+    """Projections q and k, v and dout; the tables, the gain (one of them zero) and what `NormRotary` holds."""
     inputs = draw(B, S, H, G, d, tail, dtype, device)
     cos, sin = rotary_tables(S, d, 50000.0, device)
     gain = torch.linspace(0, 2, H, device=device)
     rstd = [(t.float().square().mean(-1) + EPS).rsqrt() for t in inputs[:2]]
-    return inputs, Rotary(cos, sin, gain, *rstd)
+    return inputs, NormRotary(cos, sin, gain, *rstd)
 
 
 def projections_grads(q, k, v, dout, rotary, attention=plain, composed=False):

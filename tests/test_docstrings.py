@@ -141,3 +141,15 @@ def test_the_docstring_of_an_op_names_its_arguments_and_errors(package, name):
     assert not unnamed, f"the docstring of {name} does not speak of {unnamed}"
     refuses = "raise ValueError" in inspect.getsource(documented) or "backend" in parameters and "_ref" not in name
     assert "ValueError" in text or not refuses, f"{name} refuses arguments, and its docstring does not say which"
+
+
+BACKEND_IN_PLACE = ("causal_attention_ref",)
+"""One of PyTorch's attentions."""
+
+
+@pytest.mark.parametrize(("package", "name"), public(OPS, inspect.isfunction))
+def test_the_backend_is_the_last_argument_and_given_by_name(package, name):
+    parameters = inspect.signature(getattr(importlib.import_module(package), name)).parameters
+    if "backend" in parameters and name not in BACKEND_IN_PLACE:
+        last = list(parameters.values())[-1]
+        assert (last.name, last.kind, last.default) == ("backend", inspect.Parameter.KEYWORD_ONLY, None)

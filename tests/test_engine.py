@@ -140,15 +140,25 @@ def test_windows_from_the_start_agree_with_the_eager_oracle(adapt_from, chunk, w
 
 @st.composite
 def strict_configs(draw):
-    """One pass that scores first, its windows from the start, in small numbers."""
+    """One pass that scores first, its windows from the start, in small numbers; whatever else may be chosen."""
     chunk = draw(st.integers(3, 20))
+    targets = draw(st.sampled_from(["q,k,v,head", "v", "q,o", "k,up,down", "q,k,v,o,up,down,head"]))
+    alpha = draw(st.sampled_from([0.0, 3.0]))
     return STRICT.override(
         {
             "chunk": chunk,
             "window": chunk + draw(st.integers(0, 30)),
             "adapt_from": draw(st.integers(0, 40)),
             "steps_per_chunk": draw(st.integers(1, 2)),
+            "targets": targets,
+            **{f"{target}_alpha": alpha for target in targets.split(",")},
+            **{f"{target}_rank": 1 for target in targets.split(",") if target in draw(st.sampled_from(["vo", "ku"]))},
+            "a_scale": draw(st.sampled_from([1.0, 2.0])),
+            "lr_warmup": draw(st.sampled_from([0, 40])),
             "lr_half": draw(st.sampled_from([0, 30])),
+            "beta1": draw(st.sampled_from([0.0, 0.9])),
+            "weight_decay": draw(st.sampled_from([0.0, 1.0])),
+            "temperature": draw(st.sampled_from([0.9, 1.0])),
             "lr": 0.05,
             "batch": 2,
         }

@@ -54,6 +54,14 @@ print(json.dumps([name for name in sys.modules if name.startswith("klora.model."
     assert not {f"klora.model.{name}" for name in ("train", "fused", "eager", "muon", "optimizers")} & loaded
 
 
+def test_adapters_load_of_the_model_what_reads_their_files():
+    code = """
+from klora.lora import attach
+others = "klora.model.", "klora.ttt", "peft", "transformers"
+print(json.dumps([name for name in sys.modules if name.startswith(others)]))"""
+    assert python_with_torch(code) == ["klora.model.reading"]
+
+
 @pytest.mark.slow
 def test_what_an_import_loads():
     assert loaded_by("import klora; klora.__version__; klora.KloraError") == set()

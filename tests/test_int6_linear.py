@@ -31,6 +31,7 @@ from klora.kernels.int6 import (
     quantize_int6_ref,
     unpack_int6,
 )
+from klora.kernels.int6.layout import from_layout_1
 from klora.kernels.int6.op import Int6Config, _backward, _forward, dequantize
 from torch import nn
 
@@ -41,7 +42,11 @@ def is_hopper():
 
 GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")]
 ODD = [(16, 128), (32, 32), (48, 160), (7, 33), (130, 96)]
-GROUPED = [(48, 160, 32), (32, 192, 64), (17, 256, 128)]
+HALVED = [(16, 64), (80, 40), (200, 192), (130, 320), (192, 576)]
+"""With a last tile column of 64 inputs: one row of tiles, blocks of 128 rows that end early, late or not."""
+GROUPED = [(48, 160, 32), (32, 192, 64), (17, 256, 128), (200, 192, 32), (136, 64, 64)]
+SMOLLM2 = [(576, 576), (192, 576), (192, 576), (576, 576), (1536, 576), (1536, 576), (576, 1536)]
+"""The linears of a layer of SmolLM2-135M, N x K."""
 
 
 @pytest.fixture(autouse=True)
@@ -80,8 +85,34 @@ def documented_words(tile):
     return words
 
 
+def documented_tiles(codes):
+    """The tiles of codes [N, K] as layout.py states them: of 128 inputs, then of two rows' last 64."""
+    rows, columns = codes.shape
+    whole = columns if columns % 128 > 64 else columns // 128 * 128
+    main = F.pad(codes[:, :whole], (0, -whole % 128, 0, -rows % 16))
+    matrices = [main]
+    if whole < columns:
+        last = F.pad(codes[:, whole:], (0, whole + 64 - columns, 0, -rows % 128))
+        pairs = [(r, r + 64) for first in range(0, rows, 128) for r in range(first, min(first + 64, rows))]
+        shared = torch.stack([torch.cat([last[r], last[other]]) for r, other in pairs])
+        matrices.append(F.pad(shared, (0, 0, 0, -len(shared) % 16)))
+    return [
+        matrix[row : row + 16, column : column + 128]
+        for matrix in matrices
+        for row in range(0, matrix.size(0), 16)
+        for column in range(0, matrix.size(1), 128)
+    ]
+
+
+def layout_1(codes):
+    """The tiles of codes [N, K] as klora stored them before: K padded to a multiple of 128."""
+    padded = F.pad(codes, (0, -codes.size(1) % 128, 0, -codes.size(0) % 16))
+    tiles = torch.tensor([documented_words(tile) for tile in documented_tiles(padded)])
+    return tiles.to(torch.int32).view(padded.size(0) // 16, padded.size(1) // 128, 3, 32, 4)
+
+
 class TestTiles:
-    @given(st.integers(1, 40), st.integers(1, 300), st.integers(0, 2**31))
+    @given(st.integers(1, 300), st.integers(1, 300), st.integers(0, 2**31))
     @settings(deadline=None, max_examples=40)
     def test_unpack_inverts_pack_at_every_size(self, rows, columns, seed):
         codes = torch.randint(-31, 32, (rows, columns), generator=torch.Generator().manual_seed(seed)).to(torch.int8)
@@ -94,18 +125,33 @@ class TestTiles:
             codes = torch.arange(16 * 128).view(16, 128).remainder(63).add(code).remainder(63).sub(31).to(torch.int8)
             assert torch.equal(unpack_int6(pack_int6(codes), (16, 128)), codes)
 
-    def test_words_are_those_of_the_documented_layout(self):
-        codes = torch.randint(-31, 32, (32, 256), dtype=torch.int8)
-        packed = pack_int6(codes)
-        for row in range(2):
-            for column in range(2):
-                tile = codes[16 * row : 16 * row + 16, 128 * column : 128 * column + 128]
-                unsigned = packed[row, column].long() % 2**32
-                assert unsigned.tolist() == documented_words(tile)
+    @pytest.mark.parametrize("shape", [(32, 256), (7, 100), *HALVED])
+    def test_words_are_those_of_the_documented_layout(self, shape):
+        codes = torch.randint(-31, 32, shape, dtype=torch.int8)
+        unsigned = pack_int6(codes).long() % 2**32
+        assert unsigned.tolist() == [documented_words(tile) for tile in documented_tiles(codes)]
+
+    def test_the_last_inputs_take_no_more_than_they_did_and_half_of_it_in_whole_blocks(self):
+        for rows in range(1, 300):
+            for columns in (1, 40, 64, 65, 128, 192, 193, 576):
+                tiles, padded = packed_shape(rows, columns)[0], -(-rows // 16) * -(-columns // 128)
+                assert tiles <= padded and (tiles == padded or 0 < columns % 128 <= 64)
+        assert packed_shape(1536, 576)[0] == 96 * 4 + 48 and packed_shape(128, 64)[0] == 4
+
+    def test_the_linears_of_smollm2_take_less_than_0_4_of_bf16(self):
+        dense = sum(2 * rows * columns for rows, columns in SMOLLM2)
+        int6 = sum(matrix(*shape).nbytes for shape in SMOLLM2)
+        assert int6 / dense == pytest.approx(0.3782, abs=5e-5)
+
+    @pytest.mark.parametrize("shape", [(20, 128), *HALVED])
+    def test_tiles_of_layout_1_become_these(self, shape):
+        codes = torch.randint(-31, 32, shape, dtype=torch.int8)
+        assert torch.equal(from_layout_1(layout_1(codes), shape), pack_int6(codes))
 
     def test_padding_holds_code_zero(self):
-        whole = unpack_int6(pack_int6(torch.full((3, 5), 7, dtype=torch.int8)), (16, 128))
-        assert whole.sum() == 3 * 5 * 7 and (whole[:3, :5] == 7).all()
+        for shape, padded in (((3, 5), (16, 64)), ((67, 69), (80, 128)), ((130, 130), (144, 192))):
+            whole = unpack_int6(pack_int6(torch.full(shape, 7, dtype=torch.int8)), padded)
+            assert whole.sum() == shape[0] * shape[1] * 7 and (whole[: shape[0], : shape[1]] == 7).all()
 
     @pytest.mark.parametrize("code", [32, -32, 127, -128])
     def test_other_codes_are_refused_by_value(self, code):
@@ -153,8 +199,8 @@ class TestQuantizer:
 class TestMatrix:
     def test_parts_that_do_not_fit_are_refused(self):
         good = matrix(32, 128)
-        with pytest.raises(ValueError, match="layout version 2; this klora reads 1"):
-            Int6Matrix(good.packed, good.scale, good.shape, layout=2)
+        with pytest.raises(ValueError, match="layout version 1; this klora reads 2"):
+            Int6Matrix(good.packed, good.scale, good.shape, layout=1)
         with pytest.raises(ValueError, match="truncated"):
             Int6Matrix(good.packed[:1], good.scale, good.shape)
         with pytest.raises(ValueError, match="packed is torch.int64"):
@@ -167,13 +213,13 @@ class TestMatrix:
         with pytest.raises(ValueError, match="not both contiguous"):
             Int6Matrix(good.packed.mT.contiguous().mT, good.scale, good.shape)
         with pytest.raises(ValueError, match="truncated or not int6"):
-            unpack_int6(good.packed[:, :, :2], (32, 128))
+            unpack_int6(good.packed[:, :2], (32, 128))
 
 
 class TestInterpreter:
     """The kernels without inline assembly, in fp32 and fp16."""
 
-    @pytest.mark.parametrize(("rows", "columns"), ODD)
+    @pytest.mark.parametrize(("rows", "columns"), ODD + HALVED)
     @pytest.mark.parametrize("dtype", DTYPES)
     def test_product_and_gradients(self, rows, columns, dtype):
         check_product(matrix(rows, columns), 5, dtype, "cpu")
@@ -185,6 +231,24 @@ class TestInterpreter:
     def test_many_rows_dequantise_once(self):
         check_product(matrix(48, 160), 600, torch.float32, "cpu")
 
+    @pytest.mark.parametrize("shape", HALVED)
+    @pytest.mark.parametrize("rows", [2, 20, 40, 100, 400])
+    def test_a_last_column_of_64_changes_no_bit(self, shape, rows):
+        same_bits_as_padded(shape, None, rows, torch.float32, "cpu")
+
+    @pytest.mark.parametrize("group_size", [32, 64])
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_a_last_column_of_64_changes_no_bit_of_groups(self, group_size, dtype):
+        same_bits_as_padded((200, 192), group_size, 20, dtype, "cpu")
+
+    def test_codes_of_other_rows_do_no_harm_to_large_scales(self):
+        """Rows r and r + 64 share a tile; 31 * 60,000 is no fp16 number, and no code of 31 has that scale."""
+        codes, scale = torch.zeros(200, 192, dtype=torch.int8), torch.full((200, 3), 60_000.0).half()
+        codes[:, 128:], scale[:, 2] = 31, 2.0**-10
+        weight = Int6Matrix(pack_int6(codes), scale, (200, 192))
+        out = int6_linear(torch.ones(20, 192).half(), weight, backend="triton")
+        assert (out == 64 * 31 * 2.0**-10).all()
+
     def test_identity_gives_the_weight(self):
         weight = matrix(32, 96)
         out = int6_linear(torch.eye(96), weight, backend="triton")
@@ -192,8 +256,9 @@ class TestInterpreter:
 
     @pytest.mark.parametrize("group_size", [None, 32])
     @pytest.mark.parametrize("dtype", DTYPES)
-    def test_dequantised_bits(self, group_size, dtype):
-        weight = matrix(40, 160, group_size)
+    @pytest.mark.parametrize("shape", [(40, 160), (200, 64), (72, 576)])
+    def test_dequantised_bits(self, shape, group_size, dtype):
+        weight = matrix(*shape, group_size)
         assert torch.equal(dequantize(weight.packed, weight.scale, weight.shape, dtype), weight.dequantize(dtype))
 
     @pytest.mark.slow
@@ -205,6 +270,38 @@ class TestInterpreter:
                 bias.requires_grad_()
             torch.library.opcheck(torch.ops.klora.int6_product, (x, weight.packed, weight.scale, bias, 32))
         torch.library.opcheck(torch.ops.klora.int6_product_dx, (torch.randn(3, 32), weight.packed, weight.scale, 64))
+
+
+def padded_to_128(weight):
+    """The same weight with inputs of code 0 after its last ones, to a multiple of 128: no last column of 64."""
+    rows, columns = weight.shape
+    scale = weight.scale
+    if weight.group_size:
+        scale = F.pad(scale, (0, -columns % 128 // weight.group_size))
+    return Int6Matrix(pack_int6(F.pad(weight.codes(), (0, -columns % 128))), scale, (rows, columns + -columns % 128))
+
+
+def same_bits_as_padded(shape, group_size, rows, dtype, device, forward=None, backward=None):
+    """Both products, as exact as plain PyTorch's, and but for cuBLAS's sums with the bits of a padded weight.
+
+    By these configs; without, by those that are picked.
+    """
+    weight = matrix(*shape, group_size, device)
+    other = padded_to_128(weight)
+    x, dout = (torch.randn(rows, n, device=device).to(dtype) for n in shape[::-1])
+    bias = torch.randn(shape[0], device=device).to(dtype)
+    forward = forward or pick_config(rows, *shape, dtype, assembly=False)
+    backward = backward or pick_config_dx(rows, *shape, dtype, assembly=False)
+    outs, dxs = [], []
+    for one in (weight, other):
+        inputs = F.pad(x, (0, one.shape[1] - shape[1]))
+        outs.append(_forward(inputs, one.packed, one.scale, bias, shape[0], forward))
+        dxs.append(_backward(dout, one.packed, one.scale, one.shape[1], backward)[:, : shape[1]])
+    for config, (one, padded) in ((forward, outs), (backward, dxs)):
+        assert config.kernel == "dense" or torch.equal(one, padded)
+    exact, near = weight.dequantize(torch.float64), weight.dequantize(dtype)
+    truth = F.linear(x.double(), exact, bias.double()), dout.double() @ exact
+    assert_as_exact([outs[0], dxs[0]], list(truth), [F.linear(x, near, bias), dout @ near])
 
 
 def check_product(weight, rows, dtype, device, bias=True):
@@ -285,11 +382,11 @@ class TestAgreement:
     def test_empty_batches(self, shape, backend):
         weight, bias = matrix(32, 64), torch.randn(32, requires_grad=True)
         x = torch.randn(shape, requires_grad=True)
-        out = int6_linear(x, weight, bias, backend)
+        out = int6_linear(x, weight, bias, backend=backend)
         assert out.shape == (*shape[:-1], 32) and out.requires_grad
         out.sum().backward()
         assert x.grad.shape == shape and not bias.grad.any()
-        assert int6_linear_dx(torch.randn(*shape[:-1], 32), weight, backend).shape == shape
+        assert int6_linear_dx(torch.randn(*shape[:-1], 32), weight, backend=backend).shape == shape
 
     @pytest.mark.parametrize("rows", [3, 40, 500])
     def test_one_gradient_for_x_and_bias(self, rows):
@@ -301,7 +398,7 @@ class TestAgreement:
                 x, bias = (
                     torch.randn(size).requires_grad_(on) for size, on in zip(((rows, 64), 32), wanted, strict=True)
                 )
-                int6_linear(x, weight, bias, backend).backward(dout)
+                int6_linear(x, weight, bias, backend=backend).backward(dout)
                 found.append((x.grad, bias.grad))
             for ours, plain, on in zip(*found, wanted, strict=True):
                 assert (ours is not None) == (plain is not None) == on
@@ -388,12 +485,26 @@ class TestModule:
         state = Int6Linear.from_linear(nn.Linear(96, 40)).state_dict()
         module = nn.Sequential(Int6Linear(96, 40))
         for change, message in (
-            ({"0.layout": torch.tensor(LAYOUT + 1)}, "0.packed has layout version 2; this klora reads 1"),
-            ({"0.packed": state["packed"][:1]}, r"0.packed is torch.int32 \[1, 1, 3, 32, 4\]; this module takes"),
+            ({"0.layout": torch.tensor(LAYOUT + 1)}, "0.packed has layout version 3; this klora reads 2"),
+            ({"0.packed": state["packed"][:1]}, r"0.packed is torch.int32 \[1, 3, 32, 4\]; this module takes"),
+            (
+                {"0.packed": torch.zeros(2, 1, 3, 32, 4, dtype=torch.int32), "0.layout": torch.tensor(1)},
+                r"0.packed is torch.int32 \[2, 1, 3, 32, 4\]; this module takes",
+            ),
             ({"0.scale": state["scale"].double()}, "0.scale is torch.float64"),
         ):
             with pytest.raises(ValueError, match=message):
                 module.load_state_dict({f"0.{name}": tensor for name, tensor in state.items()} | change)
+
+    @pytest.mark.parametrize("shape", [(40, 128), (40, 64), (200, 192)])
+    def test_a_state_of_layout_1_is_read(self, shape):
+        int6 = Int6Linear.from_linear(nn.Linear(*shape[::-1]))
+        state = int6.state_dict() | {"packed": layout_1(int6.matrix.codes()), "layout": torch.tensor(1)}
+        for assign in (False, True):
+            fresh = Int6Linear(*shape[::-1])
+            fresh.load_state_dict(state, assign=assign)
+            assert torch.equal(fresh.packed, int6.packed) and int(fresh.layout) == LAYOUT
+        assert int(state["layout"]) == 1 and state["packed"].dim() == 5
 
     def test_a_cast_leaves_codes_and_scales(self):
         int6 = Int6Linear.from_linear(nn.Linear(64, 32))
@@ -444,10 +555,11 @@ class Compiled:
         assert compiled.asm["ptx"].count("wgmma.mma_async") == 4 and compiled.metadata.shared <= 232_448
 
 driver._active, wide.multiprocessors, kernel, wide.wide_product = NoGPU(), lambda _: 132, wide.wide_product, Compiled()
-weight = quantize_int6(torch.randn(256, 512))
-for dtype, backward, split in ((torch.bfloat16, False, 1), (torch.bfloat16, True, 1), (torch.float16, False, 2)):
-    x = torch.zeros(300, 256 if backward else 512, dtype=dtype)
-    wide.wide(x, weight.packed, weight.scale, None, weight.shape, backward, split, 256, 4)
+for K in (512, 576):
+    weight = quantize_int6(torch.randn(256, K))
+    for dtype, backward, split in ((torch.bfloat16, False, 1), (torch.bfloat16, True, 1), (torch.float16, False, 2)):
+        x = torch.zeros(300, 256 if backward else K, dtype=dtype)
+        wide.wide(x, weight.packed, weight.scale, None, weight.shape, backward, split, 256, 4)
 """
 
 
@@ -503,7 +615,7 @@ class TestGPU:
 
     @pytest.mark.parametrize("rows", [1, 7, 8, 9, 16, 17, 32, 33, 64, 100, 384, 400])
     def test_product_and_gradients(self, rows):
-        for size in ((512, 512), (1536, 2048), (4096, 1024)):
+        for size in ((512, 512), (1536, 2048), (4096, 1024), (192, 576), (576, 192)):
             check_product(matrix(*size, device="cuda"), rows, torch.bfloat16, "cuda", bias=False)
 
     @pytest.mark.parametrize(
@@ -513,6 +625,38 @@ class TestGPU:
     )
     def test_dtypes_groups_and_bias(self, rows, dtype, group_size):
         check_product(matrix(272, 1152, group_size, device="cuda"), rows, dtype, "cuda")
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("shape", [(576, 576), (200, 192), (1536, 576), (136, 64)])
+    def test_a_last_column_of_64_changes_no_bit(self, shape, dtype):
+        """By every kernel, of few rows and of many, and both ways."""
+        warps = Int6Config("warp", num_warps=8, split=2), Int6Config("warp", num_warps=8, eights=2, split=2)
+        for rows, forward, backward in (
+            (1, Int6Config("warp", num_warps=4), warps[0]),
+            (8, Int6Config("warp", num_warps=8), warps[0]),
+            (5, Int6Config("warp", num_warps=16), dataclasses.replace(warps[0], split=1)),
+            (16, Int6Config("tile", block_m=16, split=1, stages=4), warps[1]),
+            (9, Int6Config("tile", block_m=16, split=min(4, -(-shape[1] // 128)), stages=4), warps[1]),
+            (40, Int6Config("tile", block_m=64, split=1, stages=4), Int6Config("dense")),
+            (300, Int6Config("tile", block_m=128), Int6Config("dense")),
+        ):
+            same_bits_as_padded(shape, None, rows, dtype, "cuda", forward, backward)
+
+    @pytest.mark.parametrize("group_size", [32, 64])
+    def test_a_last_column_of_64_changes_no_bit_of_groups(self, group_size):
+        warp, tile = Int6Config("warp", num_warps=8), Int6Config("tile", block_m=32, split=2)
+        same_bits_as_padded((200, 576), group_size, 7, torch.bfloat16, "cuda", warp, warp)
+        same_bits_as_padded((200, 576), group_size, 30, torch.bfloat16, "cuda", tile, Int6Config("dense"))
+
+    @pytest.mark.skipif(not is_hopper(), reason="the wide kernel is Hopper's")
+    @pytest.mark.parametrize(
+        ("shape", "split"), [((576, 576), 1), ((1536, 576), 1), ((200, 192), 1), ((200, 192), 2), ((136, 64), 1)]
+    )
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_a_last_column_of_64_changes_no_bit_of_the_wide_kernel(self, shape, split, dtype):
+        config = Int6Config("wide", block_m=256, split=split, stages=4)
+        for rows in (130, 700):
+            same_bits_as_padded(shape, None, rows, dtype, "cuda", config, config)
 
     def test_odd_sizes_and_places(self):
         for size in ((33, 36), (100, 1000)):
@@ -532,8 +676,9 @@ class TestGPU:
                 assert torch.equal(out.T, exact[:, start : start + rows])
 
     @pytest.mark.parametrize(("dtype", "group_size"), [(torch.bfloat16, None), (torch.float16, 64)])
-    def test_dequantised_bits(self, dtype, group_size):
-        weight = matrix(200, 1024, group_size, device="cuda")
+    @pytest.mark.parametrize("columns", [1024, 576, 64])
+    def test_dequantised_bits(self, columns, dtype, group_size):
+        weight = matrix(200, columns, group_size, device="cuda")
         assert torch.equal(dequantize(weight.packed, weight.scale, weight.shape, dtype), weight.dequantize(dtype))
 
     @pytest.mark.parametrize(("least", "most"), [(1, 8), (9, 16), (17, 32), (33, 64), (65, 128), (129, 256)])
@@ -558,7 +703,9 @@ class TestGPU:
     @pytest.mark.skipif(not is_hopper(), reason="the wide kernel is Hopper's")
     @pytest.mark.parametrize("split", [1, 2, 4])
     @pytest.mark.parametrize(
-        ("size", "rows"), [((520, 1032), 1), ((136, 1024), 130), ((1000, 520), 300), ((3200, 512), 4100)]
+        ("size", "rows"),
+        [((520, 1032), 1), ((136, 1024), 130), ((1000, 520), 300), ((3200, 512), 4100)]
+        + [((576, 192), 300), ((192, 576), 1000), ((1536, 576), 2100)],
     )
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     def test_the_wide_kernel_at_any_size(self, size, rows, split, dtype):

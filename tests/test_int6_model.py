@@ -21,6 +21,7 @@ from klora.model.int6_model import quantize_linears
 from klora.model.loading import model_from_artifact
 from klora.model.network import Adapters, BlockAdapters, Lora
 from test_cli import klora
+from test_int6_linear import layout_1
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 from torch.utils.checkpoint import checkpoint
@@ -522,6 +523,30 @@ class TestFiles:
         assert not fresh.first.training and fresh.state_dict().keys() == model.state_dict().keys()
         again = load_quantized(copy.deepcopy(model), tmp_path / "model.safetensors")
         assert torch.equal(again(tokens), model(tokens))
+
+    def test_a_file_of_layout_1_is_read(self, tmp_path):
+        """As klora wrote it while every number of inputs was padded to a multiple of 128."""
+        model, path, x = Shared(), tmp_path / "m.safetensors", torch.randn(3, 64)
+        quantize_linears(model)
+        save_quantized(model, path)
+        with safetensors.safe_open(path, framework="pt") as file:
+            about, state = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        for name, module in model.named_modules():
+            if isinstance(module, Int6Linear):
+                state |= {f"{name}.packed": layout_1(module.matrix.codes()), f"{name}.layout": torch.tensor(1)}
+        safetensors.torch.save_file(state, path, about)
+        fresh = load_quantized(Shared(), path)
+        assert torch.equal(fresh(x), model(x)) and fresh.first is fresh.second
+        assert all(torch.equal(value, fresh.state_dict()[name]) for name, value in model.state_dict().items())
+        state["inner.0.packed"] = state["inner.0.packed"][:, :, :2].clone()
+        safetensors.torch.save_file(state, path, about)
+        with pytest.raises(KloraError, match=r"inner.0.packed is \[.*, 2, 32, 4\]; this module takes"):
+            load_quantized(Shared(), path)
+        del state["inner.0.scale"]
+        state["inner.0.layout"] = torch.ones(2)
+        safetensors.torch.save_file(state, path, about)
+        with pytest.raises(KloraError, match=r"inner.0.layout is \[2\]; this module takes \[\]"):
+            load_quantized(Shared(), path)
 
     @pytest.mark.parametrize("tie", [True, False])
     def test_tied_weights_and_dtypes(self, tmp_path, tie):

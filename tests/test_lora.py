@@ -250,6 +250,14 @@ class TestDropout:
             logits(ROWS, TOKENS)
         assert torch.equal(lora.pool.uses, used) and used[2] == 0
 
+    @pytest.mark.parametrize("step", ["1", 1.5, True, 2**63])
+    @pytest.mark.parametrize("rate", [0.0, 0.3])
+    def test_a_step_that_is_no_whole_number_is_refused(self, step, rate):
+        lora = two_adapters(Tiny(), dropout=rate)
+        with pytest.raises(LoraError, match=f"step is {step!r}; wanted: a whole number"), lora.rows(ROWS, step):
+            pytest.fail("inside")
+        assert lora.current is None and not lora.pool.uses.any()
+
     @pytest.mark.parametrize("use_reentrant", [False, True])
     def test_a_recomputed_block_draws_the_same(self, use_reentrant):
         grads = []

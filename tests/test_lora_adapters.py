@@ -246,9 +246,15 @@ class TestFiles:
             raise OSError("disk full")
 
         monkeypatch.setattr("safetensors.torch.save_file", fail)
-        with pytest.raises(OSError, match="disk full"):
+        with pytest.raises(LoraError, match=f"{tmp_path} cannot be written: disk full"):
             lora.adapters.save("small", tmp_path)
         assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+    def test_a_file_in_a_folders_place_is_refused_and_left(self, tmp_path):
+        (tmp_path / "notes").write_text("kept")
+        with pytest.raises(LoraError, match="notes cannot be written: .*File exists"):
+            two_adapters(Tiny()).adapters.save("big", tmp_path / "notes")
+        assert (tmp_path / "notes").read_text() == "kept"
 
     @pytest.fixture
     def folder(self, tmp_path):

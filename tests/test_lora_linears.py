@@ -108,6 +108,7 @@ CASES = {
     "six bits": {"int6": True, "K": 64},
     "dropout": {"rate": 0.3},
     "three projections, dropout": {"sizes": (40, 24, 16), "rate": 0.2, "ranks": (0, 3, 20, 9), "R": 20},
+    "six bits, 192 inputs": {"int6": True, "sizes": (200,), "K": 192},
     "three at six bits": {"sizes": (40, 16, 16), "int6": True, "K": 32, "R": 8, "ranks": (1, 3, 8, 4)},
     "a slot three times": {"sizes": (40, 24), "plain": True, "low": True, "slots": (1, 1, 0, 1), "R": 17},
     "no multiples of 8": {"sizes": (17,), "K": 7, "R": 3, "ranks": None, "slots": None},
@@ -541,6 +542,9 @@ class TestOnTheGPU:
             {"sizes": (1000, 8), "K": 1024, "R": 256, "ranks": (1, 250, 256, 64, 40, 0)},
             {"sizes": (1024, 256), "K": 512, "int6": True},
             {"sizes": (1000,), "K": 520, "int6": True},
+            {"sizes": (1536, 1536), "K": 576, "int6": True, "R": 8, "ranks": (1, 5, 8, 3, 7, 0), "has_bias": False},
+            {"sizes": (576, 192, 192), "K": 576, "int6": True, "R": 16, "ranks": (1, 5, 16, 9, 7, 0)},
+            {"sizes": (200,), "K": 192, "int6": True},
             {"sizes": (17,), "K": 7},
         ],
     )

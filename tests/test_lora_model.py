@@ -200,6 +200,16 @@ class TestDetachAndMerge:
         two_adapters(model).detach()
         assert snapshot(model) == before
 
+    @pytest.mark.parametrize("first", [0, 1])
+    def test_two_pools_on_one_model_are_detached_in_either_order(self, first):
+        model = Tiny()
+        model.head.requires_grad_(False)
+        before = snapshot(model)
+        pools = [attach(model, slots=1, targets=[target]) for target in ("up", "down")]
+        pools[first].detach()
+        pools[1 - first].detach()
+        assert snapshot(model) == before
+
     @pytest.mark.parametrize("name", ["big", "small"])
     def test_merge_leaves_the_adapter_in_the_weights(self, name):
         model = Tiny()
@@ -276,6 +286,15 @@ class TestInt6:
         model = Tiny()
         before, numbers = snapshot(model), copy.deepcopy(model.state_dict())
         with pytest.raises(LoraError, match="blocks.0.up stays dense: too small.*base='dense'"):
+            attach(model, rank={"up": 2}, base="int6")
+        assert snapshot(model) == before
+        assert_same_numbers(model, numbers)
+
+    def test_a_weight_that_six_bits_do_not_hold_is_named_and_the_model_left(self):
+        model = Tiny(**self.SIZES)
+        model.blocks[1].up.weight.data[3, 5] = torch.inf
+        before, numbers = snapshot(model), copy.deepcopy(model.state_dict())
+        with pytest.raises(LoraError, match="blocks.1.up: weight holds a NaN or an infinity.*base='dense'"):
             attach(model, rank={"up": 2}, base="int6")
         assert snapshot(model) == before
         assert_same_numbers(model, numbers)

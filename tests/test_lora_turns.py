@@ -216,6 +216,14 @@ class TestOnTheGPU:
             for one, other in zip(first, self.made(part, 0, monkeypatch), strict=True):
                 assert torch.equal(one[some], other)
 
+    def test_a_slot_beyond_32_bits_is_no_adapter(self, monkeypatch):
+        given = inputs(4, 300, **CASES["smol, qkv"])
+        given["slots"][1] = 2**32 + 1
+        found = self.made(given, 0, monkeypatch)
+        given["slots"][1] = -1
+        for one, other in zip(found, self.made(given, 0, monkeypatch), strict=True):
+            assert torch.equal(one, other)
+
     def test_rows_that_are_not_finite_change_no_others(self, monkeypatch):
         given = inputs(4, 300, **CASES["smol, qkv"])
         clean = self.made(given, 0, monkeypatch)

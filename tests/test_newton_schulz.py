@@ -403,12 +403,12 @@ def test_batches_of_no_matrices_and_empty_lists(backend):
 def test_rows_of_a_matrix_are_applied_as_in_the_whole(scale, backend):
     whole, update = torch.randn(30, 8), torch.randn(30, 8)
     parts = [whole[:7].clone(), whole[7:].clone()]
-    muon_apply_([whole], [update], 0.1, 0.5, scale, backend)
-    muon_apply_(parts, [update[:7], update[7:]], 0.1, 0.5, scale, backend, rows=[30, 30])
+    muon_apply_([whole], [update], 0.1, 0.5, scale, backend=backend)
+    muon_apply_(parts, [update[:7], update[7:]], 0.1, 0.5, scale, backend=backend, rows=[30, 30])
     assert torch.equal(torch.cat(parts), whole)
     for rows in ([30], [30, 7]):
         with pytest.raises(ValueError, match=r"rows are \[30.*for each of 2 parameters its own rows or more"):
-            muon_apply_(parts, [update[:7], update[7:]], 0.1, 0.5, scale, backend, rows=rows)
+            muon_apply_(parts, [update[:7], update[7:]], 0.1, 0.5, scale, backend=backend, rows=rows)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

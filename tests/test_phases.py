@@ -37,7 +37,7 @@ from oracles import phases as oracle
 from oracles.eager import token_nll as eager_nll
 from test_cached_context import oracle as cached_nll
 from test_cli import klora
-from test_engine import SHALLOW64, STRICT, Ops, gpu, on_gpu
+from test_engine import SHALLOW64, STRICT, Ops, gpu, on_gpu, strict_configs, token_nll
 from test_ranks import free_port
 from test_ttt import document, score
 from typer.testing import CliRunner
@@ -248,6 +248,30 @@ def test_no_bit_of_an_earlier_group_depends_on_the_text_of_a_later_one(changed, 
     assert [d.group for d in one] == [d.group for d in two]
     last = [(a, b) for a, b in zip(one, two, strict=True) if a.group == 2]
     assert all(a.adapted_nats != b.adapted_nats for a, b in last if a.tokens)
+
+
+@pytest.mark.slow
+@settings(max_examples=8, deadline=None)
+@given(
+    strict_configs(),
+    st.sampled_from(["recomputed", "cached"]),
+    st.sampled_from(["all", "a"]),
+    st.integers(1, 49),
+    st.randoms(),
+)
+def test_no_score_of_a_later_group_depends_on_its_documents_later_text(config, context, start, reached, random):
+    learns = {"phases": 1, "phase_lr": 0.01, "phase_chunks": 3, "phase_start": start, "context": context}
+    config, earlier, later = config.override(learns), documents((40, 33)), document(50, 9).tokens
+    other = later.copy()
+    other[reached + 1 :] = [random.randrange(1, SMALL.vocab_size) for _ in other[reached + 1 :]]
+    engine, scores = engine_of(SHALLOW64, config, [*earlier, Document("", later, 1)]), []
+    assert engine.learn(earlier)
+    for tokens in (later, other, later[: reached + 1]):
+        some = Document("", tokens, 1)
+        engine.adapt([some], Deadline(0))
+        scores.append(token_nll(engine, [some])[0][:reached])
+    np.testing.assert_array_equal(scores[1], scores[0])
+    np.testing.assert_array_equal(scores[2], scores[0])
 
 
 @pytest.mark.parametrize("start", ["all", "a"])

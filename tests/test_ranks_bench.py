@@ -3,8 +3,9 @@
 import json
 
 import pytest
+import torch
 from forks import Forked
-from klora.bench.ranks import WAYS, Way, fit, project, table
+from klora.bench.ranks import WAYS, Way, fit, main, project, table
 
 
 @pytest.mark.slow
@@ -28,6 +29,16 @@ def test_two_processes_write_a_whole_record(tmp_path):
     assert {row["adamw"] for row in record["adamw"]} == {"on each", "shared"}
     assert record["projection"]["is"] == "a projection, not a measurement"
     assert table(record) in shown and "PROBLEM" not in shown
+
+
+def test_without_a_gpu_it_says_so_before_it_takes_the_memory(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match="measured on CUDA GPUs, and PyTorch sees none here; --toy only tries it"):
+        main(tmp_path / "ranks.json")
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit, match="the environment has RANK=3; allowed for one of several ranks: 0 to 1"):
+        main(tmp_path / "ranks.json", toy=True)
 
 
 def links(latency: float, bandwidth: float) -> list[dict]:

@@ -34,6 +34,8 @@ SETTINGS = {
     "between-two": {"graph_collectives": "between", "micro_batches": 2},
     "shared": {"muon_gathers": 2},
     "shared-between-two": {"muon_gathers": 1, "graph_collectives": "between", "micro_batches": 2},
+    "ranges": {"ranges": 3},
+    "ranges-two-wire": {"ranges": 2, "micro_batches": 2, "reduce_dtype": "bfloat16"},
     "wire": {"reduce_dtype": "bfloat16"},
     "wire-between-two": {"reduce_dtype": "bfloat16", "graph_collectives": "between", "micro_batches": 2},
 }
@@ -55,7 +57,8 @@ def drawn() -> torch.Tensor:
 
 def made(name: str, ranks, model: ModelConfig = SMALL) -> FusedStep:
     options = dict(SETTINGS[name])
-    micro_batches, exchange = options.pop("micro_batches", 1), Exchange(muon_gathers=options.pop("muon_gathers", 0))
+    micro_batches = options.pop("micro_batches", 1)
+    exchange = Exchange(**{name: options.pop(name) for name in Exchange._fields if name in options})
     rows = ROWS // ranks.world // micro_batches
     return FusedStep(randomized(model), CONFIG.override(options), rows, micro_batches, ranks, exchange=exchange)
 
@@ -266,6 +269,18 @@ def one_of_gloo(tmp_path):
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
     yield
     dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(("ranges", "leave_before"), [(1, 0), (3, 2)])
+def test_ranges_are_on_their_way_before_the_first_block_has_gradients(one_of_gloo, monkeypatch, ranges, leave_before):
+    step = FusedStep(randomized(), CONFIG, 4, 1, Ranks(0, 2, CPU), exchange=Exchange(ranges=ranges))
+    order, all_reduce = [], dist.all_reduce
+    step.stored.weights.blocks[0].down.register_hook(lambda gradient: order.append("the first block's"))
+    monkeypatch.setattr(
+        reduction.dist, "all_reduce", lambda *given, **more: order.append("a sum") or all_reduce(*given, **more)
+    )
+    stepped(step, [0])
+    assert order.count("a sum") == ranges + 1 and order.index("the first block's") == leave_before
 
 
 @pytest.mark.parametrize("gathers", [0, 2])

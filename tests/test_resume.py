@@ -469,3 +469,21 @@ def test_resuming_with_other_settings_says_which_differ(tmp_path, finished):
     )
     refused = klora("train", "--resume", "--preset", "tiny", "--out", tmp_path, check=2).stderr.replace("\n", "")
     assert "--resume takes preset and data from the run (preset small, data /" in refused
+
+
+@pytest.mark.slow
+def test_how_a_step_is_shared_out_may_change_when_a_run_is_resumed(tmp_path, finished):
+    """A smaller GPU, or fewer of them, may want that; the batch and the curve stay."""
+    changes = {
+        "as it was": (),
+        "otherwise": ("micro_batch_tokens=64", "graph_collectives=between", "reduce_dtype=bfloat16"),
+    }
+    curves = []
+    for name, pairs in changes.items():
+        shutil.copytree(finished, out := tmp_path / name)
+        sets = [part for pair in ("max_steps=4", *pairs) for part in ("--set", pair)]
+        klora("train", "--resume", "--out", out, *sets)
+        curves.append([float(loss) for _, loss in losses(out)])
+        stored = json.loads((out / "run.json").read_text())["train"]
+        assert (stored["micro_batch_tokens"] == 64) == bool(pairs) and stored["batch_tokens"] == 256
+    assert len(curves[0]) == 4 and curves[1] == pytest.approx(curves[0], rel=1e-5)

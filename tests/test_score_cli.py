@@ -364,7 +364,7 @@ def test_a_sweep_that_is_stopped_does_not_promise_to_go_on(artifact, texts, tmp_
 
     monkeypatch.setattr("klora.cli.scoring._shown", stopping)
     module = sys.modules["klora.ttt.sweep"]
-    monkeypatch.setattr(module, "halves", lambda documents, config: (documents[:2], documents[2:]))
+    monkeypatch.setattr(module, "in_halves", lambda documents, config: (documents[:2], documents[2:]))
     stopped = klora(*command(artifact, texts, tmp_path / "out", "--sweep"), check=143)
     assert "stopped in the sweep, of which nothing is kept: the same command begins it again" in stopped.stdout
     assert "--resume" not in stopped.stdout and not (tmp_path / "out").exists()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from dataclasses import fields
 
 import pytest
 import typer
@@ -9,6 +10,7 @@ from conftest import SMALL, randomized, words
 from klora.bench import sweep as module
 from klora.bench.sweep import ALL, ROWS, Sample, choices, sweep
 from klora.model.artifact import save_artifact
+from klora.ttt.pipeline import ScoreRequest, score
 from klora.ttt.protocols import BEST, CACHED, CONTEST, QUICK, START, THOROUGH, TTTConfig, ttt_preset
 from klora.ttt.sampling import is_for_tuning, sample
 from test_ttt import document
@@ -89,6 +91,8 @@ def test_the_rows_begin_with_what_is_to_be_beaten_and_try_every_lead():
         "a_scale": {0.5, 1.0},
         "phases": {0, 3},
         "phase_start": {"all", "a"},
+        "adapt_from": {0, 256},
+        "lr_warmup": {0, 512},
     }.items():
         assert {getattr(config, name) for config in ROWS.values()} == values
     assert len({config.lr for config in ROWS.values()}) >= 6
@@ -96,11 +100,36 @@ def test_the_rows_begin_with_what_is_to_be_beaten_and_try_every_lead():
     assert len({json.dumps(config.to_dict()) for config in ROWS.values()}) == len(ROWS)
 
 
+FIXED = {
+    **dict.fromkeys(("protocol", "layout", "deadline"), "one pass that is a valid score, of all the text"),
+    **dict.fromkeys(("epochs", "lr_floor", "min_tokens"), "read by another protocol or layout alone"),
+    **dict.fromkeys(("batch", "adapter_seed"), "changes no score, or by chance alone"),
+    "eps": "the design's",
+    "temperature": "1: nothing but adapting is to gain",
+    **dict.fromkeys(("q_rank", "k_rank", "v_rank", "o_rank"), "as up_rank, of which there is a row"),
+    **dict.fromkeys(("o_lr", "up_lr", "down_lr"), "as lr; the design has factors for the others"),
+    **dict.fromkeys(("phase_passes", "phase_chunks"), "as phase_lr: how far the shared adapter goes"),
+}
+"""Options that all rows have alike, and why."""
+
+
+def test_every_other_option_has_a_row():
+    values = {field.name: {getattr(config, field.name) for config in ROWS.values()} for field in fields(TTTConfig)}
+    assert {name for name, found in values.items() if len(found) == 1} == FIXED.keys()
+
+
 @pytest.mark.slow
-def test_documents_after_a_phase_start_from_what_it_learned():
-    tuning = Sample(randomized().requires_grad_(False), [document(100, n) for n in range(4)])
-    alone, learned = (tuning.run(TINY.override({"lr": 0.01, "phase_lr": 0.01, "phases": n})) for n in (0, 1))
-    assert alone.base_bpb == learned.base_bpb and alone.adapted_bpb != learned.adapted_bpb
+@pytest.mark.parametrize("start", ["all", "a"])
+def test_with_phases_a_row_is_what_klora_score_gives(start):
+    """Groups of all documents; one that is too short for a step of its own is scored by what was learned, or not."""
+    documents = [document(n, n) for n in (100, 12, 64, 9, 90, 16, 30)]
+    phases = {"lr": 0.01, "phase_lr": 0.01, "phases": 2, "phase_start": start, "phase_chunks": 3}
+    config, model = TINY.override(phases), randomized().requires_grad_(False)
+    found = Sample(model, documents).run(config)
+    expected = score(ScoreRequest(model, documents, config)).totals()
+    assert found.base_bpb == pytest.approx(expected["base_bpb"], rel=1e-6)
+    assert found.adapted_bpb == pytest.approx(expected["adapted_bpb"], rel=1e-6)
+    assert found.adapted_bpb != pytest.approx(Sample(model, documents).run(TINY).adapted_bpb, rel=1e-4)
 
 
 @pytest.mark.slow
@@ -216,6 +245,14 @@ def test_no_row_begins_that_leaves_no_time_for_the_held_out_half(text, monkeypat
     sweep(**arguments | {"seconds": 45.0})
     assert list(read()["rows"]) == [QUICK, THOROUGH] and now[0] == 40 and len(read()["held_out_scores"]) == 2
     assert "cached and the rows behind it wait for another call" in capsys.readouterr().out
+
+
+def test_what_is_not_there_or_broken_is_said_in_a_sentence(text):
+    arguments, _ = text
+    with pytest.raises(SystemExit, match="none.klora: there is no such file; give the path of an exported artifact"):
+        sweep(**arguments | {"artifact": arguments["artifact"].with_name("none.klora")})
+    with pytest.raises(SystemExit, match="none.jsonl: there is no such file"):
+        sweep(**arguments | {"jsonl": arguments["jsonl"].with_name("none.jsonl")})
 
 
 def test_what_is_no_sweep_of_this_text_is_refused_and_kept(text):

@@ -20,10 +20,10 @@ import torch
 import torch.distributed as dist
 from conftest import wait_for
 from forks import Forked
-from klora.model import watch
+from klora.model import parallel, watch
 from klora.model.checkpoint import load_tensors
 from klora.model.config import ConfigError
-from klora.model.parallel import Ranks, join_ranks
+from klora.model.parallel import Ranks, join_ranks, met
 from klora.model.shards import RowSampler, TokenStream
 from klora.model.train import Trainer
 from klora.model.watch import LOST, Watch
@@ -145,6 +145,27 @@ def test_ranks_that_torchrun_starts_again_go_on_with_their_run(tmp_path, data, a
     status, said = run.end()
     assert status == 0, said[-3000:]
     assert "klora: rank 3 is lost" in said and "resuming at step" in said
+    assert curve(out) == pytest.approx(alone, rel=1e-5, abs=1e-5)
+
+
+@pytest.mark.slow
+def test_launchers_of_two_nodes_have_one_run_and_a_rank_lost_on_one_ends_both(tmp_path, data, alone):
+    out = tmp_path / "run"
+
+    def nodes(*arguments) -> list[Torchrun]:
+        meeting = "--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-id", "run"
+        meeting += "--rdzv-endpoint", f"localhost:{free_port()}"
+        return [Torchrun(1, out, *arguments, launcher=meeting) for _ in range(2)]
+
+    both = nodes(*options(data))
+    wait_for(lambda: steps(out) >= 5, both[0].process)
+    (other,) = (node for node in both if environment_of(*node.children())["RANK"] == "1")
+    other.strike(1, signal.SIGKILL, 5)
+    ends = [node.end() for node in both]
+    said = "".join(said for _, said in ends)
+    assert [status for status, _ in ends] == [1, 1] and said.count("klora: rank 1 is lost") == 1, said[-3000:]
+    ends = [node.end() for node in nodes("--resume")]
+    assert [status for status, _ in ends] == [0, 0], ends
     assert curve(out) == pytest.approx(alone, rel=1e-5, abs=1e-5)
 
 
@@ -543,11 +564,39 @@ def test_ranks_whose_port_is_taken_say_so(monkeypatch):
         about = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         for name, text in about.items():
             monkeypatch.setenv(name, text)
-        says = f"RANK and WORLD_SIZE are set, but the ranks cannot meet: .*port: {port}.* address already in use"
+        says = f"RANK and WORLD_SIZE are set, but the ranks cannot meet at 127.0.0.1:{port}: .* address already in use"
         with pytest.raises(ConfigError, match=says), join_ranks("cpu"):
             pass
         with pytest.raises(ConfigError, match=says):
             queue_of_processes()
+
+
+def test_a_first_rank_whose_machine_nobody_knows_says_so_at_once(monkeypatch):
+    about = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "nobody.invalid", "MASTER_PORT": "29400"}
+    for name, text in about.items():
+        monkeypatch.setenv(name, text)
+    monkeypatch.setattr(parallel.dist, "TCPStore", None)  # which would look for it for two minutes
+    with pytest.raises(ConfigError, match="the ranks cannot meet at nobody.invalid:29400: .*(?i:name)"):
+        met()
+
+
+def test_a_rank_waits_for_the_first_without_asking_pytorch_and_not_for_ever(monkeypatch):
+    """PyTorch's C++ hears no signal and shows a stack every minute."""
+    made, servers, store = [], [], dist.HashStore()
+    monkeypatch.setattr(parallel.dist, "TCPStore", lambda *given, **more: made.append(given) or store)
+    for name, text in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}.items():
+        monkeypatch.setenv(name, text)
+    monkeypatch.setenv("MASTER_PORT", str(port := free_port()))
+    monkeypatch.setattr(parallel, "JOIN", 0.3)
+    with pytest.raises(ConfigError, match=f"cannot meet at 127.0.0.1:{port}: .*refused"):
+        met()
+    assert not made
+    monkeypatch.setattr(parallel, "JOIN", 60.0)
+    first = threading.Timer(0.5, lambda: servers.append(socket.create_server(("127.0.0.1", port))))
+    first.start()
+    assert met()[1:] == (1, 2) and made == [("127.0.0.1", port, None, False, parallel.CALL)]
+    first.join()
+    servers[0].close()
 
 
 def test_ranks_of_one_machine_are_not_put_on_one_gpu(monkeypatch):

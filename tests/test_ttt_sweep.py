@@ -13,10 +13,11 @@ from klora.model.config import ConfigError
 from klora.ttt.documents import Document
 from klora.ttt.pipeline import ScoreRequest, score
 from klora.ttt.progress import Interrupted
+from klora.ttt.protocols import PRESETS, ttt_preset
 from klora.ttt.queue import StoreQueue
 from klora.ttt.results import read_documents_csv
 from klora.ttt.sampling import is_for_tuning
-from klora.ttt.sweep import grid, halves, sweep
+from klora.ttt.sweep import grid, in_halves, sweep
 from test_cli import klora
 from test_ttt import TTT, document
 
@@ -26,7 +27,7 @@ TUNING = [d for d in DOCUMENTS if is_for_tuning(d)]
 
 
 def test_the_halves_go_by_text_alone():
-    tuning, scored = halves(DOCUMENTS, TTT)
+    tuning, scored = in_halves(DOCUMENTS, TTT)
     assert tuning == TUNING and [d for d in DOCUMENTS if d in tuning or d in scored] == DOCUMENTS
     assert len(tuning) + len(scored) == 12 and min(len(tuning), len(scored)) > 2
     moved = [Document(f"other {n}", d.tokens.copy(), d.bytes) for n, d in enumerate(DOCUMENTS[::-1])]
@@ -38,6 +39,8 @@ def test_the_grid_is_around_the_config_and_starts_with_it():
     assert changes[0] == {} and len(changes) == 12
     assert {"lr": 0.005, "chunk": 8, "beta1": 0.8} in changes and {"lr": 0.02} in changes
     assert grid(TTT.override({"lr": 0.0, "chunk": 1, "beta1": 0.0})) == [{}]
+    of_presets = {name: len(grid(ttt_preset(name))) for name in PRESETS}
+    assert of_presets == dict.fromkeys(PRESETS, 6) | {"design": 12}  # as the option's help says
 
 
 def test_the_best_on_one_half_scores_the_other_alone(monkeypatch):
@@ -73,6 +76,10 @@ def test_what_a_sweep_cannot_do_is_refused_and_it_can_be_stopped():
         ({"config": TTT.override({"protocol": "min_nll"})}, "protocol='min_nll' is not possible; allowed: score_first"),
         ({"queue": StoreQueue(dist.HashStore(), 0, 2)}, "several ranks is not possible"),
         ({"documents": TUNING}, "are in the scored half, none of them long enough to adapt; give more documents"),
+        (
+            {"config": TTT.override({"lr": 0.0})},
+            "a sweep at lr=0 is not possible: no step changes anything; give a rate",
+        ),
         ({"config": TTT.override({"lr": 1e38})}, "gave the tuning half a finite score; give a smaller lr"),
     ):
         with pytest.raises(ConfigError, match=says):

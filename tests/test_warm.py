@@ -21,6 +21,7 @@ from klora.cli.warm import Work, warmed
 from klora.kernels import precompile
 from klora.model.config import ConfigError, Preset, TrainConfig
 from klora.model.placement import rows_per_rank
+from klora.ttt.protocols import ttt_preset
 from test_cli import klora
 
 CUDA = torch.cuda.is_available()
@@ -370,6 +371,17 @@ def test_the_command_compiles_what_is_missing_and_says_where_nothing_was_to_do(m
     assert set(found) == {"kernels", "compiled", "failed", "cache", "seconds"}
 
 
+def test_the_scoring_is_that_of_the_preset_that_is_named(monkeypatch, tmp_path):
+    Kernels(monkeypatch, tmp_path, 5)
+    monkeypatch.setattr(warm_module, "require_gpu", lambda device: torch.device("cpu"))
+    monkeypatch.setattr(warm_module, "untrained", lambda *about: None)
+    seen = []
+    monkeypatch.setattr(warm_module, "scoring", lambda *about: seen.append(about[1]) or work_of(slots=about[2]))
+    warm_module.warm(score=True)
+    warm_module.warm(score=True, scoring_preset="contest")
+    assert seen == [ttt_preset("quick")] * 2 + [ttt_preset("contest")] * 2
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -377,6 +389,8 @@ def test_the_command_compiles_what_is_missing_and_says_where_nothing_was_to_do(m
         (["model.klora", "--preset", "tiny"], "an artifact is scored, not trained; leave out --preset"),
         (["model.klora", "--train"], "an artifact is scored, not trained"),
         (["--preset", "seed", "--weights", "int6"], "--weights int6 was given without an artifact"),
+        (["--scoring", "slow"], "there is no preset 'slow'; allowed: design, quick, thorough, best, contest, hf"),
+        (["--scoring", "best", "--train"], "--scoring best was given with --train, which leaves scoring out"),
     ],
 )
 def test_what_it_refuses(arguments, says):

@@ -22,7 +22,7 @@ from .sampling import is_for_tuning
 
 
 def grid(config: TTTConfig) -> list[dict[str, Any]]:
-    """Changes to `config`, none first: lr halved and doubled, chunks halved, and beta1 with half the memory."""
+    """Changes to `config`, none first: lr halved and doubled, chunks halved, a beta1 above 0 with half the memory."""
     values = {
         "lr": (config.lr, config.lr / 2, config.lr * 2),
         "chunk": (config.chunk, max(config.chunk // 2, 1)),
@@ -33,7 +33,7 @@ def grid(config: TTTConfig) -> list[dict[str, Any]]:
     return [{name: x for name, x in zip(values, chosen, strict=True) if x != own[name]} for chosen in found]
 
 
-def halves(documents: Sequence[Document], config: TTTConfig) -> tuple[list[Document], list[Document]]:
+def in_halves(documents: Sequence[Document], config: TTTConfig) -> tuple[list[Document], list[Document]]:
     """The documents to choose constants on, and those to score. ConfigError where one half has nothing to adapt."""
     tuning, scored = ([d for d in documents if is_for_tuning(d) is side] for side in (True, False))
     for name, half in (("tuning", tuning), ("scored", scored)):
@@ -50,8 +50,8 @@ def sweep(request: ScoreRequest) -> ScoreRequest:
 
     Its facts say what was tried, and a note what was left out. The deadline is for scoring; the sweep has none.
 
-    ConfigError: a protocol other than score_first, several ranks, or too few documents. Interrupted: `should_stop` said
-    so.
+    ConfigError: a protocol other than score_first, several ranks, a rate of zero, or too few documents. Interrupted:
+    `should_stop` said so.
 
     Example: result = score(sweep(ScoreRequest(model, essays, ttt_preset())))
     """
@@ -61,7 +61,9 @@ def sweep(request: ScoreRequest) -> ScoreRequest:
         raise ConfigError(
             "a sweep on several ranks is not possible; run it in one process, and give them its constants"
         )
-    tuning, scored = halves(request.documents, request.config)
+    if not request.config.learns:
+        raise ConfigError("a sweep at lr=0 is not possible: no step changes anything; give a rate above 0")
+    tuning, scored = in_halves(request.documents, request.config)
     targets, tried = sum(document.targets for document in tuning), grid(request.config)
     base: dict[int, dict[str, np.ndarray]] = {}
     rows: list[dict[str, Any]] = []

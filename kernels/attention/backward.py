@@ -41,7 +41,7 @@ MOST_QUERIES = 64
 """In a tile: `rows` is written in whole blocks. It makes 16 bytes at least of each of its rows."""
 
 
-class Rotary(NamedTuple):
+class NormRotary(NamedTuple):
     """How q and k came from their projections; all fp32, the tables contiguous."""
 
     cos: Tensor
@@ -302,7 +302,7 @@ def launch_backward(
     out: Tensor,
     lse: Tensor,
     grads: Sequence[Tensor],
-    rotary: Rotary | None = None,
+    rotary: NormRotary | None = None,
     dgain: Tensor | None = None,
     cache: Cache | None = None,
     start: Tensor | None = None,
@@ -323,7 +323,7 @@ def launch_backward(
                 grad.zero_()
         return
     rows = lse.new_empty(batch, heads, 2, round_up(tail, MOST_QUERIES))
-    rotary = rotary or Rotary(None, None, None, None, None)
+    rotary = rotary or NormRotary(None, None, None, None, None)
     strides = [0 if rstd is None else rstd.stride(1) for rstd in (rotary.rstd_q, rotary.rstd_k)]
     packed = packed_heads(heads, groups)
     shared = dict(

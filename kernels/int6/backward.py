@@ -8,13 +8,26 @@ from .tile import (
     code_pairs,
     code_tile,
     four,
+    inputs_before,
     lane_product,
     load_scales,
     load_triples,
     over_warps,
+    own_half,
     scaled_pair,
+    shared_tile,
     tile_words,
 )
+
+
+@triton.jit
+def from_top(row, step, column, tile_rows, columns, HALF: tl.constexpr):
+    """Words from tile 0 of `column`, as if that were a whole one, to the tile of tile row `row`: [THREADS, 1]."""
+    offset = row * step
+    if HALF:
+        shared = (shared_tile(row, tile_rows, columns) - column) * 384
+        offset = tl.where(column < columns, offset, shared)
+    return offset[:, None]
 
 
 @triton.jit
@@ -40,6 +53,7 @@ def warp_backward(
     groups,
     dtype: tl.constexpr,
     GROUP: tl.constexpr,
+    HALF: tl.constexpr,
     EIGHTS: tl.constexpr,
     LOG_WARPS: tl.constexpr,
     SPLIT: tl.constexpr,
@@ -60,20 +74,27 @@ def warp_backward(
     share = tl.cdiv(tile_rows, SPLIT)
     row = tl.program_id(1) * share + thread // 32
     stop = tl.minimum(tl.program_id(1) * share + share, tile_rows)
-    step = tile_columns.to(tl.int64) * 384
+    columns = tile_columns - 1 if HALF else tile_columns
+    step = columns.to(tl.int64) * 384
     tiles = packed_ptr + column * 384 + (lane * 4)[:, None] + tl.arange(0, 4)[None, :]
     pairs = dout_ptr + g * (N // 2) + t
     zero = tl.zeros([THREADS], tl.float32)
     acc = ()
     for _ in tl.static_range(8 * EIGHTS):
         acc = acc + ((zero, zero, zero, zero),)
-    n0, n1, n2 = tile_words(tiles + (row * step)[:, None], (row < stop)[:, None])
+    n0, n1, n2 = tile_words(tiles + from_top(row, step, column, tile_rows, columns, HALF), (row < stop)[:, None])
     for _ in range(0, tl.cdiv(share, WARPS)):
         w0 = four(n0, THREADS)
         w1 = four(n1, THREADS)
         w2 = four(n2, THREADS)
+        if HALF:
+            before = inputs_before(row, column, columns)
+            w0 = own_half(w0, before)
+            w1 = own_half(w1, before)
+            w2 = own_half(w2, before)
         following = row + WARPS
-        n0, n1, n2 = tile_words(tiles + (following * step)[:, None], (following < stop)[:, None])
+        next_tiles = tiles + from_top(following, step, column, tile_rows, columns, HALF)
+        n0, n1, n2 = tile_words(next_tiles, (following < stop)[:, None])
         n = row * 16
         b = ()
         for eight in tl.static_range(EIGHTS):
@@ -123,6 +144,7 @@ def dequantize_tiles(
     tile_columns,
     groups,
     GROUP: tl.constexpr,
+    HALF: tl.constexpr,
     R: tl.constexpr,
     ASM: tl.constexpr,
 ):
@@ -130,9 +152,12 @@ def dequantize_tiles(
     dtype: tl.constexpr = out_ptr.dtype.element_ty
     column = tl.program_id(0)
     n = tl.program_id(1) * R * 16 + tl.arange(0, R * 16)
-    words = load_triples(packed_ptr, tl.program_id(1) * R, tile_rows, column, tile_columns, R)
-    scales = load_scales(scale_ptr, tl.program_id(1) * R, column, N, groups, GROUP, R)
-    k = column * 128 + tl.arange(0, 128)
+    words = load_triples(packed_ptr, tl.program_id(1) * R, tile_rows, column, tile_columns, HALF, R)
+    before = inputs_before(tl.program_id(1) * R, column, tile_columns - 1) if HALF else 0
+    scales = load_scales(scale_ptr, tl.program_id(1) * R, column, before, N, groups, GROUP, HALF, R)
+    k = column * 128 - before + tl.arange(0, 128)
     mask = (n < N)[:, None] & (k < K)[None, :]
+    if HALF:
+        mask &= (k >= column * 128)[None, :]
     offsets = n.to(tl.int64)[:, None] * K + k[None, :]
     tl.store(out_ptr + offsets, code_tile(words, scales, R, dtype, ASM, False), mask=mask)

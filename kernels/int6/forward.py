@@ -4,7 +4,25 @@ import triton
 import triton.language as tl
 
 from ..launch import launched
-from .tile import code_pairs, code_tile, four, lane_product, load_scales, load_triples, over_warps, tile_words
+from .tile import (
+    code_pairs,
+    code_tile,
+    four,
+    inputs_before,
+    lane_product,
+    load_scales,
+    load_triples,
+    over_warps,
+    own_half,
+    shared_tile,
+    tile_words,
+)
+
+
+@triton.jit
+def from_first(column, columns, shared, HALF: tl.constexpr):
+    """Words from a tile row's first tile to that in `column`; `shared`: to that with its last 64 inputs."""
+    return tl.where(column < columns, column * 384, shared) if HALF else column * 384
 
 
 @launched
@@ -22,6 +40,7 @@ def warp_forward(
     groups,
     dtype: tl.constexpr,
     GROUP: tl.constexpr,
+    HALF: tl.constexpr,
     LOG_WARPS: tl.constexpr,
 ):
     """M <= 8. A program has one tile row; its warps take the tile columns in turn, and their sums are added.
@@ -37,18 +56,25 @@ def warp_forward(
     t = lane % 4
     column = (thread // 32)[:, None]
     word = tl.arange(0, 4)[None, :]
-    first = tl.program_id(0).to(tl.int64) * tile_columns * 384
+    columns = tile_columns - 1 if HALF else tile_columns
+    first = tl.program_id(0).to(tl.int64) * columns * 384
+    shared = shared_tile(tl.program_id(0), tl.num_programs(0), columns) * 384 - first if HALF else 0
     tiles = packed_ptr + first + (lane * 4)[:, None] + word
     rows = x_ptr + (g * (K // 2) + t * 4)[:, None] + word
     zero = tl.zeros([THREADS], tl.float32)
     acc = (zero, zero, zero, zero)
-    n0, n1, n2 = tile_words(tiles + column * 384, column < tile_columns)
+    n0, n1, n2 = tile_words(tiles + from_first(column, columns, shared, HALF), column < tile_columns)
     for _ in range(0, tl.cdiv(tile_columns, WARPS)):
         w0 = four(n0, THREADS)
         w1 = four(n1, THREADS)
         w2 = four(n2, THREADS)
+        if HALF:
+            before = inputs_before(tl.program_id(0), tl.reshape(column, [THREADS]), columns)
+            w0 = own_half(w0, before)
+            w1 = own_half(w1, before)
+            w2 = own_half(w2, before)
         following = column + WARPS
-        n0, n1, n2 = tile_words(tiles + following * 384, following < tile_columns)
+        n0, n1, n2 = tile_words(tiles + from_first(following, columns, shared, HALF), following < tile_columns)
         part = acc
         for chunk in tl.static_range(4):
             if GROUP != 0 and chunk * 32 % GROUP == 0:
@@ -125,6 +151,7 @@ def tile_forward(
     tile_columns,
     groups,
     GROUP: tl.constexpr,
+    HALF: tl.constexpr,
     BLOCK_M: tl.constexpr,
     R: tl.constexpr,
     SPLIT: tl.constexpr,
@@ -144,12 +171,17 @@ def tile_forward(
     tile_row = tl.program_id(0) // blocks_m * R
     share = tl.cdiv(tile_columns, SPLIT)
     start = tl.program_id(1) * share
+    columns = tile_columns - 1 if HALF else tile_columns
     rows = x_ptr + m.to(tl.int64)[:, None] * (tile_columns * 128) + tl.arange(0, 128)[None, :]
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     for column in tl.range(start, tl.minimum(start + share, tile_columns), num_stages=STAGES):
-        w0, w1, w2 = load_triples(packed_ptr, tile_row, tile_rows, column, tile_columns, R)
-        x = tl.load(rows + column * 128, mask=(m < M)[:, None], other=0.0)
-        scales = None if GROUP == 0 else load_scales(scale_ptr, tile_row, column, N, groups, GROUP, R)
+        w0, w1, w2 = load_triples(packed_ptr, tile_row, tile_rows, column, tile_columns, HALF, R)
+        before = inputs_before(tile_row, column, columns) if HALF else 0
+        live = (m < M)[:, None]
+        if HALF:
+            live &= (tl.arange(0, 128) >= before)[None, :]
+        x = tl.load(rows + (column * 128 - before), mask=live, other=0.0)
+        scales = None if GROUP == 0 else load_scales(scale_ptr, tile_row, column, before, N, groups, GROUP, HALF, R)
         if ASM:
             w0 = fenced(w0)
         acc = tl.dot(code_tile((w0, w1, w2), scales, R, dtype, ASM, True), x.T, acc, input_precision="ieee")

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .layout import LAYOUT, SCALE_DTYPES, Int6Matrix, packed_shape, quantize_int6, scale_shapes
+from .layout import LAYOUT, SCALE_DTYPES, Int6Matrix, from_layout_1, packed_shape, quantize_int6, scale_shapes
 from .op import Backend, int6_linear
 from .reference import GROUP_SIZES, GroupSize, is_group_size
 
@@ -54,6 +54,14 @@ _INSTEAD = (
 )
 
 
+def take_layout_1(state: dict[str, Tensor], prefix: str, shape: tuple[int, int]) -> None:
+    """Repack what `state` has below `prefix`, of a weight of `shape` (N, K), where that is of layout 1."""
+    packed, version = state.get(f"{prefix}packed"), state.get(f"{prefix}layout")
+    if packed is not None and version is not None and version.tolist() == 1:
+        state[f"{prefix}packed"] = from_layout_1(packed, shape)
+        state[f"{prefix}layout"] = torch.full_like(version, LAYOUT)
+
+
 class Int6Linear(nn.Module):
     """out = x W_hat^T + bias, x [..., in_features] -> [..., out_features] in x's dtype: bfloat16, float16 or float32.
 
@@ -63,7 +71,7 @@ class Int6Linear(nn.Module):
     weight that this stands for; casts of the module change it. Under autocast x is cast as nn.Linear would cast it.
 
     ValueError: a group size that does not divide in_features, a state dict of another layout, shape or dtype, or with a
-    dense weight. A state dict may have other groups: the module takes them over.
+    dense weight. A state dict may have other groups: the module takes them over. One of layout 1 is repacked.
 
     Example: out = Int6Linear.from_linear(torch.nn.Linear(64, 128))(x)
     """
@@ -148,7 +156,7 @@ class Int6Linear(nn.Module):
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        return int6_linear(x, self.matrix, bias, self.backend)
+        return int6_linear(x, self.matrix, bias, backend=self.backend)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
@@ -166,6 +174,7 @@ class Int6Linear(nn.Module):
         if f"{prefix}weight" in state_dict:
             instead = "load the dense weights first and quantise then"
             raise ValueError(f"{prefix}weight is a dense weight and this module holds six bits; {instead}")
+        take_layout_1(state_dict, prefix, (self.out_features, self.in_features))
         version = state_dict.get(f"{prefix}layout")
         if version is not None and int(version) != LAYOUT:
             raise ValueError(f"{prefix}packed has layout version {int(version)}; this klora reads {LAYOUT}: pack again")

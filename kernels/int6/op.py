@@ -33,7 +33,7 @@ from ..dispatch import DTYPES, cdiv, custom_op, expect, is_hopper, multiprocesso
 from ..linear.op import cublas_
 from .backward import dequantize_tiles, warp_backward
 from .forward import add_parts, permute_inputs, tile_forward, warp_forward
-from .layout import COLUMNS, Int6Matrix, packed_shape
+from .layout import COLUMNS, Int6Matrix, tile_grid
 from .wide import wide
 
 Backend = Literal["reference", "triton"]
@@ -70,7 +70,7 @@ def pick_config(
     `can_be_wide` is false where the wide kernel cannot serve for another reason: the GPU, or scales of groups.
     Microseconds on one NVIDIA H100 (bf16, L2 cold, graph replay) are of 8192x8192, 4096x14336 and 14336x4096 (N x K).
     """
-    tile_rows, tile_columns = packed_shape(N, K)[:2]
+    tile_rows, tile_columns, _ = tile_grid(N, K)
     blocks, programs = -(-tile_rows // 4), 1 << processors.bit_length()  # about two a multiprocessor
     if assembly and dtype == torch.float32:
         return Int6Config("dense")  # tensor cores have no fp32 product: what cuBLAS does with it is as good as it gets
@@ -102,7 +102,7 @@ def pick_config_dx(
     M: int, N: int, K: int, dtype: torch.dtype, assembly: bool = True, can_be_wide: bool = True, processors: int = H100
 ) -> Int6Config:
     """The backward's kernel for M rows; arguments and microseconds as of `pick_config`."""
-    tile_rows, tile_columns = packed_shape(N, K)[:2]
+    tile_rows, tile_columns, _ = tile_grid(N, K)
     if not assembly or dtype == torch.float32:
         return Int6Config("dense")
     if M <= 16 and N % 2 == 0:
@@ -178,7 +178,7 @@ def _add(parts: Tensor, bias: Tensor | None, out: Tensor) -> None:
 
 def _forward(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, rows: int, config: Int6Config) -> Tensor:
     (M, K), bias = x.shape, None if bias is None else bias.contiguous()
-    tile_rows, tile_columns = packed_shape(rows, K)[:2]
+    tile_rows, tile_columns, has_half = tile_grid(rows, K)
     if M == 0:
         return x.new_empty(M, rows)
     if config.kernel == "dense":
@@ -191,7 +191,8 @@ def _forward(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, rows
         return out
     out, x = x.new_empty(M, rows), x.contiguous()
     groups, size = _groups(scale, K)
-    weight = dict(packed_ptr=packed, scale_ptr=scale, N=rows, tile_columns=tile_columns, groups=groups, GROUP=size)
+    weight = dict(packed_ptr=packed, scale_ptr=scale, N=rows, tile_columns=tile_columns, groups=groups)
+    weight |= dict(GROUP=size, HALF=has_half)
     if config.kernel == "warp":
         warp_forward[(tile_rows,)](
             x_ptr=_aligned(x).view(torch.int32), bias_ptr=bias, out_ptr=out, M=M, K=K, **weight,
@@ -216,7 +217,7 @@ def _forward(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, rows
 
 def _backward(dout: Tensor, packed: Tensor, scale: Tensor, columns: int, config: Int6Config) -> Tensor:
     M, rows = dout.shape
-    tile_rows, tile_columns = packed_shape(rows, columns)[:2]
+    tile_rows, tile_columns, has_half = tile_grid(rows, columns)
     if M == 0:
         return dout.new_empty(M, columns)
     if config.kernel == "dense":
@@ -233,8 +234,8 @@ def _backward(dout: Tensor, packed: Tensor, scale: Tensor, columns: int, config:
     warp_backward[(tile_columns, config.split)](
         dout_ptr=_aligned(dout).view(torch.int32), packed_ptr=packed, scale_ptr=scale, parts_ptr=parts, M=M, N=rows,
         K=columns, tile_rows=tile_rows, tile_columns=tile_columns, groups=groups, dtype=TRITON_DTYPES[dout.dtype],
-        GROUP=size, EIGHTS=config.eights, LOG_WARPS=config.num_warps.bit_length() - 1, SPLIT=config.split,
-        num_warps=config.num_warps,
+        GROUP=size, HALF=has_half, EIGHTS=config.eights, LOG_WARPS=config.num_warps.bit_length() - 1,
+        SPLIT=config.split, num_warps=config.num_warps,
     )  # fmt: skip
     _add(parts, None, dx)
     return dx
@@ -243,11 +244,11 @@ def _backward(dout: Tensor, packed: Tensor, scale: Tensor, columns: int, config:
 def dequantize(packed: Tensor, scale: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
     """w_hat [N, K] in `dtype` by the kernel; the same bits as `Int6Matrix.dequantize`."""
     out = packed.new_empty(shape, dtype=dtype)
-    tile_rows, tile_columns = packed_shape(*shape)[:2]
+    tile_rows, tile_columns, has_half = tile_grid(*shape)
     groups, size = _groups(scale, shape[1])
     dequantize_tiles[(tile_columns, cdiv(tile_rows, 2))](
         packed_ptr=packed, scale_ptr=scale, out_ptr=out, N=shape[0], K=shape[1], tile_rows=tile_rows,
-        tile_columns=tile_columns, groups=groups, GROUP=size, R=2,
+        tile_columns=tile_columns, groups=groups, GROUP=size, HALF=has_half, R=2,
         ASM=_takes_assembly(out) and _scales_fit(out, scale), num_warps=4,
     )  # fmt: skip
     return out
@@ -299,7 +300,7 @@ def _resolve(backend: Backend | None, x: Tensor, weight: Int6Matrix) -> Backend:
     return resolve_backend(backend, x)
 
 
-def int6_linear(x: Tensor, weight: Int6Matrix, bias: Tensor | None = None, backend: Backend | None = None) -> Tensor:
+def int6_linear(x: Tensor, weight: Int6Matrix, bias: Tensor | None = None, *, backend: Backend | None = None) -> Tensor:
     """`x` [..., K] by `weight` [N, K] -> x W_hat^T + bias [..., N], in x's dtype: bfloat16, float16 or float32.
 
     `bias` is [N] in x's dtype, or None. x and bias get gradients; the weight has none.
@@ -319,7 +320,7 @@ def int6_linear(x: Tensor, weight: Int6Matrix, bias: Tensor | None = None, backe
     return out.view(*x.shape[:-1], rows)
 
 
-def int6_linear_dx(dout: Tensor, weight: Int6Matrix, backend: Backend | None = None) -> Tensor:
+def int6_linear_dx(dout: Tensor, weight: Int6Matrix, *, backend: Backend | None = None) -> Tensor:
     """`dout` [..., N] by `weight` [N, K] -> dx [..., K] in dout's dtype: the backward of :func:`int6_linear`.
 
     dout is bfloat16, float16 or float32. The kernel has no gradient of its own.

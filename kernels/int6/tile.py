@@ -5,6 +5,10 @@ instruction is one of each lane and `lane_product` is the warp's mma. Those tens
 program has threads, for which Triton's only layout is that one. With inline assembly (`ASM`) a triple of words becomes
 eight registers of two bf16 or fp16 codes in 17 integer instructions and 8 subtractions; without it, in the interpreter
 and for fp32, plain shifts and masks do the same.
+
+HALF says in every kernel that the last tile column is of 64 inputs, where two tile rows share a tile (layout.py). Warps
+then take their own chunks first, the tile and dequantising kernels move the other operand by the inputs `before`. What
+they read of other rows meets zeros or is not stored. Sums are those of inputs padded with zeros, bit for bit.
 """
 
 import triton
@@ -119,6 +123,25 @@ def tile_words(pointers, mask):
 
 
 @triton.jit
+def shared_tile(row, tile_rows, columns):
+    """Number of the tile that has the last 64 inputs of tile row `row`, after all tiles of `columns` whole columns."""
+    return tile_rows.to(tl.int64) * columns + row // 8 * 4 + row % 4
+
+
+@triton.jit
+def inputs_before(row, column, columns):
+    """Inputs of another row that are before its own in the tile of tile row `row` in `column`: 0 or 64."""
+    return tl.where((column == columns) & (row // 4 % 2 == 1), 64, 0)
+
+
+@triton.jit
+def own_half(words, before):
+    """Four words of a lane -> the same, chunks 2 and 3 in the place of 0 and 1 where `before` is 64."""
+    second = before > 0
+    return tl.where(second, words[2], words[0]), tl.where(second, words[3], words[1]), words[2], words[3]
+
+
+@triton.jit
 def over_warps(acc, LOG_WARPS: tl.constexpr):
     """A quadruple of accumulators [32 << LOG_WARPS] -> [32, 4] as 2 half + odd, summed over the warps in a fixed order.
 
@@ -141,10 +164,17 @@ def field_pairs(w0, w1, w2):
 
 
 @triton.jit
-def load_triples(packed_ptr, first, tile_rows, column, tile_columns, R: tl.constexpr):
-    """The words of R tiles, one above the other, at tile row `first` and tile column `column`: three of [R, 32, 4]."""
+def load_triples(packed_ptr, first, tile_rows, column, tile_columns, HALF: tl.constexpr, R: tl.constexpr):
+    """The words of R tiles, one above the other, at tile row `first` and tile column `column`: three of [R, 32, 4].
+
+    With HALF `first` is a multiple of R, and R divides 4: `inputs_before` is one number for all of them.
+    """
     row = first + tl.arange(0, R)
-    offsets = (row.to(tl.int64) * tile_columns + column)[:, None, None] * 384
+    columns = tile_columns - 1 if HALF else tile_columns
+    tile = row.to(tl.int64) * columns + column
+    if HALF:
+        tile = tl.where(column < columns, tile, shared_tile(row, tile_rows, columns))
+    offsets = tile[:, None, None] * 384
     offsets += tl.arange(0, 32)[None, :, None] * 4 + tl.arange(0, 4)[None, None, :]
     mask = (row < tile_rows)[:, None, None]
     w0 = tl.load(packed_ptr + offsets, mask=mask, other=0)
@@ -154,10 +184,10 @@ def load_triples(packed_ptr, first, tile_rows, column, tile_columns, R: tl.const
 
 
 @triton.jit
-def load_scales(scale_ptr, first, column, N, groups, GROUP: tl.constexpr, R: tl.constexpr):
+def load_scales(scale_ptr, first, column, before, N, groups, GROUP: tl.constexpr, HALF: tl.constexpr, R: tl.constexpr):
     """Scales in fp32 of what each lane holds of R tiles: of its rows g and of its rows g + 8.
 
-    [R, 32, 1] of scale [N] (GROUP 0), [R, 32, 4] of scale [N, groups]: one for each chunk.
+    [R, 32, 1] of scale [N] (GROUP 0), [R, 32, 4] of scale [N, groups]: one for each chunk, 0 for those of other rows.
     """
     row = (first + tl.arange(0, R))[:, None, None] * 16 + (tl.arange(0, 32) // 4)[None, :, None]
     if GROUP == 0:
@@ -165,6 +195,9 @@ def load_scales(scale_ptr, first, column, N, groups, GROUP: tl.constexpr, R: tl.
         lower = tl.load(scale_ptr + row + 8, mask=row + 8 < N, other=0.0)
     else:
         group = column * (128 // GROUP) + (tl.arange(0, 4) * 32 // GROUP)[None, None, :]
+        if HALF:
+            own = (tl.arange(0, 4) * 32 >= before)[None, None, :]
+            group = tl.where(own, group - before // GROUP, groups)
         pointers = scale_ptr + row.to(tl.int64) * groups + group
         upper = tl.load(pointers, mask=(row < N) & (group < groups), other=0.0)
         lower = tl.load(pointers + 8 * groups, mask=(row + 8 < N) & (group < groups), other=0.0)

@@ -59,15 +59,27 @@ def following(item, position, length):
 
 
 @gluon.jit
-def fetch(words_desc, scale_desc, ready, words, scales, slot, f, load, pred, BACKWARD: gl.constexpr):
-    """Starts the copy of a load's words (and, backward, of its rows' scales) to a slot."""
+def fetch(
+    words_desc, shared_desc, scale_desc, ready, words, scales, slot, f, load, last_column, pred, BACKWARD: gl.constexpr
+):  # fmt: skip
+    """Starts the copy of a load's words (and, backward, of its rows' scales) to a slot.
+
+    In a last column of 64 inputs four tiles have eight tile rows; the four after them come too and are not used.
+    """
     row = load * TILES if BACKWARD else f * TILES
     column = f if BACKWARD else load
     mbarrier.expect(ready.index(slot), LOAD_BYTES + 256 if BACKWARD else LOAD_BYTES, pred=pred)
+    whole = pred
+    if shared_desc is not None:
+        whole = pred & (column != last_column)
     for word in gl.static_range(3):
+        place = words.index(slot * 3 + word)
         tma.async_copy_global_to_shared(
-            words_desc, [row, column * 384 + word * 128], ready.index(slot), words.index(slot * 3 + word), pred=pred
+            words_desc, [row, column * 384 + word * 128], ready.index(slot), place, pred=whole
         )
+        if shared_desc is not None:
+            shared = pred & (column == last_column)
+            tma.async_copy_global_to_shared(shared_desc, [row // 2, word * 128], ready.index(slot), place, pred=shared)
     if BACKWARD:
         tma.async_copy_global_to_shared(scale_desc, [0, row * 16], ready.index(slot), scales.index(slot), pred=pred)
 
@@ -80,6 +92,21 @@ def load_words(buffer, odd, L: gl.constexpr):
     first, second = gl.split(gl.reshape(words, [TILES, 32, 2, 2]))
     swap, _ = gl.split(gl.reshape(odd, [TILES, 32, 2, 2]))
     return gl.reshape(gl.join(gl.where(swap, second, first), gl.where(swap, first, second)), [TILES, 32, 4])
+
+
+@gluon.jit
+def own_halves(words, shared, L: gl.constexpr):
+    """[8, 32, 4] -> the same, or where tile rows share tiles, chunks 0 and 1 of each in its own place.
+
+    Tiles 0 to 3 have those of 4 to 7 as chunks 2 and 3 (layout.py). Other chunks meet inputs of zero or are not stored.
+    """
+    halves = gl.reshape(words, [2, TILES // 2, 32, 2, 2])
+    upper, lower = gl.split(gl.permute(halves, [1, 2, 4, 3, 0]))
+    _, second = gl.split(upper)
+    first, rest = gl.split(lower)
+    lower = gl.join(gl.where(shared, second, first), rest)
+    halves = gl.permute(gl.join(upper, lower), [4, 0, 1, 3, 2])
+    return gl.convert_layout(gl.reshape(halves, [TILES, 32, 4]), L, assert_trivial=True)
 
 
 @gluon.jit
@@ -166,7 +193,7 @@ def swapped_layout(rows, columns):
 
 @gluon.jit
 def unpack(
-    words_desc, scale_desc, words, scales, fetched, weights, unpacked, empty, blocks_f, blocks_m, loads,
+    words_desc, shared_desc, scale_desc, words, scales, fetched, weights, unpacked, empty, blocks_f, blocks_m, loads,
     BACKWARD: gl.constexpr, SPLIT: gl.constexpr, GROUP_M: gl.constexpr, STAGES: gl.constexpr, SLOTS: gl.constexpr,
 ):  # fmt: skip
     """The four warps that fill `weights`, step after step."""
@@ -181,10 +208,12 @@ def unpack(
     item = gl.program_id(0)
     position = 0  # of the item: the load to fetch next
     f, _, share = block_of(item, blocks_f, blocks_m, SPLIT, GROUP_M)
+    last_column = blocks_f - 1 if BACKWARD else SPLIT * loads - 1
     for early in gl.static_range(SLOTS):
         fetch(
-            words_desc, scale_desc, fetched, words, scales, early, f, share * loads + position, early < total, BACKWARD
-        )
+            words_desc, shared_desc, scale_desc, fetched, words, scales, early, f, share * loads + position,
+            last_column, early < total, BACKWARD,
+        )  # fmt: skip
         item, position = following(item, position, loads)
         f, _, share = block_of(item, blocks_f, blocks_m, SPLIT, GROUP_M)
     for load in range(total):
@@ -193,6 +222,13 @@ def unpack(
         w0 = load_words(words.index(slot * 3), odd, L)
         w1 = load_words(words.index(slot * 3 + 1), odd, L)
         w2 = load_words(words.index(slot * 3 + 2), odd, L)
+        if shared_desc is not None:
+            here = gl.program_id(0) + load // loads * gl.num_programs(0)
+            own_f, _, own_share = block_of(here, blocks_f, blocks_m, SPLIT, GROUP_M)
+            shared = (own_f if BACKWARD else own_share * loads + load % loads) == last_column
+            w0 = own_halves(w0, shared, L)
+            w1 = own_halves(w1, shared, L)
+            w2 = own_halves(w2, shared, L)
         if BACKWARD:
             upper, lower = load_scales(scales.index(slot), L)
         for half in gl.static_range(2):
@@ -210,6 +246,9 @@ def unpack(
             mbarrier.arrive(unpacked.index(stage))
         # The barrier of that arrival says that every lane has read the slot.
         more = load + SLOTS < total
-        fetch(words_desc, scale_desc, fetched, words, scales, slot, f, share * loads + position, more, BACKWARD)
+        fetch(
+            words_desc, shared_desc, scale_desc, fetched, words, scales, slot, f, share * loads + position,
+            last_column, more, BACKWARD,
+        )  # fmt: skip
         item, position = following(item, position, loads)
         f, _, share = block_of(item, blocks_f, blocks_m, SPLIT, GROUP_M)

@@ -27,6 +27,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ..dispatch import cdiv, multiprocessors
+from .layout import tile_grid
 from .unpack import TILES, block_of, following, items_of_this_program, unpack
 
 BLOCK_F = tl.constexpr(128)
@@ -123,7 +124,8 @@ def multiply(
 @gluon.jit(do_not_specialize=["M", "blocks_f", "blocks_m", "loads"])
 def wide_product(
     x_desc,  # [M, C], blocks [BLOCK_M, 64]
-    words_desc,  # int32 [tile rows, 384 tile columns], blocks [8, 128]
+    words_desc,  # int32 [tile rows, 384 whole tile columns], blocks [8, 128]
+    shared_desc,  # int32 [tiles of a last column of 64 inputs, 384], blocks [8, 128]; None without one
     scale_desc,  # fp16 [1, N], blocks [1, 128]
     out_desc,  # [M, F], blocks [SLICE, 128]
     parts_ptr,  # fp32 [SPLIT, M, F]
@@ -169,13 +171,19 @@ def wide_product(
                 BACKWARD, BIAS, SPLIT, GROUP_M, BLOCK_M, STAGES, SLICE,
             )),
             (unpack, (
-                words_desc, scale_desc, words, scales, fetched, weights, unpacked, empty, blocks_f, blocks_m, loads,
-                BACKWARD, SPLIT, GROUP_M, STAGES, SLOTS,
+                words_desc, shared_desc, scale_desc, words, scales, fetched, weights, unpacked, empty,
+                blocks_f, blocks_m, loads, BACKWARD, SPLIT, GROUP_M, STAGES, SLOTS,
             )),
         ],
         [4],
         [UNPACK_REGISTERS],
     )  # fmt: skip
+
+
+def _words(tiles: Tensor, columns: int) -> TensorDescriptor:
+    """Descriptor of the tiles of so many columns."""
+    shape = [len(tiles) // columns, columns * 384]
+    return TensorDescriptor(tiles, shape, [shape[1], 1], [TILES.value, 128], WORDS)
 
 
 def wide(
@@ -195,17 +203,18 @@ def wide(
     """
     M, C = x.shape
     F = shape[1] if backward else shape[0]
-    tile_rows, tile_columns = packed.shape[:2]
+    tile_rows, tile_columns, has_half = tile_grid(*shape)
+    whole = tile_rows * (tile_columns - has_half)
     loads = cdiv(tile_rows, TILES.value) if backward else tile_columns
     out = x.new_empty(M, F)
     parts = x.new_empty(split, M, F, dtype=torch.float32) if split > 1 else None
     blocks_f, blocks_m = cdiv(F, BLOCK_F.value), cdiv(M, block_m)
     slice_m = min(32, block_m)
+    shared = _words(packed[whole:], 1) if has_half else None
     wide_product[(min(multiprocessors(x.device), blocks_f * blocks_m * split),)](
         x_desc=TensorDescriptor(x, [M, C], [C, 1], [block_m, DEPTH.value], SWIZZLED),
-        words_desc=TensorDescriptor(
-            packed, [tile_rows, tile_columns * 384], [tile_columns * 384, 1], [TILES.value, 128], WORDS
-        ),
+        words_desc=_words(packed[:whole], tile_columns - has_half) if whole else shared,
+        shared_desc=shared,
         scale_desc=TensorDescriptor(scale, [1, shape[0]], [shape[0], 1], [1, 128], SCALES),
         out_desc=TensorDescriptor(out, [M, F], [F, 1], [slice_m, BLOCK_F.value], SWIZZLED),
         parts_ptr=scale if parts is None else parts, scale_ptr=scale, bias_ptr=scale if bias is None else bias,

@@ -18,21 +18,6 @@ def linear_ref(x: Tensor, weight: Tensor) -> Tensor:
     return F.linear(x, weight)
 
 
-def linear(x: Tensor, weight: Tensor, *, backend: str | None = None) -> Tensor:
-    """`x` [..., K] by `weight` [N, K] -> x W^T [..., N], all of one dtype. Both get gradients.
-
-    `backend` is "reference" or "triton"; None takes the reference on a CPU and the kernel on a GPU. The kernel takes
-    bfloat16, float16 or float32. It copies operands whose rows are not at multiples of 16 bytes.
-    ValueError: other shapes, dtypes or backends, operands of several dtypes or devices.
-
-    Example: out = linear(x, weight)
-    """
-    backend = resolve_backend(backend, x)
-    expect("x", x, ("...", "K"), dtypes_of(backend))
-    expect("weight", weight, ("N", x.size(-1)), (x.dtype,), x.device)
-    return linear_ref(x, weight) if backend == "reference" else _linear(x, weight)
-
-
 @custom_op("klora::linear", mutates_args=())
 def _linear(x: Tensor, weight: Tensor) -> Tensor:
     return launch_product(x, weight)
@@ -80,3 +65,18 @@ def _backward(ctx, dout):
 
 
 _linear.register_autograd(_backward, setup_context=_setup_context)
+
+
+def linear(x: Tensor, weight: Tensor, *, backend: str | None = None) -> Tensor:
+    """`x` [..., K] by `weight` [N, K] -> x W^T [..., N], all of one dtype. Both get gradients.
+
+    `backend` is "reference" or "triton"; None takes the reference on a CPU and the kernel on a GPU. The kernel takes
+    bfloat16, float16 or float32. It copies operands whose rows are not at multiples of 16 bytes.
+    ValueError: other shapes, dtypes or backends, operands of several dtypes or devices.
+
+    Example: out = linear(x, weight)
+    """
+    backend = resolve_backend(backend, x)
+    expect("x", x, ("...", "K"), dtypes_of(backend))
+    expect("weight", weight, ("N", x.size(-1)), (x.dtype,), x.device)
+    return linear_ref(x, weight) if backend == "reference" else _linear(x, weight)

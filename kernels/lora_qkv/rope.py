@@ -161,6 +161,28 @@ def _backward(ctx, *douts):
 _op.register_autograd(_backward, setup_context=_setup)
 
 
+def expect_heads(
+    x: Tensor,
+    lora_b: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    gain: Tensor,
+    sizes: Sequence[int],
+    head_dim: int,
+    backend: str,
+    own_tables: bool = False,
+) -> None:
+    """Raises on heads and tables that the backend does not take; `own_tables`: each document has its own."""
+    refuse_gradients("detach it, or use lora_qkv and norm_rotary", gain=gain)
+    if head_dim < 2 or head_dim % 2 or any(size % head_dim for size in sizes[:2]):
+        raise ValueError(f"head_dim is {head_dim} and sizes {tuple(sizes)}; wanted an even divisor of the first two")
+    shape = (*x.shape[:2], head_dim // 2) if own_tables else (x.size(1), head_dim // 2)
+    expect_tables(cos, sin, gain, shape, sizes[0] // head_dim, x.device, backend)
+    widest = pick_forward_config(x.dtype, lora_b.size(2)).widest_head
+    if backend == "triton" and (head_dim & (head_dim - 1) or head_dim > widest):
+        raise ValueError(f"head_dim is {head_dim}; wanted a power of two up to {widest}")
+
+
 def lora_qkv_rope(
     x: Tensor,
     weight: Tensor,
@@ -199,25 +221,3 @@ def lora_qkv_rope(
         return lora_qkv_rope_ref(x, weight, lora_a, lora_b, cos, sin, gain, tuple(sizes), head_dim, slots)
     tables = (table.contiguous() for table in (cos, sin, gain))
     return _op(x, weight, lora_a, lora_b, *tables, slots, sizes, head_dim, *(grads or (None, None)))[:3]
-
-
-def expect_heads(
-    x: Tensor,
-    lora_b: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    gain: Tensor,
-    sizes: Sequence[int],
-    head_dim: int,
-    backend: str,
-    own_tables: bool = False,
-) -> None:
-    """Raises on heads and tables that the backend does not take; `own_tables`: each document has its own."""
-    refuse_gradients("detach it, or use lora_qkv and norm_rotary", gain=gain)
-    if head_dim < 2 or head_dim % 2 or any(size % head_dim for size in sizes[:2]):
-        raise ValueError(f"head_dim is {head_dim} and sizes {tuple(sizes)}; wanted an even divisor of the first two")
-    shape = (*x.shape[:2], head_dim // 2) if own_tables else (x.size(1), head_dim // 2)
-    expect_tables(cos, sin, gain, shape, sizes[0] // head_dim, x.device, backend)
-    widest = pick_forward_config(x.dtype, lora_b.size(2)).widest_head
-    if backend == "triton" and (head_dim & (head_dim - 1) or head_dim > widest):
-        raise ValueError(f"head_dim is {head_dim}; wanted a power of two up to {widest}")

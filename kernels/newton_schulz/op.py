@@ -212,6 +212,7 @@ def newton_schulz(
     coefficients: str | Sequence[float] = "jordan",
     dtype: torch.dtype | None = None,
     form: str | None = None,
+    *,
     backend: str | None = None,
 ) -> Tensor | list[Tensor]:
     """Orthogonalise one tensor [..., m, n], or each of a list of tensors of any such shapes -> the same shapes.
@@ -325,6 +326,7 @@ def muon_updates(
     nesterov: bool = True,
     steps: int = 5,
     coefficients: str | Sequence[float] = "jordan",
+    *,
     backend: str | None = None,
 ) -> list[Tensor]:
     """m <- mu m + g in place, then NS(g + mu m), or NS(m) -> the updates, fp16 on a GPU, in the gradients' shapes.
@@ -354,8 +356,9 @@ def muon_apply_(
     lr: float | Tensor,
     weight_decay: float | Tensor,
     scale: str = "original",
-    backend: str | None = None,
+    *,
     rows: Sequence[int] | None = None,
+    backend: str | None = None,
 ) -> None:
     """W <- (1 - lr * decay) W - lr * update_scale * u, in place; an entry stays as it is where u is NaN.
 

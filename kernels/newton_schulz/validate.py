@@ -21,7 +21,8 @@ def takes_kernel(tensor: Tensor, backend: str | None, other: torch.dtype) -> boo
     takes = resolve_backend(backend, tensor) == "triton"
     if takes and not is_served:
         raise ValueError(
-            f"{tensor.dtype} with {other} is not possible for the kernels; allowed: {DTYPES}, or backend='reference'"
+            f"{tensor.dtype} with {other} is not possible for the kernels; allowed: {', '.join(map(str, DTYPES))}, or "
+            "backend='reference'"
         )
     return takes
 

@@ -351,6 +351,47 @@ def _norm_backward(ctx, dn, _):
 _norm_op.register_autograd(_norm_backward, setup_context=_setup_norm)
 
 
+def _takes_reference(x: Tensor, shape: tuple[str, ...], backend: str | None) -> bool:
+    """Whether `backend` means the reference; raises for an x that it does not take."""
+    reference = resolve_backend(backend, x) == "reference"
+    expect("x", x, shape, () if reference else DTYPES)
+    if not reference:
+        expect_multiples(16, WIDEST, D=x.size(-1))
+    return reference
+
+
+def _check_gain(x: Tensor, weight: Tensor | None, eps: float, unit_offset: bool, reference: bool) -> None:
+    if not eps > 0:
+        raise ValueError(f"eps is {eps}; wanted a number above 0")
+    if unit_offset and weight is None:
+        raise ValueError("unit_offset is given without weight")
+    if weight is not None:
+        expect("weight", weight, (x.size(-1),), FLOATS if reference else DTYPES, x.device)
+
+
+def check_boundary(x: Tensor, *, backend: str | None, **given: Tensor | None) -> Tensor | None:
+    """The slots as the kernel takes them; raises on tensors of a boundary that the backend does not take."""
+    reference = _takes_reference(x, ("B", "S", "D"), backend)
+    for name, other in NEEDS:
+        if given.get(name) is not None and given.get(other) is None:
+            raise ValueError(f"{name} is given without {other}")
+    slots, width = expect_slots(given["slots"], x.size(0), x.device), x.size(2)
+    rows = x.size(0) if slots is None else "slots"
+    shapes = {"scale": (width,), "skip": (width,), "mix": (2, width), "bias": (rows, width)}
+    fp32 = () if reference else (torch.float32,)
+    for name in ("branch", "pushed", "x0", *shapes):
+        if given.get(name) is not None:
+            expect(name, given[name], shapes.get(name, x.shape), fp32 if name in shapes else (x.dtype,), x.device)
+    bias_grad, x0_grad = given["bias_grad"], given["x0_grad"]
+    if bias_grad is not None:
+        expect_rows("bias_grad", bias_grad, given["bias"], (torch.float32,))
+    if x0_grad is not None:
+        expect("x0_grad", x0_grad, x.shape, (x.dtype,), x.device)
+        if not x0_grad.is_contiguous():
+            raise ValueError(f"x0_grad has strides {list(x0_grad.stride())}; wanted a contiguous tensor")
+    return slots
+
+
 def rms_norm(
     x: Tensor,
     weight: Tensor | None = None,
@@ -448,44 +489,3 @@ def residual_norm(
     if is_plain:
         x_out = x_in = x
     return ResidualNorm(x_out if push else None, None if last else x_in, n)
-
-
-def check_boundary(x: Tensor, *, backend: str | None, **given: Tensor | None) -> Tensor | None:
-    """The slots as the kernel takes them; raises on tensors of a boundary that the backend does not take."""
-    reference = _takes_reference(x, ("B", "S", "D"), backend)
-    for name, other in NEEDS:
-        if given.get(name) is not None and given.get(other) is None:
-            raise ValueError(f"{name} is given without {other}")
-    slots, width = expect_slots(given["slots"], x.size(0), x.device), x.size(2)
-    rows = x.size(0) if slots is None else "slots"
-    shapes = {"scale": (width,), "skip": (width,), "mix": (2, width), "bias": (rows, width)}
-    fp32 = () if reference else (torch.float32,)
-    for name in ("branch", "pushed", "x0", *shapes):
-        if given.get(name) is not None:
-            expect(name, given[name], shapes.get(name, x.shape), fp32 if name in shapes else (x.dtype,), x.device)
-    bias_grad, x0_grad = given["bias_grad"], given["x0_grad"]
-    if bias_grad is not None:
-        expect_rows("bias_grad", bias_grad, given["bias"], (torch.float32,))
-    if x0_grad is not None:
-        expect("x0_grad", x0_grad, x.shape, (x.dtype,), x.device)
-        if not x0_grad.is_contiguous():
-            raise ValueError(f"x0_grad has strides {list(x0_grad.stride())}; wanted a contiguous tensor")
-    return slots
-
-
-def _check_gain(x: Tensor, weight: Tensor | None, eps: float, unit_offset: bool, reference: bool) -> None:
-    if not eps > 0:
-        raise ValueError(f"eps is {eps}; wanted a number above 0")
-    if unit_offset and weight is None:
-        raise ValueError("unit_offset is given without weight")
-    if weight is not None:
-        expect("weight", weight, (x.size(-1),), FLOATS if reference else DTYPES, x.device)
-
-
-def _takes_reference(x: Tensor, shape: tuple[str, ...], backend: str | None) -> bool:
-    """Whether `backend` means the reference; raises for an x that it does not take."""
-    reference = resolve_backend(backend, x) == "reference"
-    expect("x", x, shape, () if reference else DTYPES)
-    if not reference:
-        expect_multiples(16, WIDEST, D=x.size(-1))
-    return reference

@@ -45,7 +45,7 @@ def tables(cos_ptr, sin_ptr, first, tokens, D: tl.constexpr, TOKENS: tl.constexp
 
 @triton.jit
 def load_halves(ptr, offsets, mask, D: tl.constexpr):
-    """Both load_halves of each head, in fp32."""
+    """Both halves of each head, in fp32."""
     left = tl.load(ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     right = tl.load(ptr + D // 2 + offsets, mask=mask, other=0.0).to(tl.float32)
     return left, right

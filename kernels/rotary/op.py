@@ -98,6 +98,23 @@ def _autograd(ctx, dq_out, dk_out):
 _op.register_autograd(_autograd, setup_context=_setup_context)
 
 
+def expect_tables(
+    cos: Tensor,
+    sin: Tensor,
+    gain: Tensor | None,
+    shape: tuple[int, ...],
+    heads: int,
+    device: torch.device,
+    backend: str,
+) -> None:
+    """Raise unless cos and sin have this shape and no gradient, and gain is [heads]; for the kernel in float32."""
+    refuse_gradients("detach it", cos=cos, sin=sin)
+    dtypes = (torch.float32,) if backend == "triton" else ()
+    for name, tensor, wanted in (("cos", cos, shape), ("sin", sin, shape), ("gain", gain, (heads,))):
+        if tensor is not None or name != "gain":
+            expect(name, tensor, wanted, dtypes, device)
+
+
 def norm_rotary(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, gain: Tensor | None = None, *, backend: str | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -123,20 +140,3 @@ def norm_rotary(
     if backend == "reference":
         return norm_rotary_ref(q, cos, sin, gain), norm_rotary_ref(k, cos, sin)
     return _op(q, k, cos.contiguous(), sin.contiguous(), None if gain is None else gain.contiguous())
-
-
-def expect_tables(
-    cos: Tensor,
-    sin: Tensor,
-    gain: Tensor | None,
-    shape: tuple[int, ...],
-    heads: int,
-    device: torch.device,
-    backend: str,
-) -> None:
-    """Raise unless cos and sin have this shape and no gradient, and gain is [heads]; for the kernel in float32."""
-    refuse_gradients("detach it", cos=cos, sin=sin)
-    dtypes = (torch.float32,) if backend == "triton" else ()
-    for name, tensor, wanted in (("cos", cos, shape), ("sin", sin, shape), ("gain", gain, (heads,))):
-        if tensor is not None or name != "gain":
-            expect(name, tensor, wanted, dtypes, device)
