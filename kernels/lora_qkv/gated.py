@@ -8,7 +8,12 @@ Half of a forward's tile is columns of gate, the other half the same columns of 
 weights lie side by side in the ring, and both adapters are one, the ranks of up behind those of gate: rows of B have
 zeros at the ranks of the other. The inner rows x A^T, or t, are made by the first tile of a chunk, as in :mod:`.turns`.
 
-Backward the tiles of g and u come in halves, by a warp of their own, into the places that dg and du leave from.
+Backward memory is the bound: 64 KiB of g and u come for a tile and 64 KiB of dg and du leave, by a multiprocessor's
+share of 30 KB a microsecond in 4.3 us; shared memory takes as long for 576 inputs. All else has to hide behind that. So
+g and u come in pieces, a quarter of a tile each, into a ring of PLACES, by a warp of their own: while one piece is
+worked on, those of the next tile are on their way. A group writes dg and du where g and u were, says so, and goes on:
+that warp stores them, and once they have left their place loads what comes PLACES pieces later. No group waits for a
+store.
 
 g, u and dh are rounded before they are read, and every sum is made in the order of the launches that this stands for:
 their bits are the same.
@@ -45,32 +50,36 @@ from ..swiglu import silu, swiglu_gradient
 from .adapters import Adapters
 from .turns import (
     HALF,
-    HALF_ACC,
     INNER,
     RANK_LOADS,
     RANKS,
     TURNS,
-    TurnsConfig,
     adapter_of,
     blocks_of,
     pick_columns,
     place_of,
 )
 
-QUARTER = gl.constexpr(HALF.value // 2)
-"""Columns of gate, and of up, in what a wide tile has beside BLOCK."""
+PIECES = gl.constexpr(4)
+"""Of a tile of g, or of u: HALF rows of HALF columns, two below one another and then the next two."""
 FACTOR_LOADS = gl.constexpr(gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0]))
 WIDE_INNER = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 2 * RANKS.value, 16]))
 
 
-def pick_gated_config(rank: int) -> TurnsConfig:
-    """As many stages as shared memory holds beside the ranks. Tiles of 192 outputs spill 28 bytes at up to 8 ranks, and
-    above the compiler serialises the matrix instructions. By the compiler, not timed.
+def pick_gated_stages(rank: int) -> int:
+    """Of the forward's ring, as many as shared memory holds beside the ranks.
+
+    An H200, 65,536 x 1,536 x 576, rank 8: 437 us; 469 in 4 stages, 470 where every tile makes x A^T, 463 in tiles of
+    192 outputs (nvidia-h200/tuning/lora_swiglu-1.json). Gate and up in turns and SwiGLU after them take 495.
     """
-    return TurnsConfig(128, 5 if rank <= 8 else 4)
+    return 5 if rank <= 8 else 4
 
 
-BACKWARD_STAGES = 4
+BACKWARD_IN_TURNS = False
+"""Whether the backward is made here: not timed yet. Its first form, with two places of half a tile that the groups
+shared and stored from, took 547 us where dx with dB beside it and SwiGLU's gradient after them take 457."""
+BACKWARD_STAGES, PLACES = 3, 6
+"""34 KiB a stage and 16 KiB a place; 4 stages leave room for 4 places."""
 
 
 # Forward
@@ -117,15 +126,6 @@ def _store_piece(out_desc, b, s, n, piece, place):
 
 
 @gluon.jit
-def _store_gated(g_desc, u_desc, h_desc, b, s, n, g, u, place):
-    """g, u and h of as many columns as the place has."""
-    g, u = g.to(place.dtype), u.to(place.dtype)
-    _store_piece(g_desc, b, s, n, g, place)
-    _store_piece(u_desc, b, s, n, u, place)
-    _store_piece(h_desc, b, s, n, silu(g.to(gl.float32)) * u.to(gl.float32), place)
-
-
-@gluon.jit
 def _finish_gated(
     b_ptr, slots_ptr, g_desc, u_desc, h_desc, xa_ptr, b_stride, S, columns, tiles, pool,
     inputs, weights, factors, inners, inner_made, ranks, outs, loaded, empty, turn,
@@ -133,46 +133,33 @@ def _finish_gated(
     STACKED: gl.constexpr, STEPS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Every other tile of the program."""
-    PARTS: gl.constexpr = len(weights)
-    COLUMNS: gl.constexpr = HALF + QUARTER if PARTS > 1 else HALF
     out = outs.index(GROUP)
     for count in range(GROUP, tiles, 2):
-        b, s, _, n, _, makes_inner = place_of(count, columns, S, N, 0, ACROSS, 0, 0, COLUMNS, 1)
+        b, s, _, n, _, makes_inner = place_of(count, columns, S, N, 0, ACROSS, 0, 0, HALF, 1)
         number = count // columns
         slot = adapter_of(slots_ptr, b, pool)
-        accs = (gl.zeros([BLOCK, BLOCK], gl.float32, ACC),)
-        if PARTS > 1:
-            accs = accs + (gl.zeros([BLOCK, HALF], gl.float32, HALF_ACC),)
-        for i in gl.static_range(PARTS):
-            _load_both_ranks(b_ptr, b_stride, slot, n + i * HALF, ranks[i].index(GROUP), N, R, RT, EACH, STACKED)
+        acc = gl.zeros([BLOCK, BLOCK], gl.float32, ACC)
+        _load_both_ranks(b_ptr, b_stride, slot, n, ranks.index(GROUP), N, R, RT, EACH, STACKED)
         fence_async_shared()
         await_turn(turn, count, GROUP)
         place = inners.index(number % 2)
         if makes_inner:
             xa = gl.zeros([BLOCK, 2 * EACH], gl.float32, WIDE_INNER if EACH > 8 else INNER)
-            sums = multiply_steps(
-                inputs, weights + (factors,), accs + (xa,), loaded, empty, turn, count, GROUP, STEPS, STAGES
+            acc, xa = multiply_steps(
+                inputs, (weights, factors), (acc, xa), loaded, empty, turn, count, GROUP, STEPS, STAGES
             )
-            place.store(sums[-1].to(place.dtype))
+            place.store(xa.to(place.dtype))
             fence_async_shared()
             mbarrier.arrive(inner_made.index(number % 2))
-            sums = sums[:-1]
         else:
-            sums = multiply_steps(inputs, weights, accs, loaded, empty, turn, count, GROUP, STEPS, STAGES)
+            (acc,) = multiply_steps(inputs, (weights,), (acc,), loaded, empty, turn, count, GROUP, STEPS, STAGES)
         mbarrier.wait(inner_made.index(number % 2), number // 2 % 2)
-        whole = ()
-        for i in gl.static_range(PARTS):
-            whole = whole + (warpgroup_mma(place, ranks[i].index(GROUP).permute((1, 0)), sums[i], is_async=True),)
-        whole = multiplied(0, whole)
-        for i in gl.static_range(PARTS):
-            g, u = _halves(whole[i])
-            if g.shape[1] > out.shape[2]:
-                g, next_g = _halves(g)
-                u, next_u = _halves(u)
-                _store_gated(g_desc, u_desc, h_desc, b, s, n, g, u, out)
-                _store_gated(g_desc, u_desc, h_desc, b, s, n + QUARTER, next_g, next_u, out)
-            else:
-                _store_gated(g_desc, u_desc, h_desc, b, s, n + i * HALF, g, u, out)
+        (acc,) = multiplied(0, (warpgroup_mma(place, ranks.index(GROUP).permute((1, 0)), acc, is_async=True),))
+        g, u = _halves(acc)
+        g, u = g.to(out.dtype), u.to(out.dtype)
+        _store_piece(g_desc, b, s, n, g, out)
+        _store_piece(u_desc, b, s, n, u, out)
+        _store_piece(h_desc, b, s, n, silu(g.to(gl.float32)) * u.to(gl.float32), out)
         if n == 0:  # now that the sums have left the registers
             _store_inner(xa_ptr, place, b, s, S, EACH)
     tma.store_wait(0)
@@ -180,16 +167,14 @@ def _finish_gated(
 
 @gluon.jit
 def _load_gated(
-    x_desc, w_descs, a_desc, slots_ptr, S, columns, tiles, pool, inputs, weights, factors, loaded, empty,
+    x_desc, w_desc, a_desc, slots_ptr, S, columns, tiles, pool, inputs, halves, factors, loaded, empty,
     N: gl.constexpr, ACROSS: gl.constexpr, EACH: gl.constexpr, STEPS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """`weights` are the halves of the ring's stages, of gate and of up by turns."""
-    PARTS: gl.constexpr = len(weights)
-    COLUMNS: gl.constexpr = HALF + QUARTER if PARTS > 1 else HALF
-    PRODUCT: gl.constexpr = (BLOCK + 2 * COLUMNS) * DEPTH * 2  # bytes
+    """`halves` are those of the ring's weights, of gate and of up by turns."""
+    PRODUCT: gl.constexpr = 2 * BLOCK * DEPTH * 2  # bytes
     step = 0
     for count in range(tiles):
-        b, s, _, n, _, makes_inner = place_of(count, columns, S, N, 0, ACROSS, 0, 0, COLUMNS, 1)
+        b, s, _, n, _, makes_inner = place_of(count, columns, S, N, 0, ACROSS, 0, 0, HALF, 1)
         slot = adapter_of(slots_ptr, b, pool)
         for k in range(STEPS):
             stage = empty_stage(empty, step, STAGES)
@@ -197,11 +182,9 @@ def _load_gated(
             mbarrier.expect(is_loaded, PRODUCT, pred=not makes_inner)
             mbarrier.expect(is_loaded, PRODUCT + 2 * EACH * DEPTH * 2, pred=makes_inner)
             tma.async_copy_global_to_shared(x_desc, [b, s, k * DEPTH], is_loaded, inputs.index(stage))
-            for i in gl.static_range(PARTS):
-                for p in gl.static_range(2):
-                    place = weights[i].index(2 * stage + p)
-                    row = p * N + n + i * HALF
-                    tma.async_copy_global_to_shared(w_descs[i], [row, k * DEPTH], is_loaded, place)
+            for p in gl.static_range(2):
+                half = halves.index(2 * stage + p)
+                tma.async_copy_global_to_shared(w_desc, [p * N + n, k * DEPTH], is_loaded, half)
             factor = factors.index(stage)
             tma.async_copy_global_to_shared(a_desc, [slot, 0, 0, k * DEPTH], is_loaded, factor, pred=makes_inner)
             step += 1
@@ -212,11 +195,10 @@ def _load_gated(
 def _gated_in_turns(
     x_desc,  # [B, S, D], blocks [1, BLOCK, DEPTH]
     w_desc,  # [2 N, D], blocks [HALF, DEPTH]
-    w_rest_desc,  # the same, blocks [QUARTER, DEPTH]; None for tiles of BLOCK outputs
     a_desc,  # [pool, 3, R, D], blocks [1, 2, EACH, DEPTH]: zeros past R
     b_ptr,
     slots_ptr,
-    g_desc,  # [B, S, N], blocks [1, BLOCK, HALF], of wide tiles [1, BLOCK, QUARTER]
+    g_desc,  # [B, S, N], blocks [1, BLOCK, HALF]
     u_desc,
     h_desc,
     xa_ptr,
@@ -238,24 +220,18 @@ def _gated_in_turns(
     dtype: gl.constexpr = x_desc.dtype
     RANK_PLACES: gl.constexpr = HALVED if EACH > 8 else NARROW
     inputs = gl.allocate_shared_memory(dtype, [STAGES, 1, BLOCK, DEPTH], SWIZZLED_3D)
-    halves = (gl.allocate_shared_memory(dtype, [2 * STAGES, HALF, DEPTH], SWIZZLED),)
-    ranks = (gl.allocate_shared_memory(dtype, [2, BLOCK, 2 * EACH], RANK_PLACES),)
-    outs = gl.allocate_shared_memory(dtype, [2] + g_desc.block_shape, g_desc.layout)
-    weights = (halves[0]._reinterpret(dtype, [STAGES, BLOCK, DEPTH], SWIZZLED),)
-    w_descs = (w_desc,)
-    if w_rest_desc is not None:
-        w_descs = (w_desc, w_rest_desc)
-        halves = halves + (gl.allocate_shared_memory(dtype, [2 * STAGES, QUARTER, DEPTH], SWIZZLED),)
-        ranks = ranks + (gl.allocate_shared_memory(dtype, [2, HALF, 2 * EACH], RANK_PLACES),)
-        weights = weights + (halves[1]._reinterpret(dtype, [STAGES, HALF, DEPTH], SWIZZLED),)
+    halves = gl.allocate_shared_memory(dtype, [2 * STAGES, HALF, DEPTH], SWIZZLED)
     factors = gl.allocate_shared_memory(dtype, [STAGES, 1, 2, EACH, DEPTH], SWIZZLED_4D)
+    ranks = gl.allocate_shared_memory(dtype, [2, BLOCK, 2 * EACH], RANK_PLACES)
     inners = gl.allocate_shared_memory(dtype, [2, BLOCK, 2 * EACH], RANK_PLACES)
+    outs = gl.allocate_shared_memory(dtype, [2, 1, BLOCK, HALF], SWIZZLED_3D)
     inner_made = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     for number in gl.static_range(2):
         mbarrier.init(inner_made.index(number), count=1)
     loaded, empty, turn = make_barriers(STAGES)
     tiles = (chunks - gl.program_id(0) + gl.num_programs(0) - 1) // gl.num_programs(0) * columns
     flat_inputs = inputs._reinterpret(dtype, [STAGES, BLOCK, DEPTH], SWIZZLED)
+    weights = halves._reinterpret(dtype, [STAGES, BLOCK, DEPTH], SWIZZLED)
     flat_factors = factors._reinterpret(dtype, [STAGES, 2 * EACH, DEPTH], SWIZZLED)
     gl.warp_specialize(
         [
@@ -270,7 +246,7 @@ def _gated_in_turns(
                 1, N, ACROSS, R, RT, EACH, STACKED, STEPS, STAGES,
             )),
             (_load_gated, (
-                x_desc, w_descs, a_desc, slots_ptr, S, columns, tiles, pool, inputs, halves, factors, loaded, empty,
+                x_desc, w_desc, a_desc, slots_ptr, S, columns, tiles, pool, inputs, halves, factors, loaded, empty,
                 N, ACROSS, EACH, STEPS, STAGES,
             )),
         ],
@@ -280,32 +256,31 @@ def _gated_in_turns(
 
 
 def takes_gated(x: Tensor, rank: int, hidden: int) -> bool:
-    """Whether gate and up of `x` [B, S, D] pay here: 16 bits, on Hopper, few ranks, and some tiles for each group."""
+    """Whether gate and up of `x` [B, S, D] pay here: 16 bits, on Hopper, few ranks, and tiles for most of its
+    multiprocessors.
+    """
     if not runs_on(x) or rank > RANKS.value:
         return False
-    across = cdiv(hidden, pick_gated_config(rank).block_n // 2)
-    return blocks_of(x) * across >= TURNS * multiprocessors(x.device)
+    return blocks_of(x) * cdiv(hidden, HALF.value) >= TURNS * multiprocessors(x.device)
 
 
 def launch_gated(
     x: Tensor, weight: Tensor, adapters: Adapters, is_stacked: bool, g: Tensor, u: Tensor, h: Tensor, xa: Tensor
 ) -> None:
     """Writes g, u and h [B, S, N] of `weight` [2 N, D], and of `xa` [B, S, 3 RANKS] what is gate's and up's."""
-    block, depth, half, quarter = BLOCK.value, DEPTH.value, HALF.value, QUARTER.value
-    hidden, rank, blocks = h.size(2), adapters.rank, blocks_of(x)
-    config, each = pick_gated_config(rank), 8 if rank <= 8 else RANKS.value
-    across, is_wide = cdiv(hidden, config.block_n // 2), config.block_n > block
+    block, depth, half = BLOCK.value, DEPTH.value, HALF.value
+    hidden, rank, blocks, across = h.size(2), adapters.rank, blocks_of(x), cdiv(h.size(2), half)
+    each = 8 if rank <= 8 else RANKS.value
     columns = pick_columns(blocks, across, multiprocessors(x.device), x.size(2) * x.itemsize)
-    chunks, weight = blocks * across // columns, aligned(weight)
-    g_d, u_d, h_d = (swizzled(out, 1, block, quarter if is_wide else half) for out in (g, u, h))
+    chunks = blocks * across // columns
+    g_d, u_d, h_d = (swizzled(out, 1, block, half) for out in (g, u, h))
     _gated_in_turns[(min(multiprocessors(x.device), chunks),)](
-        x_desc=swizzled(aligned(x), 1, block, depth), w_desc=swizzled(weight, half, depth),
-        w_rest_desc=swizzled(weight, quarter, depth) if is_wide else None,
+        x_desc=swizzled(aligned(x), 1, block, depth), w_desc=swizzled(aligned(weight), half, depth),
         a_desc=swizzled(adapters.a.unflatten(1, (-1, rank)), 1, 2, each, depth), b_ptr=adapters.b,
         slots_ptr=adapters.slots, g_desc=g_d, u_desc=u_d, h_desc=h_d, xa_ptr=xa, b_stride=adapters.b.stride(0),
         S=x.size(1), columns=columns, chunks=chunks, pool=adapters.b.size(0), N=hidden, ACROSS=across, R=rank,
-        RT=adapters.b.size(2), EACH=each, STACKED=is_stacked, STEPS=cdiv(x.size(2), depth), STAGES=config.stages,
-        num_warps=4, maxnreg=168,
+        RT=adapters.b.size(2), EACH=each, STACKED=is_stacked, STEPS=cdiv(x.size(2), depth),
+        STAGES=pick_gated_stages(rank), num_warps=4, maxnreg=168,
     )  # fmt: skip
 
 
@@ -322,39 +297,39 @@ def _load_factor(a_ptr, a_stride, slot, n, place, N: gl.constexpr, R: gl.constex
 
 
 @gluon.jit
-def _write_gradients(dh, g_place, u_place):
-    """dg and du of some rows to where g and u are."""
+def _write_gradients(dh, number, gs, us, read_loaded, made, PLACES: gl.constexpr):
+    """dg and du of piece `number` of the program, to where g and u are.
+
+    A barrier tells one round of the places from the next alone: a group looks at g and u only once the other has made
+    what was in their place before.
+    """
     L: gl.constexpr = dh.type.layout
-    dtype: gl.constexpr = g_place.dtype
+    dtype: gl.constexpr = gs.dtype
+    i = number % PLACES
+    g_place = gs.index(i)._reinterpret(dtype, [HALF, HALF], SWIZZLED)
+    u_place = us.index(i)._reinterpret(dtype, [HALF, HALF], SWIZZLED)
+    mbarrier.wait(made.index(i), (number // PLACES + 1) % 2)
+    mbarrier.wait(read_loaded.index(i), number // PLACES % 2)
     g, u = g_place.load(L).to(gl.float32), u_place.load(L).to(gl.float32)
     dg, du = swiglu_gradient(dh.to(dtype).to(gl.float32), g, u)
     g_place.store(dg.to(dtype))
     u_place.store(du.to(dtype))
+    fence_async_shared()
+    mbarrier.arrive(made.index(i))
 
 
 @gluon.jit
-def _store_gradients(dg_desc, du_desc, b, s, n, dh, g_place, u_place, loaded, empty, phase):
-    """dg and du of some columns leave from where g and u have come to; half of the rows at once fill the registers."""
-    dtype: gl.constexpr = g_place.dtype
-    g_rows = g_place._reinterpret(dtype, [2, BLOCK // 2, HALF], SWIZZLED)
-    u_rows = u_place._reinterpret(dtype, [2, BLOCK // 2, HALF], SWIZZLED)
-    upper, lower = gl.split(gl.permute(gl.reshape(dh, [2, BLOCK // 2, HALF]), [1, 2, 0]))
-    mbarrier.wait(loaded, phase)
-    _write_gradients(upper, g_rows.index(0), u_rows.index(0))
-    _write_gradients(lower, g_rows.index(1), u_rows.index(1))
-    fence_async_shared()
-    tma.async_copy_shared_to_global(dg_desc, [b, s, n], g_place)
-    tma.async_copy_shared_to_global(du_desc, [b, s, n], u_place)
-    tma.store_wait(0)
-    mbarrier.arrive(empty)
+def _upper_and_lower(half):
+    """The rows of half a tile by halves: a thread holds rows of both."""
+    return gl.split(gl.permute(gl.reshape(half, [2, HALF, HALF]), [1, 2, 0]))
 
 
 @gluon.jit
 def _finish_gradients(
-    a_ptr, slots_ptr, dg_desc, du_desc, t_desc, a_stride, S, columns, tiles, pool,
-    inputs, weights, factors, inners, inner_made, ranks, gs, us, loaded, empty, turn, read_loaded, read_empty,
+    a_ptr, slots_ptr, t_desc, a_stride, S, columns, tiles, pool,
+    inputs, weights, factors, inners, inner_made, ranks, gs, us, loaded, empty, turn, read_loaded, made,
     GROUP: gl.constexpr, N: gl.constexpr, ACROSS: gl.constexpr, R: gl.constexpr, STEPS: gl.constexpr,
-    STAGES: gl.constexpr,
+    STAGES: gl.constexpr, PLACES: gl.constexpr,
 ):  # fmt: skip
     """Every other tile of the program."""
     for count in range(GROUP, tiles, 2):
@@ -383,11 +358,11 @@ def _finish_gradients(
         (acc,) = multiplied(0, (warpgroup_mma(inner, ranks.index(GROUP), acc, is_async=True),))
         left, right = _halves(acc)
         for i in gl.static_range(2):
-            _store_gradients(
-                dg_desc, du_desc, b, s, n + i * HALF, right if i else left, gs.index(i), us.index(i),
-                read_loaded.index(i), read_empty.index(i), count % 2,
-            )  # fmt: skip
-    tma.store_wait(0)
+            upper, lower = _upper_and_lower(right if i else left)
+            piece = count * PIECES + 2 * i
+            _write_gradients(upper, piece, gs, us, read_loaded, made, PLACES)
+            _write_gradients(lower, piece + 1, gs, us, read_loaded, made, PLACES)
+        tma.store_wait(0)  # t, long since: its place is written again two chunks later
 
 
 @gluon.jit
@@ -413,18 +388,42 @@ def _load_products(
 
 
 @gluon.jit
-def _load_read(
-    g_desc, u_desc, S, columns, tiles, gs, us, read_loaded, read_empty, N: gl.constexpr, ACROSS: gl.constexpr
-):
-    """g and u of a half of a tile, once dg and du of that half of the tile before it have left their places."""
-    for count in range(tiles):
-        b, s, _, n, _, _ = place_of(count, columns, S, N, 0, ACROSS, 0, 0, BLOCK, 1)
-        for i in gl.static_range(2):
-            mbarrier.wait(read_empty.index(i), (count + 1) % 2)
-            is_loaded = read_loaded.index(i)
-            mbarrier.expect(is_loaded, 2 * BLOCK * HALF * 2)
-            tma.async_copy_global_to_shared(g_desc, [b, s, n + i * HALF], is_loaded, gs.index(i))
-            tma.async_copy_global_to_shared(u_desc, [b, s, n + i * HALF], is_loaded, us.index(i))
+def _piece_of(number, columns, S, N: gl.constexpr, ACROSS: gl.constexpr):
+    """Document, first token and first column of piece `number` of the program."""
+    b, s, _, n, _, _ = place_of(number // PIECES, columns, S, N, 0, ACROSS, 0, 0, BLOCK, 1)
+    return b, s + number % 2 * HALF, n + number // 2 % 2 * HALF
+
+
+@gluon.jit
+def _read_piece(
+    g_desc, u_desc, number, columns, S, gs, us, read_loaded,
+    N: gl.constexpr, ACROSS: gl.constexpr, PLACES: gl.constexpr,
+):  # fmt: skip
+    b, s, n = _piece_of(number, columns, S, N, ACROSS)
+    is_loaded = read_loaded.index(number % PLACES)
+    mbarrier.expect(is_loaded, 2 * HALF * HALF * 2)
+    tma.async_copy_global_to_shared(g_desc, [b, s, n], is_loaded, gs.index(number % PLACES))
+    tma.async_copy_global_to_shared(u_desc, [b, s, n], is_loaded, us.index(number % PLACES))
+
+
+@gluon.jit
+def _move_pieces(
+    g_desc, u_desc, dg_desc, du_desc, S, columns, tiles, gs, us, read_loaded, made,
+    N: gl.constexpr, ACROSS: gl.constexpr, PLACES: gl.constexpr,
+):  # fmt: skip
+    """g and u into all places; then of each piece dg and du out of its place, and the next g and u into it."""
+    pieces = tiles * PIECES
+    for number in range(gl.minimum(pieces, PLACES)):
+        _read_piece(g_desc, u_desc, number, columns, S, gs, us, read_loaded, N, ACROSS, PLACES)
+    for number in range(pieces):
+        b, s, n = _piece_of(number, columns, S, N, ACROSS)
+        i = number % PLACES
+        mbarrier.wait(made.index(i), number // PLACES % 2)
+        tma.async_copy_shared_to_global(dg_desc, [b, s, n], gs.index(i))
+        tma.async_copy_shared_to_global(du_desc, [b, s, n], us.index(i))
+        tma.store_wait(0)
+        if number + PLACES < pieces:
+            _read_piece(g_desc, u_desc, number + PLACES, columns, S, gs, us, read_loaded, N, ACROSS, PLACES)
 
 
 @launched
@@ -435,7 +434,7 @@ def _gradients_in_turns(
     b_desc,  # [pool, D, R], blocks [1, DEPTH, RANKS]: zeros past R
     a_ptr,
     slots_ptr,
-    g_desc,  # [B, S, N], blocks [1, BLOCK, HALF]
+    g_desc,  # [B, S, N], blocks [1, HALF, HALF]
     u_desc,
     dg_desc,
     du_desc,
@@ -450,6 +449,7 @@ def _gradients_in_turns(
     R: gl.constexpr,
     STEPS: gl.constexpr,
     STAGES: gl.constexpr,
+    PLACES: gl.constexpr,
 ):
     dtype: gl.constexpr = dy_desc.dtype
     inputs = gl.allocate_shared_memory(dtype, [STAGES, 1, BLOCK, DEPTH], SWIZZLED_3D)
@@ -457,15 +457,16 @@ def _gradients_in_turns(
     factors = gl.allocate_shared_memory(dtype, [STAGES, 1, DEPTH, RANKS], NARROW_3D)
     ranks = gl.allocate_shared_memory(dtype, [2, RANKS, BLOCK], SWIZZLED)
     inners = gl.allocate_shared_memory(dtype, [2, 1, BLOCK, RANKS], NARROW_3D)
-    gs = gl.allocate_shared_memory(dtype, [2, 1, BLOCK, HALF], SWIZZLED_3D)
-    us = gl.allocate_shared_memory(dtype, [2, 1, BLOCK, HALF], SWIZZLED_3D)
+    gs = gl.allocate_shared_memory(dtype, [PLACES, 1, HALF, HALF], SWIZZLED_3D)
+    us = gl.allocate_shared_memory(dtype, [PLACES, 1, HALF, HALF], SWIZZLED_3D)
     inner_made = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    read_loaded = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    read_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    read_loaded = gl.allocate_shared_memory(gl.int64, [PLACES, 1], mbarrier.MBarrierLayout())
+    made = gl.allocate_shared_memory(gl.int64, [PLACES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(2):
         mbarrier.init(inner_made.index(i), count=1)
+    for i in gl.static_range(PLACES):
         mbarrier.init(read_loaded.index(i), count=1)
-        mbarrier.init(read_empty.index(i), count=1)
+        mbarrier.init(made.index(i), count=1)
     loaded, empty, turn = make_barriers(STAGES)
     tiles = (chunks - gl.program_id(0) + gl.num_programs(0) - 1) // gl.num_programs(0) * columns
     flat_inputs = inputs._reinterpret(dtype, [STAGES, BLOCK, DEPTH], SWIZZLED)
@@ -473,21 +474,21 @@ def _gradients_in_turns(
     gl.warp_specialize(
         [
             (_finish_gradients, (
-                a_ptr, slots_ptr, dg_desc, du_desc, t_desc, a_stride, S, columns, tiles, pool,
+                a_ptr, slots_ptr, t_desc, a_stride, S, columns, tiles, pool,
                 flat_inputs, weights, flat_factors, inners, inner_made, ranks, gs, us, loaded, empty, turn, read_loaded,
-                read_empty, 0, N, ACROSS, R, STEPS, STAGES,
+                made, 0, N, ACROSS, R, STEPS, STAGES, PLACES,
             )),
             (_finish_gradients, (
-                a_ptr, slots_ptr, dg_desc, du_desc, t_desc, a_stride, S, columns, tiles, pool,
+                a_ptr, slots_ptr, t_desc, a_stride, S, columns, tiles, pool,
                 flat_inputs, weights, flat_factors, inners, inner_made, ranks, gs, us, loaded, empty, turn, read_loaded,
-                read_empty, 1, N, ACROSS, R, STEPS, STAGES,
+                made, 1, N, ACROSS, R, STEPS, STAGES, PLACES,
             )),
             (_load_products, (
                 dy_desc, w_desc, b_desc, slots_ptr, S, columns, tiles, pool, inputs, weights, factors, loaded, empty,
                 N, ACROSS, STEPS, STAGES,
             )),
-            (_load_read, (
-                g_desc, u_desc, S, columns, tiles, gs, us, read_loaded, read_empty, N, ACROSS,
+            (_move_pieces, (
+                g_desc, u_desc, dg_desc, du_desc, S, columns, tiles, gs, us, read_loaded, made, N, ACROSS, PLACES,
             )),
         ],
         [4, 1, 1],
@@ -497,7 +498,7 @@ def _gradients_in_turns(
 
 def takes_gradients(dy: Tensor, rank: int, hidden: int) -> bool:
     """Whether the backward of `dy` [B, S, D] pays here; as :func:`takes_gated`."""
-    is_known = runs_on(dy) and rank <= RANKS.value
+    is_known = BACKWARD_IN_TURNS and runs_on(dy) and rank <= RANKS.value
     return is_known and blocks_of(dy) * cdiv(hidden, BLOCK.value) >= TURNS * multiprocessors(dy.device)
 
 
@@ -509,11 +510,12 @@ def launch_gated_backward(
     hidden, blocks, across = g.size(2), blocks_of(dy), cdiv(g.size(2), block)
     columns = pick_columns(blocks, across, multiprocessors(dy.device), dy.size(2) * dy.itemsize)
     chunks = blocks * across // columns
-    g_d, u_d, dg_d, du_d = (swizzled(tensor, 1, block, half) for tensor in (g, u, dg, du))
+    g_d, u_d, dg_d, du_d = (swizzled(tensor, 1, half, half) for tensor in (g, u, dg, du))
     _gradients_in_turns[(min(multiprocessors(dy.device), chunks),)](
         dy_desc=swizzled(dy, 1, block, depth), w_desc=swizzled(weight, depth, block),
         b_desc=swizzled(adapters.b, 1, depth, RANKS.value), a_ptr=adapters.a, slots_ptr=adapters.slots, g_desc=g_d,
         u_desc=u_d, dg_desc=dg_d, du_desc=du_d, t_desc=swizzled(t, 1, block, RANKS.value),
         a_stride=adapters.a.stride(0), S=dy.size(1), columns=columns, chunks=chunks, pool=adapters.a.size(0), N=hidden,
-        ACROSS=across, R=adapters.rank, STEPS=cdiv(dy.size(2), depth), STAGES=BACKWARD_STAGES, num_warps=4, maxnreg=168,
+        ACROSS=across, R=adapters.rank, STEPS=cdiv(dy.size(2), depth), STAGES=BACKWARD_STAGES,
+        PLACES=PLACES, num_warps=4, maxnreg=168,
     )  # fmt: skip
