@@ -10,10 +10,10 @@ x [B, S, D]; gate (Wg) and up (Wu) [hidden, D], down (Wd) [D, hidden]; gate_a an
 [slots, hidden, R]; down_a [slots, R, hidden], down_b [slots, D, R]; each with ranks and a scale of B as `lora_linear`
 has them. SwiGLU: Shazeer 2020.
 
-gate and up are one product as :mod:`klora.kernels.lora_linear.stacked` makes it, after copies of their weights and of
-all their adapters; down is a joint `lora_linear`. A matrix without an adapter is a product of `linear`; of gate and up,
-where one has an adapter, the other gets zeros. g, u and dh are rounded before they are read again, as PyTorch rounds
-them. Kept for the backward: g, u and h, and what the adapters' launches keep.
+gate and up are one product: their weights are copied one behind the other, and all their adapters, rounded to x's
+dtype, padded to one rank and times their scale. down is a joint `lora_linear`. A matrix without an adapter is a product
+of `linear`; of gate and up, where one has an adapter, the other gets zeros. g, u and dh are rounded before they are
+read again, as PyTorch rounds them. Kept for the backward: g, u and h, and what the adapters' launches keep.
 
 FLOPs a row: 6 D hidden forward, as many for dx, and those of the adapters. Bytes of tensors [.., hidden]: g, u and h
 written, g and u read once and h once a launch that reads it; backward dh written and read, dg and du written, g and u
@@ -29,15 +29,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, float32
 
-from .dispatch import INTEGERS, custom_op, dtypes_of, empty_as, expect, expect_slots, refuse_gradients, resolve_backend
+from .dispatch import (
+    INTEGERS,
+    custom_op,
+    dtypes_of,
+    empty_as,
+    expect,
+    expect_slots,
+    refuse_gradients,
+    resolve_backend,
+    round_up,
+)
 from .int6.layout import Int6Matrix
 from .linear.op import linear_dweight
 from .linear.product import GATE, launch_product
 from .lora_linear import is_one_product, lora_linear_ref
 from .lora_linear.plan import plan
-from .lora_linear.stacked import stacked_adapters
+from .lora_linear.stacked import RANKS
+from .lora_qkv.adapters import launch_pack
 from .lora_qkv.forward import empty_projected, launch_forward
-from .lora_qkv.op import Lora, Saved, gradients, of_three_projections
+from .lora_qkv.op import Lora, Saved, gradients
 from .lora_qkv.validate import expect_product
 from .mlp import swiglu_dx_, swiglu_slopes_
 from .swiglu import swiglu_ref
@@ -84,40 +95,78 @@ def _op(
     x: Tensor,
     gate_up: Tensor,
     down: Tensor,
-    lora_a: Tensor | None,
-    lora_b: Tensor | None,
+    gate_a: Tensor | None,
+    gate_b: Tensor | None,
+    up_a: Tensor | None,
+    up_b: Tensor | None,
     down_a: Tensor | None,
     down_b: Tensor | None,
     slots: Tensor | None,
-    scale: Tensor | None,
-    ranks: Tensor | None,
+    gate_scale: Tensor | None,
+    up_scale: Tensor | None,
+    down_scale: Tensor | None,
+    gate_ranks: Tensor | None,
+    up_ranks: Tensor | None,
+    down_ranks: Tensor | None,
 ) -> list[Tensor]:
-    """out; g, u and h [B, S, hidden]; of gate and up, and of down, x A^T and the adapters that had to be rounded or
-    scaled. What is not there is empty.
-
-    `gate_up` [2 hidden, D], `lora_a` [slots, 3, R, D] and `lora_b` [slots, 2 hidden, R] are stacked; `scale` and
-    `ranks` are down's.
+    """out; g, u and h [B, S, hidden]; of gate and up x A^T and the stacked adapters; of down h A^T, and the adapters
+    that had to be rounded or scaled. What is not there is empty. `gate_up` [2 hidden, D] is stacked.
     """
-    g, u, h, *kept = _gated(x, gate_up, lora_a, lora_b, slots)
-    out, *kept_down = _product(h, down, down_a, down_b, slots, scale, ranks)
+    factors = (gate_a, gate_b), (up_a, up_b)
+    stacked = _stacked(x, down.size(1), factors, (gate_scale, up_scale), (gate_ranks, up_ranks))
+    g, u, h, *kept = _gated(x, gate_up, stacked, slots)
+    out, *kept_down = _product(h, down, down_a, down_b, slots, down_scale, down_ranks)
     return [out, g, u, h, *kept, *kept_down]
 
 
 @_op.register_fake
-def _(x, gate_up, down, lora_a, lora_b, down_a, down_b, slots, scale, ranks):
+def _(x, gate_up, down, gate_a, gate_b, up_a, up_b, down_a, down_b, slots, *about):
     g, u, h = (x.new_empty(*x.shape[:2], down.size(1)) for _ in range(3))
+    stacked = _empty_stacked(x, down.size(1), (gate_a, up_a))
     kept = kept_down = _nothing(x)
-    if lora_a is not None:
-        kept = empty_projected(x, lora_a, lora_b, _sizes(down)).flat()[3:]
+    if stacked is not None:
+        kept = empty_projected(x, *stacked, [down.size(1), down.size(1), 0]).xa, *stacked
     if down_a is not None:
-        is_packed = _is_packed(down_a, x, scale, ranks)
+        is_packed = _is_packed(down_a, x, about[2], about[5])
         kept_down = empty_projected(h, down_a, down_b, [down.size(0)], is_packed=is_packed).flat()[1:]
     return [x.new_empty(x.shape), g, u, h, *kept, *kept_down]
 
 
-def _sizes(down: Tensor) -> list[int]:
-    """Of the stacked projections."""
-    return [down.size(1), down.size(1), 0]
+Factors = tuple[Tensor | None, Tensor | None]
+
+
+def _empty_stacked(x: Tensor, hidden: int, lora_a: Sequence[Tensor | None]) -> tuple[Tensor, Tensor] | None:
+    """Memory for A [slots, 3, R, D] and B [slots, 2 hidden, R], as the kernels take three projections; zeros where no
+    adapter is. None where gate and up have none. R holds both pools', and is a multiple of RANKS.
+    """
+    given = [a for a in lora_a if a is not None]
+    if not given:
+        return None
+    slots, rank = len(given[0]), round_up(max(a.size(1) for a in given), RANKS)
+    new_b = x.new_empty if len(given) == 2 else x.new_zeros
+    return x.new_zeros(slots, 3, rank, x.size(2)), new_b(slots, 2 * hidden, rank)
+
+
+def _stacked(
+    x: Tensor,
+    hidden: int,
+    factors: Sequence[Factors],
+    scales: Sequence[Tensor | None],
+    ranks: Sequence[Tensor | None],
+) -> tuple[Tensor, Tensor] | None:
+    """The adapters of gate and up as one."""
+    stacked = _empty_stacked(x, hidden, [a for a, _ in factors])
+    if stacked is None:
+        return None
+    for (a, b), scale, rank, *part in zip(factors, scales, ranks, *_parts(*stacked), strict=True):
+        if a is not None:
+            launch_pack(a, b, None, [hidden], scale, rank, *part)
+    return stacked
+
+
+def _parts(stacked_a: Tensor, stacked_b: Tensor) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """A of gate and of up, and B of both."""
+    return stacked_a.unbind(1)[:2], stacked_b.chunk(2, dim=1)
 
 
 def _is_packed(lora_a: Tensor | None, x: Tensor, scale: Tensor | None, ranks: Tensor | None) -> bool:
@@ -129,16 +178,16 @@ def _nothing(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return x.new_empty(0), x.new_empty(0), x.new_empty(0)
 
 
-def _gated(x, gate_up, lora_a, lora_b, slots) -> tuple[Tensor, ...]:
-    """g, u and h, x A^T and the packed adapters."""
+def _gated(x, gate_up, stacked, slots) -> tuple[Tensor, ...]:
+    """g, u and h, x A^T and the stacked adapters."""
     hidden = gate_up.size(0) // 2
     h = x.new_empty(*x.shape[:2], hidden)
-    if lora_a is None:
+    if stacked is None:
         g, u = launch_product(x, gate_up[:hidden]), empty_as(h)
         launch_product(x, gate_up[hidden:], epilogue=GATE, kept=u.view(-1, hidden), gate=g, result=h)
         return g, u, h, *_nothing(x)
-    g, u, _, *kept = launch_forward(x, gate_up, lora_a, lora_b, slots, [hidden, hidden, 0], h=h).flat()
-    return g, u, h, *kept
+    made = launch_forward(x, gate_up, *stacked, slots, [hidden, hidden, 0], h=h)
+    return *made.outs[:2], h, made.xa, *stacked
 
 
 def _product(x, weight, lora_a, lora_b, slots, scale, ranks) -> tuple[Tensor, ...]:
@@ -149,14 +198,17 @@ def _product(x, weight, lora_a, lora_b, slots, scale, ranks) -> tuple[Tensor, ..
 
 
 def _setup(ctx, inputs, output):
-    x, gate_up, down, lora_a, lora_b, down_a, down_b, slots, scale, ranks = inputs
-    _, g, u, h, *made = output
-    of_gate_up = Saved.of(x, gate_up, lora_a, lora_b, slots, *made[:3])
-    of_down = Saved.of(h, down, down_a, down_b, slots, *made[3:])
-    ctx.save_for_backward(*of_gate_up, *of_down, g, u, scale)
-    ctx.gate_up = None if lora_a is None else Lora.of(lora_a, lora_b, None, None)
+    x, gate_up, down, *lora, slots, gate_scale, up_scale, down_scale, _, _, down_ranks = inputs
+    _, g, u, h, xa, stacked_a, stacked_b, *made = output
+    down_a, down_b = lora[4:]
+    of_gate_up = Saved(x, gate_up, stacked_a, stacked_b, xa, slots)
+    of_down = Saved.of(h, down, down_a, down_b, slots, *made)
+    ctx.save_for_backward(*of_gate_up, *of_down, g, u, gate_scale, up_scale, down_scale)
+    ctx.ranks = [None if a is None else a.size(1) for a in lora[:4:2]]
+    kind = next((a.dtype for a in lora[:4:2] if a is not None), None)
+    ctx.gate_up = None if kind is None else Lora(stacked_a.shape, stacked_b.shape, kind, None, None)
     ctx.down = None if down_a is None else Lora.of(down_a, down_b, None, None)
-    ctx.is_packed = _is_packed(down_a, x, scale, ranks)
+    ctx.is_packed = _is_packed(down_a, x, down_scale, down_ranks)
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
@@ -164,23 +216,44 @@ def _setup(ctx, inputs, output):
 def _backward(ctx, douts):
     dout, needs = douts[0], ctx.needs_input_grad
     if dout is None:
-        return (None,) * 10
+        return (None,) * 16
     of_gate_up, others = Saved.split(ctx.saved_tensors)
-    of_down, (g, u, scale) = Saved.split(others)
-    needs_slopes = any(needs[i] for i in (0, 1, 3, 4))
+    of_down, (g, u, gate_scale, up_scale, down_scale) = Saved.split(others)
+    needs_a, needs_b = any(needs[3:7:2]), any(needs[4:7:2])
+    needs_slopes = needs[0] or needs[1] or needs_a or needs_b
     du = empty_as(u) if needs_slopes else None
     if ctx.down is not None:
-        about = {"kept": u, "scale": scale, "is_packed": ctx.is_packed, "gate": g, "dup": du}
-        dg, ddown, *down_lora = gradients(of_down, ctx.down, (needs_slopes, needs[2], *needs[5:7]), [dout], **about)
+        about = {"kept": u, "scale": down_scale, "is_packed": ctx.is_packed, "gate": g, "dup": du}
+        dg, ddown, *down_lora = gradients(of_down, ctx.down, (needs_slopes, needs[2], *needs[7:9]), [dout], **about)
     else:
         dg, ddown, *down_lora = _slopes_of_product(dout, of_down, g, u, du, needs[2])
-    dx, dgate_up, *lora = None, None, None, None
+    dx, dgate_up, lora = None, None, [None] * 4
     if needs_slopes and ctx.gate_up is not None:
-        third = dout.new_empty(*dout.shape[:2], 0)
-        dx, dgate_up, *lora = gradients(of_gate_up, ctx.gate_up, (*needs[:2], *needs[3:5]), [dg, du, third])
+        douts = [dg, du, dout.new_empty(*dout.shape[:2], 0)]
+        scale = _both_scales(gate_scale, up_scale, of_gate_up.a) if needs_b else None
+        about = {"scale": scale, "is_packed": False}
+        dx, dgate_up, da, db = gradients(of_gate_up, ctx.gate_up, (*needs[:2], needs_a, needs_b), douts, **about)
+        lora = _of_matrices(da, db, ctx.ranks, needs[3:7])
     elif needs_slopes:
         dx, dgate_up = _gradients_of_products(dg, du, of_gate_up, *needs[:2])
-    return dx, dgate_up, ddown, *lora, *down_lora, None, None, None
+    return dx, dgate_up, ddown, *lora, *down_lora, *(None,) * 7
+
+
+def _both_scales(gate_scale: Tensor | None, up_scale: Tensor | None, stacked_a: Tensor) -> Tensor | None:
+    """[2, slots], with 1 for one that is missing; None where both are."""
+    if gate_scale is None and up_scale is None:
+        return None
+    one = stacked_a.new_ones(len(stacked_a), dtype=float32)
+    return torch.stack([one if scale is None else scale for scale in (gate_scale, up_scale)])
+
+
+def _of_matrices(da, db, ranks: Sequence[int | None], needs: Sequence[bool]) -> list[Tensor | None]:
+    """The gradients of A and B of gate, then of up, up to their `ranks`, of the stacked ones."""
+    das, dbs = (None, None) if da is None else da.unbind(1)[:2], (None, None) if db is None else db.chunk(2, dim=1)
+    found: list[Tensor | None] = []
+    for a, b, rank, needs_a, needs_b in zip(das, dbs, ranks, needs[::2], needs[1::2], strict=True):
+        found += [a[:, :rank] if needs_a else None, b[..., :rank] if needs_b else None]
+    return found
 
 
 def _slopes_of_product(dout, saved, g, u, du, needs_weight) -> tuple[Tensor | None, ...]:
@@ -261,27 +334,9 @@ def lora_swiglu_mlp(
     if backend == "reference":
         lora = (tensor for pair in zip(lora_a, lora_b, strict=True) for tensor in pair)
         return lora_swiglu_mlp_ref(x, *weights, *lora, slots, scale=scale, ranks=ranks)
-    scale, ranks = ([None if t is None else t.contiguous() for t in given or (None,) * 3] for given in (scale, ranks))
-    stacked = _stacked(lora_a[:2], lora_b[:2], weights, scale[:2], ranks[:2])
-    return _op(x, torch.cat(weights[:2]), down, *stacked, down_a, down_b, slots, scale[2], ranks[2])[0]
-
-
-def _stacked(
-    lora_a: Sequence[Tensor | None],
-    lora_b: Sequence[Tensor | None],
-    weights: Sequence[Tensor],
-    scale: Sequence[Tensor | None],
-    ranks: Sequence[Tensor | None],
-) -> tuple[Tensor | None, Tensor | None]:
-    """The adapters of gate and up as one: zeros for one of them that has none, None where neither has."""
-    a = next((a for a in lora_a if a is not None), None)
-    if a is None:
-        return None, None
-    hidden, width = weights[0].shape
-    lora_b = [a.new_zeros(len(a), hidden, 1) if one is None else one for one in lora_b]
-    lora_a = [a.new_zeros(len(a), 1, width) if one is None else one for one in lora_a]
-    stacked_a, stacked_b = stacked_adapters(lora_a, lora_b, scale, ranks)
-    return of_three_projections(stacked_a), stacked_b
+    about = [None if t is None else t.contiguous() for given in (scale, ranks) for t in given or (None,) * 3]
+    lora = [factor for pair in zip(lora_a, lora_b, strict=True) for factor in pair]
+    return _op(x, torch.cat(weights[:2]), down, *lora, slots, *about)[0]
 
 
 def _expect(x, weights, lora_a, lora_b, slots, scale, ranks, backend) -> Tensor | None:

@@ -8,6 +8,8 @@ from conftest import DTYPES, replayed
 from hopper import compiled_for_hopper
 from klora.bench.tolerance import assert_as_exact
 from klora.kernels import lora_swiglu_mlp, lora_swiglu_mlp_ref
+from klora.kernels.dispatch import is_hopper
+from klora.kernels.lora_qkv import backward, forward, gated
 from torch import Tensor
 
 pytestmark = pytest.mark.usefixtures("empty_is_nan")
@@ -151,6 +153,25 @@ def test_what_lies_above_an_adapters_rank_is_not_read_and_gets_no_gradient():
             assert not rank or (da[slot, :rank].any(1).all() and db[slot, :, :rank].any(0).all())
 
 
+@pytest.mark.parametrize("kind", [torch.float32, torch.float16])
+@pytest.mark.parametrize("missing", [None, "gate", "up", "down"])
+def test_a_scale_is_a_factor_of_b_and_of_its_gradient(missing, kind):
+    """In powers of two, which round nothing: the same bits as with B times the scale, whichever matrix has one."""
+    given = inputs(dtype=torch.float16, low=kind == torch.float16)
+    factors = dict(zip(MATRICES, ((2.0, 4.0, 1.0, 0.5), (0.5, 0.5, 2.0, 4.0), (4.0, 2.0, 0.5, 8.0)), strict=True))
+    given["scale"] = [None if name == missing else torch.tensor(factors[name], device=DEVICE) for name in MATRICES]
+    scaled = given | {"scale": None}
+    for name, scale in zip(MATRICES, given["scale"], strict=True):
+        if scale is not None:
+            scaled[f"{name}_b"] = (given[f"{name}_b"] * scale.view(-1, 1, 1)).to(kind)
+    names = ["x", *(name for name in given if name.endswith(("_a", "_b")))]
+    found, wanted = (results(OP, one, names, backend="triton") for one in (given, scaled))
+    for name, one, other in zip(["out", *names], found, wanted, strict=True):
+        if name.endswith("_b") and name[:-2] != missing:
+            other = (other * torch.tensor(factors[name[:-2]], device=DEVICE).view(-1, 1, 1)).to(kind)
+        assert torch.equal(one, other) and one.any(), name
+
+
 def test_each_gradient_alone_has_the_bits_that_it_has_with_the_others():
     given = inputs(dtype=torch.float16)
     names = [name for name in given if is_wanted(name)]
@@ -230,11 +251,20 @@ def test_compile_with_fullgraph_gives_the_same_bits():
         assert torch.equal(one, other) and one.any()
 
 
+def test_the_pieces_of_a_tile_are_its_quarters(monkeypatch):
+    for name in ("BLOCK", "HALF", "PIECES"):
+        monkeypatch.setattr(gated, name, getattr(gated, name).value)
+    monkeypatch.setattr(gated, "place_of", lambda count, *about: (count, 1000, None, 3000, None, None))
+    pieces = [gated._piece_of.fn(number, 1, 1, 1, 1) for number in range(8)]
+    quarters = [(1000, 3000), (1064, 3000), (1000, 3064), (1064, 3064)]
+    assert pieces == [(tile, *quarter) for tile in (0, 1) for quarter in quarters]
+
+
 COMPILED = """
 import subprocess, tempfile
 import torch, triton
 from hopper import pretend
-from klora.kernels.lora_qkv import backward, forward
+from klora.kernels.lora_qkv import backward, forward, gated
 from klora.kernels.lora_swiglu_mlp import lora_swiglu_mlp
 from klora.kernels.precompile import recorded
 
@@ -250,7 +280,9 @@ def work(D, hidden, rank, kind):
         lora_swiglu_mlp(x, *weights, *lora, backend="triton").sum().backward()
     return run
 
-for rank, kind in ((1, torch.float32), (8, torch.bfloat16), (12, torch.float32), (16, torch.bfloat16)):
+kinds = torch.float32, torch.bfloat16, torch.float32, torch.bfloat16
+for rank, kind, buffers in zip((1, 8, 12, 16), kinds, ((3, 6), (3, 6), (4, 4), (3, 6)), strict=True):
+    gated.BACKWARD_STAGES, gated.PLACES = buffers
     for kernel in recorded(work(576, 1536, rank, kind)).values():
         if kernel.name not in ("_gated_in_turns", "_gradients_in_turns"):
             continue
@@ -283,6 +315,25 @@ class TestOnTheGPU:
     @pytest.mark.parametrize("case", CASES)
     def test_bf16_of_small_ones(self, case):
         check(inputs(**CASES[case], dtype=torch.bfloat16))
+
+    @pytest.mark.skipif(not CUDA or not is_hopper(DEVICE), reason="warps take turns on Hopper")
+    @pytest.mark.parametrize("buffers", [(3, 6), (4, 4)])
+    @pytest.mark.parametrize("case", [{}, {"D": 80, "hidden": 272}, {"D": 16, "hidden": 144}])
+    @pytest.mark.parametrize(("documents", "length"), [(5, 1), (5, 777), (70, 130), (3, 7001)])
+    def test_in_turns_the_bits_are_the_same(self, documents, length, case, buffers, monkeypatch):
+        """As of the launches that they stand for, in every run."""
+        sizes, slots = self.SMOL | case, [-1, *(document % 4 for document in range(1, documents))]
+        given = inputs(documents, length, R=(8, 4, 8), ranks=(1, 4, 8, 3), slots=slots, **sizes)
+        monkeypatch.setattr(gated, "BACKWARD_STAGES", buffers[0])
+        monkeypatch.setattr(gated, "PLACES", buffers[1])
+        made = []
+        for is_in_turns in (False, True, True, True):
+            monkeypatch.setattr(forward, "takes_gated", lambda *about, taken=is_in_turns: taken)
+            monkeypatch.setattr(backward, "takes_gradients", lambda *about, taken=is_in_turns: taken)
+            made.append(results(OP, given))
+        for again in made[1:]:
+            for one, other in zip(made[0], again, strict=True):
+                assert torch.equal(one, other)
 
     def test_runs_and_batches_give_the_same_bits(self):
         """Of 60 documents the launches' warps take turns, of one they don't."""

@@ -41,24 +41,12 @@ def stacked_linears(x: Tensor, given: Projections) -> list[Tensor]:
     """y of each projection. The adapters are copied by PyTorch, which adds their gradients up; torch.compile joins the
     copies.
     """
-    sizes = [weight.size(0) for weight in given.weights]
-    lora_a, lora_b = stacked_adapters(given.lora_a, given.lora_b, given.scales, given.ranks)
+    sizes, rank = [weight.size(0) for weight in given.weights], given.lora_b[0].size(2)
+    lora_a = torch.stack(_up_to_rank(given.lora_a, given.ranks, 1), dim=1)
+    lora_b = torch.cat(_scaled(_up_to_rank(given.lora_b, given.ranks, 2), given.scales), dim=1)
+    if more := round_up(rank, RANKS) - rank:
+        lora_a, lora_b = F.pad(lora_a, (0, 0, 0, more)), F.pad(lora_b, (0, more))
     return projected(x, torch.cat(given.weights), lora_a, lora_b, given.slots, sizes)
-
-
-def stacked_adapters(
-    lora_a: Sequence[Tensor],
-    lora_b: Sequence[Tensor],
-    scales: Sequence[Tensor | None],
-    ranks: Sequence[Tensor | None],
-) -> tuple[Tensor, Tensor]:
-    """A [slots, 2 or 3, R, K] and B [slots, sum of N, R] times its scale; R holds every pool's, and is a multiple of
-    RANKS.
-    """
-    rank = round_up(max(b.size(2) for b in lora_b), RANKS)
-    a = [F.pad(one, (0, 0, 0, rank - one.size(1))) for one in lora_a]
-    b = [F.pad(one, (0, rank - one.size(2))) for one in lora_b]
-    return torch.stack(_up_to_rank(a, ranks, 1), dim=1), torch.cat(_scaled(_up_to_rank(b, ranks, 2), scales), dim=1)
 
 
 def _up_to_rank(factors: Sequence[Tensor], ranks: Sequence[Tensor | None], dim: int) -> list[Tensor]:

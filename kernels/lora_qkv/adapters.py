@@ -49,7 +49,7 @@ def adapters_of(
     if lora_a.dtype == x.dtype and is_readable and scale is None and ranks is None:
         return Adapters(lora_a.flatten(1, -2), lora_b, lora_b.size(2), slots)
     packed = packed or empty_packed(x, lora_b, len(sizes))
-    _launch_pack(lora_a, lora_b, slots, sizes, scale, ranks, *packed)
+    launch_pack(lora_a, lora_b, slots, sizes, scale, ranks, *packed)
     return Adapters(*packed, lora_b.size(2), None)
 
 
@@ -66,10 +66,15 @@ PACK = 4096
 @launched
 @triton.jit
 def _pack_kernel(
-    a_ptr, b_ptr, packed_a_ptr, packed_b_ptr, slots_ptr, scale_ptr, ranks_ptr, a_stride, b_stride, count, A, N,
-    NQ: tl.constexpr, NK: tl.constexpr, R: tl.constexpr, RT: tl.constexpr, STACKED: tl.constexpr, BLOCK: tl.constexpr,
+    a_ptr, b_ptr, packed_a_ptr, packed_b_ptr, slots_ptr, scale_ptr, ranks_ptr, a_stride, b_stride, packed_a_stride,
+    packed_b_stride, count, A, N, D,
+    NQ: tl.constexpr, NK: tl.constexpr, R: tl.constexpr, RT: tl.constexpr, STACKED: tl.constexpr, PADDED: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Program (block, b): BLOCK of the A numbers of document b's A, then of the N RT of its B; zeros without one."""
+    """Program (block, b): BLOCK of the A numbers of document b's A, then of the N RT of its B; zeros without one.
+
+    PADDED: more rows of A leave than come. They are zeros.
+    """
     blocks = tl.cdiv(A, BLOCK)
     every = blocks + tl.cdiv(N * RT, BLOCK)
     block, b = tl.program_id(0) % every, (tl.program_id(0) // every).to(tl.int64)
@@ -83,10 +88,10 @@ def _pack_kernel(
     if block < blocks:
         i = block * BLOCK + tl.arange(0, BLOCK)
         is_there = named & (i < A)
-        if ranks_ptr is not None:
-            is_there = is_there & (i // (A // R) < rank)
+        if PADDED or ranks_ptr is not None:
+            is_there = is_there & (i // D < rank)
         a = tl.load(a_ptr + slot * a_stride + i, is_there, other=0.0)
-        tl.store(packed_a_ptr + b * A + i, a, i < A)
+        tl.store(packed_a_ptr + b * packed_a_stride + i, a, i < A)
     else:
         i = (block - blocks) * BLOCK + tl.arange(0, BLOCK)
         n = i // RT
@@ -96,10 +101,10 @@ def _pack_kernel(
         lora_b = tl.load(b_ptr + slot * b_stride + n * R + r, named & (n < N) & (r >= 0) & (r < rank), other=0.0)
         if scale_ptr is not None:
             lora_b = lora_b.to(tl.float32) * tl.load(scale_ptr + slot, named, other=0.0)
-        tl.store(packed_b_ptr + b * N * RT + i, lora_b, n < N)
+        tl.store(packed_b_ptr + b * packed_b_stride + i, lora_b, n < N)
 
 
-def _launch_pack(
+def launch_pack(
     lora_a: Tensor,
     lora_b: Tensor,
     slots: Tensor | None,
@@ -109,7 +114,7 @@ def _launch_pack(
     packed_a: Tensor,
     packed_b: Tensor,
 ) -> None:
-    """Writes what :func:`empty_packed` made."""
+    """Writes what :func:`empty_packed` made, or for one product a part of it: more rows and ranks are zeros there."""
     lora_a, lora_b = (lora if is_packed(lora) else lora.contiguous() for lora in (lora_a, lora_b))
     (batch, rows, stacked), rank, groups = packed_b.shape, lora_b.size(2), len(sizes)
     numbers = packed_a.size(1) * packed_a.size(2)
@@ -117,9 +122,9 @@ def _launch_pack(
         _pack_kernel[((cdiv(numbers, PACK) + cdiv(rows * stacked, PACK)) * batch,)](
             a_ptr=lora_a, b_ptr=lora_b, packed_a_ptr=packed_a, packed_b_ptr=packed_b, slots_ptr=slots,
             scale_ptr=scale, ranks_ptr=ranks, a_stride=lora_a.stride(0), b_stride=lora_b.stride(0),
-            count=lora_a.size(0), A=numbers, N=rows,
-            NQ=sizes[0], NK=sizes[-2 % groups], R=rank, RT=stacked, STACKED=is_stacked(rank, groups), BLOCK=PACK,
-            num_warps=8,
+            packed_a_stride=packed_a.stride(0), packed_b_stride=packed_b.stride(0), count=lora_a.size(0), A=numbers,
+            N=rows, D=packed_a.size(2), NQ=sizes[0], NK=sizes[-2 % groups], R=rank, RT=stacked,
+            STACKED=is_stacked(rank, groups), PADDED=packed_a.size(1) > groups * rank, BLOCK=PACK, num_warps=8,
         )  # fmt: skip
 
 

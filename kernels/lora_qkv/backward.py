@@ -221,7 +221,7 @@ def _db_kernel(
     BS: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
     """A program walks tiles (document, BN outputs of one projection): dB = dY^T xa, tokens in order. The first document
-    with a slot adds up all that have it, in the order of the batch. With scale_ptr, times that of the slot.
+    with a slot adds up all that have it, in the order of the batch. With scale_ptr, times that of projection and slot.
     """
     TQ: tl.constexpr = (NQ + BN - 1) // BN
     TK: tl.constexpr = (NK + BN - 1) // BN
@@ -245,7 +245,7 @@ def _db_kernel(
                     db = multiply_add(g.T, xa, db)
                 document = following(every, slot, document, B, BP)
             if scale_ptr is not None:
-                db *= tl.load(scale_ptr + slot)
+                db *= tl.load(scale_ptr + p * count + slot)
             row, r = n + tl.arange(0, BN), tl.arange(0, RP)
             out = db_ptr + slot * db_stride + (first + row)[:, None] * R + r
             tl.store(out, db, (row < width)[:, None] & (r < R)[None, :])
@@ -315,7 +315,7 @@ def launch_backward(
 
     `grads` are those of the projections, or of one product. `kept`, what :func:`times_slope` reads of an x that is
     relu(u)^2, makes dx the gradient of u. With `gate`, x is silu(gate) * up and `kept` is up: the gradient of gate goes
-    to dx, that of up to `dup`. `scale` fp32 [slots] is what B was packed with.
+    to dx, that of up to `dup`. `scale` fp32 [slots], for each projection one after the other, is what B was scaled by.
     """
     rank, groups = adapters.rank, len(grads)
     is_gated = gate is not None and dx is not None

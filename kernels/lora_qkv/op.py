@@ -176,13 +176,10 @@ def projected(
     """Two or three projections of x [B, S, D]: `weight` [sum of `sizes`, D], `lora_a` [slots, 2 or 3, R, D] and
     `lora_b` [slots, sum of `sizes`, R]. The kernels take three; the third of two has no outputs.
     """
-    outs = _op(x, weight, of_three_projections(lora_a), lora_b, slots, [*sizes, 0][:3], None, None)
+    if len(sizes) == 2:
+        lora_a = torch.cat([lora_a, torch.zeros_like(lora_a[:, :1])], dim=1)
+    outs = _op(x, weight, lora_a, lora_b, slots, [*sizes, 0][:3], None, None)
     return list(outs[: len(sizes)])
-
-
-def of_three_projections(lora_a: Tensor) -> Tensor:
-    """`lora_a` [slots, 2 or 3, R, D] with zeros for the third of two."""
-    return lora_a if lora_a.size(1) == 3 else torch.cat([lora_a, torch.zeros_like(lora_a[:, :1])], dim=1)
 
 
 def lora_qkv(
