@@ -243,8 +243,8 @@ def _both_scales(gate_scale: Tensor | None, up_scale: Tensor | None, stacked_a: 
     """[2, slots], with 1 for one that is missing; None where both are."""
     if gate_scale is None and up_scale is None:
         return None
-    one = stacked_a.new_ones(len(stacked_a), dtype=float32)
-    return torch.stack([one if scale is None else scale for scale in (gate_scale, up_scale)])
+    both = gate_scale, up_scale
+    return torch.stack([stacked_a.new_ones(len(stacked_a), dtype=float32) if one is None else one for one in both])
 
 
 def _of_matrices(da, db, ranks: Sequence[int | None], needs: Sequence[bool]) -> list[Tensor | None]:
