@@ -13,6 +13,7 @@ files reach them. A process that crashes or hangs is started again behind its ca
 """
 
 import argparse
+import gc
 import logging
 import math
 import multiprocessing
@@ -73,16 +74,18 @@ class Plan:
         print(f"\nfuzz: case {number}, {name}: {last}; kept in {place}", flush=True)
 
 
-def _memory() -> tuple[int, int]:
-    """(resident bytes now, the most since the last reset)."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    found = dict(line.split(":") for line in lines if line.startswith("Vm"))
-    return tuple(1024 * int(found[name].split()[0]) for name in ("VmRSS", "VmHWM"))
+def peak_bytes(reset: bool = False) -> int:
+    """The most bytes that were resident in this process since the last reset; of a reset, those that are now."""
+    if reset:
+        with open("/proc/self/clear_refs", "wb", buffering=0) as file:
+            file.write(b"5")
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def _seconds() -> tuple[float, float]:
     """(CPU time of this process, time on the clock without that in which it waited for a processor)."""
-    queued = int(Path("/proc/self/schedstat").read_text().split()[1])
+    with open("/proc/self/schedstat", "rb", buffering=0) as file:
+        queued = int(file.read().split()[1])
     return time.process_time(), time.monotonic() - queued / 1e9
 
 
@@ -103,14 +106,13 @@ def run_case(files: Files, folder: Path, plan: Plan, number: int) -> tuple[str, 
     place.mkdir(parents=True, exist_ok=True)
     case = target.open(files, place, draw)
     next(case)
-    Path("/proc/self/clear_refs").write_text("5")
-    resident, (cpu, clock) = _memory()[0], _seconds()
+    resident, (cpu, clock) = peak_bytes(reset=True), _seconds()
     try:
         outcome = opened(case)
     except Exception:
         wrong = traceback.format_exc()
     cpu, clock = (now - before for now, before in zip(_seconds(), (cpu, clock), strict=True))
-    taken = _memory()[1] - resident
+    taken = peak_bytes() - resident
     if not wrong and max(cpu, clock) > SECONDS:
         wrong = f"it took {cpu:.1f} s of CPU time, {clock:.1f} s on the clock"
     if not wrong and taken > target.bytes + SPARE:
@@ -140,6 +142,7 @@ class Worker:
 
     def work(self, first: int) -> None:
         torch.set_num_threads(1)
+        gc.freeze()  # what was imported is looked through no more
         size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (size + ADDRESSES, resource.RLIM_INFINITY))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

@@ -8,6 +8,7 @@ import random
 import struct
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import cache
 from typing import Any
 
 import safetensors.torch
@@ -37,6 +38,12 @@ def signed_artifact(header: dict, frame: bytes) -> bytes:
     return struct.pack("<II", 0x184D2A50, len(raw)) + raw + frame
 
 
+def artifact_parts(data: bytes) -> tuple[dict, bytes]:
+    """(header, frame) of a whole artifact."""
+    length = struct.unpack("<I", data[4:8])[0]
+    return json.loads(data[8 : 8 + length]), data[8 + length :]
+
+
 def sealed(header: dict, payload: bytes) -> tuple[dict, bytes]:
     """(the header with sizes and hashes of the payload, the payload's frame)."""
     frame = zstandard.ZstdCompressor(level=1, write_checksum=True).compress(payload)
@@ -46,11 +53,12 @@ def sealed(header: dict, payload: bytes) -> tuple[dict, bytes]:
 
 def forged_artifact(data: bytes, tokenizer: bytes, draw: random.Random) -> bytes:
     """Changed behind all hashes: header, config, payload, frame, or tokenizer."""
-    length = struct.unpack("<I", data[4:8])[0]
-    header, frame = json.loads(data[8 : 8 + length]), data[8 + length :]
+    header, frame = artifact_parts(data)
     kind = draw.randrange(16)
     if kind < 4:
-        changed = mutated_value(header, draw)
+        if draw.random() < 0.2:
+            header, frame = artifact_parts(_large_artifact(data, tokenizer))
+        changed = mutated_value(header, draw) if draw.random() < 0.8 else header
         header = changed if isinstance(changed, dict) else header
     elif kind < 8:
         name = draw.choice(list(header["config"]))
@@ -81,6 +89,14 @@ def forged_artifact(data: bytes, tokenizer: bytes, draw: random.Random) -> bytes
         model = draw.choice((mutated_bytes, mutated_tokenizer))(tokenizer, draw)
         header["tokenizer"] = {"base64": base64.b64encode(model).decode(), "sha256": sha256(model)}
     return signed_artifact(header, frame)
+
+
+@cache
+def _large_artifact(data: bytes, tokenizer: bytes) -> bytes:
+    """A whole artifact of some kilobytes with a model that takes more than is allowed."""
+    header, _ = artifact_parts(data)
+    header["config"] |= {"bigram_rows": 2**23, "bigram_width": 8}
+    return zero_artifact(header, tokenizer, most=256 << 20)
 
 
 def zero_artifact(header: dict, tokenizer: bytes, most: int = 4 << 20) -> bytes:

@@ -50,22 +50,24 @@ def mutated_bytes(data: bytes, draw: random.Random) -> bytes:
     return bytes(data)
 
 
-def places(value: Any, path: tuple = ()) -> list[tuple]:
-    """The path of every value inside a JSON value."""
-    inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    return [path, *(found for key, item in inside for found in places(item, (*path, key)))]
+def slots(value: Any) -> list[tuple[dict | list, Any]]:
+    """(holder, its key or index) of every value inside a JSON value."""
+    found, holders = [], [value]
+    for holder in holders:
+        keys = list(holder) if isinstance(holder, dict) else range(len(holder)) if isinstance(holder, list) else ()
+        found += [(holder, key) for key in keys]
+        holders += [holder[key] for key in keys if isinstance(holder[key], dict | list)]
+    return found
 
 
 def mutated_value(value: Any, draw: random.Random) -> Any:
     """A copy with one or more values of other types, sizes or depths, and fields more or less."""
     for _ in range(draw.choice((1, 1, 1, 2, 3))):
         value = json.loads(json.dumps(value))
-        *outer, last = draw.choice(places(value)[1:] or [(None,)])
-        if last is None:
+        inside = slots(value)
+        if not inside:
             return draw.choice(ODD)
-        holder = value
-        for key in outer:
-            holder = holder[key]
+        holder, last = draw.choice(inside)
         kind = draw.randrange(10)
         if kind < 5:
             holder[last] = draw.choice(ODD)

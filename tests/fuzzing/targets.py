@@ -8,6 +8,7 @@ import struct
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import klora.cli.train as command
@@ -89,6 +90,15 @@ def shards(files: Files, folder: Path, draw: random.Random) -> Iterator[None]:
     list(documents_from_tokens(stream.documents(), files.tokenizer))
 
 
+LONG = {".jsonl.gz": gzip.compress, ".jsonl.zst": zstandard.ZstdCompressor(level=1).compress}
+
+
+@cache
+def long_line(kind: str) -> bytes:
+    """A small file that unpacks, a frame or member at a time, to one line that is longer than memory allows."""
+    return b"".join([LONG[kind](b'{"text": "')] + [LONG[kind](b"a" * (1 << 20))] * 300)
+
+
 def texts(files: Files, folder: Path, draw: random.Random) -> Iterator[None]:
     kind = draw.choice((".jsonl", ".jsonl.gz", ".jsonl.zst", ".txt"))
     data = files.data["text" if kind == ".txt" else "jsonl"]
@@ -101,12 +111,14 @@ def texts(files: Files, folder: Path, draw: random.Random) -> Iterator[None]:
         data = mutated_bytes(data, draw)
     if draw.random() < 0.02:  # what a small file can unpack to
         data = draw.choice(
-            (b'{"text": "' + b"a" * (3 << 20), b"\n" * (1 << 20), b'{"text": "' + b"\xc3\xa9" * 300_000 + b'"}')
+            (b'{"text": "' + b"a" * (3 << 20), b"\n" * (1 << 17), b'{"text": "' + b"\xc3\xa9" * 300_000 + b'"}')
         )
     if kind == ".jsonl.gz":
         data = gzip.compress(data, 1)
     elif kind == ".jsonl.zst":
         data = zstandard.ZstdCompressor(level=1, write_checksum=draw.random() < 0.5).compress(data)
+    if kind in LONG and draw.random() < 0.01:
+        data = long_line(kind)
     if draw.random() < 0.3:
         data = mutated_bytes(data, draw)
     path = folder / f"texts{kind}"
