@@ -99,8 +99,12 @@ def opened(case: Iterator[None]) -> str:
     return "read"
 
 
-def run_case(files: Files, folder: Path, plan: Plan, number: int) -> tuple[str, str, str]:
-    """(name of its target, how it ended, what is wrong with it or nothing) of one case."""
+def run_case(files: Files, folder: Path, plan: Plan, number: int, tries: int = 2) -> tuple[str, str, str]:
+    """(name of its target, how it ended, what is wrong with it or nothing) of one case.
+
+    One that only waited is tried again: a machine that reads evicted pages back delays any file, a file that makes its
+    reader wait does so each time.
+    """
     draw, name = plan.drawn(number)
     target, place, outcome, wrong = TARGETS[name], folder / name, "", ""
     place.mkdir(parents=True, exist_ok=True)
@@ -113,6 +117,8 @@ def run_case(files: Files, folder: Path, plan: Plan, number: int) -> tuple[str, 
         wrong = traceback.format_exc()
     cpu, clock = (now - before for now, before in zip(_seconds(), (cpu, clock), strict=True))
     taken = peak_bytes() - resident
+    if not wrong and cpu <= SECONDS < clock and tries > 1:
+        return run_case(files, folder, plan, number, tries - 1)
     if not wrong and max(cpu, clock) > SECONDS:
         wrong = f"it took {cpu:.1f} s of CPU time, {clock:.1f} s on the clock"
     if not wrong and taken > target.bytes + SPARE:

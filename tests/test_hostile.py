@@ -153,7 +153,7 @@ def test_a_tokenizer_is_changed_behind_its_syntax(files):
     [
         (lambda: {}["absent"], "KeyError: 'absent'"),
         (lambda: os._exit(3), "exit status 3"),
-        (lambda: os.kill(os.getpid(), signal.SIGSEGV), "exit status -11"),
+        (lambda: os.kill(os.getpid(), signal.SIGKILL), "exit status -9"),
         (lambda: torch.zeros(100 << 20, dtype=torch.uint8).fill_(1), "bytes and 1,048,576 are declared"),
         (lambda: bytearray(7 << 30), "MemoryError"),
         (lambda: time.sleep(0.7), r"it took 0\.\d s of CPU time, 0\.[7-9] s on the clock"),
@@ -178,6 +178,20 @@ def test_the_fuzzer_finds_each_kind_of_fault(work, wanted, tmp_path, monkeypatch
     assert heard[-1] == "  planted: 1 files, 0 read, 0 refused, 1 findings"
     found.clear()
     assert fuzz.fuzz(1, processes=1, only=["planted"], found=tmp_path, say=heard.append) == 0, "of an earlier run"
+
+
+def test_a_wait_that_is_not_the_files_is_no_finding(tmp_path, monkeypatch):
+    def case(files, folder, draw):
+        yield
+        if not slept.exists():
+            slept.touch()
+            time.sleep(0.7)
+
+    slept = tmp_path / "slept"
+    monkeypatch.setattr(fuzz, "SECONDS", 0.5)
+    monkeypatch.setattr(fuzz, "made_files", lambda folder: Files())
+    monkeypatch.setitem(TARGETS, "planted", Target(case, 1, 1 << 20))
+    assert fuzz.fuzz(1, only=["planted"], found=tmp_path / "found", say=lambda text: None) == 0 and slept.exists()
 
 
 def test_the_fuzzer_goes_on_behind_a_case_that_its_process_did_not_survive(tmp_path, monkeypatch):
