@@ -165,8 +165,9 @@ class Worker:
 
     def goes_on(self) -> bool:
         """Whether there is more to wait for. A process that crashed or hung is started again behind its case."""
+        is_alive = self.process.is_alive()  # first: one that ends now has said so before
         number, is_stuck = int(self.at[0]), time.monotonic() - self.at[1] > STUCK
-        if self.process.is_alive():
+        if is_alive:
             if number < 0 or not is_stuck:
                 return True
             self.process.kill()

@@ -22,7 +22,15 @@ import typer
 import zstandard
 from conftest import randomized
 from fuzzing import targets
-from fuzzing.forgeries import chained_lines, forged_artifact, sha256, signed_array, signed_tensors, zero_artifact
+from fuzzing.forgeries import (
+    chained_lines,
+    forged_artifact,
+    large_artifact,
+    sha256,
+    signed_array,
+    signed_tensors,
+    zero_artifact,
+)
 from fuzzing.mutations import mutated_tokenizer, slots
 from fuzzing.originals import CELLS, FINGERPRINT, Files, benchmark_record, made_files
 from fuzzing.targets import TARGETS, Target
@@ -178,6 +186,26 @@ def test_the_fuzzer_finds_each_kind_of_fault(work, wanted, tmp_path, monkeypatch
     assert heard[-1] == "  planted: 1 files, 0 read, 0 refused, 1 findings"
     found.clear()
     assert fuzz.fuzz(1, processes=1, only=["planted"], found=tmp_path, say=heard.append) == 0, "of an earlier run"
+
+
+def test_the_fuzzer_has_small_files_that_unpack_to_more_than_is_allowed(files, tmp_path, monkeypatch):
+    for name, value in targets.LIMITS.items():
+        monkeypatch.setenv(f"KLORA_{name}", str(value))
+    whole = large_artifact(files.data["model.klora"], files.data["tokenizer.model"])
+    (tmp_path / "model.klora").write_bytes(whole)
+    with pytest.raises(ArtifactError, match=r"its config asks for 2,\d+,\d+,\d+ bytes and 100,663,296 are allowed"):
+        load_artifact(tmp_path / "model.klora")
+    for kind in targets.LONG:
+        path = tmp_path / f"texts{kind}"
+        path.write_bytes(targets.long_line(kind))
+        with pytest.raises(CorpusError, match="and 1,048,576 are allowed"):
+            list(Corpus.jsonl([path]).documents())
+        assert 300 * 40 < path.stat().st_size < 1 << 19 and len(whole) < 1 << 15, "300 frames or members"
+
+
+def test_of_a_hundred_files_each_format_has_its_share():
+    shares = [target.share for target in TARGETS.values()]
+    assert sum(shares) == 100 and min(shares) == 2, "docs/trust.md names them"
 
 
 def test_a_wait_that_is_not_the_files_is_no_finding(tmp_path, monkeypatch):

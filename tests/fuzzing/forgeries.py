@@ -57,7 +57,7 @@ def forged_artifact(data: bytes, tokenizer: bytes, draw: random.Random) -> bytes
     kind = draw.randrange(16)
     if kind < 4:
         if draw.random() < 0.2:
-            header, frame = artifact_parts(_large_artifact(data, tokenizer))
+            header, frame = artifact_parts(large_artifact(data, tokenizer))
         changed = mutated_value(header, draw) if draw.random() < 0.8 else header
         header = changed if isinstance(changed, dict) else header
     elif kind < 8:
@@ -92,7 +92,7 @@ def forged_artifact(data: bytes, tokenizer: bytes, draw: random.Random) -> bytes
 
 
 @cache
-def _large_artifact(data: bytes, tokenizer: bytes) -> bytes:
+def large_artifact(data: bytes, tokenizer: bytes) -> bytes:
     """A whole artifact of some kilobytes with a model that takes more than is allowed."""
     header, _ = artifact_parts(data)
     header["config"] |= {"bigram_rows": 2**23, "bigram_width": 8}

@@ -21,7 +21,6 @@ from klora.bench.report import markdown_tables
 from klora.cli.bench import read_record, require_replaceable
 from klora.cli.console import printable
 from klora.cli.demo import is_demo
-from klora.cli.train import _facts
 from klora.model.artifact import load_artifact
 from klora.model.corpus import Corpus
 from klora.model.curve import LossCurve
@@ -95,7 +94,7 @@ LONG = {".jsonl.gz": gzip.compress, ".jsonl.zst": zstandard.ZstdCompressor(level
 
 @cache
 def long_line(kind: str) -> bytes:
-    """A small file that unpacks, a frame or member at a time, to one line that is longer than memory allows."""
+    """A small file that unpacks, a frame or member at a time, to one line of 300 MiB."""
     return b"".join([LONG[kind](b'{"text": "')] + [LONG[kind](b"a" * (1 << 20))] * 300)
 
 
@@ -204,7 +203,7 @@ def trained_model(files: Files, folder: Path, draw: random.Random) -> Iterator[N
     data = forged_safetensors(files.data["model.safetensors"], draw)
     path.write_bytes(signed_tensors(data) if draw.random() < 0.8 else data)
     yield
-    _facts(path)
+    command._facts(path)
     model_from_run(folder, "cpu")(torch.ones(1, 4, dtype=torch.int64))
 
 
