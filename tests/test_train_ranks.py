@@ -175,6 +175,43 @@ def together(count: int, *command, **more) -> list[Forked]:
     return [Forked(command, environment={**ENVIRONMENT, **shared, **more, "RANK": str(rank)}) for rank in range(count)]
 
 
+WAYS = {
+    "buckets": {"gradient_buckets": 3},
+    "gathers": {"muon_gathers": 2},
+    "all": {"gradient_buckets": 3, "muon_gathers": 2},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", WAYS)
+def test_ranks_that_share_out_a_step_in_another_way_have_the_curve_of_one_process(tmp_path, data, alone, way):
+    ranks = together(4, "-m", "klora.cli", "train", "--out", tmp_path, *options(data, fused="true", **WAYS[way]))
+    said = [process.communicate() for process in ranks]
+    assert [process.returncode for process in ranks] == [0] * 4, said
+    assert curve(tmp_path) == pytest.approx(alone, rel=1e-5, abs=1e-5)
+    stored = json.loads((tmp_path / "run.json").read_text())["train"]
+    assert stored.items() >= {"fused": "true", **WAYS[way]}.items()
+
+
+@pytest.mark.slow
+def test_a_run_of_ranks_is_resumed_in_another_way_and_by_one_process_in_any(tmp_path, data, alone):
+    """Four ranks in parts, four in others, then one, on which they mean nothing: one curve."""
+    command = "-m", "klora.cli", "train", "--out", tmp_path
+    for after, given in (
+        (5, options(data, fused="true", **WAYS["all"])),
+        (20, ["--resume", "--set", "gradient_buckets=2", "--set", "muon_gathers=0"]),
+    ):
+        ranks = together(4, *command, *given)
+        wait_for(lambda after=after: steps(tmp_path) >= after, ranks[0])
+        for process in ranks:
+            process.send_signal(signal.SIGTERM)
+        said = [process.communicate() for process in ranks]
+        assert [process.returncode for process in ranks] == [128 + signal.SIGTERM] * 4, said
+    assert steps(tmp_path) < STEPS
+    klora("train", "--out", tmp_path, "--resume", "--set", "gradient_buckets=5", "--set", "muon_gathers=5")
+    assert curve(tmp_path) == pytest.approx(alone, rel=1e-5, abs=1e-5)
+
+
 @pytest.mark.slow
 def test_an_interrupt_stops_all_ranks_with_one_checkpoint_and_one_sentence(tmp_path, data):
     ranks = together(2, "-m", "klora.cli", "train", "--out", tmp_path, *options(data, max_steps=10**6))
