@@ -134,8 +134,9 @@ def runs_on(x: Tensor) -> bool:
 
 
 def swizzled(tensor: Tensor, *block: int) -> TensorDescriptor:
-    """How the copy engine moves blocks of `tensor`, to and from shared memory that is swizzled.
-    Their rows have 16 numbers, or a multiple of 64.
+    """How the copy engine moves blocks of `tensor` to and from shared memory that is swizzled.
+
+    Rows of a block have 16 numbers, or a multiple of 64.
     """
     layouts = (NARROW, NARROW_3D) if block[-1] == 16 else (SWIZZLED, SWIZZLED_3D, SWIZZLED_4D)
     return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), list(block), layouts[len(block) - 2])
