@@ -18,7 +18,7 @@ help:
 	@echo "make coverage   the whole suite without a GPU, and which lines of model and ttt it runs; half as long again"
 	@echo "make audit      planted cheats, strict causality and recomputed scores: the tests behind docs/trust.md"
 	@echo "make faults     kill train, export, score and ranks fifty times each, and go on each time; a quarter of an hour"
-	@echo "make fuzz       N=1000000 mutated files of every format, some hours; findings in runs/fuzz"
+	@echo "make fuzz       N=1000000 mutated files of every format, a quarter of an hour on two cores; findings in runs/fuzz"
 	@echo "make sanitize   compute-sanitizer over the kernels' tests; needs a GPU"
 	@echo "make growth     train and score for SECONDS=1800: does memory grow?"
 	@echo "make lint       ruff check and ruff format --check"

@@ -32,7 +32,7 @@ from torch import Tensor
 from ..errors import KloraError
 from ..model.attention import choose_attention
 from ..model.config import TrainConfig
-from ..model.fused import EXCHANGE, Exchange, FusedStep
+from ..model.fused import FusedStep
 from ..model.gpt import is_block_matrix
 from ..model.graphs import captured
 from ..model.muon_sharded import all_gather
@@ -54,29 +54,29 @@ no straggler, and that each rank still orthogonalises as many matrices."""
 
 
 class Way(NamedTuple):
-    """A way in which ranks may take a step."""
+    """A way in which ranks may take a step: settings of TrainConfig, as `klora train --set` takes them."""
 
-    collectives: str = "captured"
-    reduce_dtype: str = "float32"
-    ranges: int = EXCHANGE.ranges
-    muon_gathers: int = 0
+    graph_collectives: str = TrainConfig.graph_collectives
+    reduce_dtype: str = TrainConfig.reduce_dtype
+    gradient_buckets: int = TrainConfig.gradient_buckets
+    muon_gathers: int = TrainConfig.muon_gathers
 
     def __str__(self) -> str:
-        shared = f"shared in {self.muon_gathers}" if self.muon_gathers else "on each"
-        return f"{self.collectives}, {self.reduce_dtype}, {self.ranges} ranges, Newton-Schulz {shared}"
+        return " ".join(f"{name}={value}" for name, value in self._asdict().items())
 
 
 WAYS = (
     Way("between"),
     Way("between", muon_gathers=1),
     Way(),
-    Way(ranges=4),
+    Way(gradient_buckets=4),
     Way(reduce_dtype="bfloat16"),
-    Way(reduce_dtype="bfloat16", ranges=4),
+    Way(reduce_dtype="bfloat16", gradient_buckets=4),
     Way(muon_gathers=1),
     Way(muon_gathers=2),
+    Way(gradient_buckets=4, muon_gathers=2),
 )
-"""Those that need least of NCCL first. With one range nothing hides behind the backward, and nothing is in its way: a
+"""Those that need least of NCCL first. With one bucket nothing hides behind the backward, and nothing is in its way: a
 collective takes multiprocessors, and a kernel whose blocks are as many as those has two waves then."""
 
 
@@ -149,19 +149,9 @@ class Run:
         config = TrainConfig(
             batch_tokens=rows * self.sizes.length * ranks.world,
             micro_batch_tokens=rows * self.sizes.length,
-            reduce_dtype=way.reduce_dtype,
-            graph_collectives=way.collectives,
+            **way._asdict(),
         )
-        return FusedStep(
-            copy.deepcopy(self.model),
-            config,
-            rows,
-            1,
-            ranks,
-            self.sizes.length,
-            exchange=Exchange(way.ranges, way.muon_gathers),
-            say=self.say,
-        )
+        return FusedStep(copy.deepcopy(self.model), config, rows, 1, ranks, self.sizes.length, say=self.say)
 
     def say(self, text: str) -> None:
         self.record["problems"].append({"part": self._part, "why": text[:500]})
@@ -335,7 +325,7 @@ def project(record: dict[str, Any], tokens: int, exposed: dict[str, int]) -> lis
     for row in record["together"]:
         if row["tokens_a_rank"] == tokens:
             narrow = 0.5 if row["way"]["reduce_dtype"] == "bfloat16" else 1.0
-            hides = row["collectives"] == "captured" and row["way"]["ranges"] > 1
+            hides = row["collectives"] == "captured" and row["way"]["gradient_buckets"] > 1
             moved, extra = narrow * exposed["last" if hides else "all"], max(row["ms"]["p50"] - alone, 0.0)
             for world in (4, 8):
                 ms = alone + extra * on_wire(world, moved) / on_wire(2, moved)
@@ -362,7 +352,7 @@ def table(record: dict[str, Any]) -> str:
         f"  one rank alone, {row['tokens']:>7,} tokens: {row['ms']['p50']:8.3f} ms" for row in record.get("alone", ())
     ]
     for row in record.get("together", ()):
-        way = Way(**row["way"])._replace(collectives=row["collectives"])
+        way = Way(**row["way"])._replace(graph_collectives=row["collectives"])
         of_one = f", {row['of_one_rank']:.3f} of one rank's" if "of_one_rank" in row else ""
         wanted = f" (at most {row['at_most']})" if row.get("at_most") else ""
         lines.append(f"  {row['tokens_a_rank']:>7,} tokens a rank, {way}: {row['ms']['p50']:8.3f} ms{of_one}{wanted}")

@@ -29,7 +29,7 @@ from .threads import settle_threads
 CHANGEABLE = (
     *("seconds", "max_steps", "checkpoint_seconds", "validate_seconds"),
     *("muon_lr", "embed_lr", "scalar_lr", "grad_clip", "dtype", "attention"),
-    *("micro_batch_tokens", "reduce_dtype", "graph_collectives"),
+    *("micro_batch_tokens", "reduce_dtype", "graph_collectives", "gradient_buckets", "muon_gathers"),
 )
 """Fields that may change when a run is resumed: when it ends, what helps one that diverged, what runs attention, and
 how a step is shared out, which another number or kind of GPUs may want otherwise."""

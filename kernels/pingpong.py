@@ -136,8 +136,9 @@ def runs_on(x: Tensor) -> bool:
 
 
 def swizzled(tensor: Tensor, *block: int) -> TensorDescriptor:
-    """How the copy engine moves blocks of `tensor`, to and from shared memory that is swizzled.
-    Their rows have 16 or 32 numbers, or a multiple of 64.
+    """How the copy engine moves blocks of `tensor` to and from shared memory that is swizzled.
+
+    Rows of a block have 16 or 32 numbers, or a multiple of 64.
     """
     narrow = {16: (NARROW, NARROW_3D), 32: (HALVED, HALVED_3D)}
     layouts = narrow.get(block[-1], (SWIZZLED, SWIZZLED_3D, SWIZZLED_4D))

@@ -26,10 +26,23 @@ class ConfigError(KloraError, ValueError):
     """
 
 
-def setting(default, help, *, at_least=None, above=None, at_most=None, below=None, choices=None, zero=None, form=None):
+def setting(
+    default,
+    help,
+    *,
+    at_least=None,
+    above=None,
+    at_most=None,
+    below=None,
+    choices=None,
+    zero=None,
+    form=None,
+    execution=None,
+):
     """Declare a field: its default (whose type is the field's type), a line of help and the values allowed.
 
-    `zero` says what 0 means where it is no number like the others, `form` what a text looks like.
+    `zero` says what 0 means where it is no number like the others, `form` what a text looks like. `execution`: it says
+    how the work is done, not what comes out; a stored config that is older than the field need not have it.
     """
     allowed = {
         "at_least": at_least,
@@ -39,6 +52,7 @@ def setting(default, help, *, at_least=None, above=None, at_most=None, below=Non
         "choices": choices,
         "zero": zero,
         "form": form,
+        "execution": execution,
     }
     return dataclasses.field(
         default=default, metadata={"help": help, **{k: v for k, v in allowed.items() if v is not None}}
@@ -94,9 +108,9 @@ class Settings:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Rebuild from :meth:`to_dict`. A missing field is refused like an unknown one: a stored config is whole."""
-        names = [field.name for field in dataclasses.fields(cls)]
-        missing = [name for name in names if name not in values]
+        """Rebuild from :meth:`to_dict`. A missing field is refused like an unknown one, unless it is of execution."""
+        fields = dataclasses.fields(cls)
+        missing = [field.name for field in fields if field.name not in values and "execution" not in field.metadata]
         if missing:
             raise ConfigError(f"{cls.__name__} has no value for {', '.join(missing)}")
         return cls().override(values)
@@ -204,7 +218,7 @@ class TrainConfig(Settings):
     """How a model is trained. Defaults are the `seed` preset on any number of GPUs.
 
     Every field is a keyword; its help and range stand beside it. Times are in seconds, batches in tokens. ConfigError:
-    a value out of range, or a momentum that starts above where it ends.
+    a value out of range, a momentum that starts above where it ends, or several gradient_buckets between two graphs.
 
     Example: config = TrainConfig(seconds=120.0, batch_tokens=8192, micro_batch_tokens=8192)
     """
@@ -239,11 +253,28 @@ class TrainConfig(Settings):
         "float32",
         "dtype in which ranks add up the matrices' gradients of a fused step; everything else in float32",
         choices=("float32", "bfloat16"),
+        execution=True,
     )
     graph_collectives: str = setting(
         "captured",
         "what ranks exchange in a fused step: within its CUDA graph, or between two graphs",
         choices=("captured", "between"),
+        execution=True,
+    )
+    gradient_buckets: int = setting(
+        1,
+        "parts in which ranks add up the blocks' gradients of a fused step, the last blocks first, during the backward",
+        at_least=1,
+        at_most=256,
+        execution=True,
+    )
+    muon_gathers: int = setting(
+        0,
+        "all-gathers of Muon's updates in a fused step, of which each rank then makes its share",
+        at_least=0,
+        at_most=256,
+        zero="every rank makes all",
+        execution=True,
     )
     muon_lr: float = setting(0.02, "learning rate of Muon (block matrices)", at_least=0.0)
     muon_momentum_start: float = setting(0.92, "Nesterov momentum at step 0", at_least=0.0, below=1.0)
@@ -273,6 +304,11 @@ class TrainConfig(Settings):
         self.require(
             self.muon_momentum_start <= self.muon_momentum, "muon_momentum_start", f"at most {self.muon_momentum}"
         )
+        self.require(
+            self.gradient_buckets == 1 or self.graph_collectives == "captured",
+            "gradient_buckets",
+            f"1 with graph_collectives={self.graph_collectives}, where nothing leaves during the backward",
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -301,6 +337,9 @@ class Preset:
                 f"micro_batch_tokens={preset.train.micro_batch_tokens} is not possible; allowed: at least one row, "
                 f"train_length={preset.model.train_length}"
             )
+        for name, least in (("gradient_buckets", 1), ("muon_gathers", 0)):
+            if (given := getattr(preset.train, name)) > preset.model.blocks:
+                raise ConfigError(f"{name}={given} is not possible; allowed: {least} to blocks={preset.model.blocks}")
         return preset
 
 

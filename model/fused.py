@@ -23,7 +23,6 @@ from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from functools import partial
 from itertools import takewhile
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -47,23 +46,11 @@ RATES = 6
 """Numbers of a step that the device reads: three learning rates, Muon's momentum, the weights of EMA and SWA."""
 
 
-class Exchange(NamedTuple):
-    """How ranks share out a step; what each choice costs is measured by bench/ranks.py."""
-
-    ranges: int = 1
-    """of blocks, whose gradients are added up together: their sums hide behind the backward of the blocks before"""
-    muon_gathers: int = 0
-    """in which updates go round where each rank orthogonalises its share of the matrices; 0: each does all"""
-
-
-EXCHANGE = Exchange()
-
-
 class FusedStep:
     """Training steps of `model`, each over `micro_batches` batches of `rows` sequences of `length` tokens.
 
     The model's parameters move into the buffers of `stored`, and stay views of them. On several ranks, all of them run
-    the same steps, shared out as `exchange` says. `say` gets a line where the collectives could not be captured.
+    the same steps, shared out as `config` says. `say` gets a line where the collectives could not be captured.
     """
 
     def __init__(
@@ -75,7 +62,6 @@ class FusedStep:
         ranks: Ranks,
         length: int | None = None,
         capture: bool = True,
-        exchange: Exchange = EXCHANGE,
         say: Callable[[str], None] = warnings.warn,
     ):
         device, length = model.embed.device, length or model.config.train_length
@@ -84,14 +70,14 @@ class FusedStep:
         self._is_alone = ranks.world == 1
         wire = torch.float32 if self._is_alone else getattr(torch, config.reduce_dtype)
         clip = config.qat_clip if config.qat_share else 0.0
-        self.stored = StoredWeights(model, clip, 1 if self._is_alone else exchange.ranges, wire)
+        self.stored = StoredWeights(model, clip, 1 if self._is_alone else config.gradient_buckets, wire)
         # On a GPU it is the device that waits, in an order that a capture keeps; the host goes on.
         self._waiting = ranks.waiting if device.type == "cpu" else nullcontext
         self.reduction = None if self._is_alone else GradientReduction(self.stored, self._waiting)
         self.rates = torch.zeros(RATES, device=device)
         self.optimizers = Optimizers(model, config, rates=self.rates[:4])
-        if exchange.muon_gathers and not self._is_alone:
-            self.optimizers.share(self.stored.matrix_grads, exchange.muon_gathers)
+        if config.muon_gathers and not self._is_alone:
+            self.optimizers.share(self.stored.matrix_grads, config.muon_gathers)
         self.averages = WeightAverages(model, config, self.stored.values)
         self.rotary = tuple(table[:length].contiguous() for table in model.rotary(length, length))
         self.tokens = torch.ones(rows, length + 1, dtype=torch.int32, device=device)

@@ -241,7 +241,6 @@ def _apply(muon: "Muon", group: Group, parameters: Sequence[DTensor], updates: S
     """Each update to this rank's part of its parameter."""
     some = [(p, u) for p, u in zip(parameters, updates, strict=True) if u.numel()]
     rates = group["lr"], group["weight_decay"], group["scale"]
-    muon_apply_(
-        [p.to_local() for p, _ in some], [u for _, u in some], *rates, muon.backend, [p.size(0) for p, _ in some]
-    )
+    shards, rows = [p.to_local() for p, _ in some], [p.size(0) for p, _ in some]
+    muon_apply_(shards, [u for _, u in some], *rates, rows=rows, backend=muon.backend)
     torch.autograd.graph.increment_version(parameters)

@@ -55,7 +55,7 @@ SENTENCES = [
 DTYPES = [torch.float32, pytest.param(torch.float16, marks=pytest.mark.slow)]
 """Of kernels in the interpreter, which has no bfloat16. In half precision they do the same again: `slow`."""
 
-RENDERED = {"test_bench_report", "test_curves", "test_growth", "test_hostile", "test_report"}
+RENDERED = {"test_bench_report", "test_curves", "test_fuzz", "test_growth", "test_hostile", "test_report"}
 """Files of tests in which pictures are rendered."""
 
 # The same examples on every machine, and no limit on the time of one: both would make a verdict depend on the machine.
@@ -270,3 +270,11 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def files(tmp_path_factory):
+    """One file of every format that klora reads."""
+    from fuzzing.originals import made_files
+
+    return made_files(tmp_path_factory.mktemp("files"))

@@ -295,6 +295,8 @@ def test_help_teaches_and_fields_are_listed():
     assert "torchrun" in klora("train", "--help").stdout and "LEAKY" in klora("score", "--help").stdout
     fields = json.loads(klora("train", "--preset", "seed", "--set", "width=256", "--fields", "--json").stdout)
     assert fields["width"]["value"] == 256 and fields["muon_lr"]["allowed"] == "float, at least 0.0"
+    assert fields["gradient_buckets"]["value"] == 1 and "during the backward" in fields["gradient_buckets"]["help"]
+    assert fields["muon_gathers"]["value"] == 0 and "all-gathers" in fields["muon_gathers"]["help"]
     assert klora("--version").stdout == f"klora {__version__}\n"
     assert "steps_per_chunk" in klora("score", "any.klora", "--fields").stdout
     assert klora("score", "--fields").stdout == klora("score", "any.klora", "--fields").stdout

@@ -1,4 +1,4 @@
-"""What nobody vouches for: limits refused before they are allocated, pipes, odd JSON, names, and a short fuzz."""
+"""What nobody vouches for: limits refused before they are allocated, pipes, odd JSON, names."""
 
 import csv
 import gzip
@@ -7,9 +7,8 @@ import json
 import logging
 import math
 import os
-import re
+import random
 from contextlib import suppress
-from pathlib import Path
 from types import SimpleNamespace
 
 import fuzz
@@ -19,6 +18,13 @@ import torch
 import typer
 import zstandard
 from conftest import randomized
+from fuzzing.forgeries import (
+    forged_artifact,
+    sha256,
+    zero_artifact,
+)
+from fuzzing.mutations import slots
+from fuzzing.originals import CELLS, FINGERPRINT, benchmark_record
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from klora import KloraError
@@ -54,91 +60,11 @@ TINY = ModelConfig(vocab_size=300, width=16, blocks=2, heads=2, kv_heads=1, mlp_
 TINY = TINY.override({"bigram_rows": 16, "bigram_width": 4})
 
 
-@pytest.fixture(scope="module")
-def files(tmp_path_factory) -> fuzz.Files:
-    return fuzz.made_files(tmp_path_factory.mktemp("files"))
-
-
 def grown(work) -> int:
     """Bytes by which this process was larger while `work()` ran than before."""
-    Path("/proc/self/clear_refs").write_text("5")
-    before = fuzz._memory()[0]
+    before = fuzz.peak_bytes(reset=True)
     work()
-    return fuzz._memory()[1] - before
-
-
-@pytest.mark.slow
-def test_a_few_hundred_mutated_files_of_every_format(tmp_path):
-    """The short form of `make fuzz`, whose 1,000,000 have other numbers."""
-    heard = []
-    assert fuzz.fuzz(300, seed=7, processes=1, found=tmp_path / "found", say=heard.append) == 0
-    assert re.fullmatch(r"fuzz: 300 of 300 files, [\d,]+/s, 0 findings, 0 min left", heard[-1])
-
-
-@pytest.mark.parametrize("target", fuzz.TARGETS)
-def test_the_fuzzer_opens_what_it_writes(target, files, tmp_path, monkeypatch):
-    """A target that were refused whatever it wrote would find nothing: unchanged files are read to the end."""
-    monkeypatch.setattr(fuzz, "mutated_bytes", lambda data, draw: data)
-    monkeypatch.setattr(fuzz, "mutated_value", lambda value, draw: value)
-    monkeypatch.setattr(fuzz, "json_text", lambda value, draw: json.dumps(value).encode())
-    monkeypatch.setattr(fuzz, "forged_artifact", lambda data, tokenizer, draw: data)
-    monkeypatch.setattr(fuzz, "forged_safetensors", lambda data, draw: data)
-    draw = fuzz.random.Random(1)
-    monkeypatch.setattr(draw, "random", lambda: 0.5)
-    case = fuzz.TARGETS[target].open(files, tmp_path, draw)
-    next(case)
-    with pytest.raises(StopIteration):
-        next(case)
-
-
-def test_what_the_fuzzer_changes_goes_behind_checksums(files, tmp_path):
-    """A checksum that stayed as it was would stop every change before what it is to be tried on."""
-    path, data = tmp_path / "checkpoint.safetensors", files.data["checkpoint.safetensors"]
-    size = int.from_bytes(data[:8], "little")
-    table = json.loads(data[8 : 8 + size])
-    table["__metadata__"]["klora"] = json.dumps({"other": 1})
-    changed = json.dumps(table).encode()
-    changed = len(changed).to_bytes(8, "little") + changed + data[8 + size :]
-    path.write_bytes(changed)
-    with pytest.raises(CheckpointError, match="SHA-256"):
-        load_tensors(path)
-    path.write_bytes(fuzz.signed_tensors(changed))
-    assert load_tensors(path)[1] == {"other": 1}
-    assert fuzz.signed_tensors(data[:50]) == data[:50]
-    lines = [line.replace(b"9.0", b"7.0") for line in files.data["journal"].splitlines()]
-    (tmp_path / "journal.jsonl").write_bytes(fuzz.chained_lines([*lines, b"no JSON"]))
-    with pytest.raises(JournalError, match=f"line {len(lines) + 1}: no JSON"):
-        Journal(tmp_path / "journal.jsonl", fuzz.FINGERPRINT, resume=True)
-    (tmp_path / "journal.jsonl").write_bytes(fuzz.chained_lines(lines))
-    base = bytearray(files.data["base"])
-    base[-36:-32] = np.float32(5).tobytes()
-    (tmp_path / "journal.base.npy").write_bytes(fuzz.signed_array(bytes(base)))
-    journal = Journal(tmp_path / "journal.jsonl", fuzz.FINGERPRINT, resume=True)
-    assert journal.done[0].base_nats == 7.0 and journal.base("base", fuzz.CELLS)[1, -1] == 5.0
-    journal.close()
-
-
-@pytest.mark.parametrize(
-    "work",
-    [
-        lambda: {}["absent"],
-        lambda: os._exit(3),
-        lambda: torch.zeros(100 << 20, dtype=torch.uint8).fill_(1),
-        pytest.param(lambda: [None for _ in range(3 * 10**7)], marks=pytest.mark.slow),
-    ],
-    ids=["traceback", "crash", "memory", "time"],
-)
-def test_the_fuzzer_finds_each_kind_of_fault(work, tmp_path, monkeypatch):
-    def case(files, folder, draw):
-        yield
-        work()
-
-    monkeypatch.setattr(fuzz, "SECONDS", 0.5)
-    monkeypatch.setattr(fuzz, "made_files", lambda folder: fuzz.Files())
-    monkeypatch.setitem(fuzz.TARGETS, "planted", fuzz.Target(case, 1, 1 << 20))
-    assert fuzz.fuzz(1, processes=1, only=["planted"], found=tmp_path, say=lambda text: None) == 1
-    wanted = "KeyError|exit status 3|bytes and 1,048,576 are declared|s of CPU time"
-    assert re.search(wanted, (tmp_path / "planted-0" / "finding.txt").read_text())
+    return fuzz.peak_bytes() - before
 
 
 class TestLimits:
@@ -149,7 +75,7 @@ class TestLimits:
         header["config"] |= {"bigram_rows": 2**20, "bigram_width": 1, "width": 1024, "train_length": 16}
         header["config"] |= {"vocab_size": 300, "mlp_hidden": 8, "blocks": 1}
         path = tmp_path / "pairs.klora"
-        path.write_bytes(fuzz.zero_artifact(header, b"", most=16 << 20))
+        path.write_bytes(zero_artifact(header, b"", most=16 << 20))
         assert 0 < path.stat().st_size < 64 << 10
         wanted = (
             r"its config asks for [89],\d{3},\d{3},\d{3} bytes and 2,147,483,648 are allowed; if you trust the file"
@@ -182,8 +108,8 @@ class TestLimits:
     def test_a_model_takes_no_more_than_was_counted(self, weights, changes, tmp_path):
         config = TINY.override(changes)
         whole = {"format": "klora", "version": 1, "config": config.to_dict(), "provenance": {}, "quantization": {}}
-        whole["tokenizer"] = {"base64": "", "sha256": fuzz._sha256(b"")}
-        (tmp_path / "model.klora").write_bytes(fuzz.zero_artifact(whole, b"", most=1 << 30))
+        whole["tokenizer"] = {"base64": "", "sha256": sha256(b"")}
+        (tmp_path / "model.klora").write_bytes(zero_artifact(whole, b"", most=1 << 30))
         counted = loading_bytes(config)
         made = lambda: frozen_weights(model_from_artifact(tmp_path / "model.klora", "cpu", weights))  # noqa: E731
         made()
@@ -342,12 +268,9 @@ class TestJson:
             | st.just([])
             | st.just({})
         )
-        record = fuzz.benchmark_record()
-        place = data.draw(st.sampled_from(fuzz.places(record)[1:]))
-        holder = record
-        for key in place[:-1]:
-            holder = holder[key]
-        holder[place[-1]] = data.draw(value)
+        record = benchmark_record()
+        holder, key = data.draw(st.sampled_from(slots(record)))
+        holder[key] = data.draw(value)
         with suppress(RecordError):
             validate(record)
 
@@ -370,7 +293,7 @@ class TestJournal:
         line = json.loads(lines[1])
         line["result"] |= changes
         (tmp_path / "journal.jsonl").write_text("\n".join([lines[0].decode(), json.dumps(line)]) + "\n")
-        return Journal(tmp_path / "journal.jsonl", fuzz.FINGERPRINT, resume=True)
+        return Journal(tmp_path / "journal.jsonl", FINGERPRINT, resume=True)
 
     @pytest.mark.slow
     def test_as_it_is(self, tmp_path, files):
@@ -417,10 +340,10 @@ class TestJournal:
         ):
             (tmp_path / "journal.base.npy").write_bytes(bad)
             with pytest.raises(JournalError, match="is damaged; give --overwrite"):
-                Journal(tmp_path / "journal.jsonl", fuzz.FINGERPRINT, resume=True)
+                Journal(tmp_path / "journal.jsonl", FINGERPRINT, resume=True)
         (tmp_path / "journal.base.npy").write_bytes(whole)
-        journal = Journal(tmp_path / "journal.jsonl", fuzz.FINGERPRINT, resume=True)
-        assert np.array_equal(journal.base("base", fuzz.CELLS), np.ones((2, fuzz.CELLS), np.float32))
+        journal = Journal(tmp_path / "journal.jsonl", FINGERPRINT, resume=True)
+        assert np.array_equal(journal.base("base", CELLS), np.ones((2, CELLS), np.float32))
         journal.close()
 
 
@@ -607,7 +530,7 @@ def test_a_hostile_artifact_does_not_end_the_commands_with_a_traceback(files, tm
     whole, tokenizer = files.data["model.klora"], files.data["tokenizer.model"]
     path = tmp_path / "model.klora"
     for number in range(12):
-        path.write_bytes(fuzz.forged_artifact(whole, tokenizer, fuzz.random.Random(number)))
+        path.write_bytes(forged_artifact(whole, tokenizer, random.Random(number)))
         with suppress(AssertionError):  # one that is only changed, not damaged, generates
             klora("generate", path, "--tokens", "2", check=2)
     save_artifact(path, dict(randomized(TINY).named_parameters()), TINY, tokenizer, {"sources": [1]})

@@ -1,4 +1,4 @@
-"""int6 kernels: the tiles bit by bit, products and gradients against float64, the op's contracts, the module."""
+"""int6 kernels: products and gradients against float64, the op's contracts, the module."""
 
 import copy
 import dataclasses
@@ -9,29 +9,19 @@ import torch
 import torch.nn.functional as F
 from conftest import DTYPES, replayed
 from hopper import compiled_for_hopper
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from klora.bench import int6 as bench
-from klora.bench.entry import Variant
-from klora.bench.gate import RedGate, check
-from klora.bench.tolerance import assert_as_exact, relative_error
+from int6_weights import GROUPED, HALVED, layout_1, matrix
+from klora.bench.tolerance import assert_as_exact
 from klora.kernels.int6 import (
     LAYOUT,
     Int6Linear,
     Int6Matrix,
-    Int6Weight,
     int6_linear,
     int6_linear_dx,
     pack_int6,
-    pack_int6_ref,
-    packed_shape,
     pick_config,
     pick_config_dx,
     quantize_int6,
-    quantize_int6_ref,
-    unpack_int6,
 )
-from klora.kernels.int6.layout import from_layout_1
 from klora.kernels.int6.op import Int6Config, _backward, _forward, dequantize
 from torch import nn
 
@@ -42,11 +32,6 @@ def is_hopper():
 
 GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")]
 ODD = [(16, 128), (32, 32), (48, 160), (7, 33), (130, 96)]
-HALVED = [(16, 64), (80, 40), (200, 192), (130, 320), (192, 576)]
-"""With a last tile column of 64 inputs: one row of tiles, blocks of 128 rows that end early, late or not."""
-GROUPED = [(48, 160, 32), (32, 192, 64), (17, 256, 128), (200, 192, 32), (136, 64, 64)]
-SMOLLM2 = [(576, 576), (192, 576), (192, 576), (576, 576), (1536, 576), (1536, 576), (576, 1536)]
-"""The linears of a layer of SmolLM2-135M, N x K."""
 
 
 @pytest.fixture(autouse=True)
@@ -55,165 +40,6 @@ def nan_in_what_is_not_written():
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
-
-
-def matrix(rows, columns, group_size=None, device="cpu", seed=0):
-    generator = torch.Generator(device).manual_seed(seed)
-    return quantize_int6(torch.randn(rows, columns, generator=generator, device=device), group_size)
-
-
-def documented_words(tile):
-    """The 3 x 32 x 4 words of a tile of 16 x 128 codes, as layout.py states them, in Python integers."""
-    words = [[[0] * 4 for _ in range(32)] for _ in range(3)]
-    for lane in range(32):
-        g, t = divmod(lane, 4)
-        for chunk in range(4):
-            pairs = []
-            for row in (g, g + 8):
-                for j in range(4):
-                    k = 32 * chunk + 8 * t + 2 * j
-                    pairs.append([int(tile[row, k + odd]) + 32 for odd in (0, 1)])
-            for odd in (0, 1):
-                f = [pair[odd] for pair in pairs]
-                halves = (
-                    f[0] | f[1] << 6 | (f[6] & 15) << 12,
-                    f[2] | f[3] << 6 | (f[7] & 15) << 12,
-                    f[4] | f[5] << 6 | (f[6] >> 4) << 12 | (f[7] >> 4) << 14,
-                )
-                for word, half in enumerate(halves):
-                    words[word][lane][chunk] |= half << 16 * odd
-    return words
-
-
-def documented_tiles(codes):
-    """The tiles of codes [N, K] as layout.py states them: of 128 inputs, then of two rows' last 64."""
-    rows, columns = codes.shape
-    whole = columns if columns % 128 > 64 else columns // 128 * 128
-    main = F.pad(codes[:, :whole], (0, -whole % 128, 0, -rows % 16))
-    matrices = [main]
-    if whole < columns:
-        last = F.pad(codes[:, whole:], (0, whole + 64 - columns, 0, -rows % 128))
-        pairs = [(r, r + 64) for first in range(0, rows, 128) for r in range(first, min(first + 64, rows))]
-        shared = torch.stack([torch.cat([last[r], last[other]]) for r, other in pairs])
-        matrices.append(F.pad(shared, (0, 0, 0, -len(shared) % 16)))
-    return [
-        matrix[row : row + 16, column : column + 128]
-        for matrix in matrices
-        for row in range(0, matrix.size(0), 16)
-        for column in range(0, matrix.size(1), 128)
-    ]
-
-
-def layout_1(codes):
-    """The tiles of codes [N, K] as klora stored them before: K padded to a multiple of 128."""
-    padded = F.pad(codes, (0, -codes.size(1) % 128, 0, -codes.size(0) % 16))
-    tiles = torch.tensor([documented_words(tile) for tile in documented_tiles(padded)])
-    return tiles.to(torch.int32).view(padded.size(0) // 16, padded.size(1) // 128, 3, 32, 4)
-
-
-class TestTiles:
-    @given(st.integers(1, 300), st.integers(1, 300), st.integers(0, 2**31))
-    @settings(deadline=None, max_examples=40)
-    def test_unpack_inverts_pack_at_every_size(self, rows, columns, seed):
-        codes = torch.randint(-31, 32, (rows, columns), generator=torch.Generator().manual_seed(seed)).to(torch.int8)
-        packed = pack_int6(codes)
-        assert packed.shape == packed_shape(rows, columns) and packed.is_contiguous()
-        assert torch.equal(unpack_int6(packed, (rows, columns)), codes)
-
-    def test_every_code_in_every_place(self):
-        for code in range(-31, 32):
-            codes = torch.arange(16 * 128).view(16, 128).remainder(63).add(code).remainder(63).sub(31).to(torch.int8)
-            assert torch.equal(unpack_int6(pack_int6(codes), (16, 128)), codes)
-
-    @pytest.mark.parametrize("shape", [(32, 256), (7, 100), *HALVED])
-    def test_words_are_those_of_the_documented_layout(self, shape):
-        codes = torch.randint(-31, 32, shape, dtype=torch.int8)
-        unsigned = pack_int6(codes).long() % 2**32
-        assert unsigned.tolist() == [documented_words(tile) for tile in documented_tiles(codes)]
-
-    def test_the_last_inputs_take_no_more_than_they_did_and_half_of_it_in_whole_blocks(self):
-        for rows in range(1, 300):
-            for columns in (1, 40, 64, 65, 128, 192, 193, 576):
-                tiles, padded = packed_shape(rows, columns)[0], -(-rows // 16) * -(-columns // 128)
-                assert tiles <= padded and (tiles == padded or 0 < columns % 128 <= 64)
-        assert packed_shape(1536, 576)[0] == 96 * 4 + 48 and packed_shape(128, 64)[0] == 4
-
-    def test_the_linears_of_smollm2_take_less_than_0_4_of_bf16(self):
-        dense = sum(2 * rows * columns for rows, columns in SMOLLM2)
-        int6 = sum(matrix(*shape).nbytes for shape in SMOLLM2)
-        assert int6 / dense == pytest.approx(0.3782, abs=5e-5)
-
-    @pytest.mark.parametrize("shape", [(20, 128), *HALVED])
-    def test_tiles_of_layout_1_become_these(self, shape):
-        codes = torch.randint(-31, 32, shape, dtype=torch.int8)
-        assert torch.equal(from_layout_1(layout_1(codes), shape), pack_int6(codes))
-
-    def test_padding_holds_code_zero(self):
-        for shape, padded in (((3, 5), (16, 64)), ((67, 69), (80, 128)), ((130, 130), (144, 192))):
-            whole = unpack_int6(pack_int6(torch.full(shape, 7, dtype=torch.int8)), padded)
-            assert whole.sum() == shape[0] * shape[1] * 7 and (whole[: shape[0], : shape[1]] == 7).all()
-
-    @pytest.mark.parametrize("code", [32, -32, 127, -128])
-    def test_other_codes_are_refused_by_value(self, code):
-        codes = torch.zeros(2, 32, dtype=torch.int8)
-        codes[1, 5] = code
-        with pytest.raises(ValueError, match=f"a code is {code};"):
-            pack_int6(codes)
-
-    @pytest.mark.parametrize("codes", [torch.zeros(2, 32), torch.zeros(2, 0).to(torch.int8), torch.zeros(3)])
-    def test_other_tensors_are_refused(self, codes):
-        with pytest.raises(ValueError, match="packing takes int8"):
-            pack_int6(codes)
-
-    def test_packed_rows_become_the_same_weight(self):
-        codes, scale = quantize_int6_ref(torch.randn(20, 70), 0.1)
-        rows = Int6Weight(pack_int6_ref(codes), scale, (20, 70))
-        tiles = Int6Matrix.from_rows(rows)
-        assert torch.equal(tiles.codes(), codes) and torch.equal(tiles.dequantize(), rows.dequantize())
-
-
-class TestQuantizer:
-    @pytest.mark.parametrize(("rows", "columns", "group_size"), GROUPED)
-    def test_a_group_is_quantised_like_a_row(self, rows, columns, group_size):
-        weight = torch.randn(rows, columns)
-        grouped = quantize_int6(weight, group_size)
-        assert grouped.group_size == group_size
-        codes, scale = quantize_int6_ref(weight.reshape(-1, group_size))
-        assert torch.equal(grouped.codes().reshape(-1, group_size), codes)
-        assert torch.equal(grouped.scale.flatten(), scale)
-        exact = codes.double() * scale.double()[:, None]
-        assert torch.equal(grouped.dequantize(torch.float64), exact.view(rows, columns))
-
-    @pytest.mark.parametrize(("columns", "group_size"), [(96, 64), (64, 16), (64, 0), (64, 64.0), (64, "all")])
-    def test_impossible_groups_are_refused(self, columns, group_size):
-        with pytest.raises(ValueError, match=f"group_size={group_size} with K={columns}"):
-            quantize_int6(torch.randn(4, columns), group_size)
-        with pytest.raises(ValueError, match=f"group_size={group_size} with in_features={columns}"):
-            Int6Linear(columns, 4, group_size=group_size)
-
-    def test_bytes_of_a_weight(self):
-        assert matrix(64, 256).nbytes == 64 * 256 * 3 // 4 + 2 * 64
-        assert matrix(64, 256, 32).nbytes == 64 * 256 * 3 // 4 + 2 * 64 * 8
-
-
-class TestMatrix:
-    def test_parts_that_do_not_fit_are_refused(self):
-        good = matrix(32, 128)
-        with pytest.raises(ValueError, match="layout version 1; this klora reads 2"):
-            Int6Matrix(good.packed, good.scale, good.shape, layout=1)
-        with pytest.raises(ValueError, match="truncated"):
-            Int6Matrix(good.packed[:1], good.scale, good.shape)
-        with pytest.raises(ValueError, match="packed is torch.int64"):
-            Int6Matrix(good.packed.long(), good.scale, good.shape)
-        for scale in (good.scale[:5], good.scale.double(), good.scale[:, None].repeat(1, 3)):
-            with pytest.raises(
-                ValueError, match=r"take float16 or float32 \[32\] or \[32, 4\] or \[32, 2\] or \[32, 1\]"
-            ):
-                Int6Matrix(good.packed, scale, good.shape)
-        with pytest.raises(ValueError, match="not both contiguous"):
-            Int6Matrix(good.packed.mT.contiguous().mT, good.scale, good.shape)
-        with pytest.raises(ValueError, match="truncated or not int6"):
-            unpack_int6(good.packed[:, :2], (32, 128))
 
 
 class TestInterpreter:
@@ -567,45 +393,6 @@ for K in (512, 576):
 def test_the_wide_kernel_compiles_for_hopper():
     """It has no interpreter; this is what can be said of it without a GPU. In a process where Triton is itself."""
     compiled_for_hopper(COMPILED_FOR_HOPPER)
-
-
-class TestBenchmark:
-    @pytest.mark.parametrize("entry", bench.ENTRIES[:2], ids=lambda entry: entry.op)
-    def test_the_gate_judges_every_number_of_rows_of_its_ladder(self, entry):
-        shape = {**bench.GATE, "N": 32, "K": 64}
-        inputs = entry.draw(shape, torch.device("cpu"), torch.float32, torch.Generator().manual_seed(0))
-        assert tuple(len(out) for out in entry.variants[1].build(shape, "cpu", torch.float32)(*inputs)) == bench.LADDER
-        assert len(check(entry, shape, torch.device("cpu"), torch.float32)["int6"].errors) == len(bench.LADDER)
-
-    @pytest.mark.parametrize("kernel", ["warp", "tile", "wide", "dense"])
-    def test_the_ladder_reaches_every_kernel(self, kernel):
-        picks = [pick(M, 4096, 4096, torch.bfloat16) for pick in (pick_config, pick_config_dx) for M in bench.LADDER]
-        assert kernel in {config.kernel for config in picks}
-
-    @pytest.mark.parametrize("spoilt", range(7))
-    def test_the_gate_of_packing_judges_every_shape(self, spoilt):
-        """A quantiser that is wrong for one shape of matrix is found out, whichever of the layer's matrices has it."""
-        (entry,) = (entry for entry in bench.ENTRIES if entry.op == "int6_packing")
-        shape = bench._layer_sizes(entry.toy)[spoilt]
-
-        def quantize(weight):
-            matrix = quantize_int6(weight, clip=bench.CLIP)
-            if tuple(weight.shape) == shape:
-                matrix.packed.zero_()
-            return matrix
-
-        wrong = Variant("wrong", bench._packing(quantize), captures=False, is_ours=True)
-        entry = dataclasses.replace(entry, variants=(*entry.variants, wrong))
-        with pytest.raises(RedGate, match="wrong has error"):
-            check(entry, entry.toy, torch.device("cpu"), torch.float32)
-
-    def test_the_peers_codes_stand_for_the_weight(self):
-        weight, x = torch.randn(48, 256), torch.randn(3, 256)
-        exact = F.linear(x, weight)
-        assert relative_error(bench.linear_int8(x, bench.quantize_int8(weight)), exact) < 0.01
-        codes, scale, zero = bench.quantize_uint4(weight)
-        dense = ((codes.view(-1, 128) - zero) * scale).view(48, 256)
-        assert codes.max() == 15 and codes.min() == 0 and relative_error(F.linear(x, dense), exact) < 0.15
 
 
 class TestGPU:

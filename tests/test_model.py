@@ -289,6 +289,46 @@ def test_unknown_preset_and_incomplete_config_are_refused():
     assert allowed_values(TrainConfig.__dataclass_fields__["seed"]).startswith("int, at least 0")
 
 
+def test_a_stored_config_may_be_older_than_the_fields_of_execution_and_no_others():
+    given = TrainConfig(reduce_dtype="bfloat16", gradient_buckets=4, muon_gathers=2)
+    assert TrainConfig.from_dict(given.to_dict()) == given
+    execution = ("reduce_dtype", "graph_collectives", "gradient_buckets", "muon_gathers")
+    for name in given.to_dict():
+        older = {k: v for k, v in given.to_dict().items() if k != name}
+        if name in execution:
+            assert TrainConfig.from_dict(older) == given.override({name: getattr(TrainConfig(), name)})
+        else:
+            with pytest.raises(ConfigError, match=f"^TrainConfig has no value for {name}$"):
+                TrainConfig.from_dict(older)
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"gradient_buckets": 0}, "gradient_buckets=0 is not possible; allowed: int, at least 1, at most 256"),
+        ({"gradient_buckets": "two"}, "gradient_buckets='two' is not possible; allowed: int, at least 1, at most 256"),
+        ({"gradient_buckets": 11}, "gradient_buckets=11 is not possible; allowed: 1 to blocks=10"),
+        ({"gradient_buckets": 4, "blocks": 2}, "gradient_buckets=4 is not possible; allowed: 1 to blocks=2"),
+        (
+            {"gradient_buckets": 2, "graph_collectives": "between"},
+            "gradient_buckets=2 is not possible; allowed: 1 with graph_collectives=between, where nothing leaves "
+            "during the backward",
+        ),
+        (
+            {"muon_gathers": -1},
+            "muon_gathers=-1 is not possible; allowed: int, at least 0, at most 256 (0: every rank makes all)",
+        ),
+        ({"muon_gathers": 11}, "muon_gathers=11 is not possible; allowed: 0 to blocks=10"),
+    ],
+)
+def test_ways_of_ranks_that_cannot_be_are_refused_in_one_sentence(given, says):
+    with pytest.raises(ConfigError) as refused:
+        preset("seed").override(given)
+    assert str(refused.value) == says
+    for possible in ({"gradient_buckets": 10, "muon_gathers": 10}, {"muon_gathers": 2, "graph_collectives": "between"}):
+        assert preset("seed").override(possible).train.to_dict().items() >= possible.items()
+
+
 def test_tokens_of_other_dimensions_are_refused():
     for tokens in (torch.zeros(5, dtype=torch.int64), torch.zeros(1, 5, 1, dtype=torch.int64)):
         with pytest.raises(ValueError, match=r"wanted int32 or int64 \[B, S\]"):

@@ -25,7 +25,7 @@ def test_two_processes_write_a_whole_record(tmp_path):
     assert [(row["way"], row["tokens_a_rank"]) for row in record["together"]] == [
         (way, tokens) for tokens in (128, 64) for way in ways
     ]
-    assert all(row["collectives"] == row["way"]["collectives"] for row in record["together"])
+    assert all(row["collectives"] == row["way"]["graph_collectives"] for row in record["together"])
     assert {row["adamw"] for row in record["adamw"]} == {"on each", "shared"}
     assert record["projection"]["is"] == "a projection, not a measurement"
     assert table(record) in shown and "PROBLEM" not in shown
@@ -55,13 +55,14 @@ def test_the_link_is_fitted_to_the_all_reduces():
 def test_a_projection_adds_what_nothing_hides_and_grows_it_as_a_ring_does():
     times = {"p50": 40.8}
     rows = [
-        {"tokens_a_rank": 98304, "way": way._asdict(), "collectives": way.collectives, "ms": times} for way in WAYS[:4]
+        {"tokens_a_rank": 98304, "way": way._asdict(), "collectives": way.graph_collectives, "ms": times}
+        for way in WAYS[:4]
     ]
     record = {"alone": [{"tokens": 98304, "ms": {"p50": 40.0}}], "links": links(0.01, 2.0e8), "together": rows}
     found = project(record, 98304, {"last": 2 * 10**7, "all": 10**8})
     ms = {(row["gpus"], Way(**row["way"])): row["ms"] for row in found}
     # Of two: 0.02 + 0.1 ms; of eight 0.14 + 0.175.
-    assert ms[8, Way(ranges=4)] == pytest.approx(40.0 + 0.8 * 0.315 / 0.12)
+    assert ms[8, Way(gradient_buckets=4)] == pytest.approx(40.0 + 0.8 * 0.315 / 0.12)
     assert ms[8, Way()] == pytest.approx(40.0 + 0.8 * (0.14 + 0.875) / (0.02 + 0.5))
     assert ms[4, WAYS[0]] == pytest.approx(40.0 + 0.8 * (0.06 + 0.75) / (0.02 + 0.5))
     assert {row["tokens_a_step"] for row in found} == {4 * 98304, 786432}

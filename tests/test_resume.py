@@ -477,6 +477,7 @@ def test_how_a_step_is_shared_out_may_change_when_a_run_is_resumed(tmp_path, fin
     changes = {
         "as it was": (),
         "otherwise": ("micro_batch_tokens=64", "graph_collectives=between", "reduce_dtype=bfloat16"),
+        "in parts": ("micro_batch_tokens=64", "gradient_buckets=2", "muon_gathers=3"),
     }
     curves = []
     for name, pairs in changes.items():
@@ -485,5 +486,18 @@ def test_how_a_step_is_shared_out_may_change_when_a_run_is_resumed(tmp_path, fin
         klora("train", "--resume", "--out", out, *sets)
         curves.append([float(loss) for _, loss in losses(out)])
         stored = json.loads((out / "run.json").read_text())["train"]
-        assert (stored["micro_batch_tokens"] == 64) == bool(pairs) and stored["batch_tokens"] == 256
-    assert len(curves[0]) == 4 and curves[1] == pytest.approx(curves[0], rel=1e-5)
+        assert {f"{name}={value}" for name, value in stored.items()} >= {*pairs, "batch_tokens=256", "max_steps=4"}
+        assert (stored["micro_batch_tokens"] == 64) == bool(pairs)
+    assert len(curves[0]) == 4 and curves[1:] == [pytest.approx(curves[0], rel=1e-5)] * 2
+
+
+@pytest.mark.slow
+def test_a_run_that_is_older_than_the_ways_of_ranks_goes_on_with_their_defaults(tmp_path, finished):
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    path, names = tmp_path / "run.json", ("gradient_buckets", "muon_gathers")
+    run = json.loads(path.read_text())
+    run["train"] = {name: value for name, value in run["train"].items() if name not in names}
+    path.write_text(json.dumps(run))
+    klora("train", "--resume", "--out", tmp_path, "--set", "max_steps=4", "--set", "muon_gathers=1")
+    stored = json.loads(path.read_text())["train"]
+    assert [stored[name] for name in names] == [1, 1] and len(losses(tmp_path)) == 4

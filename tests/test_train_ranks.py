@@ -20,14 +20,12 @@ import torch
 import torch.distributed as dist
 from conftest import wait_for
 from forks import Forked
-from klora.model import parallel, watch
+from klora.model import watch
 from klora.model.checkpoint import load_tensors
-from klora.model.config import ConfigError
-from klora.model.parallel import Ranks, join_ranks, met
+from klora.model.parallel import Ranks
 from klora.model.shards import RowSampler, TokenStream
 from klora.model.train import Trainer
 from klora.model.watch import LOST, Watch
-from klora.ttt.queue import queue_of_processes
 from test_cli import klora
 from test_ranks import free_port
 from test_train import ALONE, CONFIG, SMALL_MODEL, digests, losses, small_preset
@@ -173,6 +171,43 @@ def together(count: int, *command, **more) -> list[Forked]:
     """A command on ranks that were started by hand."""
     shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     return [Forked(command, environment={**ENVIRONMENT, **shared, **more, "RANK": str(rank)}) for rank in range(count)]
+
+
+WAYS = {
+    "buckets": {"gradient_buckets": 3},
+    "gathers": {"muon_gathers": 2},
+    "all": {"gradient_buckets": 3, "muon_gathers": 2},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", WAYS)
+def test_ranks_that_share_out_a_step_in_another_way_have_the_curve_of_one_process(tmp_path, data, alone, way):
+    ranks = together(4, "-m", "klora.cli", "train", "--out", tmp_path, *options(data, fused="true", **WAYS[way]))
+    said = [process.communicate() for process in ranks]
+    assert [process.returncode for process in ranks] == [0] * 4, said
+    assert curve(tmp_path) == pytest.approx(alone, rel=1e-5, abs=1e-5)
+    stored = json.loads((tmp_path / "run.json").read_text())["train"]
+    assert stored.items() >= {"fused": "true", **WAYS[way]}.items()
+
+
+@pytest.mark.slow
+def test_a_run_of_ranks_is_resumed_in_another_way_and_by_one_process_in_any(tmp_path, data, alone):
+    """Four ranks in parts, four in others, then one, on which they mean nothing: one curve."""
+    command = "-m", "klora.cli", "train", "--out", tmp_path
+    for after, given in (
+        (5, options(data, fused="true", **WAYS["all"])),
+        (20, ["--resume", "--set", "gradient_buckets=2", "--set", "muon_gathers=0"]),
+    ):
+        ranks = together(4, *command, *given)
+        wait_for(lambda after=after: steps(tmp_path) >= after, ranks[0])
+        for process in ranks:
+            process.send_signal(signal.SIGTERM)
+        said = [process.communicate() for process in ranks]
+        assert [process.returncode for process in ranks] == [128 + signal.SIGTERM] * 4, said
+    assert steps(tmp_path) < STEPS
+    klora("train", "--out", tmp_path, "--resume", "--set", "gradient_buckets=5", "--set", "muon_gathers=5")
+    assert curve(tmp_path) == pytest.approx(alone, rel=1e-5, abs=1e-5)
 
 
 @pytest.mark.slow
@@ -535,101 +570,6 @@ def test_one_process_exports_however_many_were_started(tmp_path, data, monkeypat
         monkeypatch.setenv("RANK", str(rank))
         done = klora("export", tmp_path)
         assert (tmp_path / "model.klora").exists() == (rank == 0) and bool(done.stdout) == (rank == 0)
-
-
-@pytest.mark.parametrize(
-    ("given", "says"),
-    [
-        ({"MASTER_ADDR": ""}, "^RANK and WORLD_SIZE are set, but MASTER_ADDR not; set the address and a free port"),
-        ({"MASTER_ADDR": "", "MASTER_PORT": ""}, "but MASTER_ADDR and MASTER_PORT not; .* or start the ranks by torch"),
-        ({"MASTER_PORT": "http"}, "^the environment has MASTER_PORT=http; allowed for one of several ranks: 0 to 6"),
-        ({"MASTER_PORT": "99999"}, "MASTER_PORT=99999; .*: 0 to 65535"),
-        ({"WORLD_SIZE": "two"}, "WORLD_SIZE=two; .*: whole numbers from 1"),
-        ({"RANK": "first"}, "RANK=first; .*: 0 to 1"),
-        ({"RANK": "2"}, "RANK=2; .*: 0 to 1"),
-        ({"RANK": "-1"}, "RANK=-1; .*: 0 to 1"),
-    ],
-)
-def test_ranks_that_cannot_meet_say_so(monkeypatch, given, says):
-    about = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
-    for name, text in (about | given).items():
-        monkeypatch.setenv(name, text)
-    with pytest.raises(ConfigError, match=says), join_ranks("cpu"):
-        pass
-
-
-def test_ranks_whose_port_is_taken_say_so(monkeypatch):
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = str(taken.getsockname()[1])
-        about = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        for name, text in about.items():
-            monkeypatch.setenv(name, text)
-        says = f"RANK and WORLD_SIZE are set, but the ranks cannot meet at 127.0.0.1:{port}: .* address already in use"
-        with pytest.raises(ConfigError, match=says), join_ranks("cpu"):
-            pass
-        with pytest.raises(ConfigError, match=says):
-            queue_of_processes()
-
-
-def test_a_first_rank_whose_machine_nobody_knows_says_so_at_once(monkeypatch):
-    about = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "nobody.invalid", "MASTER_PORT": "29400"}
-    for name, text in about.items():
-        monkeypatch.setenv(name, text)
-    monkeypatch.setattr(parallel.dist, "TCPStore", None)  # which would look for it for two minutes
-    with pytest.raises(ConfigError, match="the ranks cannot meet at nobody.invalid:29400: .*(?i:name)"):
-        met()
-
-
-def test_a_rank_waits_for_the_first_without_asking_pytorch_and_not_for_ever(monkeypatch):
-    """PyTorch's C++ hears no signal and shows a stack every minute."""
-    made, servers, store = [], [], dist.HashStore()
-    monkeypatch.setattr(parallel.dist, "TCPStore", lambda *given, **more: made.append(given) or store)
-    for name, text in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}.items():
-        monkeypatch.setenv(name, text)
-    monkeypatch.setenv("MASTER_PORT", str(port := free_port()))
-    monkeypatch.setattr(parallel, "JOIN", 0.3)
-    with pytest.raises(ConfigError, match=f"cannot meet at 127.0.0.1:{port}: .*refused"):
-        met()
-    assert not made
-    monkeypatch.setattr(parallel, "JOIN", 60.0)
-    first = threading.Timer(0.5, lambda: servers.append(socket.create_server(("127.0.0.1", port))))
-    first.start()
-    assert met()[1:] == (1, 2) and made == [("127.0.0.1", port, None, False, parallel.CALL)]
-    first.join()
-    servers[0].close()
-
-
-def test_ranks_of_one_machine_are_not_put_on_one_gpu(monkeypatch):
-    for name, text in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}.items():
-        monkeypatch.setenv(name, text)
-    says = "names one GPU and 2 processes run here; give --device cuda"
-    with pytest.raises(ConfigError, match=says), join_ranks("cuda:1"):
-        pass
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "0")
-    with pytest.raises(ConfigError, match="LOCAL_WORLD_SIZE=0; .*: whole numbers from 1"), join_ranks("cuda:1"):
-        pass
-
-
-def test_the_first_rank_of_a_machine_is_its_own(monkeypatch):
-    device = torch.device("cpu")
-    monkeypatch.delenv("LOCAL_RANK", raising=False)
-    assert ALONE.is_first_here and not Ranks(1, 2, device).is_first_here
-    monkeypatch.setenv("LOCAL_RANK", "0")
-    assert Ranks(8, 16, device).is_first_here
-    assert ALONE.alive.tolist() == [1] and ALONE.alive.dtype == torch.int32
-
-
-def test_only_a_run_that_this_launcher_began_is_gone_on_with(monkeypatch):
-    """A folder that held another run was refused, and its refusal may have been what the launcher started again."""
-    device, store = torch.device("cpu"), dist.HashStore()
-    first, second = (Ranks(rank, 2, device, store=store) for rank in range(2))
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    second.begin()
-    assert not ALONE.has_begun and not first.has_begun and not second.has_begun
-    first.begin()
-    assert not ALONE.has_begun and first.has_begun and second.has_begun
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
-    assert not first.has_begun
 
 
 @pytest.mark.gpu

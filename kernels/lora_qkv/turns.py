@@ -329,7 +329,8 @@ def _forward_in_turns(
 
 
 TURNS = 0.7
-"""Tiles for each multiprocessor: the fewest that were timed, 96 on 132, where turns were the faster by an eighth."""
+"""Tiles for each multiprocessor: the fewest that were timed, 96 on 132, where turns were the faster by an eighth
+(bench/results/nvidia-h200/tuning/lora_turns-1.txt)."""
 
 
 def takes(x: Tensor, rank: int, sizes: Sequence[int]) -> bool:
