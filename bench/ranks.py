@@ -2,9 +2,9 @@
 
 `torchrun --nproc-per-node N -m klora.bench.ranks --record ranks.json`. First correctness, for every way in which a step
 may be taken: the losses of a few steps are those of one rank over the same tokens, and after many steps all replicas
-are equal bit for bit. Then the time of a step, beside that of one rank while the others are idle; times of all-reduce
-and all-gather alone; AdamW of everything but the matrices, on every rank or shared out. Last, a projection to more
-GPUs.
+are equal bit for bit. Then the time of a step, beside that of one rank while the others are idle, and of each rank
+while all work and none waits: what is above the slowest of these is exchange. Times of all-reduce and all-gather alone;
+AdamW of everything but the matrices, on every rank or shared out. Last, a projection to more GPUs.
 
 A way that raises is recorded with its reason, and the rest goes on. Where something hangs, the record says what, and
 the process ends. The record is written after every row.
@@ -211,6 +211,15 @@ def time_alone(run: Run, rows: int) -> None:
         run.record.setdefault("alone", []).append({"tokens": rows * run.sizes.length, "ms": times})
 
 
+def time_apart(run: Run, rows: int) -> None:
+    """A step of every rank at the same time, none of which waits for another: how unlike the GPUs are."""
+    step = run.step(rows, None)
+    dist.barrier()
+    medians: list[float] = [0.0] * run.ranks.world
+    dist.all_gather_object(medians, _times(run, step, rows)["p50"])
+    run.record.setdefault("apart", []).append({"tokens": rows * run.sizes.length, "ms_of_each": medians})
+
+
 def time_together(run: Run, way: Way, rows: int) -> None:
     step = run.step(rows, way)
     dist.barrier()
@@ -351,6 +360,9 @@ def table(record: dict[str, Any]) -> str:
     lines += [
         f"  one rank alone, {row['tokens']:>7,} tokens: {row['ms']['p50']:8.3f} ms" for row in record.get("alone", ())
     ]
+    for row in record.get("apart", ()):
+        each = ", ".join(f"{ms:.3f}" for ms in row["ms_of_each"])
+        lines.append(f"  all at once, none waiting, {row['tokens']:>7,} tokens: {each} ms")
     for row in record.get("together", ()):
         way = Way(**row["way"])._replace(graph_collectives=row["collectives"])
         of_one = f", {row['of_one_rank']:.3f} of one rank's" if "of_one_rank" in row else ""
@@ -384,6 +396,8 @@ def measure(run: Run, checks: bool) -> None:
         run.part("links", lambda: time_links(run))
     for rows in sizes.rows:
         run.part(f"alone, {rows} rows", lambda rows=rows: time_alone(run, rows))
+        if together:
+            run.part(f"apart, {rows} rows", lambda rows=rows: time_apart(run, rows))
     for rows in sizes.rows:
         for way in ways:
             run.part(f"time, {rows} rows a rank, {way}", lambda way=way, rows=rows: time_together(run, way, rows))

@@ -18,6 +18,8 @@ def test_two_processes_write_a_whole_record(tmp_path):
     record = json.loads(path.read_text())
     assert record["problems"] == [] and record["environment"]["commit"] == "abc" and record["world"] == 2
     assert [row["tokens"] for row in record["alone"]] == [128, 64]
+    assert [(row["tokens"], len(row["ms_of_each"])) for row in record["apart"]] == [(128, 2), (64, 2)]
+    assert all(ms > 0 for row in record["apart"] for ms in row["ms_of_each"])
     ways = [way._asdict() for way in WAYS]
     assert [row["way"] for row in record["results"]] == ways and all(row["right"] for row in record["results"])
     assert [row["way"] for row in record["replicas"]] == ways
