@@ -15,9 +15,10 @@ dtype, padded to one rank and times their scale. down is a joint `lora_linear`. 
 of `linear`; of gate and up, where one has an adapter, the other gets zeros. g, u and dh are rounded before they are
 read again, as PyTorch rounds them. Kept for the backward: g, u and h, and what the adapters' launches keep.
 
-FLOPs a row: 6 D hidden forward, as many for dx, and those of the adapters. Bytes of tensors [.., hidden]: g, u and h
-written, g and u read once and h once a launch that reads it; backward dh written and read, dg and du written, g and u
-read, and dg, du and h read as `lora_linear` reads its own.
+FLOPs a row: 6 D hidden forward, as many for dx, and those of the adapters. Tensors [.., hidden]: forward g, u and h are
+written, and read once each. Backward dh is written; dh, g and u are read, and dg and du written, in one pass that also
+makes dB of gate and up and dA of down (:mod:`.lora_swiglu_backward`); dg and du are read once. Where one of these three
+is missing, in fp32 and above 16 ranks, SwiGLU's gradient is a pass of its own and these are launches after it.
 
 Every sum is made by one program in a fixed order: the same bits in every run and in every batch. D and hidden are
 multiples of 16, ranks up to 128.
@@ -50,8 +51,9 @@ from .lora_qkv.adapters import launch_pack
 from .lora_qkv.forward import empty_projected, launch_forward
 from .lora_qkv.op import Lora, Saved, gradients
 from .lora_qkv.validate import expect_product
+from .lora_swiglu_backward import adapted_slopes_, takes_slopes
 from .mlp import swiglu_dx_, swiglu_slopes_
-from .swiglu import swiglu_ref
+from .swiglu import swiglu_backward_, swiglu_ref
 
 NAMES = "gate", "up", "down"
 
@@ -219,24 +221,66 @@ def _backward(ctx, douts):
         return (None,) * 16
     of_gate_up, others = Saved.split(ctx.saved_tensors)
     of_down, (g, u, gate_scale, up_scale, down_scale) = Saved.split(others)
-    needs_a, needs_b = any(needs[3:7:2]), any(needs[4:7:2])
-    needs_slopes = needs[0] or needs[1] or needs_a or needs_b
-    du = empty_as(u) if needs_slopes else None
-    if ctx.down is not None:
-        about = {"kept": u, "scale": down_scale, "is_packed": ctx.is_packed, "gate": g, "dup": du}
-        dg, ddown, *down_lora = gradients(of_down, ctx.down, (needs_slopes, needs[2], *needs[7:9]), [dout], **about)
+    needs_gate_up = (*needs[:2], any(needs[3:7:2]), any(needs[4:7:2]))
+    needs_down = (any(needs_gate_up), needs[2], *needs[7:9])
+    scale = _both_scales(gate_scale, up_scale, of_gate_up.a) if needs_gate_up[3] else None
+    makes = _of_adapted if _is_one_launch(ctx, g.dtype, needs_gate_up, needs_down) else _one_by_one
+    of_gate_up, of_down = makes(ctx, dout, of_gate_up, of_down, g, u, scale, down_scale, needs_gate_up, needs_down)
+    dx, dgate_up, da, db = of_gate_up
+    ddown, *down_lora = of_down
+    return dx, dgate_up, ddown, *_of_matrices(da, db, ctx.ranks, needs[3:7]), *down_lora, *(None,) * 7
+
+
+Gradients = Sequence[Tensor | None]
+
+
+def _is_one_launch(ctx, dtype: torch.dtype, needs_gate_up: Sequence[bool], needs_down: Sequence[bool]) -> bool:
+    """Whether what reads dh is one launch: where it has something to add up of gate and up, and of down."""
+    if not (any(needs_gate_up[2:]) and any(needs_down[2:])):
+        return False
+    return takes_slopes(dtype, ctx.gate_up.b_shape[2], ctx.down.b_shape[2])
+
+
+def _of_adapted(
+    ctx, dout, of_gate_up, of_down, g, u, scale, down_scale, needs_gate_up, needs_down
+) -> tuple[Gradients, Gradients]:
+    """Of x, both weights, A and B of gate and up; of the weight, A and B of down. All that reads dh is one launch."""
+    da, db = ctx.gate_up.empty_gradients(of_gate_up.x, of_gate_up.slots)
+    down_lora = ctx.down.empty_gradients(of_down.x, of_down.slots)
+    dg, du = empty_as(g), empty_as(u)
+    about = of_gate_up.xa, scale, down_scale, ctx.down.b_shape[2], ctx.is_packed
+    adapted_slopes_(dout, *of_down, g, u, *about, dg, du, db, *down_lora)
+    into_da = ctx.gate_up._replace(grad_a=da)  # dB is made
+    dx, dgate_up, _, _ = gradients(of_gate_up, into_da, needs_gate_up, _three(dg, du), is_packed=False)
+    ddown = linear_dweight(dout, of_down.x) if needs_down[1] else None
+    wanted = [grad if needed else None for grad, needed in zip(down_lora, needs_down[2:], strict=True)]
+    return (dx, dgate_up, da, db), (ddown, *wanted)
+
+
+def _one_by_one(
+    ctx, dout, of_gate_up, of_down, g, u, scale, down_scale, needs_gate_up, needs_down
+) -> tuple[Gradients, Gradients]:
+    """As :func:`_of_adapted`, SwiGLU's gradient between the launches of down and those of gate and up."""
+    needs_slopes = needs_down[0]
+    dg, du = (empty_as(g), empty_as(u)) if needs_slopes else (None, None)
+    if ctx.down is None:
+        down = _of_product(dout, of_down, g, u, dg, du, needs_down[1])
     else:
-        dg, ddown, *down_lora = _slopes_of_product(dout, of_down, g, u, du, needs[2])
-    dx, dgate_up, lora = None, None, [None] * 4
-    if needs_slopes and ctx.gate_up is not None:
-        douts = [dg, du, dout.new_empty(*dout.shape[:2], 0)]
-        scale = _both_scales(gate_scale, up_scale, of_gate_up.a) if needs_b else None
-        about = {"scale": scale, "is_packed": False}
-        dx, dgate_up, da, db = gradients(of_gate_up, ctx.gate_up, (*needs[:2], needs_a, needs_b), douts, **about)
-        lora = _of_matrices(da, db, ctx.ranks, needs[3:7])
-    elif needs_slopes:
-        dx, dgate_up = _gradients_of_products(dg, du, of_gate_up, *needs[:2])
-    return dx, dgate_up, ddown, *lora, *down_lora, *(None,) * 7
+        about = {"scale": down_scale, "is_packed": ctx.is_packed}
+        dh, *down = gradients(of_down, ctx.down, needs_down, [dout], **about)
+        if needs_slopes:
+            swiglu_backward_(dh, g, u, dg, du)
+    if not needs_slopes:
+        return (None,) * 4, down
+    if ctx.gate_up is None:
+        return (*_of_products(dg, du, of_gate_up, *needs_gate_up[:2]), None, None), down
+    about = {"scale": scale, "is_packed": False}
+    return gradients(of_gate_up, ctx.gate_up, needs_gate_up, _three(dg, du), **about), down
+
+
+def _three(dg: Tensor, du: Tensor) -> list[Tensor]:
+    """With that of the third projection, which has no outputs."""
+    return [dg, du, dg.new_empty(*dg.shape[:2], 0)]
 
 
 def _both_scales(gate_scale: Tensor | None, up_scale: Tensor | None, stacked_a: Tensor) -> Tensor | None:
@@ -256,15 +300,14 @@ def _of_matrices(da, db, ranks: Sequence[int | None], needs: Sequence[bool]) -> 
     return found
 
 
-def _slopes_of_product(dout, saved, g, u, du, needs_weight) -> tuple[Tensor | None, ...]:
-    """dg, and du where it is given, by a weight without an adapter; its gradient, and none of A and B."""
-    dg = None if du is None else empty_as(g)
+def _of_product(dout, saved, g, u, dg, du, needs_weight) -> Gradients:
+    """Writes dg and du, where they are given, by a weight without an adapter; its gradient, and none of A and B."""
     if dg is not None:
         swiglu_slopes_(dout, g, u, saved.weight, dg, du.view(-1, du.size(2)))
-    return dg, linear_dweight(dout, saved.x) if needs_weight else None, None, None
+    return linear_dweight(dout, saved.x) if needs_weight else None, None, None
 
 
-def _gradients_of_products(dg, du, saved, needs_x, needs_weight) -> tuple[Tensor | None, Tensor | None]:
+def _of_products(dg, du, saved, needs_x, needs_weight) -> Gradients:
     """Of x and of both weights, without adapters."""
     dx = empty_as(saved.x) if needs_x else None
     if needs_x:

@@ -100,11 +100,6 @@ def launch_swiglu(gate: Tensor, up: Tensor, out: Tensor) -> None:
     _launch(_forward, gate, up, out=out)
 
 
-def launch_swiglu_backward(dout: Tensor, gate: Tensor, up: Tensor, dgate: Tensor | None, dup: Tensor | None) -> None:
-    """Writes dgate and dup, which are contiguous, or None where one is not wanted."""
-    _launch(_backward, gate, up, dout, dgate=dgate, dup=dup)
-
-
 @custom_op("klora::swiglu", mutates_args=())
 def _op(gate: Tensor, up: Tensor) -> Tensor:
     out = empty_as(gate)
@@ -118,8 +113,9 @@ def _(gate, up):
 
 
 @custom_op("klora::swiglu_backward_", mutates_args=("dgate", "dup"))
-def _backward_op(dout: Tensor, gate: Tensor, up: Tensor, dgate: Tensor | None, dup: Tensor | None) -> None:
-    launch_swiglu_backward(dout, gate, up, dgate, dup)
+def swiglu_backward_(dout: Tensor, gate: Tensor, up: Tensor, dgate: Tensor | None, dup: Tensor | None) -> None:
+    """Writes dgate and dup, which are contiguous, or None where one is not wanted."""
+    _launch(_backward, gate, up, dout, dgate=dgate, dup=dup)
 
 
 def _setup(ctx, inputs, output):
@@ -129,7 +125,7 @@ def _setup(ctx, inputs, output):
 def _autograd(ctx, dout):
     saved = ctx.saved_tensors
     grads = [empty_grad(t, wanted) for t, wanted in zip(saved, ctx.needs_input_grad, strict=True)]
-    _backward_op(dout, *saved, *grads)
+    swiglu_backward_(dout, *saved, *grads)
     return tuple(grads)
 
 

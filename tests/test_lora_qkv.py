@@ -350,10 +350,10 @@ def test_opcheck(slots, needs, dtype):
     q, k, v, xa, *packed = torch.ops.klora.lora_qkv(*leaves, slots, list(sizes), None, None)
     is_packed = a.dtype != x.dtype
     read = packed if is_packed else leaves[2:]
-    given = [q, k, v], *leaves[:2], *read, xa, slots, None, None, None, b.size(2), is_packed
+    given = [q, k, v], *leaves[:2], *read, xa, slots, None, None, b.size(2), is_packed
     grads = [torch.zeros_like(t) for t in (leaves[0], *leaves[2:])]
-    torch.library.opcheck(torch.ops.klora.lora_backward_.default, (*given, grads[0], None, *grads[1:]))
-    torch.library.opcheck(torch.ops.klora.lora_backward_.default, (*given, grads[0], None, None, None))
+    torch.library.opcheck(torch.ops.klora.lora_backward_.default, (*given, *grads))
+    torch.library.opcheck(torch.ops.klora.lora_backward_.default, (*given, grads[0], None, None))
 
 
 @pytest.mark.parametrize("into_pool", [False, True])

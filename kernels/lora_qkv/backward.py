@@ -10,13 +10,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..dispatch import cdiv, empty_as, next_power_of_2, padded_rank
+from ..dispatch import cdiv, next_power_of_2, padded_rank
 from ..dot import multiply_add
 from ..launch import launched
-from ..swiglu import launch_swiglu_backward
 from ..tile import halves, tiled
 from .adapters import Adapters
-from .gated import launch_gated_backward, takes_gradients
 from .tiles import (
     PIECES,
     cleared,
@@ -277,6 +275,11 @@ def _da_kernel(
         tl.store(out, da, (j < ROWS)[:, None] & (column < D)[None, :])
 
 
+def event(device: torch.device) -> torch.cuda.Event | None:
+    """When what the current stream was given so far is done; None where there are no streams."""
+    return torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
+
+
 def beside(device: torch.device, ready: torch.cuda.Event | None) -> AbstractContextManager:
     """What is launched inside runs once `ready`, beside what the current stream is given, until :func:`join`."""
     if ready is None:
@@ -308,38 +311,35 @@ def launch_backward(
     db: Tensor | None,
     kept: Tensor | None = None,
     scale: Tensor | None = None,
-    gate: Tensor | None = None,
-    dup: Tensor | None = None,
 ) -> None:
-    """Writes dx, and the rows of da and db that `slots` name. dx, or da and db together, may be None.
+    """Writes dx, and the rows of da and db that `slots` name. dx, or da and db, may be None; db alone where it was made
+    elsewhere.
 
     `grads` are those of the projections, or of one product. `kept`, what :func:`times_slope` reads of an x that is
-    relu(u)^2, makes dx the gradient of u. With `gate`, x is silu(gate) * up and `kept` is up: the gradient of gate goes
-    to dx, that of up to `dup`. `scale` fp32 [slots], for each projection one after the other, is what B was scaled by.
+    relu(u)^2, makes dx the gradient of u. `scale` fp32 [slots], for each projection one after the other, is what B was
+    scaled by.
     """
     rank, groups = adapters.rank, len(grads)
-    is_gated = gate is not None and dx is not None
-    config = pick_backward_config(x.dtype, rank, groups, x.size(2), kept is not None and not is_gated)
-    parts = 1 if is_stacked(rank, groups) else groups
-    t = x.new_empty(*x.shape[:2], parts * stacked_rank(rank, groups))
-    ready = torch.cuda.current_stream(x.device).record_event() if x.is_cuda else None
-    if is_gated and takes_gradients(grads[0], rank, x.size(2)):
-        launch_gated_backward(grads[0], weight, adapters, gate, kept, dx, dup, t)
-    elif is_gated:
-        dh = empty_as(dx)
-        _launch_dx(config, grads, x, weight, adapters, t, dh, None)
-        launch_swiglu_backward(dh, gate, kept, dx, dup)
-    else:
-        _launch_dx(config, grads, x, weight, adapters, t, dx, kept)
+    config = pick_backward_config(x.dtype, rank, groups, x.size(2), kept is not None)
+    t = empty_t(x, rank, groups)
+    ready = event(x.device)
+    launch_dx(config, grads, x, weight, adapters, t, dx, kept)
     if da is None:
         return
-    with beside(x.device, ready):
-        _launch_db(config, grads, xa, slots, db, rank, scale)
+    if db is not None:
+        with beside(x.device, ready):
+            launch_db(config, grads, xa, slots, db, rank, scale)
     _launch_da(config, x, t, slots, da, rank, groups)
     join(x.device, ready)
 
 
-def _launch_dx(
+def empty_t(x: Tensor, rank: int, groups: int) -> Tensor:
+    """Memory for t."""
+    parts = 1 if is_stacked(rank, groups) else groups
+    return x.new_empty(*x.shape[:2], parts * stacked_rank(rank, groups))
+
+
+def launch_dx(
     config: BackwardConfig,
     grads: Sequence[Tensor],
     x: Tensor,
@@ -347,8 +347,9 @@ def _launch_dx(
     adapters: Adapters,
     t: Tensor,
     dx: Tensor | None,
-    kept: Tensor | None,
+    kept: Tensor | None = None,
 ) -> None:
+    """Writes t, and dx where it is given."""
     (batch, length, width), rank, groups = x.shape, adapters.rank, len(grads)
     stacked = stacked_rank(rank, groups)
     nq, nk, nv = of_three([grad.size(2) for grad in grads], 0)
@@ -367,7 +368,7 @@ def _launch_dx(
     )  # fmt: skip
 
 
-def _launch_db(
+def launch_db(
     config: BackwardConfig,
     grads: Sequence[Tensor],
     xa: Tensor,
@@ -376,6 +377,7 @@ def _launch_db(
     rank: int,
     scale: Tensor | None,
 ) -> None:
+    """Writes the rows of db that `slots` name."""
     batch, length, _ = xa.shape
     sizes, n, s = [grad.size(2) for grad in grads], config.db_n, config.db_s
     nq, nk, nv = of_three(sizes, 0)

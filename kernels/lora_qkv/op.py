@@ -37,7 +37,7 @@ def _(x, weight, lora_a, lora_b, slots, sizes, grad_a, grad_b):
     return empty_projected(x, lora_a, lora_b, sizes).flat()
 
 
-@custom_op("klora::lora_backward_", mutates_args=("dx", "dup", "da", "db"))
+@custom_op("klora::lora_backward_", mutates_args=("dx", "da", "db"))
 def backward_op(
     douts: list[Tensor],
     x: Tensor,
@@ -47,26 +47,24 @@ def backward_op(
     xa: Tensor,
     slots: Tensor | None,
     kept: Tensor | None,
-    gate: Tensor | None,
     scale: Tensor | None,
     rank: int,
     is_packed: bool,
     dx: Tensor | None,
-    dup: Tensor | None,
     da: Tensor | None,
     db: Tensor | None,
 ) -> None:
-    """Writes dx, and the rows of dA and dB that `slots` name: of one product or of three. dx, or da and db together,
-    may be None. `a` and `b` are lora_a and lora_b, or what was packed of them; `kept`, `gate` and `dup` are as of
-    :func:`launch_backward`.
+    """Writes dx, and the rows of dA and dB that `slots` name: of one product or of three. dx, or da and db, may be
+    None; db alone where it was made elsewhere. `a` and `b` are lora_a and lora_b, or what was packed of them; `kept` is
+    as of :func:`launch_backward`.
     """
     if x.numel():
         sizes = [dout.size(2) for dout in douts]
         adapters = Adapters(a, b, rank, None) if is_packed else adapters_of(x, a, b, slots, sizes)
         douts = [aligned(dout) for dout in douts]
-        launch_backward(douts, aligned(x), aligned(weight), adapters, xa, slots, dx, da, db, kept, scale, gate, dup)
-    elif da is not None:  # sums over no tokens
-        zero_named_rows([da, db], slots)
+        launch_backward(douts, aligned(x), aligned(weight), adapters, xa, slots, dx, da, db, kept, scale)
+    else:  # sums over no tokens
+        zero_named_rows([grad for grad in (da, db) if grad is not None], slots)
 
 
 def zero_named_rows(grads: Sequence[Tensor], slots: Tensor | None) -> None:
@@ -113,6 +111,11 @@ class Lora(NamedTuple):
     def of(cls, lora_a, lora_b, grad_a, grad_b) -> "Lora":
         return cls(lora_a.shape, lora_b.shape, lora_a.dtype, grad_a, grad_b)
 
+    def empty_gradients(self, x: Tensor, slots: Tensor | None) -> list[Tensor]:
+        """Memory for dA and dB; zeros where not every row is written."""
+        fresh = x.new_empty if slots is None and x.numel() else x.new_zeros
+        return [fresh(shape, dtype=self.dtype) for shape in (self.a_shape, self.b_shape)]
+
 
 def gradients(
     saved: Saved,
@@ -122,26 +125,22 @@ def gradients(
     kept: Tensor | None = None,
     scale: Tensor | None = None,
     is_packed: bool | None = None,
-    gate: Tensor | None = None,
-    dup: Tensor | None = None,
 ) -> tuple[Tensor | None, ...]:
     """Of x, weight, lora_a and lora_b, for which autograd `needs` them, by the gradients of the projections.
 
-    `kept`, `scale`, `gate` and `dup` are as of :func:`launch_backward`. `is_packed` None: where the adapters' dtype is
-    not x's.
+    `kept` and `scale` are as of :func:`launch_backward`. `is_packed` None: where the adapters' dtype is not x's.
     """
     x, slots = saved.x, saved.slots
     needs_x, needs_weight, needs_a, needs_b = needs
     da, db = lora.grad_a, lora.grad_b
     is_pooled = da is not None
     if not is_pooled and (needs_a or needs_b):
-        fresh = x.new_empty if slots is None and x.numel() else x.new_zeros
-        da, db = (fresh(shape, dtype=lora.dtype) for shape in (lora.a_shape, lora.b_shape))
+        da, db = lora.empty_gradients(x, slots)
     dx = empty_grad(x, needs_x)
     if needs_x or da is not None:
-        kept, gate, dup = (kept, gate, dup) if needs_x else (None, None, None)
+        kept = kept if needs_x else None
         is_packed = lora.dtype != x.dtype if is_packed is None else is_packed
-        backward_op(list(douts), *saved, kept, gate, scale, lora.b_shape[2], is_packed, dx, dup, da, db)
+        backward_op(list(douts), *saved, kept, scale, lora.b_shape[2], is_packed, dx, da, db)
     dweights = [linear_dweight(dout, x) for dout in douts] if needs_weight else [None]
     dweight = torch.cat(dweights) if len(dweights) > 1 else dweights[0]
     return dx, dweight, *(None if is_pooled or not needed else grad for grad, needed in ((da, needs_a), (db, needs_b)))

@@ -1,0 +1,191 @@
+"""The middle of lora_swiglu_mlp's backward in one pass: from dh, the gradient of h = silu(g) u, all that reads it.
+
+    dg, du of :mod:`.swiglu`;   dBg = dg^T (x Ag^T);   dBu = du^T (x Au^T);   dAd = td^T h
+
+Before it comes dx of down, which writes dh and td = dout Bd, with dB of down beside it. dh, g and u are read once, dg
+and du written: 10 bytes a number in 16 bits, and what else is read has 16 columns. h is made again, not read: its bits
+are the forward's. dg, du and h are rounded before they are multiplied, and every sum is made in the order of the
+launches that this stands for, so its bits are theirs.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .dispatch import aligned, cdiv, custom_op, empty_as, next_power_of_2
+from .dot import multiply_add
+from .launch import launched
+from .lora_qkv.adapters import Adapters, adapters_of
+from .lora_qkv.backward import (
+    beside,
+    empty_t,
+    event,
+    following,
+    join,
+    launch_db,
+    launch_dx,
+    pick_backward_config,
+    slots_of,
+)
+from .lora_qkv.op import zero_named_rows
+from .swiglu import silu, swiglu_gradient
+from .tile import tiled
+
+MOST_RANKS = 16
+ROWS = 64
+"""Of a sum, the fewest of a Hopper matrix instruction: x A^T of gate, then of up, or td; and what lies behind them.
+
+They are its rows, not its columns, for what is computed may come from shared memory only on the other side. Out of
+registers Triton computes dg, du and h twice, once as a matrix instruction wants them and once as they are stored.
+"""
+
+
+@dataclass(frozen=True)
+class SlopesConfig:
+    """A program's columns of hidden, the tokens of a step, warps, stages of the steps' loads, most registers."""
+
+    block_n: int
+    block_s: int
+    warps: int
+    stages: int
+    registers: int | None = None
+
+
+CONFIG = SlopesConfig(64, 64, 8, 2, 128)
+"""Not timed. 82 KB and 128 registers of 256 threads: two programs a multiprocessor, a step of 30 KB each in flight."""
+
+
+def takes_slopes(dtype: torch.dtype, *ranks: int) -> bool:
+    """Whether the middle is one launch: of 16 bits and few ranks."""
+    return dtype != torch.float32 and max(ranks) <= MOST_RANKS
+
+
+@triton.jit
+def _slopes(dh_d, g_d, u_d, b, s, n, BS: tl.constexpr, BN: tl.constexpr):
+    """dg, du and h of a tile [BS tokens, BN columns], rounded."""
+    dh = dh_d.load([b, s, n]).reshape(BS, BN).to(tl.float32)
+    g = g_d.load([b, s, n]).reshape(BS, BN).to(tl.float32)
+    u = u_d.load([b, s, n]).reshape(BS, BN).to(tl.float32)
+    dg, du = swiglu_gradient(dh, g, u)
+    return dg.to(g_d.dtype), du.to(g_d.dtype), (silu(g) * u).to(g_d.dtype)
+
+
+@triton.jit
+def _store_ranks(
+    out_ptr, sums, first, n, rank_step, column_step,
+    R: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """R rows of `sums` [ROWS, BN] from the `first` on. Their columns are those from `n` on; past N they are not."""
+    r, column = tl.arange(0, ROWS) - first, n + tl.arange(0, BN)
+    mask = ((r >= 0) & (r < R))[:, None] & (column < N)[None, :]
+    tl.store(out_ptr + r[:, None] * rank_step + column * column_step, sums, mask)
+
+
+@launched
+@triton.jit(do_not_specialize=["B", "S"])
+def _slopes_kernel(
+    dh_d, g_d, u_d, xa_d, t_d, dg_ptr, du_ptr, db_ptr, da_ptr, scale_ptr, slots_ptr, db_stride, da_stride, count, B, S,
+    N: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, DOWN_R: tl.constexpr, ROWS: tl.constexpr, BN: tl.constexpr,
+    BS: tl.constexpr, BP: tl.constexpr,
+):  # fmt: skip
+    """Program (BN columns, document b): dg and du, tokens in order. The first document with a slot adds up dB of gate
+    and up, times their scale, and dA of down for all that have it, in the order of the batch: of the others it makes dg
+    and du again. Other programs' sums are for nothing; they wait for memory, not for them.
+    """
+    TILES: tl.constexpr = (N + BN - 1) // BN
+    n, b = tl.program_id(0) % TILES * BN, tl.program_id(0) // TILES
+    slot, every = slots_of(slots_ptr, b, count, B, BP)
+    is_first = (slot >= 0) & (following(every, slot, -1, B, BP) == b)
+    row, column = tl.arange(0, BS), n + tl.arange(0, BN)
+    first = b.to(tl.int64) * S
+    db_gate = tl.zeros((ROWS, BN), tl.float32)  # transposed
+    db_up = tl.zeros((ROWS, BN), tl.float32)
+    da = tl.zeros((ROWS, BN), tl.float32)
+    document = b
+    while document < B:
+        stored = tl.where(document == b, S, 0)
+        for s in range(0, S, BS):
+            dg, du, h = _slopes(dh_d, g_d, u_d, document, s, n, BS, BN)
+            start, mask = (first + s) * N, (row < stored - s)[:, None] & (column < N)[None, :]
+            tl.store(dg_ptr + start + (row[:, None] * N + column), dg, mask)
+            tl.store(du_ptr + start + (row[:, None] * N + column), du, mask)
+            xa = xa_d.load([document, s, 0]).reshape(BS, ROWS)
+            t = t_d.load([document, s, 0]).reshape(BS, ROWS)
+            db_gate = multiply_add(xa.T, dg, db_gate)
+            db_up = multiply_add(xa.T, du, db_up)
+            da = multiply_add(t.T, h, da)
+        document = tl.where(is_first, following(every, slot, document, B, BP), B)
+    if is_first:
+        if scale_ptr is not None:
+            db_gate *= tl.load(scale_ptr + slot)
+            db_up *= tl.load(scale_ptr + count + slot)
+        own_db_ptr = db_ptr + slot * db_stride
+        _store_ranks(own_db_ptr, db_gate, 0, n, 1, R, R, N, ROWS, BN)
+        _store_ranks(own_db_ptr + N * R, db_up, RP, n, 1, R, R, N, ROWS, BN)
+        _store_ranks(da_ptr + slot * da_stride, da, 0, n, N, 1, DOWN_R, N, ROWS, BN)
+
+
+def _launch_slopes(
+    dh: Tensor,
+    g: Tensor,
+    u: Tensor,
+    xa: Tensor,
+    t: Tensor,
+    slots: Tensor | None,
+    scale: Tensor | None,
+    dg: Tensor,
+    du: Tensor,
+    db: Tensor,
+    da: Tensor,
+) -> None:
+    """Writes dg and du [B, S, N], and the rows of db [slots, 2 N, R] and da [slots, R, N] that `slots` name."""
+    (batch, length, hidden), n, s = dh.shape, CONFIG.block_n, CONFIG.block_s
+    dh_d, g_d, u_d = (tiled(each, 1, s, n) for each in (dh, g, u))
+    _slopes_kernel[(cdiv(hidden, n) * batch,)](
+        dh_d=dh_d, g_d=g_d, u_d=u_d, xa_d=tiled(xa, 1, s, ROWS), t_d=tiled(t, 1, s, ROWS), dg_ptr=dg, du_ptr=du,
+        db_ptr=db, da_ptr=da, scale_ptr=scale, slots_ptr=slots, db_stride=db.stride(0), da_stride=da.stride(0),
+        count=db.size(0), B=batch, S=length, N=hidden, R=db.size(2), RP=MOST_RANKS, DOWN_R=da.size(1), ROWS=ROWS, BN=n,
+        BS=s, BP=next_power_of_2(batch), num_warps=CONFIG.warps, num_stages=CONFIG.stages, maxnreg=CONFIG.registers,
+    )  # fmt: skip
+
+
+@custom_op("klora::lora_swiglu_slopes_", mutates_args=("dg", "du", "db", "da_down", "db_down"))
+def adapted_slopes_(
+    dout: Tensor,
+    h: Tensor,
+    down: Tensor,
+    a: Tensor,
+    b: Tensor,
+    xa_down: Tensor,
+    slots: Tensor | None,
+    g: Tensor,
+    u: Tensor,
+    xa: Tensor,
+    scale: Tensor | None,
+    down_scale: Tensor | None,
+    rank: int,
+    is_packed: bool,
+    dg: Tensor,
+    du: Tensor,
+    db: Tensor,
+    da_down: Tensor,
+    db_down: Tensor,
+) -> None:
+    """Writes dg and du [B, S, hidden], and the rows that `slots` name of dB of gate and up [slots, 2 hidden, R], and of
+    dA and dB of down, whose rank is `rank`; `xa` is x A^T of gate and up. Others as of :func:`lora_qkv.op.backward_op`.
+    """
+    if not h.numel():  # sums over no tokens
+        zero_named_rows([db, da_down, db_down], slots)
+        return
+    dout, down = aligned(dout), aligned(down)
+    adapters = Adapters(a, b, rank, None) if is_packed else adapters_of(h, a, b, slots, [dout.size(2)])
+    config = pick_backward_config(h.dtype, rank, 1, h.size(2))
+    dh, t, ready = empty_as(dg), empty_t(h, rank, 1), event(h.device)
+    launch_dx(config, [dout], h, down, adapters, t, dh)
+    with beside(h.device, ready):
+        launch_db(config, [dout], xa_down, slots, db_down, rank, down_scale)
+    _launch_slopes(dh, g, u, xa, t, slots, scale, dg, du, db, da_down)
+    join(h.device, ready)
