@@ -30,7 +30,6 @@ from .lora_qkv.backward import (
     pick_backward_config,
     slots_of,
 )
-from .lora_qkv.op import zero_named_rows
 from .swiglu import silu, swiglu_gradient
 from .tile import tiled
 
@@ -177,8 +176,7 @@ def adapted_slopes_(
     """Writes dg and du [B, S, hidden], and the rows that `slots` name of dB of gate and up [slots, 2 hidden, R], and of
     dA and dB of down, whose rank is `rank`; `xa` is x A^T of gate and up. Others as of :func:`lora_qkv.op.backward_op`.
     """
-    if not h.numel():  # sums over no tokens
-        zero_named_rows([db, da_down, db_down], slots)
+    if not h.numel():  # sums over no tokens: the zeros that the caller gave
         return
     dout, down = aligned(dout), aligned(down)
     adapters = Adapters(a, b, rank, None) if is_packed else adapters_of(h, a, b, slots, [dout.size(2)])
