@@ -55,7 +55,7 @@ def places(program: int, programs: int, documents: int, length: int, sizes: list
     monkeypatch.setattr(turns, "gl", language)
     monkeypatch.setattr(turns, "BLOCK", turns.BLOCK.value)
     count = cdiv(max(chunks - program, 0), programs) * columns
-    found = [turns._place.fn(torch.tensor(i), columns, length, *about) for i in range(count)]
+    found = [turns.place_of.fn(torch.tensor(i), columns, length, *about) for i in range(count)]
     monkeypatch.undo()
     return [tuple(map(int, place)) for place in found]
 

@@ -15,6 +15,7 @@ from ..dot import multiply_add
 from ..launch import launched
 from ..tile import halves, tiled
 from .adapters import Adapters
+from .dx_turns import launch_dx_in_turns, takes
 from .tiles import (
     PIECES,
     cleared,
@@ -275,6 +276,11 @@ def _da_kernel(
         tl.store(out, da, (j < ROWS)[:, None] & (column < D)[None, :])
 
 
+def started(device: torch.device) -> torch.cuda.Event | None:
+    """When all that was launched so far is done; None where nothing runs beside anything."""
+    return torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
+
+
 def beside(device: torch.device, ready: torch.cuda.Event | None) -> AbstractContextManager:
     """What is launched inside runs once `ready`, beside what the current stream is given, until :func:`join`."""
     if ready is None:
@@ -312,14 +318,42 @@ def launch_backward(
     `grads` are those of the projections, or of one product. `kept`, what :func:`times_slope` reads of an x that is
     relu(u)^2, makes dx the gradient of u. `scale` fp32 [slots] is what B was packed with.
     """
-    (batch, length, width), rank, groups = x.shape, adapters.rank, len(grads)
-    stacked, padded = stacked_rank(rank, groups), padded_rank(rank)
-    sizes = [grad.size(2) for grad in grads]
-    nq, nk, nv = of_three(sizes, 0)
-    config = pick_backward_config(x.dtype, rank, groups, width, kept is not None)
+    rank, groups, sizes = adapters.rank, len(grads), [grad.size(2) for grad in grads]
+    config = pick_backward_config(x.dtype, rank, groups, x.size(2), kept is not None)
     parts = 1 if is_stacked(rank, groups) else groups
-    t = x.new_empty(batch, length, parts * stacked)
-    ready = torch.cuda.current_stream(x.device).record_event() if x.is_cuda else None
+    t = x.new_empty(*x.shape[:2], parts * stacked_rank(rank, groups))
+    ready = started(x.device)
+    if dx is not None and kept is None and takes(x, adapters, sizes):
+        ready = None  # beside its programs there is no room
+        launch_dx_in_turns(grads, weight, adapters, t, dx)
+        config = ALONE
+    else:
+        launch_dx(config, grads, x, weight, adapters, t, dx, kept)
+    if da is None:
+        return
+    with beside(x.device, ready):
+        launch_db(config, grads, xa, slots, db, rank, scale)
+    launch_da(config, x, t, slots, da, rank, groups)
+    join(x.device, ready)
+
+
+ALONE = BackwardConfig(128, 256, 64, 8, 3, 64, 64, 4, 4, 128, 64, 4, 4, db_programs=4)
+"""Of dB where no dx runs beside it."""
+
+
+def launch_dx(
+    config: BackwardConfig,
+    grads: Sequence[Tensor],
+    x: Tensor,
+    weight: Tensor,
+    adapters: Adapters,
+    t: Tensor,
+    dx: Tensor | None,
+    kept: Tensor | None,
+) -> None:
+    (batch, length, width), rank, groups = x.shape, adapters.rank, len(grads)
+    stacked = stacked_rank(rank, groups)
+    nq, nk, nv = of_three([grad.size(2) for grad in grads], 0)
     m, d, n, tail = config.block_m, config.block_d, config.block_n, config.tail
     tiles = batch * cdiv(length, m) * (1 if dx is None else cdiv(width, d + tail))
     piece = tail or d // PIECES
@@ -333,24 +367,39 @@ def launch_backward(
         BN=n, STACKED=is_stacked(rank, groups), PACKED=adapters.is_packed, WITH_DX=dx is not None, TAIL=tail,
         num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
-    if da is None:
-        return
-    batch_pow2 = next_power_of_2(batch)
-    with beside(x.device, ready):
-        n, s = config.db_n, config.db_s
-        tiles = batch * sum(cdiv(size, n) for size in sizes)
-        q_d, k_d, v_d = of_three([tiled(grad, 1, s, n) for grad in described(grads)])
-        _db_kernel[(programs(x.device, tiles, config.db_programs),)](
-            q_d=q_d, k_d=k_d, v_d=v_d, xa_d=tiled(xa, 1, s, padded),
-            db_ptr=db, scale_ptr=scale, slots_ptr=slots, db_stride=db.stride(0), count=db.size(0),
-            B=batch, S=length, TILES=tiles,
-            NQ=nq, NK=nk, NV=nv, R=rank, RP=padded, BN=n, BS=s, BP=batch_pow2,
-            num_warps=config.db_warps, num_stages=config.db_stages,
-        )  # fmt: skip
+
+
+def launch_db(
+    config: BackwardConfig,
+    grads: Sequence[Tensor],
+    xa: Tensor,
+    slots: Tensor | None,
+    db: Tensor,
+    rank: int,
+    scale: Tensor | None,
+) -> None:
+    batch, length, _ = xa.shape
+    sizes, n, s = [grad.size(2) for grad in grads], config.db_n, config.db_s
+    nq, nk, nv = of_three(sizes, 0)
+    tiles = batch * sum(cdiv(size, n) for size in sizes)
+    q_d, k_d, v_d = of_three([tiled(grad, 1, s, n) for grad in described(grads)])
+    _db_kernel[(programs(xa.device, tiles, config.db_programs),)](
+        q_d=q_d, k_d=k_d, v_d=v_d, xa_d=tiled(xa, 1, s, padded_rank(rank)),
+        db_ptr=db, scale_ptr=scale, slots_ptr=slots, db_stride=db.stride(0), count=db.size(0),
+        B=batch, S=length, TILES=tiles,
+        NQ=nq, NK=nk, NV=nv, R=rank, RP=padded_rank(rank), BN=n, BS=s, BP=next_power_of_2(batch),
+        num_warps=config.db_warps, num_stages=config.db_stages,
+    )  # fmt: skip
+
+
+def launch_da(
+    config: BackwardConfig, x: Tensor, t: Tensor, slots: Tensor | None, da: Tensor, rank: int, groups: int
+) -> None:
+    (batch, length, width), stacked = x.shape, stacked_rank(rank, groups)
+    parts = 1 if is_stacked(rank, groups) else groups
     d, s, rows = config.da_d, config.da_s, max(64, stacked)  # 64: the fewest rows of a Hopper matrix instruction
     _da_kernel[(cdiv(width, d) * parts * batch,)](
         t_d=tiled(t, 1, s, rows), x_d=tiled(x, 1, s, d), da_ptr=da, slots_ptr=slots, da_stride=da.stride(0),
         count=da.size(0), B=batch, S=length, D=width, ROWS=groups * rank // parts, RT=rows, STEP=stacked, PARTS=parts,
-        BD=d, BS=s, BP=batch_pow2, num_warps=config.da_warps, num_stages=config.da_stages,
+        BD=d, BS=s, BP=next_power_of_2(batch), num_warps=config.da_warps, num_stages=config.da_stages,
     )  # fmt: skip
-    join(x.device, ready)

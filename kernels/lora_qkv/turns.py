@@ -93,7 +93,7 @@ def pick_columns(blocks: int, across: int, processors: int, row_bytes: int) -> i
 
 
 @gluon.jit
-def _place(
+def place_of(
     count, columns, S, NQ: gl.constexpr, NK: gl.constexpr, TQ: gl.constexpr, TK: gl.constexpr, TV: gl.constexpr,
     BN: gl.constexpr, GROUPS: gl.constexpr,
 ):  # fmt: skip
@@ -115,7 +115,7 @@ def _place(
 
 
 @gluon.jit
-def _adapter(slots_ptr, b, pool):
+def adapter_of(slots_ptr, b, pool):
     """The adapter of document b; -1, of which the copy engine reads zeros, for a slot outside the pool."""
     slot = b
     if slots_ptr is not None:
@@ -189,9 +189,9 @@ def _finish_tiles(
     out = outs.index(GROUP)
     number = -1 + GROUP  # of u's last beginning
     for count in range(GROUP, tiles, 2):
-        b, s, p, n, row, makes_u = _place(count, columns, S, NQ, NK, TQ, TK, TV, BN, GROUPS)
+        b, s, p, n, row, makes_u = place_of(count, columns, S, NQ, NK, TQ, TK, TV, BN, GROUPS)
         number += makes_u.to(gl.int32)
-        slot = _adapter(slots_ptr, b, pool)
+        slot = adapter_of(slots_ptr, b, pool)
         # What comes from memory is asked for before the product: it arrives while the other group multiplies.
         begun = ()
         for i in gl.static_range(PARTS):
@@ -222,7 +222,7 @@ def _finish_tiles(
         _store_piece(q_desc, k_desc, v_desc, p, b, s, n + HALF, right, out)
         if PARTS > 1:
             _store_piece(q_desc, k_desc, v_desc, p, b, s, n + BLOCK, whole[1], out)
-        _, _, _, _, _, other_makes_u = _place(count + 1, columns, S, NQ, NK, TQ, TK, TV, BN, GROUPS)
+        _, _, _, _, _, other_makes_u = place_of(count + 1, columns, S, NQ, NK, TQ, TK, TV, BN, GROUPS)
         number += other_makes_u.to(gl.int32)
     tma.store_wait(0)
 
@@ -237,8 +237,8 @@ def _load(
     PRODUCT: gl.constexpr = (BLOCK + BN) * DEPTH * 2  # bytes
     step = 0
     for count in range(tiles):
-        b, s, p, n, row, makes_u = _place(count, columns, S, NQ, NK, TQ, TK, TV, BN, GROUPS)
-        slot = _adapter(slots_ptr, b, pool)
+        b, s, p, n, row, makes_u = place_of(count, columns, S, NQ, NK, TQ, TK, TV, BN, GROUPS)
+        slot = adapter_of(slots_ptr, b, pool)
         for k in range(STEPS):
             stage = empty_stage(empty, step, STAGES)
             is_loaded = loaded.index(stage)
@@ -339,11 +339,11 @@ def takes(x: Tensor, rank: int, sizes: Sequence[int]) -> bool:
     """
     if not runs_on(x) or rank > RANKS.value:
         return False
-    tiles = _blocks(x) * _tiles_across(sizes, pick_config(sizes))
+    tiles = blocks_of(x) * _tiles_across(sizes, pick_config(sizes))
     return tiles >= TURNS * multiprocessors(x.device)
 
 
-def _blocks(x: Tensor) -> int:
+def blocks_of(x: Tensor) -> int:
     return x.size(0) * cdiv(x.size(1), BLOCK.value)
 
 
@@ -359,7 +359,7 @@ def launch_in_turns(
 ) -> None:
     """Writes `outs` [B, S, N_p] and `xa` [B, S, projections x RANKS], as :func:`forward.launch_forward`."""
     config, block, depth = pick_config(sizes), BLOCK.value, DEPTH.value
-    is_wide, blocks = config.block_n > block, _blocks(x)
+    is_wide, blocks = config.block_n > block, blocks_of(x)
     tiles = [cdiv(size, config.block_n) for size in sizes]
     columns = pick_columns(blocks, sum(tiles), multiprocessors(x.device), x.size(2) * x.itemsize)
     chunks = blocks * sum(tiles) // columns
