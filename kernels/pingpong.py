@@ -31,8 +31,6 @@ LOAD_REGISTERS = gl.constexpr(24)
 SWIZZLED, SWIZZLED_3D, SWIZZLED_4D = (gl.NVMMASharedLayout(128, element_bitwidth=16, rank=rank) for rank in (2, 3, 4))
 NARROW, NARROW_3D = (gl.NVMMASharedLayout(32, element_bitwidth=16, rank=rank) for rank in (2, 3))
 """Of rows of 16 numbers."""
-HALVED, HALVED_3D = (gl.NVMMASharedLayout(64, element_bitwidth=16, rank=rank) for rank in (2, 3))
-"""Of 32."""
 ACC = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK.value, 16]))
 ROW = gl.constexpr(gl.SliceLayout(1, ACC.value))
 
@@ -138,8 +136,7 @@ def runs_on(x: Tensor) -> bool:
 def swizzled(tensor: Tensor, *block: int) -> TensorDescriptor:
     """How the copy engine moves blocks of `tensor` to and from shared memory that is swizzled.
 
-    Rows of a block have 16 or 32 numbers, or a multiple of 64.
+    Rows of a block have 16 numbers, or a multiple of 64.
     """
-    narrow = {16: (NARROW, NARROW_3D), 32: (HALVED, HALVED_3D)}
-    layouts = narrow.get(block[-1], (SWIZZLED, SWIZZLED_3D, SWIZZLED_4D))
+    layouts = (NARROW, NARROW_3D) if block[-1] == 16 else (SWIZZLED, SWIZZLED_3D, SWIZZLED_4D)
     return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), list(block), layouts[len(block) - 2])

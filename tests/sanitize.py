@@ -69,7 +69,7 @@ would run alone, or be lost to a limit of time."""
 FILES = (
     *("test_attention", "test_cached_attention", "test_contract", "test_elementwise"),
     *("test_embedding", "test_int6_linear", "test_linear_nll", "test_lora_adam"),
-    *("test_lora_attention", "test_lora_head_nll", "test_lora_linear", "test_lora_linears"),
+    *("test_lora_attention", "test_lora_dx_turns", "test_lora_head_nll", "test_lora_linear", "test_lora_linears"),
     *("test_lora_qkv", "test_lora_qkv_rope", "test_lora_turns", "test_mlp", "test_muon"),
     *("test_newton_schulz", "test_qkv_attention", "test_residual_mlp", "test_residual_mlp_norm", "test_rotary"),
     "test_swiglu",

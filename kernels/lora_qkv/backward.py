@@ -276,7 +276,7 @@ def _da_kernel(
         tl.store(out, da, (j < ROWS)[:, None] & (column < D)[None, :])
 
 
-def started(device: torch.device) -> torch.cuda.Event | None:
+def _started(device: torch.device) -> torch.cuda.Event | None:
     """When all that was launched so far is done; None where nothing runs beside anything."""
     return torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
 
@@ -320,28 +320,28 @@ def launch_backward(
     """
     rank, groups, sizes = adapters.rank, len(grads), [grad.size(2) for grad in grads]
     config = pick_backward_config(x.dtype, rank, groups, x.size(2), kept is not None)
-    parts = 1 if is_stacked(rank, groups) else groups
-    t = x.new_empty(*x.shape[:2], parts * stacked_rank(rank, groups))
-    ready = started(x.device)
-    if dx is not None and kept is None and takes(x, adapters, sizes):
-        ready = None  # beside its programs there is no room
+    ready = None
+    if dx is not None and kept is None and takes(x, rank, sizes):
+        t = x.new_empty(*x.shape[:2], padded_rank(rank))
         launch_dx_in_turns(grads, weight, adapters, t, dx)
-        config = ALONE
+        config = replace(config, **DB_ALONE)  # there is no room for it beside dx
     else:
-        launch_dx(config, grads, x, weight, adapters, t, dx, kept)
+        t = x.new_empty(*x.shape[:2], stacked_rank(rank, groups) * (1 if is_stacked(rank, groups) else groups))
+        ready = _started(x.device)
+        _launch_dx(config, grads, x, weight, adapters, t, dx, kept)
     if da is None:
         return
     with beside(x.device, ready):
-        launch_db(config, grads, xa, slots, db, rank, scale)
-    launch_da(config, x, t, slots, da, rank, groups)
+        _launch_db(config, grads, xa, slots, db, rank, scale)
+    _launch_da(config, x, t, slots, da, rank, groups)
     join(x.device, ready)
 
 
-ALONE = BackwardConfig(128, 256, 64, 8, 3, 64, 64, 4, 4, 128, 64, 4, 4, db_programs=4)
-"""Of dB where no dx runs beside it."""
+DB_ALONE = {"db_stages": 4, "db_programs": 4}
+"""Of up to 16 ranks, where no dx runs beside it: 41 KB a program. 104 us for 65,536 x 3,072 on an H200, by bytes 96."""
 
 
-def launch_dx(
+def _launch_dx(
     config: BackwardConfig,
     grads: Sequence[Tensor],
     x: Tensor,
@@ -369,7 +369,7 @@ def launch_dx(
     )  # fmt: skip
 
 
-def launch_db(
+def _launch_db(
     config: BackwardConfig,
     grads: Sequence[Tensor],
     xa: Tensor,
@@ -392,7 +392,7 @@ def launch_db(
     )  # fmt: skip
 
 
-def launch_da(
+def _launch_da(
     config: BackwardConfig, x: Tensor, t: Tensor, slots: Tensor | None, da: Tensor, rank: int, groups: int
 ) -> None:
     (batch, length, width), stacked = x.shape, stacked_rank(rank, groups)

@@ -1,29 +1,27 @@
-"""dx of projections with adapters on Hopper, by groups of warps that take turns (:mod:`..pingpong`): as in their forward,
-:mod:`.turns`, t A, the rounding and the store of a tile are hidden by the other group's product.
+"""dx of projections with adapters on Hopper, by groups of warps that take turns (:mod:`..pingpong`): t A, the rounding
+and the store of a tile are hidden by the other group's product, as in the forward, :mod:`.turns`.
 
-    dx = sum of dY_p W_p + t A        t = [dY_q | dY_k | dY_v] B, rounded, of up to 32 ranks side by side
+    dx = dY W + t A        t = dY B, rounded, of up to RANKS ranks
 
-The tile of the first columns of a chunk multiplies dY by B as well, and leaves t in shared memory for the tiles to its
-right. Every sum is made in the order of :mod:`.backward`'s kernel, whatever the tiles and chunks.
+dY is of one projection, or of two side by side with half of the ranks each. The first tile of a chunk multiplies dY by
+B as well, and leaves t in shared memory for the tiles to its right. Every sum is made in the order of the kernel of
+:mod:`.backward`, whatever the tiles and chunks.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma
 
-from ..dispatch import aligned, cdiv, multiprocessors
+from ..dispatch import cdiv, multiprocessors
 from ..launch import launched
 from ..pingpong import (
     ACC,
     BLOCK,
     DEPTH,
     GROUP_REGISTERS,
-    HALVED,
-    HALVED_3D,
     LOAD_REGISTERS,
     NARROW,
     NARROW_3D,
@@ -38,32 +36,15 @@ from ..pingpong import (
     swizzled,
 )
 from .adapters import Adapters
-from .tiles import described, of_three
-from .turns import HALF, HALF_ACC, INNER, TURNS, adapter_of, blocks_of, pick_columns, place_of
+from .turns import HALF, HALF_ACC, INNER, RANKS, TURNS, adapter_of, blocks_of, pick_columns, place_of
 
 FACTOR_LOADS = gl.constexpr(gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0]))
-WIDE_INNER = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 32, 16]))
 
 
-@dataclass(frozen=True)
-class DxConfig:
-    """Columns of a tile, BLOCK or HALF more, ranks of t, and stages of the ring: as many as shared memory holds."""
-
-    block_n: int
-    ranks: int
-    stages: int
-
-
-def pick_config(width: int, ranks: int) -> DxConfig:
-    """Tiles with the fewest columns too many; of 32 ranks the sums leave registers for BLOCK columns alone."""
-    if ranks == 32 or cdiv(width, 128) * 128 < cdiv(width, 192) * 192:
-        return DxConfig(128, ranks, 5 if ranks == 16 else 4)
-    return DxConfig(192, ranks, 4)
-
-
-def ranks_of(rank: int, sizes: Sequence[int]) -> int:
-    """Ranks side by side up to the last projection that has outputs, as a multiple of 16."""
-    return cdiv(rank * max(p for p, size in enumerate(sizes, 1) if size or p == 1), 16) * 16
+BN = gl.constexpr(BLOCK.value + HALF.value)
+"""Columns of a tile: two sums of a group's registers, as in the forward's wide one."""
+STAGES = gl.constexpr(4)
+"""Of the ring: 220 KiB of shared memory."""
 
 
 @gluon.jit
@@ -87,31 +68,26 @@ def _store_piece(dx_desc, b, s, n, piece, place):
 def _finish_tiles(
     a_ptr, slots_ptr, dx_desc, t_desc, a_stride, S, columns, tiles, pool,
     inputs, weights, factors, inners, inner_made, ranks, outs, loaded, empty, turn,
-    GROUP: gl.constexpr, D: gl.constexpr, ACROSS: gl.constexpr, ROWS: gl.constexpr, RT: gl.constexpr,
-    BN: gl.constexpr, STEPS: gl.constexpr, STAGES: gl.constexpr,
+    GROUP: gl.constexpr, D: gl.constexpr, ACROSS: gl.constexpr, ROWS: gl.constexpr, STEPS: gl.constexpr,
 ):  # fmt: skip
     """Every other tile of the program."""
-    PARTS: gl.constexpr = len(weights)
-    FLAT: gl.constexpr = HALVED if RT > 16 else NARROW
     out = outs.index(GROUP)
     for count in range(GROUP, tiles, 2):
         b, s, _, n, _, makes_t = place_of(count, columns, S, D, 0, ACROSS, 0, 0, BN, 1)
         number = count // columns
         slot = adapter_of(slots_ptr, b, pool)
-        begun = (gl.zeros([BLOCK, BLOCK], gl.float32, ACC),)
-        if PARTS > 1:
-            begun = begun + (gl.zeros([BLOCK, HALF], gl.float32, HALF_ACC),)
-        for i in gl.static_range(PARTS):
+        begun = (gl.zeros([BLOCK, BLOCK], gl.float32, ACC), gl.zeros([BLOCK, HALF], gl.float32, HALF_ACC))
+        for i in gl.static_range(2):
             _load_factor(a_ptr, a_stride, slot, n + i * BLOCK, ranks[i].index(GROUP), D, ROWS)
         fence_async_shared()
         await_turn(turn, count, GROUP)
         place = inners.index(number % 2)
         if makes_t:
-            t = gl.zeros([BLOCK, RT], gl.float32, WIDE_INNER if RT > 16 else INNER)
+            t = gl.zeros([BLOCK, RANKS], gl.float32, INNER)
             sums = multiply_steps(
                 inputs, weights + (factors,), begun + (t,), loaded, empty, turn, count, GROUP, STEPS, STAGES, True
             )
-            place.store(sums[-1].to(place.dtype).reshape([1, BLOCK, RT]))
+            place.store(sums[-1].to(place.dtype).reshape([1, BLOCK, RANKS]))
             fence_async_shared()
             if n == 0:
                 tma.async_copy_shared_to_global(t_desc, [b, s, 0], place)
@@ -120,28 +96,26 @@ def _finish_tiles(
         else:
             sums = multiply_steps(inputs, weights, begun, loaded, empty, turn, count, GROUP, STEPS, STAGES, True)
         mbarrier.wait(inner_made.index(number % 2), number // 2 % 2)
-        inner = place._reinterpret(place.dtype, [BLOCK, RT], FLAT)
+        inner = place._reinterpret(place.dtype, [BLOCK, RANKS], NARROW)
         whole = ()
-        for i in gl.static_range(PARTS):
+        for i in gl.static_range(2):
             whole = whole + (warpgroup_mma(inner, ranks[i].index(GROUP), sums[i], is_async=True),)
         whole = multiplied(0, whole)
         left, right = gl.split(gl.permute(gl.reshape(whole[0], [BLOCK, 2, HALF]), [0, 2, 1]))
         _store_piece(dx_desc, b, s, n, left, out)
         _store_piece(dx_desc, b, s, n + HALF, right, out)
-        if PARTS > 1:
-            _store_piece(dx_desc, b, s, n + BLOCK, whole[1], out)
+        _store_piece(dx_desc, b, s, n + BLOCK, whole[1], out)
     tma.store_wait(0)
 
 
 @gluon.jit
 def _load(
-    q_desc, k_desc, v_desc, w_descs, b_desc, slots_ptr, S, columns, tiles, pool,
-    inputs, weights, factors, loaded, empty,
-    D: gl.constexpr, ACROSS: gl.constexpr, NQ: gl.constexpr, NK: gl.constexpr, CQ: gl.constexpr, CK: gl.constexpr,
-    SHIFT: gl.constexpr, RT: gl.constexpr, BN: gl.constexpr, STEPS: gl.constexpr, STAGES: gl.constexpr,
+    dy_desc, second_desc, w_descs, b_desc, slots_ptr, S, columns, tiles, pool, inputs, weights, factors, loaded, empty,
+    D: gl.constexpr, ACROSS: gl.constexpr, N: gl.constexpr, COUNT: gl.constexpr, SHIFT: gl.constexpr,
+    STEPS: gl.constexpr,
 ):  # fmt: skip
-    """A step takes DEPTH outputs of one projection. Rows of B whose ranks do not lie at their projection's place are read
-    from SHIFT numbers further left for each projection before it.
+    """A step takes DEPTH outputs of one projection: the first has N, in COUNT steps. Rows of B of the second one are
+    read from SHIFT numbers further left, where its ranks do not lie behind the first one's.
     """
     PRODUCT: gl.constexpr = (BLOCK + BN) * DEPTH * 2  # bytes
     step = 0
@@ -152,40 +126,36 @@ def _load(
             stage = empty_stage(empty, step, STAGES)
             is_loaded = loaded.index(stage)
             mbarrier.expect(is_loaded, PRODUCT, pred=not makes_t)
-            mbarrier.expect(is_loaded, PRODUCT + RT * DEPTH * 2, pred=makes_t)
+            mbarrier.expect(is_loaded, PRODUCT + RANKS * DEPTH * 2, pred=makes_t)
             row = k * DEPTH
             place = 0
-            if v_desc is None or k < CQ:
-                tma.async_copy_global_to_shared(q_desc, [b, s, k * DEPTH], is_loaded, inputs.index(stage))
-            elif k < CQ + CK:
-                tma.async_copy_global_to_shared(k_desc, [b, s, (k - CQ) * DEPTH], is_loaded, inputs.index(stage))
-                row = NQ + (k - CQ) * DEPTH
-                place = SHIFT
+            if second_desc is None or k < COUNT:
+                tma.async_copy_global_to_shared(dy_desc, [b, s, k * DEPTH], is_loaded, inputs.index(stage))
             else:
-                tma.async_copy_global_to_shared(v_desc, [b, s, (k - CQ - CK) * DEPTH], is_loaded, inputs.index(stage))
-                row = NQ + NK + (k - CQ - CK) * DEPTH
-                place = 2 * SHIFT
-            for i in gl.static_range(len(weights)):
+                output = (k - COUNT) * DEPTH
+                tma.async_copy_global_to_shared(second_desc, [b, s, output], is_loaded, inputs.index(stage))
+                row = N + output
+                place = -SHIFT
+            for i in gl.static_range(2):
                 weight = weights[i].index(stage)
                 tma.async_copy_global_to_shared(w_descs[i], [row, n + i * BLOCK], is_loaded, weight)
             factor = factors.index(stage)
-            tma.async_copy_global_to_shared(b_desc, [slot, row, -place], is_loaded, factor, pred=makes_t)
+            tma.async_copy_global_to_shared(b_desc, [slot, row, place], is_loaded, factor, pred=makes_t)
             step += 1
 
 
 @launched
 @gluon.jit(do_not_specialize=["S", "columns", "chunks", "pool"])
 def _dx_in_turns(
-    q_desc,  # dY_q [B, S, NQ], blocks [1, BLOCK, DEPTH]
-    k_desc,
-    v_desc,
-    square_desc,  # W [N, D], blocks [DEPTH, BLOCK]
-    half_desc,  # the same, blocks [DEPTH, HALF]; None for tiles of BLOCK columns
-    b_desc,  # [pool, N, ranks], blocks [1, DEPTH, RT]
+    dy_desc,  # [B, S, N], blocks [1, BLOCK, DEPTH]
+    second_desc,  # of another projection of x, or None
+    square_desc,  # W [outputs, D], blocks [DEPTH, BLOCK]
+    half_desc,  # the same, blocks [DEPTH, HALF]
+    b_desc,  # [pool, outputs, ranks], blocks [1, DEPTH, RANKS]
     a_ptr,
     slots_ptr,
     dx_desc,  # [B, S, D], blocks [1, BLOCK, HALF]
-    t_desc,  # [B, S, ranks], blocks [1, BLOCK, RT]
+    t_desc,  # [B, S, RANKS], blocks [1, BLOCK, RANKS]
     a_stride,
     S,
     columns,
@@ -193,31 +163,24 @@ def _dx_in_turns(
     pool,
     D: gl.constexpr,
     ACROSS: gl.constexpr,
-    NQ: gl.constexpr,
-    NK: gl.constexpr,
-    CQ: gl.constexpr,
-    CK: gl.constexpr,
+    N: gl.constexpr,
+    COUNT: gl.constexpr,
     ROWS: gl.constexpr,
     SHIFT: gl.constexpr,
-    RT: gl.constexpr,
-    BN: gl.constexpr,
     STEPS: gl.constexpr,
-    STAGES: gl.constexpr,
 ):
-    """One product is q alone, without k_desc and v_desc."""
-    dtype: gl.constexpr = q_desc.dtype
-    FLAT: gl.constexpr = HALVED if RT > 16 else NARROW
-    DEEP: gl.constexpr = HALVED_3D if RT > 16 else NARROW_3D
+    dtype: gl.constexpr = dy_desc.dtype
     inputs = gl.allocate_shared_memory(dtype, [STAGES, 1, BLOCK, DEPTH], SWIZZLED_3D)
-    w_descs = (square_desc,)
-    weights = (gl.allocate_shared_memory(dtype, [STAGES, DEPTH, BLOCK], SWIZZLED),)
-    ranks = (gl.allocate_shared_memory(dtype, [2, RT, BLOCK], SWIZZLED),)
-    if BN > BLOCK:
-        w_descs = w_descs + (half_desc,)
-        weights = weights + (gl.allocate_shared_memory(dtype, [STAGES, DEPTH, HALF], SWIZZLED),)
-        ranks = ranks + (gl.allocate_shared_memory(dtype, [2, RT, HALF], SWIZZLED),)
-    factors = gl.allocate_shared_memory(dtype, [STAGES, 1, DEPTH, RT], DEEP)
-    inners = gl.allocate_shared_memory(dtype, [2, 1, BLOCK, RT], DEEP)
+    weights = (
+        gl.allocate_shared_memory(dtype, [STAGES, DEPTH, BLOCK], SWIZZLED),
+        gl.allocate_shared_memory(dtype, [STAGES, DEPTH, HALF], SWIZZLED),
+    )
+    ranks = (
+        gl.allocate_shared_memory(dtype, [2, RANKS, BLOCK], SWIZZLED),
+        gl.allocate_shared_memory(dtype, [2, RANKS, HALF], SWIZZLED),
+    )
+    factors = gl.allocate_shared_memory(dtype, [STAGES, 1, DEPTH, RANKS], NARROW_3D)
+    inners = gl.allocate_shared_memory(dtype, [2, 1, BLOCK, RANKS], NARROW_3D)
     outs = gl.allocate_shared_memory(dtype, [2, 1, BLOCK, HALF], SWIZZLED_3D)
     inner_made = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     for number in gl.static_range(2):
@@ -225,22 +188,22 @@ def _dx_in_turns(
     loaded, empty, turn = make_barriers(STAGES)
     tiles = (chunks - gl.program_id(0) + gl.num_programs(0) - 1) // gl.num_programs(0) * columns
     flat_inputs = inputs._reinterpret(dtype, [STAGES, BLOCK, DEPTH], SWIZZLED)
-    flat_factors = factors._reinterpret(dtype, [STAGES, DEPTH, RT], FLAT)
+    flat_factors = factors._reinterpret(dtype, [STAGES, DEPTH, RANKS], NARROW)
     gl.warp_specialize(
         [
             (_finish_tiles, (
                 a_ptr, slots_ptr, dx_desc, t_desc, a_stride, S, columns, tiles, pool,
                 flat_inputs, weights, flat_factors, inners, inner_made, ranks, outs, loaded, empty, turn,
-                0, D, ACROSS, ROWS, RT, BN, STEPS, STAGES,
+                0, D, ACROSS, ROWS, STEPS,
             )),
             (_finish_tiles, (
                 a_ptr, slots_ptr, dx_desc, t_desc, a_stride, S, columns, tiles, pool,
                 flat_inputs, weights, flat_factors, inners, inner_made, ranks, outs, loaded, empty, turn,
-                1, D, ACROSS, ROWS, RT, BN, STEPS, STAGES,
+                1, D, ACROSS, ROWS, STEPS,
             )),
             (_load, (
-                q_desc, k_desc, v_desc, w_descs, b_desc, slots_ptr, S, columns, tiles, pool,
-                inputs, weights, factors, loaded, empty, D, ACROSS, NQ, NK, CQ, CK, SHIFT, RT, BN, STEPS, STAGES,
+                dy_desc, second_desc, (square_desc, half_desc), b_desc, slots_ptr, S, columns, tiles, pool,
+                inputs, weights, factors, loaded, empty, D, ACROSS, N, COUNT, SHIFT, STEPS,
             )),
         ],
         [4, 1],
@@ -248,35 +211,40 @@ def _dx_in_turns(
     )  # fmt: skip
 
 
-def takes(x: Tensor, adapters: Adapters, sizes: Sequence[int]) -> bool:
-    """Whether dx of `x` [B, S, D] pays here: 16 bits, on Hopper, few ranks, tiles for most of its multiprocessors."""
-    ranks = ranks_of(adapters.rank, sizes)
-    if not runs_on(x) or ranks > 32 or (len(sizes) == 1 and ranks > 16):
+def takes(x: Tensor, rank: int, sizes: Sequence[int]) -> bool:
+    """Whether dx of `x` [B, S, D] pays here: 16 bits, on Hopper, one projection or two of three, few ranks, tiles for
+    most of its multiprocessors, and D that BN covers with no more columns than BLOCK does.
+    """
+    if not runs_on(x) or not _are_few(rank, sizes):
         return False
-    tiles = blocks_of(x) * cdiv(x.size(2), pick_config(x.size(2), ranks).block_n)
-    return tiles >= TURNS * multiprocessors(x.device)
+    across = cdiv(x.size(2), BN.value)
+    is_covered = across * BN.value <= cdiv(x.size(2), BLOCK.value) * BLOCK.value
+    return is_covered and blocks_of(x) * across >= TURNS * multiprocessors(x.device)
+
+
+def _are_few(rank: int, sizes: Sequence[int]) -> bool:
+    if len(sizes) == 1:
+        return rank <= RANKS.value
+    return 0 not in sizes[:2] and not sizes[2] and 2 * rank <= RANKS.value
 
 
 def launch_dx_in_turns(grads: Sequence[Tensor], weight: Tensor, adapters: Adapters, t: Tensor, dx: Tensor) -> None:
-    """Writes `dx` [B, S, D] and `t` [B, S, padded ranks], of `grads` [B, S, N_p]: of one product, or of three that are
-    stacked. What t has no ranks for becomes zeros.
+    """Writes `dx` [B, S, D] and `t` [B, S, RANKS], of `grads` [B, S, N_p]: of one projection, or of three without the
+    last one's outputs.
     """
-    sizes, width, block, depth = [grad.size(2) for grad in grads], dx.size(2), BLOCK.value, DEPTH.value
-    config = pick_config(width, ranks_of(adapters.rank, sizes))
-    blocks, across, processors = blocks_of(dx), cdiv(width, config.block_n), multiprocessors(dx.device)
+    grads, block, depth, processors = grads[:2], BLOCK.value, DEPTH.value, multiprocessors(dx.device)
+    sizes, (batch, length, width) = [grad.size(2) for grad in grads], dx.shape
+    steps, across = [cdiv(size, depth) for size in sizes], cdiv(width, BN.value)
+    blocks = batch * cdiv(length, block)
     columns = pick_columns(blocks, across, processors, sum(sizes) * dx.itemsize)
-    chunks, weight = blocks * across // columns, aligned(weight)
-    if config.ranks < t.size(2):
-        t.zero_()
-    q_d, k_d, v_d = of_three([swizzled(grad, 1, block, depth) for grad in described(grads)])
-    (nq, nk, _), (cq, ck, cv) = of_three(sizes, 0), of_three([cdiv(size, depth) for size in sizes], 0)
+    chunks = blocks * across // columns
+    dy_d, second_d = [*(swizzled(grad, 1, block, depth) for grad in grads), None][:2]
     _dx_in_turns[(min(processors, chunks),)](
-        q_desc=q_d, k_desc=k_d, v_desc=v_d, square_desc=swizzled(weight, depth, block),
-        half_desc=swizzled(weight, depth, HALF.value) if config.block_n > block else None,
-        b_desc=swizzled(adapters.b, 1, depth, config.ranks), a_ptr=adapters.a, slots_ptr=adapters.slots,
-        dx_desc=swizzled(dx, 1, block, HALF.value), t_desc=swizzled(t, 1, block, config.ranks),
-        a_stride=adapters.a.stride(0), S=dx.size(1), columns=columns, chunks=chunks, pool=adapters.a.size(0), D=width,
-        ACROSS=across, NQ=nq, NK=nk, CQ=cq, CK=ck, ROWS=min(len(sizes) * adapters.rank, config.ranks),
-        SHIFT=0 if adapters.is_packed else adapters.rank, RT=config.ranks, BN=config.block_n, STEPS=cq + ck + cv,
-        STAGES=config.stages, num_warps=4, maxnreg=168,
+        dy_desc=dy_d, second_desc=second_d, square_desc=swizzled(weight, depth, block),
+        half_desc=swizzled(weight, depth, HALF.value), b_desc=swizzled(adapters.b, 1, depth, RANKS.value),
+        a_ptr=adapters.a, slots_ptr=adapters.slots, dx_desc=swizzled(dx, 1, block, HALF.value),
+        t_desc=swizzled(t, 1, block, RANKS.value), a_stride=adapters.a.stride(0), S=length, columns=columns,
+        chunks=chunks, pool=adapters.a.size(0), D=width, ACROSS=across, N=sizes[0], COUNT=steps[0],
+        ROWS=len(sizes) * adapters.rank, SHIFT=0 if adapters.is_packed else adapters.rank, STEPS=sum(steps),
+        num_warps=4, maxnreg=168,
     )  # fmt: skip
