@@ -324,7 +324,7 @@ def launch_backward(
     if dx is not None and kept is None and takes(x, rank, sizes):
         t = x.new_empty(*x.shape[:2], padded_rank(rank))
         launch_dx_in_turns(grads, weight, adapters, t, dx)
-        config = replace(config, **DB_ALONE)  # there is no room for it beside dx
+        config = replace(config, **DB_ALONE)  # beside dx it would not fit
     else:
         t = x.new_empty(*x.shape[:2], stacked_rank(rank, groups) * (1 if is_stacked(rank, groups) else groups))
         ready = _started(x.device)
