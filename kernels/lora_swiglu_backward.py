@@ -21,8 +21,6 @@ from .launch import launched
 from .lora_qkv.adapters import Adapters, adapters_of
 from .lora_qkv.backward import (
     beside,
-    empty_t,
-    event,
     following,
     join,
     launch_db,
@@ -181,8 +179,8 @@ def adapted_slopes_(
     dout, down = aligned(dout), aligned(down)
     adapters = Adapters(a, b, rank, None) if is_packed else adapters_of(h, a, b, slots, [dout.size(2)])
     config = pick_backward_config(h.dtype, rank, 1, h.size(2))
-    dh, t, ready = empty_as(dg), empty_t(h, rank, 1), event(h.device)
-    launch_dx(config, [dout], h, down, adapters, t, dh)
+    dh = empty_as(dg)
+    t, config, ready = launch_dx(config, [dout], h, down, adapters, dh)
     with beside(h.device, ready):
         launch_db(config, [dout], xa_down, slots, db_down, rank, down_scale)
     _launch_slopes(dh, g, u, xa, t, slots, scale, dg, du, db, da_down)

@@ -24,6 +24,9 @@ fails its test. No kernel is left out by its name: with cuBLAS's left out, racec
 17 of 23 processes that launch one, 20 at a time; with none left out, 8 at a time, in none. What crashes or runs out of
 memory beside other processes runs once more, alone.
 
+A run may be made in several, racecheck above all: what has passed in one is written to the file of `--passed`, and the
+next leaves it out. It says nothing once a kernel has changed.
+
 initcheck does not see what the copy engine stores through a tensor map (cp.async.bulk.tensor), up to version 2026.4:
 what Triton's descriptors and most of cuBLAS write is unwritten to it. So it runs over PLAIN alone, unless --file names
 another. In most other files results start as NaN (`empty_is_nan`), which finds an element that nothing wrote as well.
@@ -44,6 +47,7 @@ import subprocess
 import sys
 import time
 from collections import Counter, defaultdict
+from collections.abc import Set
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -65,7 +69,7 @@ would run alone, or be lost to a limit of time."""
 FILES = (
     *("test_attention", "test_cached_attention", "test_contract", "test_elementwise"),
     *("test_embedding", "test_int6_linear", "test_linear_nll", "test_lora_adam"),
-    *("test_lora_attention", "test_lora_head_nll", "test_lora_linear", "test_lora_linears"),
+    *("test_lora_attention", "test_lora_dx_turns", "test_lora_head_nll", "test_lora_linear", "test_lora_linears"),
     *("test_lora_qkv", "test_lora_qkv_rope", "test_lora_swiglu_mlp", "test_lora_turns", "test_mlp", "test_muon"),
     *("test_newton_schulz", "test_qkv_attention", "test_residual_mlp", "test_residual_mlp_norm", "test_rotary"),
     "test_swiglu",
@@ -100,9 +104,10 @@ COPIED = re.compile(r"Uninitialized access to .* on access by (\w+) source")
 """By PyTorch, of a tensor: no kernel of ours copies so."""
 NO_MEMORY = re.compile(r"out of memory|MEMORY_ALLOCATION|cudaErrorMemoryAllocation", re.IGNORECASE)
 CRASH = re.compile(r"Internal Sanitizer Error")
+CRASHED = "a crash of the tool"
 ENDED = re.compile(r"Program hit .*(?:LaunchFailure|LAUNCH_FAILED)")
 """A finding where a kernel is named, too; else another process may have brought the GPU to it."""
-OVER = re.compile(r"sanitized: ([\d.]+) s, \w+: (.+?)(?=={9}|$)", re.MULTILINE)
+OVER = re.compile(r"sanitized: ([\d.]+) s, (\w+): (.+?)(?=={9}|$)", re.MULTILINE)
 """A test's end, by :mod:`sanitized`. What a tool says may follow in the same line."""
 UNNAMED, NOT_PRINTED = "no kernel", "not printed"
 MOST_PRINTED = 100_000
@@ -217,6 +222,8 @@ def findings(text: str, tool: str, file: str) -> tuple[Found, str]:
                 lines[number] = lines[number].partition("=========")[0]
         if report.said.startswith("Program hit") and NO_MEMORY.search(report.said):
             continue
+        if CRASH.search(report.said):
+            continue
         if (file, kernel) in KNOWN.get(tool, ()):
             found.known[kernel] += 1
         elif kernel == UNNAMED or kernel in ours():
@@ -226,7 +233,7 @@ def findings(text: str, tool: str, file: str) -> tuple[Found, str]:
     if counted > len(reports):
         found.here[NOT_PRINTED] += counted - len(reports)
     if CRASH.search(text):
-        found.hindered = "a crash of the tool"
+        found.hindered = CRASHED
     elif NO_MEMORY.search(text):
         found.hindered = "out of memory"
     elif ENDED.search(text) and not any(report.places() for report in reports):
@@ -240,7 +247,22 @@ def findings(text: str, tool: str, file: str) -> tuple[Found, str]:
 
 def tests_over(text: str) -> list[tuple[float, str]]:
     """The seconds and the ids of the tests that ended, by a log that may be cut."""
-    return [(float(seconds), test) for seconds, test in OVER.findall(text)]
+    return [(float(seconds), test) for seconds, _, test in OVER.findall(text)]
+
+
+def line_of(tool: str, test: str) -> str:
+    """Of a file of --passed; `test` is an id, its file by any path."""
+    file, _, name = test.partition("::")
+    return f"{tool} {TESTS.name}/{Path(file).name}::{name}"
+
+
+def lines_in(passed: Path | None) -> set[str]:
+    """What earlier runs wrote. SystemExit: lines that no run writes."""
+    lines = set(passed.read_text().splitlines()) if passed and passed.exists() else set()
+    for line in lines:
+        if not re.fullmatch(rf"({'|'.join(TOOLS)}) {TESTS.name}/\w+\.py::.+", line):
+            raise SystemExit(f"{passed}: {line!r} is no line of --passed; wanted TOOL {TESTS.name}/FILE.py::TEST")
+    return lines
 
 
 def spread(tests: list[str]) -> list[str]:
@@ -344,16 +366,19 @@ class Part:
             os.killpg(self.process.pid, signal.SIGKILL)
 
 
-def parts_of(tools: list[str], tests: dict[str, list[str]], initcheck: set[str]) -> list[Part]:
+def parts_of(
+    tools: list[str], tests: dict[str, list[str]], initcheck: set[str], passed: Set[str] = frozenset()
+) -> list[Part]:
     """All that is to run: tool by tool, the first part of each file before the second of any, the longest first.
 
-    `initcheck`: files for this tool.
+    `initcheck`: files for this tool. `passed`: lines of what is not to run again.
     """
     parts = []
     for tool in tools:
-        for file, those in tests.items():
+        for file, every in tests.items():
             if tool == "initcheck" and file not in initcheck:
                 continue
+            those = [test for test in every if line_of(tool, test) not in passed]
             of = -(-len(those) * COSTS[tool] // SHARE)
             # Dealt in turn: long tests stand side by side in a file.
             parts += [Part(tool, file, those[i::of], i + 1, of) for i in range(of)]
@@ -441,7 +466,13 @@ class Run:
         say(f"{part}: {found}, {said}")
         self.found[part.tool].add(found)
         self.over[part.tool] += over
-        self.has_failed |= status not in (0, 5) or bool(found.here)
+        self.has_failed |= status not in (0, 5) or bool(found.here) or found.hindered == CRASHED
+        if self.given.passed and not found.here and not found.hindered:
+            self.remember(part.tool, [test for _, outcome, test in OVER.findall(text) if outcome == "passed"])
+
+    def remember(self, tool: str, tests: list[str]) -> None:
+        with open(self.given.passed, "a") as file:
+            file.writelines(f"{line_of(tool, test)}\n" for test in tests)
 
     def conclude(self) -> int:
         """What was found in all and what was left undone; the exit status."""
@@ -482,6 +513,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--seconds-in-all", type=float, default=float("inf"), help="then nothing begins, and what runs is cut"
     )
+    parser.add_argument(
+        "--passed",
+        type=Path,
+        help="file of tests that passed before, which do not run again; those of this run join it",
+    )
     parser.add_argument("--logs", type=Path, default=Path("runs/sanitize"), help="where the tools' output goes")
     given = parser.parse_args(arguments)
     if not torch.cuda.is_available():
@@ -492,20 +528,22 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     given.logs.mkdir(parents=True, exist_ok=True)
     given.began = time.monotonic()
-    before = {number: signal.signal(number, leave) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.signal(number, leave) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         tests = collected(list(given.file or FILES), given.whole)
         tools = sorted({*(given.tool or TOOLS)}, key=TOOLS.index)
-        run = Run(parts_of(tools, tests, set(given.file or PLAIN)), given)
-        for number in before:
+        before = lines_in(given.passed)
+        run = Run(parts_of(tools, tests, set(given.file or PLAIN), before), given)
+        for number in handlers:
             signal.signal(number, run.stop)
-        many, of = sum(map(len, tests.values())), len(run.waiting)
+        many, of = len({test for part in run.waiting for test in part.tests}), len(run.waiting)
         say(version_of(given.sanitizer))
-        say(f"{many} tests of {len(tests)} files, in {of} processes, {given.jobs} at a time")
+        less = f", less the {len(before)} of {given.passed}" if before else ""
+        say(f"{many} tests of {len(tests)} files{less}, in {of} processes, {given.jobs} at a time")
         run.go()
         return run.conclude()
     finally:
-        for number, handler in before.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)
 
 

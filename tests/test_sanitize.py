@@ -223,17 +223,20 @@ def test_what_ran_out_of_memory_beside_others_runs_again_alone(run, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "tool", "said"),
-    [(CRASH, "racecheck", "a crash of the tool"), (LAUNCH_FAILURE, "memcheck", "a launch failure of no kernel")],
+    ("text", "tool", "said", "found"),
+    [
+        (CRASH, "racecheck", "a crash of the tool", "0 findings in ours"),
+        (LAUNCH_FAILURE, "memcheck", "a launch failure of no kernel", "1 findings in ours (no kernel x1)"),
+    ],
 )
-def test_what_crashed_beside_others_runs_again_alone(text, tool, said, run):
+def test_what_crashed_beside_others_runs_again_alone(text, tool, said, found, run):
     """Once; what crashes alone, too, fails the run."""
     once = f"if mkdir once 2>/dev/null; then {printing(text)}\nexit 6; fi; {printing(CLEAN)}"
     status, printed = run(once, "--tool", tool, "--jobs", "2")
     assert status == 0 and f"{tool} test_mlp: {said} beside the others" in printed
     assert f"{tool} test_mlp alone: 0 findings in ours, tests pass" in printed
     status, printed = run(f"{printing(text)}\nexit 6", "--tool", tool, "--jobs", "2")
-    assert status == 1 and f"alone: 1 findings in ours (no kernel x1), status 6, {said}" in printed
+    assert status == 1 and f"alone: {found}, status 6, {said}" in printed
     assert run(printing(text), "--tool", tool, "--jobs", "1")[0] == 1, "with no test that fails"
     status, printed = run(f"{printing(MEMCHECK + LAUNCH_FAILURE)}\nexit 1", "--tool", "memcheck", "--jobs", "2")
     assert status == 1 and " alone" not in printed, "the kernel is named, and ended by the tool"
@@ -310,6 +313,41 @@ def test_the_seconds_of_each_test_stand_among_the_reports():
         for test in re.findall(r"def (test_\w+)", Path(__file__).with_name(f"{name}.py").read_text()):
             line = f"sanitized: 1.0 s, passed: tests/{name}.py::{test}\n"
             assert sanitize.findings(line, "memcheck", name) == (sanitize.Found(), line)
+
+
+def test_what_has_passed_in_one_run_the_next_leaves_out(run, tmp_path):
+    """Of that tool alone. A test that failed runs again, and so does whatever stood beside a finding or a crash."""
+    passed, ended = tmp_path / "passed.txt", LINES.replace("test_2[a, b/c-1]", "test_1")
+    clean = "\n".join(line for line in ended.splitlines() if "_dq_kernel" not in line) + "\n"
+    clean = clean.replace("========= Invalid __global__ read of size 2 bytes", "")
+    again = ("--passed", str(passed), "--tool", "memcheck")
+    for text in (ended, clean + CRASH):
+        run(f"{printing(text)}\nexit 1", *again)
+        assert not passed.exists() or not passed.read_text(), text
+    status, printed = run(f"{printing(clean)}\nexit 1", *again)
+    assert status == 1 and passed.read_text() == "memcheck tests/test_mlp.py::test_0\n"
+    printed = run(f'echo "$@" > asked\n{printing(CLEAN)}', *again)[1]
+    assert f"2 tests of 1 files, less the 1 of {passed}, in 1 processes" in printed
+    asked = (tmp_path / "asked").read_text()
+    assert "::test_0" not in asked and "::test_1 tests/test_mlp.py::test_2" in asked
+    assert "3 tests of 1 files, less" in run(printing(CLEAN), *again[:2], "--tool", "synccheck")[1]
+
+
+def test_a_file_of_passed_that_is_none_is_refused(run, tmp_path):
+    (tmp_path / "passed.txt").write_text("memcheck tests/test_mlp.py::test_0\nracecheck test_mlp\n")
+    with pytest.raises(
+        SystemExit, match="'racecheck test_mlp' is no line of --passed; wanted TOOL tests/FILE.py::TEST"
+    ):
+        run(printing(CLEAN), "--passed", str(tmp_path / "passed.txt"))
+
+
+def test_a_crash_of_the_tool_is_no_finding_and_no_success(run):
+    """Also where its process is cut, or ends well: its records may be incomplete."""
+    assert sanitize.findings(CRASH, "racecheck", "test_mlp")[0].here == {}
+    status, printed = run(f"{printing(CRASH)}\nexit 0", "--tool", "racecheck", "--jobs", "1")
+    assert status == 1 and "0 findings in ours, tests pass, a crash of the tool" in printed
+    status, printed = run(f"{printing(CRASH)}\nsleep 60", "--tool", "racecheck", "--seconds", "0.3")
+    assert status == 1 and "0 findings in ours, cut off" in printed
 
 
 def test_what_was_slow_and_where_a_process_was_cut_are_said(run):
