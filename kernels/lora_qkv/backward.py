@@ -276,11 +276,6 @@ def _da_kernel(
         tl.store(out, da, (j < ROWS)[:, None] & (column < D)[None, :])
 
 
-def _started(device: torch.device) -> torch.cuda.Event | None:
-    """When all that was launched so far is done; None where nothing runs beside anything."""
-    return torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
-
-
 def beside(device: torch.device, ready: torch.cuda.Event | None) -> AbstractContextManager:
     """What is launched inside runs once `ready`, beside what the current stream is given, until :func:`join`."""
     if ready is None:
@@ -318,22 +313,23 @@ def launch_backward(
     `grads` are those of the projections, or of one product. `kept`, what :func:`times_slope` reads of an x that is
     relu(u)^2, makes dx the gradient of u. `scale` fp32 [slots] is what B was packed with.
     """
-    rank, groups, sizes = adapters.rank, len(grads), [grad.size(2) for grad in grads]
-    config = pick_backward_config(x.dtype, rank, groups, x.size(2), kept is not None)
-    ready = None
+    (batch, length, width), rank, groups = x.shape, adapters.rank, len(grads)
+    sizes, stacked = [grad.size(2) for grad in grads], stacked_rank(rank, groups)
+    parts = 1 if is_stacked(rank, groups) else groups
+    config, ready = pick_backward_config(x.dtype, rank, groups, width, kept is not None), None
     if dx is not None and kept is None and takes(x, rank, sizes):
-        t = x.new_empty(*x.shape[:2], padded_rank(rank))
+        t = x.new_empty(batch, length, padded_rank(rank))
         launch_dx_in_turns(grads, weight, adapters, t, dx)
         config = replace(config, **DB_ALONE)  # beside dx it would not fit
     else:
-        t = x.new_empty(*x.shape[:2], stacked_rank(rank, groups) * (1 if is_stacked(rank, groups) else groups))
-        ready = _started(x.device)
-        _launch_dx(config, grads, x, weight, adapters, t, dx, kept)
+        t = x.new_empty(batch, length, parts * stacked)
+        ready = torch.cuda.current_stream(x.device).record_event() if x.is_cuda else None
+        _launch_dx(config, grads, sizes, x, weight, adapters, t, stacked, parts, dx, kept)
     if da is None:
         return
     with beside(x.device, ready):
-        _launch_db(config, grads, xa, slots, db, rank, scale)
-    _launch_da(config, x, t, slots, da, rank, groups)
+        _launch_db(config, grads, sizes, xa, slots, db, rank, scale)
+    _launch_da(config, x, t, stacked, parts, slots, da, groups * rank // parts)
     join(x.device, ready)
 
 
@@ -344,16 +340,17 @@ DB_ALONE = {"db_stages": 4, "db_programs": 4}
 def _launch_dx(
     config: BackwardConfig,
     grads: Sequence[Tensor],
+    sizes: Sequence[int],
     x: Tensor,
     weight: Tensor,
     adapters: Adapters,
     t: Tensor,
+    stacked: int,
+    parts: int,
     dx: Tensor | None,
     kept: Tensor | None,
 ) -> None:
-    (batch, length, width), rank, groups = x.shape, adapters.rank, len(grads)
-    stacked = stacked_rank(rank, groups)
-    nq, nk, nv = of_three([grad.size(2) for grad in grads], 0)
+    (batch, length, width), (nq, nk, nv) = x.shape, of_three(sizes, 0)
     m, d, n, tail = config.block_m, config.block_d, config.block_n, config.tail
     tiles = batch * cdiv(length, m) * (1 if dx is None else cdiv(width, d + tail))
     piece = tail or d // PIECES
@@ -363,8 +360,8 @@ def _launch_dx(
         a_ptr=adapters.a, b_d=tiled(adapters.b, 1, n, stacked), slots_ptr=adapters.slots,
         dx_d=tiled(x if dx is None else dx, 1, m, piece),
         kept_d=None if kept is None else tiled(kept, 1, m, piece), t_ptr=t, a_stride=adapters.a.stride(0),
-        S=length, TILES=tiles, COUNT=adapters.a.size(0), NQ=nq, NK=nk, NV=nv, D=width, R=rank, RT=stacked, BM=m, BD=d,
-        BN=n, STACKED=is_stacked(rank, groups), PACKED=adapters.is_packed, WITH_DX=dx is not None, TAIL=tail,
+        S=length, TILES=tiles, COUNT=adapters.a.size(0), NQ=nq, NK=nk, NV=nv, D=width, R=adapters.rank, RT=stacked,
+        BM=m, BD=d, BN=n, STACKED=parts < len(grads), PACKED=adapters.is_packed, WITH_DX=dx is not None, TAIL=tail,
         num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
 
@@ -372,34 +369,41 @@ def _launch_dx(
 def _launch_db(
     config: BackwardConfig,
     grads: Sequence[Tensor],
+    sizes: Sequence[int],
     xa: Tensor,
     slots: Tensor | None,
     db: Tensor,
     rank: int,
     scale: Tensor | None,
 ) -> None:
-    batch, length, _ = xa.shape
-    sizes, n, s = [grad.size(2) for grad in grads], config.db_n, config.db_s
+    (batch, length, _), padded, n, s = xa.shape, padded_rank(rank), config.db_n, config.db_s
     nq, nk, nv = of_three(sizes, 0)
     tiles = batch * sum(cdiv(size, n) for size in sizes)
     q_d, k_d, v_d = of_three([tiled(grad, 1, s, n) for grad in described(grads)])
     _db_kernel[(programs(xa.device, tiles, config.db_programs),)](
-        q_d=q_d, k_d=k_d, v_d=v_d, xa_d=tiled(xa, 1, s, padded_rank(rank)),
+        q_d=q_d, k_d=k_d, v_d=v_d, xa_d=tiled(xa, 1, s, padded),
         db_ptr=db, scale_ptr=scale, slots_ptr=slots, db_stride=db.stride(0), count=db.size(0),
         B=batch, S=length, TILES=tiles,
-        NQ=nq, NK=nk, NV=nv, R=rank, RP=padded_rank(rank), BN=n, BS=s, BP=next_power_of_2(batch),
+        NQ=nq, NK=nk, NV=nv, R=rank, RP=padded, BN=n, BS=s, BP=next_power_of_2(batch),
         num_warps=config.db_warps, num_stages=config.db_stages,
     )  # fmt: skip
 
 
 def _launch_da(
-    config: BackwardConfig, x: Tensor, t: Tensor, slots: Tensor | None, da: Tensor, rank: int, groups: int
+    config: BackwardConfig,
+    x: Tensor,
+    t: Tensor,
+    stacked: int,
+    parts: int,
+    slots: Tensor | None,
+    da: Tensor,
+    every: int,
 ) -> None:
-    (batch, length, width), stacked = x.shape, stacked_rank(rank, groups)
-    parts = 1 if is_stacked(rank, groups) else groups
+    """`every`: rows of A of a part."""
+    batch, length, width = x.shape
     d, s, rows = config.da_d, config.da_s, max(64, stacked)  # 64: the fewest rows of a Hopper matrix instruction
     _da_kernel[(cdiv(width, d) * parts * batch,)](
         t_d=tiled(t, 1, s, rows), x_d=tiled(x, 1, s, d), da_ptr=da, slots_ptr=slots, da_stride=da.stride(0),
-        count=da.size(0), B=batch, S=length, D=width, ROWS=groups * rank // parts, RT=rows, STEP=stacked, PARTS=parts,
+        count=da.size(0), B=batch, S=length, D=width, ROWS=every, RT=rows, STEP=stacked, PARTS=parts,
         BD=d, BS=s, BP=next_power_of_2(batch), num_warps=config.da_warps, num_stages=config.da_stages,
     )  # fmt: skip
