@@ -179,9 +179,9 @@ def adapted_slopes_(
     dout, down = aligned(dout), aligned(down)
     adapters = Adapters(a, b, rank, None) if is_packed else adapters_of(h, a, b, slots, [dout.size(2)])
     config = pick_backward_config(h.dtype, rank, 1, h.size(2))
-    dh = empty_as(dg)
-    t, config, ready = launch_dx(config, [dout], h, down, adapters, dh)
+    dh, sizes = empty_as(dg), [dout.size(2)]
+    t, config, ready = launch_dx(config, [dout], sizes, h, down, adapters, dh)
     with beside(h.device, ready):
-        launch_db(config, [dout], xa_down, slots, db_down, rank, down_scale)
+        launch_db(config, [dout], sizes, xa_down, slots, db_down, rank, down_scale)
     _launch_slopes(dh, g, u, xa, t, slots, scale, dg, du, db, da_down)
     join(h.device, ready)

@@ -320,15 +320,16 @@ def launch_backward(
     relu(u)^2, makes dx the gradient of u. `scale` fp32 [slots], for each projection one after the other, is what B was
     scaled by.
     """
-    rank, groups = adapters.rank, len(grads)
+    rank, groups, sizes = adapters.rank, len(grads), [grad.size(2) for grad in grads]
     config = pick_backward_config(x.dtype, rank, groups, x.size(2), kept is not None)
-    t, config, ready = launch_dx(config, grads, x, weight, adapters, dx, kept)
+    t, config, ready = launch_dx(config, grads, sizes, x, weight, adapters, dx, kept)
     if da is None:
         return
     if db is not None:
         with beside(x.device, ready):
-            launch_db(config, grads, xa, slots, db, rank, scale)
-    _launch_da(config, x, t, slots, da, rank, groups)
+            launch_db(config, grads, sizes, xa, slots, db, rank, scale)
+    stacked, parts = stacked_rank(rank, groups), 1 if is_stacked(rank, groups) else groups
+    _launch_da(config, x, t, stacked, parts, slots, da, groups * rank // parts)
     join(x.device, ready)
 
 
@@ -339,37 +340,39 @@ DB_ALONE = {"db_stages": 4, "db_programs": 4}
 def launch_dx(
     config: BackwardConfig,
     grads: Sequence[Tensor],
+    sizes: Sequence[int],
     x: Tensor,
     weight: Tensor,
     adapters: Adapters,
     dx: Tensor | None,
     kept: Tensor | None = None,
 ) -> tuple[Tensor, BackwardConfig, torch.cuda.Event | None]:
-    """Writes dx where it is given. Returns t, the config of dB, and what dB waits for; None: for all that was launched."""
-    rank, groups = adapters.rank, len(grads)
-    if dx is not None and kept is None and takes(x, rank, [grad.size(2) for grad in grads]):
-        t = x.new_empty(*x.shape[:2], padded_rank(rank))
+    """Writes dx where it is given. Returns t, the config of dB, and what dB waits for: None is all launched so far."""
+    (batch, length, _), rank, groups = x.shape, adapters.rank, len(grads)
+    if dx is not None and kept is None and takes(x, rank, sizes):
+        t = x.new_empty(batch, length, padded_rank(rank))
         launch_dx_in_turns(grads, weight, adapters, t, dx)
         return t, replace(config, **DB_ALONE), None  # beside dx it would not fit
-    t = x.new_empty(*x.shape[:2], stacked_rank(rank, groups) * (1 if is_stacked(rank, groups) else groups))
-    ready = event(x.device)
-    _launch_dx(config, grads, x, weight, adapters, t, dx, kept)
+    stacked, parts = stacked_rank(rank, groups), 1 if is_stacked(rank, groups) else groups
+    t, ready = x.new_empty(batch, length, parts * stacked), event(x.device)
+    _launch_dx(config, grads, sizes, x, weight, adapters, t, stacked, parts, dx, kept)
     return t, config, ready
 
 
 def _launch_dx(
     config: BackwardConfig,
     grads: Sequence[Tensor],
+    sizes: Sequence[int],
     x: Tensor,
     weight: Tensor,
     adapters: Adapters,
     t: Tensor,
+    stacked: int,
+    parts: int,
     dx: Tensor | None,
     kept: Tensor | None,
 ) -> None:
-    (batch, length, width), rank, groups = x.shape, adapters.rank, len(grads)
-    stacked = stacked_rank(rank, groups)
-    nq, nk, nv = of_three([grad.size(2) for grad in grads], 0)
+    (batch, length, width), (nq, nk, nv) = x.shape, of_three(sizes, 0)
     m, d, n, tail = config.block_m, config.block_d, config.block_n, config.tail
     tiles = batch * cdiv(length, m) * (1 if dx is None else cdiv(width, d + tail))
     piece = tail or d // PIECES
@@ -379,8 +382,8 @@ def _launch_dx(
         a_ptr=adapters.a, b_d=tiled(adapters.b, 1, n, stacked), slots_ptr=adapters.slots,
         dx_d=tiled(x if dx is None else dx, 1, m, piece),
         kept_d=None if kept is None else tiled(kept, 1, m, piece), t_ptr=t, a_stride=adapters.a.stride(0),
-        S=length, TILES=tiles, COUNT=adapters.a.size(0), NQ=nq, NK=nk, NV=nv, D=width, R=rank, RT=stacked, BM=m, BD=d,
-        BN=n, STACKED=is_stacked(rank, groups), PACKED=adapters.is_packed, WITH_DX=dx is not None, TAIL=tail,
+        S=length, TILES=tiles, COUNT=adapters.a.size(0), NQ=nq, NK=nk, NV=nv, D=width, R=adapters.rank, RT=stacked,
+        BM=m, BD=d, BN=n, STACKED=parts < len(grads), PACKED=adapters.is_packed, WITH_DX=dx is not None, TAIL=tail,
         num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
 
@@ -388,6 +391,7 @@ def _launch_dx(
 def launch_db(
     config: BackwardConfig,
     grads: Sequence[Tensor],
+    sizes: Sequence[int],
     xa: Tensor,
     slots: Tensor | None,
     db: Tensor,
@@ -395,28 +399,34 @@ def launch_db(
     scale: Tensor | None,
 ) -> None:
     """Writes the rows of db that `slots` name."""
-    batch, length, _ = xa.shape
-    sizes, n, s = [grad.size(2) for grad in grads], config.db_n, config.db_s
+    (batch, length, _), padded, n, s = xa.shape, padded_rank(rank), config.db_n, config.db_s
     nq, nk, nv = of_three(sizes, 0)
     tiles = batch * sum(cdiv(size, n) for size in sizes)
     q_d, k_d, v_d = of_three([tiled(grad, 1, s, n) for grad in described(grads)])
     _db_kernel[(programs(xa.device, tiles, config.db_programs),)](
-        q_d=q_d, k_d=k_d, v_d=v_d, xa_d=tiled(xa, 1, s, padded_rank(rank)),
+        q_d=q_d, k_d=k_d, v_d=v_d, xa_d=tiled(xa, 1, s, padded),
         db_ptr=db, scale_ptr=scale, slots_ptr=slots, db_stride=db.stride(0), count=db.size(0),
         B=batch, S=length, TILES=tiles,
-        NQ=nq, NK=nk, NV=nv, R=rank, RP=padded_rank(rank), BN=n, BS=s, BP=next_power_of_2(batch),
+        NQ=nq, NK=nk, NV=nv, R=rank, RP=padded, BN=n, BS=s, BP=next_power_of_2(batch),
         num_warps=config.db_warps, num_stages=config.db_stages,
     )  # fmt: skip
 
 
 def _launch_da(
-    config: BackwardConfig, x: Tensor, t: Tensor, slots: Tensor | None, da: Tensor, rank: int, groups: int
+    config: BackwardConfig,
+    x: Tensor,
+    t: Tensor,
+    stacked: int,
+    parts: int,
+    slots: Tensor | None,
+    da: Tensor,
+    every: int,
 ) -> None:
-    (batch, length, width), stacked = x.shape, stacked_rank(rank, groups)
-    parts = 1 if is_stacked(rank, groups) else groups
+    """`every`: rows of A of a part."""
+    batch, length, width = x.shape
     d, s, rows = config.da_d, config.da_s, max(64, stacked)  # 64: the fewest rows of a Hopper matrix instruction
     _da_kernel[(cdiv(width, d) * parts * batch,)](
         t_d=tiled(t, 1, s, rows), x_d=tiled(x, 1, s, d), da_ptr=da, slots_ptr=slots, da_stride=da.stride(0),
-        count=da.size(0), B=batch, S=length, D=width, ROWS=groups * rank // parts, RT=rows, STEP=stacked, PARTS=parts,
+        count=da.size(0), B=batch, S=length, D=width, ROWS=every, RT=rows, STEP=stacked, PARTS=parts,
         BD=d, BS=s, BP=next_power_of_2(batch), num_warps=config.da_warps, num_stages=config.da_stages,
     )  # fmt: skip

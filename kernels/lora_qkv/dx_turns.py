@@ -40,7 +40,6 @@ from .turns import HALF, HALF_ACC, INNER, RANKS, TURNS, adapter_of, blocks_of, p
 
 FACTOR_LOADS = gl.constexpr(gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0]))
 
-
 BN = gl.constexpr(BLOCK.value + HALF.value)
 """Columns of a tile: two sums of a group's registers, as in the forward's wide one."""
 STAGES = gl.constexpr(4)

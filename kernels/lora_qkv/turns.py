@@ -10,6 +10,7 @@ made once a chunk, not in every tile. Every sum is made in :mod:`forward`'s orde
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 from torch import Tensor
 from triton.experimental import gluon
@@ -77,6 +78,7 @@ X_IN_L2 = 25 << 20
 inputs, 52 MB, chunks of one tile are the faster; of 576, 19 MB, long ones."""
 
 
+@cache
 def pick_columns(blocks: int, across: int, processors: int, row_bytes: int) -> int:
     """Tiles of a chunk, for `blocks` rows of tiles of x, of `row_bytes` a row: the equal share of `across` with which
     all of them end first.
