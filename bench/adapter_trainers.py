@@ -20,6 +20,8 @@ from .gate import why_broken
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 LR, SCALE = 1e-3, 2.0
+LOGITS = 1 << 35
+"""Bytes that `linear_nll` may keep: all logits of 65,536 tokens, which is what the other losses keep, in one slice."""
 ONE_BY_ONE = 8
 """Adapters whose steps are timed one by one; the time of all is scaled from them."""
 
@@ -164,7 +166,7 @@ class Klora(Trainer):
         with self.lora.rows(self.slots[rows]):
             hidden = self.module.base_model(**self._inputs(rows))[0]
         head = self.module.get_output_embeddings().weight
-        return linear_nll(hidden, head, targets, reduction="sum") / targets.size(1)
+        return linear_nll(hidden, head, targets, reduction="sum", memory=LOGITS) / targets.size(1)
 
     def gradients(self) -> Gradients:
         pool = self.lora.pool
