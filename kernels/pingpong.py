@@ -31,6 +31,8 @@ LOAD_REGISTERS = gl.constexpr(24)
 SWIZZLED, SWIZZLED_3D, SWIZZLED_4D = (gl.NVMMASharedLayout(128, element_bitwidth=16, rank=rank) for rank in (2, 3, 4))
 NARROW, NARROW_3D = (gl.NVMMASharedLayout(32, element_bitwidth=16, rank=rank) for rank in (2, 3))
 """Of rows of 16 numbers."""
+HALVED_3D = gl.NVMMASharedLayout(64, element_bitwidth=16, rank=3)
+"""Of rows of 32."""
 HALVED = gl.constexpr(gl.NVMMASharedLayout(64, element_bitwidth=16, rank=2))
 """Of 32."""
 ACC = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK.value, 16]))
@@ -99,11 +101,16 @@ def multiply_tile(
 def multiply_steps(
     inputs, weights, accs, loaded, empty, turn, count,
     GROUP: gl.constexpr, STEPS: gl.constexpr, STAGES: gl.constexpr, TRANSPOSED: gl.constexpr = False,
+    BEGIN: gl.constexpr = 0, END: gl.constexpr = None,
 ):  # fmt: skip
-    """`accs` of tile `count`, each plus x W^T, or x W, of the one of `weights` at its place; in the group's turn."""
+    """`accs` of tile `count`, each plus x W^T, or x W, of the one of `weights` at its place; in the group's turn.
+
+    With END, of the tile's STEPS only those from BEGIN to END; the turn ends with the last one.
+    """
     COUNT: gl.constexpr = len(accs)
-    step = count * STEPS
-    for k in range(STEPS):
+    LAST: gl.constexpr = STEPS if END is None else END
+    step = count * STEPS + BEGIN
+    for k in range(LAST - BEGIN):
         stage = step % STAGES
         mbarrier.wait(loaded.index(stage), step // STAGES % 2)
         sums = ()
@@ -115,7 +122,8 @@ def multiply_steps(
         accs = multiplied(COUNT, sums)
         mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), pred=k > 0)
         step += 1
-    mbarrier.arrive(turn.index(1 - GROUP))
+    if LAST == STEPS:
+        mbarrier.arrive(turn.index(1 - GROUP))
     accs = multiplied(0, accs)
     mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES))
     return accs
@@ -138,7 +146,8 @@ def runs_on(x: Tensor) -> bool:
 def swizzled(tensor: Tensor, *block: int) -> TensorDescriptor:
     """How the copy engine moves blocks of `tensor` to and from shared memory that is swizzled.
 
-    Rows of a block have 16 numbers, or a multiple of 64.
+    Rows of a block have 16 numbers, 32 where it has three dimensions, or a multiple of 64.
     """
-    layouts = (NARROW, NARROW_3D) if block[-1] == 16 else (SWIZZLED, SWIZZLED_3D, SWIZZLED_4D)
+    narrow = {16: (NARROW, NARROW_3D), 32: (None, HALVED_3D)}
+    layouts = narrow.get(block[-1], (SWIZZLED, SWIZZLED_3D, SWIZZLED_4D))
     return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), list(block), layouts[len(block) - 2])

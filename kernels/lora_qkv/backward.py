@@ -15,7 +15,7 @@ from ..dot import multiply_add
 from ..launch import launched
 from ..tile import halves, tiled
 from .adapters import Adapters
-from .dx_turns import launch_dx_in_turns, takes
+from .dx_turns import launch_dx_in_turns, phases, takes
 from .tiles import (
     PIECES,
     cleared,
@@ -28,6 +28,7 @@ from .tiles import (
     store_slopes,
     store_tile,
 )
+from .turns import RANKS
 
 
 @dataclass(frozen=True)
@@ -350,7 +351,7 @@ def launch_dx(
     """Writes dx where it is given. Returns t, the config of dB, and what dB waits for: None is all launched so far."""
     (batch, length, _), rank, groups = x.shape, adapters.rank, len(grads)
     if dx is not None and kept is None and takes(x, rank, sizes):
-        t = x.new_empty(batch, length, padded_rank(rank))
+        t = x.new_empty(batch, length, phases(rank, sizes) * RANKS.value)
         launch_dx_in_turns(grads, weight, adapters, t, dx)
         return t, replace(config, **DB_ALONE), None  # beside dx it would not fit
     stacked, parts = stacked_rank(rank, groups), 1 if is_stacked(rank, groups) else groups

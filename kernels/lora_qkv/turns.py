@@ -73,9 +73,9 @@ U = 0.25
 """Of a tile, what u costs: by arithmetic, for x is read from shared memory once more."""
 
 
-X_IN_L2 = 25 << 20
-"""Bytes of x that the programs read again for tile after tile: half of a Hopper's L2, beside the weight and y. Of 1,536
-inputs, 52 MB, chunks of one tile are the faster; of 576, 19 MB, long ones."""
+X_IN_L2 = 40 << 20
+"""Bytes of x that the programs read again for tile after tile, of a Hopper's 50 MB of L2. Of 1,536 inputs, 52 MB,
+chunks of one tile are the faster; of 576, 19 MB, and of 960 gradients, 32 MB, long ones."""
 
 
 @cache
