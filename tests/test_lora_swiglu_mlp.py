@@ -174,8 +174,9 @@ def test_a_scale_is_a_factor_of_b_and_of_its_gradient(missing, kind):
         assert torch.equal(one, other) and one.any(), name
 
 
-def test_each_gradient_alone_has_the_bits_that_it_has_with_the_others():
+def test_each_gradient_alone_has_the_bits_that_it_has_with_the_others(monkeypatch):
     given = inputs(dtype=torch.float16)
+    in_steps_of(64, monkeypatch)
     names = [name for name in given if is_wanted(name)]
     whole = results(OP, given, names, backend="triton")
     for number, name in enumerate(names, 1):
@@ -218,7 +219,7 @@ def both_ways(given: dict[str, Any], monkeypatch, wanted=None) -> tuple[list[Ten
 
 
 def in_steps_of(tokens: int, monkeypatch) -> None:
-    """As the launches that the one stands for: fp32 takes 16 tokens at once."""
+    """As the launches that the one stands for, for the interpreter rounds by the step: fp32 takes 16 tokens at once."""
     config = dataclasses.replace(lora_swiglu_backward.CONFIG, block_s=tokens)
     monkeypatch.setattr(lora_swiglu_backward, "CONFIG", config)
 
@@ -257,6 +258,7 @@ def test_the_middle_in_one_launch_is_as_exact_as_plain_pytorch_in_fp32(case, mon
 )
 def test_the_middle_is_one_launch_where_gate_or_up_and_down_want_gradients(wanted, launches, monkeypatch):
     given = inputs(dtype=torch.float16, slots=(2, -1, 2, 0), hidden=80)
+    in_steps_of(64, monkeypatch)
     apart, together, launched = both_ways(given, monkeypatch, wanted)
     assert launched == launches
     for name, one, other in zip(["out", *wanted], apart, together, strict=True):
@@ -399,7 +401,8 @@ for rank, kind in zip((1, 8, 12, 16), kinds, strict=True):
             command = [triton.knobs.nvidia.ptxas.path, "-v", "-arch=sm_90a", "-o", "/dev/null", file.name]
             said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
         assert "C751" not in said and "0 bytes spill stores" in said, (rank, said)
-        assert is_gated or int(said.partition(" registers")[0].rpartition(" ")[2]) <= 128, (rank, said)
+        registers = int(said.partition(" registers")[0].rpartition(" ")[2]) * 32 * compiled.metadata.num_warps
+        assert is_gated or registers <= 65_536 / 2, (rank, said)
         print(kernel.name)
 """
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..dispatch import cdiv, is_aligned, next_power_of_2, padded_rank
 from ..dot import multiply_add
 from ..launch import launched
-from ..lora_qkv.backward import following, slots_of
+from ..lora_qkv.sums import following, slots_of
 from ..tile import tiled
 from .pool import Pool, kept, slot_and_rank, variant_of, variants
 

@@ -16,6 +16,7 @@ from ..launch import launched
 from ..tile import halves, tiled
 from .adapters import Adapters
 from .dx_turns import launch_dx_in_turns, phases, takes
+from .sums import NOTHING, STRIDES, Sums, can_share, slots_of, store_sum, sums_of
 from .tiles import (
     PIECES,
     cleared,
@@ -193,35 +194,16 @@ def _dx_kernel(
             t = cleared(BM, RT, DTYPE)
 
 
-@triton.jit
-def slots_of(slots_ptr, b, count, B, BP: tl.constexpr):
-    """(slot of document b, slots of the whole batch); -1 for a document without an adapter."""
-    j = tl.arange(0, BP)
-    if slots_ptr is None:
-        slot = tl.zeros((), tl.int64) + b
-        every = j.to(tl.int64)
-    else:
-        slot = tl.load(slots_ptr + b).to(tl.int64)
-        every = tl.load(slots_ptr + j, mask=j < B, other=-1).to(tl.int64)
-    return tl.where(slot < count, slot, -1), every
-
-
-@triton.jit
-def following(every, slot, b, B, BP: tl.constexpr):
-    """The first document after b that has this slot; B if there is none."""
-    j = tl.arange(0, BP)
-    return tl.min(tl.where((every == slot) & (j > b) & (j < B), j, B))
-
-
 @launched
-@triton.jit(do_not_specialize=["B", "S", "TILES"])
+@triton.jit(do_not_specialize=["B", "S", "TILES", *STRIDES])
 def _db_kernel(
-    q_d, k_d, v_d, xa_d, db_ptr, scale_ptr, slots_ptr, db_stride, count, B, S, TILES,
+    q_d, k_d, v_d, xa_d, db_ptr, parts_ptr, ended_ptr, scale_ptr, slots_ptr, db_stride, parts_stride, ended_stride,
+    count, B, S, TILES,
     NQ: tl.constexpr, NK: tl.constexpr, NV: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, BN: tl.constexpr,
     BS: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
-    """A program walks tiles (document, BN outputs of one projection): dB = dY^T xa, tokens in order. The first document
-    with a slot adds up all that have it, in the order of the batch. With scale_ptr, times that of projection and slot.
+    """A program walks tiles (document, BN outputs of one projection): dB = dY^T xa, tokens in order, and what other
+    documents have of the slot as :mod:`.sums` adds it. With scale_ptr, times that of projection and slot.
     """
     TQ: tl.constexpr = (NQ + BN - 1) // BN
     TK: tl.constexpr = (NK + BN - 1) // BN
@@ -235,26 +217,26 @@ def _db_kernel(
             elif column >= TQ:
                 p, n, first, width, g_d = 1, (column - TQ) * BN, NQ, NK, k_d
         slot, every = slots_of(slots_ptr, b, count, B, BP)
-        if (slot >= 0) & (following(every, slot, -1, B, BP) == b):
+        if slot >= 0:
             db = tl.zeros((BN, RP), tl.float32)
-            document = b
-            while document < B:
-                for s in range(0, S, BS):
-                    g = g_d.load([document, s, n]).reshape(BS, BN)
-                    xa = xa_d.load([document, s, p * RP]).reshape(BS, RP)
-                    db = multiply_add(g.T, xa, db)
-                document = following(every, slot, document, B, BP)
+            for s in range(0, S, BS):
+                g = g_d.load([b, s, n]).reshape(BS, BN)
+                xa = xa_d.load([b, s, p * RP]).reshape(BS, RP)
+                db = multiply_add(g.T, xa, db)
             if scale_ptr is not None:
                 db *= tl.load(scale_ptr + p * count + slot)
             row, r = n + tl.arange(0, BN), tl.arange(0, RP)
-            out = db_ptr + slot * db_stride + (first + row)[:, None] * R + r
-            tl.store(out, db, (row < width)[:, None] & (r < R)[None, :])
+            places, mask = (first + row)[:, None] * R + r, (row < width)[:, None] & (r < R)[None, :]
+            store_sum(
+                db, places, mask, db_ptr + slot * db_stride, parts_ptr, ended_ptr, parts_stride, ended_stride, column,
+                every, slot, b, B, BP,
+            )  # fmt: skip
 
 
 @launched
-@triton.jit(do_not_specialize=["B", "S"])
+@triton.jit(do_not_specialize=["B", "S", *STRIDES])
 def _da_kernel(
-    t_d, x_d, da_ptr, slots_ptr, da_stride, count, B, S,
+    t_d, x_d, da_ptr, parts_ptr, ended_ptr, slots_ptr, da_stride, parts_stride, ended_stride, count, B, S,
     D: tl.constexpr, ROWS: tl.constexpr, RT: tl.constexpr, STEP: tl.constexpr, PARTS: tl.constexpr, BD: tl.constexpr,
     BS: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
@@ -263,18 +245,18 @@ def _da_kernel(
     tile, b = tl.program_id(0) % TILES, tl.program_id(0) // TILES
     d, part = tile // PARTS * BD, tile % PARTS
     slot, every = slots_of(slots_ptr, b, count, B, BP)
-    if (slot >= 0) & (following(every, slot, -1, B, BP) == b):
+    if slot >= 0:
         da = tl.zeros((RT, BD), tl.float32)
-        document = b
-        while document < B:
-            for s in range(0, S, BS):
-                t = t_d.load([document, s, part * STEP]).reshape(BS, RT)
-                x = x_d.load([document, s, d]).reshape(BS, BD)
-                da = multiply_add(t.T, x, da)
-            document = following(every, slot, document, B, BP)
+        for s in range(0, S, BS):
+            t = t_d.load([b, s, part * STEP]).reshape(BS, RT)
+            x = x_d.load([b, s, d]).reshape(BS, BD)
+            da = multiply_add(t.T, x, da)
         j, column = tl.arange(0, RT), d + tl.arange(0, BD)
-        out = da_ptr + slot * da_stride + (part * ROWS + j)[:, None] * D + column
-        tl.store(out, da, (j < ROWS)[:, None] & (column < D)[None, :])
+        places, mask = (part * ROWS + j)[:, None] * D + column, (j < ROWS)[:, None] & (column < D)[None, :]
+        store_sum(
+            da, places, mask, da_ptr + slot * da_stride, parts_ptr, ended_ptr, parts_stride, ended_stride, tile,
+            every, slot, b, B, BP,
+        )  # fmt: skip
 
 
 def event(device: torch.device) -> torch.cuda.Event | None:
@@ -323,14 +305,18 @@ def launch_backward(
     """
     rank, groups, sizes = adapters.rank, len(grads), [grad.size(2) for grad in grads]
     config = pick_backward_config(x.dtype, rank, groups, x.size(2), kept is not None)
-    t, config, ready = launch_dx(config, grads, sizes, x, weight, adapters, dx, kept)
+    stacked, parts = stacked_rank(rank, groups), 1 if is_stacked(rank, groups) else groups
+    db_sums = da_sums = NOTHING
+    if da is not None and can_share(slots, x):
+        of_da = groups * rank * x.size(2), cdiv(x.size(2), config.da_d) * parts
+        db_sums, da_sums = sums_of(x, db_sizes(config, sizes, rank) if db is not None else (0, 0), of_da)
+    t, config, ready = launch_dx(config, grads, sizes, x, weight, adapters, stacked, parts, dx, kept)
     if da is None:
         return
     if db is not None:
         with beside(x.device, ready):
-            launch_db(config, grads, sizes, xa, slots, db, rank, scale)
-    stacked, parts = stacked_rank(rank, groups), 1 if is_stacked(rank, groups) else groups
-    _launch_da(config, x, t, stacked, parts, slots, da, groups * rank // parts)
+            launch_db(config, grads, sizes, xa, slots, db, db_sums, rank, scale)
+    _launch_da(config, x, t, stacked, parts, slots, da, da_sums, groups * rank // parts)
     join(x.device, ready)
 
 
@@ -345,16 +331,17 @@ def launch_dx(
     x: Tensor,
     weight: Tensor,
     adapters: Adapters,
+    stacked: int,
+    parts: int,
     dx: Tensor | None,
     kept: Tensor | None = None,
 ) -> tuple[Tensor, BackwardConfig, torch.cuda.Event | None]:
     """Writes dx where it is given. Returns t, the config of dB, and what dB waits for: None is all launched so far."""
-    (batch, length, _), rank, groups = x.shape, adapters.rank, len(grads)
-    if dx is not None and kept is None and takes(x, rank, sizes):
-        t = x.new_empty(batch, length, phases(rank, sizes) * RANKS.value)
+    batch, length, _ = x.shape
+    if dx is not None and kept is None and takes(x, adapters.rank, sizes):
+        t = x.new_empty(batch, length, phases(adapters.rank, sizes) * RANKS.value)
         launch_dx_in_turns(grads, weight, adapters, t, dx)
         return t, replace(config, **DB_ALONE), None  # beside dx it would not fit
-    stacked, parts = stacked_rank(rank, groups), 1 if is_stacked(rank, groups) else groups
     t, ready = x.new_empty(batch, length, parts * stacked), event(x.device)
     _launch_dx(config, grads, sizes, x, weight, adapters, t, stacked, parts, dx, kept)
     return t, config, ready
@@ -389,6 +376,11 @@ def _launch_dx(
     )  # fmt: skip
 
 
+def db_sizes(config: BackwardConfig, sizes: Sequence[int], rank: int) -> tuple[int, int]:
+    """The numbers of a slot's dB, and the tiles of a document's, as :func:`.sums.sums_of` takes them."""
+    return sum(sizes) * rank, sum(cdiv(size, config.db_n) for size in sizes)
+
+
 def launch_db(
     config: BackwardConfig,
     grads: Sequence[Tensor],
@@ -396,6 +388,7 @@ def launch_db(
     xa: Tensor,
     slots: Tensor | None,
     db: Tensor,
+    sums: Sums,
     rank: int,
     scale: Tensor | None,
 ) -> None:
@@ -406,7 +399,7 @@ def launch_db(
     q_d, k_d, v_d = of_three([tiled(grad, 1, s, n) for grad in described(grads)])
     _db_kernel[(programs(xa.device, tiles, config.db_programs),)](
         q_d=q_d, k_d=k_d, v_d=v_d, xa_d=tiled(xa, 1, s, padded),
-        db_ptr=db, scale_ptr=scale, slots_ptr=slots, db_stride=db.stride(0), count=db.size(0),
+        db_ptr=db, **sums, scale_ptr=scale, slots_ptr=slots, db_stride=db.stride(0), count=db.size(0),
         B=batch, S=length, TILES=tiles,
         NQ=nq, NK=nk, NV=nv, R=rank, RP=padded, BN=n, BS=s, BP=next_power_of_2(batch),
         num_warps=config.db_warps, num_stages=config.db_stages,
@@ -421,13 +414,14 @@ def _launch_da(
     parts: int,
     slots: Tensor | None,
     da: Tensor,
+    sums: Sums,
     every: int,
 ) -> None:
     """`every`: rows of A of a part."""
     batch, length, width = x.shape
     d, s, rows = config.da_d, config.da_s, max(64, stacked)  # 64: the fewest rows of a Hopper matrix instruction
     _da_kernel[(cdiv(width, d) * parts * batch,)](
-        t_d=tiled(t, 1, s, rows), x_d=tiled(x, 1, s, d), da_ptr=da, slots_ptr=slots, da_stride=da.stride(0),
-        count=da.size(0), B=batch, S=length, D=width, ROWS=every, RT=rows, STEP=stacked, PARTS=parts,
-        BD=d, BS=s, BP=next_power_of_2(batch), num_warps=config.da_warps, num_stages=config.da_stages,
+        t_d=tiled(t, 1, s, rows), x_d=tiled(x, 1, s, d), da_ptr=da, **sums, slots_ptr=slots,
+        da_stride=da.stride(0), count=da.size(0), B=batch, S=length, D=width, ROWS=every, RT=rows, STEP=stacked,
+        PARTS=parts, BD=d, BS=s, BP=next_power_of_2(batch), num_warps=config.da_warps, num_stages=config.da_stages,
     )  # fmt: skip
