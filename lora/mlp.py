@@ -34,10 +34,11 @@ def find_mlps(model: nn.Module, sites: Sequence["Site"]) -> list[list["Site"]]:
 
 
 def _is_known(module: nn.Module) -> bool:
-    kind, activation = type(module), module.act_fn
-    sources = kind.__module__, kind.forward.__module__  # the forward of a class can be replaced, too
-    is_theirs = kind.__name__ in CLASSES and all(source.startswith("transformers.models.") for source in sources)
-    return is_theirs and type(activation).__name__ in SILU and "forward" not in vars(activation)
+    kind = type(module)
+    is_theirs = kind.__name__ in CLASSES and kind.__module__.startswith("transformers.models.")
+    if not is_theirs or kind.forward.__module__ != kind.__module__:  # somebody's patch of the class
+        return False
+    return type(module.act_fn).__name__ in SILU and "forward" not in vars(module.act_fn)
 
 
 class SwigluMlp:

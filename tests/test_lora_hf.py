@@ -479,6 +479,14 @@ class TestMlp:
             with lora.rows(self.ROWS):
                 assert mlp(x) is x and not calls
 
+    def test_an_mlp_of_ones_own_needs_nothing_of_theirs(self, calls):
+        """Not even an `act_fn`."""
+        mlp = torch.nn.ModuleDict({name: torch.nn.Linear(32, 32, bias=False) for name in LINEARS[-3:]})
+        lora = self.attached(mlp, targets=LINEARS[-3:])
+        with lora.rows(self.ROWS):
+            mlp["down_proj"](torch.randn(4, 6, 32))
+        assert not calls and not lora.mlps
+
     def test_the_model_may_be_an_mlp(self, calls):
         mlp = build().model.layers[0].mlp
         lora = self.attached(mlp, targets=LINEARS[-3:])
