@@ -481,11 +481,20 @@ class TestMlp:
 
     def test_an_mlp_of_ones_own_needs_nothing_of_theirs(self, calls):
         """Not even an `act_fn`."""
-        mlp = torch.nn.ModuleDict({name: torch.nn.Linear(32, 32, bias=False) for name in LINEARS[-3:]})
+
+        class OwnMLP(torch.nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.gate_proj, self.up_proj = (torch.nn.Linear(32, 48, bias=False) for _ in range(2))
+                self.down_proj = torch.nn.Linear(48, 32, bias=False)
+
+            def forward(self, x):
+                return self.down_proj(self.gate_proj(x).tanh() * self.up_proj(x))
+
+        mlp, x = OwnMLP(), torch.randn(4, 6, 32)
         lora = self.attached(mlp, targets=LINEARS[-3:])
-        with lora.rows(self.ROWS):
-            mlp["down_proj"](torch.randn(4, 6, 32))
-        assert not calls and not lora.mlps
+        with lora.rows(self.ROWS), torch.no_grad():
+            assert torch.equal(mlp(x), OwnMLP.forward(mlp, x)) and not calls
 
     def test_the_model_may_be_an_mlp(self, calls):
         mlp = build().model.layers[0].mlp
