@@ -17,8 +17,9 @@ read again, as PyTorch rounds them. Kept for the backward: g, u and h, and what 
 
 FLOPs a row: 6 D hidden forward, as many for dx, and those of the adapters. Tensors [.., hidden]: forward g, u and h are
 written, and read once each. Backward dh is written; dh, g and u are read, and dg and du written, in one pass that also
-makes dB of gate and up and dA of down (:mod:`.lora_swiglu_backward`); dg and du are read once. Where one of these three
-is missing, in fp32 and above 16 ranks, SwiGLU's gradient is a pass of its own and these are launches after it.
+makes dB of gate and up and dA of down (:mod:`.lora_swiglu_backward`); dg and du are read once. Where down, or both gate
+and up, have no adapter that gets a gradient, in fp32 and above 16 ranks, SwiGLU's gradient is a pass of its own, with
+launches of their own for dA and dB.
 
 Every sum is made by one program in a fixed order: the same bits in every run and in every batch. D and hidden are
 multiples of 16, ranks up to 128.
