@@ -22,7 +22,7 @@ from .dispatch import custom_op, dtypes_of, expect, expect_slots, resolve_backen
 from .linear.op import linear_dweight, linear_dx
 from .linear.product import SQUARE, launch_product
 from .lora_linear import lora_linear_ref
-from .lora_qkv.forward import empty_projected, launch_forward
+from .lora_qkv.forward import empty_projected, launch_forward, not_projected
 from .lora_qkv.op import Lora, Saved, gradients
 from .lora_qkv.validate import expect_product
 from .mlp import mlp_du, relu_squared_ref
@@ -80,14 +80,9 @@ def _(x, up, down, up_a, up_b, down_a, down_b, slots, up_grad_a, up_grad_b, down
     u = x.new_empty(a.shape if x.dtype == torch.float16 else 0)
     kept = []
     for inputs, weight, lora_a, lora_b in ((x, up, up_a, up_b), (a, down, down_a, down_b)):
-        made = _nothing(x) if lora_a is None else empty_projected(inputs, lora_a, lora_b, [weight.size(0)]).flat()[1:]
-        kept.extend(made)
+        is_adapted, sizes = lora_a is not None, [weight.size(0)]
+        kept += empty_projected(inputs, lora_a, lora_b, sizes).flat()[1:] if is_adapted else not_projected(x)
     return [x.new_empty(x.shape), a, u, *kept]
-
-
-def _nothing(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """In place of x A^T and the packed adapters."""
-    return x.new_empty(0), x.new_empty(0), x.new_empty(0)
 
 
 def _product(x, weight, lora_a, lora_b, slots, squared=False, u=None) -> tuple[Tensor, ...]:
@@ -96,7 +91,7 @@ def _product(x, weight, lora_a, lora_b, slots, squared=False, u=None) -> tuple[T
         return launch_forward(x, weight, lora_a, lora_b, slots, [weight.size(0)], squared=squared, u=u).flat()
     rows = None if u is None else u.view(-1, u.size(2))
     out = launch_product(x, weight, **({"epilogue": SQUARE, "kept": rows} if squared else {}))
-    return out, *_nothing(x)
+    return out, *not_projected(x)
 
 
 def _setup(ctx, inputs, output):

@@ -17,8 +17,9 @@ read again, as PyTorch rounds them. Kept for the backward: g, u and h, and what 
 
 FLOPs a row: 6 D hidden forward, as many for dx, and those of the adapters. Tensors [.., hidden]: forward g, u and h are
 written, and read once each. Backward dh is written; dh, g and u are read, and dg and du written, in one pass that also
-makes dB of gate and up and dA of down (:mod:`.lora_swiglu_backward`); dg and du are read once. Where one of these three
-is missing, in fp32 and above 16 ranks, SwiGLU's gradient is a pass of its own and these are launches after it.
+makes dB of gate and up and dA of down (:mod:`.lora_swiglu_backward`); dg and du are read once. Where down, or both gate
+and up, have no adapter that gets a gradient, in fp32 and above 16 ranks, SwiGLU's gradient is a pass of its own, with
+launches of their own for dA and dB.
 
 Every sum is made by one program in a fixed order: the same bits in every run and in every batch. D and hidden are
 multiples of 16, ranks up to 128.
@@ -48,7 +49,7 @@ from .lora_linear import is_one_product, lora_linear_ref
 from .lora_linear.plan import plan
 from .lora_linear.stacked import RANKS
 from .lora_qkv.adapters import launch_pack
-from .lora_qkv.forward import empty_projected, launch_forward
+from .lora_qkv.forward import empty_projected, launch_forward, not_projected
 from .lora_qkv.op import Lora, Saved, gradients
 from .lora_qkv.validate import expect_product
 from .lora_swiglu_backward import adapted_slopes_, takes_slopes
@@ -125,7 +126,7 @@ def _op(
 def _(x, gate_up, down, gate_a, gate_b, up_a, up_b, down_a, down_b, slots, *about):
     g, u, h = (x.new_empty(*x.shape[:2], down.size(1)) for _ in range(3))
     stacked = _empty_stacked(x, down.size(1), (gate_a, up_a))
-    kept = kept_down = _nothing(x)
+    kept = kept_down = not_projected(x)
     if stacked is not None:
         kept = empty_projected(x, *stacked, [down.size(1), down.size(1), 0]).xa, *stacked
     if down_a is not None:
@@ -175,11 +176,6 @@ def _is_packed(lora_a: Tensor | None, x: Tensor, scale: Tensor | None, ranks: Te
     return lora_a is not None and (lora_a.dtype != x.dtype or scale is not None or ranks is not None)
 
 
-def _nothing(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """In place of x A^T and the packed adapters."""
-    return x.new_empty(0), x.new_empty(0), x.new_empty(0)
-
-
 def _gated(x, gate_up, stacked, slots) -> tuple[Tensor, ...]:
     """g, u and h, x A^T and the stacked adapters."""
     hidden = gate_up.size(0) // 2
@@ -187,7 +183,7 @@ def _gated(x, gate_up, stacked, slots) -> tuple[Tensor, ...]:
     if stacked is None:
         g, u = launch_product(x, gate_up[:hidden]), empty_as(h)
         launch_product(x, gate_up[hidden:], epilogue=GATE, kept=u.view(-1, hidden), gate=g, result=h)
-        return g, u, h, *_nothing(x)
+        return g, u, h, *not_projected(x)
     made = launch_forward(x, gate_up, *stacked, slots, [hidden, hidden, 0], h=h)
     return *made.outs[:2], h, made.xa, *stacked
 
@@ -195,7 +191,7 @@ def _gated(x, gate_up, stacked, slots) -> tuple[Tensor, ...]:
 def _product(x, weight, lora_a, lora_b, slots, scale, ranks) -> tuple[Tensor, ...]:
     """The product, x A^T and the packed adapters."""
     if lora_a is None:
-        return launch_product(x, weight), *_nothing(x)
+        return launch_product(x, weight), *not_projected(x)
     return launch_forward(x, weight, lora_a, lora_b, slots, [weight.size(0)], scale=scale, ranks=ranks).flat()
 
 

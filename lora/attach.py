@@ -286,15 +286,19 @@ class Lora:
     def detach(self) -> nn.Module:
         """Take the adapters off; the model, bit for bit as it was given. A second call does nothing.
 
+        A `forward` that somebody else has put onto a module since stays there.
+
         Example: model = lora.detach()
         """
         for one in (*self.mlps, *self.sites):
-            vars(one.module).pop("forward", None)
+            if getattr(one.module.forward, "__self__", None) is one:
+                del one.module.forward
         if self._report is not None:
             self._report.undo()
         for parameter in self._frozen:
             parameter.requires_grad_()
         self.sites, self.mlps, self.current, self._report, self._frozen = [], [], None, None, []
+        self.was_used = False
         return self.model
 
 

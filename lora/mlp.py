@@ -1,7 +1,7 @@
 """MLPs of transformers whose three linears have adapters, as one op: SwiGLU is no pass of its own.
 
-Where the op is not meant for what it is given, or a hook listens to a part of the MLP, its forward is the module's own,
-and each linear what it is elsewhere.
+Where the op is not meant for what it is given, a hook listens to a part of the MLP, or a part is not what it was when
+adapters were attached, its forward is the module's own, and each linear what it is elsewhere.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,8 +26,9 @@ def find_mlps(model: nn.Module, sites: Sequence["Site"]) -> list[list["Site"]]:
     """The sites of gate, up and down of each MLP that is known, with SiLU and its class's own forward."""
     named, found = {site.place.name: site for site in sites}, []
     for parent in dict.fromkeys(name.rpartition(".")[0] for name in named):
-        own = [named.get(f"{parent}.{name}") for name in NAMES]
-        if all(own) and _is_known(model.get_submodule(parent)):
+        own = [named.get(f"{parent}.{name}" if parent else name) for name in NAMES]
+        module = model.get_submodule(parent)
+        if all(own) and _is_known(module) and "forward" not in vars(module):
             found.append(own)
     return found
 
@@ -35,7 +36,9 @@ def find_mlps(model: nn.Module, sites: Sequence["Site"]) -> list[list["Site"]]:
 def _is_known(module: nn.Module) -> bool:
     kind = type(module)
     is_theirs = kind.__name__ in CLASSES and kind.__module__.startswith("transformers.models.")
-    return is_theirs and type(module.act_fn).__name__ in SILU and "forward" not in vars(module)
+    if not is_theirs or kind.forward.__module__ != kind.__module__:  # somebody's patch of the class
+        return False
+    return type(module.act_fn).__name__ in SILU and "forward" not in vars(module.act_fn)
 
 
 class SwigluMlp:
@@ -47,8 +50,8 @@ class SwigluMlp:
         self.module, self.sites, self.inputs = module, sites, inputs
 
     def forward(self, x: Tensor) -> Tensor:
-        lora, first = self.sites[0].lora, self.sites[0]
-        if not first.is_active(x) or lora.dropout or not lora.stacks or self._is_watched():
+        first, lora = self.sites[0], self.sites[0].lora
+        if not (self._is_whole() and first.is_active(x) and lora.stacks) or self._has_dropout():
             return type(self.module).forward(self.module, x)
         given = self.inputs(self.sites, x)
         if not is_one_mlp(*given, lora.backend):
@@ -56,6 +59,17 @@ class SwigluMlp:
         scales, ranks = [site.scale for site in self.sites], [site.ranks for site in self.sites]
         out = adapted_mlp(given.x, given.weights, given.adapters, scales, ranks, lora.current.slots, lora.backend)
         return out.unflatten(1, x.shape[1:-1]) if x.dim() > 3 else out
+
+    def _is_whole(self) -> bool:
+        """Whether the op stands for what would be called: nobody has replaced a part or its forward, or hooks it."""
+        has_sites = all(
+            getattr(self.module, name) is site.module and getattr(site.module.forward, "__self__", None) is site
+            for name, site in zip(NAMES, self.sites, strict=True)
+        )
+        return has_sites and _is_known(self.module) and not self._is_watched()
+
+    def _has_dropout(self) -> bool:
+        return self.sites[0].lora.dropout > 0 and any(site.module.training for site in self.sites)
 
     def _is_watched(self) -> bool:
         """Whether a hook wants to see what the op does not make: a part's input, output or their gradients."""

@@ -446,6 +446,88 @@ class TestMlp:
             handle.remove()
         assert model.model.layers[0].mlp.up_proj in seen and not calls
 
+    @staticmethod
+    def doubled(part):
+        """Its forward is another now."""
+        forward = part.forward
+        part.forward = lambda x: 2 * forward(x)
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            lambda mlp: TestMlp.doubled(mlp.gate_proj),
+            lambda mlp: TestMlp.doubled(mlp.act_fn),
+            lambda mlp: setattr(mlp, "act_fn", torch.nn.Tanh()),
+            lambda mlp: setattr(mlp, "down_proj", torch.nn.Linear(48, 32)),
+        ],
+    )
+    def test_a_part_that_is_another_since_is_called(self, change, calls):
+        mlp, x = build().model.layers[0].mlp, torch.randn(4, 6, 32)
+        lora = self.attached(torch.nn.ModuleDict({"mlp": mlp}), targets=LINEARS[-3:])
+        change(mlp)
+        with lora.rows(self.ROWS), torch.no_grad():
+            assert torch.equal(mlp(x), type(mlp).forward(mlp, x)) and not calls
+
+    @pytest.mark.parametrize("is_before", [True, False])
+    def test_so_is_another_forward_of_its_class(self, is_before, calls, monkeypatch):
+        mlp, x = build().model.layers[0].mlp, torch.randn(4, 6, 32)
+        with monkeypatch.context() as patch:
+            if is_before:
+                patch.setattr(type(mlp), "forward", lambda self, x: x)
+            lora = self.attached(torch.nn.ModuleDict({"mlp": mlp}), targets=LINEARS[-3:])
+            patch.setattr(type(mlp), "forward", lambda self, x: x)
+            with lora.rows(self.ROWS):
+                assert mlp(x) is x and not calls
+
+    def test_an_mlp_of_ones_own_needs_nothing_of_theirs(self, calls):
+        """Not even an `act_fn`."""
+
+        class OwnMLP(torch.nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.gate_proj, self.up_proj = (torch.nn.Linear(32, 48, bias=False) for _ in range(2))
+                self.down_proj = torch.nn.Linear(48, 32, bias=False)
+
+            def forward(self, x):
+                return self.down_proj(self.gate_proj(x).tanh() * self.up_proj(x))
+
+        mlp, x = OwnMLP(), torch.randn(4, 6, 32)
+        lora = self.attached(mlp, targets=LINEARS[-3:])
+        with lora.rows(self.ROWS), torch.no_grad():
+            assert torch.equal(mlp(x), OwnMLP.forward(mlp, x)) and not calls
+
+    def test_the_model_may_be_an_mlp(self, calls):
+        mlp = build().model.layers[0].mlp
+        lora = self.attached(mlp, targets=LINEARS[-3:])
+        with lora.rows(self.ROWS):
+            mlp(torch.randn(4, 6, 32))
+        assert len(calls) == 1 and "forward" not in vars(lora.detach())
+
+    def test_dropout_counts_in_training_alone(self, calls):
+        model = build()
+        lora = self.attached(model, dropout=0.5)
+        for is_training in (True, False):
+            model.train(is_training)
+            with lora.rows(self.ROWS), torch.no_grad():
+                model(TOKENS)
+        assert len(calls) == SIZES["num_hidden_layers"]
+
+    def test_detach_leaves_the_forwards_of_others(self):
+        """Even where a block is computed again in the backward: they lead to the class's own."""
+        model = build()
+        lora = self.attached(model)
+        with lora.rows(self.ROWS), torch.no_grad():
+            model(TOKENS)
+        plain, x = copy.deepcopy(model.model.layers[0].mlp), torch.randn(4, 6, 32, requires_grad=True)
+        mlp = model.model.layers[0].mlp
+        self.doubled(mlp), self.doubled(mlp.gate_proj)
+        plain.gate_proj.weight.data *= 2
+        lora.detach()
+        out = torch.utils.checkpoint.checkpoint(mlp, x, use_reentrant=False)
+        out.sum().backward()
+        torch.testing.assert_close(out, 2 * plain(x))
+        assert x.grad.any() and "forward" not in vars(mlp.up_proj)
+
     def test_it_is_taken_off_and_copied(self, calls):
         model = build()
         before = snapshot(model)

@@ -100,6 +100,11 @@ def empty_projected(
     )
 
 
+def not_projected(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """In place of x A^T and the packed adapters, where there is no adapter."""
+    return x.new_empty(0), x.new_empty(0), x.new_empty(0)
+
+
 @triton.jit
 def _store_piece(q_d, k_d, v_d, p, b, s, n, piece, M: tl.constexpr, N: tl.constexpr):
     out_d = q_d
