@@ -82,6 +82,20 @@ def _of_ranks(first, n, rank_step, column_step, R: tl.constexpr, N: tl.constexpr
     return r[:, None] * rank_step + column * column_step, mask
 
 
+@triton.jit
+def _store(
+    db_ptr, da_ptr, db_gate, db_up, da, n,
+    N: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, DOWN_R: tl.constexpr, ROWS: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """Sums as the gradients have them, or as a document keeps them."""
+    gate, is_gate = _of_ranks(0, n, 1, R, R, N, ROWS, BN)
+    up, is_up = _of_ranks(RP, n, 1, R, R, N, ROWS, BN)
+    down, is_down = _of_ranks(0, n, N, 1, DOWN_R, N, ROWS, BN)
+    tl.store(db_ptr + gate, db_gate, is_gate)
+    tl.store(db_ptr + N * R + up, db_up, is_up)
+    tl.store(da_ptr + down, da, is_down)
+
+
 @launched
 @triton.jit(do_not_specialize=["B", "S", *STRIDES])
 def _slopes_kernel(
@@ -115,24 +129,23 @@ def _slopes_kernel(
         if scale_ptr is not None:
             db_gate *= tl.load(scale_ptr + slot)
             db_up *= tl.load(scale_ptr + count + slot)
-        in_gate, is_gate = _of_ranks(0, n, 1, R, R, N, ROWS, BN)
-        in_up, is_up = _of_ranks(RP, n, 1, R, R, N, ROWS, BN)
-        in_da, is_da = _of_ranks(0, n, N, 1, DOWN_R, N, ROWS, BN)
         own_db_ptr, own_da_ptr = db_ptr + slot * db_stride, da_ptr + slot * da_stride
-        members = 1 if parts_ptr is None else documents_of(every, slot, B, BP)
-        if members == 1:
-            tl.store(own_db_ptr + in_gate, db_gate, is_gate)
-            tl.store(own_db_ptr + N * R + in_up, db_up, is_up)
-            tl.store(own_da_ptr + in_da, da, is_da)
+        if parts_ptr is None:
+            _store(own_db_ptr, own_da_ptr, db_gate, db_up, da, n, N, R, RP, DOWN_R, ROWS, BN)
         else:
-            part_ptr = parts_ptr + b.to(tl.int64) * parts_stride
-            tl.store(part_ptr + in_gate, db_gate, is_gate)
-            tl.store(part_ptr + N * R + in_up, db_up, is_up)
-            tl.store(part_ptr + 2 * N * R + in_da, da, is_da)
-            if ends_last(ended_ptr + following(every, slot, -1, B, BP) * ended_stride + tile, members):
-                add_parts(own_db_ptr, parts_ptr, parts_stride, in_gate, is_gate, every, slot, B, BP)
-                add_parts(own_db_ptr + N * R, parts_ptr + N * R, parts_stride, in_up, is_up, every, slot, B, BP)
-                add_parts(own_da_ptr, parts_ptr + 2 * N * R, parts_stride, in_da, is_da, every, slot, B, BP)
+            members = documents_of(every, slot, B, BP)
+            if members == 1:
+                _store(own_db_ptr, own_da_ptr, db_gate, db_up, da, n, N, R, RP, DOWN_R, ROWS, BN)
+            else:
+                own_ptr = parts_ptr + b.to(tl.int64) * parts_stride
+                _store(own_ptr, own_ptr + 2 * N * R, db_gate, db_up, da, n, N, R, RP, DOWN_R, ROWS, BN)
+                if ends_last(ended_ptr + following(every, slot, -1, B, BP) * ended_stride + tile, members):
+                    gate, is_gate = _of_ranks(0, n, 1, R, R, N, ROWS, BN)
+                    up, is_up = _of_ranks(RP, n, 1, R, R, N, ROWS, BN)
+                    down, is_down = _of_ranks(0, n, N, 1, DOWN_R, N, ROWS, BN)
+                    add_parts(own_db_ptr, parts_ptr, parts_stride, gate, is_gate, every, slot, B, BP)
+                    add_parts(own_db_ptr + N * R, parts_ptr + N * R, parts_stride, up, is_up, every, slot, B, BP)
+                    add_parts(own_da_ptr, parts_ptr + 2 * N * R, parts_stride, down, is_down, every, slot, B, BP)
 
 
 def _sizes(hidden: int, rank: int, down_rank: int) -> tuple[int, int]:
