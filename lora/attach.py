@@ -19,7 +19,7 @@ from ..kernels.dispatch import resolve_backend
 from .adapters import Adapters, check_alpha, check_whole, names_of, ranks_of
 from .find import check_weights, find_linears
 from .linear import adapted_linears, are_one_product
-from .mlp import SwigluMlp, find_mlps
+from .mlp import SwigluMlp, find_mlps, stands_in
 from .optimizer import LoraAdam
 from .pool import LoraError, Pool
 from .shared import Shared, find_shared
@@ -291,7 +291,7 @@ class Lora:
         Example: model = lora.detach()
         """
         for one in (*self.mlps, *self.sites):
-            if getattr(one.module.forward, "__self__", None) is one:
+            if stands_in(one, one.module):
                 del one.module.forward
         if self._report is not None:
             self._report.undo()

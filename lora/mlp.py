@@ -5,6 +5,7 @@ adapters were attached, its forward is the module's own, and each linear what it
 """
 
 from collections.abc import Callable, Sequence
+from types import MethodType
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
@@ -41,6 +42,13 @@ def _is_known(module: nn.Module) -> bool:
     return type(module.act_fn).__name__ in SILU and "forward" not in vars(module.act_fn)
 
 
+def stands_in(owner: object, module: nn.Module) -> bool:
+    """Whether the forward of `owner` is called in the place of the module's."""
+    forward = vars(module).get("forward")
+    # getattr with a default would do, but for torch.compile up to 2.11, which takes the default.
+    return isinstance(forward, MethodType) and forward.__self__ is owner
+
+
 class SwigluMlp:
     """One MLP, whose `forward` is called in the place of the module's. `sites` are those of gate, up and down; `inputs`
     makes of them and their input what the op takes.
@@ -63,7 +71,7 @@ class SwigluMlp:
     def _is_whole(self) -> bool:
         """Whether the op stands for what would be called: nobody has replaced a part or its forward, or hooks it."""
         has_sites = all(
-            getattr(self.module, name) is site.module and getattr(site.module.forward, "__self__", None) is site
+            getattr(self.module, name) is site.module and stands_in(site, site.module)
             for name, site in zip(NAMES, self.sites, strict=True)
         )
         return has_sites and _is_known(self.module) and not self._is_watched()

@@ -34,6 +34,12 @@ def for_this_gpu(rows: int, outputs: int, processors: int | None = None) -> int:
     return min(rows, blocks * TILE - -rows % TILE)
 
 
+def few(count: int, most: int, processors: int | None = None) -> int:
+    """`count` of tokens or runs; `most` at most where a GPU seems to have few multiprocessors, as for a tool's sake."""
+    processors = processors or dispatch.multiprocessors(torch.device("cuda", torch.cuda.current_device()))
+    return count if processors >= MULTIPROCESSORS else min(count, most)
+
+
 class NoGPU:
     """As much of a driver as recording and compiling ask of it."""
 

@@ -8,7 +8,7 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 from conftest import DTYPES, replayed
-from hopper import compiled_for_hopper
+from hopper import compiled_for_hopper, few
 from int6_weights import GROUPED, HALVED, layout_1, matrix
 from klora.bench.tolerance import assert_as_exact
 from klora.kernels.int6 import (
@@ -498,6 +498,7 @@ class TestGPU:
     def test_the_wide_kernel_at_any_size(self, size, rows, split, dtype):
         """Blocks, loads and rows cut off, more blocks than programs; every output written, 20 times the same."""
         weight, config = matrix(*size, device="cuda"), Int6Config("wide", block_m=256, split=split, stages=4)
+        rows = few(rows, 1030)
         x, dout = (torch.randn(rows, n, device="cuda", dtype=dtype) for n in size[::-1])
         bias = torch.randn(size[0], device="cuda", dtype=dtype)
         exact = weight.dequantize(torch.float64)
@@ -513,7 +514,7 @@ class TestGPU:
                 continue
             first = product()
             assert_as_exact([first], [true], [near])
-            assert all(torch.equal(first, product()) for _ in range(20))
+            assert all(torch.equal(first, product()) for _ in range(few(20, 2)))
 
     def test_opcheck_and_fullgraph(self):
         weight = matrix(64, 256, device="cuda")

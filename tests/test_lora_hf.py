@@ -315,6 +315,17 @@ class TestOneLaunchForOneInput:
         assert all(torch.equal(*pair) for pair in zip(ours, plain, strict=True))
         assert not any(site.shared.traced_outputs for site in lora.sites if site.shared)
 
+    @pytest.mark.gpu
+    @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+    def test_in_a_compiled_layer_on_a_gpu(self, monkeypatch):
+        """Where PyTorch often is another one: what it cannot trace must not send a layer to the single ops."""
+        model = build(num_hidden_layers=3).to("cuda", torch.bfloat16)
+        lora = two_adapters(model, LINEARS)
+        ops = self.compiled(model, monkeypatch)
+        with lora.rows(["wide", None, "narrow", "wide"]):
+            model(TOKENS.cuda(), use_cache=False).logits.float().sum().backward()
+        assert ops == [[1, 1, 0, 1], [1, 1, 0, 1]] and lora.pool.grads[:2].any(1).all()
+
     @pytest.mark.slow
     @pytest.mark.parametrize("options", [{"slots": 65}, {"rank": 17}, {"dropout": 0.1}])
     def test_else_each_is_a_call_of_its_own(self, options, monkeypatch):

@@ -283,3 +283,8 @@ def test_rows_for_a_gpu_of_few_multiprocessors_are_few_and_warps_still_take_turn
             assert fewer % hopper.TILE == rows % hopper.TILE
         assert hopper.for_this_gpu(rows, outputs, sanitized.MULTIPROCESSORS) <= 98304 // 8
     assert hopper.for_this_gpu(130, 1536, 8) == 130, "no more than are asked for"
+
+
+def test_tokens_and_runs_are_fewer_where_a_gpu_seems_to_have_few_multiprocessors():
+    assert [hopper.few(1000, 300, processors) for processors in (132, 144, 16)] == [1000, 1000, 300]
+    assert hopper.few(20, 300, 16) == 20
