@@ -10,7 +10,7 @@ with an adapter is one of `lora_linear`. relu(u)^2 and the slope belong to their
 tensors [.., hidden] a is written once, du written and read as often as dout. Neither u nor the gradient of a is stored,
 but u in fp16, whose a would lose every u below 2^-12.
 
-Every sum is made by one program in a fixed order: the same bits in every run and in every batch. D and hidden are
+Every sum is made in a fixed order: the same bits in every run and in every batch. D and hidden are
 multiples of 16, ranks up to 128.
 """
 

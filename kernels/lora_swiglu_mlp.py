@@ -18,10 +18,10 @@ read again, as PyTorch rounds them. Kept for the backward: g, u and h, and what 
 FLOPs a row: 6 D hidden forward, as many for dx, and those of the adapters. Tensors [.., hidden]: forward g, u and h are
 written, and read once each. Backward dh is written; dh, g and u are read, and dg and du written, in one pass that also
 makes dB of gate and up and dA of down (:mod:`.lora_swiglu_backward`); dg and du are read once. Where down, or both gate
-and up, have no adapter that gets a gradient, in fp32 and above 16 ranks, SwiGLU's gradient is a pass of its own, with
-launches of their own for dA and dB.
+and up, have no adapter that gets a gradient, in fp32, above 16 ranks and for few documents SwiGLU's gradient is a pass
+of its own, with launches of their own for dA and dB.
 
-Every sum is made by one program in a fixed order: the same bits in every run and in every batch. D and hidden are
+Every sum is made in a fixed order: the same bits in every run and in every batch. D and hidden are
 multiples of 16, ranks up to 128.
 """
 
@@ -220,7 +220,7 @@ def _backward(ctx, douts):
     needs_gate_up = (*needs[:2], any(needs[3:7:2]), any(needs[4:7:2]))
     needs_down = (any(needs_gate_up), needs[2], *needs[7:9])
     scale = _both_scales(gate_scale, up_scale, of_gate_up.a) if needs_gate_up[3] else None
-    makes = _of_adapted if _is_one_launch(ctx, g.dtype, needs_gate_up, needs_down) else _one_by_one
+    makes = _of_adapted if _is_one_launch(ctx, g, needs_gate_up, needs_down) else _one_by_one
     of_gate_up, of_down = makes(ctx, dout, of_gate_up, of_down, g, u, scale, down_scale, needs_gate_up, needs_down)
     dx, dgate_up, da, db = of_gate_up
     ddown, *down_lora = of_down
@@ -230,11 +230,11 @@ def _backward(ctx, douts):
 Gradients = Sequence[Tensor | None]
 
 
-def _is_one_launch(ctx, dtype: torch.dtype, needs_gate_up: Sequence[bool], needs_down: Sequence[bool]) -> bool:
+def _is_one_launch(ctx, g: Tensor, needs_gate_up: Sequence[bool], needs_down: Sequence[bool]) -> bool:
     """Whether what reads dh is one launch: where it has something to add up of gate and up, and of down."""
     if not (any(needs_gate_up[2:]) and any(needs_down[2:])):
         return False
-    return takes_slopes(dtype, ctx.gate_up.b_shape[2], ctx.down.b_shape[2])
+    return takes_slopes(g, ctx.gate_up.b_shape[2], ctx.down.b_shape[2])
 
 
 def _of_adapted(

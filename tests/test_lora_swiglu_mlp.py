@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import DTYPES, replayed
-from hopper import compiled_for_hopper
+from hopper import MULTIPROCESSORS, compiled_for_hopper
 from klora.bench.tolerance import assert_as_exact
 from klora.kernels import lora_swiglu_backward, lora_swiglu_mlp, lora_swiglu_mlp_ref
 from klora.kernels.dispatch import is_hopper
@@ -265,15 +265,22 @@ def test_the_middle_is_one_launch_where_gate_or_up_and_down_want_gradients(wante
         assert torch.equal(one, other) and one.any(), name
 
 
-def test_the_middle_is_one_launch_in_16_bits_up_to_16_ranks():
-    for dtype, ranks, is_one in (
-        (torch.bfloat16, (16, 16), True),
-        (torch.float16, (8, 1), True),
-        (torch.float32, (8, 8), False),
-        (torch.bfloat16, (24, 8), False),
-        (torch.float16, (8, 17), False),
-    ):
-        assert lora_swiglu_backward.takes_slopes(dtype, *ranks) == is_one
+@pytest.mark.parametrize(
+    ("dtype", "documents", "ranks", "is_one"),
+    [
+        (torch.bfloat16, 64, (16, 16), True),
+        (torch.float16, 11, (8, 1), True),
+        (torch.float16, 10, (8, 1), False),
+        (torch.float32, 64, (8, 8), False),
+        (torch.bfloat16, 64, (24, 8), False),
+        (torch.float16, 64, (8, 17), False),
+    ],
+)
+def test_the_middle_is_one_launch_of_16_bits_few_ranks_and_many_documents(dtype, documents, ranks, is_one, monkeypatch):
+    """Of 24 programs each, of which an H200 runs 264."""
+    monkeypatch.setattr(lora_swiglu_backward, "multiprocessors", lambda device: MULTIPROCESSORS)
+    g = torch.empty(documents, 7, 1536, dtype=dtype, device="meta")
+    assert lora_swiglu_backward.takes_slopes(g, *ranks) == is_one
 
 
 @pytest.mark.parametrize("slots", [None, (2, 2, -1)])
@@ -343,14 +350,15 @@ def test_opcheck_of_the_middle_of_the_backward(slots, monkeypatch):
     module, calls = importlib.import_module("klora.kernels.lora_swiglu_mlp"), []
     launch = module.adapted_slopes_
     monkeypatch.setattr(module, "adapted_slopes_", lambda *about: calls.append(about) or launch(*about))
-    results(OP, inputs(2, 5, slots=slots, count=2, R=(8, 16, 16), ranks=(8, 3), dtype=torch.float16), backend="triton")
+    given = inputs(2, 5, slots=slots, count=2, R=(8, 16, 16), ranks=(8, 3), dtype=torch.float16, hidden=144)
+    results(OP, given, backend="triton")
     given = [torch.zeros_like(t) if isinstance(t, Tensor) and t.is_floating_point() else t for t in calls[0]]
     torch.library.opcheck(torch.ops.klora.lora_swiglu_slopes_.default, tuple(given))
 
 
 @pytest.mark.slow
 def test_compile_with_fullgraph_gives_the_same_bits():
-    given = inputs(2, 5, slots=(1, 0), dtype=torch.float16)
+    given = inputs(2, 5, slots=(1, 0), dtype=torch.float16, hidden=144)
     names = [name for name in given if is_wanted(name)]
     rest = {name: t for name, t in given.items() if name not in (*names, "dout")}
 
