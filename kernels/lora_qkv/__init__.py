@@ -22,9 +22,9 @@ and the outputs once, 3% more for x A^T; of the backward: dY twice (for dx and f
 Launches, one file each way. Forward: one. Adapters of another dtype than x's are gathered, rounded and padded before
 it; those whose rows do not lie on 16 bytes before the backward, too. Backward: dx and t; dB at the same time, on a
 second stream; then dA. `lora_qkv_rope` has one more before them, for the heads of q and k. Every sum is made in a fixed
-order: the same bits in every run, and a document's bits do not depend on the rest of its batch. dA and dB of a slot that
-several documents have are added in the order of the batch (:mod:`.sums`), from fp32 memory of a gradient's size for each
-document. Ranks up to 128, D and sizes multiples of 16, any S; tuned for ranks up to 16 in 16 bits.
+order: the same bits in every run, and a document's bits do not depend on the rest of its batch. Where several documents
+have a slot, dA and dB are added in the order of the batch (:mod:`.sums`), from fp32 memory of a gradient's size for
+each document. Ranks up to 128, D and sizes multiples of 16, any S; tuned for ranks up to 16 in 16 bits.
 """
 
 from typing import TYPE_CHECKING
