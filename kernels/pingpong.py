@@ -14,7 +14,13 @@ import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .dispatch import is_hopper
@@ -31,10 +37,8 @@ LOAD_REGISTERS = gl.constexpr(24)
 SWIZZLED, SWIZZLED_3D, SWIZZLED_4D = (gl.NVMMASharedLayout(128, element_bitwidth=16, rank=rank) for rank in (2, 3, 4))
 NARROW, NARROW_3D = (gl.NVMMASharedLayout(32, element_bitwidth=16, rank=rank) for rank in (2, 3))
 """Of rows of 16 numbers."""
-HALVED_3D = gl.NVMMASharedLayout(64, element_bitwidth=16, rank=3)
+HALVED, HALVED_3D = (gl.NVMMASharedLayout(64, element_bitwidth=16, rank=rank) for rank in (2, 3))
 """Of rows of 32."""
-HALVED = gl.constexpr(gl.NVMMASharedLayout(64, element_bitwidth=16, rank=2))
-"""Of 32."""
 ACC = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK.value, 16]))
 ROW = gl.constexpr(gl.SliceLayout(1, ACC.value))
 
@@ -138,6 +142,27 @@ def multiplied(outstanding: gl.constexpr, sums):
     return done
 
 
+@gluon.jit
+def halves_of(tile):
+    """Of its columns."""
+    return gl.split(gl.permute(gl.reshape(tile, [BLOCK, 2, tile.shape[1] // 2]), [0, 2, 1]))
+
+
+@gluon.jit
+def put_piece(piece, place):
+    """Rounds some columns of a tile into their place, once what was there before has left."""
+    tma.store_wait(0)
+    place.store(piece.to(place.dtype).reshape(place.shape))
+    fence_async_shared()
+
+
+@gluon.jit
+def store_piece(out_desc, b, s, n, piece, place):
+    """Has some columns of a tile stored; the copy engine leaves out what is not there."""
+    put_piece(piece, place)
+    tma.async_copy_shared_to_global(out_desc, [b, s, n], place)
+
+
 def runs_on(x: Tensor) -> bool:
     """Whether x is of 16 bits and on Hopper."""
     return x.is_cuda and x.dtype != torch.float32 and is_hopper(x.device)
@@ -146,8 +171,8 @@ def runs_on(x: Tensor) -> bool:
 def swizzled(tensor: Tensor, *block: int) -> TensorDescriptor:
     """How the copy engine moves blocks of `tensor` to and from shared memory that is swizzled.
 
-    Rows of a block have 16 numbers, 32 where it has three dimensions, or a multiple of 64.
+    Rows of a block have 16 or 32 numbers, in two or three dimensions, or a multiple of 64.
     """
-    narrow = {16: (NARROW, NARROW_3D), 32: (None, HALVED_3D)}
+    narrow = {16: (NARROW, NARROW_3D), 32: (HALVED, HALVED_3D)}
     layouts = narrow.get(block[-1], (SWIZZLED, SWIZZLED_3D, SWIZZLED_4D))
     return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), list(block), layouts[len(block) - 2])

@@ -35,6 +35,7 @@ from ..pingpong import (
     ROW,
     STAGES,
     SWIZZLED,
+    halves_of,
     load_step,
     make_ring,
     multiply_tile,
@@ -85,16 +86,11 @@ def _with_heads(
 
 
 @gluon.jit
-def _halves(tile, N: gl.constexpr):
-    return gl.split(gl.permute(gl.reshape(tile, [BLOCK, 2, N // 2]), [0, 2, 1]))
-
-
-@gluon.jit
 def _row_sums(tile):
     """As product adds up a row of a tile: pieces of 32, then those."""
-    left, right = _halves(tile, BLOCK)
-    a, b = _halves(left, BLOCK // 2)
-    c, d = _halves(right, BLOCK // 2)
+    left, right = halves_of(tile)
+    a, b = halves_of(left)
+    c, d = halves_of(right)
     sums = (gl.sum(a, 1) + gl.sum(b, 1)) + (gl.sum(c, 1) + gl.sum(d, 1))
     return gl.convert_layout(sums, ROW)
 

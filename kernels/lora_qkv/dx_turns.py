@@ -31,10 +31,12 @@ from ..pingpong import (
     SWIZZLED_3D,
     await_turn,
     empty_stage,
+    halves_of,
     make_barriers,
     multiplied,
     multiply_steps,
     runs_on,
+    store_piece,
     swizzled,
 )
 from .adapters import Adapters
@@ -58,22 +60,14 @@ def _load_factor(a_ptr, a_stride, slot, first, n, place, N: gl.constexpr, ROWS: 
 
 
 @gluon.jit
-def _halves(tile):
-    """Of its columns."""
-    return gl.split(gl.permute(gl.reshape(tile, [BLOCK, 2, tile.shape[1] // 2]), [0, 2, 1]))
-
-
-@gluon.jit
 def _store(dx_desc, b, s, n, half, place):
     """HALF columns from `n` on, in one piece or in two, as `place` is."""
-    pieces = (half,)
-    if place.shape[2] < HALF:
-        pieces = _halves(half)
-    for i in gl.static_range(len(pieces)):
-        tma.store_wait(0)
-        place.store(pieces[i].to(place.dtype).reshape(place.shape))
-        fence_async_shared()
-        tma.async_copy_shared_to_global(dx_desc, [b, s, n + i * place.shape[2]], place)
+    if place.shape[2] == HALF:
+        store_piece(dx_desc, b, s, n, half, place)
+    else:
+        left, right = halves_of(half)
+        store_piece(dx_desc, b, s, n, left, place)
+        store_piece(dx_desc, b, s, n + HALF // 2, right, place)
 
 
 @gluon.jit
@@ -124,7 +118,7 @@ def _finish_tiles(
                 whole = whole + (warpgroup_mma(t_rows, factor, sums[i], is_async=True),)
             sums = whole
         sums = multiplied(0, sums)
-        left, right = _halves(sums[0])
+        left, right = halves_of(sums[0])
         _store(dx_desc, b, s, n, left, out)
         _store(dx_desc, b, s, n + HALF, right, out)
         _store(dx_desc, b, s, n + BLOCK, sums[1], out)

@@ -31,10 +31,12 @@ from ..pingpong import (
     SWIZZLED_4D,
     await_turn,
     empty_stage,
+    halves_of,
     make_barriers,
     multiplied,
     multiply_steps,
     runs_on,
+    store_piece,
     swizzled,
 )
 from ..swiglu import silu
@@ -90,20 +92,6 @@ def _store_inner(xa_ptr, place, b, s, S, EACH: gl.constexpr):
 
 
 @gluon.jit
-def _halves(tile):
-    return gl.split(gl.permute(gl.reshape(tile, [BLOCK, 2, tile.shape[1] // 2]), [0, 2, 1]))
-
-
-@gluon.jit
-def _store_piece(out_desc, b, s, n, piece, place):
-    """Has a piece stored once the one before it has left its place."""
-    tma.store_wait(0)
-    place.store(piece.to(place.dtype).reshape([1, BLOCK, piece.shape[1]]))
-    fence_async_shared()
-    tma.async_copy_shared_to_global(out_desc, [b, s, n], place)
-
-
-@gluon.jit
 def _finish_gated(
     b_ptr, slots_ptr, g_desc, u_desc, h_desc, xa_ptr, b_stride, S, columns, tiles, pool,
     inputs, weights, factors, inners, inner_made, ranks, outs, loaded, empty, turn,
@@ -133,11 +121,11 @@ def _finish_gated(
             (acc,) = multiply_steps(inputs, (weights,), (acc,), loaded, empty, turn, count, GROUP, STEPS, STAGES)
         mbarrier.wait(inner_made.index(number % 2), number // 2 % 2)
         (acc,) = multiplied(0, (warpgroup_mma(place, ranks.index(GROUP).permute((1, 0)), acc, is_async=True),))
-        g, u = _halves(acc)
+        g, u = halves_of(acc)
         g, u = g.to(out.dtype), u.to(out.dtype)
-        _store_piece(g_desc, b, s, n, g, out)
-        _store_piece(u_desc, b, s, n, u, out)
-        _store_piece(h_desc, b, s, n, silu(g.to(gl.float32)) * u.to(gl.float32), out)
+        store_piece(g_desc, b, s, n, g, out)
+        store_piece(u_desc, b, s, n, u, out)
+        store_piece(h_desc, b, s, n, silu(g.to(gl.float32)) * u.to(gl.float32), out)
         if n == 0:  # now that the sums have left the registers
             _store_inner(xa_ptr, place, b, s, S, EACH)
     tma.store_wait(0)

@@ -32,9 +32,11 @@ from ..pingpong import (
     SWIZZLED_4D,
     await_turn,
     empty_stage,
+    halves_of,
     make_barriers,
     multiplied,
     multiply_steps,
+    put_piece,
     runs_on,
     swizzled,
 )
@@ -152,10 +154,8 @@ def _begun(bias_ptr, n, N: gl.constexpr, PART: gl.constexpr):
 
 @gluon.jit
 def _store_piece(q_desc, k_desc, v_desc, p, b, s, n, piece, place):
-    """Rounds a piece [BLOCK, HALF] of projection p and has it stored; the copy engine leaves out what is not there."""
-    tma.store_wait(0)
-    place.store(piece.to(place.dtype).reshape([1, BLOCK, HALF]))
-    fence_async_shared()
+    """Has a piece [BLOCK, HALF] of projection p stored; the copy engine leaves out what is not there."""
+    put_piece(piece, place)
     if v_desc is None or p == 0:
         tma.async_copy_shared_to_global(q_desc, [b, s, n], place)
     elif p == 1:
@@ -219,7 +219,7 @@ def _finish_tiles(
         for i in gl.static_range(PARTS):
             whole = whole + (warpgroup_mma(inner, ranks[i].index(GROUP).permute((1, 0)), sums[i], is_async=True),)
         whole = multiplied(0, whole)
-        left, right = gl.split(gl.permute(gl.reshape(whole[0], [BLOCK, 2, HALF]), [0, 2, 1]))
+        left, right = halves_of(whole[0])
         _store_piece(q_desc, k_desc, v_desc, p, b, s, n, left, out)
         _store_piece(q_desc, k_desc, v_desc, p, b, s, n + HALF, right, out)
         if PARTS > 1:
