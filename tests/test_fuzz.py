@@ -135,6 +135,22 @@ def test_the_fuzzer_finds_each_kind_of_fault(work, wanted, tmp_path, monkeypatch
     assert fuzz.fuzz(1, processes=1, only=["planted"], found=tmp_path, say=heard.append) == 0, "of an earlier run"
 
 
+def test_memory_that_was_free_before_is_memory_that_a_file_takes(tmp_path, monkeypatch):
+    """A large hole in the heap, of a test before this one, would serve what a file asks for."""
+
+    def case(files, folder, draw):
+        yield
+        torch.zeros(100 << 20, dtype=torch.uint8).fill_(1)
+
+    monkeypatch.setattr(fuzz, "made_files", lambda folder: Files())
+    monkeypatch.setitem(TARGETS, "planted", Target(case, 1, 1 << 20))
+    blocks = [torch.ones(16_000, dtype=torch.uint8) for _ in range(12_000)]
+    above = torch.ones(16_000, dtype=torch.uint8)  # without it the heap would shrink
+    blocks.clear()
+    assert fuzz.fuzz(1, processes=1, only=["planted"], found=tmp_path, say=lambda line: None) == 1
+    assert above.all()
+
+
 def test_the_fuzzer_has_small_files_that_unpack_to_more_than_is_allowed(files, tmp_path, monkeypatch):
     for name, value in targets.LIMITS.items():
         monkeypatch.setenv(f"KLORA_{name}", str(value))
