@@ -357,8 +357,8 @@ def lora_swiglu_mlp(
     `gate_a` and `up_a` are [slots, R, D], `gate_b` and `up_b` [slots, hidden, R], `down_a` [slots, R, hidden] and
     `down_b` [slots, D, R], of x's dtype or float32, each with an R of its own; None is no adapter on that matrix.
     `slots`, and of `scale` float32 [slots] and `ranks` int32 or int64 [slots] the three entries for gate, up and down,
-    are as of :func:`lora_linear`. x, the weights and the adapters get gradients. Each call copies the weights gate and
-    up, and all slots of their adapters: a pool is best as small as the batch.
+    are as of :func:`lora_linear`, with the same memory in the backward. x, the weights and the adapters get gradients.
+    Each call copies the weights gate and up, and all slots of their adapters: a pool is best as small as the batch.
 
     `backend` is "reference" or "triton"; None takes the reference on a CPU and the kernel on a GPU. The kernel takes
     bfloat16, float16 or float32, ranks up to 128, and D and hidden that are multiples of 16.

@@ -325,10 +325,11 @@ def lora_linear(
     with other bits than in a larger pool; `stacks` False has them never so.
 
     x, lora_a, lora_b, bias and a dense weight get gradients; that of weight is made by cuBLAS. A slot named twice gets
-    the sum of the gradients, in the order of the batch. `grads` is two tensors shaped like lora_a and lora_b, of their
-    dtype or float32 (views into a pool of gradients). With it the backward writes the rows of the slots that are named,
-    leaves the other rows alone, and autograd gets no gradient of lora_a and lora_b; x or lora_a has to require one all
-    the same. Only the kernel takes it.
+    the sum of the gradients, in the order of the batch; with slots, the backward takes fp32 memory of an adapter's
+    gradients for each document until then. `grads` is two tensors shaped like lora_a and lora_b, of their dtype or
+    float32 (views into a pool of gradients). With it the backward writes the rows of the slots that are named, leaves
+    the other rows alone, and autograd gets no gradient of lora_a and lora_b; x or lora_a has to require one all the
+    same. Only the kernel takes it.
 
     `backend` is "reference" or "triton"; None takes the reference on a CPU and the kernel on a GPU. The kernel takes
     bfloat16, float16 or float32. Any sizes; 16 bits are fastest where K and N are multiples of 8.

@@ -321,7 +321,8 @@ def launch_backward(
 
 
 DB_ALONE = {"db_stages": 4, "db_programs": 4}
-"""Of up to 16 ranks, where no dx runs beside it: 41 KB a program. 104 us for 65,536 x 3,072 on an H200, by bytes 96."""
+"""Of up to 16 ranks, where no dx runs beside it: 41 KB a program. 104 us for 65,536 x 3,072 on an H200, by bytes 96.
+A tile's outputs stay what :func:`db_sizes` has counted with."""
 
 
 def launch_dx(

@@ -40,7 +40,19 @@ from ..pingpong import (
     swizzled,
 )
 from .adapters import Adapters
-from .turns import HALF, HALF_ACC, INNER, RANKS, TURNS, adapter_of, blocks_of, pick_columns, place_of
+from .turns import (
+    HALF,
+    HALF_ACC,
+    INNER,
+    RANKS,
+    TURNS,
+    adapter_of,
+    blocks_of,
+    make_inner_barriers,
+    pick_columns,
+    place_of,
+    tiles_of_program,
+)
 
 FACTOR_LOADS = gl.constexpr(gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0]))
 
@@ -203,11 +215,9 @@ def _dx_in_turns(
     factors = gl.allocate_shared_memory(dtype, [STAGES, 1, DEPTH, RANKS], NARROW_3D)
     inners = gl.allocate_shared_memory(dtype, [2 * PHASES, 1, BLOCK, RANKS], NARROW_3D)
     outs = gl.allocate_shared_memory(dtype, [2, 1, BLOCK, PIECE], SWIZZLED_3D if PIECE == HALF else HALVED_3D)
-    inner_made = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    for number in gl.static_range(2):
-        mbarrier.init(inner_made.index(number), count=1)
+    inner_made = make_inner_barriers()
     loaded, empty, turn = make_barriers(STAGES)
-    tiles = (chunks - gl.program_id(0) + gl.num_programs(0) - 1) // gl.num_programs(0) * columns
+    tiles = tiles_of_program(chunks, columns)
     flat_inputs = inputs._reinterpret(dtype, [STAGES, BLOCK, DEPTH], SWIZZLED)
     flat_factors = factors._reinterpret(dtype, [STAGES, DEPTH, RANKS], NARROW)
     gl.warp_specialize(

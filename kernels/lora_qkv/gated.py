@@ -49,8 +49,10 @@ from .turns import (
     TURNS,
     adapter_of,
     blocks_of,
+    make_inner_barriers,
     pick_columns,
     place_of,
+    tiles_of_program,
 )
 
 WIDE_INNER = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 2 * RANKS.value, 16]))
@@ -191,11 +193,9 @@ def _gated_in_turns(
     ranks = gl.allocate_shared_memory(dtype, [2, BLOCK, 2 * EACH], RANK_PLACES)
     inners = gl.allocate_shared_memory(dtype, [2, BLOCK, 2 * EACH], RANK_PLACES)
     outs = gl.allocate_shared_memory(dtype, [2, 1, BLOCK, HALF], SWIZZLED_3D)
-    inner_made = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    for number in gl.static_range(2):
-        mbarrier.init(inner_made.index(number), count=1)
+    inner_made = make_inner_barriers()
     loaded, empty, turn = make_barriers(STAGES)
-    tiles = (chunks - gl.program_id(0) + gl.num_programs(0) - 1) // gl.num_programs(0) * columns
+    tiles = tiles_of_program(chunks, columns)
     flat_inputs = inputs._reinterpret(dtype, [STAGES, BLOCK, DEPTH], SWIZZLED)
     weights = halves._reinterpret(dtype, [STAGES, BLOCK, DEPTH], SWIZZLED)
     flat_factors = factors._reinterpret(dtype, [STAGES, 2 * EACH, DEPTH], SWIZZLED)

@@ -200,7 +200,8 @@ def lora_qkv(
     :func:`check_slots` finds it.
 
     x, weight, lora_a and lora_b get gradients; that of weight is made by cuBLAS. A slot named twice gets the sum of the
-    gradients, added in the order of the batch.
+    gradients, added in the order of the batch; with slots, the backward takes fp32 memory of an adapter's gradients for
+    each document until then.
 
     The adapters may be views into a pool [slots, P], of x's dtype or float32. Those of x's dtype whose rows lie on 16
     bytes are read in place; others take a launch more. `grads` is two tensors shaped like lora_a and lora_b, of their

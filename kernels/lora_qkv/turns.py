@@ -97,6 +97,20 @@ def pick_columns(blocks: int, across: int, processors: int, row_bytes: int) -> i
 
 
 @gluon.jit
+def make_inner_barriers():
+    """Of u, or of t in the backward, the last two: whether it is in shared memory."""
+    made = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    for number in gl.static_range(2):
+        mbarrier.init(made.index(number), count=1)
+    return made
+
+
+@gluon.jit
+def tiles_of_program(chunks, columns):
+    return (chunks - gl.program_id(0) + gl.num_programs(0) - 1) // gl.num_programs(0) * columns
+
+
+@gluon.jit
 def place_of(
     count, columns, S, NQ: gl.constexpr, NK: gl.constexpr, TQ: gl.constexpr, TK: gl.constexpr, TV: gl.constexpr,
     BN: gl.constexpr, GROUPS: gl.constexpr,
@@ -300,11 +314,9 @@ def _forward_in_turns(
     factors = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, RANKS, DEPTH], SWIZZLED_4D)
     inners = gl.allocate_shared_memory(dtype, [2, 1, BLOCK, RANKS], NARROW_3D)
     outs = gl.allocate_shared_memory(dtype, [2, 1, BLOCK, HALF], SWIZZLED_3D)
-    inner_made = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    for number in gl.static_range(2):
-        mbarrier.init(inner_made.index(number), count=1)
+    inner_made = make_inner_barriers()
     loaded, empty, turn = make_barriers(STAGES)
-    tiles = (chunks - gl.program_id(0) + gl.num_programs(0) - 1) // gl.num_programs(0) * columns
+    tiles = tiles_of_program(chunks, columns)
     flat_inputs = inputs._reinterpret(dtype, [STAGES, BLOCK, DEPTH], SWIZZLED)
     flat_factors = factors._reinterpret(dtype, [STAGES, RANKS, DEPTH], SWIZZLED)
     gl.warp_specialize(
