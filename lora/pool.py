@@ -7,13 +7,13 @@ Adam does not move it.
 """
 
 from dataclasses import dataclass
-from functools import partial
 from weakref import WeakSet
 
 import torch
 from torch import Tensor
 
 from ..errors import KloraError
+from .gradients import Gradients
 
 MOST_ALPHA = 1e30
 """Far beyond any in use, and fp32 holds it times the root of a rank."""
@@ -48,7 +48,8 @@ class Pool:
     """params and grads fp32 [slots, P], and A and B of each linear as leaves over them; scale fp32 and ranks int32
     [slots, linears], of which a linear's column is contiguous.
 
-    The leaves are views of params. A hook adds their gradients to grads, so that Adam takes all adapters in one launch.
+    The leaves are views of params. Once a backward is done their gradients are in grads, so that Adam takes all adapters
+    in one launch. They are not the leaves' .grad itself: autograd warns of gradients that are not contiguous.
     `uses` int64 [slots] counts how often a slot was named for training; dropout draws by it.
     """
 
@@ -68,21 +69,20 @@ class Pool:
 
     def _make_leaves(self) -> None:
         self.leaves: list[tuple[Tensor, Tensor]] = []
-        start = 0
+        self.gradients, start = Gradients(self.grads), 0
         for place in self.places:
             pair = []
             for rows, columns in place.sizes:
                 stop = start + rows * columns
-                leaf, grad = (whole[:, start:stop].unflatten(1, (rows, columns)) for whole in (self.params, self.grads))
-                leaf = leaf.detach().requires_grad_()
-                leaf.register_post_accumulate_grad_hook(partial(_move_gradient, grad))
-                pair.append(leaf)
+                pair.append(self.params[:, start:stop].unflatten(1, (rows, columns)).detach().requires_grad_())
+                self.gradients.watch(pair[-1], start)
                 start += _aligned(rows * columns)
             self.leaves.append(tuple(pair))
 
     def __getstate__(self) -> dict:
         """Without the leaves: pickle and deepcopy would part them from their pool."""
-        return {name: value for name, value in vars(self).items() if name != "leaves"} | {"optimizers": None}
+        own = {name: value for name, value in vars(self).items() if name not in ("leaves", "gradients")}
+        return own | {"optimizers": None}
 
     def __setstate__(self, state: dict) -> None:
         vars(self).update(state, optimizers=WeakSet())
@@ -108,6 +108,11 @@ class Pool:
         lora_a, lora_b = self.leaves[index]
         return lora_a.detach()[slot, :rank].clone(), lora_b.detach()[slot, :, :rank].clone()
 
+    def zero_grad(self) -> None:
+        """Gradients of every slot to zero, those of a backward that failed on its way too."""
+        self.gradients.forget()
+        self.grads.zero_()
+
     @torch.no_grad()
     def clear(self, slot: int) -> None:
         """An empty slot: parameters, gradients, and what optimizers keep of it."""
@@ -115,13 +120,6 @@ class Pool:
             tensor[slot] = 0
         for optimizer in self.optimizers:
             optimizer.clear(slot)
-
-
-@torch.no_grad()
-def _move_gradient(total: Tensor, leaf: Tensor) -> None:
-    """To the pool. It is not the leaf's .grad itself: autograd warns of gradients that are not contiguous."""
-    total.add_(leaf.grad)
-    leaf.grad = None
 
 
 def _aligned(numbers: int) -> int:

@@ -240,10 +240,18 @@ def test_a_step_is_that_of_the_stacked_adapters(name, module):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "graphs"), [("klora-compiled", 4), ("klora-compiled-attention", 4), ("klora-compiled-fused", 3)]
+    ("name", "graphs"),
+    [
+        ("klora-compiled", 4),
+        ("klora-compiled-attention", 4),
+        ("klora-compiled-fused", 3),
+        ("klora-compiled-whole", 1),
+    ],
 )
 def test_a_compiled_row_compiles_one_graph_for_all_layers(name, graphs, module, monkeypatch):
-    """The first layer has another, for its input wants no gradient; then there are the last norm and PyTorch's loss."""
+    """Layer by layer the first one has another, for its input wants no gradient; then there are the last norm and
+    PyTorch's loss.
+    """
     compiled = []
 
     def backend(graph, inputs):

@@ -9,6 +9,7 @@ import math
 import torch
 from torch import Tensor
 
+from ..kernels.columns import add_columns_
 from ..lora.attach import Lora
 from ..model.ranges import phase
 from .adapters import Slots
@@ -34,7 +35,7 @@ class HfStep(EngineStep):
     def _prepare(self, queue: Queue) -> None:
         self.temperature = queue.temperature
         self.leaves = [leaf for pair in self.weights.lora.pool.leaves for leaf in pair]
-        self.grads = [_view(self.pool.grads, leaf) for leaf in self.leaves]
+        self.starts = [leaf.storage_offset() for leaf in self.leaves]
 
     def _nll(self, slots: Tensor, inputs: Tensor, targets: Tensor, context: RingContext | None) -> Tensor:
         with self.weights.rows(slots):
@@ -49,7 +50,7 @@ class HfStep(EngineStep):
         with phase("backward"):
             nll, dhidden = self.weights.nll_grads(hidden, targets, share, self.temperature, slots)
             grads = torch.autograd.grad(hidden, self.leaves, dhidden, allow_unused=True, materialize_grads=True)
-            torch._foreach_copy_(self.grads, grads)
+            add_columns_(self.pool.grads, grads, self.starts, adds=False)
         return nll
 
 

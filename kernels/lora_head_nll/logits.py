@@ -89,9 +89,10 @@ def row_sums(
         is_inside = mask[:, None] & (column < columns)
         z = tl.load(z_ptr + column, mask=is_inside, other=0.0).to(tl.float32)
         logits = tl.where(is_inside, softcapped(z, softcap, CAPPED)[0] * gain, float("-inf"))
-        higher = tl.maximum(largest, logits)
-        sums = sums * tl.exp(largest - higher) + tl.exp(logits - higher)
-        largest = higher
+        # Of exp(largest - higher) and exp(logits - higher) one is 1. With both made, they took longer than to read z.
+        rest = tl.exp(-tl.abs(logits - largest))
+        sums = tl.where(logits > largest, sums * rest + 1.0, sums + rest)
+        largest = tl.maximum(largest, logits)
     top = tl.max(largest, 1)
     total = tl.sum(sums * tl.exp(largest - top[:, None]), 1)
     target = _targets(targets_ptr, row, mask, vocabulary, ignore)

@@ -1,0 +1,154 @@
+"""The gradients of a pool: those of its leaves, all of them once a backward is done, in few launches."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+from klora.kernels import columns
+from klora.lora import attach, gradients
+from tiny_lora import ROWS, TOKENS, Tiny, two_adapters
+from torch import nn
+
+
+def deep(layers, device="cpu", slots=2):
+    """A stack of linears, each with adapters, of which B is not zero."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(16, 16) for _ in range(layers))).to(device)
+    lora = attach(model, slots=slots, targets=[str(number) for number in range(layers)], rank=4)
+    for slot in range(slots):
+        lora.adapters.create(str(slot), alpha=4)
+    with torch.no_grad():
+        lora.pool.params.normal_()
+    return model, lora
+
+
+def by_autograd(model, lora, x, rows):
+    """What autograd says that the pool's gradient is."""
+    leaves = [leaf for pair in lora.pool.leaves for leaf in pair]
+    with lora.rows(rows):
+        found = torch.autograd.grad(model(x).square().sum(), leaves, allow_unused=True, materialize_grads=True)
+    total = torch.zeros_like(lora.pool.grads)
+    for leaf, gradient in zip(leaves, found, strict=True):
+        total.as_strided(leaf.shape, leaf.stride(), leaf.storage_offset()).copy_(gradient)
+    return total
+
+
+@pytest.mark.parametrize("layers", [1, columns.PARTS // 2, columns.PARTS // 2 + 1])
+def test_a_backward_adds_every_gradient_in_few_launches(layers, monkeypatch):
+    model, lora = deep(layers)
+    x, launches = torch.randn(2, 3, 16), []
+    wanted = by_autograd(model, lora, x, ["0", "1"])
+
+    def counted(*given):
+        launches.append(given)
+        columns.add_columns_(*given)
+
+    monkeypatch.setattr(gradients, "add_columns_", counted)
+    with lora.rows(["0", "1"]):
+        model(x).square().sum().backward()
+    assert torch.equal(lora.pool.grads, wanted) and wanted.any(1).all()
+    assert len(launches) == -(-2 * layers // columns.PARTS)
+    assert all(leaf.grad is None for pair in lora.pool.leaves for leaf in pair)
+
+
+def test_a_linear_that_is_used_twice_and_one_that_is_not():
+    model, lora = deep(3)
+    x = torch.randn(2, 3, 16)
+    with lora.rows(["0", "1"]):
+        model[0](model[2](model[0](x))).square().sum().backward()
+    of = [lora.pool.grads.as_strided(a.shape, a.stride(), a.storage_offset()).any() for a, _ in lora.pool.leaves]
+    assert of == [True, False, True]
+    twice = nn.Sequential(model[0], model[2], model[0])
+    assert torch.equal(lora.pool.grads, by_autograd(twice, lora, x, ["0", "1"]))
+
+
+class Failing(torch.autograd.Function):
+    """Passes on what it is given, and no gradient."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, dout):
+        raise RuntimeError("no gradient")
+
+
+def test_a_backward_that_fails_does_not_keep_the_next_from_its_gradients():
+    model, lora = deep(3)
+    x = torch.randn(2, 3, 16)
+    wanted = by_autograd(model, lora, x, ["0", "1"])
+    with lora.rows(["0", "1"]):
+        failing = model[2](model[1](Failing.apply(model[0](x.requires_grad_()))))
+        with pytest.raises(RuntimeError, match="no gradient"):
+            failing.square().sum().backward()
+        lora.optimizer().zero_grad()
+        model(x).square().sum().backward()
+    assert torch.equal(lora.pool.grads, wanted)
+
+
+def test_gradients_that_are_dropped_come_with_no_later_backward():
+    model = Tiny()
+    lora = two_adapters(model)
+    with lora.rows(ROWS):
+        model(TOKENS).sum().backward()
+    lora.optimizer().zero_grad()
+    model.embed.weight.requires_grad_()
+    model(TOKENS).sum().backward()
+    assert not lora.pool.grads.any()
+
+
+def test_a_pool_ends_with_its_last_name():
+    model, lora = deep(2)
+    with lora.rows(["0", "1"]):
+        model(torch.randn(2, 3, 16)).sum().backward()
+    pool = weakref.ref(lora.pool)
+    lora.detach()
+    del lora, model
+    gc.collect()
+    assert pool() is None
+
+
+@pytest.mark.gpu
+def test_gradients_made_on_two_streams_are_those_of_one():
+    model, lora = deep(24, "cuda")
+    x, side = torch.randn(2, 3, 16, device="cuda"), torch.cuda.Stream()
+    with lora.rows(["0", "1"]):
+        model(x).square().sum().backward()
+    wanted = lora.pool.grads.clone()
+    for _ in range(3):
+        lora.optimizer().zero_grad()
+        with lora.rows(["0", "1"]):
+            y = model[:12](x)
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                loss = model[12:](y).square().sum()
+            torch.cuda.current_stream().wait_stream(side)
+            loss.backward()
+        assert torch.equal(lora.pool.grads, wanted)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("is_entered_before", [False, True])
+def test_a_captured_backward_adds_its_gradients_at_every_replay(is_entered_before):
+    model, lora = deep(12, "cuda")
+    x, slots = torch.randn(2, 3, 16, device="cuda"), torch.arange(2, device="cuda")
+    with lora.rows(slots):
+        model(x).square().sum().backward()
+    once = lora.pool.grads.clone()
+    lora.pool.grads.zero_()
+    graph = torch.cuda.CUDAGraph()
+
+    def backward():
+        model(x).square().sum().backward()
+
+    if is_entered_before:
+        with lora.rows(slots), torch.cuda.graph(graph):
+            backward()
+    else:
+        with torch.cuda.graph(graph), lora.rows(slots):
+            backward()
+    for times in (1, 2):
+        graph.replay()
+        torch.testing.assert_close(lora.pool.grads, times * once)
