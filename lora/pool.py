@@ -48,7 +48,7 @@ class Pool:
     """params and grads fp32 [slots, P], and A and B of each linear as leaves over them; scale fp32 and ranks int32
     [slots, linears], of which a linear's column is contiguous.
 
-    The leaves are views of params. Once a backward is done their gradients are in grads, so that Adam takes all adapters
+    The leaves are views of params. Once a backward is done their gradients are in grads, so that Adam takes all of them
     in one launch. They are not the leaves' .grad itself: autograd warns of gradients that are not contiguous.
     `uses` int64 [slots] counts how often a slot was named for training; dropout draws by it.
     """

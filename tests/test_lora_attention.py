@@ -283,7 +283,8 @@ class TestOnTheGPU:
     @pytest.mark.parametrize("length, tail", [(1000, None), (1024, 256), (255, 200)])
     def test_outputs_and_gradients_are_no_worse_than_the_ops_in_turn(self, dtype, length, tail):
         """PyTorch's own 16-bit path rounds between all steps; so do our ops in turn, less often."""
-        call, dout = drawn(few(length, 300), tail, dtype, **self.SEED)
+        length = few(length, 140)
+        call, dout = drawn(length, tail and min(tail, length), dtype, **self.SEED)
         exact = run(doubled(call), dout.double(), "reference")
         assert_as_exact(run(call, dout), exact, in_turn(call, dout, formula))
 

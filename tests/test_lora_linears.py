@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 from conftest import DTYPES, replayed
-from hopper import compiled_for_hopper
+from hopper import compiled_for_hopper, few
 from klora.bench.tolerance import assert_as_exact
 from klora.kernels import Dropout, Int6Matrix, drop_ref, lora_linear, lora_linear_ref, quantize_int6, row_keys
 from klora.kernels.lora_linear import after, reduce
@@ -549,7 +549,7 @@ class TestOnTheGPU:
         ],
     )
     def test_bf16_is_as_exact_as_plain_pytorch(self, case, length):
-        assert_as_exact_as_plain_pytorch(inputs(**self.BATCH | {"length": length} | case))
+        assert_as_exact_as_plain_pytorch(inputs(**self.BATCH | {"length": few(length, 140)} | case))
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
     @pytest.mark.parametrize("case", CASES)

@@ -625,7 +625,8 @@ class TestOnGpu:
 
     def test_launches_whose_blocks_wait_for_each_other_may_meet(self):
         """Each is started whole or not at all."""
-        tensors = [torch.randn(shape, device="cuda").bfloat16() for shape in SHAPES]
+        shapes = SHAPES if few(len(SHAPES), 3) == len(SHAPES) else SHAPES[3:6]
+        tensors = [torch.randn(shape, device="cuda").bfloat16() for shape in shapes]
         expected = newton_schulz(tensors)
         torch.cuda.synchronize()
         streams, found = [torch.cuda.Stream() for _ in range(3)], []

@@ -389,7 +389,7 @@ class TestOnTheGpu:
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
     @pytest.mark.parametrize(("B", "S", "D", "hidden"), [(4, 1024, 512, 1536), (3, 77, 144, 208)])
     def test_it_is_as_exact_as_pytorch(self, B, S, D, hidden, dtype):
-        S = few(S, 200)
+        S = few(S, 64)
         for boundary, push in ((PLAIN, True), (JOINED, False)):
             inputs = inputs_of(B, S, D, hidden, dtype, boundary, wide=4)
             assert_as_exact_as_pytorch(inputs, [*FIRST, *boundary, *QKV], push=push)
