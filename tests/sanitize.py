@@ -67,14 +67,14 @@ SHARE = 48
 """The most that a part costs: four tests by racecheck. Less, and processes would only start; more, and the last of them
 would run alone, or be lost to a limit of time."""
 FILES = (
-    *("test_attention", "test_cached_attention", "test_contract", "test_elementwise"),
+    *("test_attention", "test_cached_attention", "test_columns", "test_contract", "test_elementwise"),
     *("test_embedding", "test_int6_linear", "test_linear_nll", "test_lora_adam"),
     *("test_lora_attention", "test_lora_dx_turns", "test_lora_head_nll", "test_lora_linear", "test_lora_linears"),
     *("test_lora_qkv", "test_lora_qkv_rope", "test_lora_swiglu_mlp", "test_lora_turns", "test_mlp", "test_muon"),
     *("test_newton_schulz", "test_qkv_attention", "test_residual_mlp", "test_residual_mlp_norm", "test_rotary"),
     "test_swiglu",
 )
-PLAIN = ("test_elementwise", "test_embedding", "test_lora_adam", "test_rotary")
+PLAIN = ("test_columns", "test_elementwise", "test_embedding", "test_lora_adam", "test_rotary")
 """Whose kernels, and what they are compared with, read and write by plain loads and stores alone."""
 GRAPHS = ("graph", "captur", "compile", "opcheck", "symbols")
 """Captured, or made by a compiler, which traces nothing inside a mode of :mod:`sanitized`."""

@@ -83,7 +83,7 @@ def test_a_captured_launch_reads_the_parts_again():
 
 @pytest.mark.gpu
 @pytest.mark.slow
-def test_a_total_of_more_than_2_31_numbers():
+def test_columns_beyond_32_bits():
     rows, width = 3, 2**30
     total = torch.zeros(rows, width, device="cuda")
     part = torch.ones(rows, 4, 8, device="cuda")
