@@ -193,27 +193,19 @@ class Klora(Trainer):
 
 
 class KloraCompiled(Klora):
-    """By klora.lora in a model that torch.compile has compiled. `attends`: with klora's attention.
+    """By klora.lora in a model whose layers torch.compile has compiled. `attends`: with klora's attention.
 
-    Layer by layer one graph serves all of them, so that compiling does not take longer with more layers. `is_whole`
-    compiles what they are in: what ends a layer is one pass with the norm that begins the next. `compiles` False
-    launches those of our kernels that the compiled one launches, which has its own way to find linears with one input.
+    One graph serves all layers, so that compiling does not take longer with more of them. `compiles` False launches
+    those of our kernels that the compiled one launches, which has its own way to find linears with one input.
     """
 
-    def __init__(
-        self,
-        work: Work,
-        attends: bool = False,
-        is_fused: bool = False,
-        is_whole: bool = False,
-        compiles: bool = True,
-    ):
+    def __init__(self, work: Work, attends: bool = False, is_fused: bool = False, compiles: bool = True):
         super().__init__(work, is_fused=is_fused)
         if attends:
             set_attention(self.module)
         if compiles:
             base = self.module.base_model
-            for part in (base,) if is_whole else (*base.layers, base.norm):
+            for part in (*base.layers, base.norm):
                 part.compile(dynamic=False)
             self.nll = torch.compile(self.nll, dynamic=False)
         else:

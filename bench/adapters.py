@@ -14,14 +14,13 @@ of its own, on all seven linears of a block. The base is bf16 and frozen, the ad
     klora-compiled             as klora, the layers, the last norm and the loss by torch.compile
     klora-compiled-attention   the same with klora.lora.set_attention
     klora-compiled-fused       the same, the loss by klora.kernels.linear_nll
-    klora-compiled-whole       the same, all layers one graph of torch.compile
     peft-one-by-one            PEFT with all adapters loaded: set_adapter and a step for each, one after the other
     peft-mixed-batch           PEFT with `adapter_names` in the forward
     compiled-bmm               torch.compile of adapters stacked as [64, R, K], applied by torch.bmm, also as one graph
 
-All rows have the same adapters, tokens and loss and, but for the three with set_attention, attention by PyTorch's
-causal kernels, without masks. Nothing is dropped out. First the gate: for a cut of the model, in fp32, the gradients of
-every adapter, B not zero, against those of the stacked adapters in float64 (bench/tolerance.py), of several batches of
+All rows have the same adapters, tokens and loss and, but for the two with set_attention, attention by PyTorch's causal
+kernels, without masks. Nothing is dropped out. First the gate: for a cut of the model, in fp32, the gradients of every
+adapter, B not zero, against those of the stacked adapters in float64 (bench/tolerance.py), of several batches of
 tokens. Rows are timed one after another, each on a model of its own that is freed after it. A step that runs out of
 memory is tried again in 2, 4, ... `parts`, one after the other. Before all of it our kernels are compiled side by side:
 one after another they take minutes. torch.compile is no part of that; `first_step_seconds` of a row has it.
@@ -112,24 +111,22 @@ class Row:
         return "" if is_there else f"package {self.package} is not installed"
 
 
-def _compiled(build: Callable[..., Trainer]) -> Row:
-    return Row(build, captures=True, is_ours=True, ahead=partial(build, compiles=False))
-
-
 INT6, FUSED = partial(Klora, base="int6"), partial(Klora, is_fused=True)
 COMPILED, COMPILED_ATTENTION = partial(KloraCompiled), partial(KloraCompiled, attends=True)
 COMPILED_FUSED = partial(COMPILED_ATTENTION, is_fused=True)
-COMPILED_WHOLE = partial(COMPILED_FUSED, is_whole=True)
 ROWS = {
     "klora": Row(Klora, captures=True, is_ours=True),
     "klora-uncaptured": Row(Klora, is_ours=True),
     "klora-linear-nll": Row(FUSED, captures=True, is_ours=True),
     "klora-mixed-ranks": Row(Klora, captures=True, is_ours=True, is_mixed=True),
     "klora-int6": Row(INT6, captures=True, is_ours=True),
-    "klora-compiled": _compiled(COMPILED),
-    "klora-compiled-attention": _compiled(COMPILED_ATTENTION),
-    "klora-compiled-fused": _compiled(COMPILED_FUSED),
-    "klora-compiled-whole": _compiled(COMPILED_WHOLE),
+    "klora-compiled": Row(COMPILED, captures=True, is_ours=True, ahead=partial(COMPILED, compiles=False)),
+    "klora-compiled-attention": Row(
+        COMPILED_ATTENTION, captures=True, is_ours=True, ahead=partial(COMPILED_ATTENTION, compiles=False)
+    ),
+    "klora-compiled-fused": Row(
+        COMPILED_FUSED, captures=True, is_ours=True, ahead=partial(COMPILED_FUSED, compiles=False)
+    ),
     "peft-one-by-one": Row(PeftOneByOne, package="peft"),
     "peft-mixed-batch": Row(PeftMixedBatch, package="peft"),
     "compiled-bmm": Row(CompiledBmm, captures=True),

@@ -678,6 +678,7 @@ class TestOnGpu:
     def test_no_token_sees_another_document(self, S, H, G, d, tail, dtype):
         S, tail = shortened(S, tail)
         cuts = [*CUTS, [64, 128, 129, 500, 512], [S // 2, S - 1]]
+        cuts = cuts[-few(len(cuts), 2) :]
         check_documents(draw(len(cuts), S, H, G, d, tail, dtype, "cuda"), cuts)
 
     def test_a_row_of_one_document_has_the_bits_of_no_mask(self, S, H, G, d, tail, dtype):

@@ -19,7 +19,7 @@ def deep(layers, device="cpu", slots=2):
     for slot in range(slots):
         lora.adapters.create(str(slot), alpha=4)
     with torch.no_grad():
-        lora.pool.params.normal_()
+        lora.pool.params.normal_(std=0.2)
     return model, lora
 
 
