@@ -89,7 +89,7 @@ def row_sums(
         is_inside = mask[:, None] & (column < columns)
         z = tl.load(z_ptr + column, mask=is_inside, other=0.0).to(tl.float32)
         logits = tl.where(is_inside, softcapped(z, softcap, CAPPED)[0] * gain, float("-inf"))
-        # Of exp(largest - higher) and exp(logits - higher) one is 1. With both made, they took longer than to read z.
+        # Of exp(largest - higher) and exp(logits - higher), the higher of both, one is 1: only the other one is made.
         rest = tl.exp(-tl.abs(logits - largest))
         sums = tl.where(logits > largest, sums * rest + 1.0, sums + rest)
         largest = tl.maximum(largest, logits)
