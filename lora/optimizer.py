@@ -75,7 +75,7 @@ class LoraAdam:
 
         Example: optimizer.zero_grad()
         """
-        self.pool.zero_grad()
+        self.pool.grads.zero_()
 
     def __setstate__(self, state: dict) -> None:
         vars(self).update(state)

@@ -57,19 +57,19 @@ class Pool:
         self.slots, self.places, self.device = slots, places, device
         size = sum(_aligned(rows * columns) for place in places for rows, columns in place.sizes)
         with torch.inference_mode(False):
-            self.params, self.grads = (torch.zeros(slots, size, dtype=torch.float32, device=device) for _ in range(2))
+            self.params, grads = (torch.zeros(slots, size, dtype=torch.float32, device=device) for _ in range(2))
             # A column begins on 16 bytes: elsewhere a kernel is compiled once more, and no launch of it is remembered.
             self.scale, self.ranks = (
                 torch.zeros(len(places), _aligned(slots), dtype=dtype, device=device)[:, :slots].mT
                 for dtype in (torch.float32, torch.int32)
             )
             self.uses = torch.zeros(slots, dtype=torch.int64, device=device)
-            self._make_leaves()
+            self._make_leaves(grads)
         self.optimizers: WeakSet = WeakSet()
 
-    def _make_leaves(self) -> None:
+    def _make_leaves(self, grads: Tensor) -> None:
         self.leaves: list[tuple[Tensor, Tensor]] = []
-        self.gradients, start = Gradients(self.grads), 0
+        self.gradients, start = Gradients(grads), 0
         for place in self.places:
             pair = []
             for rows, columns in place.sizes:
@@ -82,11 +82,18 @@ class Pool:
     def __getstate__(self) -> dict:
         """Without the leaves: pickle and deepcopy would part them from their pool."""
         own = {name: value for name, value in vars(self).items() if name not in ("leaves", "gradients")}
-        return own | {"optimizers": None}
+        return own | {"grads": self.grads, "optimizers": None}
 
     def __setstate__(self, state: dict) -> None:
-        vars(self).update(state, optimizers=WeakSet())
-        self._make_leaves()
+        own = {name: value for name, value in state.items() if name != "grads"}
+        vars(self).update(own, optimizers=WeakSet())
+        self._make_leaves(state["grads"])
+
+    @property
+    def grads(self) -> Tensor:
+        """Those of a backward that failed on its way, too."""
+        self.gradients.add_all()
+        return self.gradients.total
 
     @torch.no_grad()
     def write(self, slot: int, index: int, a: Tensor, b: Tensor, scale: float) -> None:
@@ -107,11 +114,6 @@ class Pool:
         """Copies of A [rank, K] and B [N, rank]."""
         lora_a, lora_b = self.leaves[index]
         return lora_a.detach()[slot, :rank].clone(), lora_b.detach()[slot, :, :rank].clone()
-
-    def zero_grad(self) -> None:
-        """Gradients of every slot to zero, those of a backward that failed on its way too."""
-        self.gradients.forget()
-        self.grads.zero_()
 
     @torch.no_grad()
     def clear(self, slot: int) -> None:

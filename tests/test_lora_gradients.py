@@ -1,5 +1,6 @@
 """The gradients of a pool: those of its leaves, all of them once a backward is done, in few launches."""
 
+import copy
 import gc
 import weakref
 
@@ -47,8 +48,8 @@ def test_a_backward_adds_every_gradient_in_few_launches(layers, monkeypatch):
     monkeypatch.setattr(gradients, "add_columns_", counted)
     with lora.rows(["0", "1"]):
         model(x).square().sum().backward()
-    assert torch.equal(lora.pool.grads, wanted) and wanted.any(1).all()
     assert len(launches) == -(-2 * layers // columns.PARTS)
+    assert torch.equal(lora.pool.grads, wanted) and wanted.any(1).all()
     assert all(leaf.grad is None for pair in lora.pool.leaves for leaf in pair)
 
 
@@ -99,15 +100,58 @@ def test_gradients_that_are_dropped_come_with_no_later_backward():
     assert not lora.pool.grads.any()
 
 
-def test_a_pool_ends_with_its_last_name():
+def fails(model, lora, x, first):
+    """A backward that stops in front of the linears before `first`."""
+    with lora.rows(["0", "1"]), pytest.raises(RuntimeError, match="no gradient"):
+        model[first:](Failing.apply(model[:first](x.requires_grad_()))).square().sum().backward()
+
+
+def test_gradients_of_a_backward_that_failed_are_those_that_it_has_made():
+    model, lora = deep(5)
+    x, places = torch.randn(2, 3, 16), lora.pool.leaves
+    wanted = by_autograd(model, lora, x, ["0", "1"])
+    wanted[:, : places[2][0].storage_offset()] = 0
+    fails(model, lora, x, first=2)
+    assert torch.equal(copy.deepcopy(lora).pool.grads, wanted) and torch.equal(lora.pool.grads, wanted)
+    assert all(leaf.grad is None for pair in places for leaf in pair)
+
+
+def test_a_new_adapter_has_no_gradient_of_a_backward_that_failed():
+    model, lora = deep(3)
+    x = torch.randn(2, 3, 16)
+    fails(model, lora, x, first=1)
+    lora.adapters.delete("1")
+    lora.adapters.create("new")
+    with lora.rows(["0", None]):
+        model(x).square().sum().backward()
+    assert lora.pool.grads[0].any() and not lora.pool.grads[1].any()
+
+
+@pytest.mark.parametrize("has_failed", [False, True])
+def test_a_pool_ends_with_its_last_name(has_failed):
     model, lora = deep(2)
-    with lora.rows(["0", "1"]):
-        model(torch.randn(2, 3, 16)).sum().backward()
-    pool = weakref.ref(lora.pool)
+    x = torch.randn(2, 3, 16)
+    if has_failed:
+        fails(model, lora, x, first=1)
+    else:
+        with lora.rows(["0", "1"]):
+            model(x).sum().backward()
+    ends = [weakref.ref(one) for one in (lora.pool, lora.pool.gradients.total, *lora.pool.leaves[1])]
     lora.detach()
     del lora, model
     gc.collect()
-    assert pool() is None
+    assert [end() for end in ends] == [None] * len(ends)
+
+
+def test_a_backward_inside_another_adds_its_gradients_to_the_same_leaves():
+    model, lora = deep(4)
+    x = torch.randn(2, 3, 16)
+    wanted = by_autograd(model, lora, x, ["0", "1"])
+    with lora.rows(["0", "1"]):
+        inner, middle = model(x).square().sum(), model[:2](x)
+        middle.register_hook(lambda _: inner.backward())
+        model[2:](middle).square().sum().backward()
+    assert torch.equal(lora.pool.grads, 2 * wanted)
 
 
 @pytest.mark.gpu
