@@ -31,7 +31,10 @@ class Gradients:
 
     def _take(self, columns: Tensor, leaf: Tensor) -> None:
         grad, leaf.grad = leaf.grad, None
-        self._gather(columns.storage_offset(), grad)
+        if torch.compiler.is_compiling():  # this backward, which then has no engine to ask
+            columns.add_(grad.detach())
+        else:
+            self._gather(columns.storage_offset(), grad)
 
     def _gather(self, start: int, grad: Tensor) -> None:
         if self.backward != (backward := torch._C._current_graph_task_id()):

@@ -154,6 +154,35 @@ def test_a_backward_inside_another_adds_its_gradients_to_the_same_leaves():
     assert torch.equal(lora.pool.grads, 2 * wanted)
 
 
+@pytest.mark.slow
+def test_a_backward_that_is_compiled():
+    model, lora = deep(3)
+    x = torch.randn(2, 3, 16)
+    wanted = by_autograd(model, lora, x, ["0", "1"])
+
+    compiler = torch.compile(backend="eager", fullgraph=True)
+    with torch._dynamo.compiled_autograd._enable(compiler), lora.rows(["0", "1"]):
+        for times in (1, 2):
+            model(x).square().sum().backward()
+            torch.testing.assert_close(lora.pool.grads, times * wanted)
+
+
+@pytest.mark.slow
+def test_a_step_that_is_compiled_with_its_backward():
+    model, lora = deep(3)
+    x = torch.randn(2, 3, 16)
+    wanted = by_autograd(model, lora, x, ["0", "1"])
+
+    @torch.compile(backend="eager")
+    def step():
+        model(x).square().sum().backward()
+
+    with lora.rows(["0", "1"]):
+        for times in (1, 2):
+            step()
+            torch.testing.assert_close(lora.pool.grads, times * wanted)
+
+
 @pytest.mark.gpu
 def test_gradients_made_on_two_streams_are_those_of_one():
     model, lora = deep(24, "cuda")
