@@ -49,6 +49,9 @@ class Gradients:
     def add_all(self) -> None:
         """Add those that wait. At the end of a backward the current stream has waited for the others."""
         for waiting in filter(None, self.waiting.values()):
+            for grad in waiting.values():
+                if grad.is_cuda:  # its memory is that of the stream that made it, which does not wait for this one
+                    grad.record_stream(torch.cuda.current_stream(grad.device))
             self._add(waiting)
 
     @torch.no_grad()

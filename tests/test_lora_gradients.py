@@ -225,3 +225,23 @@ def test_a_captured_backward_adds_its_gradients_at_every_replay(is_entered_befor
     for times in (1, 2):
         graph.replay()
         torch.testing.assert_close(lora.pool.grads, times * once)
+
+
+@pytest.mark.gpu
+def test_memory_of_a_gradient_is_not_given_away_before_it_is_added():
+    """The other stream goes on as soon as the backward returns, while the gradients that it made still wait."""
+    model, lora = deep(2, "cuda")
+    x, side = torch.randn(2, 3, 16, device="cuda"), torch.cuda.Stream()
+    wanted = by_autograd(model, lora, x, ["0", "1"])
+    with lora.rows(["0", "1"]):
+        y = model[:1](x)
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            loss = model[1:](y).square().sum()
+        torch.cuda.current_stream().wait_stream(side)
+        y.register_hook(lambda _: torch.cuda._sleep(500_000_000))
+        loss.backward()
+    with torch.cuda.stream(side):
+        taken = [torch.full_like(leaf, 1e9) for leaf in lora.pool.leaves[1] for _ in range(8)]
+    torch.cuda.synchronize()
+    assert taken and torch.equal(lora.pool.grads, wanted)
