@@ -13,9 +13,9 @@ repeat what others have run for its bits or its statistics, or take gigabytes; o
 cases as have each value of each parameter once. `--whole` leaves nothing out. Each file is dealt in parts, each a
 process of its own.
 
-A tool slows down all that runs on a GPU, so a test there runs little but our kernels, and few tiles of them: most
-products that ours are compared with are computed on the CPU, and the GPU seems to have few multiprocessors
-(:mod:`sanitized`). How exact ours are, and at which sizes, is the suite's matter; here it is what they read and write.
+A tool slows down all that runs on a GPU, so a test there runs little but our kernels, and few tiles of them: most of
+what ours are compared with is computed on the CPU, and the GPU seems to have few multiprocessors (:mod:`sanitized`).
+How exact ours are, and at which sizes, is the suite's matter; here it is what they read and write.
 
 A finding in a kernel of ours, or in none, fails the run, and so does a test that fails. Findings in other kernels are
 named and fail nothing: cuBLAS lives by the copy engine (TMA) and its barriers, which the tools know in part. For the
@@ -457,7 +457,7 @@ class Run:
             say(f"{part}: {found.hindered} beside the others, {seconds:.0f} s; it runs again, alone, at the end")
             self.alone.append(Part(part.tool, part.file, part.tests, part.number, part.of, is_alone=True))
             return
-        said = f"cut off after {seconds:.0f} s{part.left(over)}"
+        said = f"cut off after {seconds:.0f} s{' and ' * bool(found.hindered)}{found.hindered}{part.left(over)}"
         if status is None:
             self.cut.append(part)
         else:

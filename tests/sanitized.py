@@ -3,10 +3,10 @@
 A tool slows down whatever runs on a GPU by a hundred times and more, be it ours or not. So a test does three things
 otherwise here than in the suite:
 
-- PyTorch's own products in float64 and in 16 bits, and its attention, are computed on the CPU, where no tool watches.
-  What klora's ops launch stays where it is, and so do products in float32: a GPU adds up a row of them in another
-  order than a CPU, which changes their error, and that is what ours are compared with. So does all of a test of graphs
-  or of a compiler, which `--whole` adds.
+- What PyTorch computes in float64 and in 16 bits, attention among it, is computed on the CPU, where no tool watches.
+  What klora's ops launch stays where it is, and so does what is in float32: a GPU adds up a row in another order than a
+  CPU, which changes the error, and that is what ours are compared with. So does all of a test of graphs or of a
+  compiler, which `--whole` adds.
 - The GPU seems to have MULTIPROCESSORS: persistent kernels walk several tiles a program at small sizes, which tests
   take from `hopper.for_this_gpu`.
 - Each test ends with a line of its seconds and its name: a log that is cut says what was slow.
@@ -26,24 +26,30 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 MULTIPROCESSORS = 16
 """With fewer most of the GPU would idle where sizes are small anyway; with more tests would have to be larger."""
-PRODUCTS = {"mm", "bmm", "addmm", "baddbmm", "addbmm", "mv", "addmv", "dot"}
 SORTING = {"embedding_dense_backward"}
-
-
-def is_product(func: torch._ops.OpOverload) -> bool:
-    """Of cuBLAS. That of 16 bits into fp32, the overload "dtype", no CPU has."""
-    return func.overloadpacket.__name__.rstrip("_") in PRODUCTS and "dtype" not in func._overloadname
+STAY = {"_to_copy", "copy_", "clone", "fill_", "zero_", "set_", "resize_", "_local_scalar_dense"}
+"""What copies, and what only writes or reads memory."""
 
 
 def is_large(func: torch._ops.OpOverload) -> bool:
-    """Of other libraries, or with a sort."""
+    """Of other libraries, or with a sort: on the CPU in every dtype."""
     name = func.overloadpacket.__name__.lstrip("_")
     return name in SORTING or (name.startswith("linalg_") and not name.endswith("norm"))
 
 
-class ProductsOnTheCPU(TorchDispatchMode):
-    """Runs products but those in fp32, and what else is large, of tensors of a `device`'s type on the CPU, and brings
-    back results and what was changed.
+def computes(func: torch._ops.OpOverload, leaves: list) -> bool:
+    """Whether it computes in the dtype of what it is given, and returns what is new or written to."""
+    name, returns = func.overloadpacket.__name__, func._schema.returns
+    is_view = any(one.alias_info is not None and not one.alias_info.is_write for one in returns)
+    is_fresh = name.startswith(("new_", "empty", "native_", "_fused_")) or name.endswith("_like")
+    is_told_more = any(isinstance(leaf, torch.Generator | torch.device | torch.dtype) for leaf in leaves)
+    is_widened = name in ("_softmax", "_log_softmax") and leaves[2]
+    return bool(returns) and not (is_view or is_fresh or is_told_more or is_widened or name in STAY)
+
+
+class FormulasOnTheCPU(TorchDispatchMode):
+    """Runs on the CPU what computes with tensors of a `device`'s type in float64 or 16 bits alone, and what is large in
+    any dtype, and brings back results and what was changed.
 
     Of 16 bits it is computed in fp32 and rounded once. While an op is dispatched the mode is off: it does not see what
     klora's ops call. A backward runs in the modes of whoever asked for it, so it sees that.
@@ -54,13 +60,14 @@ class ProductsOnTheCPU(TorchDispatchMode):
         self.device = device
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if func.namespace != "aten" or not (is_product(func) or is_large(func)):
-            return func(*args, **kwargs)
-        first = next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
-        if first.device.type != self.device or (is_product(func) and first.dtype == torch.float32):
-            return func(*args, **kwargs)
-        return self.on_the_cpu(func, args, kwargs, first)
+        kwargs, leaves = kwargs or {}, tree_leaves((args, kwargs))
+        there = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.device.type == self.device]
+        dtypes = {leaf.dtype for leaf in there if leaf.is_floating_point()}
+        is_formula = len(dtypes) == 1 and dtypes < {torch.float64, torch.float16, torch.bfloat16}
+        if func.namespace == "aten" and there and ((is_formula and computes(func, leaves)) or is_large(func)):
+            like = next((leaf for leaf in there if leaf.dtype in dtypes), there[0])
+            return self.on_the_cpu(func, args, kwargs, like)
+        return func(*args, **kwargs)
 
     def on_the_cpu(self, func, args: tuple, kwargs: dict, like: Tensor):
         narrow = like.dtype if like.is_floating_point() and like.itemsize == 2 else None
@@ -158,5 +165,5 @@ def pytest_configure(config) -> None:
 def pytest_runtest_protocol(item):
     if any(word in item.name.lower() for word in sanitize.GRAPHS):
         return (yield)
-    with AttentionOnTheCPU(), ProductsOnTheCPU():
+    with AttentionOnTheCPU(), FormulasOnTheCPU():
         return (yield)

@@ -347,7 +347,7 @@ def test_a_crash_of_the_tool_is_no_finding_and_no_success(run):
     status, printed = run(f"{printing(CRASH)}\nexit 0", "--tool", "racecheck", "--jobs", "1")
     assert status == 1 and "0 findings in ours, tests pass, a crash of the tool" in printed
     status, printed = run(f"{printing(CRASH)}\nsleep 60", "--tool", "racecheck", "--seconds", "0.3")
-    assert status == 1 and "0 findings in ours, cut off" in printed
+    assert status == 1 and "0 findings in ours, cut off after 0 s and a crash of the tool, 0 of 3 tests" in printed
 
 
 def test_what_was_slow_and_where_a_process_was_cut_are_said(run):
