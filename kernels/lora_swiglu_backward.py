@@ -19,7 +19,8 @@ from .dispatch import aligned, cdiv, custom_op, empty_as, multiprocessors, next_
 from .dot import multiply_add
 from .launch import launched
 from .lora_qkv.adapters import Adapters, adapters_of
-from .lora_qkv.backward import beside, db_sizes, join, launch_db, launch_dx, pick_backward_config
+from .lora_qkv.backward import db_sizes, launch_db
+from .lora_qkv.dx import launch_dx, pick_backward_config
 from .lora_qkv.sums import (
     NOTHING,
     STRIDES,
@@ -33,6 +34,7 @@ from .lora_qkv.sums import (
     sums_of,
 )
 from .lora_qkv.tiles import stacked_rank
+from .side_stream import beside, join
 from .swiglu import silu, swiglu_gradient
 from .tile import tiled
 

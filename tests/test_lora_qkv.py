@@ -11,7 +11,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from klora.bench.tolerance import allowed_error, assert_as_exact, relative_error
 from klora.kernels.lora_qkv import check_slots, lora_qkv, lora_qkv_ref
-from klora.kernels.lora_qkv.backward import pick_backward_config
+from klora.kernels.lora_qkv.dx import pick_backward_config
 
 pytestmark = pytest.mark.usefixtures("empty_is_nan")
 

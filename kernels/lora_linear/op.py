@@ -12,9 +12,9 @@ from ..int6.layout import Int6Matrix
 from ..int6.op import dequantize, int6_product, int6_product_dx
 from ..linear.op import cublas_, linear_dweight
 from ..lora_qkv.adapters import Adapters, adapters_of, empty_packed
-from ..lora_qkv.backward import beside, join
 from ..lora_qkv.forward import empty_projected, launch_forward
 from ..lora_qkv.op import Lora, Saved, gradients, with_zeros, zero_named_rows
+from ..side_stream import beside, join
 from .add import launch_add
 from .after import launch_after, launch_dx_after
 from .inner import launch_inner, launch_tiled_inner
