@@ -23,13 +23,14 @@ BLOCK = 2048
 @launched
 @triton.jit
 def _add_columns(
-    total_ptr, parts, starts, strides, sizes, width, BLOCKS, ADDS: tl.constexpr, PARTS: tl.constexpr,
+    total_ptr, parts, starts, strides, sizes, width, PLACES, BLOCKS, ADDS: tl.constexpr, PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Program (block of a row, part)."""
-    row, first = (tl.program_id(0) // BLOCKS).to(tl.int64), tl.program_id(0) % BLOCKS * BLOCK
+    """Program (part, place: row and block of it)."""
+    place = tl.program_id(0) % PLACES
+    row, first = (place // BLOCKS).to(tl.int64), place % BLOCKS * BLOCK
     for part in tl.static_range(PARTS):
-        if tl.program_id(1) == part and first < sizes[part]:
+        if tl.program_id(0) // PLACES == part and first < sizes[part]:
             i = first + tl.arange(0, BLOCK)
             mask = i < sizes[part]
             places = total_ptr + row * width + starts[part] + i
@@ -59,8 +60,9 @@ def _launch(total: Tensor, parts: Sequence[Tensor], starts: Sequence[int], adds:
     parts = [part if part[0].is_contiguous() else part.contiguous() for part in parts]
     sizes, strides = [part[0].numel() for part in parts], [part.stride(0) for part in parts]
     blocks, missing = cdiv(max(sizes), BLOCK), PARTS - len(parts)  # one kernel for any number of parts
-    _add_columns[(len(total) * blocks, len(parts))](
+    places = len(total) * blocks
+    _add_columns[(places * len(parts),)](
         total_ptr=total, parts=(*parts, *parts[:1] * missing), starts=(*starts, *(0,) * missing),
-        strides=(*strides, *(0,) * missing), sizes=(*sizes, *(0,) * missing), width=total.size(1), BLOCKS=blocks,
-        ADDS=adds, PARTS=PARTS, BLOCK=BLOCK, num_warps=4,
+        strides=(*strides, *(0,) * missing), sizes=(*sizes, *(0,) * missing), width=total.size(1), PLACES=places,
+        BLOCKS=blocks, ADDS=adds, PARTS=PARTS, BLOCK=BLOCK, num_warps=4,
     )  # fmt: skip
