@@ -21,6 +21,7 @@ def beside(device: torch.device, ready: torch.cuda.Event | None) -> AbstractCont
 
 
 def join(device: torch.device, ready: torch.cuda.Event | None) -> None:
+    """The current stream waits for what was launched :func:`beside` it; `ready` None: nothing was."""
     if ready is not None:
         torch.cuda.current_stream(device).wait_stream(_side_stream(device))
 

@@ -41,10 +41,10 @@ def computes(func: torch._ops.OpOverload, leaves: list) -> bool:
     """Whether it computes in the dtype of what it is given, and returns what is new or written to."""
     name, returns = func.overloadpacket.__name__, func._schema.returns
     is_view = any(one.alias_info is not None and not one.alias_info.is_write for one in returns)
-    is_fresh = name.startswith(("new_", "empty", "native_", "_fused_")) or name.endswith("_like")
-    is_told_more = any(isinstance(leaf, torch.Generator | torch.device | torch.dtype) for leaf in leaves)
-    is_widened = name in ("_softmax", "_log_softmax") and leaves[2]
-    return bool(returns) and not (is_view or is_fresh or is_told_more or is_widened or name in STAY)
+    is_memory = name in STAY or name.startswith(("new_", "empty")) or name.endswith("_like")
+    is_elsewhere = any(isinstance(leaf, torch.Generator | torch.device | torch.dtype) for leaf in leaves)
+    is_wider = name.startswith(("native_", "_fused_")) or (name in ("_softmax", "_log_softmax") and leaves[2])
+    return bool(returns) and not (is_view or is_memory or is_elsewhere or is_wider)
 
 
 class FormulasOnTheCPU(TorchDispatchMode):

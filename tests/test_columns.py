@@ -1,10 +1,10 @@
-"""`add_columns_`: parts of many shapes on the columns of one tensor, in few launches."""
+"""`add_columns_` and `copy_columns_`: parts of many shapes on the columns of one tensor, in few launches."""
 
 import pytest
 import torch
 from conftest import replayed
 from klora.kernels import columns
-from klora.kernels.columns import PARTS, add_columns_
+from klora.kernels.columns import PARTS, add_columns_, copy_columns_
 
 SHAPES = [(8, 20), (33, 8), (1, 7), (5, 1), (4, 600), (2, 2048)]
 
@@ -40,7 +40,7 @@ def expected(total, parts, starts, adds):
 def test_each_part_is_added_to_its_columns_and_nothing_else(backend, adds, rows, times):
     total, parts, starts = made(rows, SHAPES * times, "cpu")
     wanted = expected(total, parts, starts, adds)
-    add_columns_(total, parts, starts, adds, backend)
+    (add_columns_ if adds else copy_columns_)(total, parts, starts, backend)
     assert torch.equal(total, wanted)
 
 
@@ -65,7 +65,7 @@ def test_a_launch_takes_many_parts(monkeypatch):
 def test_parts_on_a_gpu(adds, rows):
     total, parts, starts = made(rows, [*SHAPES * 3, (8, 576), (1536, 8)], "cuda")
     wanted = expected(total, parts, starts, adds)
-    add_columns_(total, parts, starts, adds)
+    (add_columns_ if adds else copy_columns_)(total, parts, starts)
     assert torch.equal(total, wanted)
 
 

@@ -104,11 +104,11 @@ def formula(table, x):
     """What references are made of: lookups, views, sums, writes in place and into a part."""
     rows = F.embedding(torch.tensor([1, 1, 3]), table) @ x
     p = (rows * 0.5).softmax(-1) * 1.5
-    p[0].mul_(2).clamp_(max=0.5)
+    p[0].mul_(2).add_(0.25)
     p[:, 1:] += rows[:, :-1].exp().mean(1, keepdim=True)
     torch._foreach_mul_([p[2]], 2.0)
     mask = torch.ones(p.shape).triu(1).bool()
-    return torch.where(mask, p, 0.0).cumsum(1) + torch.cat([p, rows], 1).square().norm() + p.amax(1, True)
+    return torch.where(mask, p, 0.0).cumsum(1) + torch.cat([p, rows], 1).square().norm() + p.detach().amax(1, True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16, torch.float32])
@@ -123,7 +123,8 @@ def test_a_formula_runs_there_but_in_fp32_only_what_is_large(dtype):
         found = gradients()
     for one, other in zip(found, expected, strict=True):
         assert one.dtype == dtype
-        torch.testing.assert_close(one, other, rtol=4 * ROUNDED.get(dtype, 0.0), atol=4 * ROUNDED.get(dtype, 0.0))
+        error = (one.double() - other.double()).norm() / other.double().norm()
+        assert error <= max(4 * ROUNDED.get(dtype, 0.0), 1e-6 if dtype == torch.float32 else 1e-12)
     if dtype == torch.float32:
         assert moved.names == ["embedding_dense_backward"]
     else:

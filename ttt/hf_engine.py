@@ -9,7 +9,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..kernels.columns import add_columns_
+from ..kernels.columns import copy_columns_
 from ..lora.attach import Lora
 from ..model.ranges import phase
 from .adapters import Slots
@@ -50,7 +50,7 @@ class HfStep(EngineStep):
         with phase("backward"):
             nll, dhidden = self.weights.nll_grads(hidden, targets, share, self.temperature, slots)
             grads = torch.autograd.grad(hidden, self.leaves, dhidden, allow_unused=True, materialize_grads=True)
-            add_columns_(self.pool.grads, grads, self.starts, adds=False)
+            copy_columns_(self.pool.grads, grads, self.starts)
         return nll
 
 

@@ -210,30 +210,13 @@ def launch_dx(
     kept: Tensor | None = None,
 ) -> tuple[Tensor, BackwardConfig, torch.cuda.Event | None]:
     """Writes dx where it is given. Returns t, the config of dB, and what dB waits for: None is all launched so far."""
-    batch, length, _ = x.shape
+    batch, length, width = x.shape
     if dx is not None and kept is None and takes(x, adapters.rank, sizes):
         t = x.new_empty(batch, length, phases(adapters.rank, sizes) * RANKS.value)
         launch_dx_in_turns(grads, weight, adapters, t, dx)
         return t, replace(config, **DB_ALONE), None  # beside dx it would not fit
     t, ready = x.new_empty(batch, length, parts * stacked), event(x.device)
-    _launch_dx(config, grads, sizes, x, weight, adapters, t, stacked, parts, dx, kept)
-    return t, config, ready
-
-
-def _launch_dx(
-    config: BackwardConfig,
-    grads: Sequence[Tensor],
-    sizes: Sequence[int],
-    x: Tensor,
-    weight: Tensor,
-    adapters: Adapters,
-    t: Tensor,
-    stacked: int,
-    parts: int,
-    dx: Tensor | None,
-    kept: Tensor | None,
-) -> None:
-    (batch, length, width), (nq, nk, nv) = x.shape, of_three(sizes, 0)
+    nq, nk, nv = of_three(sizes, 0)
     m, d, n, tail = config.block_m, config.block_d, config.block_n, config.tail
     tiles = batch * cdiv(length, m) * (1 if dx is None else cdiv(width, d + tail))
     piece = tail or d // PIECES
@@ -247,3 +230,4 @@ def _launch_dx(
         BM=m, BD=d, BN=n, STACKED=parts < len(grads), PACKED=adapters.is_packed, WITH_DX=dx is not None, TAIL=tail,
         num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
+    return t, config, ready
