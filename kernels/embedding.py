@@ -41,6 +41,7 @@ from .dispatch import (
 )
 from .launch import launched
 from .rms_norm import EPS, rms_norm_ref
+from .tile import row_dots
 
 ROWS, WARPS = 4, 4
 """Tokens of a tile: with D 512, a row belongs to one warp."""
@@ -89,7 +90,7 @@ def _normed(
     known = mask & (token >= 0) & (token < V)
     e = tl.load(embed_ptr + token[:, None] * D + column[None, :], mask=known[:, None] & wide, other=0.0)
     e += tl.load(bigram_ptr + hashed[:, None] * D + column[None, :], mask=known[:, None] & wide, other=0.0)
-    rstd = tl.div_rn(1.0, tl.sqrt_rn(tl.sum(e * e, 1) * (1.0 / D) + EPS))
+    rstd = tl.div_rn(1.0, tl.sqrt_rn(row_dots(e, e) * (1.0 / D) + EPS))
     return e * rstd[:, None], rstd, has_before
 
 
@@ -147,7 +148,7 @@ def _backward(
             dx_after += tl.load(more_ptr + offsets + D, mask=smears & wide[None, :], other=0.0).to(tl.float32)
         dgate += dx * (tl.where(has_before[:, None], before, 0.0) - n)
         dn = dx + gate * (dx_after - dx)
-        de = rstd[:, None] * (dn - n * (tl.sum(dn * n, 1) * (1.0 / D))[:, None])
+        de = rstd[:, None] * (dn - n * (row_dots(dn, n) * (1.0 / D))[:, None])
         tl.store(de_ptr + offsets, de.to(de_ptr.dtype.element_ty), mask=mask)
     tl.store(sums_ptr + tl.program_id(0).to(tl.int64) * D + column, tl.sum(dgate, 0), mask=wide)
 

@@ -38,6 +38,16 @@ def halves(tile, M: tl.constexpr, N: tl.constexpr):
 
 
 @triton.jit
+def row_dots(a, b):
+    """sum(a * b) of each row of two tiles [M, N] in fp32 -> [M]: the same bits in every lane that holds a row's sum.
+
+    Left to itself the compiler fuses a product with the addition of another lane's: one of the two is rounded then, the
+    other is not, and each lane has another sum. All of them store it where a layout changes, and no one says who wins.
+    """
+    return tl.sum(tl.fma(a, b, 0.0), 1)
+
+
+@triton.jit
 def rotate(left, right, cos, sin):
     """The halves of heads, rotated by the angles of the tables."""
     return left * cos - right * sin, right * cos + left * sin

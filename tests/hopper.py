@@ -5,6 +5,7 @@ Code that a test runs as `python -c` in this folder, without TRITON_INTERPRET, c
 """
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -60,3 +61,25 @@ def compiled_for_hopper(code: str) -> str:
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+SHUFFLED = re.compile(r"shfl\.sync\.\w+\.b32\s+(%\w+)")
+MULTIPLIED = re.compile(r"mul(?:\.ftz)?\.f32\s+(%\w+)")
+FUSED = re.compile(r"fma\.rn(?:\.ftz)?\.f32\s+%\w+, %\w+, %\w+, (%\w+);")
+ADDED = re.compile(r"add(?:\.ftz)?\.f32\s+%\w+, (%\w+), (%\w+);")
+
+
+def fused_with_another_lane(ptx: str) -> list[str]:
+    """Additions of a product to what another lane holds that round once, or may: ptxas fuses what says no rounding.
+
+    Of two lanes that add up each other's product each rounds the other's alone, so that their sums differ.
+    """
+    shuffled, products, found = set(), set(), []
+    for line in map(str.strip, ptx.splitlines()):
+        shuffled.update(SHUFFLED.findall(line))
+        products.update(MULTIPLIED.findall(line))
+        is_fused = not shuffled.isdisjoint(FUSED.findall(line))
+        added = {term for terms in ADDED.findall(line) for term in terms}
+        if is_fused or (added & shuffled and added & products):
+            found.append(line)
+    return found

@@ -20,7 +20,7 @@ from torch import Tensor
 from ..dispatch import cdiv, round_up
 from ..dot import multiply, multiply_add
 from ..launch import launched
-from ..tile import UNIT, halves, off_unit, tiled, unrotate
+from ..tile import UNIT, halves, off_unit, row_dots, tiled, unrotate
 from .cached_keys import NO_CACHE, Cache, ring_of
 from .forward import (
     LOG2_E,
@@ -74,7 +74,7 @@ def _unrotate(
     mask = position < S
     rstd = tl.load(rstd_ptr + offsets, mask=mask, other=0.0)
     x = x.to(tl.float32)
-    along = tl.sum(dx * x, 1) * rstd * (1.0 / D) * tl.where(gain == 0.0, 0.0, 1.0 / gain)
+    along = row_dots(dx, x) * rstd * (1.0 / D) * tl.where(gain == 0.0, 0.0, 1.0 / gain)
     left, right = halves(dx * (rstd * gain)[:, None] - x * along[:, None], ROWS, D)
     if table_stride is not None:
         cos_ptr += b.to(tl.int64) * table_stride
@@ -135,7 +135,7 @@ def _dq_kernel(
     query = t + r % BM
     position = OFFSET + query
     dout = load(dout_d, b, h, t, HEADS, BM, D)
-    delta = tl.sum(load(out_d, b, h, t, HEADS, BM, D).to(tl.float32) * dout.to(tl.float32), 1)
+    delta = row_dots(load(out_d, b, h, t, HEADS, BM, D).to(tl.float32), dout.to(tl.float32))
     lse = tl.load(lse_ptr + row_at(b, h, t, T, H, HEADS, BM), mask=query < T, other=0.0)
     offsets = row_at(b, h, t, 2 * padded, H, HEADS, BM)
     tl.store(rows_ptr + offsets, lse)
@@ -165,7 +165,7 @@ def _dq_kernel(
         offsets = (b.to(tl.int64) * (OFFSET + T) + position) * rstd_stride + head
         gain = tl.load(gain_ptr + head)
         if sums_ptr is not None:
-            along = tl.sum(tl.sum(dq * q.to(tl.float32), 1).reshape(HEADS, BM), 1)
+            along = tl.sum(row_dots(dq, q.to(tl.float32)).reshape(HEADS, BM), 1)
             tl.store(sums_ptr + (b * H + h + tl.arange(0, HEADS)) * BLOCKS + block, along)
         dq = _unrotate(
             dq, q, b, position, offsets, gain, cos_ptr, sin_ptr, table_stride, rstd_ptr, OFFSET + T,
