@@ -5,9 +5,11 @@ microseconds, more than most kernels of a small batch take. :func:`launched` rem
 Triton looks at and calls its launcher, as `kernel.warmup(...)[grid](...)` does.
 """
 
+import threading
 from operator import itemgetter
 from typing import Any
 
+import torch
 import triton
 from torch import Tensor
 from torch.nn import Parameter
@@ -27,12 +29,34 @@ RUN = JITFunction.run
 """Triton's own, imported before anybody here replaces it."""
 
 
+class _Thread(threading.local):
+    has_context = False
+    """Whether this thread is known to have a CUDA context."""
+
+
+_THREAD = _Thread()
+
+
+def _ensure_context() -> None:
+    """Gives this thread a CUDA context, if it has none.
+
+    The driver makes a tensor map for the context of the thread that asks for it. A thread gets one with its first call
+    of CUDA's runtime, which allocations from PyTorch's cache are not: one that begins with a launch, of a pool or of a
+    backward, would be refused. To ask whether a stream is captured is such a call, and one that a capture allows.
+    """
+    if torch.cuda.is_initialized():  # else nothing is launched: kernels are recorded, or compiled
+        torch.cuda.is_current_stream_capturing()
+        _THREAD.has_context = True
+
+
 def launched(kernel: Any) -> Any:
     """`kernel`, a `@triton.jit` or `@gluon.jit` function launched by keyword arguments, with cheap launches.
 
     It stays the JITFunction that it is. A launch takes Triton's own way, and is not remembered, where the key does not
     say everything: an address that is not on 16 bytes, an integer past 32 bits, a hook; and while somebody has
     replaced `JITFunction.run`, to see every launch. In Triton's interpreter nothing changes.
+
+    A thread may begin with a launch, which by Triton alone can fail ("invalid device context").
     """
     kind = {JITFunction: _Launched, GluonJITFunction: _LaunchedGluon}.get(type(kernel))
     if IS_KNOWN and kind is not None:
@@ -44,6 +68,8 @@ def launched(kernel: Any) -> Any:
 class _Launched(JITFunction):
     def __getitem__(self, grid: Any) -> Any:
         def launch(*positional: Any, **arguments: Any) -> Any:
+            if not _THREAD.has_context:
+                _ensure_context()
             if positional or callable(grid) or JITFunction.run is not RUN or self.pre_run_hooks:
                 return self.run(*positional, grid=grid, warmup=False, **arguments)
             form = self.forms.get(names := tuple(arguments))

@@ -8,6 +8,7 @@ bench/host.py are not remembered.
 import json
 import os
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from types import SimpleNamespace
 
@@ -188,6 +189,21 @@ def check_who_sees_a_launch() -> None:
     triton.knobs.runtime.debug = False
 
 
+def check_who_has_a_context() -> None:
+    """A thread asks CUDA's runtime before its first launch on a GPU, and then no more."""
+    arguments, asked, cuda = next(every_launch()), [], torch.cuda
+    plain = cuda.is_initialized, cuda.is_current_stream_capturing
+    cuda.is_current_stream_capturing = lambda: asked.append(len(LAUNCHED))
+    for known in (False, True):
+        cuda.is_initialized = lambda known=known: known
+        with ThreadPoolExecutor(1) as pool:
+            for _ in range(2):
+                pool.submit(kernel[(1,)], **arguments).result()
+    cuda.is_initialized, cuda.is_current_stream_capturing = plain
+    assert asked == [len(LAUNCHED) - 2]
+    launch._THREAD.has_context = True  # as a thread's that has launched on a GPU
+
+
 def calls_of(function) -> int:
     """Python's calls in one call of `function`, C functions included, after it has been called twice."""
     count = 0
@@ -288,6 +304,7 @@ if __name__ == "__main__":
     triton.runtime.driver.set_active(driver := Driver())
     check_every_launch(driver)
     check_who_sees_a_launch()
+    check_who_has_a_context()
     print(
         json.dumps(
             {

@@ -4,13 +4,14 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import replayed
 from klora.bench.host import LIMITS, host_time, measured, rows
-from klora.kernels import lora_linear
+from klora.kernels import causal_attention, lora_linear
 from klora.kernels.launch import launched
 from triton.runtime.jit import JITFunction
 
@@ -114,3 +115,15 @@ def test_a_remembered_launch_gives_the_bits_of_the_first_and_can_be_captured():
         aside = lora_linear(x, weight, a, b)
     torch.cuda.current_stream().wait_stream(stream)
     assert torch.equal(aside, first)
+
+
+@pytest.mark.gpu
+def test_a_thread_may_begin_with_a_launch():
+    """All of its memory comes from PyTorch's cache, so nothing gives it a CUDA context before the first tensor map."""
+    q, k, v = (torch.randn(2, 128, heads, 64, device="cuda").bfloat16() for heads in (4, 2, 2))
+    first = causal_attention(q, k, v)
+    causal_attention(q, k, v)
+    torch.cuda.synchronize()
+    for _ in range(3):
+        with ThreadPoolExecutor(1) as pool:
+            assert torch.equal(pool.submit(causal_attention, q, k, v).result(), first)
