@@ -18,7 +18,7 @@ well and is as fixed before its target. What more can be asked of our own models
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -61,6 +61,10 @@ UNSEEN = (
 
 class AuditError(KloraError, ValueError):
     """Documents that nothing can be found out with."""
+
+
+class _NoAnswer(Exception):
+    """An answer of a scorer that is not one NLL for each target, and what it is instead."""
 
 
 @dataclass(frozen=True)
@@ -145,14 +149,14 @@ def audit(
     up to MOST_PLACES in all, and how many times as many random tokens are drawn as the documents have.
     seed: draws them all.
 
-    AuditError: documents that are no such arrays, or that nothing can be found out with; a tolerance below 0 or NaN.
-    What the scorer raises passes through.
+    AuditError: documents that are no such arrays, or that nothing can be found out with; a tolerance that is below 0
+    or not finite. What the scorer raises passes through. The arrays that it is given are int64.
 
     Example: report = audit(lambda rows: [torch.full((len(row) - 1,), 6.0) for row in rows], [document.tokens], 400)
     """
     within_batch = tolerance if batch_tolerance is None else batch_tolerance
-    if not (tolerance >= 0 and within_batch >= 0):
-        raise AuditError(f"tolerance={tolerance}, batch_tolerance={batch_tolerance}; allowed: nats from 0")
+    if not (0 <= tolerance < math.inf and 0 <= within_batch < math.inf):
+        raise AuditError(f"tolerance={tolerance}, batch_tolerance={batch_tolerance}; allowed: nats from 0, and finite")
     return _Audit(scorer, documents, vocab_size, tolerance, within_batch, positions, most_swapped, seed).report()
 
 
@@ -170,7 +174,10 @@ class _Audit:
         self.whole: list[np.ndarray] = []
 
     def report(self) -> AuditReport:
-        self.whole = self._scores(self.documents)
+        try:
+            self.whole = self._scores(self.documents)
+        except _NoAnswer as wrong:
+            return AuditReport((Check("targets", False, str(wrong)),))
         checks = [self._targets()]
         if checks[0].passed:
             checks += [self._repeated(), self._alone(), self._order(), self._company(), self._later_text()]
@@ -178,8 +185,17 @@ class _Audit:
         return AuditReport(tuple(checks))
 
     def _scores(self, documents: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """The scorer's answer to copies of documents, in float64: it may keep or change what it is given."""
-        return [_array(nll) for nll in self.scorer([tokens.copy() for tokens in documents])]
+        """The scorer's answer to copies of documents, in float64: it may keep or change what it is given.
+
+        _NoAnswer where it is not one number for each target.
+        """
+        answer = self.scorer([tokens.copy() for tokens in documents])
+        if not isinstance(answer, Iterable):
+            raise _NoAnswer(f"{type(answer).__name__} for {len(documents)} documents: wanted a list of arrays")
+        rows = list(answer)
+        if len(rows) != len(documents):
+            raise _NoAnswer(f"{len(rows)} arrays for {len(documents)} documents")
+        return [_array(nll, len(tokens) - 1) for nll, tokens in zip(rows, documents, strict=True)]
 
     def _cuts(self, tokens: int, positions: int) -> list[int]:
         """How many targets come before a change: few, half, all but one, and some at random."""
@@ -189,10 +205,8 @@ class _Audit:
         return sorted({1, last, max(last // 2, 1), *self.random.integers(1, last + 1, max(positions - 3, 0)).tolist()})
 
     def _targets(self) -> Check:
-        """Whether there is an NLL of every token after BOS, and no other."""
-        wrong = f"{len(self.whole)} arrays for {len(self.documents)} documents"
-        if len(self.whole) == len(self.documents):
-            wrong = next(filter(None, map(_fault, self.documents, self.whole)), "")
+        """Whether the NLL of every token after BOS is one."""
+        wrong = next(filter(None, map(_fault, self.whole)), "")
         total = sum(len(tokens) - 1 for tokens in self.documents)
         return Check(
             "targets",
@@ -213,10 +227,12 @@ class _Audit:
         `other_pass`: a document of another length, which another pass may score.
         """
         most, where, count, allowed = 0.0, "", 0, self.tolerance if other_pass else self.batch_tolerance
+        try:
+            pairs = list(pairs)
+        except _NoAnswer as wrong:
+            return Check(name, False, f"{wrong}; {broken}")
         for place, expected, found in pairs:
             count += len(expected)
-            if len(expected) != len(found):
-                return Check(name, False, f"{place}: {len(found)} NLLs where {len(expected)} were asked for; {broken}")
             # Not finite on either side is a difference, whatever the other says.
             apart = np.nan_to_num(np.abs(expected - found), nan=math.inf)
             if len(apart) and (worst := float(apart.max())) > most:
@@ -234,9 +250,6 @@ class _Audit:
     ):
         """(where, what was said of the whole document `of`, what is said now), of the first `upto` targets."""
         found = self._scores(documents)
-        if len(found) != len(documents):
-            yield f"{len(documents)} documents {says}", np.zeros(len(documents)), np.zeros(len(found))
-            return
         for row, (index, nll) in enumerate(zip(of, found, strict=True)):
             if upto is None:
                 yield f"document {index} {says}", self.whole[index], nll
@@ -389,11 +402,13 @@ class _Audit:
         swapped = [tokens.copy() for _ in range(count)]
         for one, token in zip(swapped, self._likely(), strict=False):
             one[target] = token
-        found, of = self._scores(swapped), f"{'all' if count == self.vocab else f'{count:,} of'} {self.vocab:,} tokens"
-        if [len(nll) for nll in found] != [len(one) - 1 for one in swapped]:
-            return math.nan, of, False
+        of = f"{'all' if count == self.vocab else f'{count:,} of'} {self.vocab:,} tokens"
+        try:
+            found = self._scores(swapped)
+        except _NoAnswer as wrong:
+            return math.nan, f"{of} ({wrong})", False
         total = float(np.exp(-np.array([nll[target - 1] for nll in found])).sum())
-        slack = SUMS + math.expm1(self.noise)
+        slack = SUMS + math.expm1(min(self.noise, math.log(self.vocab)))  # by more, nothing would be asked of a sum
         # Of some tokens only, too much is a proof; too little is not.
         return total, of, total <= 1 + slack and (count < self.vocab or total >= 1 - slack)
 
@@ -407,7 +422,10 @@ class _Audit:
         before the softmax included. What rounding can add is that probabilities sum up to a little more than 1: by
         SUMS at most, as in the checks of the vocabulary.
         """
-        nll = np.concatenate([nll for _ in range(max(self.positions, 1)) for nll in self._random_scores()])
+        try:
+            nll = np.concatenate([nll for _ in range(max(self.positions, 1)) for nll in self._random_scores()])
+        except _NoAnswer as wrong:
+            return Check("random tokens", False, str(wrong))
         limit, cheaper = math.log(1 / SURE) + math.log1p(SUMS) * len(nll), float((math.log(self.vocab) - nll).sum())
         with np.errstate(divide="ignore", over="ignore"):  # a probability of 0, on which all was bet, and a huge one
             bets = np.log1p(STAKES[:, None] * (self.vocab * np.exp(-nll) - 1)).sum(1)
@@ -423,9 +441,20 @@ class _Audit:
         return self._scores([self._random(len(tokens)) for tokens in self.documents])
 
 
-def _array(nll: Any) -> np.ndarray:
-    """In float64. Of a tensor of PyTorch, be it on a GPU, in bf16 or with a gradient, the values."""
-    return np.asarray(nll.detach().double().cpu() if hasattr(nll, "detach") else nll, dtype=np.float64)
+def _array(nll: Any, wanted: int) -> np.ndarray:
+    """float64 [wanted]. Of a tensor of PyTorch, be it on a GPU, in bf16 or with a gradient, the values.
+
+    _NoAnswer: no numbers, or other than so many.
+    """
+    try:
+        found = np.asarray(nll.detach().double().cpu() if hasattr(nll, "detach") else nll, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise _NoAnswer(f"{type(nll).__name__} for {wanted} targets: {error}") from None
+    if found.shape != (wanted,):
+        raise _NoAnswer(
+            f"{list(found.shape)} NLLs for {wanted} targets: every token after BOS is a target, and BOS is none"
+        )
+    return found
 
 
 def _checked(documents: Sequence[np.ndarray], vocab_size: int) -> list[np.ndarray]:
@@ -439,18 +468,16 @@ def _checked(documents: Sequence[np.ndarray], vocab_size: int) -> list[np.ndarra
             raise AuditError(
                 f"document {number} has tokens from {tokens.min()} to {tokens.max()}; allowed: 0 to {vocab_size - 1}"
             )
+        found[number] = tokens.astype(np.int64)  # holds every token, those that the documents lack as well
     if not any(len(tokens) > 3 for tokens in found):
         raise AuditError(f"none of {len(found)} documents has four tokens, BOS counted; give longer ones")
     return found
 
 
-def _fault(tokens: np.ndarray, nll: np.ndarray) -> str:
-    """What is wrong with the NLLs of a document, by their number and their values alone."""
-    wanted = len(tokens) - 1
-    if nll.shape != (wanted,):
-        return f"{list(nll.shape)} NLLs for {wanted} targets: every token after BOS is a target, and BOS is none"
+def _fault(nll: np.ndarray) -> str:
+    """What is wrong with the NLLs of a document, by their values alone."""
     if not np.isfinite(nll).all():
         return f"an NLL of {nll[~np.isfinite(nll)][0]}"
-    if wanted and nll.min() < -NLL_ROUNDING:
+    if len(nll) and nll.min() < -NLL_ROUNDING:
         return f"an NLL of {nll.min():.6g} nats, below 0: a probability above 1"
     return ""
