@@ -11,8 +11,9 @@ from ..model.loading import model_from_artifact, tokenizer_of
 from ..model.parallel import own_device
 from ..model.placement import device_name, processor_name
 from ..ttt.audit import AuditReport, Check
+from ..ttt.documents import facts_of_texts, facts_of_tokens
 from ..ttt.hf import hashes_of_folder
-from ..ttt.verify import RELATIVE, Stored, read_nll, which_nll
+from ..ttt.verify import RELATIVE, Stored, read_nll, scored_of, which_nll
 from ..ttt.verify import verify as verify_stored
 from . import options
 from .audit import finish
@@ -46,6 +47,7 @@ def verify(
         typer.Option(
             "--rounding",
             min=0.0,
+            max=1.0,
             help="Share of a document's nats, of one at least, by which they may differ where versions, device, "
             "processor, threads or scorer do. Where none does, they must be the same to the bit.",
         ),
@@ -80,14 +82,16 @@ def verify(
         if loaded:
             fits = stored.values["artifact"].get("provenance") == loaded.provenance
             checks.append(Check("provenance", fits, f"it is {'what' if fits else 'another than'} the artifact has"))
-            documents = documents_of(source, tokenizer_of(loaded), loaded.provenance)
+            tokenizer = tokenizer_of(loaded)
+            documents = documents_of(source, tokenizer, loaded.provenance)
             model, installed = model_from_artifact(loaded, chosen, stored.weights), versions(chosen)
         else:
             subject = Subject.of_folder(hf, chosen, stored.weights, stored.config)
             documents = subject.documents(source, output.warn)
-            model, installed = subject.model, subject.facts["versions"]
+            model, installed, tokenizer = subject.model, subject.facts["versions"], subject.tokenizer
+        of_bytes = facts_of_tokens(scored_of(stored, documents), tokenizer) if shards else facts_of_texts()
         setting = {"versions": installed, "device": device_name(chosen), "processor": processor_name(chosen)}
-        about = {"share": share, "seed": seed, "rounding": rounding, "nll": kept}
+        about = {"share": share, "seed": seed, "rounding": rounding, "nll": kept, "of_bytes": of_bytes}
         report = verify_stored(stored, model, documents, setting, **about)
         checks += [*of_nll, *report.checks]
     finish(output, AuditReport(tuple(checks), report.unseen if same else ("everything else",)), {"result": str(result)})

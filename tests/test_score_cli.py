@@ -258,6 +258,10 @@ def test_scores_of_shards_with_control_tokens_say_so(artifact, tokenizer, tmp_pa
     stored = json.loads((tmp_path / "out" / "score.json").read_text())
     assert stored["totals"]["bytes"] == len("alpha betagamma") and stored["bytes_of"] == "text"
     assert len(stored["notes"]) == 1
+    again = ("verify", tmp_path / "out" / "score.json", "--artifact", artifact, "--shards", tmp_path)
+    klora(*again)
+    (tmp_path / "out" / "score.json").write_text(json.dumps(stored | {"notes": []}))
+    assert 'FAIL  labels: the note "the scored' in klora(*again, check=1).stdout.replace("'", '"')
 
 
 @pytest.mark.slow

@@ -21,7 +21,7 @@ from klora.ttt.model_audit import SWAPPED
 from klora.ttt.pipeline import ScoreRequest, score
 from klora.ttt.protocols import TTTConfig
 from klora.ttt.report import write_report
-from klora.ttt.results import DIVERGED, NLL_ROUNDING
+from klora.ttt.results import BASE_ALONE, DIVERGED, NLL_ROUNDING, PARTIAL, DocumentResult, ScoreResult
 from klora.ttt.verify import NLL_FORMAT, Stored, VerifyError, read_nll, verify, which_nll, write_nll
 from test_cli import klora
 from test_model_audit import STRICT, rounds_below_zero, sure_model
@@ -142,6 +142,28 @@ def one_left_out(values):
     values["totals"] |= {"documents": 4, "tokens": values["totals"]["tokens"] - gone["tokens"]}
 
 
+def base_alone(values):
+    """Documents of a status that no run of `klora score` gives, at next to no nats, and all else as that makes it."""
+    for document in values["documents"][1:]:
+        document.update(status=BASE_ALONE, adapted_nats=1.0)
+    consistent(values)
+
+
+def consistent(values):
+    """What is derived from the documents, as a run derives it."""
+    derived = {"sha256", "base_bpb", "adapted_bpb"}
+    results = [
+        DocumentResult.from_json({name: value for name, value in document.items() if name not in derived})
+        for document in values["documents"]
+    ]
+    again = ScoreResult(results, TTTConfig.from_dict(values["config"]), {}).to_json()
+    for name in ("totals", "valid_score", "why_not_valid"):
+        values.pop(name, None)
+        values.update({name: again[name]} if name in again else {})
+    for document, other in zip(values["documents"], again["documents"], strict=True):
+        document.update(other)
+
+
 def leaky(values):
     values["config"]["layout"] = "original"
     values["config"]["adapt_from"] = 0
@@ -194,6 +216,14 @@ FORGED = {
         "FAIL  provenance: it is another than the artifact has",
     ),
     "the hash of the source": (lambda v: v["source"].update(sha256="0" * 64), "FAIL  source: sha256 is '000"),
+    "that nothing was to adapt to a document": (
+        base_alone,
+        "FAIL  recomputed: adapted_nats of 'some.jsonl:",
+    ),
+    "of which text its bytes are": (
+        lambda v: v.update(bytes_of="normalised text"),
+        "FAIL  labels: bytes_of is 'normalised text', not 'text'",
+    ),
     "versions": (
         lambda v: (cheaper(v), v["versions"].update(torch="1.0")),
         "wanted: within a share of 0.001, as versions differ",
@@ -302,6 +332,30 @@ def test_a_file_that_is_no_score_is_refused_in_a_sentence(tmp_path, content):
         Stored(path)
     with pytest.raises(VerifyError, match="is no file of NLLs"):
         read_nll(path, None)
+
+
+def test_documents_that_a_deadline_left_are_said_to_be_unseen(scored, artifact, lines, tmp_path):
+    """No share of them can be recomputed."""
+
+    def late(values):
+        values["documents"][4].update(status=PARTIAL, adapted_tokens=16)
+        consistent(values)
+
+    said = verified(forged(scored, tmp_path, late), artifact, lines, "--share", "1")
+    assert "not seen here: 1 documents of which a deadline left text to the base model; what the model" in said
+    assert "pass  recomputed: 4 documents" in said and "valid_score is False" in said
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_an_nll_that_is_no_number_is_refused(scored, tmp_path, value):
+    """Of any document but the last, a NaN had been forgotten by the largest difference."""
+    nll = safetensors.numpy.load_file(scored / "nll.safetensors")
+    with safetensors.safe_open(scored / "nll.safetensors", "numpy") as file:
+        metadata = file.metadata()
+    nll["nll"][5] = value
+    safetensors.numpy.save_file(nll, tmp_path / "nll.safetensors", metadata)
+    with pytest.raises(VerifyError, match="is no file of NLLs .*: an NLL is no finite number"):
+        read_nll(tmp_path / "nll.safetensors", Stored(scored / "score.json"))
 
 
 def test_numbers_whose_sum_no_float_holds_are_refused(scored, tmp_path):

@@ -12,6 +12,7 @@ import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,7 @@ from .documents import Document, digest_of
 from .hf_model import HfModel
 from .pipeline import ScoreRequest, score
 from .protocols import TTTConfig
-from .results import FINISHED, DocumentResult, ScoreResult
+from .results import NOT_ADAPTED, PARTIAL, DocumentResult, ScoreResult
 from .sampling import is_for_tuning, sample
 
 NLL_FORMAT = "klora-nll-1"
@@ -122,6 +123,8 @@ def read_nll(path: str | Path, stored: Stored) -> list[np.ndarray]:
         fits = fits and offsets.dtype == np.int64 and offsets[0] == 0 and offsets[-1] == len(nll)
         if not fits or (np.diff(offsets) < 0).any():
             raise ValueError("its tensors do not fit together")
+        if not np.isfinite(nll).all():
+            raise ValueError("an NLL is no finite number")
     except (OSError, KeyError, TypeError, ValueError, IndexError, safetensors.SafetensorError) as error:
         raise VerifyError(f"{path} is no file of NLLs that `klora score --nll` wrote: {error}") from None
     sizes = [(digest, int(size)) for digest, size in zip(hashes, np.diff(offsets), strict=True)]
@@ -152,17 +155,21 @@ def verify(
     seed: int | None = None,
     rounding: float = RELATIVE,
     nll: Sequence[np.ndarray] | None = None,
+    of_bytes: Mapping[str, Any] = MappingProxyType({}),
 ) -> AuditReport:
     """Recompute a random share of the documents of a stored score and compare; one check a line.
 
     documents: all that the source has, whether or not they were sampled. setting: `versions`, `device` and `processor`
     here. nll: as :func:`read_nll` gives it. rounding: the share of a document's nats, of one at least, by which they
     may differ where the setting does; where it does not they must be the same to the bit. seed: draws the documents;
-    None: by chance, which whoever made a result cannot have known.
+    None: by chance, which whoever made a result cannot have known. of_bytes: what the result has to say of its bytes,
+    as `facts_of_tokens` gives it of the documents that :func:`scored_of` the source; left out: nothing.
     """
-    checks, seed = stated(stored, documents, nll), secrets.randbits(32) if seed is None else seed
+    checks, seed = stated(stored, documents, nll, of_bytes), secrets.randbits(32) if seed is None else seed
     by_hash = {document.sha256: document for document in documents}
-    same = [one["sha256"] in by_hash and one.get("status") in FINISHED for one in stored.documents]
+    # Whatever else is said of a document, it is no reason not to recompute it.
+    late = [one["status"] in (PARTIAL, NOT_ADAPTED) for one in stored.documents]
+    same = [one["sha256"] in by_hash and not is_late for one, is_late in zip(stored.documents, late, strict=True)]
     indices = np.flatnonzero(same).tolist()
     if not stored.config.phases and indices:
         indices = random.Random(seed).sample(indices, min(len(indices), max(1, math.ceil(share * len(indices)))))
@@ -178,16 +185,23 @@ def verify(
     checks.append(_recomputed(again, found, allowed, differs))
     if nll is not None:
         checks.append(_targets(again, found, [nll[index] for index in indices], allowed))
-    rest = len(stored.documents) - len(again)
+    rest = sum(same) - len(again)
     others = f"{rest:,} documents that were not recomputed (--seed {seed} draws the same); --share 1 recomputes all"
     unseen = [others] if rest else []
+    unseen += [f"{sum(late):,} documents of which a deadline left text to the base model"] if any(late) else []
     unseen += ["what the model was trained on", "bits per byte before quantisation, which want the run"]
     return AuditReport(tuple(checks), tuple(unseen))
 
 
-def stated(stored: Stored, documents: Sequence[Document], nll: Sequence[np.ndarray] | None = None) -> list[Check]:
+def stated(
+    stored: Stored,
+    documents: Sequence[Document],
+    nll: Sequence[np.ndarray] | None = None,
+    of_bytes: Mapping[str, Any] = MappingProxyType({}),
+) -> list[Check]:
     """Whether what a result says fits together and is of the documents of its source: nothing is recomputed."""
-    checks = [_source(stored, documents), _which(stored, documents), _totals(stored), _valid(stored), _labels(stored)]
+    checks = [_source(stored, documents), _which(stored, documents), _totals(stored), _valid(stored)]
+    checks += [_labels(stored, of_bytes)]
     return checks if nll is None else [*checks, _sums(stored, nll)]
 
 
@@ -201,11 +215,16 @@ def _source(stored: Stored, documents: Sequence[Document]) -> Check:
     )
 
 
+def scored_of(stored: Stored, documents: Sequence[Document]) -> Sequence[Document]:
+    """Those of a source's documents that the run was given: all, or its sample; a sweep chose of these."""
+    most = stored.source["most_tokens"]
+    return sample(documents, most) if most else documents
+
+
 def _which(stored: Stored, documents: Sequence[Document]) -> Check:
     """Whether the documents are those of the source: all of them, its sample, or what a sweep left."""
     most, tuned = stored.source["most_tokens"], "sweep" in stored.values
-    wanted = sample(documents, most) if most else documents
-    wanted = [document for document in wanted if not (tuned and is_for_tuning(document))]
+    wanted = [one for one in scored_of(stored, documents) if not (tuned and is_for_tuning(one))]
     here, there = (sorted(hashes) for hashes in ([d.sha256 for d in wanted], [d["sha256"] for d in stored.documents]))
     sizes = {document.sha256: (document.targets, document.bytes) for document in wanted}
     off = [d for d in stored.documents if sizes.get(d["sha256"]) != (d["tokens"], d["bytes"])]
@@ -253,11 +272,13 @@ def _valid(stored: Stored) -> Check:
     return Check("valid_score", False, f"{evidence}, and should be {valid}")
 
 
-def _labels(stored: Stored) -> Check:
+def _labels(stored: Stored, of_bytes: Mapping[str, Any]) -> Check:
     """Whether the result is labelled as its config and its documents want it, with the notes that belong beside it."""
-    wrong = _differing([("", stored.values, {name: stored.again.get(name) for name in LABELS})])
+    facts = dict(of_bytes)
+    wanted = [*facts.pop("notes", []), *stored.again.get("notes", [])]
+    wrong = _differing([("", stored.values, {name: stored.again.get(name) for name in LABELS} | facts)])
     notes = stored.values.get("notes", [])
-    missing = [note for note in stored.again.get("notes", []) if not isinstance(notes, list) or note not in notes]
+    missing = [note for note in wanted if not isinstance(notes, list) or note not in notes]
     wrong = "; ".join(filter(None, [wrong, *(f"the note {note!r:.80} is missing" for note in missing)]))
     return Check("labels", not wrong, wrong or f"{stored.again['protocol_label']}, as its config says")
 
@@ -268,7 +289,7 @@ def _sums(stored: Stored, nll: Sequence[np.ndarray]) -> Check:
     for document, found in zip(stored.documents, nll, strict=True):
         nats = document["adapted_nats"]
         apart = abs(float(found.sum(dtype=np.float64)) - nats) / max(nats, 1.0)
-        if not apart <= worst:
+        if apart > worst:
             worst, where = apart, document["name"]
     fits = worst <= 1e-9
     says = "are the documents' nats" if fits else f"are off by a share of {worst:.2g} at {where!r}"
@@ -307,7 +328,7 @@ def _targets(
     worst, where = 0.0, ""
     for old, new, before in zip(again, found.nll, nll, strict=True):
         apart = np.abs(before - new) / np.maximum(new, 1.0)
-        if len(apart) and not apart.max() <= worst:
+        if len(apart) and apart.max() > worst:
             worst, where = float(apart.max()), f"target {int(apart.argmax()) + 1} of {old['name']!r}"
     limit = 100 * allowed  # one target's rounding is more than that of a sum
     fits = worst <= limit
