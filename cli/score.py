@@ -203,6 +203,8 @@ def score(
     options.require_folder(folder)
     if nll:
         _require_for_nll(nll, folder)
+    for name in RESULTS:
+        options.require_file(folder / name)
     with locked(folder, rank_of_many(), say=output.warn):
         if not overwrite:
             _require_no_results(folder)
@@ -244,7 +246,9 @@ def _require_for_hf(
 def _require_for_nll(path: Path, folder: Path) -> None:
     """ConfigError or OSError where --nll cannot be written, or would take the place of what is something else."""
     options.require_file(path, "--nll")
-    if path.resolve().parent == folder.resolve() and (path.name in RESULTS or path.name.startswith("journal")):
+    if path.resolve().parent == folder.resolve() and (
+        path.name in RESULTS or path.name.startswith(("journal", ".klora"))
+    ):
         raise ConfigError(f"--nll {path} has the name of another file of the results; give another name")
     if path.exists() and path.stat().st_size and not is_nll(path):
         raise ConfigError(f"{path} is there and is no file of NLLs; move it or give another --nll")

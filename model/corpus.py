@@ -230,15 +230,15 @@ def _json_document(line: bytes, field: str, default_name: str) -> TextDocument:
         raise _BadLine(f"its value is of type {type(record).__name__}, not an object")
     if field not in record:
         raise _BadLine(f"no field {field!r} (it has {', '.join(map(repr, record)) or 'none':.200})")
-    document = TextDocument(record.get("name", default_name), record[field])
-    for key, value in (("name", document.name), (field, document.text)):
+    for key in ("name", field):
+        value = record.get(key, "")  # the name of a file, where there is none, need not be UTF-8
         if not isinstance(value, str):
             raise _BadLine(f"field {key!r} is of type {type(value).__name__}, not a string")
         try:
             value.encode()
         except UnicodeEncodeError:
             raise _BadLine(f"field {key!r} has half a surrogate pair, which is no character") from None
-    return document
+    return TextDocument(record.get("name", default_name), record[field])
 
 
 def _lines(path: Path) -> Iterator[bytes]:

@@ -551,6 +551,20 @@ def test_a_scorer_may_give_tensors():
     assert report.checks[0].passed and report.checks[1].passed, str(report)
 
 
+def test_a_scorer_may_answer_in_one_buffer_again_and_again():
+    """As a captured graph does."""
+    buffer = np.zeros(2**14)
+
+    def reusing(documents):
+        found = Counts()(documents)
+        ends = np.cumsum([len(nll) for nll in found])
+        buffer[: ends[-1]] = np.concatenate(found)
+        return np.split(buffer[: ends[-1]], ends[:-1])
+
+    report = audit(reusing, DOCUMENTS, VOCAB)
+    assert report.passed, str(report)
+
+
 def test_what_a_scorer_does_to_its_arrays_changes_nothing():
     def careless(documents):
         found = Counts()(documents)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import zstandard
 from conftest import peak_memory
-from klora.model.corpus import Corpus, CorpusError, in_validation
+from klora.model.corpus import Corpus, CorpusError, TextDocument, in_validation
 
 
 def names(corpus: Corpus) -> list[str]:
@@ -174,6 +174,13 @@ def test_jsonl_errors_name_the_file_the_line_and_the_cure(tmp_path, line, messag
     wanted = "wanted one JSON object a line with the text under 'text'"
     with pytest.raises(CorpusError, match=rf"d\.jsonl, line 3: {message}.*; {wanted}"):
         next(reading)
+
+
+def test_a_jsonl_whose_own_name_is_no_utf8_is_read(tmp_path):
+    """Its records have no name: it had been called the name of one with half a surrogate pair."""
+    path = tmp_path / os.fsdecode(b"\xff.jsonl")
+    path.write_text('{"text": "x"}\n')
+    assert list(Corpus.jsonl([path]).documents()) == [TextDocument(f"{path.name}:1", "x")]
 
 
 @pytest.mark.parametrize(("suffix", "compress"), [(".gz", gzip.compress), (".zst", zstandard.compress)])

@@ -22,7 +22,7 @@ from klora.model.shards import ShardWriter
 from klora.model.tokenizer import Tokenizer, TokenizerError
 from klora.ttt.protocols import ttt_preset
 from klora.ttt.report import write_report
-from klora.ttt.results import NOT_ADAPTED, DocumentResult, ScoreResult, read_documents_csv
+from klora.ttt.results import NOT_ADAPTED, RESULTS, DocumentResult, ScoreResult, read_documents_csv
 from test_cli import SMALL as CLI_SMALL
 from test_cli import klora
 from test_tokenizer import CONTEST, model_with
@@ -155,12 +155,15 @@ def test_what_cannot_be_written_is_found_before_the_work(artifact, texts, tmp_pa
 
     monkeypatch.setattr("klora.cli.subject.load_artifact", work)
     (tmp_path / "file").touch()
+    for name in RESULTS:
+        (tmp_path / "taken" / name / name).mkdir(parents=True)
     for out, says in (
+        *((tmp_path / "taken" / name, f"{name} is no file; allowed: a file") for name in RESULTS),
         ("/proc/klora/scores", "cannot be written"),
         (tmp_path / "file" / "scores", "cannot be written"),
         (tmp_path / "file", "is a file"),
     ):
-        assert says in klora(*command(artifact, texts, out), check=2).stderr
+        assert says in klora(*command(artifact, texts, out), check=2).stderr.replace("\n", " ")
     monkeypatch.setattr("klora.cli.scoring.SPARE_BYTES", 2**60)
     assert (
         "free; make space or give a path on another disk" in klora(*command(artifact, texts, tmp_path), check=2).stderr

@@ -115,6 +115,7 @@ def test_a_file_for_nlls_is_tried_before_the_work_and_takes_no_other_files_place
         (Path("/proc/nll"), "cannot be written"),
         (out / "score.json", "has the name of another file of the results"),
         (out / "journal.jsonl", "has the name of another file of the results"),
+        (out / ".klora.lock", "has the name of another file of the results"),
     ):
         refused = klora("score", artifact, "--jsonl", lines, "--out", out, *SETS, "--nll", path, check=2)
         assert says in refused.stderr.replace("\n", " ") and not out.exists()

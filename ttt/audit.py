@@ -442,12 +442,12 @@ class _Audit:
 
 
 def _array(nll: Any, wanted: int) -> np.ndarray:
-    """float64 [wanted]. Of a tensor of PyTorch, be it on a GPU, in bf16 or with a gradient, the values.
+    """float64 [wanted], a copy. Of a tensor of PyTorch, be it on a GPU, in bf16 or with a gradient, the values.
 
     _NoAnswer: no numbers, or other than so many.
     """
     try:
-        found = np.asarray(nll.detach().double().cpu() if hasattr(nll, "detach") else nll, dtype=np.float64)
+        found = np.array(nll.detach().double().cpu().numpy() if hasattr(nll, "detach") else nll, dtype=np.float64)
     except (TypeError, ValueError) as error:
         raise _NoAnswer(f"{type(nll).__name__} for {wanted} targets: {error}") from None
     if found.shape != (wanted,):
