@@ -1,5 +1,6 @@
 """Options that several commands share, and what is made of them."""
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -70,8 +71,8 @@ def require_folder(path: Path) -> None:
 
     Raises ConfigError or OSError; creates nothing.
     """
-    if path.exists() and not path.is_dir():
-        raise ConfigError(f"--out {path} is a file; allowed: a folder, or a path where there is nothing yet")
+    if os.path.lexists(path) and not path.is_dir():
+        raise ConfigError(f"--out {path} is no folder; allowed: a folder, or a path where there is nothing yet")
     require_writable(path)
 
 

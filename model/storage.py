@@ -29,7 +29,8 @@ def replacing(path: Path) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    begin = f".{path.name}.{zlib.crc32(socket.gethostname().encode()):08x}."
+    name = os.fsencode(path.name)  # cut: with what is added it could be too long for a file system
+    begin = f".{os.fsdecode(name[:100])}.{zlib.crc32(name + socket.gethostname().encode()):08x}."
     for left in path.parent.glob(f"{glob.escape(begin)}*.partial"):
         pid = left.name[len(begin) : -len(".partial")]
         if pid.isdigit() and not _is_alive(int(pid)):

@@ -501,3 +501,13 @@ def test_a_run_that_is_older_than_the_ways_of_ranks_goes_on_with_their_defaults(
     klora("train", "--resume", "--out", tmp_path, "--set", "max_steps=4", "--set", "muon_gathers=1")
     stored = json.loads(path.read_text())["train"]
     assert [stored[name] for name in names] == [1, 1] and len(losses(tmp_path)) == 4
+
+
+def test_a_file_with_the_longest_name_that_there_is_can_be_replaced(tmp_path):
+    """What is written beside it first has no longer one."""
+    for name in ("a" * 255, "ä" * 127, os.fsdecode(b"\xff" * 255)):
+        for text in ("one", "two"):
+            write_text(tmp_path / name, text)
+            assert (tmp_path / name).read_text() == text
+        assert [file.name for file in tmp_path.iterdir()] == [name]
+        (tmp_path / name).unlink()

@@ -155,13 +155,15 @@ def test_what_cannot_be_written_is_found_before_the_work(artifact, texts, tmp_pa
 
     monkeypatch.setattr("klora.cli.subject.load_artifact", work)
     (tmp_path / "file").touch()
+    (tmp_path / "nowhere").symlink_to(tmp_path / "gone")
     for name in RESULTS:
         (tmp_path / "taken" / name / name).mkdir(parents=True)
     for out, says in (
         *((tmp_path / "taken" / name, f"{name} is no file; allowed: a file") for name in RESULTS),
         ("/proc/klora/scores", "cannot be written"),
         (tmp_path / "file" / "scores", "cannot be written"),
-        (tmp_path / "file", "is a file"),
+        (tmp_path / "file", "is no folder"),
+        (tmp_path / "nowhere", "is no folder"),
     ):
         assert says in klora(*command(artifact, texts, out), check=2).stderr.replace("\n", " ")
     monkeypatch.setattr("klora.cli.scoring.SPARE_BYTES", 2**60)
