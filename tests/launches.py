@@ -190,17 +190,17 @@ def check_who_sees_a_launch() -> None:
 
 
 def check_who_has_a_context() -> None:
-    """A thread asks CUDA's runtime before its first launch on a GPU, and then no more."""
+    """Each thread asks CUDA's runtime before its first launch on a GPU, and then no more."""
     arguments, asked, cuda = next(every_launch()), [], torch.cuda
     plain = cuda.is_initialized, cuda.is_current_stream_capturing
     cuda.is_current_stream_capturing = lambda: asked.append(len(LAUNCHED))
-    for known in (False, True):
-        cuda.is_initialized = lambda known=known: known
+    for answers in ((False, True, True), (True, True)):
         with ThreadPoolExecutor(1) as pool:
-            for _ in range(2):
+            for known in answers:
+                cuda.is_initialized = lambda known=known: known
                 pool.submit(kernel[(1,)], **arguments).result()
     cuda.is_initialized, cuda.is_current_stream_capturing = plain
-    assert asked == [len(LAUNCHED) - 2]
+    assert asked == [len(LAUNCHED) - 4, len(LAUNCHED) - 2]
     launch._THREAD.has_context = True  # as a thread's that has launched on a GPU
 
 

@@ -1,21 +1,21 @@
 """What a call costs the host: remembered launches are Triton's own, calls are few, and the measurement of it."""
 
+import ast
 import json
 import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from functools import partial
 
 import pytest
 import torch
-from conftest import replayed
+from conftest import ROOT, replayed
 from klora.bench.host import LIMITS, host_time, measured, rows
-from klora.kernels import causal_attention, lora_linear
+from klora.kernels import causal_attention, int6_linear, lora_linear, quantize_int6
 from klora.kernels.launch import launched
 from triton.runtime.jit import JITFunction
 
-ROOT = Path(__file__).resolve().parent.parent
 CALLS = {"rms_norm": (86, 225), "linear": (104, 245), "lora_linear": (272, 592)}
 """Python's calls, those of C functions included, of a forward, and of a forward and backward."""
 
@@ -76,6 +76,18 @@ def test_nothing_changes_where_triton_is_not_the_compiler(monkeypatch):
     assert type(launched(other)) is JITFunction
 
 
+def test_every_kernel_that_takes_a_descriptor_is_launched_so():
+    """Else a thread could begin with a tensor map. The kernels of Newton-Schulz's edges take none."""
+    plain, used = set(), set()
+    for path in (ROOT / "kernels").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            decorators = [ast.unparse(decorator) for decorator in getattr(node, "decorator_list", ())]
+            if any("jit" in decorator for decorator in decorators):
+                used |= {name.id for name in ast.walk(node) if isinstance(name, ast.Name)}
+                plain |= {node.name} if "launched" not in decorators else set()
+    assert plain - used == {"_measure", "_inverse_norm", "_fill", "_apply"}
+
+
 def test_the_least_of_all_rounds_counts_and_the_gpu_is_not_awaited(monkeypatch):
     now = iter([0.0, 4e-6, 6e-6, 10.0, 10.0 + 2e-6, 10.0 + 6e-6])
     monkeypatch.setattr("klora.bench.host.time.perf_counter", lambda: next(now))
@@ -118,12 +130,18 @@ def test_a_remembered_launch_gives_the_bits_of_the_first_and_can_be_captured():
 
 
 @pytest.mark.gpu
-def test_a_thread_may_begin_with_a_launch():
+@pytest.mark.parametrize("op", ["causal_attention", "int6_linear"])
+def test_a_thread_may_begin_with_a_launch(op):
     """All of its memory comes from PyTorch's cache, so nothing gives it a CUDA context before the first tensor map."""
-    q, k, v = (torch.randn(2, 128, heads, 64, device="cuda").bfloat16() for heads in (4, 2, 2))
-    first = causal_attention(q, k, v)
-    causal_attention(q, k, v)
+    if op == "causal_attention":
+        given = [torch.randn(2, 128, heads, 64, device="cuda").bfloat16() for heads in (4, 2, 2)]
+        call = partial(causal_attention, *given)
+    else:  # on Hopper by its kernel of many rows, which takes descriptors
+        weight = quantize_int6(torch.randn(4096, 4096, device="cuda"))
+        call = partial(int6_linear, torch.randn(400, 4096, device="cuda").bfloat16(), weight)
+    first = call()
+    call()
     torch.cuda.synchronize()
     for _ in range(3):
         with ThreadPoolExecutor(1) as pool:
-            assert torch.equal(pool.submit(causal_attention, q, k, v).result(), first)
+            assert torch.equal(pool.submit(call).result(), first)

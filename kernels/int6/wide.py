@@ -27,6 +27,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ..dispatch import cdiv, multiprocessors
+from ..launch import launched
 from .layout import tile_grid
 from .unpack import TILES, block_of, following, items_of_this_program, unpack
 
@@ -121,6 +122,7 @@ def multiply(
     tma.store_wait(0)
 
 
+@launched
 @gluon.jit(do_not_specialize=["M", "blocks_f", "blocks_m", "loads"])
 def wide_product(
     x_desc,  # [M, C], blocks [BLOCK_M, 64]

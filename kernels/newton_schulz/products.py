@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..launch import launched
 from ..tile import tiled
 from .chained import run_chained
 from .plan import FIELDS, Plan
@@ -90,6 +91,7 @@ def _multiply(
     return acc
 
 
+@launched
 @triton.jit
 def _products(
     rows,  # [PANEL, BK] of the arena
