@@ -41,8 +41,9 @@ def halves(tile, M: tl.constexpr, N: tl.constexpr):
 def row_dots(a, b):
     """sum(a * b) of each row of two tiles [M, N] in fp32 -> [M]: the same bits in every lane that holds a row's sum.
 
-    Left to itself the compiler fuses a product with the addition of another lane's: one of the two is rounded then, the
-    other is not, and each lane has another sum. All of them store it where a layout changes, and no one says who wins.
+    Where a lane has one element, the compiler would fuse its product with the addition of another lane's: one of the
+    two is rounded then, the other is not, and each lane has another sum. All of them store it where a layout changes,
+    and no one says who wins.
     """
     return tl.sum(tl.fma(a, b, 0.0), 1)
 

@@ -54,10 +54,12 @@ def pretend() -> None:
     driver._active, dispatch.INTERPRETED = NoGPU(), True
 
 
-def compiled_for_hopper(code: str) -> str:
-    """What `code` prints. AssertionError, with what it says, where it ends with another status than 0."""
+def compiled_for_hopper(code: str, *arguments: str) -> str:
+    """What `code` prints, with these in sys.argv[1:]. AssertionError, with what it says, where it ends with another
+    status than 0.
+    """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command, folder = [sys.executable, "-c", code], Path(__file__).parent
+    command, folder = [sys.executable, "-c", code, *arguments], Path(__file__).parent
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
