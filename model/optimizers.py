@@ -149,7 +149,7 @@ class Optimizers:
             parameter = parameters[parameter_name]
             if tensor.shape != (torch.Size([]) if key == "step" else parameter.shape):
                 raise ValueError(f"the optimizer's {name} is {list(tensor.shape)}")
-            if key in ("step", "exp_avg_sq") and not 0 <= tensor.min() <= tensor.max() < torch.inf:
+            if key in ("step", "exp_avg_sq") and not ((tensor >= 0) & (tensor < torch.inf)).all():
                 raise ValueError(f"the optimizer's {name} is negative or no number")
         for name, found in kinds.items():
             wanted = MUON_STATE if owner[parameters[name]] is self.muon else ADAMW_STATE

@@ -72,6 +72,13 @@ def continues_bit_for_bit(tmp_path, data, whole, stop_at, options):
         assert torch.equal(expected[name], got[name]), name
 
 
+def test_a_model_of_one_block_is_resumed(tmp_path, data):
+    """It has no skip, so that a parameter and its state hold no element."""
+    out = tmp_path / "run"
+    Trainer(small_preset(blocks=1, max_steps=2), data, out, ALONE).run()
+    assert Trainer(small_preset(blocks=1, max_steps=3), data, out, ALONE, resume=True).run().step == 3
+
+
 @pytest.mark.slow
 def test_a_checkpoint_on_the_timer_is_resumed_after_a_kill(tmp_path, data, whole):
     """Steps after the last checkpoint are done again: loss.csv has each step once, as in the run without the kill."""
