@@ -121,7 +121,9 @@ def train(
         if not (resume or overwrite or is_again):
             require_no_run(out)
         output.is_silent |= not ranks.is_first
-        goes_on = resume or ranks.from_first(is_again and (out / CHECKPOINT).exists())
+        # What differs there would have the ranks wait for each other in different places.
+        ranks.require_same({"--resume": resume, "--shards": bool(shards)})
+        goes_on = ranks.from_first(resume or (is_again and (out / CHECKPOINT).exists()))
         if goes_on:
             if resume and (preset_name or shards or field != "text" or names_text):
                 raise ConfigError(

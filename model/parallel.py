@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .config import ConfigError
 from .graphs import release_collectives
+from .storage import differences
 from .watch import JOIN, PATIENCE, SETTLE, Watch
 
 PREPARATION = datetime.timedelta(hours=6)
@@ -113,6 +114,14 @@ class Ranks:
         with self.waiting():
             dist.broadcast_object_list(values, src=0, device=torch.device("cpu"))
         return values[0]
+
+    def require_same(self, settings: dict[str, Any]) -> None:
+        """ConfigError on a rank whose `settings` are others than the first one's: each would train something else."""
+        if differing := differences(self.from_first(settings), settings):
+            raise ConfigError(
+                f"rank {self.rank} is not of the first rank's run: {differing}; start all ranks with the same klora, "
+                "options and data"
+            )
 
     def sum_(self, tensor: Tensor) -> Tensor:
         """Sum over ranks, in place."""

@@ -49,7 +49,7 @@ from .ranges import phase
 from .run_folder import MODEL, RUN, TOKENIZER, began_with, drop_replaced, set_aside
 from .run_state import RunState
 from .schedule import TrainingClock, is_quantized, lr_scale
-from .shards import RowSampler, TokenStream, survey
+from .shards import RowSampler, ShardFacts, TokenStream, survey
 from .signals import StopSignals
 from .storage import require_writable, write_bytes, write_text
 
@@ -119,6 +119,7 @@ class Trainer:
         self.folder = Path(folder)
         self.sources = sources or {}
         self.say = say if ranks.is_first else lambda text: None
+        ranks.require_same(self._settings(resume))
         rows = rows_per_rank(preset, ranks.world)
         if data.tokenizer.vocab_size != preset.model.vocab_size:
             raise ConfigError(
@@ -163,8 +164,7 @@ class Trainer:
         self.step, self.tokens, self.loss, self.elapsed = 0, 0, math.nan, 0.0
         self.clock = TrainingClock(ranks.device)
         self.is_resumed = resume
-        shards = [*data.train, *data.validation]
-        shards = ranks.from_first(survey(shards, data.tokenizer.vocab_size) if ranks.is_first else [])
+        shards = self._survey()
         self.state = RunState(self.folder, self.stepper, self.sampler, ranks, data.folder, shards)
         if resume:
             self._load_checkpoint()
@@ -181,6 +181,31 @@ class Trainer:
             self._describe_run()
             text = "normalised text" if data.tokenizer.changes else ""
             self.curve = LossCurve(self.folder, resume_at=self.step, say=say, bytes_of=text)
+
+    def _settings(self, resume: bool) -> dict[str, Any]:
+        """What all ranks have to have in common, by name."""
+        tokenizer = hashlib.sha256(self.data.tokenizer.to_bytes()).hexdigest()
+        about = {"klora": __version__, "resume": resume, "preset": self.preset.name, "tokenizer": tokenizer}
+        tokens = {
+            f"tokens of {split}": len(TokenStream(paths))
+            for split, paths in (("train", self.data.train), ("validation", self.data.validation))
+        }
+        return about | tokens | self.preset.model.to_dict() | self.config.to_dict()
+
+    def _survey(self) -> list[ShardFacts]:
+        """Facts of all shards as the first rank finds them, read once a machine. ConfigError: this one has others."""
+        reads = self.ranks.is_first or self.ranks.is_first_here
+        paths = [*self.data.train, *self.data.validation]
+        found = survey(paths, self.data.tokenizer.vocab_size) if reads else []
+        known = self.ranks.from_first(found)
+        other = next((mine for mine, first in zip(found, known, strict=False) if mine[1:] != first[1:]), None)
+        if other:
+            raise ConfigError(
+                f"rank {self.ranks.rank} is not of the first rank's run: its {self.data.folder / other.name} holds "
+                "other tokens; copy the first rank's shards to every machine"
+            )
+        self.ranks.wait()  # before the first one changes the folder
+        return known
 
     def run(self, progress: Callable[[dict[str, Any]], None] = lambda row: None) -> TrainResult:
         """Train to the end or to a signal. `progress` gets each row of loss.csv, once its loss is known."""

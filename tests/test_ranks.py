@@ -125,6 +125,20 @@ def test_a_rank_that_waits_for_the_first_can_be_stopped_and_does_not_wait_for_ev
         waiting.begin({})
 
 
+@pytest.mark.parametrize("settings", [{"lr": 0.1, "artifact": "a"}, {}])
+def test_a_rank_of_another_run_is_refused(tmp_path, settings):
+    store = dist.HashStore()
+    books = [
+        Journal(tmp_path / f"journal-{rank}.jsonl", f"run {rank}", False, settings=settings and settings | {"lr": rate})
+        for rank, rate in enumerate((0.1, 0.3))
+    ]
+    StoreQueue(store, 0, 2).begin({}, of_run=books[0].of_run)
+    says = "lr is 0.1 there and 0.3 here" if settings else "fingerprint is run 0 there and run 1 here"
+    with pytest.raises(ConfigError, match=f"rank 1 is not of the first rank's run: {says}; start all ranks"):
+        run(books[1], StoreQueue(store, 1, 2))
+    StoreQueue(store, 1, 2).begin({}, of_run=books[0].of_run)
+
+
 def test_ranks_without_a_master_address_are_refused(monkeypatch):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")

@@ -5,6 +5,7 @@ Ranks are lost for good: by SIGKILL, or by SIGSTOP, after which a process answer
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -171,6 +172,36 @@ def together(count: int, *command, **more) -> list[Forked]:
     """A command on ranks that were started by hand."""
     shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     return [Forked(command, environment={**ENVIRONMENT, **shared, **more, "RANK": str(rank)}) for rank in range(count)]
+
+
+OTHERS = {
+    "a rate": (["--set", "muon_lr=0.5"], "muon_lr is 0.02 there and 0.5 here"),
+    "an end": (["--set", "max_steps=7"], "max_steps is 60 there and 7 here"),
+    "a start": (["--resume"], "--resume is False there and True here"),
+    "a text": (["--shards", "OTHERS"], "fineweb_train_000000.bin holds other tokens"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("other", OTHERS)
+def test_a_rank_of_another_run_is_refused_before_anything_changes(tmp_path, data, other):
+    """A rank of another machine, where an option or a file may be another."""
+    given, says = OTHERS[other]
+    shutil.copytree(data.folder, tmp_path / "others")
+    for path in (tmp_path / "others").glob("*_train_*.bin"):
+        tokens = path.read_bytes()
+        path.write_bytes(tokens[:-4] + tokens[-2:] + tokens[-4:-2])
+    given = [str(tmp_path / "others") if part == "OTHERS" else part for part in given]
+    command = ["-m", "klora.cli", "train", "--out", tmp_path / "run", *options(data)]
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "LOCAL_RANK": "0"}
+    ranks = [
+        Forked(part, environment={**ENVIRONMENT, **shared, "RANK": str(rank)})
+        for rank, part in enumerate((command, [*command, *given]))
+    ]
+    said = [process.communicate() for process in ranks]
+    assert [process.returncode for process in ranks] == [2, 2], said
+    assert all("rank 1 is not of the first rank's run: " in error and says in error for _, error in said), said
+    assert not (tmp_path / "run" / "run.json").exists()
 
 
 WAYS = {

@@ -70,6 +70,7 @@ class Journal:
         settings: Mapping[str, Any] = MappingProxyType({}),
     ):
         self.path, self._fingerprint, self._settings = path, fingerprint, dict(settings)
+        self.of_run = self._settings or {"fingerprint": fingerprint}
         self._protocol = self._settings.get("protocol", SCORE_FIRST)
         self.done: dict[int, DocumentResult] = {}
         self.seconds: dict[str, float] = {}
@@ -232,7 +233,7 @@ class NoJournal(Journal):
     """
 
     def __init__(self, base: dict[str, np.ndarray] | None = None):
-        self.done, self.seconds = {}, {}
+        self.of_run, self.done, self.seconds = {}, {}, {}
         self._base = {} if base is None else base
 
     def _append(self, *records: dict[str, Any]) -> None:

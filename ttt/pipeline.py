@@ -198,7 +198,9 @@ class _Run:
         """Work until every document has a result; facts of the run."""
         began = time.perf_counter()
         spent = sum(self.progress.seconds.values())
-        done, self.deadline = self.queue.begin(self.journal.done, self.config.deadline, spent, self.progress.tick)
+        done, self.deadline = self.queue.begin(
+            self.journal.done, self.config.deadline, spent, self.progress.tick, self.journal.of_run
+        )
         left = (index for index in range(len(self.documents)) if index not in done)
         order = sorted(left, key=lambda index: -self.documents[index].targets)
         self.progress.tick()

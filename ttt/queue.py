@@ -28,13 +28,16 @@ same before it takes documents of the next one. So it is the same on any number 
 
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch.distributed as dist
 
+from ..model.config import ConfigError
 from ..model.parallel import is_one_of_many, met, restarts
+from ..model.storage import differences
 from ..model.watch import JOIN
 from .claims import SharedWaiting, Taken
 from .results import DocumentResult, NonFiniteScore
@@ -105,11 +108,16 @@ class DocumentQueue:
         return self.rank == 0
 
     def begin(
-        self, done: dict[int, DocumentResult], seconds: float, spent: float, tick: Callable[[], None]
+        self,
+        done: dict[int, DocumentResult],
+        seconds: float,
+        spent: float,
+        tick: Callable[[], None],
+        of_run: Mapping[str, Any],
     ) -> tuple[set[int], Deadline]:
         """The documents that are done, and the deadline in `seconds` of which `spent` are gone, as the first rank says.
 
-        The others wait for it and call `tick` meanwhile.
+        The others wait for it and call `tick` meanwhile. ConfigError on one whose run, in JSON values, is another.
         """
         self.publish(done)
         return set(done), Deadline(seconds, spent)
@@ -193,12 +201,13 @@ class StoreQueue(DocumentQueue):
         seconds: float = 0.0,
         spent: float = 0.0,
         tick: Callable[[], None] = lambda: None,
+        of_run: Mapping[str, Any] = MappingProxyType({}),
     ) -> tuple[set[int], Deadline]:
         left = seconds - spent if seconds else None
         if self.is_first or self.member.start > 1:  # whose journal no other has read
             self.publish(done)
         if self.is_first and self.member.start == 1:
-            self.store.set("begin", json.dumps({"left": left, "done": sorted(done)}))
+            self.store.set("begin", json.dumps({"left": left, "done": sorted(done), "run": dict(of_run)}))
         # The store's own wait would hear no signal.
         until = self.clock() + JOIN  # it may read the journals of an interrupted run
         while not self.store.check(["begin"]):
@@ -209,6 +218,11 @@ class StoreQueue(DocumentQueue):
                 )
             time.sleep(0.05)
         said = json.loads(self.store.get("begin"))
+        if differing := differences(said["run"], of_run):
+            raise ConfigError(
+                f"rank {self.rank} is not of the first rank's run: {differing}; start all ranks with the same model, "
+                "text and options"
+            )
         if said["left"] is not None and left is not None:  # a rank that was started again has spent more
             said["left"] = min(said["left"], left)
         return set(said["done"]), SharedDeadline(self, said["left"])
