@@ -4,7 +4,7 @@ import json
 import logging
 import os
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from typing import Annotated
 
@@ -100,6 +100,7 @@ def klora(
 
 def main() -> None:
     """Run the command line. A user's mistake or a broken file ends with one sentence on stderr and exit status 2."""
+    _open_streams()
     spin_less()
     # torch reads it when it is imported. Where another process is gone, its C++ would show a stack before our sentence.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
@@ -109,7 +110,8 @@ def main() -> None:
         app()
     except (KloraError, MemoryError, OSError) as error:
         if "--json" in sys.argv:
-            print(json.dumps({"error": str(error), "kind": type(error).__name__}))
+            with suppress(OSError):
+                print(json.dumps({"error": str(error), "kind": type(error).__name__}))
         # Python's own MemoryError says nothing.
         print(f"klora: {printable(str(error)) or 'out of memory'}", file=sys.stderr)
         sys.exit(2)
@@ -119,6 +121,19 @@ def main() -> None:
             raise
         print(f"klora: out of {memory} ({error}); give a smaller micro_batch_tokens or batch", file=sys.stderr)
         sys.exit(2)
+
+
+def _open_streams() -> None:
+    """Let what goes to a stream that was closed before the start go nowhere.
+
+    Python has None for it, and the next file to be opened would get its number, and what a library writes to that.
+    """
+    while (handle := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(handle)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))
 
 
 def _exhausted(error: RuntimeError) -> str | None:

@@ -73,7 +73,7 @@ class Output:
     """Speaks to a person, or with `as_json` prints one JSON object at the end and nothing else.
 
     A character that the terminal's encoding lacks is written as its escape, and a reader that has gone away is not
-    missed: neither ends a command that has work to do.
+    missed, nor a disk that is full: none of them ends a command that has work to do.
     """
 
     def __init__(self, as_json: bool = False):
@@ -87,7 +87,8 @@ class Output:
     def say(self, text: str, style: str = "") -> None:
         """One line for people."""
         if not self.is_silent:
-            self.console.print(printable(text), style=style, markup=False)
+            with suppress(OSError):
+                self.console.print(printable(text), style=style, markup=False)
 
     def warn(self, text: str) -> None:
         """One line on stderr, with --json too: something that ended nothing, but that one should know."""
@@ -105,12 +106,16 @@ class Output:
             table.add_column(column, overflow="fold")
         for row in rows:
             table.add_row(*row)
-        self.console.print(table)
+        with suppress(OSError):
+            self.console.print(table)
 
     def result(self, values: dict[str, Any]) -> None:
-        """The command's result for machines; people have had it in words."""
+        """The command's result for machines; people have had it in words. OSError: nobody takes it."""
         if self.as_json:
-            sys.stdout.write(json.dumps(_finite(values), indent=1, default=str) + "\n")
+            try:
+                print(json.dumps(_finite(values), indent=1, default=str), flush=True)
+            except OSError as error:
+                raise OSError(f"the result could not be printed ({error}); what was written to files is whole") from None
 
     @contextmanager
     def progress(self) -> Iterator[Callable[..., None]]:

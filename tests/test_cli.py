@@ -1,6 +1,7 @@
 """The command line as a user meets it: the whole chain on a small corpus, wrong arguments, interruptions."""
 
 import csv
+import errno
 import importlib
 import io
 import json
@@ -478,12 +479,14 @@ def test_results_without_a_number_are_valid_json(capsys):
     assert strict == {"loss": None, "bpb": {"last": [1.5, None]}}
 
 
-def test_a_reader_that_has_gone_ends_nothing(monkeypatch):
+@pytest.mark.parametrize("error", [BrokenPipeError(), OSError(errno.ENOSPC, "No space left on device")])
+def test_a_reader_that_has_gone_ends_nothing(monkeypatch, error):
     class Gone(io.StringIO):
         def write(self, text):
-            raise BrokenPipeError
+            raise error
 
-        flush = write
+        def flush(self):
+            raise error
 
     monkeypatch.setattr(sys, "stdout", Gone())
     monkeypatch.setattr(sys, "stderr", Gone())
@@ -493,6 +496,20 @@ def test_a_reader_that_has_gone_ends_nothing(monkeypatch):
     output.warn("words")
     with output.progress() as show:
         show("words", 1, 2)
+    with pytest.raises(OSError, match="the result could not be printed .*what was written to files is whole"):
+        Output(as_json=True).result({"a": 1})
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
+def test_a_stream_that_was_closed_before_the_start_ends_nothing(tmp_path, closed):
+    """What would be its number goes to no file that is opened later."""
+    show = "import os; from klora.cli.app import main; import sys; sys.argv[1:] = ['doctor', '--json']; main(); "
+    show += "sys.exit(os.open(os.devnull, os.O_RDONLY) <= 2 or not sys.stderr)"
+    done = subprocess.run(
+        ["sh", "-c", f'"$0" -c "$1" {closed}', sys.executable, show], env=ENV, capture_output=True, text=True
+    )
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    assert done.stdout == "" if ">&-" in closed.replace("2>&-", "") else json.loads(done.stdout)
 
 
 @pytest.mark.slow
