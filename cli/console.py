@@ -115,7 +115,7 @@ class Output:
             try:
                 print(json.dumps(_finite(values), indent=1, default=str), flush=True)
             except OSError as error:
-                raise OSError(f"the result could not be printed ({error}); what was written to files is whole") from None
+                raise OSError(f"the result could not be printed ({error}); files that were written are whole") from None
 
     @contextmanager
     def progress(self) -> Iterator[Callable[..., None]]:

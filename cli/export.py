@@ -12,7 +12,7 @@ from ..model.config import ModelConfig
 from ..model.loading import load_run, tokenizer_of_run
 from ..model.lock import locked
 from ..model.parallel import rank_of_many
-from ..model.run_folder import TOKENIZER
+from ..model.run_folder import MODEL, TOKENIZER
 from . import options
 from .console import Output
 
@@ -57,11 +57,14 @@ def export_run(run: Path, path: Path, budget: int, output: Output) -> ArtifactSu
         raise ArtifactError(f"{path} is there and is no artifact of klora's; move it or give another --out")
     tensors, meta = load_run(run)
     config = ModelConfig.from_dict(meta["model"])
-    is_of_shards = meta["provenance"].get("sources", {}).get("kind", "shards") == "shards"
+    sources = meta["provenance"].get("sources", {})
+    if not isinstance(sources, dict):
+        raise CheckpointError(f"{run / MODEL} is damaged: its sources are no object; copy it again, or train again")
+    is_of_shards = sources.get("kind", "shards") == "shards"
     tokenizer = tokenizer_of_run(run, may_normalise=is_of_shards)
     if tokenizer.vocab_size != config.vocab_size:
         raise CheckpointError(
-            f"{run / TOKENIZER} has {tokenizer.vocab_size} pieces and the model {config.vocab_size}; it not this run's"
+            f"{run / TOKENIZER} has {tokenizer.vocab_size} pieces, the model {config.vocab_size}; it is not this run's"
         )
     started = time.perf_counter()
     with locked(path, is_file=True, say=output.warn), output.progress() as show:

@@ -11,7 +11,16 @@ from ..model.corpus import Corpus
 from ..model.storage import require_writable
 from .console import Output
 
-DEFAULT_CACHE = Path.home() / ".cache" / "klora"
+
+def _default_cache() -> Path:
+    """In the home folder; beside the runs for a user who has none, as in a container under any number."""
+    try:
+        return Path.home() / ".cache" / "klora"
+    except RuntimeError:
+        return Path("runs/cache")
+
+
+DEFAULT_CACHE = _default_cache()
 
 Text = Annotated[
     list[Path] | None,

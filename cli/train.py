@@ -19,6 +19,7 @@ from ..model.placement import compute_dtype
 from ..model.prepare import Prepared, prepare, prepared_from_shards
 from ..model.reading import read_json
 from ..model.run_folder import CHECKPOINT, MODEL, RUN
+from ..model.shards import ShardError
 from ..model.storage import attempt, differences
 from ..model.train import Trainer, TrainResult
 from ..model.watch import PATIENCE
@@ -332,5 +333,10 @@ def _stored_run(out: Path, overrides: dict[str, str]) -> tuple[Preset, Prepared,
         raise ConfigError(
             f"{', '.join(wrong)} cannot change when a run is resumed ({differences(before, wrong)}); allowed: "
             f"{', '.join(CHANGEABLE)}"
+        )
+    if not data.is_dir():
+        raise ShardError(
+            f"the shards that the run in {out} reads were in {data}, which is gone; put them back, or name their new "
+            f'folder as "data" in {path}'
         )
     return given, prepared_from_shards(data), sources

@@ -52,7 +52,7 @@ class LossCurve:
     def rows(self) -> list[dict[str, str]]:
         """The rows there are, without those that a kill tore or that hold no numbers."""
         try:
-            text = read_bytes(self.csv_path).decode(errors="replace").replace("\0", "")
+            text = read_bytes(self.csv_path).decode("utf-8-sig", errors="replace").replace("\0", "")
         except FileNotFoundError:
             return []
         except OSError as error:

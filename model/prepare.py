@@ -11,7 +11,7 @@ from ..cores import usable_cores
 from .corpus import Corpus, TextDocument
 from .shards import Shard, ShardError, ShardWriter, find_shards
 from .storage import sync_folder, write_bytes, write_text
-from .tokenizer import BOS_ID, Tokenizer
+from .tokenizer import BOS_ID, Tokenizer, TokenizerError
 
 FORMAT = 1  # raise it when the same corpora would give other tokens, so that old caches are left alone
 BATCH_CHARACTERS = 2**20  # text encoded at a time: enough to keep the threads busy, a few tens of MB of Python integers
@@ -55,7 +55,10 @@ def prepare(
                 if not folder.exists():
                     raise
         sync_folder(folder.parent)
-    return prepared_from_shards(folder)
+    try:
+        return prepared_from_shards(folder)
+    except (ShardError, TokenizerError) as error:
+        raise ShardError(f"{error}; remove {folder}, which is made again from the text") from None
 
 
 def prepared_from_shards(folder: str | Path) -> Prepared:

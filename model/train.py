@@ -49,7 +49,7 @@ from .ranges import phase
 from .run_folder import MODEL, RUN, TOKENIZER, began_with, drop_replaced, set_aside
 from .run_state import RunState
 from .schedule import TrainingClock, is_quantized, lr_scale
-from .shards import RowSampler, ShardFacts, TokenStream, survey
+from .shards import RowSampler, ShardError, ShardFacts, TokenStream, survey
 from .signals import StopSignals
 from .storage import require_writable, write_bytes, write_text
 
@@ -120,6 +120,11 @@ class Trainer:
         self.sources = sources or {}
         self.say = say if ranks.is_first else lambda text: None
         ranks.require_same(self._settings(resume))
+        if not resume and self.folder.resolve() == data.folder.resolve():
+            raise ConfigError(
+                f"{folder} holds the shards, beside which the run's tokenizer would be a second one; give the run a "
+                "folder of its own"
+            )
         rows = rows_per_rank(preset, ranks.world)
         if data.tokenizer.vocab_size != preset.model.vocab_size:
             raise ConfigError(
@@ -268,6 +273,7 @@ class Trainer:
         with phase("data"):
             all_rows = self.rows_per_rank * self.ranks.world
             rows = self.sampler.take_rows(all_rows, self.ranks.rank, self.ranks.world)
+            self._require_known(rows)
         averaged = self.averages.weights_at(self.step + 1, scale)
         # Noted before the step, whose end no other thread sees.
         self.state.books.append(
@@ -304,6 +310,15 @@ class Trainer:
         row = {"step": self.step, "seconds": 0.0, "tokens": self.tokens, "lr_scale": scale}
         self._pending.append(row | {"momentum": self.optimizers.momentum(self.step - 1)})
         return True
+
+    def _require_known(self, rows: Tensor) -> None:
+        """ShardError for a token that no shard had when the run began."""
+        if rows.max() >= self.preset.model.vocab_size:
+            raise ShardError(
+                f"a shard in {self.data.folder} has changed since training began: it has token {rows.max()} and the "
+                f"tokenizer {self.preset.model.vocab_size} pieces; put the shards back as they were. {self._kept()}; "
+                "--resume goes on from the checkpoint"
+            )
 
     def _report(self, reports: Sequence[tuple[float, float]], progress: Callable[[dict[str, Any]], None]) -> None:
         """Write the rows of the oldest steps that have none, from their (loss, gradient norm)."""

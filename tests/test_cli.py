@@ -32,6 +32,7 @@ from klora.cli.demo import is_demo
 from klora.cli.subject import _held_out_stdlib
 from klora.install import pip_install
 from klora.model import load_artifact
+from klora.model.checkpoint import load_tensors, save_tensors
 from klora.model.config import preset
 from klora.model.corpus import Corpus
 from klora.model.generate import generate_tokens
@@ -453,6 +454,11 @@ def test_an_export_replaces_artifacts_and_nothing_else(run, tmp_path):
     klora("export", run, "--out", tmp_path / "empty")
     klora("export", run, "--out", artifact)
     klora("export", run, "--out", artifact)
+    shutil.copytree(run, tmp_path / "other")
+    weights, meta = load_tensors(run / "model.safetensors")
+    meta["provenance"]["sources"] = ["text"]
+    save_tensors(tmp_path / "other" / "model.safetensors", weights, meta)
+    assert "its sources are no object" in klora("export", tmp_path / "other", check=2).stderr
     artifact.write_text("the only copy of something")
     assert "is no artifact of klora's" in klora("export", run, "--out", artifact, check=2).stderr
     assert artifact.read_text() == "the only copy of something"
@@ -496,8 +502,16 @@ def test_a_reader_that_has_gone_ends_nothing(monkeypatch, error):
     output.warn("words")
     with output.progress() as show:
         show("words", 1, 2)
-    with pytest.raises(OSError, match="the result could not be printed .*what was written to files is whole"):
+    with pytest.raises(OSError, match="the result could not be printed .*files that were written are whole"):
         Output(as_json=True).result({"a": 1})
+
+
+def test_a_user_without_a_home_has_a_cache_beside_the_runs():
+    nobody = "import pwd\ndef unknown(number):\n    raise KeyError\npwd.getpwuid = unknown\n"
+    show = nobody + "from klora.cli.options import DEFAULT_CACHE\nprint(DEFAULT_CACHE)"
+    homeless = {name: text for name, text in ENV.items() if name != "HOME"}
+    done = subprocess.run([sys.executable, "-c", show], env=homeless, capture_output=True, text=True)
+    assert done.stdout == "runs/cache\n", done.stderr
 
 
 @pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])

@@ -17,6 +17,7 @@ from klora import __version__
 from klora.cli.console import Output
 from klora.cli.export import export_run
 from klora.model.checkpoint import CheckpointError, _checksum, load_tensors, save_tensors, version_of
+from klora.model.config import ConfigError
 from klora.model.curve import LossCurve
 from klora.model.loading import load_run
 from klora.model.prepare import Prepared, prepared_from_shards
@@ -240,6 +241,14 @@ def test_a_damaged_curve_does_not_stop_a_resumed_run(tmp_path, data):
     assert [step for step, _ in losses(tmp_path)] == ["1", "3", "4", "5"]
 
 
+def test_a_curve_that_a_spreadsheet_has_saved_keeps_its_rows(tmp_path, data):
+    Trainer(small_preset(max_steps=2), data, tmp_path, ALONE).run()
+    path = tmp_path / "loss.csv"
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    Trainer(small_preset(max_steps=3), data, tmp_path, ALONE, resume=True).run()
+    assert [step for step, _ in losses(tmp_path)] == ["1", "2", "3"]
+
+
 @pytest.mark.slow
 def test_a_finished_run_stays_until_what_replaces_it_has_finished(tmp_path, data):
     Trainer(small_preset(max_steps=2), data, tmp_path, ALONE).run()
@@ -391,6 +400,40 @@ def full(*given, **options):
 
 
 @pytest.mark.slow
+def test_a_shard_that_is_overwritten_during_training_ends_it_in_a_sentence(tmp_path, data):
+    shutil.copytree(data.folder, tmp_path / "shards")
+    (path,) = (tmp_path / "shards").glob("*_train_*.bin")
+
+    def overwrite(row):
+        with open(path, "r+b") as file:
+            file.seek(1024)
+            file.write(b"\xff" * (path.stat().st_size - 1024))
+
+    trainer = Trainer(small_preset(), prepared_from_shards(tmp_path / "shards"), tmp_path / "run", ALONE)
+    with pytest.raises(ShardError, match=r"changed since training began: it has token 65535 .*Last checkpoint: none"):
+        trainer.run(overwrite)
+
+
+def test_a_run_is_not_begun_among_its_shards(tmp_path, data):
+    """Its tokenizer would be a second one there, with which no run can be resumed."""
+    shutil.copytree(data.folder, tmp_path / "shards")
+    before = digests(tmp_path / "shards")
+    prepared = prepared_from_shards(tmp_path / "shards")
+    with pytest.raises(ConfigError, match="shards holds the shards, .*a folder of its own"):
+        Trainer(small_preset(), prepared, tmp_path / "run" / ".." / "shards", ALONE)
+    assert digests(tmp_path / "shards") == before
+
+
+def test_shards_that_are_gone_are_named_when_a_run_is_resumed(tmp_path, data):
+    from klora.cli.train import _stored_run
+
+    Trainer(small_preset(max_steps=2), data, tmp_path, ALONE).run()
+    run = json.loads((tmp_path / "run.json").read_text())
+    (tmp_path / "run.json").write_text(json.dumps(run | {"data": str(tmp_path / "moved")}))
+    with pytest.raises(ShardError, match=r"moved, which is gone; put them back, or name .* in .*run\.json"):
+        _stored_run(tmp_path, {})
+
+
 def test_a_disk_that_is_full_at_a_checkpoint_costs_that_checkpoint(tmp_path, data, monkeypatch):
     said, kept = [], []
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -349,6 +350,15 @@ def test_prepare_is_reused_until_something_changes(tmp_path, corpora, monkeypatc
     (tmp_path / "text" / "0.txt").write_text("changed")
     others.append(prepare(train, validation, 400, tmp_path / "cache"))
     assert len({first.folder, *(other.folder for other in others)}) == 5
+
+
+def test_a_damaged_cache_is_named_with_what_to_do(tmp_path, corpora):
+    found = prepare(*corpora, 400, tmp_path / "cache")
+    found.train[0].unlink()
+    with pytest.raises(ShardError, match=f"no token shard .*; remove {found.folder}, which is made again"):
+        prepare(*corpora, 400, tmp_path / "cache")
+    shutil.rmtree(found.folder)
+    assert prepare(*corpora, 400, tmp_path / "cache").train == found.train
 
 
 def test_interrupted_prepare_leaves_nothing_to_reuse(tmp_path, corpora):
