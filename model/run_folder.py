@@ -17,6 +17,9 @@ def set_aside(folder: Path, say: Callable[[str], None]) -> None:
     names = [name for name in RUN_FILES if (folder / name).is_file()]
     kept = folder / REPLACED
     if not {CHECKPOINT, MODEL} & set(names):
+        for name in (RUN, TOKENIZER):  # left where a kill came between the moves below
+            if name in names and kept.exists() and not (kept / name).exists():
+                (folder / name).rename(kept / name)
         return
     if MODEL in names or not kept.exists():
         drop_replaced(folder)

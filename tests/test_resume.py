@@ -250,6 +250,33 @@ def test_a_curve_that_a_spreadsheet_has_saved_keeps_its_rows(tmp_path, data):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("moves", [2, 3])
+def test_a_kill_while_a_run_is_set_aside_leaves_it_its_description(tmp_path, finished, data, monkeypatch, moves):
+    out, done = tmp_path / "run", []
+    shutil.copytree(finished, out)
+    before, rename = digests(out), Path.rename
+
+    class Killed(Exception):
+        pass
+
+    def killed(self, target):
+        if len(done) == moves:
+            raise Killed
+        done.append(target)
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", killed)
+    with pytest.raises(Killed):
+        Trainer(small_preset(), data, out, ALONE)
+    monkeypatch.undo()
+    Trainer(small_preset(seed=5), data, out, ALONE)
+    kept = digests(out / "replaced")
+    for name in ("model.safetensors", "run.json", "tokenizer.model"):
+        assert kept[name] == before[name]
+    load_run(out / "replaced")
+
+
+@pytest.mark.slow
 def test_a_finished_run_stays_until_what_replaces_it_has_finished(tmp_path, data):
     Trainer(small_preset(max_steps=2), data, tmp_path, ALONE).run()
     first = load_run(tmp_path)[0]
