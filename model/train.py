@@ -203,7 +203,7 @@ class Trainer:
         paths = [*self.data.train, *self.data.validation]
         found = survey(paths, self.data.tokenizer.vocab_size) if reads else []
         known = self.ranks.from_first(found)
-        other = next((mine for mine, first in zip(found, known, strict=False) if mine[1:] != first[1:]), None)
+        other = next((facts for facts, then in zip(found, known, strict=False) if facts[1:] != then[1:]), None)
         if other:
             raise ConfigError(
                 f"rank {self.ranks.rank} is not of the first rank's run: its {self.data.folder / other.name} holds "
