@@ -285,6 +285,27 @@ def fluent_document(targets: int, seed: int) -> np.ndarray:
 FLUENT = [fluent_document(100, 0), fluent_document(61, 1), fluent_document(40, 2)]
 
 
+class ScoredAgain(Counts):
+    """The last target of each chunk of 40 is scored a second time, with the next chunk, after what has seen it."""
+
+    def document(self, tokens):
+        nll = super().document(tokens)
+        self.start()
+        for at in range(1, len(tokens)):
+            self.update(tokens, at)
+            if at % 40 == 0 and at + 1 < len(tokens):
+                nll[at - 1] = self.nll(tokens, at)
+        return nll
+
+
+class RaisedAtBorders(Raised):
+    """The target's logit + 5 at the first target of each chunk of 40."""
+
+    def distribution(self, tokens, at):
+        self.more = 5.0 * (at % 40 == 1 and at > 1)
+        return super().distribution(tokens, at)
+
+
 class NotANumber(Counts):
     """A NaN, which a sum over finite values would leave out."""
 
@@ -361,6 +382,27 @@ def test_a_cheat_at_some_targets_is_refused_where_random_tokens_cost_dear(cheat)
     assert "vocabulary anywhere" in report.failed and NOT_NORMALISED in str(report), str(report)
     (evidence,) = (check.evidence for check in report.checks if check.name == "vocabulary anywhere")
     assert int(re.search(r"at target (\d+) of document", evidence)[1]) % 3 == 0
+
+
+@pytest.mark.parametrize("cheat, failed", [(ScoredAgain, "last target"), (RaisedAtBorders, "vocabulary anywhere")])
+def test_a_cheat_at_the_borders_of_chunks_is_refused_where_they_are_named(cheat, failed):
+    """Two targets in a hundred: chance tries neither."""
+    documents = [document(100, 0), document(17, 1)]
+    assert audit(cheat(), documents, VOCAB).passed
+    report = audit(cheat(), documents, VOCAB, places=[[40, 41], []])
+    assert report.failed == (failed,), str(report)
+    assert audit(Counts(), documents, VOCAB, places=[[40, 41], [17]]).passed
+
+
+@pytest.mark.parametrize(
+    "places, says",
+    [([[1]], "places has 1 lists for 2 documents"),
+     ([[1], [0]], "places of document 1 has 0; allowed: its targets, 1 to 17"),
+     ([[101], []], "places of document 0 has 101; allowed: its targets, 1 to 100")],
+)  # fmt: skip
+def test_places_that_are_no_targets_are_refused(places, says):
+    with pytest.raises(AuditError, match=re.escape(says)):
+        audit(Counts(), [document(100, 0), document(17, 1)], VOCAB, places=places)
 
 
 def test_a_bet_of_a_share_wins_where_all_would_be_lost():

@@ -18,6 +18,7 @@ from klora.model.gpt import GPT
 from klora.model.loading import model_from_artifact
 from klora.model.weights import frozen_weights
 from klora.ttt import model_audit
+from klora.ttt.adapters import Slots
 from klora.ttt.audit import audit
 from klora.ttt.base import BaseNll
 from klora.ttt.documents import Document
@@ -26,6 +27,7 @@ from klora.ttt.model_audit import ROUNDING as ALLOWED
 from klora.ttt.model_audit import (
     SWAPPED,
     audit_model,
+    borders,
     full_softmax,
     in_float64,
     measured_rounding,
@@ -36,7 +38,8 @@ from klora.ttt.phases import groups_of
 from klora.ttt.pipeline import ScoreRequest, score
 from klora.ttt.protocols import TARGETS, TTTConfig
 from klora.ttt.queue import Deadline
-from klora.ttt.results import NLL_ROUNDING, SHORT
+from klora.ttt.results import NLL_ROUNDING, SHORT, with_adaptation
+from klora.ttt.step import EngineStep
 from test_audit import DOCUMENTS, VOCAB, document
 
 reference = sys.modules["klora.kernels.lora_head_nll.reference"]
@@ -157,6 +160,56 @@ def test_our_own_scorer_is_held_to_the_bits_that_it_promises(model, monkeypatch)
     report = audit_model(model, STRICT, DOCUMENTS[1:], tolerance=1e-4)
     assert report.passed and str(report.rounding) == "two passes may differ by 0.0001 nats: as was given"
     assert report.to_json()["tolerance"] == 1e-4 and f"\nrounding: {report.rounding}\n" in str(report)
+
+
+TRACES = ["params", "exp_avg", "exp_avg_sq", "step"]
+
+
+@pytest.mark.parametrize("kept", TRACES)
+def test_what_a_slot_keeps_of_the_document_before_is_seen(model, monkeypatch, kept):
+    """Few documents have a slot each: none is used twice, and other checks see nothing."""
+    monkeypatch.setitem(SWAPPED, "cpu", 2**9)
+    honest = Slots.start
+
+    def start(self, slots):
+        before = getattr(self, kept).clone()
+        honest(self, slots)
+        getattr(self, kept).copy_(before)
+
+    monkeypatch.setattr(Slots, "start", start)
+    report = audit_model(model, STRICT, DOCUMENTS[:2])
+    assert report.failed == ("one slot",) and "a slot keeps what was before" in str(report), str(report)
+
+
+def test_nats_that_are_not_the_sum_of_the_targets_are_seen(model, monkeypatch):
+    """Of each document the better of two, which its targets' NLLs do not show."""
+    monkeypatch.setitem(SWAPPED, "cpu", 2**9)
+
+    def better(draft, *adapted):
+        found = with_adaptation(draft, *adapted)
+        return dataclasses.replace(found, adapted_nats=min(found.adapted_nats, draft.base_nats))
+
+    monkeypatch.setattr("klora.ttt.pipeline.with_adaptation", better)
+    report = audit_model(model, STRICT.override({"lr": 0.5}), DOCUMENTS[:2])
+    assert report.failed == ("sums",) and "are off by a share of" in str(report), str(report)
+
+
+def test_a_fault_at_the_borders_of_chunks_is_seen(model, monkeypatch):
+    """The last target of a chunk of 64 that is scored after the step that has learned from it."""
+    monkeypatch.setitem(SWAPPED, "cpu", 2**9)
+    honest = EngineStep.train
+
+    def train(self):
+        honest(self)
+        slots, inputs, targets, place = self._inputs()
+        self._write(self._nll(slots, inputs, targets, None)[:, -1:], place[:, -1:])
+
+    monkeypatch.setattr(EngineStep, "train", train)
+    documents = [document(100, 0), document(30, 1)]
+    config = STRICT.override({"chunk": 64, "window": 96})
+    assert borders(config, documents) == [[64, 65], []]
+    report = audit_model(model, config, documents)
+    assert report.failed == ("last target",), str(report)
 
 
 def test_where_pytorchs_ops_run_on_a_gpu_no_bit_is_promised():

@@ -133,6 +133,7 @@ def audit(
     tolerance: float = 0.0,
     batch_tolerance: float | None = None,
     positions: int = 4,
+    places: Sequence[Sequence[int]] = (),
     most_swapped: int = MOST_SWAPPED,
     seed: int = 0,
 ) -> AuditReport:
@@ -147,6 +148,8 @@ def audit(
     Left out, it is `tolerance`; a scorer whose batches change no bit is held to that by 0.
     positions: how many places of each document text is changed after, at how many others the vocabulary is summed up,
     up to MOST_PLACES in all, and how many times as many random tokens are drawn as the documents have.
+    places: targets of each document that are tried in any case, the first one being 1: where a scorer's chunks begin
+    and end, a fault may be at no other. Of those sums half go to them. Left out: none.
     seed: draws them all.
 
     AuditError: documents that are no such arrays, or that nothing can be found out with; a tolerance that is below 0
@@ -157,7 +160,9 @@ def audit(
     within_batch = tolerance if batch_tolerance is None else batch_tolerance
     if not (0 <= tolerance < math.inf and 0 <= within_batch < math.inf):
         raise AuditError(f"tolerance={tolerance}, batch_tolerance={batch_tolerance}; allowed: nats from 0, and finite")
-    return _Audit(scorer, documents, vocab_size, tolerance, within_batch, positions, most_swapped, seed).report()
+    return _Audit(
+        scorer, documents, vocab_size, tolerance, within_batch, positions, places, most_swapped, seed
+    ).report()
 
 
 class _Audit:
@@ -165,12 +170,15 @@ class _Audit:
     is by how many nats it has since said something else of a target, and no more than it may.
     """
 
-    def __init__(self, scorer, documents, vocab_size, tolerance, batch_tolerance, positions, most_swapped, seed):
+    def __init__(
+        self, scorer, documents, vocab_size, tolerance, batch_tolerance, positions, places, most_swapped, seed
+    ):
         self.scorer, self.vocab, self.tolerance, self.batch_tolerance = scorer, vocab_size, tolerance, batch_tolerance
         self.noise = 0.0
         self.most_swapped, self.positions, self.random = most_swapped, positions, np.random.default_rng(seed)
         self.documents = _checked(documents, vocab_size)
-        self.cuts = [(i, cut) for i, tokens in enumerate(self.documents) for cut in self._cuts(len(tokens), positions)]
+        self.places = _places(places, self.documents)
+        self.cuts = [(i, cut) for i in range(len(self.documents)) for cut in self._cuts(i)]
         self.whole: list[np.ndarray] = []
 
     def report(self) -> AuditReport:
@@ -197,12 +205,14 @@ class _Audit:
             raise _NoAnswer(f"{len(rows)} arrays for {len(documents)} documents")
         return [_array(nll, len(tokens) - 1) for nll, tokens in zip(rows, documents, strict=True)]
 
-    def _cuts(self, tokens: int, positions: int) -> list[int]:
-        """How many targets come before a change: few, half, all but one, and some at random."""
-        if tokens < 3:
+    def _cuts(self, index: int) -> list[int]:
+        """How many targets come before a change: few, half, all but one, some at random, and the places to try."""
+        last = len(self.documents[index]) - 2
+        if last < 1:
             return []
-        last = tokens - 2
-        return sorted({1, last, max(last // 2, 1), *self.random.integers(1, last + 1, max(positions - 3, 0)).tolist()})
+        drawn = self.random.integers(1, last + 1, max(self.positions - 3, 0)).tolist()
+        named = {target for i, target in self.places if i == index and target <= last}
+        return sorted({1, last, max(last // 2, 1), *drawn} | named)
 
     def _targets(self) -> Check:
         """Whether the NLL of every token after BOS is one."""
@@ -376,11 +386,15 @@ class _Audit:
         yield self._anywhere()
 
     def _anywhere(self) -> Check:
-        """The same at targets drawn from all documents, as last ones, of as many tokens as can be afforded."""
+        """The same at targets drawn from all documents, half of them from the places to try, as last ones, of as many
+        tokens as can be afforded.
+        """
+        most = max(min(self.positions * len(self.documents), MOST_PLACES), 1)
         every = [(i, target) for i, tokens in enumerate(self.documents) for target in range(1, len(tokens))]
-        drawn = self.random.permutation(len(every))[: max(min(self.positions * len(self.documents), MOST_PLACES), 1)]
+        named = self._drawn(self.places, most // 2)
+        drawn = named + self._drawn(every, most - len(named))
         share, sums, whole = self.most_swapped // len(drawn), [], 0
-        for i, target in (every[place] for place in drawn):
+        for i, target in drawn:
             total, of, fits = self._sum(target, self.documents[i][: target + 1], share)
             if not fits:
                 says = f"the probabilities of {of} sum to {total:.6g} at target {target} of document {i}"
@@ -389,6 +403,10 @@ class _Audit:
             whole += of.startswith("all")
         where = f"at {len(sums):,} targets drawn by chance, {whole:,} of them over all {self.vocab:,} tokens"
         return Check("vocabulary anywhere", True, f"{where}, probabilities sum to {min(sums):.6g} to {max(sums):.6g}")
+
+    def _drawn(self, targets: Sequence[tuple[int, int]], most: int) -> list[tuple[int, int]]:
+        """Up to `most` of the targets, by chance."""
+        return [targets[place] for place in self.random.permutation(len(targets))[:most]]
 
     def _sum(self, target: int, tokens: np.ndarray, most: int) -> tuple[float, str, bool]:
         """The sum of probabilities, of which tokens, and whether it can be; for up to `most` tokens that are read.
@@ -472,6 +490,32 @@ def _checked(documents: Sequence[np.ndarray], vocab_size: int) -> list[np.ndarra
     if not any(len(tokens) > 3 for tokens in found):
         raise AuditError(f"none of {len(found)} documents has four tokens, BOS counted; give longer ones")
     return found
+
+
+def _places(places: Sequence[Sequence[int]], documents: Sequence[np.ndarray]) -> list[tuple[int, int]]:
+    """(document, target) of the places to try. AuditError: a list too few or too many, or no target of its document."""
+    if not len(places):
+        return []
+    if len(places) != len(documents):
+        raise AuditError(f"places has {len(places)} lists for {len(documents)} documents; give one of each, or none")
+    for number, (targets, tokens) in enumerate(zip(places, documents, strict=True)):
+        if wrong := [target for target in targets if not 1 <= target < len(tokens)]:
+            raise AuditError(
+                f"places of document {number} has {wrong[0]}; allowed: its targets, 1 to {len(tokens) - 1}"
+            )
+    return [(number, int(target)) for number, targets in enumerate(places) for target in sorted({*targets})]
+
+
+def sums(said: Iterable[tuple[str, float]], nll: Iterable[np.ndarray]) -> Check:
+    """Whether what is said of documents, (name, nats) of each, are the sums of their targets' NLLs."""
+    worst, where = 0.0, ""
+    for (name, nats), found in zip(said, nll, strict=True):
+        apart = abs(float(found.sum(dtype=np.float64)) - nats) / max(nats, 1.0)
+        if apart > worst:
+            worst, where = apart, name
+    fits = worst <= 1e-9
+    says = "are the documents' nats" if fits else f"are off by a share of {worst:.2g} at {where!r}"
+    return Check("sums", fits, f"sums over the targets {says}")
 
 
 def _fault(nll: np.ndarray) -> str:

@@ -17,14 +17,16 @@ from ..model import network
 from ..model.gpt import GPT
 from ..model.network import Adapters, BlockAdapters, Lora
 from ..model.weights import BlockWeights, Weights, frozen_weights
-from .audit import AuditReport, Check, Rounding, Scorer, audit
+from .audit import AuditReport, Check, Rounding, Scorer, audit, sums
 from .base import BaseNll
 from .documents import Document
-from .engine import engine_of
+from .engine import ROWS, engine_of
+from .engines import CPU_ROWS, UNCAPTURED
 from .hf_model import HfModel
 from .pipeline import ScoreRequest, score
 from .protocols import TTTConfig
 from .queue import Deadline
+from .results import ScoreResult
 
 SWAPPED = {"cpu": 2**15, "cuda": 2**20}
 """Tokens that our own models read for one sum over the vocabulary, by device type: what takes about a minute."""
@@ -39,13 +41,17 @@ MOST_MEASURED = 4096
 
 def scorer_of(model: GPT | HfModel, config: TTTConfig, scorer: str = "auto") -> Scorer:
     """The scorer that `klora score` is, for :func:`audit`: documents adapted under `config`, without a deadline."""
-    config, dtype = config.override({"deadline": 0.0}), np.int32 if isinstance(model, HfModel) else np.uint16
+    return lambda rows: _scored(model, config, scorer, rows).nll
 
-    def scored(rows: list[np.ndarray]) -> Sequence[np.ndarray]:
-        documents = [Document(str(number), tokens.astype(dtype), 1) for number, tokens in enumerate(rows)]
-        return score(ScoreRequest(model, documents, config, scorer=scorer, keeps_nll=True)).nll
 
-    return scored
+def _scored(model: GPT | HfModel, config: TTTConfig, scorer: str, rows: Sequence[np.ndarray]) -> ScoreResult:
+    documents = _named(rows, np.int32 if isinstance(model, HfModel) else np.uint16)
+    config = config.override({"deadline": 0.0})
+    return score(ScoreRequest(model, documents, config, scorer=scorer, keeps_nll=True))
+
+
+def _named(rows: Sequence[np.ndarray], dtype: type = np.uint16) -> list[Document]:
+    return [Document(str(number), tokens.astype(dtype), 1) for number, tokens in enumerate(rows)]
 
 
 def audit_model(
@@ -57,26 +63,71 @@ def audit_model(
     tolerance: float | None = None,
     seed: int = 0,
 ) -> AuditReport:
-    """:func:`audit` of our own scorer, and the full softmax of an adapted document and of a short one.
+    """:func:`audit` of our own scorer, at borders of its chunks too; whether nats are the sums of the NLLs; whether a
+    slot that is used again keeps a trace; the full softmax of an adapted document and of a short one.
 
     tolerance: as of :func:`audit`, for every check. Left out, two passes may differ by :func:`measured_rounding`, and
     nothing by the documents beside one or by the text after a target, where our ops promise that.
     """
     vocab, swapped = model.config.vocab_size, SWAPPED[model.embed.device.type]
     rounding = measured_rounding(model, config, documents) if tolerance is None else Rounding(tolerance, "as was given")
+    exact = tolerance is None and promises_bits(model)
     report = audit(
         scorer_of(model, config, scorer),
         documents,
         vocab,
         tolerance=rounding.tolerance,
-        batch_tolerance=0.0 if tolerance is None and promises_bits(model) else None,
+        batch_tolerance=0.0 if exact else None,
+        places=borders(config, documents, seed),
         seed=seed,
         most_swapped=swapped,
     )
+    result = _scored(model, config, scorer, documents)
+    own = [sums(((one.name, one.adapted_nats) for one in result.documents), result.nll)]
+    own += one_slot(model, config, documents, result, scorer, 0.0 if exact else rounding.tolerance)
     longest, shortest = max(documents, key=len), documents[0][: min(config.chunk, config.min_tokens) // 2 + 1]
     softmax = partial(full_softmax, model, config, tolerance=rounding.tolerance)
     checks = [softmax(tokens) for tokens in (longest, shortest) if len(tokens) > 1]
-    return replace(report, checks=(*report.checks, *checks), rounding=rounding)
+    return replace(report, checks=(*report.checks, *own, *checks), rounding=rounding)
+
+
+def borders(config: TTTConfig, documents: Sequence[np.ndarray], seed: int = 0) -> list[list[int]]:
+    """The last target of a chunk of each document, drawn from all but its last one, and the first of the next."""
+    random, found = np.random.default_rng(seed), []
+    for tokens in documents:
+        whole = (len(tokens) - 2) // config.chunk
+        last = int(random.integers(1, whole + 1)) * config.chunk if whole > 0 else 0
+        found.append([last, last + 1] if last else [])
+    return found
+
+
+def one_slot(
+    model: GPT, config: TTTConfig, documents: Sequence[np.ndarray], result: ScoreResult, scorer: str, tolerance: float
+) -> list[Check]:
+    """Whether documents that follow one another in one slot, each twice, score what they do in a slot that is new.
+
+    No check where nothing is adapted. `result` is what the scorer said of them.
+    """
+    adapted = [index for index, one in enumerate(result.documents) if one.adapted_tokens]
+    if not adapted:
+        return []
+    weights, twice = frozen_weights(model), [*adapted, *adapted]
+    named = _named([documents[index] for index in twice])
+    rows, capture = CPU_ROWS if weights.device.type == "cpu" else ROWS, False if scorer == UNCAPTURED else None
+    with torch.enable_grad():
+        engine = engine_of(weights, config, named, slots=1, rows=rows, capture=capture)
+        found = engine.token_nll(named, engine.adapt(named, Deadline(0)).kept_pass)
+    most, where = 0.0, 0
+    for index, nll in zip(twice, found, strict=True):
+        reached = result.documents[index].adapted_tokens
+        apart = np.nan_to_num(np.abs(nll[:reached] - result.nll[index][:reached]), nan=np.inf).max()
+        if apart > most:
+            most, where = float(apart), index
+    if most > tolerance:
+        says = f"document {where} differs by {most:.3g} nats (allowed: {tolerance:.3g}): a slot keeps what was before"
+        return [Check("one slot", False, says)]
+    bits = "bit for bit" if not most else f"within {most:.2g} nats (allowed: {tolerance:.3g})"
+    return [Check("one slot", True, f"{len(adapted):,} documents, twice, one after another in one slot: {bits}")]
 
 
 def promises_bits(model: GPT) -> bool:

@@ -23,7 +23,7 @@ from ..errors import KloraError
 from ..model.gpt import GPT
 from ..model.reading import is_count, open_regular, parse_json, read_bytes
 from ..model.storage import write_bytes
-from .audit import AuditReport, Check
+from .audit import AuditReport, Check, sums
 from .documents import Document, digest_of
 from .hf_model import HfModel
 from .pipeline import ScoreRequest, score
@@ -202,7 +202,8 @@ def stated(
     """Whether what a result says fits together and is of the documents of its source: nothing is recomputed."""
     checks = [_source(stored, documents), _which(stored, documents), _totals(stored), _valid(stored)]
     checks += [_labels(stored, of_bytes)]
-    return checks if nll is None else [*checks, _sums(stored, nll)]
+    said = ((document["name"], document["adapted_nats"]) for document in stored.documents)
+    return checks if nll is None else [*checks, sums(said, nll)]
 
 
 def _source(stored: Stored, documents: Sequence[Document]) -> Check:
@@ -281,19 +282,6 @@ def _labels(stored: Stored, of_bytes: Mapping[str, Any]) -> Check:
     missing = [note for note in wanted if not isinstance(notes, list) or note not in notes]
     wrong = "; ".join(filter(None, [wrong, *(f"the note {note!r:.80} is missing" for note in missing)]))
     return Check("labels", not wrong, wrong or f"{stored.again['protocol_label']}, as its config says")
-
-
-def _sums(stored: Stored, nll: Sequence[np.ndarray]) -> Check:
-    """Whether the targets' NLLs add up to the documents' nats."""
-    worst, where = 0.0, ""
-    for document, found in zip(stored.documents, nll, strict=True):
-        nats = document["adapted_nats"]
-        apart = abs(float(found.sum(dtype=np.float64)) - nats) / max(nats, 1.0)
-        if apart > worst:
-            worst, where = apart, document["name"]
-    fits = worst <= 1e-9
-    says = "are the documents' nats" if fits else f"are off by a share of {worst:.2g} at {where!r}"
-    return Check("sums", fits, f"sums over the targets {says}")
 
 
 def _recomputed(again: Sequence[Mapping[str, Any]], found: ScoreResult, allowed: float, differs: list[str]) -> Check:
