@@ -389,8 +389,9 @@ def test_a_cheat_at_the_borders_of_chunks_is_refused_where_they_are_named(cheat,
     """Two targets in a hundred: chance tries neither."""
     documents = [document(100, 0), document(17, 1)]
     assert audit(cheat(), documents, VOCAB).passed
-    report = audit(cheat(), documents, VOCAB, places=[[40, 41], []])
-    assert report.failed == (failed,), str(report)
+    for seed in range(4):
+        report = audit(cheat(), documents, VOCAB, places=[[40, 41], []], seed=seed)
+        assert failed in report.failed, str(report)
     assert audit(Counts(), documents, VOCAB, places=[[40, 41], [17]]).passed
 
 
