@@ -10,7 +10,7 @@ from ..model.artifact import load_artifact
 from ..model.config import ConfigError
 from ..model.loading import WEIGHTS_HELP, model_from_artifact, tokenizer_of
 from ..model.parallel import own_device
-from ..ttt.audit import AuditReport
+from ..ttt.audit_report import AuditReport
 from ..ttt.documents import Document
 from ..ttt.engines import SCORERS, pick_scorer
 from ..ttt.model_audit import audit_model

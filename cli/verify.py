@@ -10,7 +10,7 @@ from ..model.config import ConfigError
 from ..model.loading import model_from_artifact, tokenizer_of
 from ..model.parallel import own_device
 from ..model.placement import device_name, processor_name
-from ..ttt.audit import AuditReport, Check
+from ..ttt.audit_report import AuditReport, Check
 from ..ttt.documents import facts_of_texts, facts_of_tokens
 from ..ttt.hf import hashes_of_folder
 from ..ttt.verify import RELATIVE, Stored, read_nll, scored_of, which_nll

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 from klora.kernels import BOS_ID
-from klora.ttt.audit import UNSEEN, AuditError, audit
+from klora.ttt.audit import AuditError, audit
+from klora.ttt.audit_report import UNSEEN
 from klora.ttt.results import NLL_ROUNDING
 
 VOCAB = 48

@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING
 from ..lazy import lazy_exports
 
 if TYPE_CHECKING:
-    from .audit import AuditReport, audit
+    from .audit import audit
+    from .audit_report import AuditReport
     from .documents import Document, documents_from_texts
     from .hf import adapt_hf
     from .journal import Journal

@@ -17,7 +17,8 @@ from ..model import network
 from ..model.gpt import GPT
 from ..model.network import Adapters, BlockAdapters, Lora
 from ..model.weights import BlockWeights, Weights, frozen_weights
-from .audit import AuditReport, Check, Rounding, Scorer, audit, sums
+from .audit import Scorer, audit
+from .audit_report import AuditReport, Check, Rounding, sums
 from .base import BaseNll
 from .documents import Document
 from .engine import ROWS, engine_of

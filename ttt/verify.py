@@ -23,7 +23,7 @@ from ..errors import KloraError
 from ..model.gpt import GPT
 from ..model.reading import is_count, open_regular, parse_json, read_bytes
 from ..model.storage import write_bytes
-from .audit import AuditReport, Check, sums
+from .audit_report import AuditReport, Check, sums
 from .documents import Document, digest_of
 from .hf_model import HfModel
 from .pipeline import ScoreRequest, score

@@ -33,7 +33,7 @@ from klora.model.run_folder import began_with
 from klora.model.shards import RowSampler, TokenStream, find_shards
 from klora.model.tokenizer import Tokenizer
 from klora.model.weights import frozen_weights
-from klora.ttt.audit import AuditReport
+from klora.ttt.audit_report import AuditReport
 from klora.ttt.documents import documents_from_texts, documents_from_tokens, with_own_names
 from klora.ttt.journal import has_journals, open_journal
 from klora.ttt.protocols import ttt_preset
