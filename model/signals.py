@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM as a request to stop at the next safe point, and a second Ctrl-C that ends the process at once."""
+"""SIGINT, SIGTERM and SIGHUP as a request to stop at the next safe point; a second Ctrl-C ends the process at once."""
 
 import os
 import signal
@@ -11,8 +11,9 @@ GRACE = 1.0
 
 
 class StopSignals:
-    """While active, SIGINT and SIGTERM are noted in `received` instead of obeyed; a second SIGINT is obeyed at once.
+    """While active, SIGINT, SIGTERM and SIGHUP (a terminal that is closed) are noted in `received` instead of obeyed.
 
+    A second SIGINT is obeyed at once. A SIGHUP that was ignored before, as after nohup, stays ignored.
     Python's handlers wait for the operation in progress, which may be a backward of a minute, or a collective with a
     dead rank. Therefore a thread reads the signals from Python's wakeup descriptor. It notes and answers the first one,
     with `say`, and after a second SIGINT it ends the process with status 130 where KeyboardInterrupt has not done so
@@ -30,7 +31,10 @@ class StopSignals:
             self._reading, self._writing = socket.socketpair()
             self._writing.setblocking(False)
             self._descriptor_before = signal.set_wakeup_fd(self._writing.fileno(), warn_on_full_buffer=False)
-            self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+            numbers = [signal.SIGINT, signal.SIGTERM]
+            if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+                numbers.append(signal.SIGHUP)
+            self._before = {number: signal.signal(number, self._note) for number in numbers}
             threading.Thread(target=self._watch, daemon=True).start()
         return self
 
@@ -42,7 +46,7 @@ class StopSignals:
         count = 0
         while numbers := self._reading.recv(64):
             for number in numbers:
-                if number not in (signal.SIGINT, signal.SIGTERM):
+                if number not in self._before:
                     continue
                 count += 1
                 self.received = self.received or number

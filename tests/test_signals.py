@@ -42,6 +42,25 @@ def test_a_second_interrupt_is_obeyed_at_once(tmp_path, data):
     assert signal.getsignal(signal.SIGINT) is before
 
 
+@pytest.mark.parametrize("before", [signal.SIG_DFL, signal.SIG_IGN])
+def test_a_terminal_that_is_closed_ends_the_run_with_a_checkpoint_unless_that_was_ignored(tmp_path, data, before):
+    def close(row):
+        if row["step"] == 2:
+            signal.raise_signal(signal.SIGHUP)
+
+    earlier = signal.signal(signal.SIGHUP, before)
+    try:
+        result = Trainer(small_preset(max_steps=4), data, tmp_path, ALONE).run(close)
+        assert signal.getsignal(signal.SIGHUP) is before
+    finally:
+        signal.signal(signal.SIGHUP, earlier)
+    if before is signal.SIG_IGN:  # nohup
+        assert result.status == "finished"
+    else:
+        assert (result.status, result.signal) == ("interrupted", signal.SIGHUP)
+        assert Trainer(small_preset(), data, tmp_path, ALONE, resume=True).step == result.step < 4
+
+
 @pytest.mark.slow
 def test_a_signal_is_heard_between_micro_batches_and_nothing_is_lost(tmp_path, data):
     whole, part = tmp_path / "whole", tmp_path / "part"
