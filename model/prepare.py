@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 from ..cores import usable_cores
 from .corpus import Corpus, TextDocument
 from .shards import Shard, ShardError, ShardWriter, find_shards
-from .storage import sync_folder, write_bytes, write_text
+from .storage import building, sync_folder, write_bytes, write_text
 from .tokenizer import BOS_ID, Tokenizer, TokenizerError
 
 FORMAT = 1  # raise it when the same corpora would give other tokens, so that old caches are left alone
@@ -37,16 +36,16 @@ def prepare(
     """Train a tokenizer on `train` and write both corpora as shards under `cache`, unless they exist already.
 
     The folder is named by a hash of both fingerprints and `vocab_size`. It is built under another name and renamed when
-    complete, so an interrupted call leaves nothing that a later one uses, and of two calls at once the first wins.
+    complete, so an interrupted call leaves nothing that a later one uses, and of two calls at once the first wins. What
+    a killed one left is removed by the next that builds.
     `prepared.json` in it holds documents, tokens and bytes (of UTF-8 text) of each split. `progress(phase, documents)`
     is called as each of the phases "tokenizer", "train" and "validation" goes on. Raises CorpusError, TokenizerError.
     """
     key = json.dumps([FORMAT, train.fingerprint(), validation.fingerprint(), vocab_size])
     folder = Path(cache) / hashlib.sha256(key.encode()).hexdigest()[:16]
     if not folder.exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
-            built = Path(temporary) / folder.name
+        with building(folder) as temporary:
+            built = temporary / folder.name
             built.mkdir()
             _build(train, validation, vocab_size, built, progress or (lambda phase, done: None))
             try:

@@ -5,6 +5,7 @@ A file is written beside its final name, synced, then renamed over it.
 
 import glob
 import os
+import shutil
 import socket
 import tempfile
 import warnings
@@ -35,6 +36,8 @@ def replacing(path: Path) -> Iterator[Path]:
         pid = left.name[len(begin) : -len(".partial")]
         if pid.isdigit() and not _is_alive(int(pid)):
             left.unlink(missing_ok=True)
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder where a file is to be written; move it away")
     temporary = path.with_name(f"{begin}{os.getpid()}.partial")
     try:
         temporary.touch()
@@ -47,6 +50,25 @@ def replacing(path: Path) -> Iterator[Path]:
         sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def building(folder: Path) -> Iterator[Path]:
+    """Yield a new temporary folder beside `folder`, to build it in; it is removed at the end, whatever is left in it.
+
+    What processes of this machine left beside it when they were killed is removed.
+    """
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    host = f"{zlib.crc32(socket.gethostname().encode()):08x}"
+    for left in folder.parent.glob(f".*.{host}.*.building"):
+        pid = left.name.split(".")[-3]
+        if pid.isdigit() and not _is_alive(int(pid)):
+            shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(
+        prefix=f".{folder.name}.{host}.{os.getpid()}.", suffix=".building", dir=folder.parent
+    ) as temporary:
+        yield Path(temporary)
 
 
 def _is_alive(pid: int) -> bool:

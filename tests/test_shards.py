@@ -376,7 +376,7 @@ def test_interrupted_prepare_leaves_nothing_to_reuse(tmp_path, corpora):
 
 
 @pytest.mark.slow
-def test_killed_prepare_leaves_nothing_to_reuse(tmp_path, corpora):
+def test_killed_prepare_leaves_nothing_to_reuse_and_what_it_left_is_removed(tmp_path, corpora):
     code = (
         "import os, signal, sys; from klora.model.corpus import Corpus; from klora.model.prepare import prepare\n"
         "def stop(phase, done):\n"
@@ -388,7 +388,7 @@ def test_killed_prepare_leaves_nothing_to_reuse(tmp_path, corpora):
     left = list((tmp_path / "cache").iterdir())
     assert len(left) == 1
     prepared = prepare(*corpora, 400, tmp_path / "cache")
-    assert prepared.folder not in left
+    assert prepared.folder not in left and list((tmp_path / "cache").iterdir()) == [prepared.folder]
     assert len(list(TokenStream(prepared.validation).documents())) == len(list(corpora[1].documents()))
 
 
