@@ -463,7 +463,7 @@ class Trainer:
         try:
             self._save_checkpoint()
         except OSError as error:
-            self.say(f"no checkpoint of step {self.step} ({error}); training goes on, the one before stays")
+            self.say(f"no checkpoint of step {self.step} ({error}); training goes on. {self._kept()}")
             self.ranks.wait()
 
     def _save_checkpoint(self) -> None:

@@ -298,13 +298,15 @@ class Watch:
                     kept.append(save())
                     threading.Event().wait()  # nothing changes from here on
             except Exception as error:
-                kept.append(f"The state after the last step could not be written ({error}); the last checkpoint stays")
+                kept.append(
+                    f"The state after the last step could not be written ({error}); what was saved before stays"
+                )
 
         threading.Thread(target=write, daemon=True).start()
         until = time.monotonic() + WRITE
         while not kept and time.monotonic() < until:
             time.sleep(self.beat / 10)
-        late = f"The state after the last step could not be written within {WRITE:g} s; the last checkpoint stays"
+        late = f"The state after the last step could not be written within {WRITE:g} s; what was saved before stays"
         return kept[0] if kept else late
 
     def _kill(self, pulse: dict[str, Any]) -> None:

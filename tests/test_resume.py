@@ -475,8 +475,20 @@ def test_a_disk_that_is_full_at_a_checkpoint_costs_that_checkpoint(tmp_path, dat
     trainer = Trainer(small_preset(checkpoint_seconds=1e-6, max_steps=8), data, tmp_path, ALONE, say=said.append)
     assert trainer.run(fill).step == 8 and load_run(tmp_path)
     lost = [line for line in said if "no checkpoint of step" in line]
-    assert len(lost) == 3 and all("No space left" in line and "the one before stays" in line for line in lost)
+    assert len(lost) == 3 and all("No space left" in line for line in lost)
+    kept_there = f"Last checkpoint: {tmp_path / 'checkpoint.safetensors'} (step 2)"
+    assert all(line.endswith(kept_there) for line in lost)
     assert not list(tmp_path.glob(".*partial"))
+
+
+def test_a_disk_that_is_full_at_the_first_checkpoint_promises_none(tmp_path, data, monkeypatch):
+    said = []
+    trainer = Trainer(small_preset(checkpoint_seconds=1e-6, max_steps=1), data, tmp_path, ALONE, say=said.append)
+    monkeypatch.setattr("klora.model.checkpoint.save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        trainer.run()
+    lost = [line for line in said if "no checkpoint of step 1" in line]
+    assert lost and all(line.endswith("training goes on. Last checkpoint: none yet") for line in lost)
 
 
 def test_a_disk_that_is_full_at_a_stop_ends_in_a_sentence_with_the_last_checkpoint_whole(tmp_path, data, monkeypatch):
