@@ -1,17 +1,20 @@
 """loss.csv and loss.png: what a run did, step by step, readable while it still runs. They never end it."""
 
 import csv
+import io
 import math
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
-from .reading import read_bytes
+from .reading import open_regular, read_bytes
 from .storage import attempt, figure_png, new_figure, replacing, write_bytes
 
 COLUMNS = ("step", "seconds", "tokens", "loss", "grad_norm", "lr_scale", "momentum", "validation_bpb")
+MOST_CHARACTERS = 2**16
+"""Of a line that is read: what has more is no row, and may be the whole of a damaged file."""
 
 
 class LossCurve:
@@ -30,11 +33,11 @@ class LossCurve:
         self._unit = "bits per byte" + (f" of the {bytes_of}" if bytes_of else "")
         self._complaints: set[str] = set()
         try:
-            kept = [row for row in self.rows() if int(row["step"]) <= resume_at] if resume_at else []
             with replacing(self.csv_path) as temporary, open(temporary, "w", newline="") as file:
                 writer = csv.DictWriter(file, COLUMNS)
                 writer.writeheader()
-                writer.writerows(kept)
+                if resume_at and self.csv_path.exists():
+                    writer.writerows(row for row in self._rows_so_far() if int(row["step"]) <= resume_at)
             self._file = open(self.csv_path, "a", newline="")  # noqa: SIM115 (held open for the whole run)
         except OSError as error:
             self._say_once("rows", f"{self.csv_path} cannot be written ({error}); training goes on without it")
@@ -56,13 +59,15 @@ class LossCurve:
         except FileNotFoundError:
             return []
         except OSError as error:
-            self._say_once("rows before", f"the rows of {self.csv_path} are left out ({error}); training goes on")
+            self._say_once("drawn", f"{self.csv_path} cannot be drawn ({error}); training goes on")
             return []
-        # A field's quotes may go on over lines, which no row of ours does: each line is read on its own.
-        head, *lines = text.splitlines() or [""]
-        cells = (line.split(",") for line in lines) if head == ",".join(COLUMNS) else ()
-        rows = [dict(zip(COLUMNS, row, strict=True)) for row in cells if len(row) == len(COLUMNS)]
-        return [row for row in rows if _is_whole(row)]
+        return list(_rows_of(text.splitlines()))
+
+    def _rows_so_far(self) -> Iterator[dict[str, str]]:
+        """As :meth:`rows`, one after the other: however long the file has become, a resumed run keeps them."""
+        with io.TextIOWrapper(open_regular(self.csv_path), encoding="utf-8-sig", errors="replace") as file:
+            lines = iter(lambda: file.readline(MOST_CHARACTERS), "")
+            yield from _rows_of(line.replace("\0", "").rstrip("\n") for line in lines)
 
     def draw(self) -> None:
         """Loss (and validation BPB where it was measured) over steps, to loss.png."""
@@ -103,6 +108,17 @@ class LossCurve:
         if kind not in self._complaints:
             self._complaints.add(kind)
             self._say(text)
+
+
+def _rows_of(lines: Iterable[str]) -> Iterator[dict[str, str]]:
+    """The whole rows among lines of which the first one is the header; none where it is another."""
+    lines = iter(lines)
+    if next(lines, "") != ",".join(COLUMNS):
+        return
+    # A field's quotes may go on over lines, which no row of ours does: each line is read on its own.
+    for cells in (line.split(",") for line in lines):
+        if len(cells) == len(COLUMNS) and _is_whole(row := dict(zip(COLUMNS, cells, strict=True))):
+            yield row
 
 
 def _is_whole(row: dict[str, str]) -> bool:
