@@ -57,7 +57,10 @@ def locked(
 def _opened(path: Path, guarded: Path, say: Callable[[str], None]) -> int:
     """The lock file, open and locked, with this process's description in it."""
     while True:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        except IsADirectoryError:
+            raise IsADirectoryError(f"{path} is a folder in the place of klora's lock file; remove it") from None
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

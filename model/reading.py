@@ -41,7 +41,10 @@ def raising(name: str, needed: int) -> str:
 
 def open_regular(path: Path) -> BinaryIO:
     """The file, open for reading in binary. OSError for what is none: a pipe is waited for, a device may never end."""
-    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115
+    try:
+        file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115
+    except IsADirectoryError:
+        raise IsADirectoryError(f"{path} is a folder where a file is to be read; move it away or give a file") from None
     if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         return file
     file.close()

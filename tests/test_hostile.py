@@ -40,13 +40,14 @@ from klora.model.artifact import ArtifactError, load_artifact, save_artifact
 from klora.model.checkpoint import CheckpointError, load_tensors, save_tensors
 from klora.model.config import ConfigError, ModelConfig, TrainConfig
 from klora.model.corpus import Corpus, CorpusError
-from klora.model.curve import LossCurve
+from klora.model.curve import COLUMNS, LossCurve
 from klora.model.estimate import least_memory, loading_bytes
 from klora.model.int6_file import load_quantized, save_quantized
 from klora.model.int6_model import quantize_linears
 from klora.model.loading import load_run, model_from_artifact, model_from_run
 from klora.model.reading import LimitError, limit, parse_json, read_bytes
 from klora.model.shards import Shard
+from klora.model.storage import write_text
 from klora.model.tokenizer import Tokenizer, TokenizerError
 from klora.model.weights import frozen_weights
 from klora.ttt.documents import ENCODE_BATCH, ENCODE_CHARACTERS, Document, documents_from_texts, with_own_names
@@ -210,12 +211,31 @@ def test_a_pipe_is_not_waited_for(opens, name, tmp_path):
         opens(path)
 
 
-def test_a_loss_csv_that_is_a_pipe_or_too_long_costs_its_rows(tmp_path, monkeypatch):
-    (tmp_path / "loss.csv").write_text(",".join(("step", "seconds", "tokens", "loss", "grad_norm")) + "\n" * 5000)
+def test_a_loss_csv_that_is_too_long_costs_the_picture_and_no_row(tmp_path, monkeypatch):
+    lines = [",".join(COLUMNS), *(f"{step},0.5,64,3.25,1.5,1,0.95," for step in range(1, 101))]
+    (tmp_path / "loss.csv").write_text("\n".join(lines) + "\n")
     monkeypatch.setenv("KLORA_MAX_RECORD_BYTES", "100")
     heard = []
-    LossCurve(tmp_path, resume_at=3, say=heard.append).close()
+    LossCurve(tmp_path, resume_at=90, say=heard.append).close()
+    assert (tmp_path / "loss.csv").read_text().splitlines() == lines[:91]
     assert len(heard) == 1 and "100 are allowed" in heard[0] and "training goes on" in heard[0]
+
+
+def test_a_loss_csv_that_cannot_be_read_is_left_as_it_is(tmp_path):
+    os.mkfifo(tmp_path / "loss.csv")
+    heard = []
+    LossCurve(tmp_path, resume_at=3, say=heard.append).close()
+    assert (tmp_path / "loss.csv").is_fifo() and "is a pipe" in heard[0] and "training goes on" in heard[0]
+
+
+def test_a_folder_in_the_place_of_a_file_is_named_with_what_to_do(tmp_path):
+    path = tmp_path / "run.json"
+    path.mkdir()
+    with pytest.raises(OSError, match=rf"^{path} is a folder where a file is to be read; move it away"):
+        read_bytes(path)
+    with pytest.raises(OSError, match=rf"^{path} is a folder where a file is to be written; move it away"):
+        write_text(path, "{}")
+    assert [left.name for left in tmp_path.iterdir()] == ["run.json"]
 
 
 class TestJson:

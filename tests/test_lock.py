@@ -55,6 +55,12 @@ def test_the_lock_of_a_killed_process_bars_nobody(tmp_path):
     assert not path.exists()
 
 
+def test_a_folder_in_the_lock_s_place_is_named_with_what_to_do(tmp_path):
+    (tmp_path / ".klora.lock").mkdir()
+    with pytest.raises(OSError, match=r"^.*\.klora\.lock is a folder in the place of klora's lock file; remove it"):
+        locked(tmp_path).__enter__()
+
+
 @pytest.mark.parametrize(
     "text", [b"", b"{}", b"[1]", b"[" * 4096, b"\xff", b'{"pid": "x", "host": 1, "command": [], "since": {}}']
 )
