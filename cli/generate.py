@@ -1,5 +1,6 @@
 """`klora generate`: sample text from an artifact."""
 
+import os
 import sys
 import time
 from pathlib import Path
@@ -38,7 +39,7 @@ def generate(
     model = model_from_artifact(loaded, pick_device(device), weights)
     tokenizer = tokenizer_of(loaded)
     if any("\ud800" <= character <= "\udfff" for character in prompt):
-        raise ConfigError("--prompt holds bytes that are not UTF-8; allowed: any Unicode text")
+        prompt = _as_utf8(prompt)
     started, pieces = time.perf_counter(), []
     # The pieces are the artifact's: a terminal gets no control character of theirs, a file or a pipe gets the text.
     shown = printable if sys.stdout.isatty() else str
@@ -53,3 +54,11 @@ def generate(
     if not as_json:
         sys.stdout.write("\n")
     output.result({"prompt": prompt, "text": "".join(pieces), "seconds": time.perf_counter() - started, **settings})
+
+
+def _as_utf8(prompt: str) -> str:
+    """An argument whose bytes the locale has no characters for: they may be UTF-8. ConfigError: they are not."""
+    try:
+        return os.fsencode(prompt).decode()
+    except UnicodeError:
+        raise ConfigError("--prompt holds bytes that are not UTF-8; allowed: any Unicode text") from None

@@ -434,6 +434,15 @@ def test_text_that_the_terminal_cannot_show_is_escaped(run, monkeypatch):
         assert text.startswith("caf\\xe9 \\u2192") or "Usage" in text
 
 
+def test_a_prompt_is_read_as_utf8_where_the_locale_is_none(run):
+    """Python hands over a half of a surrogate pair for each byte that is no ASCII."""
+    arguments = ("generate", run / "model.klora", "--tokens", "3", "--json", "--prompt")
+    from_bytes = "café".encode().decode("ascii", errors="surrogateescape")
+    assert json.loads(klora(*arguments, from_bytes).stdout)["prompt"] == "café"
+    wrong = b"caf\xe9".decode("ascii", errors="surrogateescape")
+    assert "--prompt holds bytes that are not UTF-8" in klora(*arguments, wrong, check=2).stderr
+
+
 def test_temperatures_too_small_or_too_large_to_divide_by_are_served(run):
     def text(temperature: str) -> str:
         prompt = ("--prompt", "subject3 has", "--tokens", "12", "--json")
