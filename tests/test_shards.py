@@ -17,6 +17,7 @@ from klora.model import shards as shards_module
 from klora.model.corpus import Corpus, CorpusError
 from klora.model.prepare import prepare, prepared_from_shards
 from klora.model.shards import RowSampler, Shard, ShardError, ShardWriter, TokenStream, find_shards, survey
+from klora.model.storage import building
 from klora.model.tokenizer import Tokenizer, TokenizerError
 from test_tokenizer import CONTEST, model_with
 
@@ -390,6 +391,12 @@ def test_killed_prepare_leaves_nothing_to_reuse_and_what_it_left_is_removed(tmp_
     prepared = prepare(*corpora, 400, tmp_path / "cache")
     assert prepared.folder not in left and list((tmp_path / "cache").iterdir()) == [prepared.folder]
     assert len(list(TokenStream(prepared.validation).documents())) == len(list(corpora[1].documents()))
+
+
+def test_what_a_living_process_builds_stays(tmp_path):
+    with building(tmp_path / "first") as first, building(tmp_path / "second") as second:
+        assert first.is_dir() and second.is_dir() and first.parent == second.parent == tmp_path
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_of_two_prepares_at_once_the_first_is_kept(tmp_path, corpora):
