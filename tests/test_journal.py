@@ -324,6 +324,14 @@ def test_a_base_pass_that_cannot_be_kept_ends_nothing(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["journal.jsonl", "journal.prequant.npy"])
+@pytest.mark.parametrize("resume", [True, False])
+def test_a_folder_in_the_place_of_a_journal_is_named_with_what_to_do(tmp_path, name, resume):
+    (tmp_path / name).mkdir()
+    with pytest.raises(JournalError, match=rf"{name} is a folder in the place of a journal's file; move it away"):
+        open_journal(tmp_path, "run 1", resume)
+
+
 def test_documents_of_a_batch_that_are_through_outlive_a_stop(tmp_path):
     documents = [document(n, n) for n in (400, 40, 35)]
     asked = []

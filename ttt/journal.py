@@ -75,6 +75,9 @@ class Journal:
         self.done: dict[int, DocumentResult] = {}
         self.seconds: dict[str, float] = {}
         self._base: dict[str, np.ndarray] = {}
+        for file in (path, *map(self._array, PHASES)):
+            if file.is_dir():
+                raise JournalError(f"{file} is a folder in the place of a journal's file; move it away")
         if resume:
             for known in others:
                 # One that an earlier run left behind holds nothing of this one.
