@@ -13,7 +13,7 @@ from ..model.placement import device_name, processor_name
 from ..ttt.audit_report import AuditReport, Check
 from ..ttt.documents import facts_of_texts, facts_of_tokens
 from ..ttt.hf import hashes_of_folder
-from ..ttt.verify import RELATIVE, Stored, read_nll, scored_of, which_nll
+from ..ttt.verify import RELATIVE, Stored, model_of_hf, read_nll, scored_of, which_nll
 from ..ttt.verify import verify as verify_stored
 from . import options
 from .audit import finish
@@ -82,11 +82,15 @@ def verify(
         if loaded:
             fits = stored.values["artifact"].get("provenance") == loaded.provenance
             checks.append(Check("provenance", fits, f"it is {'what' if fits else 'another than'} the artifact has"))
+            said, size = stored.values["artifact"].get("bytes"), artifact.stat().st_size
+            says = f"the artifact has {size:,}" + ("" if said == size else f", and the result says {said!r:.40}")
+            checks.append(Check("bytes", said == size, says))
             tokenizer = tokenizer_of(loaded)
             documents = documents_of(source, tokenizer, loaded.provenance)
             model, installed = model_from_artifact(loaded, chosen, stored.weights), versions(chosen)
         else:
             subject = Subject.of_folder(hf, chosen, stored.weights, stored.config)
+            checks.append(model_of_hf(stored, subject.facts["hf"]))
             documents = subject.documents(source, output.warn)
             model, installed, tokenizer = subject.model, subject.facts["versions"], subject.tokenizer
         of_bytes = facts_of_tokens(scored_of(stored, documents), tokenizer) if shards else facts_of_texts()

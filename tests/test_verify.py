@@ -5,11 +5,13 @@ import json
 import os
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import safetensors.numpy
+import safetensors.torch
 import torch
 from conftest import SMALL, randomized, words
 from klora.kernels import BOS_ID
@@ -21,7 +23,7 @@ from klora.ttt.model_audit import SWAPPED
 from klora.ttt.pipeline import ScoreRequest, score
 from klora.ttt.protocols import TTTConfig
 from klora.ttt.report import write_report
-from klora.ttt.results import BASE_ALONE, DIVERGED, NLL_ROUNDING, PARTIAL, DocumentResult, ScoreResult
+from klora.ttt.results import BASE_ALONE, DIVERGED, NLL_ROUNDING, PARTIAL, SHORT, DocumentResult, ScoreResult
 from klora.ttt.verify import NLL_FORMAT, Stored, VerifyError, read_nll, verify, which_nll, write_nll
 from test_cli import klora
 from test_model_audit import STRICT, rounds_below_zero, sure_model
@@ -216,6 +218,18 @@ FORGED = {
         lambda v: v["artifact"]["provenance"].update(steps=10**6),
         "FAIL  provenance: it is another than the artifact has",
     ),
+    "the size of the artifact": (
+        lambda v: v["artifact"].update(bytes=12),
+        "FAIL  bytes: the artifact has ",
+    ),
+    "that a document was adapted, by other versions": (
+        lambda v: (v["versions"].update(torch="1.0"), v["documents"][4].update(status=SHORT, adapted_tokens=0)),
+        "FAIL  recomputed: status of 'some.jsonl:5' is 'short', not 'adapted'; adapted_tokens of 'some.jsonl:5' is 0",
+    ),
+    "a sweep": (
+        lambda v: v.update(sweep={}),
+        "FAIL  sweep: it is no record of what a sweep tried and chose",
+    ),
     "the hash of the source": (lambda v: v["source"].update(sha256="0" * 64), "FAIL  source: sha256 is '000"),
     "that nothing was to adapt to a document": (
         base_alone,
@@ -335,6 +349,59 @@ def test_a_file_that_is_no_score_is_refused_in_a_sentence(tmp_path, content):
         read_nll(path, None)
 
 
+def test_one_of_two_documents_with_the_same_text_is_missed(artifact, tmp_path):
+    path = tmp_path / "some.jsonl"
+    path.write_text("".join(json.dumps({"text": words(seed, 30)}) + "\n" for seed in (1, 2, 2)))
+    klora("score", artifact, "--jsonl", path, "--out", tmp_path, *SETS)
+
+    def one_of_two(values):
+        values["documents"].pop()
+        consistent(values)
+
+    said = verified(forged(tmp_path, tmp_path, one_of_two), artifact, path, check=1)
+    assert "FAIL  documents: the result is not of all documents: 1 are missing in the result and 0 are not in" in said
+
+
+@pytest.mark.slow
+def test_the_record_of_a_sweep_is_that_of_its_halves_and_its_choice(artifact, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules["klora.ttt.sweep"], "grid", lambda config: [{}, {"lr": 0.001}])
+    path = tmp_path / "some.jsonl"
+    path.write_text("".join(json.dumps({"text": words(seed, 60)}) + "\n" for seed in range(8)))
+    klora("score", artifact, "--jsonl", path, "--out", tmp_path, *SETS, "--sweep")
+    honest = json.loads((tmp_path / "score.json").read_text())
+    said = verified(tmp_path, artifact, path)
+    assert "pass  sweep: " in said and "not seen here: " in said.split("what a sweep measured of the constants")[0]
+    other = [row["changes"] for row in honest["sweep"]["tried"] if row["changes"] != honest["sweep"]["chosen"]][0]
+    for change, says in (
+        ({"documents_tuning": 0}, "documents_tuning is 0, not "),
+        ({"tokens_tuning": 1}, "tokens_tuning is 1, not "),
+        ({"chosen": other}, f"chosen is {other}, not "),
+        ({"tried": [{"changes": {"lr": 0.5}, "adapted_bpb": 1.0}], "chosen": {"lr": 0.5}}, "lr of the config is "),
+        ({"tried": []}, "it is no record of what a sweep tried and chose"),
+    ):
+        (tmp_path / "score.json").write_text(json.dumps(honest | {"sweep": honest["sweep"] | change}))
+        assert f"FAIL  sweep: {says}" in verified(tmp_path, artifact, path, check=1)
+    (tmp_path / "score.json").write_text(json.dumps(honest | {"notes": []}))
+    assert "FAIL  sweep: the note '5 of the 8 documents were" in verified(tmp_path, artifact, path, check=1)
+
+
+@pytest.mark.slow
+def test_with_phases_a_late_document_moves_no_other_into_another_group(artifact, tmp_path):
+    """Of which the recomputed groups would otherwise be cut: an honest result would be called a forged one."""
+    path = tmp_path / "some.jsonl"
+    path.write_text("".join(json.dumps({"text": words(seed, 60)}) + "\n" for seed in range(6)))
+    klora("score", artifact, "--jsonl", path, "--out", tmp_path, *SETS, "--phases", "1")
+
+    def late(values):
+        for document in [one for one in values["documents"] if one["group"] == 1][:2]:
+            document.update(status=PARTIAL, adapted_tokens=16)
+        consistent(values)
+
+    said = verified(forged(tmp_path, tmp_path, late), artifact, path)
+    assert "pass  recomputed: 4 documents are what they were, to the bit" in said
+    assert "2 documents of which a deadline left text to the base model; the names" in said
+
+
 def test_documents_that_a_deadline_left_are_said_to_be_unseen(scored, artifact, lines, tmp_path):
     """No share of them can be recomputed."""
 
@@ -370,6 +437,16 @@ def test_nlls_whose_metadata_is_too_deep_are_refused(scored, tmp_path):
     metadata = {"format": NLL_FORMAT, "sha256": "[" * 100_000}
     safetensors.numpy.save_file(nll, tmp_path / "nll.safetensors", metadata)
     with pytest.raises(VerifyError, match="is no file of NLLs .*: its objects and lists are too deep"):
+        read_nll(tmp_path / "nll.safetensors", Stored(scored / "score.json"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.bfloat16, torch.float16, torch.bool])
+def test_nlls_of_a_dtype_that_none_is_written_in_are_refused(scored, tmp_path, dtype):
+    """Of fp8 NumPy has no name at all, which was a traceback."""
+    nll = {"nll": torch.zeros(3).to(dtype), "offsets": torch.tensor([0, 3])}
+    metadata = {"format": NLL_FORMAT, "sha256": json.dumps(["a"])}
+    safetensors.torch.save_file(nll, tmp_path / "nll.safetensors", metadata)
+    with pytest.raises(VerifyError, match="is no file of NLLs"):
         read_nll(tmp_path / "nll.safetensors", Stored(scored / "score.json"))
 
 

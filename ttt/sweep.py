@@ -87,28 +87,40 @@ def sweep(request: ScoreRequest) -> ScoreRequest:
             totals["adapted_bpb"] = None
         rows.append({"changes": changes, "base_bpb": totals["base_bpb"], "adapted_bpb": totals["adapted_bpb"]})
         request.say(f"sweep: {_described(changes)}: {_number(totals['adapted_bpb'])} bits per byte of the tuning half")
-    fair = [row for row in rows if row["adapted_bpb"] is not None]
-    if not fair:
+    best, facts = best_of(rows), facts_of_halves(tuning, scored)
+    if best is None:
         raise ConfigError("no config of the sweep gave the tuning half a finite score; give a smaller lr")
-    best = min(fair, key=lambda row: row["adapted_bpb"])["changes"]  # of equal ones the first
-    note = (
-        f"{len(tuning):,} of the {len(request.documents):,} documents were used to choose the constants "
-        f"({_described(best)}) and are left out of the score, which is of the other {len(scored):,}"
-    )
-    facts = {
-        "documents_tuning": len(tuning),
-        "tokens_tuning": targets,
-        "documents_scored": len(scored),
-        "halves": "by the SHA-256 of the tokens",
-        "chosen": best,
-        "tried": rows,
-    }
-    notes = [*request.facts.get("notes", ()), note]
+    notes = [*request.facts.get("notes", ()), note_on(facts, best)]
     return replace(
         request,
         documents=scored,
         config=request.config.override(best),
-        facts=request.facts | {"notes": notes, "sweep": facts},
+        facts=request.facts | {"notes": notes, "sweep": facts | {"chosen": best, "tried": rows}},
+    )
+
+
+def best_of(rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """The changes with the fewest bits per byte, of equal ones the first; None where no config had a finite score."""
+    fair = [row for row in rows if row["adapted_bpb"] is not None]
+    return min(fair, key=lambda row: row["adapted_bpb"])["changes"] if fair else None
+
+
+def facts_of_halves(tuning: Sequence[Document], scored: Sequence[Document]) -> dict[str, Any]:
+    """What a result says of the two halves."""
+    return {
+        "documents_tuning": len(tuning),
+        "tokens_tuning": sum(document.targets for document in tuning),
+        "documents_scored": len(scored),
+        "halves": "by the SHA-256 of the tokens",
+    }
+
+
+def note_on(halves: dict[str, Any], chosen: dict[str, Any]) -> str:
+    """The sentence that belongs beside the score: what was left out, of :func:`facts_of_halves`, and for what."""
+    tuning, scored = halves["documents_tuning"], halves["documents_scored"]
+    return (
+        f"{tuning:,} of the {tuning + scored:,} documents were used to choose the constants ({_described(chosen)}) and "
+        f"are left out of the score, which is of the other {scored:,}"
     )
 
 

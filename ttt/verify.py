@@ -9,6 +9,7 @@ import json
 import math
 import random
 import secrets
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -28,8 +29,9 @@ from .documents import Document, digest_of
 from .hf_model import HfModel
 from .pipeline import ScoreRequest, score
 from .protocols import TTTConfig
-from .results import NOT_ADAPTED, PARTIAL, DocumentResult, ScoreResult
+from .results import DIVERGED, NOT_ADAPTED, PARTIAL, DocumentResult, ScoreResult
 from .sampling import is_for_tuning, sample
+from .sweep import best_of, facts_of_halves, note_on
 
 NLL_FORMAT = "klora-nll-1"
 
@@ -41,8 +43,11 @@ SETTING = "versions", "device", "processor", "threads", "scorer"
 """The facts of a result under which the same document has the same bits."""
 
 NATS = "base_nats", "tempered_nats", "adapted_nats"
-STATE = "status", "kept_pass", "adapted_tokens", "group"
-"""What is compared of a document that is scored again: within the rounding, and where none is allowed."""
+STATE = "status", "adapted_tokens", "group"
+"""What is compared of a document that is scored again: within the rounding, and what no rounding changes."""
+
+OF_HF = "class", "parameters", "dtype", "vocabulary", "adapted", "begins_with"
+"""What a result says of a model of transformers that is the same on every machine."""
 
 LABELS = "protocol", "protocol_label", "label", "warning", "depends_on_earlier_documents"
 """What a result says of itself beside its numbers."""
@@ -125,7 +130,15 @@ def read_nll(path: str | Path, stored: Stored) -> list[np.ndarray]:
             raise ValueError("its tensors do not fit together")
         if not np.isfinite(nll).all():
             raise ValueError("an NLL is no finite number")
-    except (OSError, KeyError, TypeError, ValueError, IndexError, safetensors.SafetensorError) as error:
+    except (
+        OSError,
+        KeyError,
+        TypeError,
+        ValueError,
+        IndexError,
+        AttributeError,  # a dtype that NumPy has not
+        safetensors.SafetensorError,
+    ) as error:
         raise VerifyError(f"{path} is no file of NLLs that `klora score --nll` wrote: {error}") from None
     sizes = [(digest, int(size)) for digest, size in zip(hashes, np.diff(offsets), strict=True)]
     if sizes != [(document["sha256"], document["tokens"]) for document in stored.documents]:
@@ -143,6 +156,15 @@ def which_nll(path: str | Path, stored: Stored) -> Check:
         return Check("nll file", True, "the result names none, and this one fits it")
     says = "has the hash" if found == wanted else f"has the hash {found}, and not that"
     return Check("nll file", found == wanted, f"{says} that the result names")
+
+
+def model_of_hf(stored: Stored, found: Mapping[str, Any]) -> Check:
+    """Whether a result says of its model of transformers what `facts_of_model` found of it."""
+    said = stored.values.get("hf")
+    wanted = {name: found[name] for name in OF_HF}
+    pairs = [("", said if isinstance(said, dict) else {}, wanted), ("", stored.values, {"weights": found["dtype"]})]
+    wrong = _differing(pairs)
+    return Check("model", not wrong, wrong or f"{found['class']} of {found['parameters']:,} parameters")
 
 
 def verify(
@@ -169,26 +191,32 @@ def verify(
     by_hash = {document.sha256: document for document in documents}
     # Whatever else is said of a document, it is no reason not to recompute it.
     late = [one["status"] in (PARTIAL, NOT_ADAPTED) for one in stored.documents]
-    same = [one["sha256"] in by_hash and not is_late for one, is_late in zip(stored.documents, late, strict=True)]
-    indices = np.flatnonzero(same).tolist()
+    known = [index for index, one in enumerate(stored.documents) if one["sha256"] in by_hash]
+    same = indices = [index for index in known if not late[index]]
     if not stored.config.phases and indices:
         indices = random.Random(seed).sample(indices, min(len(indices), max(1, math.ceil(share * len(indices)))))
     if not indices:
         return AuditReport((*checks, Check("recomputed", False, "no document of the result can be recomputed")))
     config, again = stored.config.override({"deadline": 0.0}), [stored.documents[index] for index in indices]
-    chosen = [replace(by_hash[one["sha256"]], name=one["name"]) for one in again]
+    # With phases groups are cut of all documents, and learned from: of those, too, whose scores are not compared.
+    among = known if stored.config.phases else indices
+    chosen = [replace(by_hash[one["sha256"]], name=one["name"]) for one in map(stored.documents.__getitem__, among)]
     scorer = stored.values.get("scorer") if setting["device"] == stored.values.get("device") else "auto"
     found = score(ScoreRequest(model, chosen, config, scorer=scorer or "auto", keeps_nll=True))
+    rows = [among.index(index) for index in indices]
+    found = replace(found, documents=[found.documents[row] for row in rows], nll=[found.nll[row] for row in rows])
     here = dict(setting) | {name: found.facts[name] for name in ("threads", "scorer")}
     differs = [name for name in SETTING if stored.values.get(name) != here.get(name)]
     allowed = rounding if differs else 0.0
     checks.append(_recomputed(again, found, allowed, differs))
     if nll is not None:
         checks.append(_targets(again, found, [nll[index] for index in indices], allowed))
-    rest = sum(same) - len(again)
+    rest = len(same) - len(again)
     others = f"{rest:,} documents that were not recomputed (--seed {seed} draws the same); --share 1 recomputes all"
     unseen = [others] if rest else []
     unseen += [f"{sum(late):,} documents of which a deadline left text to the base model"] if any(late) else []
+    unseen += ["the names, by whose hashes phases group the documents"] if stored.config.phases else []
+    unseen += ["what a sweep measured of the constants that it tried"] if "sweep" in stored.values else []
     unseen += ["what the model was trained on", "bits per byte before quantisation, which want the run"]
     return AuditReport(tuple(checks), tuple(unseen))
 
@@ -202,6 +230,7 @@ def stated(
     """Whether what a result says fits together and is of the documents of its source: nothing is recomputed."""
     checks = [_source(stored, documents), _which(stored, documents), _totals(stored), _valid(stored)]
     checks += [_labels(stored, of_bytes)]
+    checks += [_swept(stored, documents)] if "sweep" in stored.values else []
     said = ((document["name"], document["adapted_nats"]) for document in stored.documents)
     return checks if nll is None else [*checks, sums(said, nll)]
 
@@ -233,7 +262,7 @@ def _which(stored: Stored, documents: Sequence[Document]) -> Check:
     of += " but those that a sweep chose its constants on" if tuned else ""
     if here == there and not off:
         return Check("documents", True, f"{len(there):,} documents by their hashes, tokens and bytes: {of}")
-    lost, extra = len(set(here) - set(there)), len(set(there) - set(here))
+    lost, extra = (Counter(here) - Counter(there)).total(), (Counter(there) - Counter(here)).total()
     what = f"{lost:,} are missing in the result and {extra:,} are not in the source"
     if off and not (lost or extra):
         what = f"{off[0]['name']!r} has other tokens or bytes than the result says"
@@ -284,6 +313,23 @@ def _labels(stored: Stored, of_bytes: Mapping[str, Any]) -> Check:
     return Check("labels", not wrong, wrong or f"{stored.again['protocol_label']}, as its config says")
 
 
+def _swept(stored: Stored, documents: Sequence[Document]) -> Check:
+    """Whether a sweep's record is of the source's halves, its choice the best that it tried, and both are said."""
+    said, halves = stored.values["sweep"], ([], [])
+    for document in scored_of(stored, documents):
+        halves[not is_for_tuning(document)].append(document)
+    facts, notes = facts_of_halves(*halves), stored.values.get("notes", [])
+    try:
+        best = best_of(said["tried"])
+        note = note_on(facts, best)
+        wrong = _differing([("", said, facts | {"chosen": best}), (" of the config", stored.config.to_dict(), best)])
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return Check("sweep", False, "it is no record of what a sweep tried and chose")
+    missing = "" if isinstance(notes, list) and note in notes else f"the note {note!r:.80} is missing"
+    wrong = "; ".join(filter(None, [wrong, missing]))
+    return Check("sweep", not wrong, wrong or "its choice is the best that it says it tried, and the note says so")
+
+
 def _recomputed(again: Sequence[Mapping[str, Any]], found: ScoreResult, allowed: float, differs: list[str]) -> Check:
     worst, where = 0.0, ""
     for old, new in zip(again, found.documents, strict=True):
@@ -293,10 +339,13 @@ def _recomputed(again: Sequence[Mapping[str, Any]], found: ScoreResult, allowed:
             apart = abs(a - b) / max(abs(b), 1.0)
             if apart > worst:
                 worst, where = apart, f"{name} of {old['name']!r} is {a}, and {b} when it is computed anew"
-    if not differs and worst <= allowed:
-        each = zip(again, found.documents, strict=True)
+    if worst <= allowed:
+        names = STATE if differs else (*STATE, "kept_pass")
+        # Rounding has a say in where a document diverges, and in which of its passes is the best.
         where = _differing(
-            (f" of {old['name']!r:.60}", old, {name: getattr(new, name) for name in STATE}) for old, new in each
+            (f" of {old['name']!r:.60}", old, {name: getattr(new, name) for name in names})
+            for old, new in zip(again, found.documents, strict=True)
+            if not (differs and DIVERGED in (old["status"], new.status))
         )
         worst = math.inf if where else worst
     how = "to the bit" if not differs else f"within a share of {allowed:g}, as {', '.join(differs)} differ"
