@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 import klora.ttt as klora_ttt
 import numpy as np
 import pytest
+import safetensors
 import torch
 from conftest import documents as texts_of
 from hypothesis import given, settings
@@ -473,6 +475,10 @@ def test_the_command_scores_a_folder_and_verify_agrees(folder, jsonl, tmp_path, 
     assert "base model" in page and "Quantisation gap" not in page and "<h2>One document" in page
     again = klora("verify", out / "score.json", "--hf", folder, "--jsonl", jsonl, "--nll", nll, "--share", 1)
     assert "3 documents are what they were, to the bit" in again.stdout
+    stored["hf"]["class"] = "Another"
+    (out / "score.json").write_text(json.dumps(stored | {"weights": "auto"}))
+    forged = klora("verify", out / "score.json", "--hf", folder, "--jsonl", jsonl, check=1).stdout.replace("\n", " ")
+    assert "FAIL  model: class is 'Another', not 'LlamaForCausalLM'; weights is 'auto', not 'float32'" in forged
     changed = saved(tmp_path / "other")
     (changed / "config.json").write_text((changed / "config.json").read_text() + "\n")
     other = klora("verify", out / "score.json", "--hf", changed, "--jsonl", jsonl, check=1)
@@ -511,6 +517,29 @@ def test_a_broken_folder_and_a_missing_package_are_named(folder, tmp_path, monke
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(ConfigError, match=r"a package that is not installed .*: pip install transformers"):
         load_hf(folder, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("where", ["sub/model.safetensors", "../other/model.safetensors", "model.bin"])
+def test_weights_that_the_hash_of_a_folder_does_not_cover_are_refused(tmp_path, where):
+    """They could be swapped, and a run would go on with them or be verified by them."""
+    broken, other = saved(tmp_path / "broken"), saved(tmp_path / "other")
+    weights = broken / "model.safetensors"
+    with safetensors.safe_open(weights, "numpy") as file:
+        names = list(file.keys())
+    shutil.move(weights, broken / "part.safetensors")
+    index = broken / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": dict.fromkeys(names, "part.safetensors")}))
+    load_hf(broken, torch.device("cpu"))
+    (broken / "sub").mkdir()
+    shutil.copy(other / "model.safetensors", broken / "sub")
+    index.write_text(json.dumps({"metadata": {}, "weight_map": dict.fromkeys(names, where)}))
+    with pytest.raises(ConfigError, match=f"model.safetensors.index.json takes weights from '{where}'; wanted: "):
+        load_hf(broken, torch.device("cpu"))
+    index.unlink()
+    config = json.loads((broken / "config.json").read_text())
+    (broken / "config.json").write_text(json.dumps(config | {"transformers_weights": where}))
+    with pytest.raises(ConfigError, match=f"config.json takes weights from '{where}'; wanted: "):
+        load_hf(broken, torch.device("cpu"))
 
 
 def test_a_clones_own_folders_are_not_taken_for_packages(monkeypatch):

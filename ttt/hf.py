@@ -198,12 +198,24 @@ def load_hf(folder: str | Path, device: torch.device, dtype: str = "auto") -> tu
         logging.set_verbosity_error()
         logging.disable_progress_bar()
         try:
+            _require_own_weights(folder)
             tokenizer = AutoTokenizer.from_pretrained(folder, **local)
             model = AutoModelForCausalLM.from_pretrained(folder, dtype=chosen, use_safetensors=True, **local)
         except Exception as error:  # whatever a broken file makes a library raise
             why = " ".join(str(error).split())
             raise ConfigError(f"{folder} cannot be read as a causal language model: {why:.300}") from None
     return model.to(device), tokenizer
+
+
+def _require_own_weights(folder: Path) -> None:
+    """ValueError where weights would come from a file that :func:`hashes_of_folder` does not read."""
+    named = [("config.json", [json.loads((folder / "config.json").read_bytes()).get("transformers_weights")])]
+    for index in folder.glob("*.safetensors.index.json"):
+        named.append((index.name, json.loads(index.read_bytes())["weight_map"].values()))
+    for where, files in named:
+        for file in filter(None, files):
+            if Path(file).name != file or not file.endswith((".safetensors", ".safetensors.index.json")):
+                raise ValueError(f"{where} takes weights from {file!r:.80}; wanted: *.safetensors of the folder itself")
 
 
 @contextmanager
