@@ -1,4 +1,4 @@
-"""What a training run keeps: checkpoints, resuming, damaged and foreign files, a disk that fails."""
+"""What a training run keeps: checkpoints, resuming, damaged and foreign files."""
 
 import dataclasses
 import json
@@ -7,7 +7,6 @@ import random
 import re
 import shutil
 import signal
-import stat
 import time
 from pathlib import Path
 
@@ -22,9 +21,7 @@ from klora.model.curve import LossCurve
 from klora.model.loading import load_run
 from klora.model.prepare import Prepared, prepared_from_shards
 from klora.model.shards import ShardError
-from klora.model.storage import require_writable, write_text
 from klora.model.train import Trainer
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from test_cli import klora
 from test_train import ALONE, digests, losses, small_preset
@@ -137,37 +134,6 @@ def test_a_torn_row_of_the_curve_is_dropped(tmp_path, data):
     with open(tmp_path / "loss.csv", "a") as file:
         file.write("2,0.5")
     assert [row["step"] for row in LossCurve(tmp_path, resume_at=3).rows()] == ["1", "2", "3"]
-
-
-@pytest.mark.slow
-def test_a_disk_that_fails_costs_rows_and_checkpoints_not_the_run(tmp_path, data, monkeypatch):
-    said = []
-    trainer = Trainer(small_preset(checkpoint_seconds=1e-6), data, tmp_path, ALONE, say=said.append)
-
-    def fail(*args):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("klora.model.run_state.save_tensors", fail)
-    monkeypatch.setattr(trainer.curve._writer, "writerow", fail)
-    assert trainer.run().status == "finished" and load_run(tmp_path)
-    assert sum("no checkpoint of step" in line and "No space left" in line for line in said) >= 2
-    assert sum("loss.csv" in line for line in said) == 1
-
-
-def test_files_get_the_permissions_of_the_umask_or_of_what_they_replace(tmp_path):
-    def mode(path: Path) -> int:
-        return stat.S_IMODE(path.stat().st_mode)
-
-    before = os.umask(0o027)
-    try:
-        save_tensors(tmp_path / "weights", {"a": torch.ones(1)}, {})
-        write_text(tmp_path / "text", "a")
-        assert mode(tmp_path / "weights") == mode(tmp_path / "text") == 0o640
-        (tmp_path / "weights").chmod(0o604)
-        save_tensors(tmp_path / "weights", {"a": torch.ones(1)}, {})
-        assert mode(tmp_path / "weights") == 0o604
-    finally:
-        os.umask(before)
 
 
 def written(path: Path, tensors: dict, header: dict[str, str]) -> None:
@@ -319,16 +285,6 @@ def test_resuming_a_finished_run_keeps_its_model_until_the_longer_one_is_done(tm
     assert digests(tmp_path)["model.safetensors"] != model
 
 
-def test_a_folder_that_cannot_be_written_is_known_before_anything_is_made(tmp_path, data):
-    for path in (Path("/proc/nowhere/run"), Path("/dev/null/run")):
-        with pytest.raises(OSError, match=f"{path} cannot be written"):
-            Trainer(small_preset(), data, path, ALONE)
-    with pytest.raises(OSError, match=r"needs .* bytes and .* free; make space"):
-        require_writable(tmp_path / "a" / "b", 2**60)
-    require_writable(tmp_path / "a" / "b", 1)
-    assert not list(tmp_path.iterdir())
-
-
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, data) -> Path:
     """A run of two steps."""
@@ -422,10 +378,6 @@ def test_a_token_out_of_range_is_found_before_the_first_step_wherever_it_is(tmp_
     assert not (tmp_path / "run").exists()
 
 
-def full(*given, **options):
-    raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
-
-
 @pytest.mark.slow
 def test_a_shard_that_is_overwritten_during_training_ends_it_in_a_sentence(tmp_path, data):
     shutil.copytree(data.folder, tmp_path / "shards")
@@ -459,76 +411,6 @@ def test_shards_that_are_gone_are_named_when_a_run_is_resumed(tmp_path, data):
     (tmp_path / "run.json").write_text(json.dumps(run | {"data": str(tmp_path / "moved")}))
     with pytest.raises(ShardError, match=r"moved, which is gone; put them back, or name .* in .*run\.json"):
         _stored_run(tmp_path, {})
-
-
-def test_a_disk_that_is_full_at_a_checkpoint_costs_that_checkpoint(tmp_path, data, monkeypatch):
-    said, kept = [], []
-
-    def fill(row):
-        if row["step"] == 3:
-            kept.append((tmp_path / "checkpoint.safetensors").read_bytes())
-            monkeypatch.setattr("klora.model.checkpoint.save_file", full)
-        if row["step"] == 6:
-            assert (tmp_path / "checkpoint.safetensors").read_bytes() == kept[0]
-            monkeypatch.undo()
-
-    trainer = Trainer(small_preset(checkpoint_seconds=1e-6, max_steps=8), data, tmp_path, ALONE, say=said.append)
-    assert trainer.run(fill).step == 8 and load_run(tmp_path)
-    lost = [line for line in said if "no checkpoint of step" in line]
-    assert len(lost) == 3 and all("No space left" in line for line in lost)
-    kept_there = f"Last checkpoint: {tmp_path / 'checkpoint.safetensors'} (step 2)"
-    assert all(line.endswith(kept_there) for line in lost)
-    assert not list(tmp_path.glob(".*partial"))
-
-
-def test_a_disk_that_is_full_at_the_first_checkpoint_promises_none(tmp_path, data, monkeypatch):
-    said = []
-    trainer = Trainer(small_preset(checkpoint_seconds=1e-6, max_steps=1), data, tmp_path, ALONE, say=said.append)
-    monkeypatch.setattr("klora.model.checkpoint.save_file", full)
-    with pytest.raises(OSError, match="No space left"):
-        trainer.run()
-    lost = [line for line in said if "no checkpoint of step 1" in line]
-    assert lost and all(line.endswith("training goes on. Last checkpoint: none yet") for line in lost)
-
-
-def test_a_disk_that_is_full_at_a_stop_ends_in_a_sentence_with_the_last_checkpoint_whole(tmp_path, data, monkeypatch):
-    def fill(row):
-        if row["step"] == 3:
-            trainer._save_checkpoint()
-            monkeypatch.setattr("klora.model.checkpoint.save_file", full)
-        if row["step"] == 5:
-            signal.raise_signal(signal.SIGTERM)
-
-    trainer = Trainer(small_preset(), data, tmp_path, ALONE)
-    says = r"No space left .*; Last checkpoint: .*checkpoint.safetensors \(step 3\); make space, then --resume goes on"
-    with pytest.raises(OSError, match=says):
-        trainer.run(fill)
-    monkeypatch.undo()
-    assert Trainer(small_preset(), data, tmp_path, ALONE, resume=True).step == 3
-
-
-def test_a_disk_that_is_full_at_the_end_keeps_the_training(tmp_path, data, monkeypatch):
-    save = save_file
-
-    def fill(tensors, path, **options):
-        (full if "model.safetensors" in str(path) else save)(tensors, path, **options)
-
-    monkeypatch.setattr("klora.model.checkpoint.save_file", fill)
-    with pytest.raises(
-        OSError, match="No space left .*; training is done: make space, then --resume writes the weights"
-    ):
-        Trainer(small_preset(max_steps=3), data, tmp_path, ALONE).run()
-    monkeypatch.undo()
-    resumed = Trainer(small_preset(max_steps=3), data, tmp_path, ALONE, resume=True)
-    assert resumed.step == 3 and resumed.run().step == 3 and load_run(tmp_path)
-
-
-def test_a_curve_that_cannot_be_written_costs_one_line(tmp_path, data):
-    (tmp_path / "loss.csv").mkdir()
-    said = []
-    result = Trainer(small_preset(max_steps=3), data, tmp_path, ALONE, say=said.append).run()
-    assert result.status == "finished" and load_run(tmp_path)
-    assert sum("loss.csv cannot be written" in line and "training goes on without it" in line for line in said) == 1
 
 
 @pytest.mark.parametrize("worse", [True, False])
@@ -590,13 +472,3 @@ def test_a_run_that_is_older_than_the_ways_of_ranks_goes_on_with_their_defaults(
     klora("train", "--resume", "--out", tmp_path, "--set", "max_steps=4", "--set", "muon_gathers=1")
     stored = json.loads(path.read_text())["train"]
     assert [stored[name] for name in names] == [1, 1] and len(losses(tmp_path)) == 4
-
-
-def test_a_file_with_the_longest_name_that_there_is_can_be_replaced(tmp_path):
-    """What is written beside it first has no longer one."""
-    for name in ("a" * 255, "ä" * 127, os.fsdecode(b"\xff" * 255)):
-        for text in ("one", "two"):
-            write_text(tmp_path / name, text)
-            assert (tmp_path / name).read_text() == text
-        assert [file.name for file in tmp_path.iterdir()] == [name]
-        (tmp_path / name).unlink()

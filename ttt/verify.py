@@ -192,7 +192,8 @@ def verify(
     # Whatever else is said of a document, it is no reason not to recompute it.
     late = [one["status"] in (PARTIAL, NOT_ADAPTED) for one in stored.documents]
     known = [index for index, one in enumerate(stored.documents) if one["sha256"] in by_hash]
-    same = indices = [index for index in known if not late[index]]
+    in_time = [index for index in known if not late[index]]
+    indices = in_time
     if not stored.config.phases and indices:
         indices = random.Random(seed).sample(indices, min(len(indices), max(1, math.ceil(share * len(indices)))))
     if not indices:
@@ -200,7 +201,8 @@ def verify(
     config, again = stored.config.override({"deadline": 0.0}), [stored.documents[index] for index in indices]
     # With phases groups are cut of all documents, and learned from: of those, too, whose scores are not compared.
     among = known if stored.config.phases else indices
-    chosen = [replace(by_hash[one["sha256"]], name=one["name"]) for one in map(stored.documents.__getitem__, among)]
+    asked = [stored.documents[index] for index in among]
+    chosen = [replace(by_hash[one["sha256"]], name=one["name"]) for one in asked]
     scorer = stored.values.get("scorer") if setting["device"] == stored.values.get("device") else "auto"
     found = score(ScoreRequest(model, chosen, config, scorer=scorer or "auto", keeps_nll=True))
     rows = [among.index(index) for index in indices]
@@ -211,7 +213,7 @@ def verify(
     checks.append(_recomputed(again, found, allowed, differs))
     if nll is not None:
         checks.append(_targets(again, found, [nll[index] for index in indices], allowed))
-    rest = len(same) - len(again)
+    rest = len(in_time) - len(again)
     others = f"{rest:,} documents that were not recomputed (--seed {seed} draws the same); --share 1 recomputes all"
     unseen = [others] if rest else []
     unseen += [f"{sum(late):,} documents of which a deadline left text to the base model"] if any(late) else []
