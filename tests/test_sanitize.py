@@ -101,6 +101,11 @@ def run(tmp_path, monkeypatch, capsys):
     return run
 
 
+def most(tool: str) -> int:
+    """Tests of one part."""
+    return sanitize.SHARE // sanitize.COSTS[tool]
+
+
 def printing(text: str) -> str:
     return f"cat <<'END'\n{text}END"
 
@@ -136,7 +141,7 @@ def test_ours_are_found_behind_any_number_of_others_and_the_log_stays_short(run,
     (tmp_path / "text").write_text(f"{others * 500}{ours}\n.3 passed\n")
     status, printed = run("cat text", "--tool", "racecheck")
     assert status == 1 and "1 findings in ours (_dq_kernel x1), 1000 elsewhere (fmha_f32_rf_sm80 x500; nvjet" in printed
-    log = (tmp_path / "logs/racecheck-test_mlp.txt").read_text()
+    log = (tmp_path / "logs/racecheck-test_mlp.txt").read_text().partition("\n")[2]
     for each, kernel in ((3, "fmha_f32_rf_sm80("), (2, "nvjet_sm90_tst_64x8_64x16_4x1_v_bz_NNT+")):
         assert log.count(kernel) == each * sanitize.MOST_KEPT
     assert log.count("_dq_kernel") == 3 and log.count("...") == 501 and "\n.3 passed\n" in log
@@ -145,9 +150,19 @@ def test_ours_are_found_behind_any_number_of_others_and_the_log_stays_short(run,
     assert int(command[command.index("--print-limit") + 1]) >= 100_000
 
 
-def test_no_kernel_is_left_out_by_its_name():
-    """racecheck crashes where some are; initcheck then takes what they write as unwritten."""
-    for tool in sanitize.TOOLS:
+def test_racecheck_watches_all_of_ours_and_nothing_else():
+    command = sanitize.Part("racecheck", "test_mlp", [], 1, 1).command("compute-sanitizer")
+    kind, _, name = command[command.index("--kernel-name") + 1].partition("=")
+    assert kind == "regex" and "exclude" not in " ".join(command)
+    watched = re.compile(name)
+    assert all(watched.search(kernel) for kernel in sanitize.ours())
+    for other in ("nvjet_sm90_tst_64x8_64x16_4x1_v_bz_NNT", "vectorized_elementwise_kernel", "_dq_kernel_of_another"):
+        assert not watched.search(other)
+
+
+def test_the_other_tools_watch_all_kernels():
+    """initcheck would take what one that is left out has written for unwritten."""
+    for tool in {*sanitize.TOOLS} - {"racecheck"}:
         command = " ".join(sanitize.Part(tool, "test_mlp", [], 1, 1).command("compute-sanitizer"))
         assert "exclude" not in command and "--kernel-name" not in command
         assert ("--check-api-memory-access no" in command) == (tool == "initcheck")
@@ -247,7 +262,7 @@ def test_a_signal_ends_all_at_once_and_says_what_was_found(name, run, tmp_path):
     """By the last of two parts that run; each has started a process of its own, and one part waits."""
     stub = f"{printing(RACE)}\nsleep 60 & echo $! >> children\n[ $(wc -l < children) = 2 ] && kill -{name} $PPID\nwait"
     began = time.monotonic()
-    status, printed = run(stub, "--tool", "racecheck", "--jobs", "2", tests=12)
+    status, printed = run(stub, "--tool", "racecheck", "--jobs", "2", tests=3 * most("racecheck"))
     assert time.monotonic() - began < 5
     assert status == 128 + getattr(signal, f"SIG{name}") and f"stopped by SIG{name}" in printed
     assert printed.count("1 findings in ours (_dq_kernel x1), 1 elsewhere") == 2
@@ -284,7 +299,7 @@ def test_a_signal_before_anything_runs_ends_it_too(run, monkeypatch, capsys):
 
 def test_the_time_of_the_whole_run_and_of_one_process(run):
     limited = ("--tool", "memcheck", "--jobs", "1", "--seconds-in-all", "0.3")
-    status, printed = run(f"{printing(CLEAN)}\nsleep 60", *limited, tests=30)
+    status, printed = run(f"{printing(CLEAN)}\nsleep 60", *limited, tests=2 * most("memcheck"))
     assert status == 1 and "the 0 s of --seconds-in-all are over" in printed
     assert "cut: memcheck test_mlp 1/2\nnot begun: memcheck test_mlp 2/2\n" in printed
     status, printed = run("sleep 60", "--tool", "memcheck", "--seconds", "0.2")
@@ -362,18 +377,20 @@ def test_what_was_slow_and_where_a_process_was_cut_are_said(run):
 
 def test_what_is_worth_most_begins_first_and_a_file_is_dealt_in_parts():
     """Tool by tool; some of each file before the rest of any; of these the longest."""
-    tests = {"test_mlp": [str(number) for number in range(50)], "test_rotary": ["a"], "test_swiglu": []}
+    number = 3 * most("memcheck") - 1
+    races = -(-number // most("racecheck"))
+    tests = {"test_mlp": [str(each) for each in range(number)], "test_rotary": ["a"], "test_swiglu": []}
     parts = sanitize.parts_of(["memcheck", "racecheck"], tests, set())
     assert [str(part) for part in parts[:5]] == [
         *("memcheck test_mlp 1/3", "memcheck test_rotary", "memcheck test_mlp 2/3", "memcheck test_mlp 3/3"),
-        "racecheck test_mlp 1/13",
+        f"racecheck test_mlp 1/{races}",
     ]
-    assert [str(part) for part in parts[5:7]] == ["racecheck test_rotary", "racecheck test_mlp 2/13"]
+    assert [str(part) for part in parts[5:7]] == ["racecheck test_rotary", f"racecheck test_mlp 2/{races}"]
     assert max(part.cost for part in parts) <= sanitize.SHARE
     for tool in ("memcheck", "racecheck"):
         those = [part for part in parts if part.tool == tool and part.file == "test_mlp"]
         assert Counter(test for part in those for test in part.tests) == Counter(tests["test_mlp"])
-        assert len(those) == -(-50 * sanitize.COSTS[tool] // sanitize.SHARE)
+        assert len(those) == -(-number * sanitize.COSTS[tool] // sanitize.SHARE)
         assert max(len(part.tests) for part in those) - min(len(part.tests) for part in those) <= 1
     assert [str(part) for part in parts if part.file == "test_swiglu"] == []
     assert len({part.log(Path("logs")) for part in parts}) == len(parts)
