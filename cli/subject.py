@@ -19,7 +19,7 @@ from ..model.prepare import tokenizer_beside
 from ..model.shards import TokenStream, find_shards
 from ..model.tokenizer import Tokenizer
 from ..ttt.documents import Document, digest_of, documents_from_texts, documents_from_tokens, with_own_names
-from ..ttt.hf import facts_of_model, hashes_of_folder, hf_documents, load_hf, require_known_tokens, token_bytes_of
+from ..ttt.hf import facts_of_model, hf_documents, read_hf, require_known_tokens, token_bytes_of
 from ..ttt.hf_model import HfModel
 from ..ttt.protocols import TTTConfig
 from ..ttt.report import TokenBytes
@@ -77,8 +77,8 @@ class Subject:
     @classmethod
     def of_folder(cls, folder: Path, device: torch.device, dtype: str, config: TTTConfig) -> "Subject":
         """A Hugging Face folder's."""
-        module, tokenizer = load_hf(folder, device, dtype)
-        model, hashes = HfModel(module, config), hashes_of_folder(folder)
+        module, tokenizer, hashes = read_hf(folder, device, dtype)
+        model = HfModel(module, config)
 
         def documents(source: Source, say: Callable[[str], None]) -> list[Document]:
             text, jsonl, field, _ = source

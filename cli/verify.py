@@ -12,7 +12,7 @@ from ..model.parallel import own_device
 from ..model.placement import device_name, processor_name
 from ..ttt.audit_report import AuditReport, Check
 from ..ttt.documents import facts_of_texts, facts_of_tokens
-from ..ttt.hf import hashes_of_folder
+from ..ttt.hf import hashes_of_folder, require_unchanged
 from ..ttt.verify import RELATIVE, Stored, model_of_hf, read_nll, scored_of, which_nll
 from ..ttt.verify import verify as verify_stored
 from . import options
@@ -90,6 +90,7 @@ def verify(
             model, installed = model_from_artifact(loaded, chosen, stored.weights), versions(chosen)
         else:
             subject = Subject.of_folder(hf, chosen, stored.weights, stored.config)
+            require_unchanged(hf, here, subject.hashes)
             checks.append(model_of_hf(stored, subject.facts["hf"]))
             documents = subject.documents(source, output.warn)
             model, installed, tokenizer = subject.model, subject.facts["versions"], subject.tokenizer

@@ -72,7 +72,8 @@ def load_tensors(
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no iteration protocol)
+            # Copies: a mapped file would be whatever is written to it later, unseen by the checks below.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (no iteration protocol)
     except (SafetensorError, OSError, ValueError, KeyError, AttributeError, TypeError, RuntimeError) as error:
         raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from None
     meta = _metadata(path, metadata, fields)

@@ -99,7 +99,9 @@ def load_quantized(module: nn.Module, path: Path | str, device: torch.device | s
     ties: dict[int, list[str]] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
         ties.setdefault(id(parameter), []).append(name)
-    module.load_state_dict({name: tensor.to(devices[name]) for name, tensor in state.items()}, assign=True)
+    # Copies: a mapped file would be whatever is written to it later.
+    copies = {name: tensor.to(devices[name], copy=True) for name, tensor in state.items()}
+    module.load_state_dict(copies, assign=True)
     for first, *others in ties.values():
         for other in others:
             parent, _, leaf = other.rpartition(".")

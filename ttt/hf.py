@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +167,29 @@ def _is_exact(model: HfModel) -> bool:
     return model.device.type == "cpu" and torch.get_num_threads() == 1
 
 
+def read_hf(
+    folder: str | Path, device: torch.device, dtype: str = "auto"
+) -> tuple[torch.nn.Module, Any, dict[str, str]]:
+    """As :func:`load_hf`, and the hashes of what was read. ConfigError, too, where a file changed meanwhile."""
+    before = _state_of(folder)
+    module, tokenizer = load_hf(folder, device, dtype)
+    hashes = hashes_of_folder(folder)
+    require_unchanged(folder, before, _state_of(folder))
+    return module, tokenizer, hashes
+
+
+def require_unchanged(folder: str | Path, before: dict[str, Any], after: dict[str, Any]) -> None:
+    """ConfigError where what is known of the folder's files, states or hashes, is no longer the same."""
+    if before != after:
+        raise ConfigError(f"{folder} changed while it was read; run again once nothing writes to it")
+
+
+def _state_of(folder: str | Path) -> dict[str, tuple[int, ...]]:
+    """What changes with a file's content, of each file. The time of a change of its state nobody can set."""
+    states = {path.name: path.stat() for path in Path(folder).glob("*")}
+    return {name: (s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for name, s in states.items()}
+
+
 def load_hf(folder: str | Path, device: torch.device, dtype: str = "auto") -> tuple[torch.nn.Module, Any]:
     """The model and the tokenizer of a folder that save_pretrained wrote; no network is asked.
 
@@ -204,7 +228,15 @@ def load_hf(folder: str | Path, device: torch.device, dtype: str = "auto") -> tu
         except Exception as error:  # whatever a broken file makes a library raise
             why = " ".join(str(error).split())
             raise ConfigError(f"{folder} cannot be read as a causal language model: {why:.300}") from None
-    return model.to(device), tokenizer
+    return _in_memory(model.to(device)), tokenizer
+
+
+def _in_memory(model: torch.nn.Module) -> torch.nn.Module:
+    """The model with weights of its own: on a CPU they are the mapped file, and whatever is written to that later."""
+    for tensor in chain(model.parameters(), model.buffers()):
+        if tensor.device.type == "cpu":
+            tensor.data = tensor.data.clone()
+    return model
 
 
 def _require_own_weights(folder: Path) -> None:
