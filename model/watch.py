@@ -229,10 +229,11 @@ class Watch:
 
     def _verdict(self) -> Verdict | None:
         """What ends the run now, if anything does."""
-        others = {rank: pulse for rank, pulse in self._pulses.items() if rank != self.rank and not pulse.get("left")}
+        others = {rank: pulse for rank, pulse in self._pulses.items() if rank != self.rank}
         for pulse in others.values():
-            if "verdict" in pulse:
+            if "verdict" in pulse:  # also of a rank that has left: it may have ended the run while this one was stopped
                 return _verdict_of(pulse)
+        others = {rank: pulse for rank, pulse in others.items() if not pulse.get("left")}
         has_alarm = any(pulse.get("alarm") for pulse in (*others.values(), self._pulse))
         patience = min(self.patience, max(SUSPECT, 3 * self.beat)) if has_alarm else self.patience
         there = {rank: pulse for rank, pulse in others.items() if "failed" not in pulse}
@@ -268,7 +269,7 @@ class Watch:
         pulses = dict(sorted({**self._pulses, self.rank: self._pulse}.items()))
         # Ranks that came to several verdicts at once take that of the lowest.
         verdict = next(_verdict_of(pulse) for pulse in pulses.values() if "verdict" in pulse)
-        for rank in verdict.lost:
+        for rank in {*verdict.lost} - {self.rank}:
             self._kill(pulses[rank])
         ready = [rank for rank, pulse in pulses.items() if _may_write(pulse)]
         writer = min((rank for rank in ready if rank not in verdict.lost), default=min(ready))

@@ -510,6 +510,19 @@ def test_all_leave_for_one_reason_and_the_lowest_that_is_left_keeps_the_state(ro
     assert [one.alive.item() for one in all_.watches] == [1, 0, 0]
 
 
+def test_a_rank_that_was_stopped_and_wakes_ends_as_the_others_did_and_keeps_nothing(room):
+    """They took it for lost, wrote the state and ended: what it would write could be older than a run that went on."""
+    all_, saved = room(2, 2.0), []
+    all_.guard(saved.append)
+    pulse = {"beat": 1, "pid": os.getpid(), "parent": os.getppid(), "host": "another", "left": True}
+    all_.store.set(
+        "pulse/1", json.dumps(pulse | {"verdict": ["rank 0 lost, without a sign of life for 60 s", LOST, [0]]})
+    )
+    all_.start(0)
+    assert all_.wait(1) == [LOST]
+    assert saved == [] and all_.reports == {}
+
+
 def test_weights_that_are_being_changed_are_not_written(room, monkeypatch):
     monkeypatch.setattr(watch, "WRITE", 0.3)
     monkeypatch.setattr(watch, "STOP", 0.1)
