@@ -166,20 +166,33 @@ class Corpus:
 
 
 def _walk(folder: Path, skipped: frozenset[str] = frozenset()) -> Iterator[Path]:
-    """Regular files below `folder`, sorted by their path's parts; hidden entries and `skipped` folders left out."""
+    """Regular files below `folder`, sorted by their path's parts; hidden entries and `skipped` folders left out.
+
+    What cannot be read, as a link that leads to itself, is left out with a warning. Folders may lie within each other
+    as deep as the file system lets them.
+    """
+    waiting = _entries(folder)
+    while waiting:
+        entry = waiting.pop()
+        try:
+            is_folder, is_file = entry.is_dir(follow_symlinks=False), entry.is_file()
+        except OSError as error:
+            log.warning("%s skipped: %s", entry.path, error.strerror)
+            continue
+        if is_folder and entry.name not in skipped:
+            waiting += _entries(Path(entry.path))
+        elif is_file:
+            yield Path(entry.path)
+
+
+def _entries(folder: Path) -> list[os.DirEntry]:
+    """What a folder holds, the last by name first; nothing, with a warning, where it cannot be read."""
     try:
-        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+        found = sorted(os.scandir(folder), key=lambda entry: entry.name, reverse=True)
     except OSError as error:
         log.warning("%s skipped: %s", folder, error)
-        return
-    for entry in entries:
-        if entry.name.startswith("."):
-            continue
-        if entry.is_dir(follow_symlinks=False):
-            if entry.name not in skipped:
-                yield from _walk(Path(entry.path), skipped)
-        elif entry.is_file():
-            yield Path(entry.path)
+        return []
+    return [entry for entry in found if not entry.name.startswith(".")]
 
 
 def _read_text(path: Path, named: bool) -> str:

@@ -1,6 +1,7 @@
 """Corpora: where documents come from, their splits, and what is said about files that cannot be read."""
 
 import gzip
+import inspect
 import json
 import os
 import random
@@ -55,6 +56,27 @@ def test_a_documents_split_depends_on_its_name_alone(tmp_path):
 def test_validation_share_is_met():
     held_out = sum(in_validation(f"document {i}", 0.25) for i in range(4000))
     assert 900 < held_out < 1100
+
+
+def test_folders_within_each_other_are_no_calls_within_each_other(tmp_path):
+    """A file system takes more of them than Python's calls may be within each other."""
+    deep = tmp_path.joinpath(*["d"] * 200)
+    deep.mkdir(parents=True)
+    (deep / "a.txt").write_text("found")
+    (tmp_path / "e.txt").write_text("last")
+    before = sys.getrecursionlimit()
+    sys.setrecursionlimit(len(inspect.stack()) + 100)
+    try:
+        assert [document.text for document in Corpus.text([tmp_path]).documents()] == ["found", "last"]
+    finally:
+        sys.setrecursionlimit(before)
+
+
+def test_a_link_that_leads_to_itself_is_left_out_with_a_warning(tmp_path, caplog):
+    (tmp_path / "a.txt").write_text("kept")
+    (tmp_path / "loop.txt").symlink_to("loop.txt")
+    assert [document.name for document in Corpus.text([tmp_path]).documents()] == ["a.txt"]
+    assert "loop.txt skipped: Too many levels of symbolic links" in caplog.text
 
 
 def test_text_walks_directories_in_order_and_keeps_text_as_it_is(tmp_path, caplog):
