@@ -20,6 +20,7 @@ from klora.ttt.documents import documents_from_texts
 from klora.ttt.journal import Journal, fingerprint
 from klora.ttt.model_audit import SWAPPED
 from klora.ttt.pipeline import ScoreRequest, score
+from klora.ttt.progress import Interrupted
 from klora.ttt.protocols import TTTConfig
 from klora.ttt.results import BASE_ALONE, DIVERGED, PARTIAL, SHORT, DocumentResult, ScoreResult
 from klora.ttt.verify import Stored, VerifyError, read_nll, which_nll
@@ -475,6 +476,13 @@ def test_targets_that_an_interrupted_run_had_scored_are_kept_too(lines, tokenize
     again = resumed({index: whole.documents[index] for index in (0, 3, 4)})
     for ours, theirs in zip(again.nll, whole.nll, strict=True):
         np.testing.assert_array_equal(ours, theirs)
+
+    book = Journal(tmp_path / "journal.jsonl", key, resume=False, overwrite=True)
+    book.add(dict(enumerate(whole.documents)))
+    request = ScoreRequest(model, documents, config, journal=book, keeps_nll=True)
+    with pytest.raises(Interrupted, match="5 of 5 documents are scored, but 5 that .* of which nothing is kept"):
+        score(dataclasses.replace(request, should_stop=lambda: True))
+    book.close()
     other = dataclasses.replace(whole.documents[4], adapted_nats=whole.documents[4].adapted_nats * 0.99)
     with pytest.raises(ValueError, match="the journal says that 'some.jsonl:5' has .* and scoring it again gives"):
         resumed({4: other})

@@ -146,7 +146,14 @@ def _scored_again(
         return {}
     among = range(len(results)) if request.config.phases else indices
     documents, config = [request.documents[index] for index in among], request.config.override({"deadline": 0.0})
-    again = score(replace(request, documents=documents, config=config, journal=None, prequant=None, queue=None))
+    try:
+        again = score(replace(request, documents=documents, config=config, journal=None, prequant=None, queue=None))
+    except Interrupted:
+        lost = (
+            f", but {len(documents)} that an earlier run scored were being scored again for the NLL of every target, "
+            "of which nothing is kept (without --nll the results can be written at once)"
+        )
+        raise Interrupted(len(results), len(results), lost) from None
     found = dict(zip(among, zip(again.documents, again.nll, strict=True), strict=True))
     for index in indices:
         kept, new = results[index].adapted_nats, found[index][0].adapted_nats

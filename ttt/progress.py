@@ -18,10 +18,13 @@ gives a deadline back."""
 
 
 class Interrupted(KloraError, RuntimeError):
-    """Scoring was stopped before its end; the journal, or those of all ranks, hold `done` of `total` documents."""
+    """Scoring was stopped before its end; the journal, or those of all ranks, hold `done` of `total` documents.
 
-    def __init__(self, done: int, total: int):
-        super().__init__(f"{done} of {total} documents are scored")
+    `lost` says what was under way that no journal holds.
+    """
+
+    def __init__(self, done: int, total: int, lost: str = ""):
+        super().__init__(f"{done} of {total} documents are scored{lost}")
         self.done, self.total = done, total
 
 
