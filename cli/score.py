@@ -1,5 +1,6 @@
 """`klora score`: an artifact, documents and a protocol to bits per byte and a report."""
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
@@ -199,7 +200,7 @@ def score(
     if nll and is_one_of_many():
         raise ConfigError("--nll was given to several ranks; score in one process")
     scored = hf or artifact
-    folder = out or scored.with_name(f"{scored.name if hf else scored.stem}-score")
+    folder = out or _beside(scored, is_folder=bool(hf))
     options.require_folder(folder)
     if nll:
         _require_for_nll(nll, folder)
@@ -207,7 +208,7 @@ def score(
         options.require_file(folder / name)
     with locked(folder, rank_of_many(), say=output.warn):
         if not overwrite:
-            _require_no_results(folder)
+            _require_no_results(folder, resume)
         if tunes and not (resume or overwrite) and has_journals(folder):  # found out before the sweep, not after it
             raise ConfigError(f"{folder} holds the journal of an interrupted run; give --resume or --overwrite")
         result = Scoring(
@@ -254,9 +255,30 @@ def _require_for_nll(path: Path, folder: Path) -> None:
         raise ConfigError(f"{path} is there and is no file of NLLs; move it or give another --nll")
 
 
-def _require_no_results(folder: Path) -> None:
-    """ConfigError where `folder` holds the results of a run, and no journal of a later one that was interrupted."""
-    if (folder / SCORE).exists() and not has_journals(folder):
+def _beside(scored: Path, is_folder: bool) -> Path:
+    """The folder of the results if --out names none: beside what is scored, under its name."""
+    named = Path(os.path.abspath(scored))
+    if not named.name:
+        raise ConfigError(f"{scored} has no name that the results could be called after; give --out")
+    name = f"{named.name if is_folder else named.stem}-score"
+    return scored.with_name(name) if scored.name == named.name else named.with_name(name)
+
+
+def _require_no_results(folder: Path, resume: bool) -> None:
+    """ConfigError where results would take the place of a finished run's, or of other files of their names.
+
+    With `resume` they may, where a journal shows that a later run was begun: that one had leave to replace them.
+    """
+    held = [name for name in RESULTS if (folder / name).exists()]
+    is_begun = has_journals(folder)
+    if not held or (resume and is_begun):
+        return
+    if SCORE in held:
+        later = ", and the journal of a later one; give --resume to go on with that," if is_begun else "; give"
         raise ConfigError(
-            f"{folder} holds the results of a finished run; give --overwrite to replace them, or another --out"
+            f"{folder} holds the results of a finished run{later} --overwrite to replace them, or another --out"
         )
+    raise ConfigError(
+        f"{folder} holds {', '.join(held)}, which the results would replace; move it, give another --out, or "
+        "--overwrite to replace it"
+    )

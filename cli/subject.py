@@ -1,5 +1,6 @@
 """What a command scores: a model with its tokenizer, and the documents of a source."""
 
+import os
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -88,7 +89,7 @@ class Subject:
             return found
 
         facts = {
-            "artifact": {"file": folder.name, **hashes},
+            "artifact": {"file": Path(os.path.abspath(folder)).name, **hashes},
             "versions": versions(device) | {"transformers": version("transformers")},
             **facts_of_model(model, tokenizer),
         }

@@ -166,6 +166,7 @@ def load_artifact(path: str | Path, max_bytes: int | None = None) -> Artifact:
     """
     path = Path(path)
     try:
+        _require(not path.is_dir(), "it is a folder; give the path of an exported artifact")
         _require(path.is_file(), "there is no such file; give the path of an exported artifact")
         with open_regular(path) as file:
             return _read(file, limit("MAX_MODEL_BYTES") if max_bytes is None else max_bytes)

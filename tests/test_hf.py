@@ -485,6 +485,14 @@ def test_the_command_scores_a_folder_and_verify_agrees(folder, jsonl, tmp_path, 
     assert "is another than" in other.stdout.replace("\n", " ")
 
 
+@pytest.mark.slow
+def test_a_folder_may_be_the_one_that_the_command_runs_in(jsonl, tmp_path, monkeypatch):
+    """Its results lie beside it, under the name that it has outside."""
+    monkeypatch.chdir(saved(tmp_path / "tiny"))
+    klora("score", "--hf", ".", "--jsonl", jsonl, *SETS)
+    assert json.loads((tmp_path / "tiny-score" / "score.json").read_text())["artifact"]["file"] == "tiny"
+
+
 def test_what_the_command_refuses_before_it_loads_anything(folder, jsonl, tmp_path):
     (tmp_path / "empty").mkdir()
     for arguments, says in [

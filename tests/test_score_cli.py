@@ -117,6 +117,53 @@ def test_results_of_a_finished_run_are_replaced_only_when_asked(artifact, texts,
     assert (tmp_path / "score.json").read_bytes() != before["score.json"]
 
 
+@pytest.mark.slow
+def test_a_run_that_was_stopped_before_it_had_anything_does_not_give_finished_results_away(artifact, texts, tmp_path):
+    """Of a run with --overwrite that ends at once a journal without results is left."""
+    klora(*command(artifact, texts, tmp_path))
+    before = (tmp_path / "score.json").read_bytes()
+    (tmp_path / "journal.jsonl").write_text('{"fingerprint": "x"}\n')
+    refused = klora(*command(artifact, texts, tmp_path), check=2).stderr.replace("\n", "")
+    assert "finished run, and the journal of a later one; give --resume to go on with that, --overwrite to" in refused
+    assert (tmp_path / "score.json").read_bytes() == before
+
+
+def test_a_folder_without_a_name_of_its_own_is_no_traceback(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "it is a folder; give the path of an exported artifact" in klora("score", ".", check=2).stderr
+    assert "has no name that the results could be called after; give --out" in klora("score", "/", check=2).stderr
+
+
+@pytest.mark.slow
+def test_no_file_of_the_users_is_taken_for_a_journal_or_replaced(artifact, tmp_path):
+    """Texts that lie in --out, under names such as klora's own."""
+    line = json.dumps({"text": words(0, 40)}) + "\n"
+    own = [tmp_path / name for name in ("journals.jsonl", "journal-2024.jsonl", "journal-x.txt")]
+    copy = tmp_path / "journal-backup.jsonl"
+    for path, text in [*((path, line) for path in own), (copy, '{"fingerprint": "x"}\n')]:
+        path.write_text(text)
+    score = ["score", artifact, "--jsonl", own[0], "--jsonl", own[1], "--out", tmp_path, *SETS]
+    klora(*score)
+    assert all(path.read_text() == line for path in own) and copy.exists()
+    refused = klora(*score, check=2).stderr.replace("\n", "")
+    assert "holds the results of a finished run; give --overwrite to replace them" in refused
+    klora(*score, "--overwrite")
+    assert all(path.read_text() == line for path in own)
+
+    for path in map(tmp_path.joinpath, RESULTS):
+        path.unlink()
+    own = tmp_path / "journal.jsonl"
+    own.write_text(line)
+    refused = klora(*score, check=2).stderr.replace("\n", "")
+    assert "journal.jsonl is there and is no journal of klora's, and a journal would take its place; move it" in refused
+    assert own.read_text() == line
+    own.unlink()
+    (tmp_path / "report.html").write_text("mine")
+    refused = klora(*score, check=2).stderr.replace("\n", "")
+    assert "holds report.html, which the results would replace; move it, give another --out, or --overwr" in refused
+    assert (tmp_path / "report.html").read_text() == "mine"
+
+
 def _result() -> dict:
     names = ("name", "tokens", "bytes", "status", "base_nats", "tempered_nats", "adapted_nats")
     return dict(zip(names, ("a", 3, 6, "short", 1.0, 1.0, 1.0), strict=True))

@@ -30,8 +30,14 @@ from .documents import Document
 from .protocols import SCORE_FIRST, TTTConfig
 from .results import FINISHED, DocumentResult
 
+JOURNAL = re.compile(r"journal(-[1-9]\d*)?\.jsonl")
+"""Names of the journals of the first rank and of the others. A user's own file can have such a name, too."""
+
 PHASES = ("base", "prequant")
 """The passes of unadapted models whose results are kept."""
+
+MOST_SETTINGS = 2**16
+"""Bytes of a journal's first line: a fingerprint and the settings of the run, some two thousand."""
 
 NPY_HEADER = re.compile(rb"\{'descr': '<f4', 'fortran_order': False, 'shape': \((\d{1,18}), (\d{1,18})\), \} *\n")
 """Of an array [rows, columns] of fp32 as NumPy writes it."""
@@ -89,6 +95,7 @@ class Journal:
                 self._base = {phase: self._checked(file) for phase, file in files.items() if file.exists()}
         elif not overwrite:
             _require_no_work([path, *others], [self._array(phase) for phase in PHASES])
+            _require_no_other_file(path)
         if not self._base:
             for phase in PHASES:
                 self._array(phase).unlink(missing_ok=True)
@@ -262,8 +269,9 @@ def open_journal(
     if rank:
         path = folder / f"journal-{rank}.jsonl"
         return Journal(path, fingerprint, resume, overwrite=overwrite, settings=settings)
-    others = sorted(folder.glob("journal-*.jsonl"))
-    journal = Journal(folder / "journal.jsonl", fingerprint, resume, others, overwrite, settings)
+    first = folder / "journal.jsonl"
+    others = [path for path in _journals_in(folder) if path != first]
+    journal = Journal(first, fingerprint, resume, others, overwrite, settings)
     if not resume:
         running = {f"journal-{number}.jsonl" for number in range(world)}
         for left_behind in (path for path in others if path.name not in running):
@@ -297,13 +305,36 @@ def fingerprint(
 
 def has_journals(folder: Path) -> bool:
     """Whether `folder` holds a journal, of a run that was interrupted."""
-    return any(folder.glob("journal*"))
+    return bool(_journals_in(folder))
 
 
 def remove_journals(folder: Path) -> None:
     """Remove the journals of all ranks and what lies beside them."""
-    for path in [*folder.glob("journal*.jsonl"), *(folder / f"journal.{phase}.npy" for phase in PHASES)]:
+    for path in [*_journals_in(folder), *(folder / f"journal.{phase}.npy" for phase in PHASES)]:
         path.unlink(missing_ok=True)
+
+
+def _journals_in(folder: Path) -> list[Path]:
+    """The journals of all ranks in `folder`; a file that merely has such a name is none, and is left alone."""
+    return sorted(path for path in folder.glob("journal*.jsonl") if JOURNAL.fullmatch(path.name) and _is_journal(path))
+
+
+def _is_journal(path: Path) -> bool:
+    """Whether the first line of a file says which run it is of."""
+    try:
+        with open_regular(path) as file:
+            return "fingerprint" in _parsed(file.readline(MOST_SETTINGS))
+    except (OSError, ValueError):
+        return False
+
+
+def _require_no_other_file(path: Path) -> None:
+    """JournalError where a journal would take the place of what is none, as of a text of that name."""
+    if path.exists() and not _is_journal(path):
+        raise JournalError(
+            f"{path} is there and is no journal of klora's, and a journal would take its place; move it, give another "
+            "--out, or --overwrite to replace it"
+        )
 
 
 def _require_no_work(journals: Iterable[Path], arrays: Iterable[Path]) -> None:
