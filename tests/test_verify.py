@@ -226,6 +226,10 @@ FORGED = {
         lambda v: v.update(sweep={}),
         "FAIL  sweep: it is no record of what a sweep tried and chose",
     ),
+    "another number among the totals": (
+        lambda v: v["totals"].update(best_bpb=0.1),
+        "FAIL  totals: no result has a total 'best_bpb'",
+    ),
     "the hash of the source": (lambda v: v["source"].update(sha256="0" * 64), "FAIL  source: sha256 is '000"),
     "that nothing was to adapt to a document": (
         base_alone,

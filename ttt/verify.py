@@ -276,7 +276,9 @@ def _totals(stored: Stored) -> Check:
     pairs = [("", stored.totals, stored.again["totals"])]
     each = zip(stored.documents, stored.again["documents"], strict=True)
     pairs += [(f" of {old['name']!r:.60}", old, new) for old, new in each]
-    wrong = _differing(pairs)
+    more = sorted(stored.totals.keys() - stored.again["totals"].keys())  # of documents they are no score.json
+    unknown = f"no result has a total {', '.join(map(repr, more[:SHOWN]))}" if more else ""
+    wrong = "; ".join(filter(None, [_differing(pairs), unknown]))
     adapted = stored.again["totals"]["adapted_bpb"]
     return Check("totals", not wrong, wrong or f"adapted_bpb {adapted} is that of the documents")
 
