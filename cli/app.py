@@ -55,13 +55,21 @@ class Commands(TyperGroup):
 
 @contextmanager
 def _printable_complaints():
-    """Clean the message of an error about arguments, which may be a file's name."""
+    """Clean the message of an error about arguments, which may be a file's name; with --json machines get it, too."""
     try:
         yield
     except Exception as error:
         if isinstance(getattr(error, "message", None), str) and hasattr(error, "format_message"):
             error.message = printable(error.message)
+            _print_json(error.format_message(), error)
         raise
+
+
+def _print_json(says: str, error: BaseException) -> None:
+    """What went wrong, for machines, where they asked."""
+    if "--json" in sys.argv:
+        with suppress(OSError):
+            print(json.dumps({"error": says, "kind": type(error).__name__}))
 
 
 def command_of(name: str):
@@ -109,9 +117,7 @@ def main() -> None:
             logging.getLogger("klora").addHandler(Said())
         app()
     except (KloraError, MemoryError, OSError) as error:
-        if "--json" in sys.argv:
-            with suppress(OSError):
-                print(json.dumps({"error": str(error), "kind": type(error).__name__}))
+        _print_json(str(error), error)
         # Python's own MemoryError says nothing.
         print(f"klora: {printable(str(error)) or 'out of memory'}", file=sys.stderr)
         sys.exit(2)

@@ -494,6 +494,20 @@ def test_results_without_a_number_are_valid_json(capsys):
     assert strict == {"loss": None, "bpb": {"last": [1.5, None]}}
 
 
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["audit", "none.klora", "--jsonl", "none.jsonl"], "none.klora: there is no such file"),
+        (["audit", "none.klora", "--tolerance", "nan"], "'--tolerance'"),
+        (["score", "--no-such-option"], "--no-such-option"),
+        (["no-such-command"], "no-such-command"),
+    ],
+)
+def test_with_json_what_went_wrong_is_json_too(arguments, says):
+    done = klora(*arguments, "--json", check=2)
+    assert says in json.loads(done.stdout)["error"] and says in " ".join(done.stderr.split())
+
+
 @pytest.mark.parametrize("error", [BrokenPipeError(), OSError(errno.ENOSPC, "No space left on device")])
 def test_a_reader_that_has_gone_ends_nothing(monkeypatch, error):
     class Gone(io.StringIO):

@@ -17,6 +17,14 @@ from klora.ttt.results import (
 from test_ttt import TTT, adapted_nats, document, score
 
 
+def test_a_damaged_journal_of_another_rank_is_refused_and_not_passed_over(tmp_path):
+    """A damaged first line makes it no file of the user's: its documents would be scored again without a word."""
+    score([document(40)], tmp_path)
+    (tmp_path / "journal-1.jsonl").write_text("no json\n" + (tmp_path / "journal.jsonl").read_text())
+    with pytest.raises(JournalError, match="journal-1.jsonl, line 1: "):
+        open_journal(tmp_path, "the run", resume=True)
+
+
 def test_time_spent_before_an_interruption_counts_against_the_deadline(tmp_path):
     documents, config = [document(100), document(90, 1)], TTT.override({"deadline": 100.0})
     journal = Journal(tmp_path / "journal.jsonl", fingerprint("artifact", documents, config, False), resume=False)

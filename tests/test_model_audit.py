@@ -265,6 +265,12 @@ def test_the_layout_original_fails_where_documents_are_cut(model):
     assert not config.is_causal and not config.is_leaky
 
 
+def test_of_a_document_that_diverges_the_full_softmax_is_the_base_models(model):
+    """Which the result has from there."""
+    check = full_softmax(model, STRICT.override({"lr": 1e30}), DOCUMENTS[0], ROUNDING)
+    assert check.passed and check.evidence.startswith("base model"), check.evidence
+
+
 @torch.no_grad()
 def test_the_full_softmax_shows_an_nll_that_is_not_of_it(model, monkeypatch):
     for tokens, which in ((DOCUMENTS[0], "adapted"), (DOCUMENTS[2], "base")):

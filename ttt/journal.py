@@ -270,11 +270,11 @@ def open_journal(
         path = folder / f"journal-{rank}.jsonl"
         return Journal(path, fingerprint, resume, overwrite=overwrite, settings=settings)
     first = folder / "journal.jsonl"
-    others = [path for path in _journals_in(folder) if path != first]
+    others = [path for path in _named_as_journals(folder) if path != first]  # a damaged one is refused, not passed over
     journal = Journal(first, fingerprint, resume, others, overwrite, settings)
     if not resume:
         running = {f"journal-{number}.jsonl" for number in range(world)}
-        for left_behind in (path for path in others if path.name not in running):
+        for left_behind in (path for path in others if path.name not in running and _is_journal(path)):
             left_behind.unlink()
     return journal
 
@@ -316,7 +316,11 @@ def remove_journals(folder: Path) -> None:
 
 def _journals_in(folder: Path) -> list[Path]:
     """The journals of all ranks in `folder`; a file that merely has such a name is none, and is left alone."""
-    return sorted(path for path in folder.glob("journal*.jsonl") if JOURNAL.fullmatch(path.name) and _is_journal(path))
+    return [path for path in _named_as_journals(folder) if _is_journal(path)]
+
+
+def _named_as_journals(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("journal*.jsonl") if JOURNAL.fullmatch(path.name))
 
 
 def _is_journal(path: Path) -> bool:

@@ -202,8 +202,8 @@ def full_softmax(model: GPT, config: TTTConfig, tokens: np.ndarray, tolerance: f
     """Whether the recorded NLLs of a document's last chunk are those of a softmax over the whole vocabulary.
 
     Hidden states and all logits are computed anew in float64, from the same weights and from the adapter as it was when
-    that chunk was scored: what the recorded NLLs differ by is the rounding of one pass. With the context `cached` they
-    are the base model's.
+    that chunk was scored: what the recorded NLLs differ by is the rounding of one pass. With the context `cached`, and
+    where the document diverges, they are the base model's.
     """
     document = Document("audited", tokens.astype(np.uint16), 1)
     config = config.override({"deadline": 0.0, "phases": 0})
@@ -215,7 +215,10 @@ def full_softmax(model: GPT, config: TTTConfig, tokens: np.ndarray, tolerance: f
     if adapts:
         with torch.enable_grad():
             engine = engine_of(weights, config.override({"batch": 1}), [document], slots=1)
-            recorded = engine.token_nll([document], engine.adapt([document], Deadline(0)).kept_pass)[0]
+            adapted = engine.adapt([document], Deadline(0))
+            recorded = engine.token_nll([document], adapted.kept_pass)[0]
+        adapts = not adapted.diverged[0]
+    if adapts:
         pool = engine.pool
         slots = torch.zeros(1, dtype=torch.int32, device=weights.embed.device)
         adapters, head = _adapters_in_float64(*pool.layout.adapters(slots, pool.views(pool.params, 1)), weights.dtype)
