@@ -14,6 +14,7 @@ from ..bench.record import measure_ceilings
 from ..model.config import ConfigError, TrainConfig
 from ..model.parallel import pick_device
 from ..model.placement import compute_dtype
+from ..model.reading import read_json
 from ..model.storage import write_text
 from . import options
 from .console import Output
@@ -53,6 +54,8 @@ def profile(
         raise ConfigError(f"{what!r} cannot be profiled; allowed: {', '.join(PROFILED)}")
     if record is not None and not trace:
         raise ConfigError("--record wants the trace that --no-trace leaves out; leave one of them out")
+    if record is not None:
+        _require_replaceable(record)
     if trace:
         options.require_folder(out)
     chosen = pick_device(device)
@@ -83,6 +86,17 @@ def profile(
         write_text(record, json.dumps(result | {"trace": None}, indent=1) + "\n")
         output.say(f"record: {record}")
     output.result(result)
+
+
+def _require_replaceable(record: Path) -> None:
+    """ConfigError where the record would take the place of what is no older one, or cannot be written."""
+    options.require_file(record, "--record")
+    try:
+        is_one = not record.exists() or {"op", "variant", "kernels"} <= read_json(record).keys()
+    except (OSError, ValueError, AttributeError):
+        is_one = False
+    if not is_one:
+        raise ConfigError(f"{record} is there and is no profile's record; move it or give another --record")
 
 
 def _say(op: str, variant: str, found: Profile, most: int, output: Output) -> None:

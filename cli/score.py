@@ -273,12 +273,6 @@ def _require_no_results(folder: Path, resume: bool) -> None:
     is_begun = has_journals(folder)
     if not held or (resume and is_begun):
         return
-    if SCORE in held:
-        later = ", and the journal of a later one; give --resume to go on with that," if is_begun else "; give"
-        raise ConfigError(
-            f"{folder} holds the results of a finished run{later} --overwrite to replace them, or another --out"
-        )
-    raise ConfigError(
-        f"{folder} holds {', '.join(held)}, which the results would replace; move it, give another --out, or "
-        "--overwrite to replace it"
-    )
+    what = "the results of a finished run" if SCORE in held else f"{', '.join(held)}, which the results would replace"
+    begun, go_on = (" and the journal of another", "--resume to go on with that, ") if is_begun else ("", "")
+    raise ConfigError(f"{folder} holds {what}{begun}; give {go_on}--overwrite to replace them, or another --out")

@@ -18,7 +18,7 @@ from ..model.parallel import Ranks, join_ranks, rank_of_many
 from ..model.placement import compute_dtype
 from ..model.prepare import Prepared, prepare, prepared_from_shards
 from ..model.reading import read_json
-from ..model.run_folder import CHECKPOINT, MODEL, RUN
+from ..model.run_folder import CHECKPOINT, MODEL, RUN, RUN_FILES, is_of_run
 from ..model.shards import ShardError
 from ..model.storage import attempt, differences
 from ..model.train import Trainer, TrainResult
@@ -171,7 +171,7 @@ def _kept_there(out: Path) -> str:
 
 
 def require_no_run(out: Path) -> None:
-    """ConfigError where `out` holds a run: what it is, and what to do."""
+    """ConfigError where `out` holds a run, or files that are none of a run's and have their names: what to do."""
     if (out / MODEL).exists():
         raise ConfigError(
             f"{out} holds a finished run{_facts(out / MODEL)}; give --resume with another length to go on, --overwrite "
@@ -180,6 +180,12 @@ def require_no_run(out: Path) -> None:
     if (out / CHECKPOINT).exists():
         raise ConfigError(
             f"{out} holds an unfinished run; give --resume to go on, --overwrite to start afresh, or another --out"
+        )
+    held = [name for name in RUN_FILES if (out / name).exists()]
+    if held and not is_of_run(out / RUN):
+        raise ConfigError(
+            f"{out} holds {', '.join(held)}, which the run would replace; give --overwrite to replace them, or another "
+            "--out"
         )
 
 

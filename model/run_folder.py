@@ -40,6 +40,14 @@ def drop_replaced(folder: Path) -> None:
         (folder / REPLACED).rmdir()
 
 
+def is_of_run(path: Path) -> bool:
+    """Whether a file says what a run of klora is, and is no other run.json."""
+    try:
+        return {"klora", "preset"} <= read_json(path).keys()
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
 def began_with(path: Path) -> str:
     """What ran attention in the run that `path` describes; empty where it does not say."""
     try:

@@ -446,7 +446,6 @@ class Trainer:
 
     def _describe_run(self) -> None:
         """Write what the run is, so that --resume and export need no other argument."""
-        write_bytes(self.folder / TOKENIZER, self.data.tokenizer.to_bytes())
         run = {
             "klora": __version__,
             "preset": self.preset.name,
@@ -456,7 +455,8 @@ class Trainer:
             "sources": self.sources,
             "attention": self.attention._asdict(),
         }
-        write_text(self.folder / RUN, json.dumps(run, indent=2) + "\n")
+        write_text(self.folder / RUN, json.dumps(run, indent=2) + "\n")  # first: it shows whose the other files are
+        write_bytes(self.folder / TOKENIZER, self.data.tokenizer.to_bytes())
 
     def _try_to_save_checkpoint(self) -> None:
         """A disk that is full for now costs a checkpoint, not the run."""

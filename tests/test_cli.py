@@ -385,9 +385,33 @@ def test_the_installed_command_runs():
     )
 
 
-def test_machines_get_their_errors_as_json():
-    done = klora("score", "/nowhere.klora", "--json", check=2)
-    assert json.loads(done.stdout)["kind"] == "ArtifactError"
+@pytest.mark.parametrize(
+    ("arguments", "kind", "says"),
+    [
+        (["score", "/nowhere.klora"], "ArtifactError", "/nowhere.klora: there is no such file"),
+        (["audit", "none.klora", "--tolerance", "nan"], "BadParameter", "'--tolerance'"),
+        (["score", "--no-such-option"], "NoSuchOption", "--no-such-option"),
+        (["no-such-command"], "UsageError", "no-such-command"),
+    ],
+)
+def test_machines_get_their_errors_as_json(arguments, kind, says):
+    done = klora(*arguments, "--json", check=2)
+    found = json.loads(done.stdout)
+    assert found["kind"] == kind and says in found["error"] and says in " ".join(done.stderr.split())
+
+
+@pytest.mark.parametrize("name", ["loss.csv", "tokenizer.model", "run.json"])
+def test_a_file_of_the_users_with_a_name_of_a_runs_is_not_replaced_unasked(name, run, tmp_path):
+    """What a run left that was killed before its first checkpoint is."""
+    folder = next(path for path in (run.parent / "cache").iterdir() if path.is_dir())
+    asked = ("train", "--shards", folder, "--out", tmp_path, *SETS, "--set", "max_steps=1")
+    (tmp_path / name).write_text("{}")
+    refused = klora(*asked, check=2).stderr.replace("\n", "")
+    assert f"holds {name}, which the run would replace; give --overwrite to replace them, or another" in refused
+    assert (tmp_path / name).read_text() == "{}" and len([*tmp_path.glob("*.*")]) == 1
+    shutil.copy(run / "run.json", tmp_path)
+    klora(*asked)
+    assert (tmp_path / name).read_bytes() != b"{}"
 
 
 def test_a_finished_run_is_not_overwritten_unasked(run):
@@ -492,20 +516,6 @@ def test_results_without_a_number_are_valid_json(capsys):
     Output(as_json=True).result({"loss": float("nan"), "bpb": {"last": [1.5, float("inf")]}})
     strict = json.loads(capsys.readouterr().out, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
     assert strict == {"loss": None, "bpb": {"last": [1.5, None]}}
-
-
-@pytest.mark.parametrize(
-    ("arguments", "says"),
-    [
-        (["audit", "none.klora", "--jsonl", "none.jsonl"], "none.klora: there is no such file"),
-        (["audit", "none.klora", "--tolerance", "nan"], "'--tolerance'"),
-        (["score", "--no-such-option"], "--no-such-option"),
-        (["no-such-command"], "no-such-command"),
-    ],
-)
-def test_with_json_what_went_wrong_is_json_too(arguments, says):
-    done = klora(*arguments, "--json", check=2)
-    assert says in json.loads(done.stdout)["error"] and says in " ".join(done.stderr.split())
 
 
 @pytest.mark.parametrize("error", [BrokenPipeError(), OSError(errno.ENOSPC, "No space left on device")])

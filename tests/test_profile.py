@@ -169,6 +169,12 @@ def test_profile_of_the_fused_step_is_recorded(tmp_path):
     assert "unknown" in shown and f"record: {record}" in shown
     names = {event.get("name") for event in json.loads((tmp_path / "step-klora.json").read_text())["traceEvents"]}
     assert "Optimizer.step#Muon.step" in names
+    klora(*asked)
+    own = tmp_path / "own.json"
+    own.write_text("[1]")
+    refused = klora(*asked, "--record", own, check=2)
+    assert "own.json is there and is no profile's record; move it" in refused.stderr.replace("\n", "")
+    assert own.read_text() == "[1]"
     refused = klora("profile", "step", "--no-trace", "--record", record, "--device", "cpu", check=2)
     assert "--record wants the trace" in refused.stderr
 

@@ -124,7 +124,7 @@ def test_a_run_that_was_stopped_before_it_had_anything_does_not_give_finished_re
     before = (tmp_path / "score.json").read_bytes()
     (tmp_path / "journal.jsonl").write_text('{"fingerprint": "x"}\n')
     refused = klora(*command(artifact, texts, tmp_path), check=2).stderr.replace("\n", "")
-    assert "finished run, and the journal of a later one; give --resume to go on with that, --overwrite to" in refused
+    assert "finished run and the journal of another; give --resume to go on with that, --overwrite" in refused
     assert (tmp_path / "score.json").read_bytes() == before
 
 
@@ -160,7 +160,7 @@ def test_no_file_of_the_users_is_taken_for_a_journal_or_replaced(artifact, tmp_p
     own.unlink()
     (tmp_path / "report.html").write_text("mine")
     refused = klora(*score, check=2).stderr.replace("\n", "")
-    assert "holds report.html, which the results would replace; move it, give another --out, or --overwr" in refused
+    assert "holds report.html, which the results would replace; give --overwrite to replace them, or another" in refused
     assert (tmp_path / "report.html").read_text() == "mine"
 
 
