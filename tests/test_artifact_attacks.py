@@ -117,8 +117,8 @@ class TestDamage:
         refuse(tmp_path, (tmp_path / "weights.pt").read_bytes(), "which no artifact does")
 
     def test_a_path_without_a_file(self, tmp_path):
-        for path in (tmp_path / "absent", tmp_path):
-            with pytest.raises(ArtifactError, match="there is no such file"):
+        for path, says in ((tmp_path / "absent", "there is no such file"), (tmp_path, "it is a folder")):
+            with pytest.raises(ArtifactError, match=f"{says}; give the path of an exported artifact"):
                 load_artifact(path)
 
     def test_an_unreadable_file(self, tmp_path, saved, monkeypatch):

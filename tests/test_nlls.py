@@ -7,14 +7,21 @@ import pytest
 import safetensors.numpy
 import safetensors.torch
 import torch
+from conftest import randomized
 from klora.kernels import BOS_ID
+from klora.ttt import pipeline
 from klora.ttt.documents import Document, digest_of
-from klora.ttt.journal import Journal, fingerprint
+from klora.ttt.journal import Journal, JournalError, fingerprint
 from klora.ttt.pipeline import ScoreRequest, score
+from klora.ttt.progress import Interrupted
+from klora.ttt.protocols import TTTConfig
 from klora.ttt.report import write_report
 from klora.ttt.results import NLL_ROUNDING
 from klora.ttt.verify import NLL_FORMAT, Stored, VerifyError, read_nll, verify, write_nll
+from test_journal import chained, lines_of
 from test_model_audit import STRICT, rounds_below_zero, sure_model
+from test_ttt import TTT
+from test_ttt import document as document_of
 from test_verify import artifact, forged, lines, scored
 
 __all__ = ["artifact", "lines", "rounds_below_zero", "scored"]
@@ -102,6 +109,75 @@ def test_a_document_of_certain_tokens_is_kept_written_read_and_verified(tmp_path
         document["adapted_nats"] += 0.01
     elsewhere = verify(stored, sure, documents, {"versions": {}, "device": "elsewhere"}, share=1.0)
     assert "recomputed" in elsewhere.failed
+
+
+@pytest.mark.parametrize("phases", [0, 2])
+@pytest.mark.parametrize("is_full", [False, True])
+def test_a_run_that_goes_on_scores_nothing_again_for_its_nll(tmp_path, monkeypatch, phases, is_full):
+    """Unless the journal was too large to take them."""
+    sizes = {"chunk": 16, "window": 64, "adapt_from": 32, "lora_rank": 2, "head_rank": 3}
+    config = TTTConfig(layout="start", batch=1, phases=phases, **sizes)
+    documents, model = [document_of(length) for length in (60, 50, 45, 40, 35, 3)], randomized()
+    key, path = fingerprint("artifact", documents, config, False), tmp_path / "journal.jsonl"
+    whole = score(ScoreRequest(model, documents, config, keeps_nll=True))
+    monkeypatch.setattr(pipeline, "CPU_EVERY", 0.0)
+    monkeypatch.setattr(Journal, "_is_half_full", lambda book: is_full)
+    again = []
+    honest = pipeline._scored_again
+    monkeypatch.setattr(pipeline, "_scored_again", lambda *given: again.append(given[-1]) or honest(*given))
+    for stop_at in (2, 4):
+        book = Journal(path, key, resume=stop_at > 2)
+        stops = {"should_stop": lambda book=book, stop_at=stop_at: len(book.done) >= stop_at}
+        with pytest.raises(Interrupted):
+            score(ScoreRequest(model, documents, config, journal=book, keeps_nll=True, **stops))
+        book.close()
+    book = Journal(path, key, resume=True)
+    assert 4 <= len(book.done) < 6
+    found = score(ScoreRequest(model, documents, config, journal=book, keeps_nll=True))
+    book.close()
+    assert any(again) == is_full and found.documents == whole.documents
+    for ours, theirs in zip(found.nll, whole.nll, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_nll_of_a_journal_whose_sum_is_not_the_documents_is_not_believed(tmp_path):
+    documents, model = [document_of(60), document_of(50)], randomized()
+    whole = score(ScoreRequest(model, documents, TTT, keeps_nll=True))
+    path, key = tmp_path / "journal.jsonl", fingerprint("artifact", documents, TTT, False)
+    book = Journal(path, key, resume=False)
+    book.add(dict(enumerate(whole.documents)), nll={0: whole.nll[0], 1: whole.nll[1] * 0.99})
+    book.close()
+    book = Journal(path, key, resume=True)
+    found = score(ScoreRequest(model, documents, TTT, journal=book, keeps_nll=True))
+    book.close()
+    np.testing.assert_array_equal(found.nll[1], whole.nll[1])
+
+
+def test_a_journal_that_is_half_as_large_as_may_be_read_takes_no_more_nll(tmp_path, monkeypatch):
+    monkeypatch.setenv("KLORA_MAX_RECORD_BYTES", "4000")
+    documents, model = [document_of(length) for length in (60, 50, 45)], randomized()
+    book = Journal(tmp_path / "journal.jsonl", "a run", resume=False)
+    (result,) = score(ScoreRequest(model, documents[:1], TTT)).documents
+    for index in range(8):
+        book.add({index: result}, nll={index: np.ones(result.adapted_tokens, np.float32)})
+    book.close()
+    lines = [json.loads(line) for line in (tmp_path / "journal.jsonl").read_text().splitlines()]
+    assert "nll" in lines[1] and "nll" not in lines[-1] and (tmp_path / "journal.jsonl").stat().st_size < 4000
+
+
+@pytest.mark.parametrize("nll", ["", "AAAA", "no base64", 3, None, "twice"])
+def test_an_nll_of_a_journal_that_is_not_that_of_each_target_is_refused_by_line(tmp_path, nll):
+    path, (result,) = tmp_path / "journal.jsonl", score(ScoreRequest(randomized(), [document_of(60)], TTT)).documents
+    book = Journal(path, "a run", resume=False)
+    book.add({0: result}, nll={0: np.ones(result.adapted_tokens, np.float32)})
+    book.close()
+    Journal(path, "a run", resume=True).close()
+    records = lines_of(path)
+    (at,) = (number for number, record in enumerate(records) if "nll" in record)
+    records[at]["nll"] = 2 * records[at]["nll"] if nll == "twice" else nll
+    path.write_text(chained(records))
+    with pytest.raises(JournalError, match=rf"line {at + 1}: its nll are not the numbers of 60 targets; remove that"):
+        Journal(path, "a run", resume=True)
 
 
 @pytest.mark.parametrize("share", [0.9, 1.1])

@@ -531,7 +531,7 @@ def test_a_rank_that_is_started_again_goes_on_from_its_journal(tmp_path, alone):
         queue = StoreQueue(store, rank, 2, patience=600.0)
         own = Journal(tmp_path / f"journal-{rank}.jsonl", "run", resume=queue.is_restarted)
         adapt = own.add
-        own.add = lambda results, seconds=None: (adapted.extend(results), adapt(results, seconds))
+        own.add = lambda results, *more: (adapted.extend(results), adapt(results, *more))
         found[rank] = run(own, queue, model=model)
 
     threads = [threading.Thread(target=one, args=(rank,)) for rank in range(2)]

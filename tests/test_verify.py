@@ -462,7 +462,7 @@ def test_a_run_goes_on_only_with_the_same_model_scorer_and_text(
 
 @pytest.mark.slow
 def test_targets_that_an_interrupted_run_had_scored_are_kept_too(lines, tokenizer, tmp_path):
-    """A journal holds sums: what it holds is scored again, and must be what it says."""
+    """By a run that did not keep them: what its journal holds is scored again, and must be what it says."""
     documents = list(documents_from_texts(Corpus.jsonl([lines]).documents(), tokenizer))
     config = TTTConfig(layout="start", chunk=16, window=64, adapt_from=32)
     model = randomized(dataclasses.replace(SMALL, vocab_size=tokenizer.vocab_size, blocks=2))

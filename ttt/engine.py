@@ -396,7 +396,7 @@ class Engine:
         """
         covered, count = run.covered()[first:stop], stop - first
         if not count:
-            return Adapted(np.zeros(0), covered, np.zeros(0, dtype=np.int64), np.zeros(0, dtype=bool))
+            return Adapted(np.zeros(0), covered, np.zeros(0, dtype=np.int64), np.zeros(0, dtype=bool), [])
         begin, end = int(run.offsets[first]), int(run.offsets[stop - 1] + run.targets[stop - 1]) + 1
         record = self.record[: self._records * len(self.tokens)].view(self._records, -1)[:, begin:end].cpu().numpy()
         offsets, targets = run.offsets[first:stop] - begin, run.targets[first:stop]
@@ -413,7 +413,8 @@ class Engine:
             nll = record[rows[place], begin : begin + targets[place]]
             finite = 0 if self.config.is_leaky else int(np.isfinite(nll).argmin())
             covered[place], nats[place] = finite, nll[:finite].sum(dtype=np.float64)
-        return Adapted(nats, covered, kept, diverged)
+        nll = [record[r, o + 1 : o + 1 + n] for r, o, n in zip(rows, offsets, covered, strict=True)]
+        return Adapted(nats, covered, kept, diverged, nll)
 
 
 def engine_of(

@@ -1,15 +1,17 @@
 """What a scoring run has finished, on disk at once, so that an interrupted run can go on where it stopped.
 
-`journal.jsonl` has one JSON object a line: first which run it is, then finished documents and the time. Every line says
-under which protocol it was written and how many seconds the run had spent by then, so that a kill gives a deadline no
-time back. Its last field, `chain`, is a checksum of the line and of all lines before it: a line that was changed,
-moved, taken out or brought in from another journal is refused by its number. The checksum has no secret. It finds
-damage and mixtures; whoever can run this code can write another journal.
+`journal.jsonl` has one JSON object a line: first which run it is, then finished documents and the time. Where the NLL
+of every target is kept, a document's line has the adapted model's, fp32 in base64. Every line says under which protocol
+it was written and how many seconds the run had spent by then, so that a kill gives a deadline no time back. Its last
+field, `chain`, is a checksum of the line and of all lines before it: a line that was changed, moved, taken out or
+brought in from another journal is refused by its number. The checksum has no secret. It finds damage and mixtures;
+whoever can run this code can write another journal.
 
 `journal.base.npy` and `journal.prequant.npy` beside it hold what the unadapted models said of each target, as far as
 they had come, and a checksum behind the array.
 """
 
+import base64
 import hashlib
 import json
 import math
@@ -24,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import KloraError
-from ..model.reading import is_count, is_finite, open_regular, parse_json, read_bytes
+from ..model.reading import is_count, is_finite, limit, open_regular, parse_json, read_bytes
 from ..model.storage import differences, replacing, write_text
 from .documents import Document
 from .protocols import SCORE_FIRST, TTTConfig
@@ -53,6 +55,7 @@ class _OtherRun(JournalError):
 
 class Journal:
     """Finished documents of one scoring run, by their index in `done`; `seconds` by phase are those of all its parts.
+    `nll`, by the same index, has what the adapted model said of each target that it reached, as far as it is kept.
 
     Documents that a deadline left out are not finished: a run that goes on adapts them, if it is given time. With
     `resume`, `others` are journals of other ranks of the same run, whose documents are done, too. Without it the
@@ -79,6 +82,7 @@ class Journal:
         self.of_run = self._settings or {"fingerprint": fingerprint}
         self._protocol = self._settings.get("protocol", SCORE_FIRST)
         self.done: dict[int, DocumentResult] = {}
+        self.nll: dict[int, np.ndarray] = {}
         self.seconds: dict[str, float] = {}
         self._base: dict[str, np.ndarray] = {}
         for file in (path, *map(self._array, PHASES)):
@@ -102,7 +106,7 @@ class Journal:
         # Written whole again, so that a line torn by the interruption does not stay in the middle of the file.
         self._chain = ""
         lines = [self._line({"fingerprint": fingerprint, "settings": self._settings})]
-        lines += [self._line(_record(*item)) for item in self.done.items()]
+        lines += [self._line(_record(index, result, self.nll.get(index))) for index, result in self.done.items()]
         lines += [self._line({})] if self.seconds else []
         write_text(path, "".join(lines))
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115 (held open for the whole run)
@@ -164,6 +168,8 @@ class Journal:
             raise ValueError(f"index {index!r:.60} is no document's")
         if result.status in FINISHED:
             self.done[index] = result
+            if "nll" in record:
+                self.nll[index] = _nll_of(record["nll"], result.adapted_tokens)
 
     def _checked(self, file: Path) -> np.ndarray:
         """The array of a file. JournalError where it is not what a run of this fingerprint wrote."""
@@ -191,11 +197,24 @@ class Journal:
                 "same command with --resume goes on from there"
             ) from None
 
-    def add(self, results: dict[int, DocumentResult], seconds: Mapping[str, float] | None = None) -> None:
-        """Store finished documents by their index, and the time spent so far by phase."""
+    def add(
+        self,
+        results: dict[int, DocumentResult],
+        seconds: Mapping[str, float] | None = None,
+        nll: Mapping[int, np.ndarray] = MappingProxyType({}),
+    ) -> None:
+        """Store finished documents by their index, the time spent so far by phase, and the `nll` that are to be kept.
+
+        A journal of half the size that may be read again takes no more of these: such documents are scored again.
+        """
         self.seconds = self.seconds if seconds is None else dict(seconds)
-        self._append(*(_record(index, result) for index, result in results.items()))
+        if self._is_half_full():
+            nll = {}
+        self._append(*(_record(index, result, nll.get(index)) for index, result in results.items()))
         self.done.update(results)
+
+    def _is_half_full(self) -> bool:
+        return os.fstat(self._file.fileno()).st_size > limit("MAX_RECORD_BYTES") // 2
 
     def add_seconds(self, seconds: Mapping[str, float]) -> None:
         """Store the time spent so far by phase, for the run that goes on from here."""
@@ -243,11 +262,14 @@ class NoJournal(Journal):
     """
 
     def __init__(self, base: dict[str, np.ndarray] | None = None):
-        self.of_run, self.done, self.seconds = {}, {}, {}
+        self.of_run, self.done, self.nll, self.seconds = {}, {}, {}, {}
         self._base = {} if base is None else base
 
     def _append(self, *records: dict[str, Any]) -> None:
         pass
+
+    def _is_half_full(self) -> bool:
+        return True
 
     def keep_base(self, phase: str) -> None:
         pass
@@ -378,8 +400,20 @@ def _parsed(line: bytes) -> dict[str, Any]:
     return record
 
 
-def _record(index: int, result: DocumentResult) -> dict[str, Any]:
-    return {"index": index, "result": vars(result)}
+def _record(index: int, result: DocumentResult, nll: np.ndarray | None) -> dict[str, Any]:
+    kept = {} if nll is None else {"nll": base64.b64encode(nll.astype("<f4").tobytes()).decode()}
+    return {"index": index, "result": vars(result), **kept}
+
+
+def _nll_of(text: Any, targets: int) -> np.ndarray:
+    """The NLL of so many targets that a line has. ValueError for what :func:`_record` has not written."""
+    try:
+        nll = np.frombuffer(base64.b64decode(text, validate=True), "<f4")
+    except (TypeError, ValueError):
+        nll = None
+    if nll is None or len(nll) != targets or not np.isfinite(nll).all():
+        raise ValueError(f"its nll are not the numbers of {targets:,} targets")
+    return nll
 
 
 def _about(document: Document) -> tuple[str, int, int]:

@@ -157,12 +157,17 @@ def _scored_again(
     found = dict(zip(among, zip(again.documents, again.nll, strict=True), strict=True))
     for index in indices:
         kept, new = results[index].adapted_nats, found[index][0].adapted_nats
-        if abs(kept - new) > RESCORED * max(abs(new), 1.0):
+        if not _agree(kept, new):
             raise JournalError(
                 f"the journal says that {results[index].name!r} has {kept} nats, and scoring it again gives {new}; "
                 "give --overwrite to start afresh"
             )
     return {index: found[index][1] for index in indices}
+
+
+def _agree(kept: float, new: float) -> bool:
+    """Whether nats that were kept are those that are known now, but for the order of their sum."""
+    return abs(kept - new) <= RESCORED * max(abs(new), 1.0)
 
 
 def _frozen(request: ScoreRequest) -> dict[str, Weights | HfModel]:
@@ -198,7 +203,7 @@ class _Run:
             say=self.say,
         )
         self.gains = None if queue.is_shared else TokenGains(self.documents, self.config)
-        self.adapted_nll: dict[int, np.ndarray] | None = {} if request.keeps_nll else None
+        self.adapted_nll: dict[int, np.ndarray] | None = dict(journal.nll) if request.keeps_nll else None
         self.targets_before = self.targets_to_adapt = 0
 
     def everything(self) -> dict[str, Any]:
@@ -301,8 +306,10 @@ class _Run:
         return found
 
     def knows_nll(self, index: int, result: DocumentResult, nll: np.ndarray) -> bool:
-        """Whether `nll` is what made a result, and not what the base model said instead."""
-        return result.adapted_tokens == len(self.adapted_nll.get(index, ())) and bool(np.isfinite(nll).all())
+        """Whether `nll` is what made a result: not what the base model said instead, nor a journal's of another sum."""
+        if result.adapted_tokens != len(self.adapted_nll.get(index, ())) or not np.isfinite(nll).all():
+            return False
+        return index not in self.journal.nll or _agree(float(nll.sum(dtype=np.float64)), result.adapted_nats)
 
     def finish(self, indices: Sequence[int], adapted: Adapted | None = None) -> None:
         """Make the results of documents known: the base model's, joined with what adapting them gave."""
@@ -312,12 +319,16 @@ class _Run:
         drafts = self.drafts.results
         self.drafts.make([index for index in indices if index not in drafts], self.progress.show)
         results = {index: drafts[index] for index in indices}
+        nll: dict[int, np.ndarray] = {}
         if adapted is not None:
             for row, index in enumerate(indices):
                 results[index] = with_adaptation(
                     results[index], adapted, row, lambda start, index=index: self.drafts.nats("base", index, start)[0]
                 )
-        self.journal.add(results, self.progress.spent)
+        if adapted is not None and self.adapted_nll is not None:
+            nll = {index: adapted.nll[row].copy() for row, index in enumerate(indices)}
+            self.adapted_nll |= nll
+        self.journal.add(results, self.progress.spent, nll)
         self.queue.publish(results)
         self.progress.collect()
 
@@ -375,10 +386,6 @@ class _Run:
         if rest:
             self.progress.tick()  # what was stopped is lost; what the deadline left out is finished
         self.finish([indices[place] for place in rest], adapted.of(np.array(rest, dtype=np.int64)))
-        if self.adapted_nll is not None:
-            read = engine.token_nll([self.documents[index] for index in indices], adapted.kept_pass)
-            for index, reached, nll in zip(indices, adapted.targets, read, strict=True):
-                self.adapted_nll[index] = nll[:reached]
         if self.gains is not None:
             attempt("the gain along the documents", lambda: self._keep_gains(engine, indices, adapted), self.say)
         self.engines.note(engine)

@@ -70,17 +70,20 @@ class NonFiniteScore(KloraError, RuntimeError):
 class Adapted:
     """What adapting documents gave: float64 nats [B] (of the targets reached), how many targets, and the pass kept.
 
-    `diverged` bool [B]: whether the next target's NLL is no number; in a leaky protocol no target counts then.
+    `diverged` bool [B]: whether the next target's NLL is no number; in a leaky protocol no target counts then. `nll`:
+    of each document fp32 of the targets reached, whose sum its nats are; views of what the next documents overwrite.
     """
 
     nats: np.ndarray
     targets: np.ndarray
     kept_pass: np.ndarray
     diverged: np.ndarray
+    nll: Sequence[np.ndarray]
 
     def of(self, rows: np.ndarray) -> "Adapted":
         """The results of these documents."""
-        return Adapted(self.nats[rows], self.targets[rows], self.kept_pass[rows], self.diverged[rows])
+        nll = [self.nll[row] for row in rows]
+        return Adapted(self.nats[rows], self.targets[rows], self.kept_pass[rows], self.diverged[rows], nll)
 
 
 @dataclass(frozen=True)

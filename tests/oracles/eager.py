@@ -47,12 +47,14 @@ def token_nll(model, document, config, initial=None) -> list[np.ndarray]:
 
 
 def adapt(model, documents, config) -> Adapted:
-    """The nats of each document in the pass that counts."""
-    totals = np.array([[nll.sum(dtype=np.float64) for nll in token_nll(model, d, config)] for d in documents])
+    """The nats and the NLL of each document in the pass that counts."""
+    found = [token_nll(model, document, config) for document in documents]
+    totals = np.array([[nll.sum(dtype=np.float64) for nll in passes] for passes in found])
     kept = totals.argmin(1) if config.protocol == "min_nll" else np.full(len(documents), config.passes - 1)
     targets = np.array([document.targets for document in documents])
     nats = totals[np.arange(len(documents)), kept]
-    return Adapted(nats, targets, kept, ~np.isfinite(nats))
+    nll = [passes[row] for passes, row in zip(found, kept, strict=True)]
+    return Adapted(nats, targets, kept, ~np.isfinite(nats), nll)
 
 
 def _rows(part, factors):
