@@ -93,6 +93,19 @@ def test_a_file_that_changes_between_being_read_and_being_hashed_is_refused(mode
         hf.read_hf(folder, CPU)
 
 
+def test_what_is_no_file_of_the_models_may_change_meanwhile(models, monkeypatch):
+    """Results that are written into the folder, and a link that leads nowhere."""
+    folder, loaded = models("model"), hf.load_hf
+    (folder / "broken.json").symlink_to(folder / "nothing.json")
+
+    def writing(of, *others):
+        (Path(of) / "journal.jsonl").write_text("{}")
+        return loaded(of, *others)
+
+    monkeypatch.setattr(hf, "load_hf", writing)
+    assert hf.read_hf(folder, CPU)[2] == hf.hashes_of_folder(folder)
+
+
 def test_a_folder_that_changes_between_the_two_looks_of_verify_is_refused(models, tmp_path, monkeypatch):
     folder, jsonl = models("model"), tmp_path / "some.jsonl"
     jsonl.write_text('{"text": "one text, and nothing after it"}\n')

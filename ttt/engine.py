@@ -413,7 +413,8 @@ class Engine:
             nll = record[rows[place], begin : begin + targets[place]]
             finite = 0 if self.config.is_leaky else int(np.isfinite(nll).argmin())
             covered[place], nats[place] = finite, nll[:finite].sum(dtype=np.float64)
-        nll = [record[r, o + 1 : o + 1 + n] for r, o, n in zip(rows, offsets, covered, strict=True)]
+        # Copies: on a CPU the record is the engine's own, which the next documents overwrite.
+        nll = [record[r, o + 1 : o + 1 + n].copy() for r, o, n in zip(rows, offsets, covered, strict=True)]
         return Adapted(nats, covered, kept, diverged, nll)
 
 

@@ -32,6 +32,9 @@ END_OF_TEXT = "<|endoftext|>"
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 """Names of the dtypes that a model can be loaded in."""
 
+ABOUT, WEIGHTS = (".json", ".txt", ".model"), ".safetensors"
+"""Endings of the files that say what a model and its tokenizer are, and of those with its weights."""
+
 ENCODED = 64
 """Texts tokenized at a time."""
 
@@ -185,8 +188,8 @@ def require_unchanged(folder: str | Path, before: dict[str, Any], after: dict[st
 
 
 def _state_of(folder: str | Path) -> dict[str, tuple[int, ...]]:
-    """What changes with a file's content, of each file. The time of a change of its state nobody can set."""
-    states = {path.name: path.stat() for path in Path(folder).glob("*")}
+    """What changes with a file's content, of each that is hashed. The time of a change of its state nobody can set."""
+    states = {path.name: path.stat() for path in _hashed(folder)}
     return {name: (s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for name, s in states.items()}
 
 
@@ -265,10 +268,15 @@ def _own_folders_hidden() -> Iterator[None]:
 
 def hashes_of_folder(folder: str | Path) -> dict[str, str]:
     """SHA-256 of what a folder says of its model and tokenizer, and of its weights: the names and contents of files."""
-    files = sorted(path for path in Path(folder).iterdir() if path.is_file())
-    about = [path for path in files if path.suffix in (".json", ".txt", ".model")]
-    weights = [path for path in files if path.suffix == ".safetensors"]
+    files = _hashed(folder)
+    about = [path for path in files if path.suffix != WEIGHTS]
+    weights = [path for path in files if path.suffix == WEIGHTS]
     return {"header_sha256": _digest(about), "payload_sha256": _digest(weights)}
+
+
+def _hashed(folder: str | Path) -> list[Path]:
+    """The files of model and tokenizer by name; none where there is no folder."""
+    return sorted(path for path in Path(folder).glob("*") if path.suffix in (*ABOUT, WEIGHTS) and path.is_file())
 
 
 def _digest(paths: Sequence[Path]) -> str:

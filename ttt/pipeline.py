@@ -326,7 +326,7 @@ class _Run:
                     results[index], adapted, row, lambda start, index=index: self.drafts.nats("base", index, start)[0]
                 )
         if adapted is not None and self.adapted_nll is not None:
-            nll = {index: adapted.nll[row].copy() for row, index in enumerate(indices)}
+            nll = dict(zip(indices, adapted.nll, strict=True))
             self.adapted_nll |= nll
         self.journal.add(results, self.progress.spent, nll)
         self.queue.publish(results)
@@ -387,10 +387,9 @@ class _Run:
             self.progress.tick()  # what was stopped is lost; what the deadline left out is finished
         self.finish([indices[place] for place in rest], adapted.of(np.array(rest, dtype=np.int64)))
         if self.gains is not None:
-            attempt("the gain along the documents", lambda: self._keep_gains(engine, indices, adapted), self.say)
+            attempt("the gain along the documents", lambda: self._keep_gains(indices, adapted), self.say)
         self.engines.note(engine)
 
-    def _keep_gains(self, engine: Engine, indices: Sequence[int], adapted: Adapted) -> None:
-        read = engine.token_nll([self.documents[index] for index in indices], adapted.kept_pass)
-        for index, reached, nll in zip(indices, adapted.targets, read, strict=True):
-            self.gains.add(index, self.drafts.target_nll(index)[:reached], nll[:reached])
+    def _keep_gains(self, indices: Sequence[int], adapted: Adapted) -> None:
+        for index, nll in zip(indices, adapted.nll, strict=True):
+            self.gains.add(index, self.drafts.target_nll(index)[: len(nll)], nll)

@@ -71,7 +71,7 @@ class Adapted:
     """What adapting documents gave: float64 nats [B] (of the targets reached), how many targets, and the pass kept.
 
     `diverged` bool [B]: whether the next target's NLL is no number; in a leaky protocol no target counts then. `nll`:
-    of each document fp32 of the targets reached, whose sum its nats are; views of what the next documents overwrite.
+    of each document fp32 of the targets reached, whose sum its nats are.
     """
 
     nats: np.ndarray
